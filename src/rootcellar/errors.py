@@ -1,0 +1,40 @@
+"""Everything rootcellar raises on purpose.
+
+    RootcellarError
+    ├── ConfigError            a setting is wrong; the message names it and what would be right
+    ├── ModelError             a model folder, config or tensor is missing or not understood
+    ├── RequestError           one request is wrong; the engine goes on
+    │   └── RequestTooLarge    it can never fit; the message names the setting to change
+    ├── EngineError            the engine cannot do this now (shut down, work pending, a failed step)
+    └── CacheBroken            an invariant of the cache does not hold; carries the evidence
+
+``RequestError`` and ``ConfigError`` are also ``ValueError``: callers who know nothing of us still catch them.
+"""
+
+
+class RootcellarError(Exception):
+    """The root of all errors raised on purpose."""
+
+
+class ConfigError(RootcellarError, ValueError):
+    """A setting is wrong. The message says which, what was given and what would be right."""
+
+
+class ModelError(RootcellarError):
+    """A model's folder, config, tokenizer or tensors are missing or not understood."""
+
+
+class RequestError(RootcellarError, ValueError):
+    """A request is wrong. Nothing was scheduled and the engine goes on."""
+
+
+class RequestTooLarge(RequestError):
+    """A request can never fit. The message names the setting that would let it."""
+
+
+class EngineError(RootcellarError, RuntimeError):
+    """The engine cannot do this now."""
+
+
+class CacheBroken(RootcellarError, AssertionError):
+    """An invariant of the cache does not hold; the message is the evidence."""

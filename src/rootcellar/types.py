@@ -1,0 +1,1 @@
+"""Values that more than one room speaks of: attention kinds' rule, tiers, keys."""
