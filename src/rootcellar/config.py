@@ -1,0 +1,168 @@
+"""Every setting of the engine, declared once.
+
+The command-line options, the checks and ``docs/configuration.md`` all come from :class:`EngineConfig`; names are
+those that SGLang's users know. ``python -m rootcellar.config`` prints the documentation page.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rootcellar.errors import ConfigError
+from rootcellar.options import check_names, check_values, markdown_table, option
+from rootcellar.sampling_params import MAX_SEED, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The settings of one engine. Constructing it checks every value; a wrong one raises ConfigError."""
+
+    model_path: str = option(
+        "demo",
+        "Folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer), or 'demo' for the small model "
+        "that ships with the package.",
+        path=True,
+    )
+    load_format: str = option(
+        "auto",
+        "Where the weights come from: 'auto' reads the safetensors of model_path, 'dummy' fills the shapes of its "
+        "config.json with random numbers from random_seed.",
+        choices=("auto", "dummy"),
+    )
+    dtype: str = option(
+        "auto",
+        "Type of weights and activations. 'auto' takes the checkpoint's own on an accelerator and float32 on CPU, "
+        "where bfloat16 is slower.",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of the cached keys and values. 'auto' is the same as dtype.",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    max_total_tokens: int = option(
+        8192,
+        "Tokens that the KV cache can hold, over all requests and all cached prefixes. Raise it to keep more prefixes "
+        "and to run more or longer requests at once; it costs memory in proportion.",
+        low=1,
+    )
+    page_size: int = option(
+        16,
+        "Tokens per page, the unit in which the cache is allocated and shared. Smaller pages share more of a prefix, "
+        "larger ones cost less bookkeeping.",
+        low=1,
+    )
+    context_length: int | None = option(
+        None,
+        "Longest request in tokens, prompt and answer together. None takes the model's own limit.",
+        low=1,
+    )
+    max_running_requests: int | None = option(
+        None,
+        "Requests that may be computed at the same time; others wait. None lets the engine choose from "
+        "max_total_tokens.",
+        low=1,
+    )
+    max_queued_requests: int | None = option(
+        None, "Requests that may wait; one more is refused with an error. None sets no limit.", low=1
+    )
+    request_timeout: float | None = option(
+        None, "Seconds after which an unfinished request is aborted. None sets no limit.", low=0, above=True
+    )
+    chunked_prefill_size: int = option(
+        512,
+        "Most prompt tokens computed in one step. Smaller chunks keep running requests responsive, larger ones "
+        "finish long prompts sooner.",
+        low=1,
+    )
+    schedule_policy: str = option(
+        "lpm",
+        "Order of the waiting requests: 'lpm' starts those with the longest cached prefix first, 'fcfs' keeps the "
+        "order of arrival.",
+        choices=("lpm", "fcfs"),
+    )
+    radix_eviction_policy: str = option(
+        "lru",
+        "Which cached pages leave first when room is needed.",
+        choices=("lru", "lfu", "fifo", "filo", "mru", "slru", "priority", "adaptive"),
+    )
+    disable_radix_cache: bool = option(
+        False, "Share nothing between requests: every prompt is computed in full. For comparison and debugging."
+    )
+    attention_backend: str = option(
+        "auto",
+        "Which kernel computes attention over pages: 'native' is the C++ one for CPU, 'xla' is plain JAX, 'auto' "
+        "takes the fastest that this machine can run.",
+        choices=("auto", "native", "xla"),
+    )
+    skip_tokenizer_init: bool = option(
+        False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
+    )
+    random_seed: int = option(
+        0, "Seed of sampling (for requests that bring none of their own) and of dummy weights.", low=0, high=MAX_SEED
+    )
+    compilation_cache_dir: str | None = option(
+        None,
+        "Folder in which compiled programs are kept between runs. None uses the user's cache folder, 'off' keeps none.",
+        path=True,
+    )
+    log_level: str = option(
+        "warning", "The least serious messages to log.", choices=("debug", "info", "warning", "error", "critical")
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, ConfigError)
+        if self.max_total_tokens < self.page_size:
+            raise ConfigError(
+                f"max_total_tokens={self.max_total_tokens} is less than one page (page_size={self.page_size}): "
+                "raise max_total_tokens or lower page_size."
+            )
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> Self:
+        """The config with these settings and defaults for the rest.
+
+        Raises:
+            ConfigError: a name is unknown (the message gives the closest one and the list) or a value is not allowed
+                (the message gives the name, the value and what is allowed).
+        """
+        check_names(cls, kwargs, "option", ConfigError)
+        return cls(**kwargs)
+
+
+_PAGE = """\
+# Configuration
+
+*Generated by `python -m rootcellar.config` from the declarations in `src/rootcellar/config.py` and
+`src/rootcellar/sampling_params.py`; `make docs` writes it again.*
+
+## Engine
+
+Keyword arguments of `rootcellar.Engine(...)`, and options of `rootcellar generate` and `rootcellar bench` with dashes
+for underscores (`max_total_tokens` is `--max-total-tokens`). An unknown name or a value that is not allowed raises
+`ConfigError`.
+
+{engine}
+
+## Sampling
+
+Keys of the `sampling_params` of one request, and options of `rootcellar generate`. An unknown key or a value that is
+not allowed raises `RequestError`; the engine goes on. `seed` may also be written `sampling_seed`.
+
+{sampling}
+
+## Environment
+
+| variable | meaning |
+|---|---|
+| `ROOTCELLAR_NO_NATIVE` | `1` at install time leaves the C++ part out; at run time, does not use it. |
+| `XDG_CACHE_HOME` | the user's cache folder; holds compiled programs when `compilation_cache_dir` is None. |
+"""
+
+
+def documentation() -> str:
+    """The text of ``docs/configuration.md``."""
+    return _PAGE.format(engine=markdown_table(EngineConfig), sampling=markdown_table(SamplingParams))
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

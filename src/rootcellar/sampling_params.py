@@ -1,0 +1,91 @@
+"""How the tokens of one request are chosen, declared once, with SGLang's names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rootcellar.errors import RequestError
+from rootcellar.options import check_names, check_values, option
+
+# Below this a temperature only amplifies float32 noise; SGLang draws the same line.
+GREEDY_TEMPERATURE = 1e-6
+# JAX in its default 32-bit mode keeps only this many bits of a seed; more would be cut without a word.
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The sampling of one request. Constructing it checks every value; a wrong one raises RequestError.
+
+    `stop` and `stop_token_ids` may be given as None, a list or (`stop`) one string; they are stored as tuples.
+    """
+
+    max_new_tokens: int = option(128, "Most tokens to generate; 0 only computes the prompt.", low=0)
+    min_new_tokens: int = option(0, "No stop token, stop string or end of sequence before this many tokens.", low=0)
+    # The upper limit keeps the scaled logits of masked tokens (-inf) and of others apart in float32.
+    temperature: float = option(
+        1.0, "0 always takes the likeliest token; higher values flatten the distribution.", low=0, high=1e6
+    )
+    top_p: float = option(
+        1.0, "Choose among the likeliest tokens whose probabilities sum to this.", low=0, high=1, above=True
+    )
+    top_k: int = option(-1, "Choose among this many likeliest tokens; -1 among all.", low=1, also=-1)
+    min_p: float = option(
+        0.0, "Leave out tokens with less than this fraction of the likeliest token's probability.", low=0, high=1
+    )
+    frequency_penalty: float = option(
+        0.0, "Subtracted from a token's logit once for each time it was generated.", low=-2, high=2
+    )
+    presence_penalty: float = option(0.0, "Subtracted from a token's logit if it was generated at all.", low=-2, high=2)
+    repetition_penalty: float = option(
+        1.0,
+        "Divides the positive and multiplies the negative logits of tokens in the prompt or the answer; "
+        "above 1 discourages them.",
+        low=0.01,
+        high=2,
+    )
+    stop: tuple[str, ...] = option((), "Strings that end the answer.")
+    stop_token_ids: tuple[int, ...] = option((), "Token ids that end the answer, beside the model's own.", low=0)
+    ignore_eos: bool = option(False, "Go on past the model's end-of-sequence token.")
+    skip_special_tokens: bool = option(True, "Leave special tokens out of the text.")
+    no_stop_trim: bool = option(False, "Keep the stop string or stop token at the end of the text.")
+    n: int = option(1, "Answers to generate; they share the prompt's KV cache.", low=1, high=128)
+    seed: int | None = option(
+        None,
+        "Makes this request's random choices reproducible whatever runs beside it. None draws from random_seed.",
+        low=0,
+        high=MAX_SEED,
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, RequestError)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}: "
+                "lower the first or raise the second."
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken at every step, so that no random number is needed."""
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any] | None) -> Self:
+        """The parameters with these values and defaults for the rest; None means all defaults.
+
+        Raises:
+            RequestError: `params` is no mapping, a key is unknown (the message gives the closest one and the list),
+                or a value is not allowed (the message gives the key, the value and what is allowed).
+        """
+        if params is None:
+            return cls()
+        if not isinstance(params, Mapping):
+            raise RequestError(f"sampling_params must be a dict such as {{'temperature': 0}}, not {params!r}.")
+        values = dict(params)
+        if "sampling_seed" in values:  # SGLang's spelling
+            if "seed" in values:
+                raise RequestError("seed and sampling_seed are two names of one parameter: give one of them.")
+            values["seed"] = values.pop("sampling_seed")
+        check_names(cls, values, "sampling parameter", RequestError)
+        return cls(**values)
