@@ -1,0 +1,1 @@
+"""Compute: array functions compiled by XLA, and the attention backends."""

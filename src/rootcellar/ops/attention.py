@@ -1,0 +1,160 @@
+"""Paged attention: write a packed batch's keys and values into the pool, and attend to each row's pages.
+
+The batch is a flat list of tokens, cut into *tiles*: equally many consecutive positions of one row, padding (position
+-1) last. Decoding is the case of one token a tile. Two backends compute the same function:
+
+* ``xla``: plain JAX, for any device. Blocks of pages are gathered in a loop whose length is the longest row's, so one
+  compiled step serves every context length.
+* ``native``: C++ behind XLA's foreign-function interface, for CPUs (``native/paged_attention.cc``). It works on the
+  pool in place.
+
+Both take and give back the pool, which the caller donates: a step never copies it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rootcellar.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Attention = Callable[[Array, Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
+
+_LIBRARY = Path(__file__).with_name("_native.so")
+_TARGET = "rootcellar_paged_attention"
+# Positions that the xla backend gathers at a time: enough work per loop step, little enough to stay in the cache.
+_BLOCK_TOKENS = 256
+_MASKED = -1e30
+
+
+@functools.cache
+def _native_library() -> ctypes.CDLL | None:
+    """The shared library with the CPU kernel, registered with XLA; None where it was not built."""
+    if not _LIBRARY.exists():
+        log.info("no native attention kernel (%s was not built): attention runs through XLA", _LIBRARY.name)
+        return None
+    library = ctypes.CDLL(str(_LIBRARY))
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.RootcellarPagedAttention), platform="cpu")
+    return library
+
+
+def choose_backend(wanted: str, head_dim: int, dtype: jnp.dtype, platform: str) -> str:
+    """Which backend runs: ``"native"`` or ``"xla"``.
+
+    Args:
+        wanted: the setting ``attention_backend``: ``"auto"``, ``"native"`` or ``"xla"``.
+        head_dim: elements per head.
+        dtype: of the pool.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+
+    Raises:
+        ConfigError: ``"native"`` was asked for and cannot run; the message says why.
+    """
+    if wanted == "xla":
+        return "xla"
+    why = None
+    if platform != "cpu":
+        why = f"it runs on CPUs, and the device is a {platform}"
+    elif dtype not in (jnp.float32, jnp.bfloat16):
+        why = f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {dtype}"
+    else:
+        library = _native_library()
+        if library is None:
+            why = "the package was built without a C++ compiler"
+        elif not library.rootcellar_has_kernel(head_dim):
+            why = f"it has no kernel for head_dim {head_dim}"
+    if why is None:
+        return "native"
+    if wanted == "native":
+        raise ConfigError(f"attention_backend='native' cannot be used: {why}. Use attention_backend='auto' or 'xla'.")
+    return "xla"
+
+
+def paged_attention(backend: str) -> Attention:
+    """The attention function of a backend.
+
+    The function takes ``pool [pages, 2, kv_heads, page_size, head_dim]``, ``q [T, heads, head_dim]``,
+    ``k`` and ``v`` ``[T, kv_heads, head_dim]``, and int32 ``tables [R, W]`` (page of each run of ``page_size``
+    positions), ``rows [tiles]`` (the table row of each tile), ``positions [T]`` (-1 for padding); ``T`` is a multiple
+    of ``tiles``. It returns ``(out [T, heads, head_dim] float32, pool)``; rows of padding hold nothing of meaning.
+    """
+    return {"xla": _attend_xla, "native": _attend_native}[backend]
+
+
+def _attend_native(
+    pool: Array, q: Array, k: Array, v: Array, tables: Array, rows: Array, positions: Array
+) -> tuple[Array, Array]:
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        (jax.ShapeDtypeStruct(pool.shape, pool.dtype), jax.ShapeDtypeStruct(q.shape, jnp.float32)),
+        input_output_aliases={6: 0},
+    )
+    f32 = jnp.float32
+    pool, out = call(q.astype(f32), k.astype(f32), v.astype(f32), tables, rows, positions, pool)
+    return out, pool
+
+
+def write_pages(pool: Array, k: Array, v: Array, tables: Array, rows: Array, positions: Array) -> Array:
+    """Write the keys and values of a packed batch into their pages; padding goes to page 0.
+
+    Shapes and dtypes as in :func:`paged_attention`. Returns the pool.
+    """
+    tile = positions.shape[0] // rows.shape[0]
+    page_size = pool.shape[3]
+    at = jnp.maximum(positions, 0)
+    pages = jnp.where(positions >= 0, tables[jnp.repeat(rows, tile), at // page_size], 0)
+    offsets = jnp.where(positions >= 0, at % page_size, 0)
+    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
+    if positions.shape[0] == 1:
+        # A scatter of one update becomes a dynamic-update-slice that XLA for CPUs copies into every consumer, the whole
+        # pool with it. A second update, to the padding page, keeps it a scatter in place.
+        pages, offsets = jnp.pad(pages, (0, 1)), jnp.pad(offsets, (0, 1))
+        kv = jnp.pad(kv, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    return pool.at[pages, :, :, offsets].set(kv)
+
+
+def _attend_xla(
+    pool: Array, q: Array, k: Array, v: Array, tables: Array, rows: Array, positions: Array
+) -> tuple[Array, Array]:
+    """Blockwise attention with an online softmax (Milakov and Gimelshein, 2018)."""
+    pool = write_pages(pool, k, v, tables, rows, positions)
+    _, _, kv_heads, page_size, head_dim = pool.shape
+    n = rows.shape[0]
+    tile = positions.shape[0] // n
+    group = q.shape[1] // kv_heads
+    per_block = max(1, _BLOCK_TOKENS // page_size)
+    block = per_block * page_size
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % per_block)))[rows]
+    positions = positions.reshape(n, tile)
+    q = q.reshape(n, tile, kv_heads, group, head_dim).astype(jnp.float32) * (head_dim**-0.5)
+    blocks = (jnp.max(positions) + block) // block
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        m, l, o = carry
+        pages = lax.dynamic_slice_in_dim(tables, i * per_block, per_block, axis=1)
+        kv = pool[pages].astype(jnp.float32)  # [n, per_block, 2, kv_heads, page_size, head_dim]
+        s = jnp.einsum("nthgd,nbhpd->nhgtbp", q, kv[:, :, 0]).reshape(n, kv_heads, group, tile, block)
+        seen = (i * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [n, tile, block]
+        s = jnp.where(seen[:, None, None], s, _MASKED)
+        new_m = jnp.maximum(m, jnp.max(s, axis=-1))
+        p = jnp.where(seen[:, None, None], jnp.exp(s - new_m[..., None]), 0.0)
+        keep = jnp.exp(m - new_m)
+        values = jnp.einsum(
+            "nhgtbp,nbhpd->nhgtd", p.reshape(n, kv_heads, group, tile, per_block, page_size), kv[:, :, 1]
+        )
+        return new_m, l * keep + jnp.sum(p, axis=-1), o * keep[..., None] + values
+
+    shape = (n, kv_heads, group, tile)
+    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    _, l, o = lax.fori_loop(0, blocks, body, start)
+    o = o / jnp.maximum(l, 1e-30)[..., None]
+    return o.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), pool

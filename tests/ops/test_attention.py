@@ -1,0 +1,128 @@
+"""Both attention backends against attention written out over contiguous keys and values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rootcellar.errors import ConfigError
+from rootcellar.ops import attention
+from rootcellar.ops.attention import choose_backend, paged_attention, write_pages
+
+NATIVE = attention._native_library() is not None
+BACKENDS = ["xla", pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="built without a compiler"))]
+
+
+def reference(q, keys, values, position):
+    """One query [heads, d] over positions [0, position] of keys, values [length, kv_heads, d], in float64."""
+    group = q.shape[0] // keys.shape[1]
+    out = np.empty(q.shape)
+    for head in range(q.shape[0]):
+        k = keys[: position + 1, head // group].astype(np.float64)
+        s = k @ q[head] / np.sqrt(q.shape[1])
+        w = np.exp(s - s.max())
+        out[head] = (w / w.sum()) @ values[: position + 1, head // group]
+    return out
+
+
+def make_case(rng, *, lengths, new, tile, page_size, kv_heads, group, head_dim, dtype):
+    """Rows of `lengths` tokens, of which the last `new` are in the batch; the others lie in the pool already."""
+    width = -(-max(lengths) // page_size) + 2
+    need = [-(-n // page_size) for n in lengths]
+    pages = rng.permutation(np.arange(1, sum(need) + 4))
+    tables = np.zeros((len(lengths) + 1, width), np.int32)
+    pool = np.full((sum(need) + 4, 2, kv_heads, page_size, head_dim), np.nan, np.float32)
+    pool[0] = 0
+    keys = [rng.standard_normal((n, kv_heads, head_dim)).astype(np.float32) for n in lengths]
+    values = [rng.standard_normal((n, kv_heads, head_dim)).astype(np.float32) for n in lengths]
+    if dtype == "bfloat16":
+        keys = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in keys]
+        values = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in values]
+    taken = 0
+    rows, positions, source = [], [], []
+    for r, (length, fresh) in enumerate(zip(lengths, new, strict=True)):
+        tables[r + 1, : need[r]] = pages[taken : taken + need[r]]
+        taken += need[r]
+        for t in range(length - fresh):
+            pool[tables[r + 1, t // page_size], 0, :, t % page_size] = keys[r][t]
+            pool[tables[r + 1, t // page_size], 1, :, t % page_size] = values[r][t]
+        for start in range(length - fresh, length, tile):
+            rows.append(r + 1)
+            part = list(range(start, min(start + tile, length)))
+            positions += part + [-1] * (tile - len(part))
+            source += [(r, t) for t in part] + [None] * (tile - len(part))
+    rows.append(0)  # a tile of padding
+    positions += [-1] * tile
+    source += [None] * tile
+    q = rng.standard_normal((len(positions), kv_heads * group, head_dim)).astype(np.float32)
+    k = np.stack([np.ones((kv_heads, head_dim), np.float32) if s is None else keys[s[0]][s[1]] for s in source])
+    v = np.stack([np.ones((kv_heads, head_dim), np.float32) if s is None else values[s[0]][s[1]] for s in source])
+    # Unwritten slots hold NaN to show that nothing reads them; the xla backend gathers whole pages and masks, so there
+    # they must at least be finite.
+    batch = [jnp.asarray(x) for x in (q, k, v, tables, np.asarray(rows, np.int32), np.asarray(positions, np.int32))]
+    return pool, batch, keys, values, source
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("lengths", "new", "tile"),
+    [
+        ([700], [1], 1),  # one row: the native backend splits the context
+        ([1, 37, 300, 64, 16], [1, 1, 1, 1, 1], 1),
+        ([90, 33, 260], [90, 5, 100], 16),
+        ([640], [64], 16),
+    ],
+)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 32), (1, 6, 64), (4, 1, 128)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, group, head_dim, dtype):
+    rng = np.random.default_rng(7)
+    pool, batch, keys, values, source = make_case(
+        rng, lengths=lengths, new=new, tile=tile, page_size=page_size, kv_heads=kv_heads, group=group,
+        head_dim=head_dim, dtype=dtype,
+    )  # fmt: skip
+    if backend == "xla":
+        pool = np.nan_to_num(pool)
+    step = jax.jit(paged_attention(backend), donate_argnums=0)
+    out, pool = step(jnp.asarray(pool, dtype), *batch)
+    assert np.isfinite(np.asarray(pool[0], np.float32)).all()
+    for i, s in enumerate(source):
+        if s is not None:
+            expected = reference(np.asarray(batch[0][i]), keys[s[0]], values[s[0]], s[1])
+            np.testing.assert_allclose(out[i], expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (2, 16)])
+def test_step_memory_does_not_grow_with_the_pool(backend, tiles, tile):
+    """The trap of XLA on CPUs: a pool that is scattered to and gathered from may be copied in every step."""
+
+    def temporary(pages):
+        pool = jax.ShapeDtypeStruct((pages, 2, 2, 16, 64), jnp.float32)
+        t = tiles * tile
+        args = [((t, 4, 64), "f4"), ((t, 2, 64), "f4"), ((t, 2, 64), "f4")]
+        args += [((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
+        shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
+        step = jax.jit(paged_attention(backend), donate_argnums=0)
+        return step.lower(pool, *shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) <= temporary(256) + 4096
+
+
+def test_write_pages_leaves_other_slots_alone():
+    pool = jnp.arange(4 * 2 * 1 * 2 * 16, dtype=jnp.float32).reshape(4, 2, 1, 2, 16)
+    k = jnp.full((2, 1, 16), -1.0)
+    tables = jnp.asarray([[0, 0], [3, 2]], jnp.int32)
+    new = write_pages(pool, k, k - 1, tables, jnp.asarray([1], jnp.int32), jnp.asarray([2, -1], jnp.int32))
+    changed = np.argwhere(np.asarray(new != pool).any(-1))
+    assert {tuple(c) for c in changed if c[0] != 0} == {(2, 0, 0, 0), (2, 1, 0, 0)}
+    assert float(new[2, 1, 0, 0, 0]) == -2.0
+
+
+def test_native_backend_that_cannot_run_says_why():
+    with pytest.raises(ConfigError, match="float16"):
+        choose_backend("native", 64, jnp.float16, "cpu")
+    with pytest.raises(ConfigError, match="gpu"):
+        choose_backend("native", 64, jnp.float32, "gpu")
+    assert choose_backend("auto", 64, jnp.float32, "gpu") == "xla"
+    assert choose_backend("auto", 7, jnp.float32, "cpu") == "xla"
