@@ -1,0 +1,1 @@
+"""Models: configs, parameters, loading and the dense decoder."""

@@ -1,0 +1,155 @@
+"""Rotary position embeddings: the frequencies of every scaling rule, and the turning itself.
+
+Rules and their field names follow transformers' ``modeling_rope_utils``; the sources of the methods are named at each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rootcellar.errors import ModelError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """One rotary embedding. Fields that a rule does not use are left at their defaults.
+
+    ``original_max`` is the context in tokens that the model was trained with before scaling.
+    """
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn)."""
+
+
+def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
+    """The rotary embedding of a ``config.json``; ``context`` is its ``max_position_embeddings``.
+
+    Reads ``rope_parameters`` (transformers from 5 on) or ``rope_theta`` with ``rope_scaling`` (before). Raises
+    ``ModelError`` for a rule that is not in ``ROPE_TYPES``, a missing field, and partial rotation.
+    """
+    fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    rule = fields.get("rope_type") or fields.get("type") or "default"
+    if rule not in ROPE_TYPES:
+        raise ModelError(f"rope scaling {rule!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+    if (fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError("partial_rotary_factor other than 1 is not supported")
+    if rule == "default":
+        return RopeConfig(theta=theta)
+    if fields.get("factor") is None:
+        raise ModelError(f"rope scaling {rule!r} needs the field 'factor'")
+    factor = float(fields["factor"])
+    original = fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    common: dict[str, Any] = {"theta": theta, "type": rule, "factor": factor, "original_max": int(original or context)}
+    if rule == "llama3":
+        missing = [name for name in ("low_freq_factor", "high_freq_factor") if fields.get(name) is None]
+        if missing or original is None:
+            missing += [] if original else ["original_max_position_embeddings"]
+            raise ModelError(f"rope scaling 'llama3' needs the fields {missing}")
+        common["low_freq_factor"] = float(fields["low_freq_factor"])
+        common["high_freq_factor"] = float(fields["high_freq_factor"])
+    if rule == "yarn":
+        common["beta_fast"] = float(fields.get("beta_fast") or 32)
+        common["beta_slow"] = float(fields.get("beta_slow") or 1)
+        common["truncate"] = bool(fields.get("truncate", True))
+        common["attention_factor"] = _yarn_attention_factor(fields, factor)
+    return RopeConfig(**common)
+
+
+def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
+    """YaRN's temperature (Peng et al. 2023, eq. 15), or DeepSeek's two-part form when both mscales are given."""
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if fields.get("attention_factor") is not None:
+        return float(fields["attention_factor"])
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        return mscale(float(fields["mscale"])) / mscale(float(fields["mscale_all_dim"]))
+    return mscale(1.0)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair, float32 ``[head_dim / 2]`` (for ``dynamic``: within the original context)."""
+    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    plain = plain.astype(np.float32)
+    if rope.type == "linear":
+        return (plain / np.float32(rope.factor)).astype(np.float32)
+    if rope.type == "llama3":
+        return _llama3(rope, plain)
+    if rope.type == "yarn":
+        return _yarn(rope, plain, head_dim)
+    return plain
+
+
+def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    """Llama 3.1's rule: slow pairs are scaled, fast pairs kept, and those between are blended."""
+    turns = rope.original_max * plain / (2 * math.pi)  # turns of each pair over the original context
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * plain / rope.factor + blend * plain).astype(np.float32)
+
+
+def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
+    """YaRN (Peng et al. 2023): interpolate pairs that turn less than beta_slow times, keep those above beta_fast."""
+
+    def pair_turning(turns: float) -> float:
+        return head_dim * math.log(rope.original_max / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = max(high - low, 0.001)  # the paper's ramp must not divide by zero
+    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
+    return (plain / rope.factor * interpolated + plain * (1 - interpolated)).astype(np.float32)
+
+
+def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 ``[T, head_dim / 2]``, of int32 positions ``[T]``."""
+    at = positions.astype(jnp.float32)[:, None]
+    if rope.type == "dynamic":
+        frequencies = _dynamic(rope, head_dim, at)
+    else:
+        frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
+    angles = at * frequencies
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def _dynamic(rope: RopeConfig, head_dim: int, at: jax.Array) -> jax.Array:
+    """Dynamic NTK scaling, float32 ``[T, head_dim / 2]`` for positions ``[T, 1]``.
+
+    The rule makes the base a function of the sequence's length so far. A cached key may not depend on what follows
+    it, so here position ``p`` always turns with the base of length ``p + 1``: the same as transformers for every
+    position within the original context and for every token generated beyond it. Only a *prompt* longer than the
+    original context differs, which transformers turns with the base of its full length.
+    """
+    length = jnp.maximum(at + 1, rope.original_max)
+    stretch = rope.factor * length / rope.original_max - (rope.factor - 1)
+    base = rope.theta * stretch ** (head_dim / (head_dim - 2))
+    return 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn ``x`` ``[T, heads, D]`` by cos and sin ``[T, D / 2]``: the halves are the pairs; float32 inside."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
