@@ -1,0 +1,102 @@
+# Everything a developer runs. Each target sets up what it needs; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+# Torch and transformers live apart, so that the default suite proves itself without them.
+REFERENCE_VENV := .venv-reference
+# Where pip finds torch without CUDA, unless an index it already uses has such a build.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# pytest: `make test ARGS="tests/cache -x"`; bench: `make bench ARGS="--json"`.
+ARGS ?=
+
+# pip says only what went wrong: warnings of sources that lack a package are not worth a newcomer's attention.
+PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
+BUILD_INPUTS := requirements/lock.txt pyproject.toml CMakeLists.txt $(shell find src -name '*.cc' -o -name '*.h' -o -name '*.inc')
+RUN := $(VENV)/bin/
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-reference fuzz lint format docs golden bench lock clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+demo: $(VENV)/.stamp  ## Answer from the embedded model: a long prompt twice, then a chat.
+	@$(RUN)rootcellar demo
+
+test: $(VENV)/.stamp  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
+	@$(RUN)python -m pytest $(ARGS)
+
+test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
+	@$(REFERENCE_VENV)/bin/python -m pytest -m reference $(ARGS)
+
+fuzz: $(VENV)/.stamp  ## Run the long, nightly tests.
+	@$(RUN)python -m pytest -m long --timeout 0 $(ARGS)
+
+lint: $(VENV)/.stamp  ## Check format, style, types and the direction of imports.
+	@$(RUN)ruff format --check --quiet .
+	@$(RUN)ruff check --quiet .
+	@$(RUN)mypy
+	@$(RUN)lint-imports --no-timings
+
+format: $(VENV)/.stamp  ## Rewrite the sources in the house style.
+	@$(RUN)ruff format .
+	@$(RUN)ruff check --fix .
+
+docs: $(VENV)/.stamp  ## Write the generated pages of docs/ again.
+	@$(RUN)python -m rootcellar.config > docs/configuration.md
+
+golden: $(REFERENCE_VENV)/.stamp  ## Write the golden files of tests/ again, from transformers on torch.
+	@$(REFERENCE_VENV)/bin/python scripts/make_golden.py
+
+bench: $(VENV)/.stamp  ## Measure prefill, decode and time to first token.
+	@$(RUN)rootcellar bench $(ARGS)
+
+lock:  ## Pin the newest versions that pyproject.toml allows (with the oldest Python it supports).
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "make lock needs Python 3.11: make lock PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP_INSTALL) pip-tools==7.6.2
+	@rm -f requirements/lock.txt requirements/reference.txt
+	@$(PIP_COMPILE) --extra dev --extra figure --output-file requirements/lock.txt pyproject.toml
+	@$(PIP_COMPILE) --extra reference --constraint requirements/lock.txt \
+		--output-file requirements/reference.txt pyproject.toml
+	@sed -i.orig 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/reference.txt  # any build of that version will do
+	@rm -rf requirements/*.orig .venv-lock
+
+PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --quiet --strip-extras --allow-unsafe \
+	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+clean:  ## Remove everything that can be made again.
+	rm -rf $(VENV) $(REFERENCE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- The virtual environments -----------------------------------------------------------------------------------------
+
+$(VENV)/.stamp: $(BUILD_INPUTS)
+	@$(call create_venv,$(VENV))
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt
+	@$(call install_rootcellar,$(VENV))
+
+$(REFERENCE_VENV)/.stamp: $(BUILD_INPUTS) requirements/reference.txt
+	@$(call create_venv,$(REFERENCE_VENV))
+	@torch=$$(grep '^torch==' requirements/reference.txt); \
+		$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) "$$torch+cpu" 2>/dev/null \
+		|| $(REFERENCE_VENV)/bin/python $(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) "$$torch"
+	@$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt -r requirements/reference.txt
+	@$(call install_rootcellar,$(REFERENCE_VENV))
+
+define create_venv
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "rootcellar needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+echo "Setting up $(1) (about a minute, once) ..."; \
+$(PYTHON) -m venv $(1)
+endef
+
+# The build's own tools are in the lock, so nothing is fetched for an isolated build.
+define install_rootcellar
+$(1)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable . && \
+{ ls $(1)/lib/python*/site-packages/rootcellar/ops/_native.so >/dev/null 2>&1 || \
+	echo "Note: installed without the C++ attention kernel (no C++ compiler, or ROOTCELLAR_NO_NATIVE=1): JAX does its work."; } && \
+touch $(1)/.stamp && echo "$(1) is ready."
+endef
