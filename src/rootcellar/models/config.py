@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import family_of
+from rootcellar.models.families import Family, family_of
 from rootcellar.models.rope import RopeConfig, read_rope
 
 
@@ -89,7 +89,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
     from 5 on (``rope_parameters``, ``dtype``). Raises ``ModelError`` as ``load_config`` does.
     """
     family = family_of(raw)
-    _refuse_unsupported(raw)
+    _refuse_unsupported(raw, family)
     num_heads = _need(raw, "num_attention_heads")
     hidden_size = _need(raw, "hidden_size")
     context = _need(raw, "max_position_embeddings")
@@ -114,7 +114,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
     )
 
 
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any], family: Family) -> None:
     """Raise for what the dense decoder would compute otherwise than the checkpoint means."""
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
@@ -124,8 +124,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     kinds = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
     if kinds:
         raise ModelError(f"layer_types holds {kinds}; only 'full_attention' layers are supported")
-    # Qwen2 writes a sliding_window and switches it off; Mistral has no switch.
-    if raw.get("sliding_window") and raw.get("use_sliding_window", True):
+    if raw.get("sliding_window") and _given(raw, "use_sliding_window", family.windowed):
         raise ModelError(f"sliding_window={raw['sliding_window']} is not supported; only full attention is")
 
 

@@ -20,7 +20,7 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def forward(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-    """Hidden states after the final norm, ``[T, E]`` in the params' dtype, of int32 ``tokens`` and ``positions`` ``[T]``.
+    """Hidden states ``[T, E]`` after the final norm, in the params' dtype; ``tokens`` and ``positions`` int32 ``[T]``.
 
     ``attend`` is called once for each layer in order. Token ids must lie in the vocabulary: it is not checked here.
     """
@@ -69,5 +69,5 @@ def _mlp(layer: Params, cfg: ModelConfig, x: jax.Array) -> jax.Array:
     rows = jnp.einsum("te,eci->tci", x, layer["gate_up"])
     if cfg.mlp_bias:
         rows = rows + layer["gate_up_bias"]
-    out = (jax.nn.silu(rows[:, 0]) * rows[:, 1]) @ layer["down"]
+    out = jnp.einsum("ti,ie->te", jax.nn.silu(rows[:, 0]) * rows[:, 1], layer["down"])
     return out + layer["down_bias"] if cfg.mlp_bias else out

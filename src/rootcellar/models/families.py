@@ -38,6 +38,8 @@ class Family:
     names: Mapping[str, tuple[str, ...]]
     head_dim: int | None = None
     """The architecture's own default; None: hidden_size / num_attention_heads."""
+    windowed: bool = False
+    """Whether a ``sliding_window`` counts without ``use_sliding_window``: Qwen writes one and switches it off."""
 
 
 def _attention_bias(raw: Mapping[str, Any]) -> dict[str, bool]:
@@ -55,7 +57,7 @@ FAMILIES: Mapping[str, Family] = {
             lambda raw: {**_attention_bias(raw), "mlp_bias": bool(raw.get("mlp_bias"))},
             LLAMA_NAMES,
         ),
-        Family("MistralForCausalLM", lambda _: {}, LLAMA_NAMES),
+        Family("MistralForCausalLM", lambda _: {}, LLAMA_NAMES, windowed=True),
     )
 }
 

@@ -105,7 +105,7 @@ def count_bytes(cfg: ModelConfig, dtype: Any) -> int:
 
 def abstract_params(cfg: ModelConfig, dtype: Any) -> Params:
     """The pytree as ``jax.ShapeDtypeStruct``, for compiling and sharding without weights."""
-    result: Params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), declare(cfg))
+    result: Params = jax.eval_shape(lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, dtype), declare(cfg)))
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from rootcellar.errors import ModelError
 
@@ -54,15 +55,20 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
         raise ModelError("partial_rotary_factor other than 1 is not supported")
     if rule == "default":
         return RopeConfig(theta=theta)
-    if fields.get("factor") is None:
+    # transformers lets the field next to the rope's own win, and defaults both to the context.
+    original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings") or context
+    factor = fields.get("factor")
+    if factor is None and rule == "yarn":
+        factor = context / original
+    if factor is None:
         raise ModelError(f"rope scaling {rule!r} needs the field 'factor'")
-    factor = float(fields["factor"])
-    original = fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-    common: dict[str, Any] = {"theta": theta, "type": rule, "factor": factor, "original_max": int(original or context)}
+    factor = float(factor)
+    common: dict[str, Any] = {"theta": theta, "type": rule, "factor": factor, "original_max": int(original)}
+    if rule == "dynamic":
+        common["original_max"] = context
     if rule == "llama3":
         missing = [name for name in ("low_freq_factor", "high_freq_factor") if fields.get(name) is None]
-        if missing or original is None:
-            missing += [] if original else ["original_max_position_embeddings"]
+        if missing:
             raise ModelError(f"rope scaling 'llama3' needs the fields {missing}")
         common["low_freq_factor"] = float(fields["low_freq_factor"])
         common["high_freq_factor"] = float(fields["high_freq_factor"])
@@ -87,12 +93,11 @@ def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
     return mscale(1.0)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float32]:
     """Radians per position of each pair, float32 ``[head_dim / 2]`` (for ``dynamic``: within the original context)."""
-    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    plain = plain.astype(np.float32)
+    plain = (1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
     if rope.type == "linear":
-        return (plain / np.float32(rope.factor)).astype(np.float32)
+        return plain / np.float32(rope.factor)
     if rope.type == "llama3":
         return _llama3(rope, plain)
     if rope.type == "yarn":
@@ -100,15 +105,16 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return plain
 
 
-def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+def _llama3(rope: RopeConfig, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Llama 3.1's rule: slow pairs are scaled, fast pairs kept, and those between are blended."""
     turns = rope.original_max * plain / (2 * math.pi)  # turns of each pair over the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * plain / rope.factor + blend * plain).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = ((1 - blend) * plain / rope.factor + blend * plain).astype(np.float32)
+    return scaled
 
 
-def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
     """YaRN (Peng et al. 2023): interpolate pairs that turn less than beta_slow times, keep those above beta_fast."""
 
     def pair_turning(turns: float) -> float:
@@ -120,7 +126,10 @@ def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
     low, high = max(low, 0), min(high, head_dim - 1)
     width = max(high - low, 0.001)  # the paper's ramp must not divide by zero
     interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
-    return (plain / rope.factor * interpolated + plain * (1 - interpolated)).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = (plain / rope.factor * interpolated + plain * (1 - interpolated)).astype(
+        np.float32
+    )
+    return scaled
 
 
 def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

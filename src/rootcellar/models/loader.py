@@ -1,0 +1,152 @@
+"""Weights between Hugging Face folders (single or sharded safetensors) and params pytrees."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rootcellar.errors import ModelError
+from rootcellar.models.config import ModelConfig
+from rootcellar.models.packing import Array, pack, source_shapes, unpack
+from rootcellar.models.params import Params, ParamSpec, check_params, declare
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"BF16", "F16", "F32", "F64"}
+
+
+def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
+    """The params pytree of ``cfg``, in ``dtype`` on the default device, from a folder's safetensors.
+
+    Reads ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names. Parameters are read, packed
+    and placed one at a time: beyond the result, memory holds at most one parameter. Raises ``ModelError`` naming the
+    tensor and its file when one is missing, misshapen or not of a float dtype. Unused tensors are logged, but for
+    those that say nothing new (a tied head, stored rotary frequencies).
+    """
+    with ExitStack() as files:
+        checkpoint = _Checkpoint(Path(folder), files)
+        specs = declare(cfg)
+        for spec in jax.tree.leaves(specs):
+            checkpoint.check(spec)
+        checkpoint.report_unused(jax.tree.leaves(specs))
+        params: Params = jax.tree.map(lambda spec: jnp.asarray(pack(spec, checkpoint.readers(spec), dtype)), specs)
+        return params
+
+
+def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any) -> Params:
+    """The params pytree from tensors already in memory, under the names that the checkpoint's family uses.
+
+    ``ModelError`` names a tensor that is missing or misshapen.
+    """
+
+    def load(spec: ParamSpec) -> jax.Array:
+        for name, shape in zip(spec.sources, source_shapes(spec), strict=True):
+            if name not in tensors:
+                raise ModelError(f"tensor {name!r} {list(shape)} is missing")
+            if tensors[name].shape != shape:
+                raise ModelError(f"tensor {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
+        readers = [partial(np.asarray, tensors[name]) for name in spec.sources]
+        return jnp.asarray(pack(spec, readers, dtype))
+
+    params: Params = jax.tree.map(load, declare(cfg))
+    return params
+
+
+def tensors_from_params(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, Array]]:
+    """The checkpoint's tensors, one after another with their names: the inverse of ``params_from_tensors``."""
+    check_params(cfg, params)
+    for spec, array in zip(jax.tree.leaves(declare(cfg)), jax.tree.leaves(params), strict=True):
+        yield from zip(spec.sources, unpack(spec, np.asarray(array)), strict=True)
+
+
+def save_params(folder: str | Path, cfg: ModelConfig, params: Params) -> None:
+    """Write ``model.safetensors`` (one file, the params' dtype) into an existing folder; the config is the caller's."""
+    save_file(dict(tensors_from_params(cfg, params)), Path(folder) / SINGLE, metadata={"format": "pt"})
+
+
+class _Checkpoint:
+    """The open safetensors files of one folder, and which tensor lies in which."""
+
+    def __init__(self, folder: Path, files: ExitStack):
+        self._folder = folder
+        self._where = _tensor_files(folder)
+        self._files = {name: files.enter_context(_open(folder / name)) for name in sorted(set(self._where.values()))}
+        if not self._where:  # no index: the one file's own header is the list
+            self._files = {SINGLE: files.enter_context(_open(folder / SINGLE))}
+            self._where = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
+        self._held = {name: set(file.keys()) for name, file in self._files.items()}
+
+    def check(self, spec: ParamSpec) -> None:
+        """Raise ``ModelError`` unless each source is there, with its shape, as floats; reads headers only."""
+        for name, shape in zip(spec.sources, source_shapes(spec), strict=True):
+            file = self._where.get(name)
+            if file is None:
+                listed = SINGLE if set(self._files) == {SINGLE} else INDEX
+                hint = " (is tie_word_embeddings true for this model?)" if name == "lm_head.weight" else ""
+                raise ModelError(f"tensor {name!r} {list(shape)} is missing from {self._folder / listed}{hint}")
+            if name not in self._held[file]:
+                raise ModelError(f"tensor {name!r} should be in {self._folder / file}, says {INDEX}, but is not there")
+            header = self._files[file].get_slice(name)
+            if tuple(header.get_shape()) != shape:
+                raise ModelError(
+                    f"tensor {name!r} in {self._folder / file} has shape {header.get_shape()}, "
+                    f"but config.json asks for {list(shape)}"
+                )
+            if header.get_dtype() not in FLOATS:
+                raise ModelError(
+                    f"tensor {name!r} in {self._folder / file} is {header.get_dtype()}; "
+                    f"only {', '.join(sorted(FLOATS))} are supported"
+                )
+
+    def readers(self, spec: ParamSpec) -> list[Callable[[], Array]]:
+        """Functions that read the sources of ``spec``, in order."""
+        return [partial(self._files[self._where[name]].get_tensor, name) for name in spec.sources]
+
+    def report_unused(self, specs: list[ParamSpec]) -> None:
+        """Log the tensors that no parameter is made from: a sign of a config that does not fit."""
+        used = {name for spec in specs for name in spec.sources}
+        silent = ("lm_head.weight", "rotary_emb.inv_freq")
+        unused = sorted(name for name in self._where if name not in used and not name.endswith(silent))
+        if unused:
+            shown = ", ".join(unused[:5]) + (", …" if len(unused) > 5 else "")
+            logger.warning("%d tensors in %s are not used: %s", len(unused), self._folder, shown)
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index; empty when there is a single file instead."""
+    if not folder.is_dir():
+        raise ModelError(f"no model folder {str(folder)!r}")
+    if not (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            return {}
+        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".safetensors"}))
+        raise ModelError(
+            f"no weights in {folder}: looked for {SINGLE} and {INDEX}, found {found or 'no weight file'}; "
+            'convert other formats with save_pretrained, or use load_format="dummy"'
+        )
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / INDEX} is not an index with a weight_map: {error!r}") from None
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing, which {INDEX} names: the download is not complete")
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
