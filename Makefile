@@ -36,7 +36,7 @@ lint: $(VENV)/.stamp  ## Check format, style, types and the direction of imports
 	@$(RUN)ruff format --check --quiet .
 	@$(RUN)ruff check --quiet .
 	@$(RUN)mypy
-	@$(RUN)lint-imports --no-timings
+	@$(RUN)lint-imports --no-logo
 
 format: $(VENV)/.stamp  ## Rewrite the sources in the house style.
 	@$(RUN)ruff format .
@@ -89,7 +89,8 @@ define create_venv
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	echo "rootcellar needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
-echo "Setting up $(1) (about a minute, once) ..."; \
+if test -e $(1)/.stamp; then echo "Bringing $(1) up to date ..."; \
+else echo "Setting up $(1) (about a minute, once) ..."; fi; \
 $(PYTHON) -m venv $(1)
 endef
 

@@ -115,18 +115,18 @@ class Option:
         raise self._refusal(given, error)
 
     def _as_number(self, item: Any) -> int | float | None:
-        """The finite number of this option's kind, or None. An int too large for a float is not finite either."""
+        """The number in this option's kind, or None for one that is not finite or that 64 bits cannot hold."""
+        if self.kind is int:
+            number = int(item)
+            return number if abs(number) < 2**63 else None
         try:
-            number: int | float = int(item) if self.kind is int else float(item)
-        except OverflowError:
+            real = float(item)
+        except OverflowError:  # an int beyond the largest float
             return None
-        return number if self.kind is int or math.isfinite(number) else None
+        return real if math.isfinite(real) else None
 
     def _refusal(self, value: object, error: type[RootcellarError]) -> RootcellarError:
-        close = ""
-        if self.limits.choices and isinstance(value, str):
-            match = difflib.get_close_matches(value.lower(), self.limits.choices, n=1)
-            close = f" Did you mean {match[0]!r}?" if match else ""
+        close = _closest(value, self.limits.choices)
         return error(f"{self.name}={_shown(value)} is not allowed: it must be {self.allowed()}.{close}")
 
     def from_text(self, text: str) -> Any:
@@ -193,9 +193,7 @@ def check_names(cls: type, names: Iterable[object], noun: str, error: type[Rootc
     known = options_of(cls)
     for name in names:
         if name not in known:
-            match = difflib.get_close_matches(str(name).lower(), known, n=1)
-            close = f" Did you mean {match[0]!r}?" if match else ""
-            raise error(f"unknown {noun} {_shown(name)}.{close} The {noun}s are: {', '.join(known)}.")
+            raise error(f"unknown {noun} {_shown(name)}.{_closest(name, known)} The {noun}s are: {', '.join(known)}.")
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
@@ -251,6 +249,12 @@ def _metavar(declared: Option) -> str:
 
 def _default_text(declared: Option) -> str:
     return "default: none" if declared.default in (None, ()) else f"default: {declared.default}"
+
+
+def _closest(value: object, known: Iterable[str]) -> str:
+    """A question that names the known word nearest to `value`, with a space before it; empty when none is near."""
+    match = difflib.get_close_matches(value.lower(), known, n=1) if isinstance(value, str) else []
+    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def _shown(value: object) -> str:
