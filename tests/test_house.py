@@ -1,0 +1,141 @@
+"""The rules of the house: who may import whom, what importing costs, and how sources are kept."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rootcellar
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "rootcellar"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 500
+MAX_FUNCTION_LINES = 80
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_imports_fall():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-logo", "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _modules_loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    "statement", ["import rootcellar", "import rootcellar.cache", "import rootcellar.config", "import rootcellar.cli"]
+)
+def test_importing_the_values_and_the_cache_loads_nothing_heavy(statement):
+    heavy = {"jax", "jaxlib", "ml_dtypes", "scipy", "torch", "tokenizers", "safetensors", "rich", "matplotlib"}
+    assert not _modules_loaded_by(statement) & heavy
+
+
+def test_the_engine_is_loaded_when_its_name_is_used():
+    assert "jax" in _modules_loaded_by("import rootcellar; rootcellar.Engine")
+
+
+def test_every_public_name_is_there_and_others_are_not():
+    assert all(getattr(rootcellar, name) is not None for name in rootcellar.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Motor'"):
+        _ = rootcellar.Motor
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_files_and_functions_stay_short_enough_to_read(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_LINES, "split it along its nouns"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.body[0].lineno
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} is {length} lines long"
+
+
+def _undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    """The public functions and classes directly or deeper in `node` that have no docstring."""
+    for child in node.body:
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
+            continue
+        accessor = any(isinstance(d, ast.Attribute) and d.attr == "setter" for d in child.decorator_list)
+        if ast.get_docstring(child) is None and not accessor:
+            yield prefix + child.name
+        if isinstance(child, ast.ClassDef):
+            yield from _undocumented(child, f"{prefix}{child.name}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_every_public_name_has_a_docstring(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not list(_undocumented(tree, ""))
+    assert ast.get_docstring(tree) is not None or not tree.body
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_nothing_is_probed_for_by_name(path):
+    """What an object has is known from its type; probing hides a missing kind until it runs."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    probes = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "hasattr"]
+    assert not [probe.lineno for probe in probes]
+
+
+# --- the project file, the lock and the wheel -------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == rootcellar.__version__
+    assert f"## [{rootcellar.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["lock.txt", "reference.txt"])
+def test_the_lock_pins_everything_and_names_no_machine(name):
+    lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 and not line.startswith("-") and "+" not in line for line in pins)
+
+
+@pytest.mark.parametrize(
+    ("variables", "native"),
+    [({}, True), ({"ROOTCELLAR_NO_NATIVE": "1"}, False), ({"CXX": "/no/such/compiler"}, False)],
+    ids=["compiler", "switched off", "no compiler"],
+)
+def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, native):
+    """The package is complete either way; only the C++ part comes and goes."""
+    for tool in ("scikit_build_core", "cmake", "ninja"):
+        pytest.importorskip(tool, reason="the build's tools come with requirements/lock.txt")
+    if native and not _has_compiler():
+        pytest.skip("this machine has no C++ compiler")
+    clean = {k: v for k, v in os.environ.items() if k not in ("ROOTCELLAR_NO_NATIVE", "CXX")}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    command += [f"-Cbuild-dir={tmp_path / 'build'}", f"--wheel-dir={tmp_path}", str(ROOT)]
+    done = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("rootcellar-*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert ("rootcellar/ops/_native.so" in files) is native
+    assert {f"rootcellar/{_id(path)}" for path in SOURCES} <= files
+    assert not [name for name in files if name.endswith((".cc", ".inc"))]
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
