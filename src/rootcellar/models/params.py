@@ -112,20 +112,25 @@ def abstract_params(cfg: ModelConfig, dtype: Any) -> Params:
 def init_params(cfg: ModelConfig, seed: int, dtype: Any, std: float = 0.02) -> Params:
     """Random weights in ``dtype`` (``load_format="dummy"``, or the start of training): normal(0, std), norms one.
 
-    A parameter's values depend on ``seed`` and its path only, so two configs that share a path and shape share them.
+    Values depend on the seed, the layer and the parameter's name. One compiled function serves all layers.
     """
-    root = jax.random.key(seed)
 
-    def create(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
-        if spec.init == "ones":
-            return jnp.ones(spec.shape, dtype)
-        if spec.init == "zeros":
-            return jnp.zeros(spec.shape, dtype)
-        key = jax.random.fold_in(root, zlib.crc32(path_name(path).encode()))
-        return (jax.random.normal(key, spec.shape, jnp.float32) * std).astype(dtype)
+    def create(key: jax.Array, specs: Params) -> Params:
+        def draw(name: str, spec: ParamSpec) -> jax.Array:
+            if spec.init == "ones":
+                return jnp.ones(spec.shape, dtype)
+            if spec.init == "zeros":
+                return jnp.zeros(spec.shape, dtype)
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            return (jax.random.normal(own, spec.shape, jnp.float32) * std).astype(dtype)
 
-    result: Params = jax.tree_util.tree_map_with_path(create, declare(cfg))
-    return result
+        return {name: draw(name, spec) for name, spec in specs.items()}
+
+    top = declare(cfg)
+    layers = top.pop("layers")
+    keys = jax.random.split(jax.random.key(seed), 1 + len(layers))
+    create_layer = jax.jit(lambda key: create(key, layers[0]))
+    return {**jax.jit(lambda key: create(key, top))(keys[0]), "layers": [create_layer(key) for key in keys[1:]]}
 
 
 def check_params(cfg: ModelConfig, params: Params) -> None:

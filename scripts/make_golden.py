@@ -1,0 +1,117 @@
+"""Ask transformers (torch, CPU, float32) for the answers in tests/golden: greedy tokens and prompt log-probabilities.
+
+    python scripts/make_golden.py [NAME ...]        # needs torch and transformers (see `make test-reference`)
+
+Checkpoints come from tests/checkpoints.py, so only the answers are stored. A seed is refused when, anywhere in the
+greedy text, the two best tokens lie closer than GAP: equality of tokens must mean something, and must not depend on
+the last bit of a sum. The next seed is then tried.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from checkpoints import GOLDEN, make_checkpoint, make_config
+
+GAP = 1e-3  # in log-probability
+NEW_TOKENS = 64
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-4kv": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen2-1kv-d128": ("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 64}),
+    "qwen3-tied-1kv-d128": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama2": ("llama2", {"num_key_value_heads": 4}),
+    "llama2-bias-linear": (
+        "llama2",
+        {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "llama2-dynamic": (
+        "llama2",
+        {"max_position_embeddings": 128, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "llama3-d128": ("llama3", {"head_dim": 128, "num_key_value_heads": 2}),
+    "llama3-tied": ("llama3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2-yarn": (
+        "qwen2",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
+    "mistral": ("mistral", {}),
+}
+
+
+def main() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or CASES:
+        family, overrides = CASES[name]
+        for seed in range(20):
+            answer = ask(family, overrides, seed)
+            if answer is not None:
+                break
+        else:
+            raise SystemExit(f"{name}: no seed keeps the two best tokens apart")
+        answer = {"family": family, "seed": seed, "overrides": overrides, **answer}
+        (GOLDEN / f"{name}.json").write_text(json.dumps(answer, separators=(",", ":")) + "\n")
+        kinds = len({t for row in answer["tokens"] for t in row})
+        print(f"{name}: seed {seed}, {kinds} different tokens in the greedy text", flush=True)
+
+
+def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The answers for 16 prompts; None when the two best tokens came too close."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(family, folder, seed=seed, **overrides)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
+    tokens, logprobs = [], []
+    for prompt in prompts:
+        text, gap = greedy(model, prompt)
+        if gap < GAP:
+            return None
+        tokens.append(text)
+        logprobs.append([round(float(x), 6) for x in prompt_logprobs(model, prompt)])
+    return {"prompts": prompts, "tokens": tokens, "logprobs": logprobs}
+
+
+def make_prompts(vocab_size: int, seed: int) -> list[list[int]]:
+    """16 prompts of 1 to 100 random tokens; half of them begin alike."""
+    random = np.random.default_rng([seed, 16])
+    lengths = [1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 100]
+    prompts = [random.integers(0, vocab_size, length).tolist() for length in lengths]
+    shared = prompts[-1]
+    return [shared[: len(p) // 2] + p[len(p) // 2 :] if i % 2 else p for i, p in enumerate(prompts)]
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int]) -> tuple[list[int], float]:
+    """64 greedy tokens through transformers' own cache, and the least gap between the two best on the way."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    best = torch.log_softmax(torch.cat(out.logits).float(), -1).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+@torch.no_grad()
+def prompt_logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
+    """Log-probability of each prompt token but the first, given those before it."""
+    scores = torch.log_softmax(model(torch.tensor([prompt])).logits[0].float(), -1)
+    return scores[:-1].gather(1, torch.tensor(prompt[1:]).long()[:, None])[:, 0]
+
+
+if __name__ == "__main__":
+    main()

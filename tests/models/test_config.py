@@ -1,0 +1,106 @@
+"""Reading config.json: spellings, defaults, and refusals that say what is known."""
+
+import dataclasses
+import json
+
+import pytest
+
+from checkpoints import FAMILIES, LLAMA3_ROPE, make_config
+from rootcellar.errors import ModelError
+from rootcellar.models.config import load_config, read_config
+from rootcellar.models.rope import RopeConfig
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_transformers_mean_the_same(family):
+    old = make_config(family, torch_dtype="bfloat16")
+    new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new["dtype"] = "bfloat16"
+    new["rope_parameters"] = {"rope_theta": old["rope_theta"], "rope_type": "default", **old.get("rope_scaling", {})}
+    assert read_config(new) == read_config(old)
+    assert read_config(old).dtype == "bfloat16"
+
+
+def test_llama3_rope_is_read():
+    rope = read_config(make_config("llama3")).rope
+    assert rope == RopeConfig(500000.0, "llama3", 8.0, 64, 1.0, 4.0)
+
+
+def test_absent_fields_take_the_architecture_defaults():
+    raw = make_config("llama2")
+    for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_theta", "torch_dtype"):
+        del raw[name]
+    cfg = read_config(raw)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.tie_word_embeddings, cfg.rope.theta) == (64, 4, False, 10000.0)
+    raw = make_config("qwen3")
+    del raw["head_dim"]
+    assert read_config(raw).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [(5, {}, (5,)), ([5, 6], {}, (5, 6)), (None, {}, ()), (5, {"eos_token_id": [7, 8]}, (7, 8)), (0, None, (0,))],
+)
+def test_end_of_text_ids(tmp_path, config, generation, expected):
+    (tmp_path / "config.json").write_text(json.dumps(make_config("qwen2", eos_token_id=config)))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_config(tmp_path).eos_token_ids == expected
+
+
+def test_switches_of_the_families():
+    def switched(family, **overrides):
+        cfg = read_config(make_config(family, **overrides))
+        return [n for n in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm") if dataclasses.asdict(cfg)[n]]
+
+    assert switched("qwen2") == ["qkv_bias"]
+    assert switched("qwen3") == ["qk_norm"]
+    assert switched("llama2") == []
+    assert switched("llama2", attention_bias=True, mlp_bias=True) == ["qkv_bias", "o_bias", "mlp_bias"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture.*GPT2LMHeadModel.*known: LlamaForCausalLM"),
+        ({"architectures": None}, "none given.*known: "),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"vocab_size": 0}, "vocab_size must be .* at least 1"),
+        ({"num_layers": 3, "num_hidden_layers": "2"}, "num_layers must be"),
+        ({"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported; known: default, li"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear' needs the field 'factor'"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "llama3.*low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_refusals_say_what_is_wrong(overrides, message):
+    with pytest.raises(ModelError, match=message):
+        read_config(make_config("qwen2", **overrides))
+
+
+def test_a_sliding_window_counts_only_where_it_is_on():
+    read_config(make_config("qwen2", use_sliding_window=False, sliding_window=64))
+    read_config(make_config("qwen2", sliding_window=64))
+    with pytest.raises(ModelError, match="sliding_window=64"):
+        read_config(make_config("mistral", sliding_window=64))
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ModelError, match=r"no model folder .*nowhere"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"has no config[.]json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="not an object"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(make_config("qwen2", vocab_size=None)))
+    with pytest.raises(ModelError, match=r"config\.json: the field 'vocab_size'"):
+        load_config(tmp_path)
