@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,26 +24,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rootcellar import ops
 from rootcellar.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 Attention = Callable[[Array, Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
 
-_LIBRARY = Path(__file__).with_name("_native.so")
+_LIBRARY = "_native.so"
 _TARGET = "rootcellar_paged_attention"
 # Positions that the xla backend gathers at a time: enough work per loop step, little enough to stay in the cache.
 _BLOCK_TOKENS = 256
 _MASKED = -1e30
+_NOT_BUILT = "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
 
 
 @functools.cache
 def _native_library() -> ctypes.CDLL | None:
-    """The shared library with the CPU kernel, registered with XLA; None where it was not built."""
-    if not _LIBRARY.exists():
-        log.info("no native attention kernel (%s was not built): attention runs through XLA", _LIBRARY.name)
+    """The shared library with the CPU kernel, registered with XLA; None where it was not built or is not wanted."""
+    if os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
         return None
-    library = ctypes.CDLL(str(_LIBRARY))
+    # An editable install keeps what was compiled apart from the sources; the package's path knows both places.
+    found = [file for folder in ops.__path__ if (file := Path(folder) / _LIBRARY).exists()]
+    if not found:
+        log.info("no native attention kernel (%s was not built): attention runs through XLA", _LIBRARY)
+        return None
+    library = ctypes.CDLL(str(found[0]))
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.RootcellarPagedAttention), platform="cpu")
     return library
 
@@ -69,7 +76,7 @@ def choose_backend(wanted: str, head_dim: int, dtype: jnp.dtype, platform: str) 
     else:
         library = _native_library()
         if library is None:
-            why = "the package was built without a C++ compiler"
+            why = _NOT_BUILT
         elif not library.rootcellar_has_kernel(head_dim):
             why = f"it has no kernel for head_dim {head_dim}"
     if why is None:
@@ -87,6 +94,8 @@ def paged_attention(backend: str) -> Attention:
     positions), ``rows [tiles]`` (the table row of each tile), ``positions [T]`` (-1 for padding); ``T`` is a multiple
     of ``tiles``. It returns ``(out [T, heads, head_dim] float32, pool)``; rows of padding hold nothing of meaning.
     """
+    if backend == "native" and _native_library() is None:
+        raise ConfigError(f"attention_backend='native' cannot be used: {_NOT_BUILT}.")
     return {"xla": _attend_xla, "native": _attend_native}[backend]
 
 

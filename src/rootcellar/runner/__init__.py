@@ -1,0 +1,8 @@
+"""Compute: one compiled step over a packed batch, and the sampler."""
+
+from rootcellar.runner.batch import Batch, Part, Shapes
+from rootcellar.runner.compiles import CompileCounter
+from rootcellar.runner.runner import Runner
+from rootcellar.runner.sampler import SamplingBatch
+
+__all__ = ["Batch", "CompileCounter", "Part", "Runner", "SamplingBatch", "Shapes"]

@@ -1,0 +1,6 @@
+"""Decide: which tokens of which requests the next step computes."""
+
+from rootcellar.scheduler.request import Finish, Request, Stage
+from rootcellar.scheduler.scheduler import POLICIES, Chunk, Plan, Scheduler
+
+__all__ = ["POLICIES", "Chunk", "Finish", "Plan", "Request", "Scheduler", "Stage"]

@@ -1,0 +1,145 @@
+"""Put an engine together from its settings: model, tokenizer, cache, pools, runner, scheduler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar import demo
+from rootcellar.cache import RadixCache, Tier, full
+from rootcellar.config import EngineConfig
+from rootcellar.engine.tokenizer import Tokenizer
+from rootcellar.errors import ConfigError
+from rootcellar.models.config import ModelConfig, load_config
+from rootcellar.models.loader import load_params
+from rootcellar.models.params import Params, check_params, init_params
+from rootcellar.ops.attention import choose_backend
+from rootcellar.pools import PagedKV, Pool
+from rootcellar.runner import CompileCounter, Runner, Shapes
+from rootcellar.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+# With max_running_requests unset: one request for so many tokens of the cache, within these bounds.
+_TOKENS_PER_REQUEST = 128
+_MOST_REQUESTS = 64
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of.
+
+    ``context_length``: longest request in tokens; ``total_tokens``: what the KV cache holds; ``backend``: the attention
+    backend that runs.
+    """
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    scheduler: Scheduler
+    runner: Runner
+    compiles: CompileCounter
+    context_length: int
+    total_tokens: int
+    max_running_requests: int
+    backend: str
+
+
+def build(config: EngineConfig, params: Params | None = None) -> Parts:
+    """Load the model and allocate the KV cache.
+
+    Raises:
+        ConfigError: a setting does not fit the model or the machine.
+        ModelError: the model's folder, config, tokenizer or tensors are missing or not understood.
+    """
+    compiles = CompileCounter()
+    _keep_compiled(config.compilation_cache_dir)
+    folder = demo.path() if config.model_path == "demo" else Path(config.model_path)
+    model = load_config(folder)
+    tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
+    platform = jax.default_backend()
+    dtype = _dtype(config.dtype, model.dtype, platform)
+    params = _params(config, folder, model, dtype, params)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    backend = choose_backend(config.attention_backend, model.head_dim, kv_dtype, platform)
+
+    page_size = config.page_size
+    total = config.max_total_tokens // page_size * page_size
+    context = _context_length(config.context_length, model)
+    running = config.max_running_requests or max(1, min(_MOST_REQUESTS, total // _TOKENS_PER_REQUEST))
+    width = -(-context // page_size)
+    kinds = (full("full", tuple(range(model.num_layers))),)
+    cache = RadixCache(
+        kinds,
+        page_size=page_size,
+        capacity={("full", Tier.DEVICE): total},
+        max_leases=running,
+        max_length=width * page_size,
+        policy=config.radix_eviction_policy,
+        reuse=not config.disable_radix_cache,
+    )
+    layout = PagedKV(model.num_kv_heads, model.head_dim, kv_dtype)
+    pools = {kind.name: Pool(layout, len(kind.layers), total, page_size) for kind in kinds}
+    shapes = Shapes.of(config.chunked_prefill_size, running)
+    runner = Runner(model, params, kinds, pools, backend=backend, shapes=shapes, table_width=width)
+    scheduler = Scheduler(
+        cache,
+        chunked_prefill_size=config.chunked_prefill_size,
+        max_running_requests=running,
+        schedule_policy=config.schedule_policy,
+        reuse=not config.disable_radix_cache,
+        tiles_of=shapes.tiles_of,
+        max_tiles=shapes.prefill_tiles,
+    )
+    return Parts(model, tokenizer, scheduler, runner, compiles, context, total, running, backend)
+
+
+def _params(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype, given: Params | None) -> Params:
+    if given is not None:
+        check_params(model, given)
+        return given
+    if config.load_format == "dummy":
+        return init_params(model, config.random_seed, dtype)
+    return load_params(folder, model, dtype)
+
+
+def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
+    if wanted != "auto":
+        return jnp.dtype(wanted)
+    if platform == "cpu":
+        if saved != "float32":
+            log.info("dtype=auto: computing in float32, because CPUs are several times slower in %s", saved)
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(saved)
+
+
+def _context_length(wanted: int | None, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if wanted is None:
+        return limit
+    if wanted > limit:
+        raise ConfigError(
+            f"context_length={wanted} is more than the model was made for: at most {limit} "
+            "(max_position_embeddings in its config.json)"
+        )
+    return wanted
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Let JAX keep compiled programs on disk, unless the program that uses us has decided already."""
+    if folder == "off" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(base) / "rootcellar" / "compiled")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

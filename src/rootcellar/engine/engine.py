@@ -1,0 +1,377 @@
+"""The public engine: text or token ids in, text and token ids out.
+
+Names of arguments and of what comes back are those of SGLang's offline engine, so that its users are at home.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import queue
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from rootcellar.cache import CacheStats, RadixCache
+from rootcellar.config import EngineConfig
+from rootcellar.engine.build import Parts, build
+from rootcellar.engine.loop import Loop
+from rootcellar.engine.output import LogprobOptions, Tracker, Update
+from rootcellar.engine.requests import Inputs, read_inputs
+from rootcellar.errors import EngineError, RequestError
+from rootcellar.models.params import Params
+from rootcellar.scheduler import Request
+
+log = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+
+class Engine:
+    """An LLM with its KV cache, on a thread of its own; use it as a context manager.
+
+        with rootcellar.Engine(model_path="demo") as engine:
+            engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self, *, params: Params | None = None, **options: Any) -> None:
+        """Load the model and allocate the KV cache.
+
+        Args:
+            params: weights to use instead of reading them from ``model_path`` (whose ``config.json`` is still read): a
+                pytree as ``rootcellar.models.declare`` describes; used as it is, without a copy.
+            **options: the settings of :class:`rootcellar.config.EngineConfig` (see ``docs/configuration.md``).
+
+        Raises:
+            ConfigError: a setting is unknown or wrong.
+            ModelError: the model's folder, config, tokenizer or tensors are missing or not understood.
+        """
+        self.config = EngineConfig.from_kwargs(**options)
+        logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
+        self._parts: Parts = build(self.config, params)
+        self._loop = Loop(self._parts.scheduler, self._parts.runner)
+        self._numbers = itertools.count()
+        log.info(
+            "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
+            self._parts.model.architecture,
+            self._parts.backend,
+            self._parts.total_tokens,
+            self.config.page_size,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 to one less than this."""
+        return self._parts.model.vocab_size
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens that a prompt may have, with one token of answer."""
+        return min(self._parts.context_length, self._parts.total_tokens) - 1
+
+    @property
+    def attention_backend(self) -> str:
+        """The attention backend that runs: ``"native"`` or ``"xla"``."""
+        return self._parts.backend
+
+    @property
+    def _cache(self) -> RadixCache:
+        return self._parts.scheduler.cache
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stream: bool = False,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+        rid: str | Sequence[str] | None = None,
+        priority: int = 0,
+        extra_key: str = "",
+    ) -> Result | list[Result] | Iterator[Result]:
+        """Continue one prompt or several.
+
+        Args:
+            prompt: a text or a list of texts; or give ``input_ids``, token ids or a list of them.
+            sampling_params: keys of :class:`rootcellar.sampling_params.SamplingParams`; one dict for all prompts or a
+                list with one for each. Without ``max_new_tokens``, at most 128 and at most what fits the context.
+            input_ids: token ids instead of ``prompt``.
+            stream: give an iterator of results that grow; the last has a ``finish_reason``. Leaving it early aborts.
+            return_logprob: report the logprob of each generated token (``output_token_logprobs``), under the model's
+                own distribution before penalties and temperature.
+            logprob_start_len: with ``return_logprob``, report prompt tokens from this index on as well
+                (``input_token_logprobs``; that part of the prompt is computed again even where it is cached); -1: none.
+            top_logprobs_num: also report this many of the likeliest tokens at each place.
+            rid: a name for the request (one for each prompt), for :meth:`abort_request`.
+            priority: higher goes first.
+            extra_key: requests with different keys share no cache (a tenant, an adapter).
+
+        Returns:
+            For one prompt and ``n=1`` a dict, else a list in the order of the prompts (and within a prompt its ``n``
+            answers): ``{"text", "output_ids", "meta_info": {"id", "prompt_tokens", "completion_tokens",
+            "cached_tokens", "finish_reason", "e2e_latency", "queue_time", "first_token_latency", "retractions",
+            "stages", ...}}``. Latencies are seconds. ``finish_reason["type"]`` is ``"stop"``, ``"length"`` or
+            ``"abort"``; an aborted or timed-out request has what it had, and a ``message``. With ``stream``, an
+            iterator of such dicts, with an ``"index"`` when there are several.
+
+        Raises:
+            RequestError: a prompt or parameter is wrong; nothing was started.
+            RequestTooLarge: a request can never fit; the message says which setting would let it.
+            EngineError: the engine was shut down.
+        """
+        inputs = read_inputs(
+            self._parts,
+            prompt,
+            input_ids,
+            sampling_params,
+            rid=rid,
+            logprobs=_logprob_options(return_logprob, logprob_start_len, top_logprobs_num),
+            priority=priority,
+            extra_key=extra_key,
+        )
+        updates: queue.SimpleQueue[tuple[int, Update, bool]] = queue.SimpleQueue()
+        trackers = self._trackers(inputs, stream, lambda i: lambda update, last: updates.put((i, update, last)))
+        self._loop.submit(trackers)
+        results = self._receive(updates, trackers, indexed=inputs.several)
+        if stream:
+            return results
+        final = [r for r in results if r["meta_info"]["finish_reason"] is not None]
+        return _in_order(final, several=inputs.several)
+
+    def _receive(
+        self, updates: queue.SimpleQueue[tuple[int, Update, bool]], trackers: list[Tracker], *, indexed: bool
+    ) -> Iterator[Result]:
+        left = len(trackers)
+        try:
+            while left:
+                index, update, last = updates.get()
+                left -= last
+                yield {**update, "index": index} if indexed else update
+        finally:
+            if left:
+                self._abort_all(trackers)
+
+    def _abort_all(self, trackers: list[Tracker]) -> None:
+        try:
+            for tracker in trackers:
+                self._loop.abort(tracker.request.rid, "the caller went away")
+        except EngineError:
+            pass  # shut down meanwhile: aborted already
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> Result | list[Result] | AsyncIterator[Result]:
+        """:meth:`generate` for asyncio: the same arguments, errors and results; an async iterator with ``stream``.
+
+        Cancelling the task, or leaving the iterator early, aborts the requests.
+        """
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[tuple[int, Update, bool]] = asyncio.Queue()
+
+        def deliver_to(i: int) -> Callable[[Update, bool], None]:
+            return lambda update, last: _post(loop, updates, (i, update, last))
+
+        options["logprobs"] = _logprob_options(
+            options.pop("return_logprob", False),
+            options.pop("logprob_start_len", -1),
+            options.pop("top_logprobs_num", 0),
+        )
+        inputs = await asyncio.to_thread(
+            read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
+        )
+        trackers = self._trackers(inputs, stream, deliver_to)
+        await asyncio.to_thread(self._loop.submit, trackers)
+
+        async def receive() -> AsyncIterator[Result]:
+            left = len(trackers)
+            try:
+                while left:
+                    index, update, last = await updates.get()
+                    left -= last
+                    yield {**update, "index": index} if inputs.several else update
+            finally:
+                if left:
+                    await asyncio.shield(asyncio.to_thread(self._abort_all, trackers))
+
+        if stream:
+            return receive()
+        final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
+        return _in_order(final, several=inputs.several)
+
+    def _trackers(
+        self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Callable[[Update, bool], None]]
+    ) -> list[Tracker]:
+        timeout = self.config.request_timeout
+        deadline = None if timeout is None else time.perf_counter() + timeout
+        limit = self.config.max_queued_requests
+        queued = len(self._parts.scheduler.waiting)
+        if limit is not None and queued + len(inputs.items) > limit + self._parts.max_running_requests:
+            raise EngineError(
+                f"too many requests: {queued} wait and max_queued_requests is {limit}; try again later or raise it"
+            )
+        trackers = []
+        for i, item in enumerate(inputs.items):
+            request = Request.new(
+                item.rid or uuid.uuid4().hex,
+                item.ids,
+                item.sampling,
+                stop_ids=item.stop_ids,
+                namespace=item.namespace,
+                priority=item.priority,
+                score_from=None if item.logprobs is None or item.logprobs.start is None
+                else max(item.logprobs.start - 1, 0),
+            )  # fmt: skip
+            seed = item.seed if item.seed is not None else self._draw_seed()
+            trackers.append(
+                Tracker(
+                    request,
+                    deliver_to(i),
+                    tokenizer=self._parts.tokenizer,
+                    stream=stream,
+                    logprobs=item.logprobs,
+                    deadline=deadline,
+                    seed=seed,
+                )
+            )
+        return trackers
+
+    def _draw_seed(self) -> int:
+        """A seed for a request that brought none: a function of random_seed and of how many came before."""
+        return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of a conversation by the model's chat template, ready for :meth:`generate`.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}, ...]``.
+            **options: as for the template: ``add_generation_prompt=True``, ``tools=None`` and its own variables.
+        """
+        if self._parts.tokenizer is None:
+            raise RequestError("a chat needs the tokenizer: leave skip_tokenizer_init at False")
+        return self._parts.tokenizer.apply_chat_template(messages, **options)
+
+    # -- control --------------------------------------------------------------------------------------------------
+
+    def abort_request(self, rid: str) -> bool:
+        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such."""
+        return self._loop.abort(rid, "aborted by abort_request")
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix.
+
+        Raises:
+            EngineError: requests wait or run; the message says how many.
+        """
+
+        def flush() -> None:
+            scheduler = self._parts.scheduler
+            if not scheduler.idle:
+                raise EngineError(
+                    f"flush_cache refused: {len(scheduler.running)} requests run and {len(scheduler.waiting)} wait; "
+                    "let them end or abort them first"
+                )
+            scheduler.cache.flush()
+
+        self._loop.call(flush)
+
+    def check(self) -> None:
+        """Prove the cache's invariants between two steps; raises ``CacheBroken`` with the evidence."""
+        self._loop.call(self._cache.check)
+
+    def warm_up(self) -> int:
+        """Compile every shape that a step may have, so that later requests compile nothing. Returns compilations."""
+        return self._loop.call(self._warm_up)
+
+    def _warm_up(self) -> int:
+        before = self._parts.compiles.count
+        self._parts.runner.warm_up()
+        return self._parts.compiles.count - before
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine holds and did, as plain values; tokens where no other unit is named.
+
+        ``{"running", "waiting", "retractions", "steps", "generated_tokens", "prefill_tokens", "compilations",
+        "kv_cache_bytes", "requests", "input_tokens", "hit_tokens", "hit_rate", "cache": {kind: {tier: {"size", "free",
+        "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
+        """
+
+        def read() -> dict[str, Any]:
+            loop, scheduler = self._loop, self._parts.scheduler
+            return {
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.waiting),
+                "retractions": scheduler.retractions,
+                "steps": loop.steps,
+                "generated_tokens": loop.generated,
+                "prefill_tokens": loop.prompted,
+                "compilations": self._parts.compiles.count,
+                "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
+                **_cache_fields(self._cache.stats()),
+            }
+
+        return self._loop.call(read)
+
+    def shutdown(self) -> None:
+        """Abort what is left, stop the thread and give the KV cache's memory back. Safe to call twice."""
+        self._loop.stop()
+        for pool in self._parts.runner.pools.values():
+            pool.free()
+
+
+def _cache_fields(stats: CacheStats) -> dict[str, Any]:
+    cache: dict[str, dict[str, Any]] = {}
+    for (kind, tier), shelf in stats.shelves.items():
+        cache.setdefault(kind, {})[tier.name] = dataclasses.asdict(shelf)
+    return {
+        "requests": stats.requests,
+        "input_tokens": stats.input_tokens,
+        "hit_tokens": stats.hit_tokens,
+        "hit_rate": stats.hit_rate,
+        "cache": cache,
+    }
+
+
+def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:
+    if not isinstance(start, int) or start < -1:
+        raise RequestError(f"logprob_start_len must be -1 (none) or an index into the prompt, not {start!r}")
+    if not isinstance(top, int) or not 0 <= top <= 1024:
+        raise RequestError(f"top_logprobs_num must be from 0 to 1024, not {top!r}")
+    return LogprobOptions(None if start < 0 else start, top) if wanted else None
+
+
+def _post(loop: asyncio.AbstractEventLoop, updates: asyncio.Queue[Any], item: object) -> None:
+    try:
+        loop.call_soon_threadsafe(updates.put_nowait, item)
+    except RuntimeError:
+        log.debug("an event loop closed before its request ended")
+
+
+def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:
+    if not several:
+        return final[0]
+    ordered = sorted(final, key=lambda r: r["index"])
+    return [{k: v for k, v in r.items() if k != "index"} for r in ordered]
+

@@ -1,0 +1,272 @@
+"""The engine's thread: schedule, run, deliver, for as long as there is work.
+
+One thread owns the scheduler, the cache and the pools. Others hand it functions to call between two steps; so nothing
+here needs a lock, and a command sees the engine at rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+from jax import Array
+
+from rootcellar.engine.output import Tracker
+from rootcellar.errors import EngineError
+from rootcellar.runner import Batch, Part, Runner
+from rootcellar.runner.sampler import Sampled
+from rootcellar.scheduler import Finish, Plan, Request, Scheduler
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Loop:
+    """Runs steps on a thread of its own.
+
+    Attributes:
+        trackers: the requests that have not ended, by rid.
+        steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.trackers: dict[str, Tracker] = {}
+        self.steps = self.generated = self.prompted = 0
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
+        self._thread.start()
+
+    # -- from other threads ---------------------------------------------------------------------------------------
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the engine's thread between two steps, and give its result or raise its error."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._send(run)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():  # the function itself raised TimeoutError
+                    raise
+                if self._stopped.is_set() and not self._thread.is_alive():
+                    raise EngineError("the engine was shut down") from None
+
+    def _send(self, function: Callable[[], None]) -> None:
+        if self._stopped.is_set():
+            raise EngineError("the engine was shut down; make a new Engine")
+        self._inbox.put(function)
+
+    def submit(self, trackers: list[Tracker]) -> None:
+        """Add requests, all of them in one step or none."""
+        self.call(lambda: self._submit(trackers))
+
+    def abort(self, rid: str, message: str) -> bool:
+        """End the request ``rid``; False when there is none."""
+        return self.call(lambda: self._abort(rid, message))
+
+    def stop(self) -> None:
+        """Abort what is left and end the thread."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- on the engine's thread -----------------------------------------------------------------------------------
+
+    def _submit(self, trackers: list[Tracker]) -> None:
+        if self._stopped.is_set():
+            raise EngineError("the engine was shut down; make a new Engine")
+        rids = [t.request.rid for t in trackers]
+        taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
+        if taken:
+            raise EngineError(f"request id {taken[0]!r} is in use; give another rid, or none")
+        for tracker in trackers:
+            self.trackers[tracker.request.rid] = tracker
+            self.scheduler.add(tracker.request)
+
+    def _abort(self, rid: str, message: str) -> bool:
+        tracker = self.trackers.get(rid)
+        if tracker is None:
+            return False
+        self._end(tracker.request, Finish("abort", message=message))
+        return True
+
+    def _end(self, request: Request, finish: Finish) -> None:
+        self.scheduler.finish(request, finish)
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        tracker = self.trackers.pop(request.rid)
+        tracker.note_stage()
+        try:
+            tracker.close()
+        except Exception:  # a consumer that went away must not stop the others
+            log.exception("could not deliver the end of request %s", request.rid)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._drain(wait=self.scheduler.idle)
+                if not self._stopped.is_set() and not self.scheduler.idle:
+                    self._expire()
+                    self._step()
+            except Exception as error:
+                log.exception("a step failed; its requests end with an error")
+                self._recover(error)
+        for request in [t.request for t in self.trackers.values()]:
+            self._end(request, Finish("abort", message="the engine was shut down"))
+        self._drain(wait=False)
+
+    def _drain(self, *, wait: bool) -> None:
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            if command is None:
+                return
+            command()
+            wait = False
+
+    def _expire(self) -> None:
+        now = time.perf_counter()
+        late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
+        for tracker in late:
+            self._end(tracker.request, Finish("abort", message="timed out: it took longer than request_timeout"))
+
+    def _step(self) -> None:
+        plan = self.scheduler.plan()
+        for request in self.scheduler.failed:
+            self._close(request)
+        self.scheduler.failed.clear()
+        if plan is None:
+            self._unblock()
+            return
+        for chunk in plan.chunks:
+            self.trackers[chunk.request.rid].note_stage()
+        tokens = self._compute(plan)
+        self.steps += 1
+        for request in self.scheduler.advance(plan, tokens):
+            self._deliver(request)
+
+    def _unblock(self) -> None:
+        """Nothing can be computed although something waits: end the first with the reason rather than hang."""
+        if not self.scheduler.idle and not self.scheduler.running:
+            request = self.scheduler.waiting[0]
+            available = self.scheduler.cache.available_tokens()
+            self._end(request, Finish("abort", message=f"cannot start: {available} tokens of KV cache are available"))
+
+    def _compute(self, plan: Plan) -> np.ndarray:
+        """Run the step; the chosen token for each chunk (0 where a chunk gives none)."""
+        cache, runner = self.scheduler.cache, self.runner
+        parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
+        tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
+        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
+        scores, hidden = runner.step(batch)
+        self._score_prompts(plan, batch, hidden)
+        if not plan.decode:
+            self.prompted += sum(c.stop - c.start for c in plan.chunks)
+        if not any(c.ends for c in plan.chunks):
+            return np.zeros(len(plan.chunks), np.int32)
+        rows = [
+            Sampled(
+                c.request.sampling,
+                self.trackers[c.request.rid].seed,
+                c.stop,
+                c.request.banned,
+                c.request.ids[: c.request.prompt_length],
+                c.request.output,
+            )
+            for c in plan.chunks
+        ]
+        tokens, logprobs = runner.sample(scores, rows)
+        self._keep_logprobs(plan, scores, logprobs)
+        return tokens[: len(plan.chunks)]
+
+    def _keep_logprobs(self, plan: Plan, scores: Array, logprobs: np.ndarray) -> None:
+        wanted = [
+            (i, kept)
+            for i, c in enumerate(plan.chunks)
+            if c.ends
+            and c.request.sampling.max_new_tokens
+            and (kept := self.trackers[c.request.rid].logprobs) is not None
+        ]
+        k = max((kept.options.top for _, kept in wanted), default=0)
+        values, ids = self.runner.top_logprobs(scores, k) if k else (None, None)
+        for i, kept in wanted:
+            kept.output.append(float(logprobs[i]))
+            if values is not None and ids is not None:
+                n = kept.options.top
+                kept.output_top.append(list(zip(values[i, :n].tolist(), ids[i, :n].tolist(), strict=True)))
+
+    def _score_prompts(self, plan: Plan, batch: Batch, hidden: Array) -> None:
+        """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was."""
+        if all(c.request.score_from is None for c in plan.chunks):
+            return
+        targets = np.zeros(len(batch.tokens), np.int32)
+        starts = batch.starts()
+        spans = []
+        for chunk, at in zip(plan.chunks, starts, strict=False):
+            request = chunk.request
+            kept = self.trackers[request.rid].logprobs
+            if request.score_from is None or kept is None or kept.options.start is None:
+                continue
+            stop = min(chunk.stop, request.prompt_length - 1)
+            n = max(0, stop - chunk.start)
+            targets[at : at + n] = request.ids[chunk.start + 1 : chunk.start + 1 + n]
+            spans.append((chunk.start, n, at, kept))
+        k = max((kept.options.top for *_, kept in spans), default=0)
+        chosen, values, ids = self.runner.score(hidden, targets, k)
+        for start, n, at, kept in spans:
+            kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
+            top = kept.options.top
+            for j in range(n if top else 0):
+                pairs = zip(values[at + j, :top].tolist(), ids[at + j, :top].tolist(), strict=True)
+                kept.prompt_top[start + 1 + j] = list(pairs)
+
+    def _deliver(self, request: Request) -> None:
+        """Follow a request's newest token: to its caller, or to its end."""
+        tracker = self.trackers[request.rid]
+        if request.generated:
+            self.generated += 1
+            found = tracker.take_token()
+            if found is not None and request.finish is None:
+                self._end(request, found)
+                return
+        if request.finish is not None:
+            self._close(request)
+        else:
+            tracker.publish()
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
+        message = f"the step failed: {type(error).__name__}: {error}"
+        for request in [t.request for t in self.trackers.values()]:
+            self._end(request, Finish("abort", message=message))
+        # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
+        self.scheduler.cache.flush()
+        for pool in self.runner.pools.values():
+            pool.free()
+            pool.allocate()
+
+
+def _row(request: Request) -> int:
+    assert request.lease is not None
+    return request.lease.row

@@ -1,0 +1,210 @@
+"""What a request says while it is computed: its text, its logprobs, its times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.engine.tokenizer import Tokenizer
+from rootcellar.scheduler import Finish, Request, Stage
+
+Update = dict[str, Any]
+Deliver = Callable[[Update, bool], None]
+"""``deliver(update, last)``: called from the engine's thread; must not block."""
+
+TokenLogprob = tuple[float | None, int, str | None]
+"""(logprob, token id, text or None), as SGLang gives them."""
+
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """What to report beside the tokens: prompt logprobs from ``start`` on (None: none), and the ``top`` likeliest."""
+
+    start: int | None = None
+    top: int = 0
+
+
+@dataclass
+class Logprobs:
+    """Logprobs of one request, filled by position: computing a prompt again after a retraction changes nothing."""
+
+    options: LogprobOptions
+    prompt: NDArray[np.float32]
+    prompt_top: list[list[tuple[float, int]]]
+    output: list[float] = field(default_factory=list)
+    output_top: list[list[tuple[float, int]]] = field(default_factory=list)
+
+
+class Tracker:
+    """One request's output: follows its tokens, finds stop strings, delivers updates.
+
+    The text that a streaming caller sees never shrinks: what could be the beginning of a stop string is held back until
+    it is known to be none.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        deliver: Deliver,
+        *,
+        tokenizer: Tokenizer | None,
+        stream: bool,
+        logprobs: LogprobOptions | None,
+        deadline: float | None,
+        seed: int,
+    ) -> None:
+        self.request = request
+        self.seed = seed
+        self.deadline = deadline
+        self.logprobs: Logprobs | None = None
+        if logprobs is not None:
+            n = request.prompt_length
+            self.logprobs = Logprobs(logprobs, np.zeros(n, np.float32), [[] for _ in range(n)])
+        self._deliver = deliver
+        self._stream = stream
+        self._tokenizer = tokenizer
+        skip = request.sampling.skip_special_tokens
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip) if tokenizer else None
+        self._text = ""
+        self._hidden = 0
+        self._seen = 0
+        self._checked = 0
+        self._arrived = time.perf_counter()
+        self._first_token: float | None = None
+        self._started: float | None = None
+        self.stages: list[tuple[str, float]] = [(request.stage.value, self._arrived)]
+
+    def note_stage(self) -> None:
+        """Record the request's stage when it changed."""
+        stage = self.request.stage
+        if stage.value != self.stages[-1][0]:
+            now = time.perf_counter()
+            if self._started is None and stage is not Stage.FINISHED:
+                self._started = now
+            self.stages.append((stage.value, now))
+
+    def take_token(self) -> Finish | None:
+        """Follow the newest token; a Finish when the text now holds a stop string."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        if self._detokenizer is None:
+            return None
+        return self._read_text(final=False)
+
+    def _read_text(self, *, final: bool) -> Finish | None:
+        assert self._detokenizer is not None
+        request = self.request
+        output = request.output
+        finish = request.finish
+        if finish is not None and finish.type == "stop" and isinstance(finish.matched, int):
+            # The stop token is part of output_ids and, unless asked for, not of the text.
+            if not request.sampling.no_stop_trim:
+                output = output[:-1]
+        if len(output) > self._seen:
+            self._text += self._detokenizer.add(output[self._seen :].tolist())
+        self._seen = max(self._seen, len(output))
+        if final:
+            self._text += self._detokenizer.finish()
+        return self._find_stop()
+
+    def _find_stop(self) -> Finish | None:
+        stops = self.request.sampling.stop
+        if not stops or self.request.generated < self.request.sampling.min_new_tokens:
+            return None
+        start = max(0, self._checked - max(len(s) for s in stops))
+        found = [(at, s) for s in stops if (at := self._text.find(s, start)) >= 0]
+        self._checked = len(self._text)
+        if found:
+            at, stop = min(found)
+            self._text = self._text[: at + len(stop) if self.request.sampling.no_stop_trim else at]
+            self._hidden = 0
+            return Finish("stop", matched=stop)
+        self._hidden = max((_overlap(self._text, s) for s in stops), default=0)
+        return None
+
+    def publish(self) -> None:
+        """Deliver an update if the caller streams."""
+        if self._stream:
+            self._deliver(self._update(None), False)
+
+    def close(self) -> None:
+        """Deliver the final update."""
+        finish = self.request.finish
+        assert finish is not None
+        if self._detokenizer is not None and not (finish.type == "stop" and isinstance(finish.matched, str)):
+            found = self._read_text(final=True)
+            if found is not None and finish.type != "abort":
+                finish = found
+        self._hidden = 0
+        self._deliver(self._update(finish), True)
+
+    def _update(self, finish: Finish | None) -> Update:
+        request = self.request
+        now = time.perf_counter()
+        meta: dict[str, Any] = {
+            "id": request.rid,
+            "prompt_tokens": request.prompt_length,
+            "completion_tokens": request.generated,
+            "cached_tokens": request.cached or 0,
+            "finish_reason": _finish_reason(finish, request.generated),
+            "e2e_latency": now - self._arrived,
+            "queue_time": (self._started or now) - self._arrived,
+            "first_token_latency": None if self._first_token is None else self._first_token - self._arrived,
+            "retractions": request.retractions,
+            "stages": [(name, at - self._arrived) for name, at in self.stages],
+        }
+        if self.logprobs is not None:
+            meta |= self._logprob_fields(self.logprobs)
+        update: Update = {"output_ids": request.output.tolist(), "meta_info": meta}
+        if self._tokenizer is not None:
+            update["text"] = self._text[: len(self._text) - self._hidden]
+        return update
+
+    def _logprob_fields(self, kept: Logprobs) -> dict[str, Any]:
+        request = self.request
+        fields: dict[str, Any] = {
+            "output_token_logprobs": [
+                self._entry(value, int(token)) for value, token in zip(kept.output, request.output, strict=True)
+            ]
+        }
+        if kept.options.top:
+            fields["output_top_logprobs"] = [[self._entry(*pair) for pair in row] for row in kept.output_top]
+        if kept.options.start is not None:
+            span = range(kept.options.start, request.prompt_length)
+            # Nothing comes before the first token of a prompt, so it has no probability.
+            fields["input_token_logprobs"] = [
+                self._entry(float(kept.prompt[i]) if i else None, int(request.ids[i])) for i in span
+            ]
+            if kept.options.top:
+                fields["input_top_logprobs"] = [
+                    [self._entry(*pair) for pair in kept.prompt_top[i]] if i else None for i in span
+                ]
+        return fields
+
+    def _entry(self, value: float | None, token: int) -> TokenLogprob:
+        return value, token, self._tokenizer.decode([token]) if self._tokenizer else None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
+
+
+def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | None:
+    match finish:
+        case None:
+            return None
+        case Finish(type="length"):
+            return {"type": "length", "length": generated}
+        case Finish(type="stop"):
+            return {"type": "stop", "matched": finish.matched}
+        case _:
+            return {"type": "abort", "message": finish.message}

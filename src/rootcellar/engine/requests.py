@@ -1,0 +1,172 @@
+"""Read what a caller gave: every prompt and parameter is checked before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.engine.build import Parts
+from rootcellar.engine.output import LogprobOptions
+from rootcellar.errors import RequestError, RequestTooLarge
+from rootcellar.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sequence to generate: a prompt of ``n`` answers is ``n`` of them."""
+
+    ids: NDArray[np.int64]
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    seed: int | None
+    rid: str | None
+    logprobs: LogprobOptions | None
+    priority: int
+    namespace: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All sequences of one call; ``several``: the caller gets a list."""
+
+    items: list[Item]
+    several: bool
+
+
+def read_inputs(
+    parts: Parts,
+    prompt: str | Sequence[str] | None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    *,
+    rid: str | Sequence[str] | None = None,
+    logprobs: LogprobOptions | None = None,
+    priority: int = 0,
+    extra_key: str = "",
+) -> Inputs:
+    """The sequences of one ``generate`` call; arguments as there.
+
+    Raises:
+        RequestError: something is wrong; the message says which prompt, what was given and what would be right.
+        RequestTooLarge: a sequence can never fit; the message names the setting.
+    """
+    if (prompt is None) == (input_ids is None):
+        raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
+    if not isinstance(priority, int) or not isinstance(extra_key, str):
+        raise RequestError("priority must be an integer and extra_key a string")
+    one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
+    settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
+    rids = _spread(rid, len(prompts), "rid", str) if rid is not None else [None] * len(prompts)
+    if len(prompts) > 1 and isinstance(rid, str):
+        raise RequestError(f"rid must be a list with a name for each of the {len(prompts)} prompts")
+    items: list[Item] = []
+    for i, (ids, given, name) in enumerate(zip(prompts, settings, rids, strict=True)):
+        where = "" if one else f"prompt {i}: "
+        sampling = _fit(parts, ids, given, where)
+        if logprobs is not None and logprobs.start is not None and logprobs.start >= len(ids):
+            raise RequestError(f"{where}logprob_start_len={logprobs.start} is beyond the prompt of {len(ids)} tokens")
+        stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else frozenset(parts.model.eos_token_ids)
+        )
+        for j in range(sampling.n):
+            seed = None if sampling.seed is None else (sampling.seed + j) % 2**32
+            each = name if name is None or sampling.n == 1 else f"{name}-{j}"
+            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
+    return Inputs(items, several=not one or len(items) > 1)
+
+
+def _spread(value: Any, n: int, name: str, kind: type) -> list[Any]:
+    """One value for each of ``n`` prompts: the same for all, or a list of as many."""
+    if value is None or isinstance(value, kind):
+        return [value] * n
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == n:
+        return list(value)
+    raise RequestError(f"{name} must be one {kind.__name__.lower()} or a list of {n}, one for each prompt")
+
+
+def _read_prompts(parts: Parts, prompt: object) -> tuple[bool, list[NDArray[np.int64]]]:
+    if parts.tokenizer is None:
+        raise RequestError("a text prompt needs the tokenizer: give input_ids, or leave skip_tokenizer_init at False")
+    one = isinstance(prompt, str)
+    texts = [prompt] if one else prompt
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
+        raise RequestError("prompt must be a text or a list of at least one text")
+    bos = parts.tokenizer.special_tokens.get("bos_token")
+    result = []
+    for i, text in enumerate(texts):
+        if not text:
+            raise RequestError(f"prompt{'' if one else f' {i}'} is empty: give at least one character")
+        # A chat template writes the first special token itself; a second one would change the model's answer.
+        add = not (bos and text.startswith(bos))
+        try:
+            ids = parts.tokenizer.encode(text, add_special_tokens=add)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError(f"prompt{'' if one else f' {i}'} is no valid text: {error}") from None
+        result.append(_checked(parts, ids, "" if one else f"prompt {i}: "))
+    return one, result
+
+
+def _read_ids(parts: Parts, input_ids: object) -> tuple[bool, list[NDArray[np.int64]]]:
+    if isinstance(input_ids, np.ndarray):
+        input_ids = input_ids.tolist()
+    if not isinstance(input_ids, Sequence) or isinstance(input_ids, str):
+        raise RequestError(f"input_ids must be a list of token ids or a list of such lists, not {input_ids!r}")
+    one = not input_ids or isinstance(input_ids[0], Integral)
+    lists = [input_ids] if one else input_ids
+    return one, [_checked(parts, ids, "" if one else f"prompt {i}: ") for i, ids in enumerate(lists)]
+
+
+def _checked(parts: Parts, ids: object, where: str) -> NDArray[np.int64]:
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if not isinstance(ids, Sequence) or isinstance(ids, str):
+        raise RequestError(f"{where}input_ids must be a list of token ids, not {ids!r}")
+    if not ids:
+        raise RequestError(f"{where}the prompt is empty: give at least one token")
+    vocab = parts.model.vocab_size
+    for i, token in enumerate(ids):
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise RequestError(f"{where}token {i} is {token!r}, which is no integer")
+        if not 0 <= token < vocab:
+            raise RequestError(f"{where}token {i} is {token}, out of range: ids of this model are 0 to {vocab - 1}")
+    return np.asarray(ids, np.int64)
+
+
+def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, where: str) -> SamplingParams:
+    """The sampling parameters, with an answer that fits when its length was not asked for."""
+    sampling = SamplingParams.from_dict(given)
+    if sampling.stop and parts.tokenizer is None:
+        raise RequestError(f"{where}stop strings need the tokenizer: use stop_token_ids instead")
+    if any(t >= parts.model.vocab_size for t in sampling.stop_token_ids):
+        raise RequestError(f"{where}stop_token_ids: ids of this model are 0 to {parts.model.vocab_size - 1}")
+    n = len(ids)
+    if n >= parts.context_length:
+        raise RequestTooLarge(
+            f"{where}the prompt has {n} tokens, and the context of {parts.context_length} must also hold the answer: "
+            "shorten the prompt, or raise context_length as far as the model allows"
+        )
+    if n >= parts.total_tokens:
+        raise RequestTooLarge(
+            f"{where}the prompt has {n} tokens and the KV cache holds {parts.total_tokens}: raise max_total_tokens"
+        )
+    room = min(parts.context_length, parts.total_tokens) - n
+    if given is None or "max_new_tokens" not in given:
+        most = min(sampling.max_new_tokens, room)
+        return replace(sampling, max_new_tokens=most, min_new_tokens=min(sampling.min_new_tokens, most))
+    wanted = n + sampling.max_new_tokens
+    if wanted > parts.context_length:
+        raise RequestTooLarge(
+            f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}, more than the context "
+            f"of {parts.context_length}: lower max_new_tokens to {room} or raise context_length as far as the model allows"
+        )
+    if wanted > parts.total_tokens:
+        raise RequestTooLarge(
+            f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}, more than the KV cache "
+            f"holds: raise max_total_tokens (now {parts.total_tokens}) or lower max_new_tokens to {room}"
+        )
+    return sampling

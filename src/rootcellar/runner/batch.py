@@ -1,0 +1,109 @@
+"""A packed batch: rows of requests laid into one axis of tokens, at one of a few shapes.
+
+        tokens     [ r1 r1 r1 . | r1 r1 . . | r2 . . . | . . . . ]     T = tiles * tile
+        positions  [  8  9 10 11|12 13 -1 -1|40 -1 -1 -1|-1 ...  ]     -1: padding
+        rows       [     0      |     0     |     1     |    0   ]     row of `tables`
+
+A tile holds consecutive positions of one row. Decoding uses tiles of one token; prefill cuts each row's chunk into
+tiles of `Shapes.tile` tokens. The number of tiles is rounded up to a power of two, so that few steps are compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens [start, start + len(tokens)) of one request. ``row``: its row in the cache's page tables."""
+
+    row: int
+    start: int
+    tokens: NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes a step may have: (tiles, tile).
+
+    Attributes:
+        tile: tokens in a tile of prefill, a power of two.
+        prefill_tiles: most tiles of a prefill step.
+        decode_rows: most rows of a decode step.
+    """
+
+    tile: int
+    prefill_tiles: int
+    decode_rows: int
+
+    @classmethod
+    def of(cls, chunked_prefill_size: int, max_running_requests: int) -> Shapes:
+        """Shapes that hold ``chunked_prefill_size`` prompt tokens and ``max_running_requests`` decoding rows."""
+        tile = min(16, 1 << (chunked_prefill_size.bit_length() - 1))
+        return cls(tile, -(-chunked_prefill_size // tile), max_running_requests)
+
+    def tiles_of(self, tokens: int) -> int:
+        """Tiles that ``tokens`` tokens of one row take in a prefill step."""
+        return -(-tokens // self.tile)
+
+    def all(self) -> list[tuple[int, int]]:
+        """Every shape, for warming up: decode first."""
+        decode = [(n, 1) for n in _powers(self.decode_rows)]
+        prefill = [(n, self.tile) for n in _powers(self.prefill_tiles)]
+        return decode + [s for s in prefill if s not in decode]
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range((limit - 1).bit_length() + 1)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads, as numpy arrays: see the picture above.
+
+    Attributes:
+        tokens: int32 [T].
+        positions: int32 [T], -1 for padding.
+        rows: int32 [tiles].
+        tables: for each kind int32 [tiles, W]: row i is part i's page table, zeros after the last part.
+        last: int32 [tiles]: index in T of each part's last token, 0 after the last part.
+    """
+
+    tokens: Ints
+    positions: Ints
+    rows: Ints
+    tables: dict[str, Ints]
+    last: Ints
+
+    @classmethod
+    def build(cls, parts: Sequence[Part], tables: Mapping[str, Ints], tile: int) -> Batch:
+        """Lay out ``parts``. ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile."""
+        counts = [-(-len(p.tokens) // tile) for p in parts]
+        tiles = 1 << (sum(counts) - 1).bit_length()
+        tokens = np.zeros(tiles * tile, np.int32)
+        positions = np.full(tiles * tile, -1, np.int32)
+        rows = np.zeros(tiles, np.int32)
+        last = np.zeros(tiles, np.int32)
+        ids = np.zeros(tiles, np.int64)
+        at = 0
+        for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            n = len(part.tokens)
+            tokens[at : at + n] = part.tokens
+            positions[at : at + n] = np.arange(part.start, part.start + n)
+            rows[at // tile : at // tile + count] = i
+            last[i] = at + n - 1
+            ids[i] = part.row
+            at += count * tile
+        return cls(tokens, positions, rows, {name: table[ids] for name, table in tables.items()}, last)
+
+    def starts(self) -> list[int]:
+        """Index in T of each part's first token (and of padding's, where there is any)."""
+        tile = len(self.tokens) // len(self.rows)
+        first = np.flatnonzero(np.diff(self.rows, prepend=-1)) * tile
+        return [int(i) for i in first]

@@ -1,0 +1,135 @@
+"""The compiled step: a packed batch through the model, with the pools donated.
+
+Donation is what makes one buffer serve every step: XLA writes the new keys and values in place and gives the same
+memory back. Dataflow orders a step's reads before the next step's writes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rootcellar.cache import Kind
+from rootcellar.models.config import ModelConfig
+from rootcellar.models.decoder import forward, logits
+from rootcellar.models.params import Params
+from rootcellar.ops.attention import paged_attention
+from rootcellar.pools import Pool
+from rootcellar.runner import sampler
+from rootcellar.runner.batch import Batch, Shapes
+
+# Positions scored at a time when prompt logprobs are asked for: bounds the memory of [positions, vocabulary].
+_SCORED = 64
+
+
+class Runner:
+    """Runs batches of one model over its pools.
+
+    ``pools`` holds for each kind the pool of its layers. Programs are compiled when a shape first runs, or all of them
+    by :meth:`warm_up`; later steps compile nothing.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        kinds: Sequence[Kind],
+        pools: dict[str, Pool],
+        *,
+        backend: str,
+        shapes: Shapes,
+        table_width: int,
+    ) -> None:
+        self.cfg = cfg
+        self.params = params
+        self.pools = pools
+        self.shapes = shapes
+        self.table_width = table_width
+        attend = paged_attention(backend)
+        where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+
+        def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
+            """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
+            buffers = {name: list(arrays) for name, arrays in buffers.items()}
+
+            def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+                name, i = where[layer]
+                out, buffers[name][i] = attend(buffers[name][i], q, k, v, tables[name], rows, positions)
+                return out.astype(q.dtype)
+
+            hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
+            return buffers, logits(params, cfg, hidden[last]), hidden
+
+        self._step = jax.jit(step, donate_argnums=1)
+        self._sample = jax.jit(sampler.sample)
+        self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
+        self._score = jax.jit(functools.partial(_score, cfg), static_argnums=3)
+
+    def step(self, batch: Batch) -> tuple[Array, Array]:
+        """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.
+
+        Row i of ``logits`` belongs to the last token of part i. Both stay on the device.
+        """
+        buffers = {name: pool.buffers for name, pool in self.pools.items()}
+        buffers, scores, hidden = self._step(
+            self.params, buffers, batch.tokens, batch.positions, batch.rows, batch.tables, batch.last
+        )
+        for name, pool in self.pools.items():
+            pool.buffers = buffers[name]
+        return scores, hidden
+
+    def sample(self, scores: Array, rows: Sequence[sampler.Sampled]) -> tuple[np.ndarray, np.ndarray]:
+        """Choose a token for each of ``rows`` from the rows of ``scores`` [N, V]: (int32 [N], logprob float32 [N])."""
+        settings = sampler.build(rows, scores.shape[0], self.cfg.vocab_size)
+        tokens, logprobs = jax.device_get(self._sample(scores, settings))
+        return tokens, logprobs
+
+    def top_logprobs(self, scores: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first."""
+        values, ids = jax.device_get(self._top(scores, _round_up(k, self.cfg.vocab_size)))
+        return values[:, :k], ids[:, :k]
+
+    def score(self, hidden: Array, targets: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logprobs of ``targets`` int32 [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
+
+        Returns:
+            logprobs float32 [T]; values float32 [T, k] and ids int32 [T, k], best first.
+        """
+        width = _round_up(k, self.cfg.vocab_size) if k else 0
+        chosen, values, ids = jax.device_get(self._score(self.params, hidden, targets, width))
+        return chosen, values[:, :k], ids[:, :k]
+
+    def warm_up(self) -> None:
+        """Compile every shape, by running batches of padding: they touch no page that a request may own."""
+        for tiles, tile in self.shapes.all():
+            size = tiles * tile
+            zeros = np.zeros(tiles, np.int32)
+            tables = {name: np.zeros((tiles, self.table_width), np.int32) for name in self.pools}
+            padding = Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros)
+            scores, _ = self.step(padding)
+            for settings in sampler.every_program(tiles, self.cfg.vocab_size):
+                jax.block_until_ready(self._sample(scores, settings))
+
+
+def _round_up(k: int, vocab: int) -> int:
+    return min(1 << (k - 1).bit_length(), vocab)
+
+
+def _score(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, k: int) -> tuple[Array, Array, Array]:
+    def part(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        states, wanted = args
+        scores = logits(params, cfg, states)
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1) - total
+        values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
+        return chosen[:, 0], values - total, ids
+
+    size = min(_SCORED, hidden.shape[0])
+    parts = hidden.shape[0] // size
+    out = jax.lax.map(part, (hidden.reshape(parts, size, -1), targets.reshape(parts, size)))
+    return tuple(x.reshape(parts * size, *x.shape[2:]) for x in out)

@@ -1,0 +1,197 @@
+"""Choosing the next token, on the device.
+
+Randomness is a function of (seed of the request, position of the token): a request's choices do not depend on what runs
+beside it, nor on whether it was retracted and computed again.
+
+Top-k and top-p need a threshold, not an order: the bits of a positive float32 sort like an integer, so 31 halvings find
+the exact threshold in 31 passes, where sorting a vocabulary of 150,000 takes a CPU longer than the rest of the step.
+Tokens that tie at the threshold all stay, as in Hugging Face's top-k.
+
+Logprobs are those of the model's own distribution: before penalties, temperature and truncation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpy.typing import NDArray
+
+from rootcellar.sampling_params import SamplingParams
+
+_NEVER = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The sampling settings of a batch, one row for each row of logits.
+
+    ``counts``, how often each token was generated, and ``seen``, whether it stands in the prompt or the answer, are
+    None unless a request of the batch has a penalty: they are as wide as the vocabulary.
+    """
+
+    temperature: NDArray[np.float32] | Array
+    top_k: NDArray[np.int32] | Array
+    top_p: NDArray[np.float32] | Array
+    min_p: NDArray[np.float32] | Array
+    seed: NDArray[np.uint32] | Array
+    position: NDArray[np.int32] | Array
+    banned: NDArray[np.int32] | Array
+    """[N, B] token ids that must not be chosen; ids outside the vocabulary mean nothing."""
+    frequency: NDArray[np.float32] | Array | None = None
+    presence: NDArray[np.float32] | Array | None = None
+    repetition: NDArray[np.float32] | Array | None = None
+    counts: NDArray[np.int32] | Array | None = None
+    seen: NDArray[np.bool_] | Array | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One request's part in a sampling step.
+
+    Attributes:
+        params: its sampling parameters.
+        seed: its seed.
+        position: position of the token to choose.
+        banned: token ids not to choose now.
+        prompt: its prompt's token ids; output: those generated so far.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    banned: Sequence[int]
+    prompt: NDArray[np.integer]
+    output: NDArray[np.integer]
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty changes its logits."""
+        p = self.params
+        return p.frequency_penalty != 0 or p.presence_penalty != 0 or p.repetition_penalty != 1
+
+
+def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | None:
+    """The settings of ``rows``, padded to ``size`` rows; None when every row is plain greedy."""
+    if all(r.params.greedy and not r.banned and not r.penalised for r in rows):
+        return None
+    width = 1 << (max(8, *(len(r.banned) for r in rows)) - 1).bit_length()
+    banned = np.full((size, width), vocab, np.int32)
+    for i, r in enumerate(rows):
+        banned[i, : len(r.banned)] = r.banned
+
+    def column(value: Callable[[Sampled], float], fill: float, dtype: type) -> NDArray[np.generic]:
+        out = np.full(size, fill, dtype)
+        out[: len(rows)] = [value(r) for r in rows]
+        return out
+
+    common = SamplingBatch(
+        temperature=column(lambda r: 0.0 if r.params.greedy else r.params.temperature, 0.0, np.float32),
+        top_k=column(lambda r: r.params.top_k if r.params.top_k > 0 else vocab, vocab, np.int32),
+        top_p=column(lambda r: r.params.top_p, 1.0, np.float32),
+        min_p=column(lambda r: r.params.min_p, 0.0, np.float32),
+        seed=column(lambda r: r.seed, 0, np.uint32),
+        position=column(lambda r: r.position, 0, np.int32),
+        banned=banned,
+    )
+    if not any(r.penalised for r in rows):
+        return common
+    counts = np.zeros((size, vocab), np.int32)
+    seen = np.zeros((size, vocab), np.bool_)
+    for i, r in enumerate(rows):
+        np.add.at(counts[i], r.output, 1)
+        seen[i, r.prompt] = True
+        seen[i, r.output] = True
+    values = {f.name: getattr(common, f.name) for f in fields(common)}
+    values |= {
+        "frequency": column(lambda r: r.params.frequency_penalty, 0.0, np.float32),
+        "presence": column(lambda r: r.params.presence_penalty, 0.0, np.float32),
+        "repetition": column(lambda r: r.params.repetition_penalty, 1.0, np.float32),
+        "counts": counts,
+        "seen": seen,
+    }
+    return SamplingBatch(**values)
+
+
+def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
+    """Choose one token for each row of ``logits`` float32 [N, V].
+
+    Returns:
+        tokens int32 [N], and the logprob float32 [N] of each under the model's own distribution.
+    """
+    adjusted = logits if batch is None else _penalise(logits, batch)
+    tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    if batch is not None:
+        # Greedy rows take part with temperature 1 and are chosen away: a batch mixes both in one program.
+        greedy = batch.temperature <= 0
+        scaled = adjusted / jnp.where(greedy, 1.0, batch.temperature)[:, None]
+        scaled = _truncate(scaled, batch)
+        drawn = jnp.argmax(scaled + _gumbel(batch, logits.shape[1]), axis=-1).astype(jnp.int32)
+        tokens = jnp.where(greedy, tokens, drawn)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _penalise(logits: Array, batch: SamplingBatch) -> Array:
+    """Repetition penalty as in CTRL (Keskar et al., 2019), the other two as in OpenAI's interface; then bans."""
+    if batch.counts is not None:
+        factor = jnp.where(batch.seen, batch.repetition[:, None], 1.0)
+        logits = jnp.where(logits > 0, logits / factor, logits * factor)
+        logits = logits - batch.frequency[:, None] * batch.counts - batch.presence[:, None] * (batch.counts > 0)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, batch.banned].set(_NEVER, mode="drop")
+
+
+def _threshold(weights: Array, enough: Callable[[Array], Array]) -> Array:
+    """Per row, the largest positive float t for which ``enough(weights >= t)`` holds; bool [N, V] -> bool [N].
+
+    ``enough`` must hold for all weights and stay true as the set grows.
+    """
+
+    def halve(i: Array, bits: Array) -> Array:
+        trial = bits | (jnp.int32(1) << (30 - i))
+        t = lax.bitcast_convert_type(trial, jnp.float32)
+        return jnp.where(enough(weights >= t[:, None]), trial, bits)
+
+    bits = lax.fori_loop(0, 31, halve, jnp.zeros(weights.shape[0], jnp.int32))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _truncate(logits: Array, batch: SamplingBatch) -> Array:
+    """Top-k, then top-p of what is left (renormalised), then min-p, in this order."""
+    p = jax.nn.softmax(logits, axis=-1)
+    t = _threshold(p, lambda kept: jnp.sum(kept, axis=-1) >= batch.top_k)
+    p = jnp.where(p >= t[:, None], p, 0.0)
+    mass = batch.top_p * jnp.sum(p, axis=-1)
+    # Rounding must not empty the set: the likeliest token always stays.
+    t = _threshold(p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= mass)
+    t = jnp.where(batch.top_p >= 1, 0.0, t)
+    top = jnp.max(p, axis=-1)
+    t = jnp.minimum(jnp.maximum(t, batch.min_p * top), top)
+    return jnp.where((p >= t[:, None]) & (p > 0), logits, _NEVER)
+
+
+def _gumbel(batch: SamplingBatch, vocab: int) -> Array:
+    def row(seed: Array, position: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,), jnp.float32)
+
+    return jax.vmap(row)(batch.seed, batch.position)
+
+
+def top_logprobs(logits: Array, k: int) -> tuple[Array, Array]:
+    """The ``k`` likeliest tokens of each row of ``logits`` [N, V]: logprobs float32 [N, k] and ids int32 [N, k]."""
+    values, ids = lax.top_k(logits, k)
+    return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
+
+
+def every_program(size: int, vocab: int) -> list[SamplingBatch | None]:
+    """Settings that make :func:`sample` compile each of its programs for ``size`` rows: greedy, drawn, penalised."""
+    empty = np.zeros(0, np.int32)
+    drawn = Sampled(SamplingParams(temperature=1.0), 0, 0, (), empty, empty)
+    penalised = Sampled(SamplingParams(presence_penalty=1.0), 0, 0, (), empty, empty)
+    return [None, build([drawn], size, vocab), build([penalised], size, vocab)]

@@ -1,0 +1,142 @@
+"""One request, as the scheduler sees it.
+
+    ids      [ prompt ................................ | answer ......... | room for the rest ]
+             0                                     prompt_length        length
+    KV       [ shared pages of the tree | own pages ............... ]
+             0                      committed                    computed
+
+``0 <= committed <= computed < length``: the newest token never has its KV yet; computing it gives the next one. A
+request with one token left to compute is *decoding*, with more it is *prefilling*: a retracted request prefills its
+own answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache import Key, Lease
+from rootcellar.sampling_params import SamplingParams
+
+
+class Stage(StrEnum):
+    """Where a request is in its life."""
+
+    PREFILL_WAITING = "PREFILL_WAITING"
+    PREFILL_FORWARD = "PREFILL_FORWARD"
+    PREFILL_CHUNKED_FORWARD = "PREFILL_CHUNKED_FORWARD"
+    DECODE_LOOP = "DECODE_LOOP"
+    FINISHED = "FINISHED"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Why a request ended. ``type``: "stop", "length" or "abort".
+
+    ``matched``: the token id or string that stopped it; ``message``: why it was aborted.
+    """
+
+    type: str
+    matched: int | str | None = None
+    message: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to compute; made by :meth:`new`.
+
+    Attributes:
+        rid: its name.
+        ids: int64 [prompt_length + max_new_tokens]; see the picture above.
+        prompt_length: tokens of the prompt.
+        length: tokens known.
+        sampling: its sampling parameters.
+        stop_ids: token ids that end it.
+        namespace: requests of different namespaces share nothing.
+        priority: higher goes first.
+        score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
+            the prompt's tokens are wanted; None once they are there, or when they are not wanted.
+        order: the place in the order of arrival.
+        lease: its hold on the cache while it runs.
+        computed: tokens whose KV is there.
+        committed: tokens whose KV is shared.
+        cached: prompt tokens that were taken from the cache when it first ran; None before that.
+        retractions: how often it lost its memory and waited again.
+    """
+
+    rid: str
+    ids: NDArray[np.int64]
+    prompt_length: int
+    length: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    namespace: str = ""
+    priority: int = 0
+    score_from: int | None = None
+    order: int = 0
+    lease: Lease | None = None
+    computed: int = 0
+    committed: int = 0
+    cached: int | None = None
+    retractions: int = 0
+    stage: Stage = Stage.PREFILL_WAITING
+    finish: Finish | None = None
+
+    @classmethod
+    def new(
+        cls,
+        rid: str,
+        prompt: NDArray[np.integer],
+        sampling: SamplingParams,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        namespace: str = "",
+        priority: int = 0,
+        score_from: int | None = None,
+    ) -> Request:
+        """A request for the continuation of ``prompt`` (token ids, at least one)."""
+        ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
+        ids[: len(prompt)] = prompt
+        return cls(rid, ids, len(prompt), len(prompt), sampling, stop_ids, namespace, priority, score_from)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be chosen."""
+        return self.length - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return self.length - self.prompt_length
+
+    @property
+    def output(self) -> NDArray[np.int64]:
+        """Token ids of the answer so far (a view)."""
+        return self.ids[self.prompt_length : self.length]
+
+    def key(self, n: int) -> Key:
+        """The cache key of the first ``n`` tokens."""
+        return Key(self.ids[:n], self.namespace)
+
+    @property
+    def matchable(self) -> int:
+        """Tokens that a cached prefix may cover: not the newest, and nothing whose logprob is wanted."""
+        limit = self.length - 1
+        return limit if self.score_from is None else min(limit, self.score_from)
+
+    def append(self, token: int) -> None:
+        """Add the chosen token, and end the request if it was the last."""
+        self.ids[self.length] = token
+        self.length += 1
+        if token in self.stop_ids and self.generated > self.sampling.min_new_tokens:
+            self.finish = Finish("stop", matched=token)
+        elif self.generated >= self.sampling.max_new_tokens:
+            self.finish = Finish("length")
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Token ids that must not be chosen now: what would end the answer before its least length."""
+        return tuple(self.stop_ids) if self.generated < self.sampling.min_new_tokens else ()
