@@ -6,6 +6,7 @@
     ├── RequestError           one request is wrong; the engine goes on
     │   └── RequestTooLarge    it can never fit; the message names the setting to change
     ├── EngineError            the engine cannot do this now (shut down, work pending, a failed step)
+    │   └── CacheBusy          the cache cannot do this while leases or copies are live
     └── CacheBroken            an invariant of the cache does not hold; carries the evidence
 
 ``RequestError`` and ``ConfigError`` are also ``ValueError``: callers who know nothing of us still catch them.
@@ -34,6 +35,10 @@ class RequestTooLarge(RequestError):
 
 class EngineError(RootcellarError, RuntimeError):
     """The engine cannot do this now."""
+
+
+class CacheBusy(EngineError):
+    """The cache cannot do this while leases or copies are live. The message says how many."""
 
 
 class CacheBroken(RootcellarError, AssertionError):

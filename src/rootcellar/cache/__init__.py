@@ -1,0 +1,34 @@
+"""The cache core: a prefix cache for any mix of attention kinds, over any tiers. NumPy and the standard library only.
+
+cache = RadixCache([full("full")], page_size=16, capacity={("full", Tier.DEVICE): 65536})
+hit   = cache.match(key[:-1])          # how far is it cached
+lease = cache.open(hit)                # pin what resuming there needs
+cache.grow(lease, n)                   # slots for the next step
+cache.commit(lease, key)               # computed pages become shareable
+cache.close(lease)                     # finished, aborted, retracted
+"""
+
+from rootcellar.cache.key import Key
+from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
+from rootcellar.cache.lease import Lease, ReqToTokenPool
+from rootcellar.cache.match import Hit
+from rootcellar.cache.radix import RadixCache
+from rootcellar.cache.slots import SlotAllocator
+from rootcellar.cache.stats import CacheStats, ShelfStats
+
+__all__ = [
+    "CacheStats",
+    "Hit",
+    "Key",
+    "Kind",
+    "Lease",
+    "RadixCache",
+    "ReqToTokenPool",
+    "ShelfStats",
+    "SlotAllocator",
+    "Tier",
+    "chunked_local",
+    "full",
+    "recurrent",
+    "sliding_window",
+]

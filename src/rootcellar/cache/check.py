@@ -1,0 +1,201 @@
+"""The invariants, recounted from nothing: every slot has exactly one owner, or the evidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from rootcellar.cache.kind import Tier
+from rootcellar.cache.lease import Lease
+from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+from rootcellar.cache.verbs import Desk
+from rootcellar.errors import CacheBroken
+
+
+def walk(tree: Tree) -> Iterator[Node]:
+    """Every node but the roots, parents first."""
+    stack = [child for root in tree.roots.values() for child in root.children.values()]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
+
+
+def check(desk: Desk) -> None:
+    """Recount everything in O(nodes + pages). Raises ``CacheBroken`` with the first thing that does not add up."""
+    nodes = list(walk(desk.tree))
+    _expect(len(nodes) == desk.tree.nodes, f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")
+    for node in nodes:
+        _check_node(desk.tree, node)
+    _check_holds(desk, nodes)
+    for shelf in desk.tree.shelves:
+        _check_slots(desk, shelf, nodes)
+        _check_counts(desk, shelf, nodes)
+    for lease in desk.leases.values():
+        _check_lease(desk, lease)
+    for table in desk.tables.by_kind:
+        _expect(not table[0].any(), "row 0 of a page table, the padding row, is not zero")
+    if not desk.reuse:
+        _expect(not nodes, "reuse is off and the tree has nodes")
+
+
+def _expect(holds: bool, evidence: str) -> None:
+    if not holds:
+        raise CacheBroken(evidence)
+
+
+def _name(node: Node) -> str:
+    return f"node {node.id} (pages {node.start} to {node.end})"
+
+
+def _check_node(tree: Tree, node: Node) -> None:
+    parent = node.parent
+    _expect(parent is not None and parent.end == node.start, f"{_name(node)} does not begin where its parent ends")
+    assert parent is not None
+    _expect(parent.children.get(tree.first(node.tokens, 0)) is node, f"{_name(node)} is not filed under its first page")
+    _expect(len(node.tokens) == node.size * tree.page_size, f"{_name(node)}: {len(node.tokens)} tokens on the edge")
+    empty = all(entry is None for entry in node.entries)
+    _expect(not empty or bool(node.children) or node.refs > 0, f"{_name(node)} is a leaf, holds nothing and is kept")
+    for shelf in tree.shelves:
+        kids = sum(child.entries[shelf.index] is not None for child in node.children.values())
+        _expect(kids == node.kids[shelf.index], f"{_name(node)}: {kids} children on {_shelf(shelf)}, not {node.kids}")
+        entry = node.entries[shelf.index]
+        if entry is not None:
+            _check_shape(node, shelf, entry)
+
+
+def _check_shape(node: Node, shelf: Shelf, entry: Entry) -> None:
+    good = entry.lo + len(entry.pages) == node.size and len(entry.pages) > 0
+    if shelf.full:
+        good = good and entry.lo == 0
+    if shelf.kind.rule == "recurrent":
+        good = good and len(entry.pages) == 1
+    _expect(good, f"{_name(node)} holds pages {entry.lo}+{len(entry.pages)} on {_shelf(shelf)}: not a tail of the edge")
+
+
+def _shelf(shelf: Shelf) -> str:
+    return f"{shelf.kind.name}/{shelf.tier.name}"
+
+
+def _check_holds(desk: Desk, nodes: list[Node]) -> None:
+    """Invariant 2: holds and pins are the sum of what live leases and moves need."""
+    tree = desk.tree
+    places: Counter[int] = Counter()
+    pins: Counter[tuple[int, int, int]] = Counter()  # node, kind, first page; -1: from the node's start
+    for node in desk.places():
+        places[node.id] += 1
+    for lease in desk.leases.values():
+        for k in tree.windows:
+            recurrent = tree.kinds[k].rule == "recurrent"
+            place = lease.sources[k] if recurrent else lease.node
+            if place is None or not desk.reuse:
+                continue
+            start = place.end - 1 if recurrent else lease.starts[k]
+            climb: Node | None = place
+            while climb is not None and start < climb.end:
+                pins[climb.id, k, max(start, climb.start) if start > climb.start else -1] += 1
+                climb = climb.parent
+    for node in nodes:
+        refs = places[node.id] + sum(child.refs > 0 for child in node.children.values())
+        _expect(refs == node.refs, f"{_name(node)}: held {node.refs} times, {refs} accounted for")
+        for k in tree.windows:
+            _expect(
+                node.covers[k] == pins.pop((node.id, k, -1), 0)
+                and all(count == pins.pop((node.id, k, p), 0) for p, count in node.starts[k].items()),
+                f"{_name(node)}: pins of {tree.kinds[k].name} {node.covers[k]}, {node.starts[k]} are not the leases'",
+            )
+    _expect(not pins, f"pins by (node, kind, page) that no node has: {dict(pins)}")
+
+
+def _check_slots(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
+    """Invariant 1: free + tree + leases + moves in flight = all, and no slot twice."""
+    k = shelf.kind_index
+    groups = [shelf.slots.free_list()]
+    groups += [entry.pages for node in nodes if (entry := node.entries[shelf.index]) is not None]
+    if shelf.tier is Tier.DEVICE:
+        table = desk.tables.by_kind[k]
+        for lease in desk.leases.values():
+            if shelf.kind.rule == "recurrent":
+                groups.append(table[lease.row, 1:])
+            else:
+                begin = max(lease.committed // desk.tree.page_size, lease.starts[k])
+                groups.append(table[lease.row, begin : -(-lease.length // desk.tree.page_size)])
+    flying = desk.in_flight(shelf)
+    groups += flying
+    _expect(sum(map(len, flying)) == shelf.in_flight, f"{_shelf(shelf)}: {shelf.in_flight} pages counted in flight")
+    owned = np.bincount(np.concatenate(groups), minlength=shelf.slots.pages + 1)
+    wrong = np.flatnonzero(owned[1:] != 1) + 1
+    _expect(
+        len(wrong) == 0 and owned[0] == 0 and len(owned) == shelf.slots.pages + 1,
+        f"{_shelf(shelf)}: pages {wrong[:8].tolist()} have {owned[wrong[:8]].tolist()} owners, page 0 has {owned[0]}",
+    )
+
+
+def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
+    cached = evictable = entries = 0
+    for node in nodes:
+        entry = node.entries[shelf.index]
+        if entry is None:
+            continue
+        entries += 1
+        cached += len(entry.pages)
+        evictable += entry.evictable
+        if shelf.full:
+            may = 0 if node.refs else len(entry.pages)
+        else:
+            may = desk.tree.unpinned(node, shelf, entry)
+        _expect(
+            entry.evictable == may, f"{_name(node)} on {_shelf(shelf)}: {entry.evictable} evictable, {may} unpinned"
+        )
+        ready = may and not (shelf.full and node.kids[shelf.index])
+        _expect(not ready or entry.item is not None, f"{_name(node)} may leave {_shelf(shelf)} and is not filed")
+    counted = (shelf.entries, shelf.cached, shelf.evictable)
+    _expect(
+        counted == (entries, cached, evictable),
+        f"{_shelf(shelf)}: counts {counted}, found {entries, cached, evictable}",
+    )
+
+
+def _check_lease(desk: Desk, lease: Lease) -> None:
+    """Invariant 3: a ready lease has on the device all that the rule asks for, in its row."""
+    size = desk.tree.page_size
+    place = lease.node
+    _expect(
+        not desk.reuse or place.end * size == lease.committed,
+        f"{lease!r} committed {lease.committed} tokens, its place ends at {place.end * size}",
+    )
+    pages = -(-lease.length // size)
+    for shelf in desk.paged:
+        k = shelf.kind_index
+        row = desk.tables.by_kind[k][lease.row]
+        start = lease.starts[k]
+        needed = desk.start_page(k, lease.length)
+        _expect(start <= max(needed, start) and not row[:start].any(), f"{lease!r}: released pages are in the row")
+        _expect(not row[pages:].any(), f"{lease!r}: pages beyond its length are in the row")
+        if lease.ready:
+            _expect(bool(row[start:pages].all()), f"{lease!r}: {shelf.kind.name} lacks pages that the rule needs")
+        climb: Node | None = place
+        while desk.reuse and climb is not None and climb.end > start:
+            entry = climb.entries[shelf.index]
+            first = max(start, climb.start)
+            if lease.ready:
+                _expect(
+                    entry is not None
+                    and entry.lo <= first - climb.start
+                    and np.array_equal(entry.pages[first - climb.start - entry.lo :], row[first : climb.end]),
+                    f"{lease!r}: its row of {shelf.kind.name} differs from {_name(climb)}",
+                )
+            climb = climb.parent
+    for shelf in desk.states:
+        read, write = desk.tables.by_kind[shelf.kind_index][lease.row]
+        _expect(write > 0, f"{lease!r} has no state of {shelf.kind.name} to write")
+        source = lease.sources[shelf.kind_index]
+        if source is not None and source.parent is not None:
+            entry = source.entries[shelf.index]
+            _expect(
+                entry is not None and entry.pages[0] == read, f"{lease!r} reads a state that is not {_name(source)}'s"
+            )
+        else:
+            _expect(read in (0, write), f"{lease!r} reads state {read} of {shelf.kind.name}, which it does not pin")

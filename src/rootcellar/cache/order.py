@@ -1,0 +1,95 @@
+"""In which order entries leave a shelf: one heap per shelf, and the policies that key it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+from rootcellar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+
+Key = tuple[float, ...]
+Item = tuple[Key, int, "Node", "Entry"]
+
+
+class Order:
+    """A heap of entries that may leave. O(log n) to file or take one; at most one item of an entry is live.
+
+    A key that grew since it was filed (the entry was used again) is noticed when the item comes up, and filed anew:
+    every filed key is at most the true one, so the first item that is true is the least. A key that became smaller
+    must be filed by whoever made it smaller (``Tree.requeue``).
+    """
+
+    __slots__ = ("_heap", "_live", "_serial")
+
+    def __init__(self) -> None:
+        self._heap: list[Item] = []
+        self._live = 0
+        self._serial = 0
+
+    def push(self, node: Node, entry: Entry, key: Key) -> None:
+        """File an entry under ``key``; an item it had before is dead from now on."""
+        if entry.item is None:
+            self._live += 1
+        elif entry.item[0] == key:
+            return
+        self._serial += 1
+        entry.item = (key, self._serial, node, entry)
+        heappush(self._heap, entry.item)
+        if len(self._heap) > 2 * self._live + 64:
+            self._heap = [item for item in self._heap if item[3].item is item]
+            heapify(self._heap)
+
+    def forget(self, entry: Entry) -> None:
+        """The entry left the shelf."""
+        if entry.item is not None:
+            entry.item = None
+            self._live -= 1
+
+    def pop(self, tree: Tree, shelf: Shelf) -> tuple[Node, Entry] | None:
+        """The entry that should leave next; None when nothing may. It is no longer filed."""
+        while self._heap:
+            item = heappop(self._heap)
+            key, _, node, entry = item
+            if entry.item is not item:
+                continue
+            entry.item = None
+            self._live -= 1
+            if not entry.evictable or (shelf.full and node.kids[shelf.index]):
+                continue
+            true = tree.key(node, shelf, entry)
+            if true == key:
+                return node, entry
+            self.push(node, entry, true)
+        return None
+
+
+Standing = Callable[["Node", int], tuple[float, ...]]
+
+# What each fixed policy says of a node for one kind: the smallest leaves first, ties by the node's age.
+POLICIES: dict[str, Standing] = {
+    # Least recently used.
+    "lru": lambda node, k: (node.ticks[k],),
+    # Least often opened; among equals the least recent.
+    "lfu": lambda node, k: (node.hits, node.ticks[k]),
+    # Oldest, used or not.
+    "fifo": lambda node, _: (node.created,),
+    # Newest: keeps what came early.
+    "filo": lambda node, _: (-node.created,),
+    # Most recently used: for cyclic scans longer than the cache.
+    "mru": lambda node, k: (-node.ticks[k],),
+    # Segmented LRU (Karedla et al. 1994; SGLang's ``slru``): what was never used again leaves before what was.
+    "slru": lambda node, k: (node.hits > 0, node.ticks[k]),
+    # Lowest priority of the requests that used it, then the least recent.
+    "priority": lambda node, k: (node.priority, node.ticks[k]),
+}
+
+
+def standing(policy: str) -> Standing:
+    """The fixed policy of this name. Raises ``ConfigError`` naming the known ones."""
+    if policy not in POLICIES:
+        raise ConfigError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+    return POLICIES[policy]

@@ -1,0 +1,41 @@
+"""Who owns which page of one pool: a stack of free pages."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pages = NDArray[np.int32]
+
+
+class SlotAllocator:
+    """Free pages of one kind on one tier, numbered 1 to ``size // page_size``; page 0 is padding and never given out.
+
+    ``size`` is in tokens and is rounded down to whole pages (a recurrent kind has pages of one state). The free pages
+    are a stack in one int32 array: taking or returning ``k`` pages copies ``k`` numbers, whatever the pool's size.
+    """
+
+    __slots__ = ("_stack", "free_pages", "page_size", "pages")
+
+    def __init__(self, size: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages = size // page_size
+        # Reversed, so that a fresh pool hands out 1, 2, 3, ... once each slice is flipped.
+        self._stack: Pages = np.arange(self.pages, 0, -1, dtype=np.int32)
+        self.free_pages = self.pages
+
+    def take(self, count: int) -> Pages:
+        """``count`` pages, int32 ``[count]``. The caller has seen to it that ``free_pages >= count``."""
+        top = self.free_pages
+        self.free_pages = top - count
+        return self._stack[top - count : top][::-1].copy()
+
+    def give(self, pages: Pages) -> None:
+        """Return pages taken before; the first of them is the next to be taken."""
+        top = self.free_pages
+        self.free_pages = top + len(pages)
+        self._stack[top : self.free_pages] = pages[::-1]
+
+    def free_list(self) -> Pages:
+        """A copy of the free pages, next to be taken last (for ``check``)."""
+        return self._stack[: self.free_pages].copy()

@@ -1,0 +1,465 @@
+"""The radix tree: nodes, the entries they hold on each shelf, and what keeps an entry from leaving.
+
+A **node** is an edge of whole pages. An **entry** is the contiguous run of pages that a node holds on one **shelf**
+(one kind on one tier). Three shapes occur, and ``check`` insists on them:
+
+    full attention       all pages of the node            [..............]   entry.lo == 0, len(pages) == node.size
+    window, chunk        a tail of the node               [      ........]   the head leaves first: it serves only
+                                                                              boundaries inside the edge
+    recurrent            the last page stands for the     [             s]   one state, at the node's end
+                         state after the node
+
+A node is *held* (``refs > 0``) while a lease, a move or a prefix pin has its place at it or below it. ``refs`` counts
+places at the node plus held children, so taking a hold climbs only until it meets a node that is held already.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache.kind import Kind, Tier
+from rootcellar.cache.order import Item, Order, standing
+from rootcellar.cache.slots import Pages, SlotAllocator
+
+if TYPE_CHECKING:
+    from rootcellar.cache.moves import Move
+
+
+class Entry:
+    """Pages ``[lo, lo + len(pages))`` of a node, counted from the node's start; ``evictable`` of them may leave."""
+
+    __slots__ = ("evictable", "item", "lo", "pages")
+
+    def __init__(self, pages: Pages, lo: int) -> None:
+        self.pages = pages
+        self.lo = lo
+        self.evictable = 0
+        self.item: Item | None = None  # this entry's live item in the shelf's order
+
+
+class Node:
+    """An edge of ``size`` pages that starts at page ``start`` of its keys."""
+
+    __slots__ = (
+        "children",
+        "covers",
+        "created",
+        "digests",
+        "entries",
+        "hits",
+        "id",
+        "kids",
+        "moves",
+        "owner",
+        "parent",
+        "priority",
+        "refs",
+        "size",
+        "start",
+        "starts",
+        "ticks",
+        "tokens",
+    )
+
+    def __init__(self, ident: int, parent: Node | None, tokens: NDArray[np.int64], start: int, size: int) -> None:
+        self.id = ident
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}
+        self.tokens = tokens
+        self.start = start
+        self.size = size
+        self.entries: list[Entry | None] = []  # by shelf
+        self.kids: list[int] = []  # by shelf: children that hold an entry there
+        self.refs = 0
+        self.covers: list[int] = []  # by kind: pins that cover the node from its start
+        self.starts: list[dict[int, int]] = []  # by kind: absolute page where a pin starts inside the node -> how many
+        self.ticks: list[int] = []  # by kind: when the node last served that kind
+        self.created: int = 0
+        self.hits: int = 0
+        self.priority: int = 0
+        self.owner = 0  # serial of the lease that added the node
+        self.moves: list[Move] = []
+        self.digests: list[bytes] = []
+
+    @property
+    def end(self) -> int:
+        """First page after the node."""
+        return self.start + self.size
+
+
+class Shelf:
+    """One kind on one tier: its slots, the order in which its entries leave, and its counts (all in pages)."""
+
+    __slots__ = (
+        "cached",
+        "entries",
+        "evictable",
+        "evicted",
+        "full",
+        "in_flight",
+        "index",
+        "kind",
+        "kind_index",
+        "order",
+        "slots",
+        "tier",
+    )
+
+    def __init__(self, index: int, kind: Kind, kind_index: int, tier: Tier, size: int, page_size: int) -> None:
+        self.index = index
+        self.kind = kind
+        self.kind_index = kind_index
+        self.tier = tier
+        self.full = kind.rule == "full"
+        self.slots = SlotAllocator(size, 1 if kind.rule == "recurrent" else page_size)
+        self.order = Order()
+        self.entries = 0  # entries in the tree
+        self.cached = 0
+        self.evictable = 0
+        self.in_flight = 0  # destinations of moves
+        self.evicted = 0
+
+    @property
+    def room(self) -> int:
+        """Pages that could be had now: free, or evictable."""
+        return self.slots.free_pages + self.evictable
+
+
+class Tree:
+    """Nodes and shelves: everything structural, nothing that decides."""
+
+    def __init__(
+        self, kinds: tuple[Kind, ...], page_size: int, capacity: dict[tuple[int, Tier], int], policy: str
+    ) -> None:
+        self.kinds = kinds
+        self.page_size = page_size
+        self.standing = standing(policy)
+        self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
+        self.tick = 0
+        self.version = 0  # counts structural changes: a Hit is fresh while it has not moved
+        self.nodes = 0
+        self._next_id = 0
+        self.roots: dict[str, Node] = {}
+        self.shelves: list[Shelf] = []
+        self.tiers: list[Tier] = sorted({tier for _, tier in capacity})
+        self.by_tier: dict[Tier, list[Shelf | None]] = {tier: [None] * len(kinds) for tier in Tier}
+        for (k, tier), size in sorted(capacity.items(), key=lambda item: (item[0][1], item[0][0])):
+            shelf = Shelf(len(self.shelves), kinds[k], k, tier, size, page_size)
+            self.shelves.append(shelf)
+            self.by_tier[tier][k] = shelf
+        self.full_shelves = [s for s in self.shelves if s.full]
+        self.window_shelves = [s for s in self.shelves if not s.full]
+        self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
+        self.any_full = any(kind.rule == "full" for kind in kinds)
+        # Boundaries (in pages) at which a kind needs nothing; 0: none.
+        self.resets = [int(np.lcm(kind.reset, page_size)) // page_size if kind.reset else 0 for kind in kinds]
+
+    # ---- structure ----------------------------------------------------------------------------------------------
+
+    def root(self, namespace: str) -> Node:
+        """The root of a namespace, made when missing."""
+        node = self.roots.get(namespace)
+        if node is None:
+            node = self.roots[namespace] = self._blank(None, np.empty(0, np.int64), 0, 0)
+        return node
+
+    def _blank(self, parent: Node | None, tokens: NDArray[np.int64], start: int, size: int) -> Node:
+        self._next_id += 1
+        node = Node(self._next_id, parent, tokens, start, size)
+        node.entries = [None] * len(self.shelves)
+        node.kids = [0] * len(self.shelves)
+        node.covers = [0] * len(self.kinds)
+        node.starts = [{} for _ in self.kinds]
+        node.ticks = [self.tick] * len(self.kinds)
+        node.created = self.tick
+        return node
+
+    def first(self, tokens: NDArray[np.int64], page: int) -> bytes:
+        """What a child whose edge begins with this page of ``tokens`` is filed under."""
+        return tokens[page * self.page_size : (page + 1) * self.page_size].tobytes()
+
+    def add(self, parent: Node, tokens: NDArray[np.int64], size: int) -> Node:
+        """A new child of ``parent`` with an edge of ``size`` pages, holding nothing yet."""
+        node = self._blank(parent, tokens.copy(), parent.end, size)
+        parent.children[self.first(tokens, 0)] = node
+        self.nodes += 1
+        self.version += 1
+        self._requeue_states(parent)
+        return node
+
+    def common(self, node: Node, tokens: NDArray[np.int64], limit: int) -> int:
+        """How many leading pages of the node's edge equal ``tokens`` (which has ``limit`` whole pages left)."""
+        size = node.size if node.size < limit else limit
+        if size == 1:
+            return 1  # it was found by that page
+        span = size * self.page_size
+        differs = node.tokens[:span] != tokens[:span]
+        at = int(differs.argmax())
+        return at // self.page_size if differs[at] else size
+
+    def split(self, node: Node, at: int) -> Node:
+        """Cut an edge after ``at`` pages. The new upper part is returned; ``node`` stays the lower part.
+
+        Places, pins and moves end at a node's end, so the lower part keeps them; what also covers the upper part is
+        found from the absolute page it starts at.
+        """
+        parent = node.parent
+        assert parent is not None
+        assert 0 < at < node.size
+        upper = self._blank(parent, node.tokens[: at * self.page_size], node.start, at)
+        upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
+        upper.ticks = node.ticks.copy()
+        upper.refs = 1 if node.refs else 0
+        upper.digests, node.digests = node.digests[:at], node.digests[at:]
+        parent.children[self.first(node.tokens, 0)] = upper
+        node.tokens = node.tokens[at * self.page_size :]
+        node.start += at
+        node.size -= at
+        node.parent = upper
+        upper.children[self.first(node.tokens, 0)] = node
+        upper.moves = [move for move in node.moves if move.start < node.start]
+        for k in self.windows:
+            upper.covers[k] = node.covers[k]
+            if node.starts[k]:
+                above = {p: c for p, c in node.starts[k].items() if p < node.start}
+                node.covers[k] += sum(above.values()) + node.starts[k].get(node.start, 0)
+                node.starts[k] = {p: c for p, c in node.starts[k].items() if p > node.start}
+                upper.starts[k] = above
+        self.nodes += 1
+        self.version += 1
+        self._split_entries(parent, upper, node, at)
+        return upper
+
+    def _split_entries(self, parent: Node, upper: Node, lower: Node, at: int) -> None:
+        for shelf in self.shelves:
+            s = shelf.index
+            entry = lower.entries[s]
+            if entry is None:
+                continue
+            upper.kids[s] = 1
+            if entry.lo >= at:
+                entry.lo -= at
+                parent.kids[s] -= 1
+            else:
+                upper.entries[s] = Entry(entry.pages[: at - entry.lo], entry.lo)
+                entry.pages = entry.pages[at - entry.lo :]
+                entry.lo = 0
+                shelf.entries += 1
+                self.refresh(upper, shelf)
+            self.refresh(lower, shelf)
+
+    def discard(self, node: Node) -> None:
+        """Take a childless, unheld node that holds nothing out of the tree, and each ancestor that this empties."""
+        while True:
+            parent = node.parent
+            if parent is None or node.refs or node.children or any(e is not None for e in node.entries):
+                return
+            del parent.children[self.first(node.tokens, 0)]
+            node.parent = None
+            self.nodes -= 1
+            self.version += 1
+            self._requeue_states(parent)
+            node = parent
+
+    # ---- entries ------------------------------------------------------------------------------------------------
+
+    def attach(self, node: Node, shelf: Shelf, pages: Pages, lo: int) -> None:
+        """Give the node ``pages`` at ``lo`` on a shelf; what it holds there already must begin where they end."""
+        entry = node.entries[shelf.index]
+        if entry is None:
+            node.entries[shelf.index] = Entry(pages, lo)
+            shelf.entries += 1
+            if node.parent is not None:
+                node.parent.kids[shelf.index] += 1
+        else:
+            assert lo + len(pages) == entry.lo
+            entry.pages = np.concatenate([pages, entry.pages])
+            entry.lo = lo
+        shelf.cached += len(pages)
+        self.version += 1
+        self.refresh(node, shelf)
+        self.restage(node)
+
+    def extend(self, node: Node, tokens: NDArray[np.int64], size: int, pages: list[Pages]) -> None:
+        """Lengthen a leaf that only DEVICE holds, by ``size`` pages: ``pages`` by kind."""
+        node.tokens = np.concatenate([node.tokens, tokens])
+        node.size += size
+        for shelf in self.by_tier[Tier.DEVICE]:
+            if shelf is not None and shelf.kind.rule != "recurrent":
+                entry = node.entries[shelf.index]
+                assert entry is not None
+                entry.pages = np.concatenate([entry.pages, pages[shelf.kind_index]])
+                shelf.cached += size
+                self.refresh(node, shelf)
+        self.version += 1
+
+    def detach(self, node: Node, shelf: Shelf, count: int) -> Pages:
+        """Take the first ``count`` pages of an entry off the shelf and return them; the caller owns them now."""
+        entry = node.entries[shelf.index]
+        assert entry is not None
+        pages = entry.pages[:count]
+        shelf.cached -= len(pages)
+        self.version += 1
+        if count >= len(entry.pages):
+            shelf.evictable -= entry.evictable
+            shelf.entries -= 1
+            shelf.order.forget(entry)
+            node.entries[shelf.index] = None
+            if node.parent is not None:
+                node.parent.kids[shelf.index] -= 1
+                self.refresh(node.parent, shelf)
+        else:
+            entry.pages = entry.pages[count:]
+            entry.lo += count
+            self.refresh(node, shelf)
+        return pages
+
+    def refresh(self, node: Node, shelf: Shelf) -> None:
+        """Recount what may leave of an entry after its pages, pins or holds changed, and queue it if something may."""
+        entry = node.entries[shelf.index]
+        if entry is None:
+            return
+        if shelf.full:
+            evictable = 0 if node.refs else len(entry.pages)
+            ready = evictable > 0 and node.kids[shelf.index] == 0
+        else:
+            evictable = self.unpinned(node, shelf, entry)
+            ready = evictable > 0
+        if evictable != entry.evictable:
+            shelf.evictable += evictable - entry.evictable
+            entry.evictable = evictable
+        if ready and entry.item is None:
+            shelf.order.push(node, entry, self.key(node, shelf, entry))
+
+    def unpinned(self, node: Node, shelf: Shelf, entry: Entry) -> int:
+        """Leading pages of a window, chunk or recurrent entry that no lease and no move needs."""
+        for move in node.moves:
+            if move.kind_index == shelf.kind_index and shelf.tier in (move.src, move.dst):
+                return 0
+        if shelf.tier is not Tier.DEVICE:
+            return len(entry.pages)
+        k = shelf.kind_index
+        if node.covers[k]:
+            return 0
+        starts = node.starts[k]
+        first = min(starts) - node.start if starts else node.size
+        return max(0, min(first - entry.lo, len(entry.pages)))
+
+    # ---- holds and pins -----------------------------------------------------------------------------------------
+
+    def hold(self, node: Node) -> None:
+        """Keep a place in the tree: the node and all above it stay, with their full-attention entries."""
+        climb: Node | None = node
+        while climb is not None and climb.parent is not None:
+            climb.refs += 1
+            if climb.refs > 1:
+                return
+            for shelf in self.full_shelves:
+                self.refresh(climb, shelf)
+            climb = climb.parent
+
+    def release(self, node: Node) -> None:
+        """Undo one :meth:`hold`."""
+        climb: Node | None = node
+        while climb is not None and climb.parent is not None:
+            parent = climb.parent
+            climb.refs -= 1
+            if climb.refs:
+                return
+            for shelf in self.full_shelves:
+                self.refresh(climb, shelf)
+            climb = parent
+
+    def pin(self, node: Node, k: int, start: int, count: int) -> None:
+        """Pin kind ``k`` on the device from page ``start`` to the node's end; ``count`` -1 undoes it."""
+        shelf = self.by_tier[Tier.DEVICE][k]
+        assert shelf is not None
+        climb = node
+        while start < climb.end:
+            if start > climb.start:
+                starts = climb.starts[k]
+                left = starts.get(start, 0) + count
+                if left:
+                    starts[start] = left
+                else:
+                    del starts[start]
+                self.refresh(climb, shelf)
+                return
+            climb.covers[k] += count
+            self.refresh(climb, shelf)
+            if start == climb.start:
+                return
+            assert climb.parent is not None
+            climb = climb.parent
+
+    def use(self, node: Node, starts: list[int]) -> None:
+        """Note that a boundary at the node's end was used now: each kind from its page in ``starts`` on."""
+        climb = node
+        while climb.parent is not None:
+            for k, start in enumerate(starts):
+                if start < climb.end:
+                    climb.ticks[k] = self.tick
+            if self.shrinks:
+                for shelf in self.shelves:
+                    self.requeue(climb, shelf)
+            climb = climb.parent
+
+    # ---- the order of leaving -----------------------------------------------------------------------------------
+
+    def key(self, node: Node, shelf: Shelf, entry: Entry) -> tuple[float, ...]:
+        """Where an entry stands in its shelf's order: the smallest key leaves first.
+
+        The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
+        2 serves a node's end, where requests stopped or parted before.
+        """
+        return (self.damage(node, shelf, entry), *self.standing(node, shelf.kind_index), node.id)
+
+    def damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:
+        """How much the next page to leave hurts: see :meth:`key`."""
+        if shelf.full:
+            return 2 if node.children or not self.windows or self.ends_well(node) else 0
+        if shelf.kind.rule == "recurrent":
+            return 1 if len(node.children) == 1 else 2
+        needed = max(0, node.size - self.reach(shelf.kind_index, node.end))
+        if entry.lo == needed:
+            return 2
+        return 1 if entry.lo < needed or node.children else 0
+
+    def reach(self, k: int, page: int) -> int:
+        """Pages before boundary ``page`` that kind ``k`` needs there."""
+        return page - self.kinds[k].start(page * self.page_size) // self.page_size
+
+    def ends_well(self, node: Node) -> bool:
+        """Whether, as far as the node itself shows, a request could resume at its end (on any tier)."""
+        for k in self.windows:
+            need = min(self.reach(k, node.end), node.size)
+            if need and not any(
+                (entry := node.entries[shelf.index]) is not None and entry.lo <= node.size - need
+                for tier in self.tiers
+                if (shelf := self.by_tier[tier][k]) is not None
+            ):
+                return False
+        return True
+
+    def restage(self, node: Node) -> None:
+        """Requeue a node's entries whose key may have become smaller (an order only finds larger keys by itself)."""
+        if self.windows:
+            for shelf in self.shelves:
+                self.requeue(node, shelf)
+
+    def requeue(self, node: Node, shelf: Shelf) -> None:
+        """File an entry that is queued already under its present key."""
+        entry = node.entries[shelf.index]
+        if entry is not None and entry.item is not None:
+            shelf.order.push(node, entry, self.key(node, shelf, entry))
+
+    def _requeue_states(self, node: Node) -> None:
+        for shelf in self.window_shelves:
+            if shelf.kind.rule == "recurrent":
+                self.requeue(node, shelf)
+        if self.windows:
+            for shelf in self.full_shelves:
+                self.requeue(node, shelf)

@@ -1,0 +1,351 @@
+"""The life of a lease: open, grow, commit, close."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache.evict import drop_subtree, make_room
+from rootcellar.cache.key import Key
+from rootcellar.cache.kind import Tier
+from rootcellar.cache.lease import Lease, ReqToTokenPool
+from rootcellar.cache.match import Hit, find, place_of
+from rootcellar.cache.slots import Pages
+from rootcellar.cache.tree import Node, Shelf, Tree
+from rootcellar.errors import RequestError, RequestTooLarge
+
+
+class Desk:
+    """The leases of one cache, and what their verbs need at hand: the tree, the page tables, the device's shelves."""
+
+    def __init__(self, tree: Tree, tables: ReqToTokenPool, max_length: int, reuse: bool) -> None:
+        self.tree = tree
+        self.tables = tables
+        self.max_length = max_length
+        self.reuse = reuse
+        self.leases: dict[int, Lease] = {}  # by row
+        self.serial = 0
+        device = [shelf for shelf in tree.by_tier[Tier.DEVICE] if shelf is not None]
+        self.paged: list[Shelf] = [shelf for shelf in device if shelf.kind.rule != "recurrent"]
+        self.windows: list[Shelf] = [shelf for shelf in self.paged if not shelf.full]
+        self.states: list[Shelf] = [shelf for shelf in device if shelf.kind.rule == "recurrent"]
+
+    def places(self) -> Iterator[Node]:
+        """The node of every live hold, as often as it is held."""
+        if self.reuse:
+            for lease in self.leases.values():
+                yield lease.node
+
+    def in_flight(self, shelf: Shelf) -> list[Pages]:
+        """Slots that copies under way will fill."""
+        return []
+
+    def start_page(self, k: int, tokens: int) -> int:
+        """First page that kind ``k`` needs in order to resume at ``tokens``."""
+        return self.tree.kinds[k].start(tokens) // self.tree.page_size
+
+
+# ---- open ---------------------------------------------------------------------------------------------------------
+
+
+def open_lease(desk: Desk, hit: Hit, priority: int) -> Lease | None:
+    """Pin what the rule needs at the hit's boundary and give the request a row. None when a row or a state lacks."""
+    tree, tables = desk.tree, desk.tables
+    if tables.free_rows == 0 or any(shelf.room < 1 for shelf in desk.states):
+        return None
+    if len(hit.key) > desk.max_length:
+        raise RequestTooLarge(
+            f"the key has {len(hit.key)} tokens, a page table row holds max_length={desk.max_length}; raise max_length"
+        )
+    if hit.version != tree.version:
+        hit = find(tree, hit.key)
+    node = place_of(tree, hit, hit.length // tree.page_size)
+    lease = Lease(0, desk.serial + 1, node, hit.key.namespace, hit.length, priority)
+    lease.starts = [desk.start_page(k, hit.length) for k in range(len(tree.kinds))]
+    lease.sources = [None] * len(tree.kinds)
+    tree.hold(node)
+    _pin_windows(desk, lease, 1)
+    _pin_sources(desk, lease, node if hit.length else None)
+    if not all(make_room(tree, shelf, 1) for shelf in desk.states):
+        _pin_windows(desk, lease, -1)
+        _pin_sources(desk, lease, None)
+        tree.release(node)
+        return None
+    tree.tick += 1
+    tree.use(node, lease.starts)
+    desk.serial += 1
+    lease.row = tables.take_row()
+    desk.leases[lease.row] = lease
+    for shelf in desk.paged:
+        _fill_row(desk, lease, shelf, lease.starts[shelf.kind_index])
+    for shelf in desk.states:
+        row = tables.by_kind[shelf.kind_index][lease.row]
+        entry = node.entries[shelf.index]
+        row[0] = entry.pages[0] if entry is not None else 0
+        row[1] = shelf.slots.take(1)[0]
+    _count_hit(node, priority)
+    return lease
+
+
+def _fill_row(desk: Desk, lease: Lease, shelf: Shelf, start: int) -> None:
+    """Write the tree's pages ``[start, place)`` of one kind into the lease's row."""
+    row = desk.tables.by_kind[shelf.kind_index][lease.row]
+    climb: Node | None = lease.node
+    while climb is not None and climb.end > start:
+        entry = climb.entries[shelf.index]
+        if entry is not None:
+            first = max(start, climb.start + entry.lo)
+            row[first : climb.end] = entry.pages[first - climb.start - entry.lo :]
+        climb = climb.parent
+
+
+def _count_hit(node: Node, priority: int) -> None:
+    climb: Node | None = node
+    while climb is not None:
+        climb.hits += 1
+        climb.priority = max(climb.priority, priority)
+        climb = climb.parent
+
+
+# ---- grow ---------------------------------------------------------------------------------------------------------
+
+
+def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
+    """Slots for ``tokens`` more tokens, for one step. False, and nothing changed, when there is no room."""
+    size = desk.tree.page_size
+    old = -(-lease.length // size)
+    new = -(-(lease.length + tokens) // size)
+    if lease.length + tokens > desk.max_length:
+        raise RequestTooLarge(
+            f"{lease.length} + {tokens} tokens do not fit a page table row of max_length={desk.max_length}; "
+            f"raise max_length"
+        )
+    if new > old:
+        for shelf in desk.paged:
+            if shelf.room < new - old:
+                return False
+        for shelf in desk.paged:
+            make_room(desk.tree, shelf, new - old)
+            desk.tables.by_kind[shelf.kind_index][lease.row, old:new] = shelf.slots.take(new - old)
+    if tokens:
+        _step_states(desk, lease)
+    lease.length += tokens
+    return True
+
+
+def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int) -> list[bool]:
+    """:func:`grow` for each lease of a batch, in order; one allocation per kind when all of them fit."""
+    size = desk.tree.page_size
+    if tokens != 1 or any(lease.length >= desk.max_length for lease in leases):
+        return [grow(desk, lease, tokens) for lease in leases]
+    short = [lease for lease in leases if lease.length % size == 0]
+    if any(shelf.room < len(short) for shelf in desk.paged):
+        return [grow(desk, lease, tokens) for lease in leases]
+    if short:
+        rows = [lease.row for lease in short]
+        columns = [lease.length // size for lease in short]
+        for shelf in desk.paged:
+            make_room(desk.tree, shelf, len(short))
+            desk.tables.by_kind[shelf.kind_index][rows, columns] = shelf.slots.take(len(short))
+    for lease in leases:
+        if desk.states:
+            _step_states(desk, lease)
+        lease.length += 1
+    return [True] * len(leases)
+
+
+def _step_states(desk: Desk, lease: Lease) -> None:
+    """From its second step on, a lease reads the state it wrote, and the snapshot it began from is pinned no more."""
+    if lease.stepped:
+        read_own_states(desk, lease)
+    lease.stepped = True
+
+
+def read_own_states(desk: Desk, lease: Lease) -> None:
+    """Let the lease read the states it writes, and unpin the snapshots it read before."""
+    for shelf in desk.states:
+        row = desk.tables.by_kind[shelf.kind_index][lease.row]
+        row[0] = row[1]
+    _pin_sources(desk, lease, None)
+
+
+def _pin_sources(desk: Desk, lease: Lease, node: Node | None) -> None:
+    """Pin the snapshots at a node's end (None: at none) in place of those the lease has pinned."""
+    for shelf in desk.states:
+        k = shelf.kind_index
+        old = lease.sources[k]
+        if node is not None and node.parent is not None:
+            desk.tree.pin(node, k, node.end - 1, 1)
+        if old is not None and old.parent is not None:
+            desk.tree.pin(old, k, old.end - 1, -1)
+        lease.sources[k] = node
+
+
+def _pin_windows(desk: Desk, lease: Lease, count: int) -> None:
+    """Pin (1) or unpin (-1) what the lease's place needs of each window and chunk."""
+    for shelf in desk.windows:
+        desk.tree.pin(lease.node, shelf.kind_index, lease.starts[shelf.kind_index], count)
+
+
+# ---- commit -------------------------------------------------------------------------------------------------------
+
+
+def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
+    """Make the whole pages of ``key`` shareable, and release what is out of the rule's reach."""
+    tree = desk.tree
+    size = tree.page_size
+    if len(key) > lease.length or key.namespace != lease.namespace:
+        raise RequestError(
+            f"commit of {len(key)} tokens in namespace {key.namespace!r}: the lease has slots for {lease.length} "
+            f"tokens in {lease.namespace!r}; grow the lease first and commit only what was computed"
+        )
+    if desk.reuse:
+        _pin_windows(desk, lease, -1)
+        done, pages = lease.committed // size, len(key) // size
+        if pages > done:
+            place = _insert(desk, lease, key, done, pages)
+            if place is not lease.node:
+                tree.hold(place)
+                tree.release(lease.node)
+                lease.node = place
+            lease.committed = pages * size
+    for shelf in desk.windows:
+        _release_passed(desk, lease, shelf, len(key))
+    if desk.reuse:
+        _pin_windows(desk, lease, 1)
+        if snapshot and len(key) == lease.length == lease.committed:
+            _take_snapshot(desk, lease)
+
+
+def _release_passed(desk: Desk, lease: Lease, shelf: Shelf, tokens: int) -> None:
+    """Move the start of a window or chunk to what resuming at ``tokens`` needs; pages before it leave the row.
+
+    Those in the tree are merely no longer pinned; those that the lease owns (reuse is off) are free at once.
+    """
+    k = shelf.kind_index
+    old, start = lease.starts[k], desk.start_page(k, tokens)
+    if start <= old:
+        return
+    row = desk.tables.by_kind[k][lease.row]
+    owned = max(old, lease.committed // desk.tree.page_size)
+    if owned < start:
+        shelf.slots.give(row[owned:start])
+    row[old:start] = 0
+    lease.starts[k] = start
+
+
+def _insert(desk: Desk, lease: Lease, key: Key, page: int, pages: int) -> Node:
+    """Put pages ``[page, pages)`` of the lease into the tree below its place; the node that ends there."""
+    tree = desk.tree
+    node = lease.node
+    while page < pages:
+        tokens = key.tokens[page * tree.page_size : pages * tree.page_size]
+        child = node.children.get(tree.first(tokens, 0))
+        if child is None:
+            return _insert_rest(desk, lease, node, tokens, page, pages)
+        matched = tree.common(child, tokens, pages - page)
+        if matched < child.size:
+            child = tree.split(child, matched)
+        for shelf in desk.paged:
+            _merge(desk, lease, shelf, child)
+        child.ticks = [tree.tick] * len(tree.kinds)
+        child.priority = max(child.priority, lease.priority)
+        page += matched
+        node = child
+    return node
+
+
+def _insert_rest(desk: Desk, lease: Lease, node: Node, tokens: NDArray[np.int64], page: int, pages: int) -> Node:
+    """Lengthen the lease's own leaf, or give ``node`` a new one."""
+    tree = desk.tree
+    new: list[Pages] = [table[lease.row, page:pages] for table in desk.tables.by_kind]
+    if node is lease.node and _may_lengthen(desk, lease, node):
+        tree.extend(node, tokens, pages - page, new)
+        return node
+    leaf = tree.add(node, tokens, pages - page)
+    leaf.owner = lease.serial
+    leaf.priority = lease.priority
+    for shelf in desk.paged:
+        tree.attach(leaf, shelf, new[shelf.kind_index].copy(), 0)
+    return leaf
+
+
+def _may_lengthen(desk: Desk, lease: Lease, node: Node) -> bool:
+    """Whether a leaf is this lease's alone and on the device alone, so that its edge may grow in place."""
+    if node.owner != lease.serial or node.refs != 1 or node.children or node.moves:
+        return False
+    held = sum(entry is not None for entry in node.entries)
+    return held == len(desk.paged) and all(node.entries[shelf.index] is not None for shelf in desk.paged)
+
+
+def _merge(desk: Desk, lease: Lease, shelf: Shelf, node: Node) -> None:
+    """Where the tree has a page, free the lease's duplicate and use that; where it has none, give it the lease's."""
+    row = desk.tables.by_kind[shelf.kind_index][lease.row, node.start : node.end]
+    entry = node.entries[shelf.index]
+    if entry is None:
+        desk.tree.attach(node, shelf, row.copy(), 0)
+        return
+    lo = entry.lo
+    shelf.slots.give(row[lo:])
+    row[lo:] = entry.pages
+    if lo:
+        desk.tree.attach(node, shelf, row[:lo].copy(), 0)
+
+
+def _take_snapshot(desk: Desk, lease: Lease) -> None:
+    """Hand the states just written to the tree, and write elsewhere from now on; skipped when no state is free."""
+    tree, node = desk.tree, lease.node
+    missing = [shelf for shelf in desk.states if node.entries[shelf.index] is None]
+    if not missing or not lease.stepped or node.parent is None:
+        return
+    read_own_states(desk, lease)
+    if any(shelf.room < 1 for shelf in missing):
+        return
+    for shelf in missing:
+        make_room(tree, shelf, 1)
+        row = desk.tables.by_kind[shelf.kind_index][lease.row]
+        tree.attach(node, shelf, row[1:].copy(), node.size - 1)
+        row[1] = shelf.slots.take(1)[0]
+    for shelf in desk.states:
+        entry = node.entries[shelf.index]
+        assert entry is not None
+        desk.tables.by_kind[shelf.kind_index][lease.row, 0] = entry.pages[0]
+    _pin_sources(desk, lease, node)
+    lease.stepped = False
+
+
+# ---- close --------------------------------------------------------------------------------------------------------
+
+
+def close(desk: Desk, lease: Lease, keep: bool) -> None:
+    """Give back everything the lease owns and pins; with ``keep`` false also what it alone added to the tree."""
+    tree = desk.tree
+    if desk.leases.pop(lease.row, None) is not lease:
+        raise RequestError(f"{lease!r} is closed already; a lease is closed once")
+    committed, pages = lease.committed // tree.page_size, -(-lease.length // tree.page_size)
+    if desk.reuse:
+        tree.use(lease.node, lease.starts)
+        _pin_windows(desk, lease, -1)
+        _pin_sources(desk, lease, None)
+    for shelf in desk.paged:
+        owned = max(committed, lease.starts[shelf.kind_index])
+        shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])
+    for shelf in desk.states:
+        shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
+    desk.tables.give_row(lease.row, max(pages, 2))
+    node = lease.node
+    tree.release(node)
+    if not keep:
+        node = _drop_own(tree, lease, node)
+    tree.discard(node)
+
+
+def _drop_own(tree: Tree, lease: Lease, node: Node) -> Node:
+    """Throw away the nodes the lease added that nobody shares; the first node above that stays."""
+    while node.parent is not None and node.owner == lease.serial and not (node.refs or node.children or node.hits):
+        parent = node.parent
+        drop_subtree(tree, node)
+        node = parent
+    return node

@@ -1,0 +1,22 @@
+"""The core against brute force: hypothesis finds and shrinks, the seeded driver covers ground."""
+
+from __future__ import annotations
+
+import fuzz
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from world import World
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_worlds_shrunk_by_hypothesis(data):
+    world = World(lambda n: data.draw(st.integers(0, n - 1)) if n > 1 else 0)
+    for _ in range(data.draw(st.integers(1, 40))):
+        world.step()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_worlds_by_seed(seed):
+    fuzz.run(steps=5_000, seed=seed)
