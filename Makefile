@@ -90,7 +90,7 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
 	echo "rootcellar needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
 if test -e $(1)/.stamp; then echo "Bringing $(1) up to date ..."; \
-else echo "Setting up $(1) (about a minute, once) ..."; fi; \
+else echo "Setting up $(1) (once; it takes a minute or a few) ..."; fi; \
 $(PYTHON) -m venv $(1)
 endef
 
