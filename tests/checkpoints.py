@@ -148,7 +148,7 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         if name.endswith("bias"):
             return 0.2 * values
         if "embed" in name or "lm_head" in name:
-            return 0.5 * values
+            return 0.25 * values
         return values * np.float32(1.5 / shape[1] ** 0.5)
 
     return {name: draw(name, shape) for name, shape in tensor_shapes(config).items()}

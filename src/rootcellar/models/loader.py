@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -42,7 +41,7 @@ def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
         for spec in jax.tree.leaves(specs):
             checkpoint.check(spec)
         checkpoint.report_unused(jax.tree.leaves(specs))
-        params: Params = jax.tree.map(lambda spec: jnp.asarray(pack(spec, checkpoint.readers(spec), dtype)), specs)
+        params: Params = jax.tree.map(lambda spec: jax.device_put(pack(spec, checkpoint.readers(spec), dtype)), specs)
         return params
 
 
@@ -52,14 +51,14 @@ def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: A
     ``ModelError`` names a tensor that is missing or misshapen.
     """
 
-    def load(spec: ParamSpec) -> jax.Array:
+    def load(spec: ParamSpec) -> Any:
         for name, shape in zip(spec.sources, source_shapes(spec), strict=True):
             if name not in tensors:
                 raise ModelError(f"tensor {name!r} {list(shape)} is missing")
             if tensors[name].shape != shape:
                 raise ModelError(f"tensor {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
         readers = [partial(np.asarray, tensors[name]) for name in spec.sources]
-        return jnp.asarray(pack(spec, readers, dtype))
+        return jax.device_put(pack(spec, readers, dtype))
 
     params: Params = jax.tree.map(load, declare(cfg))
     return params

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rootcellar.errors import ModelError
 from rootcellar.models.config import ModelConfig
@@ -37,7 +39,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
-    init: Literal["normal", "ones", "zeros"]
+    init: Literal["random", "ones", "zeros"]
     packing: Literal["same", "transposed", "qkv", "qkv_bias", "o", "gate_up", "gate_up_bias"]
     sources: tuple[str, ...]
 
@@ -51,19 +53,19 @@ def declare(cfg: ModelConfig) -> Params:
 
     vocab, embed = cfg.vocab_size, cfg.hidden_size
     top: Params = {
-        "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "normal"),
+        "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "random"),
         "norm": spec("norm", (embed,), (None,), "ones"),
     }
     if not cfg.tie_word_embeddings:
-        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "normal", "transposed")
+        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "random", "transposed")
     heads, kv, group, dim, mlp = cfg.num_heads, cfg.num_kv_heads, cfg.group_size, cfg.head_dim, cfg.intermediate_size
     layer: Params = {
         "attn_norm": spec("attn_norm", (embed,), (None,), "ones"),
-        "qkv": spec("qkv", (embed, kv, group + 2, dim), ("embed", "kv_heads", None, None), "normal", "qkv"),
-        "o": spec("o", (heads, dim, embed), ("heads", None, "embed"), "normal", "o"),
+        "qkv": spec("qkv", (embed, kv, group + 2, dim), ("embed", "kv_heads", None, None), "random", "qkv"),
+        "o": spec("o", (heads, dim, embed), ("heads", None, "embed"), "random", "o"),
         "mlp_norm": spec("mlp_norm", (embed,), (None,), "ones"),
-        "gate_up": spec("gate_up", (embed, 2, mlp), ("embed", None, "mlp"), "normal", "gate_up"),
-        "down": spec("down", (mlp, embed), ("mlp", "embed"), "normal", "transposed"),
+        "gate_up": spec("gate_up", (embed, 2, mlp), ("embed", None, "mlp"), "random", "gate_up"),
+        "down": spec("down", (mlp, embed), ("mlp", "embed"), "random", "transposed"),
     }
     if cfg.qkv_bias:
         layer["qkv_bias"] = spec("qkv_bias", (kv, group + 2, dim), ("kv_heads", None, None), "zeros", "qkv_bias")
@@ -94,43 +96,33 @@ def count_bytes(cfg: ModelConfig, dtype: Any) -> int:
     """Bytes of the whole pytree in ``dtype``, without allocating it."""
     leaves: list[ParamSpec] = jax.tree.leaves(declare(cfg))
     itemsize: int = jnp.dtype(dtype).itemsize
-    total = 0
-    for spec in leaves:
-        size = itemsize
-        for length in spec.shape:
-            size *= length
-        total += size
-    return total
+    return itemsize * sum(prod(spec.shape) for spec in leaves)
 
 
 def abstract_params(cfg: ModelConfig, dtype: Any) -> Params:
     """The pytree as ``jax.ShapeDtypeStruct``, for compiling and sharding without weights."""
-    result: Params = jax.eval_shape(lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, dtype), declare(cfg)))
-    return result
+    params: Params = jax.eval_shape(lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, dtype), declare(cfg)))
+    return params
 
 
 def init_params(cfg: ModelConfig, seed: int, dtype: Any, std: float = 0.02) -> Params:
-    """Random weights in ``dtype`` (``load_format="dummy"``, or the start of training): normal(0, std), norms one.
+    """Random weights in ``dtype`` (``load_format="dummy"``, or the start of training): mean 0, deviation ``std``.
 
-    Values depend on the seed, the layer and the parameter's name. One compiled function serves all layers.
+    Norms are one and biases zero. A value depends on ``seed``, its parameter's path and its place, on no backend.
+    Uniform rather than normal numbers, drawn by numpy: ten times faster on CPU, and nothing to compile.
     """
 
-    def create(key: jax.Array, specs: Params) -> Params:
-        def draw(name: str, spec: ParamSpec) -> jax.Array:
-            if spec.init == "ones":
-                return jnp.ones(spec.shape, dtype)
-            if spec.init == "zeros":
-                return jnp.zeros(spec.shape, dtype)
-            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            return (jax.random.normal(own, spec.shape, jnp.float32) * std).astype(dtype)
+    def create(path: tuple[Any, ...], spec: ParamSpec) -> Any:
+        if spec.init != "random":
+            return jax.device_put(np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], dtype))
+        random = np.random.default_rng([seed, zlib.crc32(path_name(path).encode())])
+        values = random.random(spec.shape, np.float32)
+        values -= np.float32(0.5)
+        values *= np.float32(std * 12**0.5)
+        return jax.device_put(values.astype(dtype, copy=False))
 
-        return {name: draw(name, spec) for name, spec in specs.items()}
-
-    top = declare(cfg)
-    layers = top.pop("layers")
-    keys = jax.random.split(jax.random.key(seed), 1 + len(layers))
-    create_layer = jax.jit(lambda key: create(key, layers[0]))
-    return {**jax.jit(lambda key: create(key, top))(keys[0]), "layers": [create_layer(key) for key in keys[1:]]}
+    params: Params = jax.tree_util.tree_map_with_path(create, declare(cfg))
+    return params
 
 
 def check_params(cfg: ModelConfig, params: Params) -> None:
