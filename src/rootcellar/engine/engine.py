@@ -22,7 +22,7 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts, build
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions, Tracker, Update
-from rootcellar.engine.requests import Inputs, read_inputs
+from rootcellar.engine.requests import Inputs, encode, read_inputs
 from rootcellar.errors import EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -261,6 +261,12 @@ class Engine:
     def _draw_seed(self) -> int:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
         return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, as :meth:`generate` would compute them."""
+        if self._parts.tokenizer is None:
+            raise RequestError("encoding needs the tokenizer: leave skip_tokenizer_init at False")
+        return encode(self._parts.tokenizer, text)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of a conversation by the model's chat template, ready for :meth:`generate`.

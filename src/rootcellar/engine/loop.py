@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import EngineError
+from rootcellar.errors import EngineError, RequestError
 from rootcellar.runner import Batch, Part, Runner
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Finish, Plan, Request, Scheduler
@@ -96,7 +96,7 @@ class Loop:
         rids = [t.request.rid for t in trackers]
         taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
         if taken:
-            raise EngineError(f"request id {taken[0]!r} is in use; give another rid, or none")
+            raise RequestError(f"request id {taken[0]!r} is in use; give another rid, or none")
         for tracker in trackers:
             self.trackers[tracker.request.rid] = tracker
             self.scheduler.add(tracker.request)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rootcellar.engine.build import Parts
 from rootcellar.engine.output import LogprobOptions
+from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
 
@@ -96,19 +97,22 @@ def _read_prompts(parts: Parts, prompt: object) -> tuple[bool, list[NDArray[np.i
     texts = [prompt] if one else prompt
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
         raise RequestError("prompt must be a text or a list of at least one text")
-    bos = parts.tokenizer.special_tokens.get("bos_token")
     result = []
     for i, text in enumerate(texts):
         if not text:
             raise RequestError(f"prompt{'' if one else f' {i}'} is empty: give at least one character")
-        # A chat template writes the first special token itself; a second one would change the model's answer.
-        add = not (bos and text.startswith(bos))
         try:
-            ids = parts.tokenizer.encode(text, add_special_tokens=add)
+            ids = encode(parts.tokenizer, text)
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError(f"prompt{'' if one else f' {i}'} is no valid text: {error}") from None
         result.append(_checked(parts, ids, "" if one else f"prompt {i}: "))
     return one, result
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, special tokens added once: a chat template may have written the first one itself."""
+    bos = tokenizer.special_tokens.get("bos_token")
+    return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
 def _read_ids(parts: Parts, input_ids: object) -> tuple[bool, list[NDArray[np.int64]]]:

@@ -142,8 +142,8 @@ class Scheduler:
         self.retractions += 1
         self.waiting.insert(0, request)
 
-    def _commit(self, request: Request, *, everything: bool = False) -> None:
-        """Share whole pages that were computed; during decoding only now and then when pages are tiny."""
+    def _commit(self, request: Request, *, everything: bool) -> None:
+        """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny."""
         step = self.cache.page_size if everything else max(self.cache.page_size, 16)
         if request.computed // step > request.committed // step:
             assert request.lease is not None
@@ -297,5 +297,5 @@ class Scheduler:
             if request.finish is not None:
                 self._end(request)
             else:
-                self._commit(request)
+                self._commit(request, everything=not plan.decode)
         return moved

@@ -1,0 +1,460 @@
+"""The engine's interface: results, streams, stops, logprobs, control, errors."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import rootcellar
+from checkpoints import make_checkpoint
+from rootcellar.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLarge
+from test_equivalence import check_idle
+
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+PROMPT = list(range(5, 45))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder):
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _checked(request):
+    """Whatever a test does, the engine is whole and idle after it."""
+    yield
+    if "engine" in request.fixturenames:
+        check_idle(request.getfixturevalue("engine"))
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_gives_a_dict_and_a_list_gives_a_list(engine):
+    one = engine.generate(prompt="hello world", sampling_params=GREEDY)
+    many = engine.generate(prompt=["hello world", "another"], sampling_params=[GREEDY, {**GREEDY, "max_new_tokens": 3}])
+    assert one["output_ids"] == many[0]["output_ids"]
+    assert len(many[1]["output_ids"]) == 3
+    meta = one["meta_info"]
+    assert meta["prompt_tokens"] == 10
+    assert meta["completion_tokens"] == 12
+    assert meta["finish_reason"] == {"type": "length", "length": 12}
+    assert 0 <= meta["queue_time"] <= meta["first_token_latency"] <= meta["e2e_latency"]
+    assert [name for name, _ in meta["stages"]] == ["PREFILL_WAITING", "PREFILL_FORWARD", "DECODE_LOOP", "FINISHED"]
+
+
+def test_text_and_ids_are_the_same_prompt(engine, tiny_folder):
+    text = engine.generate(prompt="the quick brown fox", sampling_params=GREEDY)
+    ids = engine.generate(input_ids=engine.encode("the quick brown fox"), sampling_params=GREEDY)
+    assert text["output_ids"] == ids["output_ids"]
+    assert text["text"] == ids["text"]
+
+
+def test_the_second_time_comes_from_the_cache(engine):
+    first, second = (engine.generate(input_ids=PROMPT, sampling_params=GREEDY) for _ in range(2))
+    assert [first["meta_info"]["cached_tokens"], second["meta_info"]["cached_tokens"]] == [0, 32]
+    assert first["output_ids"] == second["output_ids"]
+
+
+def test_extra_key_isolates(engine):
+    cached = [
+        engine.generate(input_ids=PROMPT, sampling_params=GREEDY, extra_key=key)["meta_info"]["cached_tokens"]
+        for key in ("a", "b", "a")
+    ]
+    assert cached == [0, 0, 32]
+
+
+def test_n_answers_share_the_prompts_kv(engine):
+    answers = engine.generate(input_ids=PROMPT, sampling_params={"n": 3, "seed": 1, "max_new_tokens": 8})
+    assert len({tuple(a["output_ids"]) for a in answers}) == 3
+    assert [a["meta_info"]["cached_tokens"] for a in answers] == [0, 32, 32]
+
+
+def test_params_can_be_handed_over(tiny_folder, engine):
+    import jax.numpy as jnp
+
+    from rootcellar.models.config import load_config
+    from rootcellar.models.loader import load_params
+
+    params = load_params(tiny_folder, load_config(tiny_folder), jnp.float32)
+    with rootcellar.Engine(model_path=tiny_folder, params=params, max_total_tokens=256) as other:
+        assert (
+            other.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+            == engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        )
+    del params["norm"]
+    with pytest.raises(ModelError, match="norm"):
+        rootcellar.Engine(model_path=tiny_folder, params=params)
+
+
+def test_dummy_weights_need_no_tensors(tmp_path):
+    folder = make_checkpoint("qwen3", tmp_path)
+    (folder / "model.safetensors").unlink()
+    with rootcellar.Engine(
+        model_path=folder, load_format="dummy", skip_tokenizer_init=True, max_total_tokens=256
+    ) as engine:
+        result = engine.generate(input_ids=[1, 2, 3], sampling_params=GREEDY)
+        assert len(result["output_ids"]) == 12
+        assert "text" not in result
+
+
+def test_no_new_tokens_computes_the_prompt_only(engine):
+    result = engine.generate(
+        input_ids=PROMPT, sampling_params={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0
+    )
+    assert result["output_ids"] == []
+    assert len(result["meta_info"]["input_token_logprobs"]) == len(PROMPT)
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_grows_to_the_result(engine):
+    whole = engine.generate(prompt="hello", sampling_params=GREEDY)
+    parts = list(engine.generate(prompt="hello", sampling_params=GREEDY, stream=True))
+    assert parts[-1]["text"] == whole["text"]
+    assert [len(p["output_ids"]) for p in parts] == list(range(1, 13))
+    assert all(b["text"].startswith(a["text"]) for a, b in zip(parts, parts[1:], strict=False))
+    assert [p["meta_info"]["finish_reason"] is None for p in parts] == [True] * 11 + [False]
+
+
+def test_streams_of_several_prompts_say_whose_part_it_is(engine):
+    last = {}
+    for part in engine.generate(prompt=["hello", "world"], sampling_params=GREEDY, stream=True):
+        last[part["index"]] = part
+    assert {i: len(p["output_ids"]) for i, p in last.items()} == {0: 12, 1: 12}
+
+
+def test_leaving_a_stream_early_aborts(engine):
+    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
+    next(stream)
+    stream.close()
+    assert engine.stats()["running"] == 0
+
+
+def test_async_generate(engine):
+    async def main():
+        whole, parts = await asyncio.gather(
+            engine.async_generate(prompt="hello", sampling_params=GREEDY), collect(engine)
+        )
+        return whole, parts
+
+    async def collect(engine):
+        stream = await engine.async_generate(prompt="hello", sampling_params=GREEDY, stream=True)
+        return [part async for part in stream]
+
+    whole, parts = asyncio.run(main())
+    assert parts[-1]["output_ids"] == whole["output_ids"]
+    assert len(parts) == 12
+
+
+def test_cancelling_a_task_aborts(engine):
+    async def main():
+        settings = {**GREEDY, "max_new_tokens": 900}
+        task = asyncio.create_task(engine.async_generate(prompt="hello", sampling_params=settings))
+        while engine.stats()["running"] == 0:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.stats()["running"] == 0
+
+    asyncio.run(main())
+
+
+# -- where it ends ----------------------------------------------------------------------------------------------------
+
+
+def test_stop_token_ids(engine):
+    whole = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    stop = whole[4]
+    result = engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, "stop_token_ids": [stop]})
+    end = whole.index(stop) + 1
+    assert result["output_ids"] == whole[:end]
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    later = engine.generate(
+        input_ids=PROMPT, sampling_params={**GREEDY, "stop_token_ids": [stop], "min_new_tokens": 12}
+    )
+    assert stop not in later["output_ids"]
+    assert len(later["output_ids"]) == 12
+
+
+def test_stop_strings_end_the_text_and_never_show_in_a_stream(engine):
+    whole = engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 40})["text"]
+    at = next(i for i in range(5, len(whole) - 3) if whole.find(whole[i : i + 3]) == i)
+    stop = whole[at : at + 3]
+    settings = {**GREEDY, "max_new_tokens": 40, "stop": [stop, "never said"]}
+    parts = list(engine.generate(input_ids=PROMPT, sampling_params=settings, stream=True))
+    assert parts[-1]["text"] == whole[:at]
+    assert parts[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert all(whole[:at].startswith(p["text"]) for p in parts)
+    kept = engine.generate(input_ids=PROMPT, sampling_params={**settings, "no_stop_trim": True})
+    assert kept["text"] == whole[: at + 3]
+
+
+def test_eos_of_the_model_ends_unless_ignored(tmp_path):
+    folder = make_checkpoint("qwen2", tmp_path, eos_token_id=[1, 2])
+    with rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, max_total_tokens=256) as engine:
+        whole = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("[\n  1,\n  2\n ]", f"[1, {whole[3]}]"))
+    with rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, max_total_tokens=256) as engine:
+        result = engine.generate(input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 12})
+        assert result["output_ids"] == whole[: whole.index(whole[3]) + 1]
+
+
+# -- logprobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_of_prompt_and_answer_do_not_depend_on_the_cache(engine):
+    def ask(**options):
+        result = engine.generate(
+            input_ids=PROMPT, sampling_params=GREEDY, return_logprob=True, top_logprobs_num=3, **options
+        )
+        return result["meta_info"]
+
+    cold = ask(logprob_start_len=0)
+    warm = ask(logprob_start_len=0)
+    part = ask(logprob_start_len=30)
+    for name in ("input_token_logprobs", "output_token_logprobs"):
+        assert [e[1] for e in cold[name]] == [e[1] for e in warm[name]]
+        assert [e[0] for e in cold[name][1:]] == pytest.approx([e[0] for e in warm[name][1:]], abs=1e-4)
+    assert part["cached_tokens"] == 16  # position 29 says how likely token 30 is, and its page begins at 16
+    assert [e[0] for e in part["input_token_logprobs"]] == pytest.approx(
+        [e[0] for e in cold["input_token_logprobs"][30:]], abs=1e-4
+    )
+    assert "input_token_logprobs" not in ask()
+    for meta in (cold, part):
+        chosen = [e[0] for e in meta["output_token_logprobs"]]
+        best = [row[0] for row in meta["output_top_logprobs"]]
+        assert chosen == pytest.approx([b[0] for b in best], abs=1e-5)  # greedy takes the likeliest
+        assert all(len(row) == 3 and row[0][0] >= row[1][0] >= row[2][0] for row in meta["output_top_logprobs"])
+
+
+def test_an_answers_logprobs_are_those_of_the_same_tokens_in_a_prompt(engine):
+    answer = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, return_logprob=True)
+    again = engine.generate(
+        input_ids=PROMPT + answer["output_ids"],
+        sampling_params={"max_new_tokens": 0},
+        return_logprob=True,
+        logprob_start_len=len(PROMPT),
+    )
+    assert [e[0] for e in again["meta_info"]["input_token_logprobs"]] == pytest.approx(
+        [e[0] for e in answer["meta_info"]["output_token_logprobs"]], abs=1e-4
+    )
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_makes_an_answer_reproducible_whatever_runs_beside_it(engine):
+    settings = {"seed": 5, "max_new_tokens": 10, "temperature": 1.5, "ignore_eos": True}
+    alone = engine.generate(input_ids=PROMPT, sampling_params=settings)["output_ids"]
+    beside = engine.generate(
+        input_ids=[[9, 9], PROMPT, [3]], sampling_params=[{"max_new_tokens": 10}, settings, {"max_new_tokens": 4}]
+    )
+    assert beside[1]["output_ids"] == alone
+    assert engine.generate(input_ids=PROMPT, sampling_params={**settings, "seed": 6})["output_ids"] != alone
+
+
+def test_penalties_change_the_answer(engine):
+    plain = engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 60})["output_ids"]
+    settings = {**GREEDY, "max_new_tokens": 60, "presence_penalty": 2.0, "frequency_penalty": 2.0}
+    penalised = engine.generate(input_ids=PROMPT, sampling_params=settings)["output_ids"]
+    assert len(set(penalised)) > len(set(plain))
+
+
+# -- control ----------------------------------------------------------------------------------------------------------
+
+
+def test_abort_gives_what_there_was(engine):
+    results = []
+    settings = {**GREEDY, "max_new_tokens": 900}
+    caller = threading.Thread(
+        target=lambda: results.append(engine.generate(prompt="hello", sampling_params=settings, rid="mine"))
+    )
+    caller.start()
+    while engine.stats()["running"] == 0:
+        time.sleep(0.001)
+    assert engine.abort_request("mine") is True
+    caller.join(timeout=10)
+    assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert engine.abort_request("mine") is False
+
+
+def test_flush_is_refused_while_requests_run(engine):
+    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
+    next(stream)
+    with pytest.raises(EngineError, match="1 requests run and 0 wait"):
+        engine.flush_cache()
+    stream.close()
+    engine.flush_cache()
+
+
+def test_many_callers_at_once(engine):
+    alone = [engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"] for i in range(8)]
+    results = {}
+
+    def call(i):
+        results[i] = engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for c in callers:
+        c.start()
+    for c in callers:
+        c.join(timeout=60)
+    assert [results[i] for i in range(8)] == alone
+
+
+def test_a_deadline_ends_a_request_with_the_reason(tiny_folder):
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=2048, request_timeout=0.2) as engine:
+        result = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 1500})
+        reason = result["meta_info"]["finish_reason"]
+        assert reason["type"] == "abort"
+        assert "request_timeout" in reason["message"]
+        check_idle(engine)
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypatch):
+    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    runner = engine._parts.runner
+    step = runner.step
+
+    def broken(batch):
+        step(batch)
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(runner, "step", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert "the device is on fire" in result["meta_info"]["finish_reason"]["message"]
+    monkeypatch.setattr(runner, "step", step)
+    again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert again["output_ids"] == expected
+    assert again["meta_info"]["cached_tokens"] == 0  # nothing from before the failure is trusted
+
+
+def test_shutdown_twice_and_then_no_more(tiny_folder):
+    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
+    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
+    next(stream)
+    engine.shutdown()
+    engine.shutdown()
+    *_, last = stream
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    for call in (lambda: engine.generate(prompt="hello"), engine.flush_cache, engine.stats):
+        with pytest.raises(EngineError, match="shut down"):
+            call()
+
+
+def test_no_compilation_in_steady_state(tiny_folder):
+    """After warm-up a mixed workload compiles nothing: all batch sizes, chunks, samplers, retraction and eviction."""
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=512, max_running_requests=8, chunked_prefill_size=64, page_size=4
+    ) as engine:
+        assert engine.warm_up() > 0
+        before = engine.stats()["compilations"]
+        rng = np.random.default_rng(0)
+        settings = [
+            GREEDY,
+            {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "max_new_tokens": 30},
+            {"temperature": 1.0, "presence_penalty": 1.0, "max_new_tokens": 7, "min_p": 0.1},
+            {"min_new_tokens": 5, "max_new_tokens": 60, "repetition_penalty": 1.2},
+        ]
+        for _ in range(4):
+            n = int(rng.integers(1, 14))
+            prompts = [rng.integers(0, 500, int(rng.integers(1, 150))).tolist() for _ in range(n)]
+            engine.generate(input_ids=prompts, sampling_params=[settings[int(rng.integers(4))] for _ in range(n)])
+        stats = engine.stats()
+        assert stats["compilations"] == before
+        assert stats["retractions"] + stats["cache"]["full"]["DEVICE"]["evicted"] > 0
+        check_idle(engine)
+
+
+# -- bad input: a clear error, and the engine goes on ------------------------------------------------------------------
+
+BAD_REQUESTS = [
+    ({"prompt": ""}, RequestError, "empty"),
+    ({"input_ids": []}, RequestError, "empty"),
+    ({"input_ids": [[1], []]}, RequestError, "prompt 1.*empty"),
+    ({"prompt": []}, RequestError, "at least one"),
+    ({}, RequestError, "either prompt"),
+    ({"prompt": "a", "input_ids": [1]}, RequestError, "not both"),
+    ({"input_ids": [1, 512]}, RequestError, "token 1 is 512, out of range: .*0 to 511"),
+    ({"input_ids": [-1]}, RequestError, "out of range"),
+    ({"input_ids": [1.5]}, RequestError, "no integer|list"),
+    ({"input_ids": ["a"]}, RequestError, "list"),
+    ({"input_ids": [1] * 5000}, RequestTooLarge, "context_length"),
+    ({"input_ids": [1] * 1500}, RequestTooLarge, "max_total_tokens"),
+    ({"input_ids": [1] * 1000, "sampling_params": {"max_new_tokens": 100}}, RequestTooLarge, "max_total_tokens"),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": 4000}}, RequestTooLarge, "context"),
+    ({"prompt": "a", "sampling_params": {"temperature": -1}}, RequestError, "temperature"),
+    ({"prompt": "a", "sampling_params": {"temperatur": 1}}, RequestError, "temperature"),
+    ({"prompt": "a", "sampling_params": {"top_p": float("nan")}}, RequestError, "top_p"),
+    ({"prompt": "a", "sampling_params": [{}, {}]}, RequestError, "sampling_params"),
+    ({"prompt": "a", "sampling_params": {"stop_token_ids": [512]}}, RequestError, "stop_token_ids"),
+    ({"prompt": ["a", "b"], "rid": "x"}, RequestError, "rid"),
+    ({"prompt": ["a", "b"], "rid": ["x", "x"]}, RequestError, "'x' is in use"),
+    ({"prompt": "a", "return_logprob": True, "logprob_start_len": 9}, RequestError, "beyond the prompt"),
+    ({"prompt": "a", "top_logprobs_num": -1}, RequestError, "top_logprobs_num"),
+    ({"prompt": "a\ud800"}, RequestError, "valid text"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "says"), BAD_REQUESTS)
+def test_bad_requests(engine, call, error, says):
+    with pytest.raises(error, match=says):
+        engine.generate(**call)
+    assert len(engine.generate(prompt="hello", sampling_params=GREEDY)["output_ids"]) == 12
+
+
+def test_bad_settings(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="page_size"):
+        rootcellar.Engine(model_path=tiny_folder, pagesize=16)
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        rootcellar.Engine(model_path=tiny_folder, context_length=10**6)
+    with pytest.raises(ModelError, match="no model folder"):
+        rootcellar.Engine(model_path=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="max_total_tokens"):
+        rootcellar.Engine(model_path=tiny_folder, max_total_tokens=8, page_size=16)
+    folder = make_checkpoint("qwen2", tmp_path / "strange", architectures=["StrangeForCausalLM"])
+    with pytest.raises(ModelError, match=r"StrangeForCausalLM.*Qwen2ForCausalLM"):
+        rootcellar.Engine(model_path=folder, skip_tokenizer_init=True)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_checkpoint("qwen2", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        rootcellar.Engine(model_path=folder, skip_tokenizer_init=True)
+
+
+def test_prompts_without_a_tokenizer(tmp_path):
+    folder = make_checkpoint("qwen2", tmp_path)
+    with pytest.raises(ModelError, match="skip_tokenizer_init"):
+        rootcellar.Engine(model_path=folder)
+    with rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, max_total_tokens=256) as engine:
+        with pytest.raises(RequestError, match="input_ids"):
+            engine.generate(prompt="hello")
+        with pytest.raises(RequestError, match="stop_token_ids"):
+            engine.generate(input_ids=[1], sampling_params={"stop": "x"})
+        with pytest.raises(RequestError, match="skip_tokenizer_init"):
+            engine.chat_prompt([{"role": "user", "content": "hi"}])
+
+
+def test_the_queue_has_a_limit(tiny_folder):
+    with (
+        rootcellar.Engine(
+            model_path=tiny_folder, max_total_tokens=256, max_running_requests=2, max_queued_requests=1
+        ) as engine,
+        pytest.raises(EngineError, match="max_queued_requests"),
+    ):
+        engine.generate(input_ids=[[1], [2], [3], [4]], sampling_params=GREEDY)

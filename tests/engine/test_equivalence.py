@@ -1,0 +1,114 @@
+"""The same request gives the same tokens, whatever the cache, the batch and the memory do (invariant 5).
+
+What is right was answered by transformers on torch (``tests/golden``); every configuration must answer the same.
+"""
+
+import random
+
+import pytest
+
+import rootcellar
+from checkpoints import golden, golden_names
+
+GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    case = golden("qwen2-4kv")
+    folder = tmp_path_factory.mktemp("qwen2")
+    case.make(folder)
+    return case, folder
+
+
+def engine(folder, **options):
+    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
+    return rootcellar.Engine(model_path=folder, **options)
+
+
+def check_idle(engine):
+    """When idle, free and cached make up everything; after a flush everything is free."""
+    engine.check()
+    shelf = engine.stats()["cache"]["full"]["DEVICE"]
+    assert shelf["free"] + shelf["cached"] == shelf["size"]
+    assert shelf["pinned"] == shelf["leased"] == 0
+    engine.flush_cache()
+    assert engine.stats()["cache"]["full"]["DEVICE"]["free"] == shelf["size"]
+
+
+def run_twice(engine, case, batch):
+    """All prompts in a shuffled order, ``batch`` at a time; then again, from the cache. Returns the second results."""
+    order = list(range(len(case.prompts)))
+    random.Random(3).shuffle(order)
+    for _ in range(2):
+        results = {}
+        for at in range(0, len(order), batch):
+            part = order[at : at + batch]
+            answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
+            results.update(zip(part, answers, strict=True))
+        for i, expected in enumerate(case.tokens):
+            assert results[i]["output_ids"] == expected, f"prompt {i}"
+    return results
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk", "batch", "backend"),
+    [
+        (1, 256, 16, "auto"),
+        (1, 16, 1, "auto"),
+        (16, 256, 16, "auto"),
+        (16, 16, 16, "auto"),
+        (64, 256, 1, "auto"),
+        (64, 16, 16, "auto"),
+        (16, 7, 16, "xla"),
+        (1, 256, 16, "xla"),
+    ],
+)
+def test_page_size_chunk_and_batch(case, page_size, chunk, batch, backend):
+    case, folder = case
+    options = {"page_size": page_size, "chunked_prefill_size": chunk, "attention_backend": backend}
+    with engine(folder, **options) as e:
+        results = run_twice(e, case, batch)
+        for prompt, result in zip(case.prompts, results.values(), strict=False):
+            assert result["meta_info"]["prompt_tokens"] > 0
+        for i, prompt in enumerate(case.prompts):
+            cached = results[i]["meta_info"]["cached_tokens"]
+            assert cached == (len(prompt) - 1) // page_size * page_size  # the second run comes from the cache
+        check_idle(e)
+
+
+def test_cache_off(case):
+    case, folder = case
+    with engine(folder, disable_radix_cache=True) as e:
+        results = run_twice(e, case, 16)
+        assert all(r["meta_info"]["cached_tokens"] == 0 for r in results.values())
+        check_idle(e)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_memory_so_scarce_that_requests_are_retracted_and_prefixes_evicted(case, page_size):
+    case, folder = case
+    longest = max(map(len, case.prompts)) + 64
+    with engine(folder, page_size=page_size, max_total_tokens=2 * longest, chunked_prefill_size=64) as e:
+        run_twice(e, case, 16)
+        stats = e.stats()
+        assert stats["retractions"] > 0
+        assert stats["cache"]["full"]["DEVICE"]["evicted"] > 0
+        check_idle(e)
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_every_family_answers_as_transformers(name, tmp_path):
+    case = golden(name)
+    case.make(tmp_path)
+    with engine(tmp_path, chunked_prefill_size=64) as e:
+        answers = e.generate(
+            input_ids=case.prompts, sampling_params=GREEDY, return_logprob=True, logprob_start_len=0
+        )
+        for i, (answer, tokens, logprobs) in enumerate(zip(answers, case.tokens, case.logprobs, strict=True)):
+            assert answer["output_ids"] == tokens, f"prompt {i}"
+            entries = answer["meta_info"]["input_token_logprobs"]
+            assert [t for _, t, _ in entries] == case.prompts[i]
+            assert entries[0][0] is None
+            assert [v for v, _, _ in entries[1:]] == pytest.approx(logprobs, abs=1e-4)
+        check_idle(e)

@@ -1,0 +1,137 @@
+"""A model that needs no arithmetic: a slot holds the hash of the prefix that it was computed from.
+
+A step checks that every position before a chunk finds, through the page table, exactly the hash of its own prefix, then
+writes the chunk's. Reading a page that was freed, shared wrongly or written by somebody else cannot go unnoticed. The
+next token is a function of the prefix, so what a request must produce is known without any cache.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rootcellar.cache import RadixCache, Tier, full
+from rootcellar.sampling_params import SamplingParams
+from rootcellar.scheduler import Plan, Request, Scheduler
+
+VOCAB = 50
+EOS = 7
+
+
+def extend_hashes(tokens, start_hash=0):
+    """The hash of every prefix of ``tokens`` that ends at each of them."""
+    out = []
+    for token in tokens:
+        start_hash = zlib.crc32(int(token).to_bytes(4, "little"), start_hash)
+        out.append(start_hash)
+    return out
+
+
+def next_token(prefix_hash):
+    return prefix_hash % VOCAB
+
+
+def expected_answer(prompt, most):
+    """What the request must produce: tokens until EOS or ``most`` of them."""
+    ids, answer = list(prompt), []
+    while len(answer) < most:
+        token = next_token(extend_hashes(ids)[-1])
+        answer.append(token)
+        ids.append(token)
+        if token == EOS:
+            break
+    return answer
+
+
+@dataclass
+class World:
+    """A scheduler over a cache of ``tokens`` tokens and a pool of hashes."""
+
+    tokens: int = 64
+    page_size: int = 4
+    chunk: int = 8
+    running: int = 4
+    policy: str = "lpm"
+    reuse: bool = True
+    requests: list[Request] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+
+    def __post_init__(self):
+        total = self.tokens // self.page_size * self.page_size
+        self.cache = RadixCache(
+            (full("full", (0,)),),
+            page_size=self.page_size,
+            capacity={("full", Tier.DEVICE): total},
+            max_leases=self.running,
+            max_length=total,
+            reuse=self.reuse,
+        )
+        self.pool = np.zeros(((total // self.page_size + 1), self.page_size), np.int64)
+        self.scheduler = Scheduler(
+            self.cache,
+            chunked_prefill_size=self.chunk,
+            max_running_requests=self.running,
+            schedule_policy=self.policy,
+            reuse=self.reuse,
+        )
+
+    def add(self, prompt, most, **options):
+        request = Request.new(
+            f"r{len(self.requests)}",
+            np.asarray(prompt),
+            SamplingParams(max_new_tokens=most),
+            stop_ids=frozenset([EOS]),
+            **options,
+        )
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> Plan | None:
+        plan = self.scheduler.plan()
+        assert not self.scheduler.failed
+        if plan is None:
+            return None
+        assert sum(c.stop - c.start for c in plan.chunks) <= (self.running if plan.decode else self.chunk)
+        assert len({c.request for c in plan.chunks}) == len(plan.chunks) <= self.running
+        table = self.cache.tables["full"]
+        tokens = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            assert chunk.start == request.computed < chunk.stop <= request.length
+            hashes = extend_hashes(request.ids[: chunk.stop])
+            for position in range(chunk.stop):
+                page = table[request.lease.row, position // self.page_size]
+                assert page > 0
+                if position < chunk.start:
+                    assert self.pool[page, position % self.page_size] == hashes[position]
+                else:
+                    self.pool[page, position % self.page_size] = hashes[position]
+            tokens.append(next_token(hashes[-1]))
+        moved = self.scheduler.advance(plan, tokens)
+        self.finished += [r for r in moved if r.finish is not None]
+        return plan
+
+    def run(self, limit=10_000):
+        for _ in range(limit):
+            if self.scheduler.idle:
+                return
+            assert self.step() is not None, "nothing can be computed although something waits"
+            self.cache.check()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def verify(self):
+        """All requests ended as they must, and the cache owns everything again."""
+        for request in self.requests:
+            if request.finish.type == "abort":
+                continue
+            answer = request.output.tolist()
+            assert answer == expected_answer(request.ids[: request.prompt_length], request.sampling.max_new_tokens)
+        self.cache.check()
+        shelf = self.cache.stats().shelves["full", Tier.DEVICE]
+        assert shelf.free + shelf.cached == shelf.size
+        assert shelf.pinned == shelf.leased == 0
+        self.cache.flush()
+        assert self.cache.stats().shelves["full", Tier.DEVICE].free == shelf.size
