@@ -11,9 +11,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import rootcellar
 from rootcellar import options
@@ -23,6 +23,8 @@ from rootcellar.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from rootcellar import Engine
+
+Answer = dict[str, Any]
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -137,7 +139,7 @@ def _complete(engine: "Engine", prompts: list[str], sampling: dict[str, object],
     if len(prompts) == 1 and sampling.get("n", 1) == 1:
         _answer(engine, prompts[0], sampling, as_json)
         return
-    answers = engine.generate(prompt=prompts, sampling_params=sampling)
+    answers = cast("list[Answer]", engine.generate(prompt=prompts, sampling_params=sampling))
     for i, answer in enumerate(answers):
         if as_json:
             print(json.dumps(answer))
@@ -148,8 +150,8 @@ def _complete(engine: "Engine", prompts: list[str], sampling: dict[str, object],
 def _answer(engine: "Engine", prompt: str, sampling: dict[str, object], as_json: bool) -> str:
     """Print the answer to one prompt, as it comes or as JSON at the end. Returns its text."""
     shown = ""
-    last = {}
-    for last in engine.generate(prompt=prompt, sampling_params=sampling, stream=True):
+    last: Answer = {}
+    for last in cast("Iterator[Answer]", engine.generate(prompt=prompt, sampling_params=sampling, stream=True)):
         if not as_json:
             print(last["text"][len(shown) :], end="", flush=True)
         shown = last["text"]
