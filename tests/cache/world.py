@@ -7,11 +7,26 @@ or left to, the wrong request is noticed as soon as it is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rootcellar.cache import Hit, Key, Kind, Lease, RadixCache, Tier, chunked_local, full, recurrent, sliding_window
-from rootcellar.cache.check import walk
+from rootcellar.cache import (
+    Done,
+    Failed,
+    Found,
+    Hit,
+    Key,
+    Kind,
+    Lease,
+    Lost,
+    Move,
+    RadixCache,
+    Tier,
+    chunked_local,
+    full,
+    recurrent,
+    sliding_window,
+)
 from rootcellar.errors import CacheBusy
 
 Pick = Callable[[int], int]  # n -> an int in [0, n)
@@ -44,21 +59,34 @@ class Running:
 
 
 @dataclass
+class Copying:
+    """A move that was dispatched: a source on DEVICE was read then, any other is read when it is done."""
+
+    move: Move
+    read: list[int | None]
+
+
+@dataclass
 class World:
     pick: Pick
     cache: RadixCache = field(init=False)
     running: list[Running] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
     prompts: list[tuple[str, list[int]]] = field(default_factory=list)
+    copying: list[Copying] = field(default_factory=list)
+    named: dict[tuple[str, bytes], int] = field(default_factory=dict)  # content by (kind, digest)
 
     def __post_init__(self) -> None:
         pick = self.pick
         kinds = KIND_MIXES[pick(len(KIND_MIXES))]
         self.page = (1, 2, 4)[pick(3)]
         capacity = {}
+        tiers = [tier for tier in (Tier.HOST, Tier.STORAGE, Tier.PEER) if pick(2)]
         for kind in kinds:
             size = 3 + pick(8) if kind.rule == "recurrent" else 8 + pick(90)
             capacity[kind.name, Tier.DEVICE] = size
+            for tier in tiers:
+                capacity[kind.name, tier] = size * (1 + pick(8)) // 3
         self.cache = RadixCache(
             kinds,
             page_size=self.page,
@@ -67,6 +95,10 @@ class World:
             max_length=MAX_LENGTH,
             policy=POLICIES[pick(len(POLICIES))],
             reuse=pick(12) > 0,
+            write_policy=("write_through", "write_through_selective", "write_back")[pick(3)],
+            write_hits=1 + pick(3),
+            min_load={Tier.HOST: pick(8), Tier.STORAGE: pick(8)},
+            fingerprint=b"model",
         )
         self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
         self.states = [kind for kind in kinds if kind.rule == "recurrent"]
@@ -79,7 +111,8 @@ class World:
         return hash((namespace, tuple(tokens)))
 
     def compute(self, run: Running) -> None:
-        """A step: everything grown is computed, after looking at what it reads."""
+        """A step: everything grown is computed, after the moves are dispatched and what it reads is looked at."""
+        self.dispatch()
         self.look(run)
         lease = run.lease
         for kind in self.states:
@@ -99,6 +132,8 @@ class World:
 
     def look(self, run: Running) -> None:
         """Every page that the rule needs at the computed length is in the row and holds the right content."""
+        if not run.lease.ready:
+            return
         for kind in self.paged:
             row = self.cache.tables[kind.name][run.lease.row]
             for i in range(kind.start(run.computed) // self.page, -(-run.computed // self.page)):
@@ -109,21 +144,25 @@ class World:
 
     # ---- brute force -------------------------------------------------------------------------------------------
 
+    def entries(self) -> Iterator[tuple[str, Tier, str, tuple[int, ...], int]]:
+        """Every page the tree can still be asked for: kind, tier, namespace, its token prefix and its slot."""
+        tree = self.cache._tree
+        stack = [(name, (), child) for name, root in tree.roots.items() for child in root.children.values()]
+        while stack:
+            name, above, node = stack.pop()
+            tokens = above + tuple(node.tokens.tolist())
+            stack += [(name, tokens, child) for child in node.children.values()]
+            for shelf in tree.shelves:
+                entry = node.entries[shelf.index]
+                for i, slot in enumerate(entry.pages.tolist() if entry else ()):
+                    prefix = tokens[: (node.start + entry.lo + i + 1) * self.page]
+                    yield shelf.kind.name, shelf.tier, name, prefix, slot
+
     def held(self) -> dict[tuple[str, Tier], set[tuple[str, tuple[int, ...]]]]:
         """By kind and tier, the token prefixes whose last page is present, read off the tree."""
-        cache = self.cache
-        held = {(kind.name, tier): set() for kind in cache.kinds for tier in Tier}
-        paths = {id(root): (name, ()) for name, root in cache._tree.roots.items()}
-        for node in walk(cache._tree):
-            name, above = paths[id(node.parent)]
-            tokens = above + tuple(node.tokens.tolist())
-            paths[id(node)] = (name, tokens)
-            for shelf in cache._tree.shelves:
-                entry = node.entries[shelf.index]
-                if entry is not None:
-                    for i in range(entry.lo, entry.lo + len(entry.pages)):
-                        prefix = tokens[: (node.start + i + 1) * self.page]
-                        held[shelf.kind.name, shelf.tier].add((name, prefix))
+        held = {(kind.name, tier): set() for kind in self.cache.kinds for tier in Tier}
+        for kind, tier, name, prefix, _ in self.entries():
+            held[kind, tier].add((name, prefix))
         return held
 
     def brute(self, key: Key, tier: Tier) -> int:
@@ -132,16 +171,17 @@ class World:
         tokens = tuple(key.tokens.tolist())
         for n in range(len(tokens) // self.page, 0, -1):
             boundary = n * self.page
-            if all(
-                any((key.namespace, tokens[: (i + 1) * self.page]) in held[kind.name, t] for t in Tier if t <= tier)
-                for kind in self.cache.kinds
-                for i in range(kind.start(boundary) // self.page, n)
-            ):
-                # A boundary that needs nothing (a chunk's edge) still has to be known to the tree.
-                if any(
+            if (
+                all(
+                    any((key.namespace, tokens[: (i + 1) * self.page]) in held[kind.name, t] for t in Tier if t <= tier)
+                    for kind in self.cache.kinds
+                    for i in range(kind.start(boundary) // self.page, n)
+                )
+                and any(  # a boundary that needs nothing (a chunk's edge) still has to be known to the tree
                     p[1][:boundary] == tokens[:boundary] and p[0] == key.namespace for s in held.values() for p in s
-                ):
-                    return boundary
+                )
+            ):
+                return boundary
         return 0
 
     # ---- actions -----------------------------------------------------------------------------------------------
@@ -174,7 +214,7 @@ class World:
         if not self.hits or self.pick(3):
             self.match()
         hit = self.hits[self.pick(len(self.hits))]
-        lease = self.cache.open(hit, priority=self.pick(3))
+        lease = self.cache.open(hit, Tier(self.pick(4)), priority=self.pick(3))
         if lease is None:
             return
         run = Running(lease, hit.key.tokens.tolist(), lease.cached)
@@ -186,7 +226,7 @@ class World:
 
     def grow(self) -> None:
         run = self.one()
-        if run is None:
+        if run is None or run.computed == MAX_LENGTH or not run.lease.ready:
             return
         if run.computed == len(run.tokens):
             run.tokens.append(self.pick(3))
@@ -211,7 +251,7 @@ class World:
 
     def commit(self) -> None:
         run = self.one()
-        if run is None:
+        if run is None or not run.lease.ready:
             return
         length = run.computed if self.pick(3) else run.computed - self.pick(run.computed + 1)
         key = Key(run.tokens[:length], run.lease.namespace)
@@ -226,7 +266,7 @@ class World:
         self.cache.close(run.lease, keep=self.pick(4) > 0)
 
     def flush(self) -> None:
-        if self.running:
+        if self.running or self.copying or self.cache._traffic.flights:
             try:
                 self.cache.flush()
             except CacheBusy:
@@ -239,7 +279,84 @@ class World:
     def check(self) -> None:
         self.cache.check()
 
-    ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close)
+    # ---- tiers and control -------------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Take the cache's moves; sources on the device are read now."""
+        for move in self.cache.moves():
+            content = self.content[move.kind, move.src]
+            read = [content.get(int(slot)) for slot in move.src_slots]
+            self.copying.append(Copying(move, read))
+            assert len(move.src_slots) == len(move.dst_slots)
+
+    def finish(self) -> None:
+        """A copy ends, well or badly."""
+        self.dispatch()
+        if not self.copying:
+            return
+        copying = self.copying.pop(self.pick(len(self.copying)))
+        move = copying.move
+        if self.pick(5) == 0:
+            self.cache.learn(Failed(move.id))
+            return
+        source = self.content[move.kind, move.src]
+        for i, (src, dst) in enumerate(zip(move.src_slots.tolist(), move.dst_slots.tolist(), strict=True)):
+            content = copying.read[i] if move.src is Tier.DEVICE else source.get(src)
+            self.content[move.kind, move.dst][dst] = content
+            if move.digests:
+                assert self.named.setdefault((move.kind, move.digests[i]), content) == content, "a digest of two pages"
+        self.cache.learn(Done(move.id))
+        for run in self.running:
+            self.look(run)
+
+    def found(self) -> None:
+        """A store or a peer says that it holds a prompt's prefix."""
+        if not self.prompts:
+            return
+        name, tokens = self.prompts[self.pick(len(self.prompts))]
+        key = Key(tokens[: self.pick(len(tokens) + 1)], name)
+        tier = (Tier.STORAGE, Tier.PEER)[self.pick(2)]
+        kind = self.cache.kinds[self.pick(len(self.cache.kinds))].name if self.pick(4) == 0 else ""
+        before = {(k, t, slot): prefix for k, t, _, prefix, slot in self.entries() if t is tier}
+        self.cache.learn(Found(key, tier, kind))
+        for k, t, space, prefix, slot in self.entries():
+            if t is tier and before.get((k, t, slot)) != prefix:
+                self.content[k, t][slot] = self.of(space, list(prefix))
+
+    def lost(self) -> None:
+        if not self.prompts:
+            return
+        name, tokens = self.prompts[self.pick(len(self.prompts))]
+        start = self.pick(len(tokens) + 1)
+        key = Key(tokens[: start + self.pick(len(tokens) - start + 1)], name)
+        self.cache.learn(Lost(key, (Tier.HOST, Tier.STORAGE, Tier.PEER)[self.pick(3)], start=start))
+
+    def control(self) -> None:
+        """One of the operator's wishes."""
+        pick, cache = self.pick, self.cache
+        wish = pick(8)
+        name, tokens = self.prompts[pick(len(self.prompts))] if self.prompts else ("", [0])
+        key = Key(tokens, name)
+        if wish == 0:
+            cache.pin(key, 1 + pick(8))
+        elif wish == 1:
+            cache.unpin(key)
+        elif wish == 2 and pick(3) == 0:
+            cache.drop_namespace(name)
+            assert not cache.match(key).branch
+        elif wish == 3:
+            cache.save(Tier.HOST)
+        elif wish == 4:
+            cache.send(key, Tier.PEER)
+        elif wish in (5, 6):
+            cache.prefetch(cache.match(key), Tier.STORAGE)
+        elif not self.running:
+            self.dispatch()
+            if not self.copying:
+                cache.forget_tier(Tier(pick(4)))
+
+    ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close,
+               finish, finish, finish, finish, found, lost, control)  # fmt: skip
 
     def step(self) -> None:
         """One action, chosen by ``pick``, and a check."""

@@ -16,7 +16,7 @@ from rootcellar.errors import CacheBroken
 
 def walk(tree: Tree) -> Iterator[Node]:
     """Every node but the roots, parents first."""
-    stack = [child for root in tree.roots.values() for child in root.children.values()]
+    stack = [child for root in [*tree.roots.values(), *tree.detached] for child in root.children.values()]
     while stack:
         node = stack.pop()
         yield node
@@ -57,7 +57,10 @@ def _check_node(tree: Tree, node: Node) -> None:
     _expect(parent.children.get(tree.first(node.tokens, 0)) is node, f"{_name(node)} is not filed under its first page")
     _expect(len(node.tokens) == node.size * tree.page_size, f"{_name(node)}: {len(node.tokens)} tokens on the edge")
     empty = all(entry is None for entry in node.entries)
-    _expect(not empty or bool(node.children) or node.refs > 0, f"{_name(node)} is a leaf, holds nothing and is kept")
+    _expect(
+        not empty or bool(node.children or node.flights) or node.refs > 0,
+        f"{_name(node)} is a leaf, holds nothing and is kept",
+    )
     for shelf in tree.shelves:
         kids = sum(child.entries[shelf.index] is not None for child in node.children.values())
         _expect(kids == node.kids[shelf.index], f"{_name(node)}: {kids} children on {_shelf(shelf)}, not {node.kids}")
@@ -86,11 +89,11 @@ def _check_holds(desk: Desk, nodes: list[Node]) -> None:
     pins: Counter[tuple[int, int, int]] = Counter()  # node, kind, first page; -1: from the node's start
     for node in desk.places():
         places[node.id] += 1
-    for lease in desk.leases.values():
+    for lease in desk.holders():
         for k in tree.windows:
             recurrent = tree.kinds[k].rule == "recurrent"
             place = lease.sources[k] if recurrent else lease.node
-            if place is None or not desk.reuse:
+            if place is None or place.parent is None or not desk.reuse:
                 continue
             start = place.end - 1 if recurrent else lease.starts[k]
             climb: Node | None = place
@@ -191,6 +194,8 @@ def _check_lease(desk: Desk, lease: Lease) -> None:
     for shelf in desk.states:
         read, write = desk.tables.by_kind[shelf.kind_index][lease.row]
         _expect(write > 0, f"{lease!r} has no state of {shelf.kind.name} to write")
+        if not lease.ready:
+            continue
         source = lease.sources[shelf.kind_index]
         if source is not None and source.parent is not None:
             entry = source.entries[shelf.index]

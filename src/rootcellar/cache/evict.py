@@ -31,12 +31,10 @@ def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:
     """Evict up to ``pages`` from the end of a full-attention leaf; a longer leaf keeps its upper part."""
     if pages < node.size:
         tree.split(node, node.size - pages)
+    if tree.spill is not None:
+        tree.spill(node, shelf)
     _take_off(tree, shelf, node, node.size)
-    if not any(
-        (other := tree.by_tier[tier][shelf.kind_index]) is not None and node.entries[other.index] is not None
-        for tier in tree.tiers
-    ):
-        drop_subtree(tree, node)
+    prune(tree, node)
 
 
 def _drop_head(tree: Tree, shelf: Shelf, node: Node, entry: Entry, pages: int) -> None:
@@ -45,6 +43,8 @@ def _drop_head(tree: Tree, shelf: Shelf, node: Node, entry: Entry, pages: int) -
     inside = node.size - tree.reach(shelf.kind_index, node.end) - entry.lo
     if inside > 0:
         count = min(count, inside)
+    elif tree.spill is not None:
+        tree.spill(node, shelf)
     _take_off(tree, shelf, node, count)
     tree.restage(node)
     tree.discard(node)
@@ -56,13 +56,39 @@ def _take_off(tree: Tree, shelf: Shelf, node: Node, count: int) -> None:
     shelf.evicted += len(pages)
 
 
+def forget_entry(tree: Tree, shelf: Shelf, node: Node) -> None:
+    """Take a node's whole entry off a shelf and free its pages; whether the node may stay is for ``prune``."""
+    if node.entries[shelf.index] is not None:
+        _take_off(tree, shelf, node, node.size)
+
+
+def prune(tree: Tree, node: Node) -> None:
+    """Throw away what became unreachable at or above a node: dead, or in a namespace that was dropped."""
+    unheld = unreachable = None
+    climb = node
+    while climb.parent is not None:
+        if climb.refs == 0:
+            unheld = climb
+            if tree.dead(climb):
+                unreachable = climb
+        climb = climb.parent
+    top = unheld if climb in tree.detached else unreachable
+    if top is not None:
+        drop_subtree(tree, top)
+    else:
+        tree.discard(node)
+
+
 def drop_subtree(tree: Tree, top: Node) -> None:
-    """Throw away an unheld node, all below it and every entry they have: no boundary in it can be reached any more."""
+    """Throw away an unheld node, all below it and every entry they have; write-backs under way lose their place."""
     order = [top]
     for node in order:
         order.extend(node.children.values())
     for node in reversed(order):
         for shelf in tree.shelves:
-            if node.entries[shelf.index] is not None:
-                _take_off(tree, shelf, node, node.size)
+            forget_entry(tree, shelf, node)
+        for flight in node.flights:
+            if flight.node is node:
+                flight.node = node.parent if flight.start < node.start else None
+        node.flights = []
         tree.discard(node)

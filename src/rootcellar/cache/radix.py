@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rootcellar.cache import control
 from rootcellar.cache.check import check
-from rootcellar.cache.evict import drop_subtree
+from rootcellar.cache.flights import Traffic, learn, spill
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, touch
+from rootcellar.cache.moves import Event, Found, Move
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk, close, commit, grow, grow_many, open_lease
+from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, open_lease
 from rootcellar.errors import CacheBusy, ConfigError
 
 Capacity = Mapping[tuple[str, Tier], int]
+WRITE_POLICIES = ("write_through", "write_through_selective", "write_back")
 
 
 class RadixCache:
@@ -30,6 +33,11 @@ class RadixCache:
         max_leases: rows of the page tables.
         max_length: tokens in a row.
         policy: the order in which entries leave; see ``order.POLICIES``.
+        write_policy: when the device's entries are copied to HOST: ``write_through`` (as requests leave them),
+            ``write_through_selective`` (after ``write_hits`` requests resumed from them), ``write_back`` (as they are
+            evicted). What arrives on HOST is copied on to STORAGE where there is one.
+        min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
+        fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
         reuse: False makes it SGLang's ``ChunkCache``: nothing is ever shared, the verbs stay.
 
     Raises:
@@ -46,6 +54,10 @@ class RadixCache:
         max_length: int = 32768,
         policy: str = "lru",
         reuse: bool = True,
+        write_policy: str = "write_through",
+        write_hits: int = 2,
+        min_load: Mapping[Tier, int] | None = None,
+        fingerprint: bytes = b"",
     ) -> None:
         self.kinds = tuple(kinds)
         self.page_size = page_size
@@ -54,7 +66,22 @@ class RadixCache:
         row = -(-max_length // page_size)
         widths = [2 if kind.rule == "recurrent" else row for kind in self.kinds]
         self.tables = ReqToTokenPool([kind.name for kind in self.kinds], widths, max_leases)
-        self._desk = Desk(self._tree, self.tables, max_length, reuse)
+        self._traffic = Traffic(fingerprint)
+        if write_policy not in WRITE_POLICIES:
+            raise ConfigError(f"write_policy={write_policy!r} is unknown; choose one of {', '.join(WRITE_POLICIES)}")
+        host = Tier.HOST in self._tree.tiers
+        hits = {"write_through": 0, "write_through_selective": write_hits}.get(write_policy) if host else None
+        if host and write_policy == "write_back":
+            self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
+        self._desk = Desk(
+            self._tree,
+            self.tables,
+            self._traffic,
+            max_length=max_length,
+            reuse=reuse,
+            write_hits=hits,
+            min_load=dict(min_load or {}),
+        )
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)
@@ -73,11 +100,16 @@ class RadixCache:
         A stale hit (the tree changed since ``match``) is looked up again. Raises ``RequestTooLarge`` when the key
         is longer than ``max_length``.
         """
-        lease = open_lease(self._desk, hit, priority)
+        if self._desk.expiries:
+            control.expire(self._desk)
+        lease = open_lease(self._desk, hit, tier, priority)
         if lease is not None:
             self._requests += 1
             self._input_tokens += len(hit.key)
-            self._hit_tokens[Tier.DEVICE] += lease.cached
+            counted = 0
+            for nearer in self._tree.tiers:
+                self._hit_tokens[nearer] += max(0, min(hit.reach(nearer), lease.cached) - counted)
+                counted = max(counted, min(hit.reach(nearer), lease.cached))
         return lease
 
     def grow(self, lease: Lease, tokens: int) -> bool:
@@ -111,12 +143,65 @@ class RadixCache:
 
     def flush(self) -> None:
         """Forget everything. Raises ``CacheBusy`` while leases or copies are live."""
-        if self._desk.leases:
-            raise CacheBusy(f"flush with {len(self._desk.leases)} live leases; close them first (finish or abort)")
-        for root in self._tree.roots.values():
-            for child in list(root.children.values()):
-                drop_subtree(self._tree, child)
-        self._tree.roots.clear()
+        leases, flights = len(self._desk.leases), len(self._traffic.flights)
+        if leases or flights:
+            raise CacheBusy(
+                f"flush with {leases} live leases and {flights} copies under way; close the leases (finish or abort) "
+                f"and report the copies first"
+            )
+        for namespace in list(self._tree.roots):
+            control.drop_namespace(self._desk, namespace)
+        self._tree.detached.clear()
+
+    # ---- tiers --------------------------------------------------------------------------------------------------
+
+    def moves(self) -> list[Move]:
+        """The copies planned since the last call, in the order in which to dispatch them (see ``moves.py``)."""
+        outbox, self._traffic.outbox = self._traffic.outbox, []
+        return outbox
+
+    def learn(self, event: Event) -> None:
+        """What the movers saw: ``Done``, ``Failed``, ``Found`` or ``Lost``. A move that is not known is ignored."""
+        if isinstance(event, Found) and not self._desk.reuse:
+            return
+        for lease in learn(self._tree, self._traffic, event):
+            if self._desk.leases.get(lease.row) is lease:
+                fill_rows(self._desk, lease)
+
+    def send(self, key: Key, dst: Tier) -> set[int]:
+        """Plan to copy what resuming at the end of ``key`` needs, as far as it is cached, to ``dst``. Move ids."""
+        hit = find(self._tree, key)
+        return control.copy(self._desk, hit, hit.reach(Tier.DEVICE), dst)
+
+    def save(self, dst: Tier = Tier.HOST) -> int:
+        """Plan to copy all that only the device holds to ``dst``; returns the number of moves (before a drop)."""
+        return control.save(self._desk, dst)
+
+    def forget_tier(self, tier: Tier) -> None:
+        """Forget what a tier holds. Raises ``CacheBusy`` while leases or copies are live."""
+        control.forget_tier(self._desk, tier)
+
+    def prefetch(self, hit: Hit, tier: Tier = Tier.STORAGE) -> control.Prefetch | None:
+        """Plan to bring what ``tier`` adds to a hit to HOST; None when it is not worth it (``min_load``)."""
+        return control.prefetch(self._desk, hit, tier)
+
+    def pending(self, prefetch: control.Prefetch) -> int:
+        """How many moves of a prefetch are not yet reported; see ``prefetch_verdict``."""
+        return sum(move in self._traffic.flights for move in prefetch.moves)
+
+    # ---- control ------------------------------------------------------------------------------------------------
+
+    def pin(self, key: Key, ttl: int) -> int:
+        """Keep what the device holds of ``key`` for ``ttl`` ticks (a tick is an opened lease). Returns its tokens."""
+        return control.pin(self._desk, key, ttl)
+
+    def unpin(self, key: Key) -> int:
+        """Undo the pins of prefixes of ``key``; returns how many there were."""
+        return control.unpin(self._desk, key)
+
+    def drop_namespace(self, namespace: str) -> int:
+        """Forget a namespace (LoRA, tenant, old weights). Returns the tokens that live leases keep till they close."""
+        return control.drop_namespace(self._desk, namespace)
 
     # ---- sight --------------------------------------------------------------------------------------------------
 

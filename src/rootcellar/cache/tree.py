@@ -15,6 +15,7 @@ places at the node plus held children, so taking a hold climbs only until it mee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from rootcellar.cache.order import Item, Order, standing
 from rootcellar.cache.slots import Pages, SlotAllocator
 
 if TYPE_CHECKING:
-    from rootcellar.cache.moves import Move
+    from rootcellar.cache.moves import Flight
 
 
 class Entry:
@@ -49,10 +50,11 @@ class Node:
         "created",
         "digests",
         "entries",
+        "flights",
         "hits",
         "id",
         "kids",
-        "moves",
+        "namespace",
         "owner",
         "parent",
         "priority",
@@ -81,8 +83,9 @@ class Node:
         self.hits: int = 0
         self.priority: int = 0
         self.owner = 0  # serial of the lease that added the node
-        self.moves: list[Move] = []
+        self.flights: list[Flight] = []
         self.digests: list[bytes] = []
+        self.namespace = ""  # of a root
 
     @property
     def end(self) -> int:
@@ -138,6 +141,7 @@ class Tree:
         self.page_size = page_size
         self.standing = standing(policy)
         self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
+        self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
         self.tick = 0
         self.version = 0  # counts structural changes: a Hit is fresh while it has not moved
         self.nodes = 0
@@ -153,7 +157,8 @@ class Tree:
         self.full_shelves = [s for s in self.shelves if s.full]
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
-        self.any_full = any(kind.rule == "full" for kind in kinds)
+        self.fulls = [k for k, kind in enumerate(kinds) if kind.rule == "full"]
+        self.detached: list[Node] = []  # roots of dropped namespaces that leases or flights still hold
         # Boundaries (in pages) at which a kind needs nothing; 0: none.
         self.resets = [int(np.lcm(kind.reset, page_size)) // page_size if kind.reset else 0 for kind in kinds]
 
@@ -164,6 +169,7 @@ class Tree:
         node = self.roots.get(namespace)
         if node is None:
             node = self.roots[namespace] = self._blank(None, np.empty(0, np.int64), 0, 0)
+            node.namespace = namespace
         return node
 
     def _blank(self, parent: Node | None, tokens: NDArray[np.int64], start: int, size: int) -> Node:
@@ -220,7 +226,7 @@ class Tree:
         node.size -= at
         node.parent = upper
         upper.children[self.first(node.tokens, 0)] = node
-        upper.moves = [move for move in node.moves if move.start < node.start]
+        upper.flights = [flight for flight in node.flights if flight.start < node.start]
         for k in self.windows:
             upper.covers[k] = node.covers[k]
             if node.starts[k]:
@@ -255,7 +261,7 @@ class Tree:
         """Take a childless, unheld node that holds nothing out of the tree, and each ancestor that this empties."""
         while True:
             parent = node.parent
-            if parent is None or node.refs or node.children or any(e is not None for e in node.entries):
+            if parent is None or node.refs or node.children or node.flights or any(node.entries):
                 return
             del parent.children[self.first(node.tokens, 0)]
             node.parent = None
@@ -317,6 +323,18 @@ class Tree:
             self.refresh(node, shelf)
         return pages
 
+    def holds_any(self, node: Node, k: int) -> bool:
+        """Whether a node has an entry of kind ``k`` on any tier, or one on its way."""
+        for tier in self.tiers:
+            shelf = self.by_tier[tier][k]
+            if shelf is not None and node.entries[shelf.index] is not None:
+                return True
+        return any(flight.kind_index == k for flight in node.flights)
+
+    def dead(self, node: Node) -> bool:
+        """Whether no boundary in or below the node can be reached: a full-attention kind is nowhere to be had."""
+        return any(not self.holds_any(node, k) for k in self.fulls)
+
     def refresh(self, node: Node, shelf: Shelf) -> None:
         """Recount what may leave of an entry after its pages, pins or holds changed, and queue it if something may."""
         entry = node.entries[shelf.index]
@@ -336,8 +354,8 @@ class Tree:
 
     def unpinned(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """Leading pages of a window, chunk or recurrent entry that no lease and no move needs."""
-        for move in node.moves:
-            if move.kind_index == shelf.kind_index and shelf.tier in (move.src, move.dst):
+        for flight in node.flights:
+            if flight.blocks(shelf.kind_index, shelf.tier):
                 return 0
         if shelf.tier is not Tier.DEVICE:
             return len(entry.pages)

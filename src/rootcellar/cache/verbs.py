@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache.evict import drop_subtree, make_room
+from rootcellar.cache.evict import drop_subtree, make_room, prune
+from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, place_of
+from rootcellar.cache.moves import Flight
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Node, Shelf, Tree
 from rootcellar.errors import RequestError, RequestTooLarge
@@ -20,8 +22,23 @@ from rootcellar.errors import RequestError, RequestTooLarge
 class Desk:
     """The leases of one cache, and what their verbs need at hand: the tree, the page tables, the device's shelves."""
 
-    def __init__(self, tree: Tree, tables: ReqToTokenPool, max_length: int, reuse: bool) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        tables: ReqToTokenPool,
+        traffic: Traffic,
+        *,
+        max_length: int,
+        reuse: bool,
+        write_hits: int | None,
+        min_load: Mapping[Tier, int],
+    ) -> None:
         self.tree = tree
+        self.traffic = traffic
+        self.write_hits = write_hits  # hits before a node is written through to HOST; None: only as it is evicted
+        self.min_load = min_load
+        self.pins: dict[int, Lease] = {}  # pinned prefixes, by serial
+        self.expiries: list[tuple[int, int]] = []  # heap of (tick, serial of a pin)
         self.tables = tables
         self.max_length = max_length
         self.reuse = reuse
@@ -35,12 +52,32 @@ class Desk:
     def places(self) -> Iterator[Node]:
         """The node of every live hold, as often as it is held."""
         if self.reuse:
-            for lease in self.leases.values():
+            for lease in self.holders():
                 yield lease.node
+        for flight in self.traffic.flights.values():
+            if flight.held and flight.node is not None:
+                yield flight.node
+
+    def holders(self) -> Iterator[Lease]:
+        """Live leases and pins of prefixes."""
+        yield from self.leases.values()
+        yield from self.pins.values()
 
     def in_flight(self, shelf: Shelf) -> list[Pages]:
         """Slots that copies under way will fill."""
-        return []
+        return [
+            flight.slots
+            for flight in self.traffic.flights.values()
+            if flight.kind_index == shelf.kind_index and flight.dst is shelf.tier
+        ]
+
+    def boundary(self, hit: Hit, tier: Tier) -> int:
+        """Tokens to resume at when ``tier`` may be loaded from: a tier that adds less than ``min_load`` is left out."""
+        reach = hit.length
+        for farther in self.tree.tiers:
+            if farther <= tier and hit.reach(farther) - reach >= self.min_load.get(farther, 1):
+                reach = hit.reach(farther)
+        return reach
 
     def start_page(self, k: int, tokens: int) -> int:
         """First page that kind ``k`` needs in order to resume at ``tokens``."""
@@ -50,8 +87,11 @@ class Desk:
 # ---- open ---------------------------------------------------------------------------------------------------------
 
 
-def open_lease(desk: Desk, hit: Hit, priority: int) -> Lease | None:
-    """Pin what the rule needs at the hit's boundary and give the request a row. None when a row or a state lacks."""
+def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
+    """Pin what the rule needs at the hit's boundary, plan to load what the device lacks, and give the request a row.
+
+    None, and nothing planned, when a row or room is lacking.
+    """
     tree, tables = desk.tree, desk.tables
     if tables.free_rows == 0 or any(shelf.room < 1 for shelf in desk.states):
         return None
@@ -61,32 +101,80 @@ def open_lease(desk: Desk, hit: Hit, priority: int) -> Lease | None:
         )
     if hit.version != tree.version:
         hit = find(tree, hit.key)
-    node = place_of(tree, hit, hit.length // tree.page_size)
-    lease = Lease(0, desk.serial + 1, node, hit.key.namespace, hit.length, priority)
-    lease.starts = [desk.start_page(k, hit.length) for k in range(len(tree.kinds))]
-    lease.sources = [None] * len(tree.kinds)
-    tree.hold(node)
-    _pin_windows(desk, lease, 1)
-    _pin_sources(desk, lease, node if hit.length else None)
-    if not all(make_room(tree, shelf, 1) for shelf in desk.states):
-        _pin_windows(desk, lease, -1)
-        _pin_sources(desk, lease, None)
-        tree.release(node)
-        return None
+    boundary = desk.boundary(hit, tier)
+    node = place_of(tree, hit, boundary // tree.page_size)
+    lease = Lease(0, desk.serial + 1, node, hit.key.namespace, boundary, priority)
+    pin_place(desk, lease)
+    if not _load(desk, lease):
+        unpin_place(desk, lease)
+        # What is on the device can still be had when only the copies do not fit together.
+        return open_lease(desk, hit, Tier.DEVICE, priority) if boundary > hit.length else None
     tree.tick += 1
     tree.use(node, lease.starts)
     desk.serial += 1
     lease.row = tables.take_row()
     desk.leases[lease.row] = lease
+    fill_rows(desk, lease)
+    for shelf in desk.states:
+        tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.slots.take(1)[0]
+    _count_hit(node, priority)
+    return lease
+
+
+def pin_place(desk: Desk, lease: Lease) -> None:
+    """Hold a lease's place and pin what resuming there needs."""
+    tree = desk.tree
+    lease.starts = [desk.start_page(k, lease.cached) for k in range(len(tree.kinds))]
+    lease.sources = [None] * len(tree.kinds)
+    tree.hold(lease.node)
+    _pin_windows(desk, lease, 1)
+    _pin_sources(desk, lease, lease.node)
+
+
+def unpin_place(desk: Desk, lease: Lease) -> None:
+    """Undo :func:`pin_place`, wherever the place is by now."""
+    _pin_windows(desk, lease, -1)
+    _pin_sources(desk, lease, None)
+    desk.tree.release(lease.node)
+
+
+def _load(desk: Desk, lease: Lease) -> bool:
+    """Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned."""
+    tree = desk.tree
+    needs: list[tuple[Shelf, list[tuple[Node, int]]]] = []
+    for shelf in desk.paged + desk.states:
+        start = lease.starts[shelf.kind_index]
+        lacking = missing(tree, lease.node, shelf.kind_index, start, Tier.DEVICE) if lease.cached else []
+        pages = sum(node.end - first for node, first in lacking if not flying_to(node, shelf.kind_index, Tier.DEVICE))
+        if not make_room(tree, shelf, pages + (shelf.kind.rule == "recurrent")):
+            return False
+        needs.append((shelf, lacking))
+    plans: list[tuple[Shelf, Node, int, Shelf | None, Flight | None]] = []
+    for shelf, lacking in needs:
+        for node, first in lacking:
+            flight = flying_to(node, shelf.kind_index, Tier.DEVICE)
+            source = sources(tree, node, shelf.kind_index, first, exclude=Tier.DEVICE)
+            if flight.start > first if flight is not None else source is None:
+                return False
+            plans.append((shelf, node, first, source, flight))
+    for shelf, node, first, source, flight in plans:
+        if flight is None and source is not None:
+            flight = plan(tree, desk.traffic, node, source, shelf, first)
+        assert flight is not None
+        flight.waiters.append(lease)
+        lease.waits.add(flight.id)
+    return True
+
+
+def fill_rows(desk: Desk, lease: Lease) -> None:
+    """Write what the tree has on the device of a lease's place into its rows."""
     for shelf in desk.paged:
         _fill_row(desk, lease, shelf, lease.starts[shelf.kind_index])
     for shelf in desk.states:
-        row = tables.by_kind[shelf.kind_index][lease.row]
-        entry = node.entries[shelf.index]
-        row[0] = entry.pages[0] if entry is not None else 0
-        row[1] = shelf.slots.take(1)[0]
-    _count_hit(node, priority)
-    return lease
+        source = lease.sources[shelf.kind_index]
+        entry = source.entries[shelf.index] if source is not None and source.parent is not None else None
+        if entry is not None:
+            desk.tables.by_kind[shelf.kind_index][lease.row, 0] = entry.pages[0]
 
 
 def _fill_row(desk: Desk, lease: Lease, shelf: Shelf, start: int) -> None:
@@ -208,6 +296,8 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
             place = _insert(desk, lease, key, done, pages)
             if place is not lease.node:
                 tree.hold(place)
+                if desk.write_hits is not None:
+                    write_through(tree, desk.traffic, lease.node, desk.write_hits)
                 tree.release(lease.node)
                 lease.node = place
             lease.committed = pages * size
@@ -274,7 +364,7 @@ def _insert_rest(desk: Desk, lease: Lease, node: Node, tokens: NDArray[np.int64]
 
 def _may_lengthen(desk: Desk, lease: Lease, node: Node) -> bool:
     """Whether a leaf is this lease's alone and on the device alone, so that its edge may grow in place."""
-    if node.owner != lease.serial or node.refs != 1 or node.children or node.moves:
+    if node.owner != lease.serial or node.refs != 1 or node.children or node.flights:
         return False
     held = sum(entry is not None for entry in node.entries)
     return held == len(desk.paged) and all(node.entries[shelf.index] is not None for shelf in desk.paged)
@@ -325,25 +415,24 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
     if desk.leases.pop(lease.row, None) is not lease:
         raise RequestError(f"{lease!r} is closed already; a lease is closed once")
     committed, pages = lease.committed // tree.page_size, -(-lease.length // tree.page_size)
-    if desk.reuse:
-        tree.use(lease.node, lease.starts)
-        _pin_windows(desk, lease, -1)
-        _pin_sources(desk, lease, None)
     for shelf in desk.paged:
         owned = max(committed, lease.starts[shelf.kind_index])
         shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])
     for shelf in desk.states:
         shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
     desk.tables.give_row(lease.row, max(pages, 2))
-    node = lease.node
-    tree.release(node)
-    if not keep:
-        node = _drop_own(tree, lease, node)
-    tree.discard(node)
+    if not desk.reuse:
+        return
+    tree.use(lease.node, lease.starts)
+    if keep and desk.write_hits is not None and not lease.lost:
+        write_through(tree, desk.traffic, lease.node, desk.write_hits)
+    unpin_place(desk, lease)
+    prune(tree, lease.node if keep else _drop_own(tree, lease))
 
 
-def _drop_own(tree: Tree, lease: Lease, node: Node) -> Node:
+def _drop_own(tree: Tree, lease: Lease) -> Node:
     """Throw away the nodes the lease added that nobody shares; the first node above that stays."""
+    node = lease.node
     while node.parent is not None and node.owner == lease.serial and not (node.refs or node.children or node.hits):
         parent = node.parent
         drop_subtree(tree, node)
