@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from vocabularies import write_byte_level
+
 GOLDEN = Path(__file__).parent / "golden"
 
 COMMON: dict[str, Any] = {
@@ -79,7 +81,7 @@ def make_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config(family, **overrides)
     if tokenizer:
-        config["eos_token_id"] = write_tokenizer(folder, config["vocab_size"])
+        config["eos_token_id"] = write_byte_level(folder, config["vocab_size"])
     config["torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
@@ -152,45 +154,6 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return values * np.float32(1.5 / shape[1] ** 0.5)
 
     return {name: draw(name, shape) for name, shape in tensor_shapes(config).items()}
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> int:
-    """Write a byte-level BPE tokenizer as Qwen2 has it, ``vocab_size`` entries at most; returns the end-of-turn id."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    text = ["the quick brown fox jumps over the lazy dog", "Ein Zug hält in Köln.", "日本語のテキスト", "1234567890"]
-    tokenizer.train_from_iterator(text * 4, trainer)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "chat_template": TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    return int(tokenizer.token_to_id("<|im_end|>"))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_misshapen_and_unfit_tensors(tmp_path):
         load_params(tmp_path, read_config(make_config("qwen2", **SMALL)), jnp.float32)
     whole = make_checkpoint("llama2", tmp_path / "int", dtype="int32", **SMALL)
     with pytest.raises(ModelError, match="I32; only BF16, F16"):
-        load_params(whole, load_config(whole), jnp.float32)
+        load_params(whole, read_config(make_config("llama2", **SMALL)), jnp.float32)
 
 
 def test_untied_head_that_is_missing_hints_at_tying(tmp_path):

@@ -7,12 +7,10 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-from tokenizers import Tokenizer as FastTokenizer
 
-from checkpoints import write_tokenizer
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ModelError, RequestError
+from vocabularies import write_byte_level, write_sentencepiece
 
 TEXTS = [
     "",
@@ -28,24 +26,8 @@ TEXTS = [
 def byte_level(tmp_path_factory):
     """Qwen's and Llama 3's kind of vocabulary."""
     folder = tmp_path_factory.mktemp("byte_level")
-    write_tokenizer(folder, 512)
+    write_byte_level(folder, 512)
     return Tokenizer(folder)
-
-
-def write_sentencepiece(folder):
-    """Llama 2's kind of vocabulary: metaspace words, byte tokens for all else, <s> in front."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words += ["▁", "h", "e", "l", "o", "w", "r", "d", "▁h", "el", "▁hel", "▁w", "or", "lo", "é", ","]
-    merges = [("▁", "h"), ("e", "l"), ("▁h", "el"), ("▁", "w"), ("o", "r"), ("l", "o")]
-    vocab = {word: index for index, word in enumerate(words)}
-    fast = FastTokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(steps)
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in ("<unk>", "<s>", "</s>")])
-    fast.add_tokens([AddedToken("<tool call>", special=False, normalized=False)])
-    fast.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +135,7 @@ MESSAGES = [{"role": "user", "content": "Hi <b> é"}]
 
 
 def with_template(folder, template, **more):
-    write_tokenizer(folder, 512)
+    write_byte_level(folder, 512)
     given = {"eos_token": "<|im_end|>", "chat_template": template, **more}
     (folder / "tokenizer_config.json").write_text(json.dumps(given))
     return Tokenizer(folder)
@@ -213,7 +195,7 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="is not a tokenizer"):
         Tokenizer(tmp_path)
-    write_tokenizer(tmp_path, 512)
+    write_byte_level(tmp_path, 512)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):
         Tokenizer(tmp_path)

@@ -12,13 +12,15 @@ from rootcellar.errors import ModelError
 from rootcellar.models.families import Family, family_of
 from rootcellar.models.rope import RopeConfig, read_rope
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one dense decoder; hashable, so it can be a static argument of a jitted function.
 
     ``num_heads`` query heads share ``num_kv_heads`` key/value heads, each of ``head_dim``; query head ``h`` reads
-    key/value head ``h // (num_heads // num_kv_heads)``. ``max_position_embeddings`` is the context length in tokens.
+    key/value head ``h // (num_heads // num_kv_heads)``.
     """
 
     architecture: str
@@ -40,7 +42,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"
-    """The dtype that the checkpoint was saved in, as ``config.json`` says; loading may choose another."""
+    """The dtype that the checkpoint was saved in, as ``config.json`` says (one of ``DTYPES``); loading may differ."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -53,8 +55,24 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}; "
                 "every key/value head must serve the same number of query heads"
             )
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype={self.dtype!r} is not supported; known: {', '.join(DTYPES)}")
         if self.head_dim % 2:
             raise ModelError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs")
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have: ``max_position_embeddings``, stretched where rope scaling stretches it.
+
+        ``linear`` and ``dynamic`` count from ``max_position_embeddings``, ``yarn`` from the original context; in
+        ``llama3`` configs ``max_position_embeddings`` is the stretched context already.
+        """
+        rope = self.rope
+        if rope.type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * rope.factor)
+        if rope.type == "yarn":
+            return max(self.max_position_embeddings, int(rope.original_max * rope.factor))
+        return self.max_position_embeddings
 
     @property
     def group_size(self) -> int:

@@ -75,6 +75,7 @@ def test_switches_of_the_families():
         ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"torch_dtype": "int8"}, "dtype='int8' is not supported; known: float32"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )
@@ -88,6 +89,21 @@ def test_a_sliding_window_counts_only_where_it_is_on():
     read_config(make_config("qwen2", sliding_window=64))
     with pytest.raises(ModelError, match="sliding_window=64"):
         read_config(make_config("mistral", sliding_window=64))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 2048),
+        ({"rope_type": "linear", "factor": 2.5}, 5120),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (LLAMA3_ROPE, 2048),
+    ],
+)
+def test_context_length_follows_the_scaling(scaling, expected):
+    assert read_config(make_config("llama2", rope_scaling=scaling)).context_length == expected
 
 
 def test_missing_and_broken_files(tmp_path):

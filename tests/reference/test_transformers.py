@@ -1,0 +1,206 @@
+"""Live against Hugging Face transformers on torch, float32, from folders that transformers itself has saved.
+
+Run with ``make test-reference``. The golden files hold the same comparison for the default suite.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rootcellar
+from rootcellar.models.config import load_config, read_config
+from rootcellar.models.decoder import forward, logits
+from rootcellar.models.dense import make_attend_dense
+from rootcellar.models.loader import load_params
+from rootcellar.models.rope import inverse_frequencies
+
+pytestmark = pytest.mark.reference
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+NEW_TOKENS = 64
+TOLERANCE = 1e-4  # of a log-probability
+COMMON = {
+    "vocab_size": 384,
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def sizes(heads, kv_heads, head_dim, tied, **more):
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    return {**COMMON, **shape, "tie_word_embeddings": tied, **more}
+
+
+CASES = {
+    "qwen2-2kv-tied": ("Qwen2Config", sizes(4, 2, 64, True)),
+    "qwen2-1kv-d128": ("Qwen2Config", sizes(2, 1, 128, False)),
+    "qwen2-yarn": ("Qwen2Config", sizes(4, 4, 64, False, rope_parameters=YARN)),
+    "qwen3-4kv-d128": ("Qwen3Config", sizes(4, 4, 128, False)),
+    "qwen3-1kv-tied": ("Qwen3Config", sizes(8, 1, 64, True, attention_bias=True)),
+    "llama2-4kv": ("LlamaConfig", sizes(4, 4, 64, False, rms_norm_eps=1e-5, mlp_bias=True, attention_bias=True)),
+    "llama3-2kv-d128": ("LlamaConfig", sizes(2, 2, 128, False, rope_parameters=LLAMA3)),
+    "llama3-1kv-tied": ("LlamaConfig", sizes(4, 1, 64, True, rope_parameters=LLAMA3)),
+    "mistral-2kv": ("MistralConfig", sizes(4, 2, 64, False, sliding_window=None)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request):
+    """A random model of transformers; biases and norms random as well, so that forgetting one shows."""
+    kind, fields = CASES[request.param]
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.1)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="module", params=["single", "sharded"])
+def folder(request, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, max_shard_size="1MB" if request.param == "sharded" else "5GB")
+    assert (folder / "model.safetensors.index.json").exists() == (request.param == "sharded")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    random = np.random.default_rng(5)
+    shared = random.integers(0, COMMON["vocab_size"], 90).tolist()
+    lengths = [1, 2, 3, 7, 15, 16, 17, 30, 31, 33, 47, 63, 64, 65, 90, 120]
+    rows = [random.integers(0, COMMON["vocab_size"], n).tolist() for n in lengths]
+    return [shared[: n // 2] + row[n // 2 :] for n, row in zip(lengths, rows, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def answers(model, prompts):
+    """Each prompt's greedy tokens, the gap between the two best at each of them, and its own tokens' logprobs."""
+    return [answer(model, prompt) for prompt in prompts]
+
+
+@torch.no_grad()
+def answer(model, prompt):
+    ids = torch.tensor([prompt])
+    scores = torch.log_softmax(model(ids).logits[0], -1)[:-1]
+    own = scores.gather(1, ids[0, 1:, None])[:, 0].numpy()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    best = torch.log_softmax(torch.cat(out.logits), -1).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).numpy(), own
+
+
+def assert_same_tokens(got, tokens, gaps):
+    """Equal; or first different where transformers' two best are equal to the last bits, and their order is chance."""
+    assert len(got) == len(tokens)
+    differing = [i for i, (a, b) in enumerate(zip(got, tokens, strict=True)) if a != b]
+    assert not differing or gaps[differing[0]] < TOLERANCE, f"differs at {differing[0]}, gap {gaps[differing[0]]}"
+
+
+def test_the_decoder_equals_transformers(folder, prompts, answers):
+    cfg = load_config(folder)
+    params = load_params(folder, cfg, jnp.float32)
+    rows = [prompt + tokens for prompt, (tokens, _, _) in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    tokens = jnp.array([row + [0] * (width - len(row)) for row in rows], jnp.int32)
+    positions = jnp.tile(jnp.arange(width, dtype=jnp.int32), len(rows))
+    attend = make_attend_dense([width] * len(rows))
+    hidden = jax.jit(lambda p: forward(p, cfg, tokens.reshape(-1), positions, attend))(params)
+    scores = np.asarray(jax.nn.log_softmax(logits(params, cfg, hidden))).reshape(*tokens.shape, -1)
+    for row, prompt, (expected, gaps, own) in zip(scores, prompts, answers, strict=True):
+        n = len(prompt)
+        np.testing.assert_allclose(row[np.arange(n - 1), prompt[1:]], own, atol=TOLERANCE, rtol=0)
+        assert_same_tokens(row[n - 1 : n - 1 + NEW_TOKENS].argmax(-1).tolist(), expected, gaps)
+
+
+def test_the_engine_equals_transformers_cold_and_cached(folder, prompts, answers):
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    with rootcellar.Engine(
+        model_path=str(folder), skip_tokenizer_init=True, max_total_tokens=8192, page_size=16, chunked_prefill_size=64
+    ) as engine:
+        for run in ("cold", "cached"):
+            got = engine.generate(input_ids=prompts, sampling_params=sampling)
+            for result, (tokens, gaps, _) in zip(got, answers, strict=True):
+                assert_same_tokens(result["output_ids"], tokens, gaps)
+            if run == "cached":
+                assert sum(result["meta_info"]["cached_tokens"] for result in got) > 500
+        scored = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+        for result, (_, _, own) in zip(scored, answers, strict=True):
+            values = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
+            np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        LLAMA3,
+        {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
+        YARN,
+        {**YARN, "original_max_position_embeddings": 32768},
+        {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {**YARN, "attention_factor": 1.25},
+        {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8},
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rope_frequencies_equal_transformers(rope, head_dim):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_theta": 1e6, **rope}
+    config = transformers.LlamaConfig(**{**sizes(4, 2, head_dim, False), "rope_parameters": rope})
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    ours = read_config({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
+    np.testing.assert_allclose(inverse_frequencies(ours, head_dim), rotary.inv_freq.numpy(), rtol=1e-6)
+    assert ours.attention_factor == pytest.approx(rotary.attention_scaling)
+    assert set(ROPE_INIT_FUNCTIONS) >= {"linear", "dynamic", "llama3", "yarn"}  # the names are still these
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_configs_of_both_spellings_are_read_alike(case, tmp_path):
+    kind, fields = CASES[case]
+    getattr(transformers, kind)(**fields, architectures=[kind.replace("Config", "ForCausalLM")]).save_pretrained(
+        tmp_path
+    )
+    new = json.loads((tmp_path / "config.json").read_text())
+    cfg = load_config(tmp_path)
+    rope = new.pop("rope_parameters")
+    old = {
+        **new,
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": None if rope == {"rope_type": "default"} else rope,
+    }
+    assert read_config(old) == cfg
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "tie_word_embeddings"):
+        assert vars(cfg)[name] == fields[name]
