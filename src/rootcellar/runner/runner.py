@@ -75,13 +75,19 @@ class Runner:
 
         Row i of ``logits`` belongs to the last token of part i. Both stay on the device.
         """
-        buffers = {name: pool.buffers for name, pool in self.pools.items()}
-        buffers, scores, hidden = self._step(
-            self.params, buffers, batch.tokens, batch.positions, batch.rows, batch.tables, batch.last
-        )
+        buffers, scores, hidden = self._step(*self._arguments(batch))
         for name, pool in self.pools.items():
             pool.buffers = buffers[name]
         return scores, hidden
+
+    def _arguments(self, batch: Batch) -> tuple[object, ...]:
+        buffers = {name: pool.buffers for name, pool in self.pools.items()}
+        return self.params, buffers, batch.tokens, batch.positions, batch.rows, batch.tables, batch.last
+
+    def temporary_bytes(self, batch: Batch) -> int:
+        """Bytes that the compiled step for this shape needs beside its arguments and results. Compiles."""
+        analysis = self._step.lower(*self._arguments(batch)).compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes)
 
     def sample(self, scores: Array, rows: Sequence[sampler.Sampled]) -> tuple[np.ndarray, np.ndarray]:
         """Choose a token for each of ``rows`` from the rows of ``scores`` [N, V]: (int32 [N], logprob float32 [N])."""

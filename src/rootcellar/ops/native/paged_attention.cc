@@ -88,10 +88,11 @@ namespace avx2 {
 #include "kernel.inc"
 }
 ROOTCELLAR_TARGET_END
-#endif
+#else
 namespace baseline {
 #include "kernel.inc"
 }
+#endif
 
 Kernel choose_kernel(bool is_bf16, int head_dim) {
 #if defined(__x86_64__)
@@ -100,8 +101,10 @@ Kernel choose_kernel(bool is_bf16, int head_dim) {
       __builtin_cpu_supports("avx512vl"))
     return avx512::kernel(is_bf16, head_dim);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel(is_bf16, head_dim);
-#endif
+  return nullptr;  // older than 2013: XLA does it
+#else
   return baseline::kernel(is_bf16, head_dim);
+#endif
 }
 
 // Run work(0..n-1) on the pool and on this thread. Helpers that start late find nothing left to do; `state` outlives
