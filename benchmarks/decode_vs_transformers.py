@@ -140,7 +140,12 @@ def main() -> int:
                         times["transformers"].append(a)
                         times["rootcellar"].append(b)
                 speed = {name: batch * args.steps / median(t) for name, t in times.items()}
-                row = {"context": context, "batch": batch, **speed, "ratio": speed["rootcellar"] / speed["transformers"]}
+                row = {
+                    "context": context,
+                    "batch": batch,
+                    **speed,
+                    "ratio": speed["rootcellar"] / speed["transformers"],
+                }
                 result["decode"].append(row)
                 if not args.json:
                     print(

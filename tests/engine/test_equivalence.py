@@ -107,9 +107,7 @@ def test_every_family_answers_as_transformers(name, tmp_path):
     with engine(tmp_path, chunked_prefill_size=64) as e:
         room = [min(64, e.longest_prompt + 1 - len(prompt)) for prompt in case.prompts]
         settings = [{**GREEDY, "max_new_tokens": n} for n in room]
-        answers = e.generate(
-            input_ids=case.prompts, sampling_params=settings, return_logprob=True, logprob_start_len=0
-        )
+        answers = e.generate(input_ids=case.prompts, sampling_params=settings, return_logprob=True, logprob_start_len=0)
         for i, (answer, tokens, logprobs) in enumerate(zip(answers, case.tokens, case.logprobs, strict=True)):
             assert answer["output_ids"] == tokens[: room[i]], f"prompt {i}"
             entries = answer["meta_info"]["input_token_logprobs"]

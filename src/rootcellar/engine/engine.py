@@ -380,4 +380,3 @@ def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:
         return final[0]
     ordered = sorted(final, key=lambda r: r["index"])
     return [{k: v for k, v in r.items() if k != "index"} for r in ordered]
-

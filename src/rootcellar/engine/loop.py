@@ -221,9 +221,8 @@ class Loop:
         if all(c.request.score_from is None for c in plan.chunks):
             return
         targets = np.zeros(len(batch.tokens), np.int32)
-        starts = batch.starts()
         spans = []
-        for chunk, at in zip(plan.chunks, starts, strict=False):
+        for chunk, at in zip(plan.chunks, batch.starts, strict=True):
             request = chunk.request
             kept = self.trackers[request.rid].logprobs
             if request.score_from is None or kept is None or kept.options.start is None:

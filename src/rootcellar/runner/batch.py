@@ -73,6 +73,7 @@ class Batch:
         rows: int32 [tiles].
         tables: for each kind int32 [tiles, W]: row i is part i's page table, zeros after the last part.
         last: int32 [tiles]: index in T of each part's last token, 0 after the last part.
+        starts: index in T of each part's first token.
     """
 
     tokens: Ints
@@ -80,6 +81,7 @@ class Batch:
     rows: Ints
     tables: dict[str, Ints]
     last: Ints
+    starts: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, parts: Sequence[Part], tables: Mapping[str, Ints], tile: int) -> Batch:
@@ -91,6 +93,7 @@ class Batch:
         rows = np.zeros(tiles, np.int32)
         last = np.zeros(tiles, np.int32)
         ids = np.zeros(tiles, np.int64)
+        starts = []
         at = 0
         for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
             n = len(part.tokens)
@@ -98,12 +101,8 @@ class Batch:
             positions[at : at + n] = np.arange(part.start, part.start + n)
             rows[at // tile : at // tile + count] = i
             last[i] = at + n - 1
+            starts.append(at)
             ids[i] = part.row
             at += count * tile
-        return cls(tokens, positions, rows, {name: table[ids] for name, table in tables.items()}, last)
-
-    def starts(self) -> list[int]:
-        """Index in T of each part's first token (and of padding's, where there is any)."""
-        tile = len(self.tokens) // len(self.rows)
-        first = np.flatnonzero(np.diff(self.rows, prepend=-1)) * tile
-        return [int(i) for i in first]
+        chosen = {name: table[ids] for name, table in tables.items()}
+        return cls(tokens, positions, rows, chosen, last, tuple(starts))

@@ -179,7 +179,9 @@ class Scheduler:
         for request in sorted((r for r in self.running if r.remaining > 1), key=self._admitted.__getitem__):
             n = min(request.remaining, tokens)
             if n < request.remaining and n > self.cache.page_size:
-                n -= (request.computed + n) % self.cache.page_size  # end the chunk on a page, so that all of it is shared
+                n -= (
+                    request.computed + n
+                ) % self.cache.page_size  # end the chunk on a page, so that all of it is shared
             need = self._tiles_of(n)
             if need > tiles or n <= 0:
                 break

@@ -1,0 +1,120 @@
+"""The sampler against what its parameters mean, written out with sorting in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rootcellar.runner import sampler
+from rootcellar.runner.sampler import Sampled
+from rootcellar.sampling_params import SamplingParams
+
+VOCAB = 40
+NONE = np.zeros(0, np.int64)
+sample = jax.jit(sampler.sample)
+
+
+def row(position=0, seed=0, banned=(), prompt=NONE, output=NONE, **params):
+    return Sampled(SamplingParams(**params), seed, position, banned, prompt, output)
+
+
+def draw(logits, rows):
+    tokens, logprobs = sample(jnp.asarray(logits), sampler.build(rows, logits.shape[0], logits.shape[1]))
+    return np.asarray(tokens), np.asarray(logprobs)
+
+
+def allowed(logits, top_k, top_p, min_p, temperature):
+    """Token ids that may be drawn: top-k, then top-p of what is left, then min-p; ties at the threshold stay."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.sort(p)[::-1]
+    if 0 < top_k < len(p):
+        p = np.where(p >= order[top_k - 1], p, 0)
+    p /= p.sum()
+    order = np.sort(p)[::-1]
+    keep = min(int(np.searchsorted(np.cumsum(order), top_p - 1e-6)), len(p) - 1)
+    threshold = max(order[keep] if top_p < 1 else 0, min_p * p.max())
+    return set(np.flatnonzero((p >= threshold * (1 - 1e-6)) & (p > 0)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    top_k=st.sampled_from([-1, 1, 2, 5, 39, 40, 100]),
+    top_p=st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    temperature=st.sampled_from([0.2, 1.0, 3.0]),
+)
+def test_only_tokens_that_the_truncation_allows_are_drawn(seed, top_k, top_p, min_p, temperature):
+    logits = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32) * 3
+    params = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}
+    rows = [row(position=i, seed=seed, **params) for i in range(64)]
+    tokens, _ = draw(np.tile(logits, (64, 1)), rows)
+    assert set(tokens.tolist()) <= allowed(logits.astype(np.float64), top_k, top_p, min_p, temperature)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.2}])
+def test_drawn_frequencies_follow_the_distribution(params):
+    logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32) * 2
+    full = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, **params}
+    kept = allowed(logits.astype(np.float64), **full)
+    p = np.where(np.isin(np.arange(VOCAB), list(kept)), np.exp(logits / full["temperature"]), 0)
+    p /= p.sum()
+    n = 4096
+    tokens, _ = draw(np.tile(logits, (n, 1)), [row(position=i, seed=9, **params) for i in range(n)])
+    counts = np.bincount(tokens, minlength=VOCAB) / n
+    assert np.abs(counts - p).max() < 4 * np.sqrt(0.25 / n)
+
+
+def test_greedy_takes_the_likeliest_and_mixes_with_drawn_rows():
+    logits = np.random.default_rng(2).standard_normal((3, VOCAB)).astype(np.float32)
+    tokens, logprobs = draw(logits, [row(temperature=0), row(temperature=2.0, seed=3), row(top_k=1)])
+    assert tokens[0] == logits[0].argmax()
+    assert tokens[2] == logits[2].argmax()
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, expected[np.arange(3), tokens], atol=1e-5)
+    assert sampler.build([row(temperature=0)] * 3, 4, VOCAB) is None  # plain greedy needs no settings at all
+
+
+def test_choices_depend_on_seed_and_position_only():
+    logits = np.tile(np.random.default_rng(3).standard_normal(VOCAB).astype(np.float32), (4, 1))
+    rows = [row(seed=1, position=5), row(seed=1, position=6), row(seed=2, position=5), row(seed=1, position=5)]
+    tokens, _ = draw(logits, rows)
+    assert tokens[0] == tokens[3]
+    many = [draw(logits[:1], [row(seed=s, position=p)])[0][0] for s in range(6) for p in range(6)]
+    assert len(set(many)) > 5
+    assert many[1 * 6 + 5] == tokens[0]  # alone as in a batch
+
+
+def test_banned_tokens_are_never_chosen():
+    logits = np.zeros((2, VOCAB), np.float32)
+    logits[:, 3] = 50
+    tokens, logprobs = draw(logits, [row(temperature=0, banned=(3,)), row(banned=tuple(range(3, 40)))])
+    assert tokens[0] != 3
+    assert tokens[1] < 3
+    assert logprobs[0] == pytest.approx(-50, abs=1e-3)  # the model's own distribution: before the ban
+
+
+def test_penalties_are_what_their_definitions_say():
+    logits = np.random.default_rng(5).standard_normal((1, VOCAB)).astype(np.float32)
+    prompt, output = np.array([1, 2]), np.array([2, 3, 3])
+    params = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.5, "temperature": 0}
+    settings = sampler.build([row(prompt=prompt, output=output, **params)], 1, VOCAB)
+    got = np.asarray(sampler._penalise(jnp.asarray(logits), settings))[0]
+    expected = logits[0].copy()
+    for token in {1, 2, 3}:
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    expected[2] -= 0.5 * 1 + 0.25
+    expected[3] -= 0.5 * 2 + 0.25
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_top_logprobs():
+    logits = np.random.default_rng(6).standard_normal((3, VOCAB)).astype(np.float32)
+    values, ids = sampler.top_logprobs(jnp.asarray(logits), 4)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-logits, axis=-1)[:, :4]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(values, np.take_along_axis(expected, order, -1), atol=1e-5)
