@@ -1,16 +1,17 @@
 """The engine's interface: results, streams, stops, logprobs, control, errors."""
 
 import asyncio
+import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
+from test_equivalence import check_idle
 
 import rootcellar
 from checkpoints import make_checkpoint
 from rootcellar.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLarge
-from test_equivalence import check_idle
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -119,7 +120,7 @@ def test_a_stream_grows_to_the_result(engine):
     parts = list(engine.generate(prompt="hello", sampling_params=GREEDY, stream=True))
     assert parts[-1]["text"] == whole["text"]
     assert [len(p["output_ids"]) for p in parts] == list(range(1, 13))
-    assert all(b["text"].startswith(a["text"]) for a, b in zip(parts, parts[1:], strict=False))
+    assert all(b["text"].startswith(a["text"]) for a, b in itertools.pairwise(parts))
     assert [p["meta_info"]["finish_reason"] is None for p in parts] == [True] * 11 + [False]
 
 

@@ -72,8 +72,6 @@ def test_page_size_chunk_and_batch(case, page_size, chunk, batch, backend):
     options = {"page_size": page_size, "chunked_prefill_size": chunk, "attention_backend": backend}
     with engine(folder, **options) as e:
         results = run_twice(e, case, batch)
-        for prompt, result in zip(case.prompts, results.values(), strict=False):
-            assert result["meta_info"]["prompt_tokens"] > 0
         for i, prompt in enumerate(case.prompts):
             cached = results[i]["meta_info"]["cached_tokens"]
             assert cached == (len(prompt) - 1) // page_size * page_size  # the second run comes from the cache

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from rootcellar.errors import ConfigError
 from rootcellar.ops import attention
 from rootcellar.ops.attention import choose_backend, paged_attention, write_pages

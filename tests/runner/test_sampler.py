@@ -104,7 +104,7 @@ def test_penalties_are_what_their_definitions_say():
     settings = sampler.build([row(prompt=prompt, output=output, **params)], 1, VOCAB)
     got = np.asarray(sampler._penalise(jnp.asarray(logits), settings))[0]
     expected = logits[0].copy()
-    for token in {1, 2, 3}:
+    for token in (1, 2, 3):
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
     expected[2] -= 0.5 * 1 + 0.25
     expected[3] -= 0.5 * 2 + 0.25

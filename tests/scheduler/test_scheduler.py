@@ -4,9 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from simulated import World, expected_answer
 
 from rootcellar.scheduler import Finish, Stage
-from simulated import World, expected_answer
 
 
 def prompt(seed, length):
@@ -78,7 +78,7 @@ def test_without_memory_the_youngest_waits_again_and_the_answer_is_the_same():
     world.verify()
     assert world.scheduler.retractions > 0
     assert world.requests[0].retractions == 0
-    assert [r.rid for r in world.finished][0] == "r0"
+    assert next(r.rid for r in world.finished) == "r0"
 
 
 def test_lpm_starts_the_longest_cached_prefix_first_and_fcfs_the_oldest():

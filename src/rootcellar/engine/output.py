@@ -101,10 +101,10 @@ class Tracker:
         request = self.request
         output = request.output
         finish = request.finish
-        if finish is not None and finish.type == "stop" and isinstance(finish.matched, int):
-            # The stop token is part of output_ids and, unless asked for, not of the text.
-            if not request.sampling.no_stop_trim:
-                output = output[:-1]
+        # A stop token is part of output_ids and, unless asked for, not of the text.
+        stopped = finish is not None and finish.type == "stop" and isinstance(finish.matched, int)
+        if stopped and not request.sampling.no_stop_trim:
+            output = output[:-1]
         if len(output) > self._seen:
             self._text += self._detokenizer.add(output[self._seen :].tolist())
         self._seen = max(self._seen, len(output))

@@ -163,14 +163,15 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
         most = min(sampling.max_new_tokens, room)
         return replace(sampling, max_new_tokens=most, min_new_tokens=min(sampling.min_new_tokens, most))
     wanted = n + sampling.max_new_tokens
+    asked = f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}"
     if wanted > parts.context_length:
         raise RequestTooLarge(
-            f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}, more than the context "
-            f"of {parts.context_length}: lower max_new_tokens to {room} or raise context_length as far as the model allows"
+            f"{asked}, more than the context of {parts.context_length}: lower max_new_tokens to {room} or raise "
+            "context_length as far as the model allows"
         )
     if wanted > parts.total_tokens:
         raise RequestTooLarge(
-            f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}, more than the KV cache "
-            f"holds: raise max_total_tokens (now {parts.total_tokens}) or lower max_new_tokens to {room}"
+            f"{asked}, more than the KV cache holds: raise max_total_tokens (now {parts.total_tokens}) or lower "
+            f"max_new_tokens to {room}"
         )
     return sampling

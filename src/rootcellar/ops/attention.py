@@ -148,22 +148,22 @@ def _attend_xla(
     blocks = (jnp.max(positions) + block) // block
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        m, l, o = carry
+        top, total, out = carry
         pages = lax.dynamic_slice_in_dim(tables, i * per_block, per_block, axis=1)
         kv = pool[pages].astype(jnp.float32)  # [n, per_block, 2, kv_heads, page_size, head_dim]
         s = jnp.einsum("nthgd,nbhpd->nhgtbp", q, kv[:, :, 0]).reshape(n, kv_heads, group, tile, block)
         seen = (i * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [n, tile, block]
         s = jnp.where(seen[:, None, None], s, _MASKED)
-        new_m = jnp.maximum(m, jnp.max(s, axis=-1))
-        p = jnp.where(seen[:, None, None], jnp.exp(s - new_m[..., None]), 0.0)
-        keep = jnp.exp(m - new_m)
+        new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+        p = jnp.where(seen[:, None, None], jnp.exp(s - new_top[..., None]), 0.0)
+        keep = jnp.exp(top - new_top)
         values = jnp.einsum(
             "nhgtbp,nbhpd->nhgtd", p.reshape(n, kv_heads, group, tile, per_block, page_size), kv[:, :, 1]
         )
-        return new_m, l * keep + jnp.sum(p, axis=-1), o * keep[..., None] + values
+        return new_top, total * keep + jnp.sum(p, axis=-1), out * keep[..., None] + values
 
     shape = (n, kv_heads, group, tile)
     start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-    _, l, o = lax.fori_loop(0, blocks, body, start)
-    o = o / jnp.maximum(l, 1e-30)[..., None]
-    return o.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), pool
+    _, total, out = lax.fori_loop(0, blocks, body, start)
+    out = out / jnp.maximum(total, 1e-30)[..., None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), pool
