@@ -116,8 +116,13 @@ def test_the_lock_pins_everything_and_names_no_machine(name):
 
 @pytest.mark.parametrize(
     ("variables", "native"),
-    [({}, True), ({"ROOTCELLAR_NO_NATIVE": "1"}, False), ({"CXX": "/no/such/compiler"}, False)],
-    ids=["compiler", "switched off", "no compiler"],
+    [
+        ({"ROOTCELLAR_NO_NATIVE": "1"}, False),
+        ({"CXX": "/no/such/compiler"}, False),
+        # Compiling takes a minute; `make` has done it once already when it set up the environment.
+        pytest.param({}, True, marks=pytest.mark.long),
+    ],
+    ids=["switched off", "no compiler", "compiler"],
 )
 def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, native):
     """The package is complete either way; only the C++ part comes and goes."""
