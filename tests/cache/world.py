@@ -31,7 +31,7 @@ from rootcellar.errors import CacheBusy
 
 Pick = Callable[[int], int]  # n -> an int in [0, n)
 
-POLICIES = ("lru", "lfu", "fifo", "filo", "mru", "slru", "priority")
+POLICIES = ("lru", "lfu", "fifo", "filo", "mru", "slru", "priority", "adaptive", "adaptive")
 KIND_MIXES: tuple[tuple[Kind, ...], ...] = (
     (full("full"),),
     (full("full"), sliding_window("window", window=5)),

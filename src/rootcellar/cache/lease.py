@@ -29,7 +29,7 @@ class Lease:
     """
 
     __slots__ = ("cached", "committed", "length", "lost", "namespace", "node", "priority", "row", "serial",
-                 "sources", "starts", "stepped", "waits")  # fmt: skip
+                 "sources", "starts", "stepped", "trail", "waits")  # fmt: skip
 
     def __init__(self, row: int, serial: int, node: Node, namespace: str, cached: int, priority: int) -> None:
         self.row = row
@@ -45,6 +45,7 @@ class Lease:
         self.stepped = False  # whether tokens were grown since the state to read last changed
         self.waits: set[int] = set()  # ids of the moves that must be done first
         self.lost = False
+        self.trail: tuple[int, int, int] = (0, 0, -1)  # adaptive policy: strides observed, prefix hash, class above
 
     @property
     def ready(self) -> bool:

@@ -69,7 +69,7 @@ class Order:
 
 Standing = Callable[["Node", int], tuple[float, ...]]
 
-# What each fixed policy says of a node for one kind: the smallest leaves first, ties by the node's age.
+# What each policy says of a node for one kind: the smallest leaves first, ties by the node's age.
 POLICIES: dict[str, Standing] = {
     # Least recently used.
     "lru": lambda node, k: (node.ticks[k],),
@@ -85,6 +85,8 @@ POLICIES: dict[str, Standing] = {
     "slru": lambda node, k: (node.hits > 0, node.ticks[k]),
     # Lowest priority of the requests that used it, then the least recent.
     "priority": lambda node, k: (node.priority, node.ticks[k]),
+    # What is least worth its room, as learned online; see ``adaptive.py``, which ranks these classes.
+    "adaptive": lambda node, _: (node.group, node.used),
 }
 
 

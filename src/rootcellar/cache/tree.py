@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.cache.adaptive import LearnedOrder, Shadow
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.order import Item, Order, standing
 from rootcellar.cache.slots import Pages, SlotAllocator
@@ -51,6 +52,7 @@ class Node:
         "digests",
         "entries",
         "flights",
+        "group",
         "hits",
         "id",
         "kids",
@@ -64,6 +66,7 @@ class Node:
         "starts",
         "ticks",
         "tokens",
+        "used",
     )
 
     def __init__(self, ident: int, parent: Node | None, tokens: NDArray[np.int64], start: int, size: int) -> None:
@@ -86,6 +89,8 @@ class Node:
         self.flights: list[Flight] = []
         self.digests: list[bytes] = []
         self.namespace = ""  # of a root
+        self.group: int = 0  # the adaptive policy's class, and the volume at the last use
+        self.used: int = 0
 
     @property
     def end(self) -> int:
@@ -111,14 +116,23 @@ class Shelf:
         "tier",
     )
 
-    def __init__(self, index: int, kind: Kind, kind_index: int, tier: Tier, size: int, page_size: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        kind: Kind,
+        kind_index: int,
+        tier: Tier,
+        size: int,
+        page_size: int,
+        shadow: Shadow | None,
+    ) -> None:
         self.index = index
         self.kind = kind
         self.kind_index = kind_index
         self.tier = tier
         self.full = kind.rule == "full"
         self.slots = SlotAllocator(size, 1 if kind.rule == "recurrent" else page_size)
-        self.order = Order()
+        self.order: Order | LearnedOrder = Order() if shadow is None else LearnedOrder(shadow)
         self.entries = 0  # entries in the tree
         self.cached = 0
         self.evictable = 0
@@ -140,6 +154,8 @@ class Tree:
         self.kinds = kinds
         self.page_size = page_size
         self.standing = standing(policy)
+        first = next((size for (_, tier), size in capacity.items() if tier is Tier.DEVICE), 0)
+        self.shadow = Shadow(first, page_size) if policy == "adaptive" else None
         self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
         self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
         self.tick = 0
@@ -151,7 +167,7 @@ class Tree:
         self.tiers: list[Tier] = sorted({tier for _, tier in capacity})
         self.by_tier: dict[Tier, list[Shelf | None]] = {tier: [None] * len(kinds) for tier in Tier}
         for (k, tier), size in sorted(capacity.items(), key=lambda item: (item[0][1], item[0][0])):
-            shelf = Shelf(len(self.shelves), kinds[k], k, tier, size, page_size)
+            shelf = Shelf(len(self.shelves), kinds[k], k, tier, size, page_size, self.shadow)
             self.shelves.append(shelf)
             self.by_tier[tier][k] = shelf
         self.full_shelves = [s for s in self.shelves if s.full]
@@ -218,6 +234,7 @@ class Tree:
         upper = self._blank(parent, node.tokens[: at * self.page_size], node.start, at)
         upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
         upper.ticks = node.ticks.copy()
+        upper.group, upper.used = node.group, node.used
         upper.refs = 1 if node.refs else 0
         upper.digests, node.digests = node.digests[:at], node.digests[at:]
         parent.children[self.first(node.tokens, 0)] = upper
@@ -416,7 +433,9 @@ class Tree:
     def use(self, node: Node, starts: list[int]) -> None:
         """Note that a boundary at the node's end was used now: each kind from its page in ``starts`` on."""
         climb = node
+        volume = self.shadow.volume if self.shadow is not None else 0
         while climb.parent is not None:
+            climb.used = volume
             for k, start in enumerate(starts):
                 if start < climb.end:
                     climb.ticks[k] = self.tick

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.cache.adaptive import mix
 from rootcellar.cache.evict import drop_subtree, make_room, prune
 from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
@@ -118,6 +120,10 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     for shelf in desk.states:
         tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.slots.take(1)[0]
     _count_hit(node, priority)
+    if tree.shadow is not None and desk.reuse:
+        tree.shadow.advance(len(hit.key))
+        lease.trail = (0, mix(crc32(hit.key.namespace.encode())), -1)
+        _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
     return lease
 
 
@@ -194,6 +200,28 @@ def _count_hit(node: Node, priority: int) -> None:
     while climb is not None:
         climb.hits += 1
         climb.priority = max(climb.priority, priority)
+        climb = climb.parent
+
+
+def _observe(desk: Desk, lease: Lease, key: Key, first: int, pages: int) -> None:
+    """Tell the shadow that pages ``[first, pages)`` of a request are in the tree; put each node in its class."""
+    tree, shadow = desk.tree, desk.tree.shadow
+    assert shadow is not None
+    strides, trail, above = lease.trail
+    prefixes = shadow.hashes(trail, key.tokens[strides * shadow.stride : pages * tree.page_size])
+    classes, above = shadow.observe(prefixes, above)
+    lease.trail = (strides + len(prefixes), prefixes[-1] if prefixes else trail, above)
+    per_stride = shadow.stride // tree.page_size
+    climb = lease.node
+    while classes and climb.parent is not None and climb.end > first:
+        last = max(0, min(climb.end // per_stride - strides, len(classes)) - 1)
+        climb.group = classes[last]
+        climb.used = shadow.volume
+        while last > 0 and classes[last - 1] == climb.group:
+            last -= 1
+        begin = (strides + last) * per_stride
+        if last > 0 and climb.start < begin < climb.end:
+            tree.split(climb, begin - climb.start)
         climb = climb.parent
 
 
@@ -301,6 +329,8 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
                 tree.release(lease.node)
                 lease.node = place
             lease.committed = pages * size
+            if tree.shadow is not None:
+                _observe(desk, lease, key, done, pages)
     for shelf in desk.windows:
         _release_passed(desk, lease, shelf, len(key))
     if desk.reuse:

@@ -1,0 +1,251 @@
+"""The ``adaptive`` policy: learn online which pages return, and evict what is least worth the room it takes.
+
+No fixed order is best at every capacity: where prompts return after more tokens than the cache holds, recency keeps
+what never returns in time, and a cache does better to keep some prompts for long than all of them briefly. So we
+estimate, for each **class** of content, how likely it returns at each **age**, and give an entry the index
+
+    worth(class, age) = max over T of  P(it returns within T more | age) / E[room it takes till it returns or T is over]
+
+in returns per token of time. That is Gittins' index for this stopping problem (Gittins 1979); Beckmann, Chen and
+Cidon's LHD (NSDI 2018) ranks by a similar density. Age is counted in prompt tokens served, the currency that
+evictions are paid in. The class says how often the content returned before (0, 1, 2, 3 or more) and, when never,
+whether it continues a prompt of its own or branches off one that many share.
+
+What is seen is a **shadow**: prefixes at every ``stride`` tokens, sampled by hash (Waldspurger et al., SHARDS, FAST
+2015), remembered beyond their eviction, with the volume at which they were last used. An entry that leaves the shadow
+unreturned is a censored observation. Old observations fade at the rate at which the shadow turns over. No constant
+here depends on a workload: the shadow looks back ``LOOK_BACK`` cache sizes with at most ``MAX_SHADOW`` samples.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rootcellar.cache.order import Item
+    from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+
+FRESH, CONTINUES = 0, 1  # classes of what never returned; 2, 3, 4: returned once, twice, more often
+CLASSES = 5
+BUCKETS = 96
+PER_OCTAVE = 2  # age buckets per doubling
+LOOK_BACK = 32
+MAX_SHADOW = 1 << 15
+STRIDE = 512
+
+_MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the multiplier of Fibonacci hashing
+
+
+def mix(value: int) -> int:
+    """A well-mixed 64-bit hash of a 64-bit number (the finalizer of SplitMix64, Steele et al. 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class Shadow:
+    """What was seen of prompts, resident or not: sampled prefixes, when each was last used, and its class."""
+
+    def __init__(self, capacity: int, page_size: int) -> None:
+        self.stride = max(page_size, min(STRIDE, capacity // 64) // page_size * page_size)
+        self.window = max(LOOK_BACK * capacity, self.stride)  # tokens of volume that an observation may span
+        self.volume = 0
+        self.worth = np.zeros((CLASSES, BUCKETS))
+        self.seen: dict[int, tuple[int, int]] = {}  # prefix -> (volume at last use, class); oldest use first
+        self._weights = np.cumprod(np.full(self.stride, _ODD, np.uint64), dtype=np.uint64)
+        self._returns = np.zeros((CLASSES, BUCKETS))
+        self._gone = np.zeros((CLASSES, BUCKETS))
+        self._sample = 1 << 64  # prefixes with a hash below this are sampled
+        self._pace = max(1, capacity // 2)  # tokens of volume between two fits
+        self._next_fit = 0
+        self._faded = 0
+        self._edges = 2.0 ** (np.arange(BUCKETS + 1) / PER_OCTAVE)
+        self._edges[0] = 0.0
+
+    def bucket(self, age: int) -> int:
+        """The age bucket of an age in tokens."""
+        return min(BUCKETS - 1, int(PER_OCTAVE * np.log2(age))) if age > 1 else 0
+
+    def hashes(self, trail: int, tokens: NDArray[np.int64]) -> list[int]:
+        """Hashes of the prefixes that end with each whole stride of ``tokens``, which follow a prefix ``trail``."""
+        count = len(tokens) // self.stride
+        blocks = tokens[: count * self.stride].astype(np.uint64).reshape(count, self.stride)
+        chained = []
+        for block in ((blocks * self._weights).sum(axis=1, dtype=np.uint64)).tolist():
+            trail = mix((trail * _ODD + block + 1) & _MASK)
+            chained.append(trail)
+        return chained
+
+    def observe(self, prefixes: list[int], above: int) -> tuple[list[int], int]:
+        """A request used these consecutive prefixes; ``above`` is the class of the last one before that was known.
+
+        ``above`` is -1 at a root. Returns the class of each now, and the class of the last that was known. Prefixes
+        that are not sampled share the class of the sampled one before, or else after, them.
+        """
+        classes: list[int] = []
+        now = -1
+        for prefix in prefixes:
+            if prefix < self._sample:
+                known = self.seen.pop(prefix, None)
+                if known is None:
+                    now = CONTINUES if -1 < above < CLASSES - 1 else FRESH
+                else:
+                    when, old = known
+                    self._returns[old, self.bucket(self.volume - when)] += 1
+                    now = above = min(CLASSES - 1, max(CONTINUES, old) + 1)
+                self.seen[prefix] = (self.volume, now)
+                if classes and classes[0] < 0:
+                    classes = [now] * len(classes)
+            classes.append(now)
+        if classes and classes[0] < 0:
+            classes = [FRESH] * len(classes)
+        return classes, above
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more of prompts were served."""
+        self.volume += tokens
+        oldest = self.volume - self.window
+        while self.seen:
+            prefix = next(iter(self.seen))
+            when, group = self.seen[prefix]
+            if when >= oldest:
+                break
+            del self.seen[prefix]
+            self._gone[group, self.bucket(self.volume - when)] += 1
+        if len(self.seen) > MAX_SHADOW:
+            self._thin()
+        if self.volume >= self._next_fit:
+            self._fit()
+            self._next_fit = self.volume + self._pace
+
+    def _thin(self) -> None:
+        """Sample half as many prefixes from now on."""
+        self._sample >>= 1
+        self.seen = {prefix: known for prefix, known in self.seen.items() if prefix < self._sample}
+        self._returns /= 2
+        self._gone /= 2
+
+    def _fit(self) -> None:
+        """Learn ``worth`` from the returns seen, what has not returned yet counted as long as it was watched."""
+        waiting = np.zeros((CLASSES, BUCKETS))
+        if self.seen:
+            known = np.array(list(self.seen.values()), np.int64)
+            ages = np.maximum(self.volume - known[:, 0], 1)
+            buckets = np.minimum(BUCKETS - 1, (PER_OCTAVE * np.log2(ages)).astype(np.int64))
+            np.add.at(waiting, (known[:, 1], buckets), 1)
+        left = self._returns + self._gone + waiting
+        at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self._gone + waiting) / 2
+        hazard = np.divide(self._returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)
+        for group in range(CLASSES):
+            self.worth[group] = _gittins(hazard[group], np.diff(self._edges))
+        if self.volume - self._faded >= self.window:
+            self._faded = self.volume
+            self._returns /= 2
+            self._gone /= 2
+
+
+def _gittins(hazard: NDArray[np.float64], width: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The index at each age bucket: the best ratio of returns to time over all times to give up. Float64."""
+    count = len(hazard)
+    later = np.triu(np.ones((count, count)))  # [age, bucket]: the bucket is not before the age
+    risk = later * hazard
+    alive = np.cumprod(1 - risk, axis=1)
+    alive = np.concatenate([np.ones((count, 1)), alive[:, :-1]], axis=1)
+    returns = np.cumsum(alive * risk, axis=1)
+    room = np.cumsum(alive * later * width * (1 - hazard / 2), axis=1)
+    ratio = np.divide(returns, room, out=np.zeros_like(room), where=room > 0)
+    return np.asarray(ratio.max(axis=1))
+
+
+class LearnedOrder:
+    """The order of leaving by worth: one heap, oldest first, per damage, class and age bucket.
+
+    Entries of one heap differ in age only within a bucket, so the heads are the candidates; the one worth least
+    leaves. A head that has aged moves on to the next bucket's heap.
+    """
+
+    __slots__ = ("_heaps", "_live", "_moved", "_serial", "_shadow")
+
+    def __init__(self, shadow: Shadow) -> None:
+        self._shadow = shadow
+        self._heaps: dict[tuple[int, int, int], list[Item]] = {}
+        self._live = 0
+        self._serial = 0
+        self._moved = -1  # volume at which the heads were last moved on
+
+    def push(self, node: Node, entry: Entry, key: tuple[float, ...]) -> None:
+        """File an entry under ``key = (damage, class, volume at last use, node id)``."""
+        if entry.item is None:
+            self._live += 1
+        elif entry.item[0] == key:
+            return
+        self._serial += 1
+        entry.item = (key, self._serial, node, entry)
+        self._file(entry.item)
+        if self._serial % 64 == 0:
+            self._compact()
+
+    def _file(self, item: Item) -> None:
+        damage, group, used, _ = item[0]
+        bucket = self._shadow.bucket(int(self._shadow.volume - used))
+        heappush(self._heaps.setdefault((int(damage), int(group), bucket), []), item)
+
+    def _compact(self) -> None:
+        if sum(map(len, self._heaps.values())) > 2 * self._live + 64:
+            for where, heap in list(self._heaps.items()):
+                self._heaps[where] = [item for item in heap if item[3].item is item]
+                heapify(self._heaps[where])
+        self._heaps = {where: heap for where, heap in self._heaps.items() if heap}
+
+    def forget(self, entry: Entry) -> None:
+        """The entry left the shelf."""
+        if entry.item is not None:
+            entry.item = None
+            self._live -= 1
+
+    def pop(self, tree: Tree, shelf: Shelf) -> tuple[Node, Entry] | None:
+        """The entry that should leave next; None when nothing may. It is no longer filed."""
+        if self._moved != self._shadow.volume:
+            self._age()
+        while True:
+            heap = self._least()
+            if heap is None:
+                return None
+            key, _, node, entry = heappop(heap)
+            entry.item = None
+            self._live -= 1
+            if not entry.evictable or (shelf.full and node.kids[shelf.index]):
+                continue
+            true = tree.key(node, shelf, entry)
+            if true == key:
+                return node, entry
+            self.push(node, entry, true)
+
+    def _age(self) -> None:
+        """Move heads that have left their bucket on."""
+        self._moved = volume = self._shadow.volume
+        for (_, _, bucket), heap in list(self._heaps.items()):
+            while heap and self._shadow.bucket(int(volume - heap[0][0][2])) != bucket:
+                item = heappop(heap)
+                if item[3].item is item:
+                    self._file(item)
+
+    def _least(self) -> list[Item] | None:
+        """The heap whose head is worth least; the older of equals."""
+        best: list[Item] | None = None
+        rank: tuple[float, ...] = ()
+        worth = self._shadow.worth
+        for (damage, group, bucket), heap in self._heaps.items():
+            while heap and heap[0][3].item is not heap[0]:
+                heappop(heap)
+            if heap:
+                _, _, used, ident = heap[0][0]
+                head = (damage, worth[group, bucket], used, ident)
+                if best is None or head < rank:
+                    best, rank = heap, head
+        return best
