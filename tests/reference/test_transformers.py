@@ -98,25 +98,25 @@ def prompts():
 @pytest.fixture(scope="module")
 def answers(model, prompts):
     """Each prompt's greedy tokens, the gap between the two best at each of them, and its own tokens' logprobs."""
-    return [answer(model, prompt) for prompt in prompts]
+    width = max(map(len, prompts))
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        best = torch.log_softmax(torch.stack(out.logits, 1), -1).topk(2).values
+        own = [prompt_logprobs(model, torch.tensor(prompt)) for prompt in prompts]
+    return list(zip(out.sequences[:, width:].tolist(), (best[..., 0] - best[..., 1]).numpy(), own, strict=True))
 
 
-@torch.no_grad()
-def answer(model, prompt):
-    ids = torch.tensor([prompt])
-    scores = torch.log_softmax(model(ids).logits[0], -1)[:-1]
-    own = scores.gather(1, ids[0, 1:, None])[:, 0].numpy()
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
-    best = torch.log_softmax(torch.cat(out.logits), -1).topk(2).values
-    return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).numpy(), own
+def prompt_logprobs(model, ids):
+    scores = torch.log_softmax(model(ids[None]).logits[0], -1)[:-1]
+    return scores.gather(1, ids[1:, None])[:, 0].numpy()
 
 
 def assert_same_tokens(got, tokens, gaps):
