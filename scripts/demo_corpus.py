@@ -106,20 +106,20 @@ class Writer:
 
     def _next_turn(self, last: Fact | None, said_more: bool) -> tuple[str, str, Fact | None, bool]:
         rng, draw = self.rng, self.rng.random()
-        if draw < 0.12:
+        if draw < 0.14:
             return self.off_topic(), FALLBACK, None, False
-        if draw < 0.18:
+        if draw < 0.20:
             talk = rng.choice(list(PHRASES["small_talk"].values()))
             return _vary(rng, rng.choice(talk["trained"])), talk["answer"], None, False
-        if draw < 0.36:
+        if draw < 0.46:
             more = PHRASES["more"]
             answer = more["about_what"] if last is None else more["all_i_know"] if said_more else last.more
             return _vary(rng, rng.choice(more["trained"])), answer, last, last is not None
         fact = rng.choice(self.facts)
-        if draw < 0.42:
+        if draw < 0.55:
             asked = _fill(rng.choice(PHRASES["more_about"]["trained"]), rng.choice(fact.terms))
             return _vary(rng, asked), fact.more, fact, True
-        if draw < 0.56 and fact.type != "other":
+        if draw < 0.67 and fact.type != "other":
             asked = _fill(rng.choice(PHRASES["and"]["trained"]), rng.choice(all_terms(fact)))
             return _vary(rng, asked), fact.answer, fact, False
         return self.ask(fact), fact.answer, fact, False
@@ -135,7 +135,7 @@ class Writer:
     def chat(self, fits: Callable[[Chat], bool], system: str | None = None, turns: int | None = None) -> Chat:
         """Return one chat of at most `turns` turns (by default one to three), as long as `fits` accepts it."""
         rng = self.rng
-        turns = turns or rng.choice([1, 1, 2, 2, 3])
+        turns = turns or rng.choice([1, 2, 2, 3])
         system = self._system() if system is None else system
         chat: Chat = [] if system is None else [{"role": "system", "content": system}]
         last, said_more = None, False
@@ -152,9 +152,9 @@ class Writer:
         return chat
 
     def long_system(self) -> str:
-        """Return a manual of 15 to 40 facts in random order, as the demo sends one."""
+        """Return a manual of 15 to 36 facts in random order, as the demo sends one."""
         rng = self.rng
-        chosen = rng.sample(self.facts, rng.randint(15, 40))
+        chosen = rng.sample(self.facts, rng.randint(15, 36))
         return manual(chosen) if rng.random() < 0.7 else manual(chosen, rng.choice(PHRASES["around"]["manual_heads"]))
 
 

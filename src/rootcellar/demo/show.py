@@ -17,7 +17,7 @@ from rootcellar.demo import load_facts, manual
 if TYPE_CHECKING:
     from rootcellar import Engine
 
-FACTS_IN_MANUAL = 34
+FACTS_IN_MANUAL = 30
 LONG_QUESTION = "What is chunked prefill?"
 CHAT = ("What does a lease do?", "Tell me more.")
 MAX_NEW_TOKENS = 96
