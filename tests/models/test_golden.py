@@ -77,3 +77,9 @@ def test_bfloat16_stays_near_float32(tmp_path):
     assert got.dtype == jnp.float32
     assert float(jnp.mean(jnp.abs(got - wide))) < 0.15
     assert float(jnp.mean(got.argmax(-1) == wide.argmax(-1))) > 0.9
+
+
+def test_lengths_that_do_not_fit_the_tokens_are_refused():
+    rows = jnp.zeros((5, 2, 4))
+    with pytest.raises(ValueError, match="sum to 4, but there are 5 tokens"):
+        make_attend_dense([1, 3])(0, rows, rows, rows)

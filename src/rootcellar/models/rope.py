@@ -95,7 +95,7 @@ def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float32]:
     """Radians per position of each pair, float32 ``[head_dim / 2]`` (for ``dynamic``: within the original context)."""
-    plain = (1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+    plain = np.asarray(1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim), np.float32)
     if rope.type == "linear":
         return plain / np.float32(rope.factor)
     if rope.type == "llama3":
@@ -110,8 +110,7 @@ def _llama3(rope: RopeConfig, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.
     turns = rope.original_max * plain / (2 * math.pi)  # turns of each pair over the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
-    scaled: npt.NDArray[np.float32] = ((1 - blend) * plain / rope.factor + blend * plain).astype(np.float32)
-    return scaled
+    return np.asarray((1 - blend) * plain / rope.factor + blend * plain, np.float32)
 
 
 def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
@@ -126,10 +125,7 @@ def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> np
     low, high = max(low, 0), min(high, head_dim - 1)
     width = max(high - low, 0.001)  # the paper's ramp must not divide by zero
     interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
-    scaled: npt.NDArray[np.float32] = (plain / rope.factor * interpolated + plain * (1 - interpolated)).astype(
-        np.float32
-    )
-    return scaled
+    return np.asarray(plain / rope.factor * interpolated + plain * (1 - interpolated), np.float32)
 
 
 def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
