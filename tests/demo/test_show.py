@@ -15,7 +15,7 @@ class PretendEngine:
     answer = "A page holds 16 tokens."
 
     def __init__(self, caches: bool = True) -> None:
-        self.caches, self.seen, self.flushed, self.closed, self.prompts = caches, set(), 0, False, []
+        self.caches, self.seen, self.closed, self.prompts, self.flushed_after = caches, set(), False, [], None
 
     def __enter__(self):
         return self
@@ -30,7 +30,7 @@ class PretendEngine:
         assert sampling_params["temperature"] == 0
         cached = len(prompt) - 16 if self.caches and prompt in self.seen else 0
         self.seen.add(prompt)
-        self.prompts.append((prompt, stream))
+        self.prompts.append(prompt)
         parts = self._parts(prompt, cached)
         return parts if stream else list(parts)[-1]
 
@@ -43,11 +43,11 @@ class PretendEngine:
 
     def flush_cache(self):
         self.seen.clear()
-        self.flushed += 1
+        self.flushed_after = len(self.prompts)
 
     def stats(self):
         shelf = {"size": 8192, "used": 4096, "cached": 4000, "free": 4096, "pinned": 1234}
-        return {"cache": {"full": {"device": shelf}}}
+        return {"cache": {"full": {"DEVICE": shelf}}}
 
 
 def shown(engine: PretendEngine) -> tuple[int, str]:
@@ -74,12 +74,11 @@ def test_shows_text_times_hits_and_occupancy():
 def test_cold_is_rehearsed_and_forgotten():
     engine = PretendEngine()
     shown(engine)
-    rehearsed = [prompt for prompt, stream in engine.prompts if not stream]
-    streamed = [prompt for prompt, stream in engine.prompts if stream]
-    assert engine.flushed == 1
-    assert rehearsed[0] == rehearsed[1] == streamed[0] == streamed[1]
-    assert len(streamed) == 4
-    assert streamed[3].startswith(streamed[2]), "the second turn continues the first"
+    assert engine.flushed_after == 4
+    rehearsed, shown_prompts = engine.prompts[:4], engine.prompts[4:]
+    assert rehearsed == shown_prompts
+    assert shown_prompts[0] == shown_prompts[1]
+    assert shown_prompts[3].startswith(shown_prompts[2]), "the second turn continues the first"
 
 
 def test_fails_when_the_repeated_prompt_was_not_cached():

@@ -66,12 +66,11 @@ def run(engine_factory: Callable[[], Engine] | None = None, console: Console | N
     console = console or _console()
     console.print(Text("rootcellar demo", style="bold"), Text(INTRO), "", sep="\n")
     console.print(Text(ONCE, style="dim"))
-    system = {"role": "system", "content": manual(load_facts()[:FACTS_IN_MANUAL])}
     with (engine_factory or _demo_engine)() as engine:
-        _rehearse(engine, system)
-        report = Report([], [("at the start", _shelf(engine))])
-        _show_long_prompt(console, engine, system, report)
-        _show_chat(console, engine, system, report)
+        # A rehearsal nobody sees, then forgotten: "cold" below means an empty cache, not code yet to be compiled.
+        _perform(Console(quiet=True), engine)
+        engine.flush_cache()
+        report = _perform(console, engine)
     _print_answers(console, report)
     _print_pool(console, report)
     return 0 if report.answers[1].cached_tokens > 0 else 1
@@ -89,15 +88,13 @@ def _console() -> Console:
     return Console(highlight=False, width=None if terminal else 120, no_color=not terminal)
 
 
-def _rehearse(engine: Engine, system: dict[str, str]) -> None:
-    """Run the same prompts once and forget them, so that "cold" below means no cache rather than no compiled code."""
-    sampling = {"temperature": 0, "max_new_tokens": 4}
-    prompt = engine.chat_prompt([system, _user(LONG_QUESTION)])
-    for _ in range(2):
-        engine.generate(prompt=prompt, sampling_params=sampling)
-    for question in CHAT:
-        engine.generate(prompt=engine.chat_prompt([system, _user(question)]), sampling_params=sampling)
-    engine.flush_cache()
+def _perform(console: Console, engine: Engine) -> Report:
+    """Give every answer of the demo, printing as it goes."""
+    report = Report(moments=[("at the start", _shelf(engine))])
+    system = {"role": "system", "content": manual(load_facts()[:FACTS_IN_MANUAL])}
+    _show_long_prompt(console, engine, system, report)
+    _show_chat(console, engine, system, report)
+    return report
 
 
 def _show_long_prompt(console: Console, engine: Engine, system: dict[str, str], report: Report) -> None:
@@ -156,7 +153,7 @@ def _flushed_lines(console: Console) -> Iterator[None]:
 
 def _shelf(engine: Engine) -> Mapping[str, int]:
     """The occupancy of the device's pool, in tokens."""
-    return engine.stats()["cache"]["full"]["device"]
+    return engine.stats()["cache"]["full"]["DEVICE"]
 
 
 def _user(content: str) -> dict[str, str]:
