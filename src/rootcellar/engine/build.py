@@ -118,13 +118,13 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
 
 
 def _context_length(wanted: int | None, model: ModelConfig) -> int:
-    limit = model.max_position_embeddings
+    limit = model.context_length
     if wanted is None:
         return limit
     if wanted > limit:
         raise ConfigError(
             f"context_length={wanted} is more than the model was made for: at most {limit} "
-            "(max_position_embeddings in its config.json)"
+            "(max_position_embeddings and rope scaling in its config.json)"
         )
     return wanted
 

@@ -201,7 +201,8 @@ class Scheduler:
         """
         needs = dict(zip(requests, counts, strict=True))
         grown: list[Request] = []
-        for request in sorted(requests, key=self._admitted.__getitem__):
+        waiting = self._grow_together(requests) if all(n == 1 for n in needs.values()) else list(requests)
+        for request in sorted(waiting, key=self._admitted.__getitem__):
             while request.lease is not None:
                 # A lease keeps slots that it grew for a step that was then not run.
                 missing = request.computed + needs[request] - request.lease.length
@@ -218,7 +219,14 @@ class Scheduler:
                     self.failed.append(request)
                     break
                 self._retract(max(self.running, key=self._admitted.__getitem__))
-        return [r for r in grown if r.lease is not None]
+        failed = set(waiting).difference(grown)
+        return [r for r in requests if r.lease is not None and r not in failed]
+
+    def _grow_together(self, requests: Sequence[Request]) -> list[Request]:
+        """Slots for the next token of each, in one call of the cache; those that it left without."""
+        tight = [r for r in requests if r.lease is not None and r.lease.length == r.computed]
+        leases = [r.lease for r in tight if r.lease is not None]
+        return [r for r, ok in zip(tight, self.cache.grow_many(leases), strict=True) if not ok]
 
     # -- admission ------------------------------------------------------------------------------------------------
 
