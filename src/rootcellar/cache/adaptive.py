@@ -8,7 +8,7 @@ estimate, for each **class** of content, how likely it returns at each **age**, 
 
 in returns per token of time. That is Gittins' index for this stopping problem (Gittins 1979); Beckmann, Chen and
 Cidon's LHD (NSDI 2018) ranks by a similar density. Age is counted in prompt tokens served, the currency that
-evictions are paid in. The class says how often the content returned before (0, 1, 2, 3 or more) and, when never,
+evictions are paid in. The class says how often the content returned before (to a power of two) and, when never,
 whether it continues a prompt of its own or branches off one that many share.
 
 What is seen is a **shadow**: prefixes at every ``stride`` tokens, sampled by hash (Waldspurger et al., SHARDS, FAST
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from rootcellar.cache.order import Item
     from rootcellar.cache.tree import Entry, Node, Shelf, Tree
 
-FRESH, CONTINUES = 0, 1  # classes of what never returned; 2, 3, 4: returned once, twice, more often
-CLASSES = 5
+FRESH, CONTINUES = 0, 1  # classes of what never returned; from 2 on: returned 1, 2 or 3, 4 to 7, ... times
+POPULAR = 4  # what branches off a class from here on is fresh
+CLASSES = 9
 BUCKETS = 96
 PER_OCTAVE = 2  # age buckets per doubling
 LOOK_BACK = 32
@@ -48,6 +49,11 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def group_of(history: int) -> int:
+    """The class of a history: itself when it never returned, then one class per doubling of its returns."""
+    return history if history <= CONTINUES else min(CLASSES - 1, 1 + (history - 1).bit_length())
+
+
 class Shadow:
     """What was seen of prompts, resident or not: sampled prefixes, when each was last used, and its class."""
 
@@ -56,13 +62,13 @@ class Shadow:
         self.window = max(LOOK_BACK * capacity, self.stride)  # tokens of volume that an observation may span
         self.volume = 0
         self.worth = np.zeros((CLASSES, BUCKETS))
-        self.seen: dict[int, tuple[int, int]] = {}  # prefix -> (volume at last use, class); oldest use first
+        # prefix -> (volume at last use, history: FRESH, CONTINUES, or 1 + how often it returned); oldest use first
+        self.seen: dict[int, tuple[int, int]] = {}
         self._weights = np.cumprod(np.full(self.stride, _ODD, np.uint64), dtype=np.uint64)
         self._returns = np.zeros((CLASSES, BUCKETS))
         self._gone = np.zeros((CLASSES, BUCKETS))
         self._sample = 1 << 64  # prefixes with a hash below this are sampled
-        self._pace = max(1, capacity // 2)  # tokens of volume between two fits
-        self._next_fit = 0
+        self._news = 0  # observations since the last fit
         self._faded = 0
         self._edges = 2.0 ** (np.arange(BUCKETS + 1) / PER_OCTAVE)
         self._edges[0] = 0.0
@@ -89,16 +95,18 @@ class Shadow:
         """
         classes: list[int] = []
         now = -1
+        self._news += len(prefixes)
         for prefix in prefixes:
             if prefix < self._sample:
                 known = self.seen.pop(prefix, None)
                 if known is None:
-                    now = CONTINUES if -1 < above < CLASSES - 1 else FRESH
+                    history = now = CONTINUES if -1 < above < POPULAR else FRESH
                 else:
-                    when, old = known
-                    self._returns[old, self.bucket(self.volume - when)] += 1
-                    now = above = min(CLASSES - 1, max(CONTINUES, old) + 1)
-                self.seen[prefix] = (self.volume, now)
+                    when, history = known
+                    self._returns[group_of(history), self.bucket(self.volume - when)] += 1
+                    history = max(CONTINUES, history) + 1
+                    now = above = group_of(history)
+                self.seen[prefix] = (self.volume, history)
                 if classes and classes[0] < 0:
                     classes = [now] * len(classes)
             classes.append(now)
@@ -112,16 +120,17 @@ class Shadow:
         oldest = self.volume - self.window
         while self.seen:
             prefix = next(iter(self.seen))
-            when, group = self.seen[prefix]
+            when, history = self.seen[prefix]
             if when >= oldest:
                 break
             del self.seen[prefix]
-            self._gone[group, self.bucket(self.volume - when)] += 1
+            self._gone[group_of(history), self.bucket(self.volume - when)] += 1
         if len(self.seen) > MAX_SHADOW:
             self._thin()
-        if self.volume >= self._next_fit:
+        # A fit costs as much as some hundred observations and some of all that is remembered: this keeps it a fraction.
+        if self._news >= 256 + len(self.seen) // 8:
+            self._news = 0
             self._fit()
-            self._next_fit = self.volume + self._pace
 
     def _thin(self) -> None:
         """Sample half as many prefixes from now on."""
@@ -137,7 +146,8 @@ class Shadow:
             known = np.array(list(self.seen.values()), np.int64)
             ages = np.maximum(self.volume - known[:, 0], 1)
             buckets = np.minimum(BUCKETS - 1, (PER_OCTAVE * np.log2(ages)).astype(np.int64))
-            np.add.at(waiting, (known[:, 1], buckets), 1)
+            groups = np.array([group_of(history) for history in known[:, 1].tolist()])
+            np.add.at(waiting, (groups, buckets), 1)
         left = self._returns + self._gone + waiting
         at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self._gone + waiting) / 2
         hazard = np.divide(self._returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)

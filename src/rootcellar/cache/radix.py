@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rootcellar.cache import control
 from rootcellar.cache.check import check
 from rootcellar.cache.flights import Traffic, learn, spill
@@ -208,6 +211,14 @@ class RadixCache:
     def available_tokens(self) -> int:
         """Tokens that could be grown now: free plus evictable, the least over the paged kinds. O(1)."""
         return min((shelf.room for shelf in self._desk.paged), default=0) * self.page_size
+
+    def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
+        """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages)."""
+        (shelf,) = (s for s in self._tree.shelves if s.kind.name == kind and s.tier is tier)
+        used = np.ones(shelf.slots.pages + 1, np.bool_)
+        used[0] = False
+        used[shelf.slots.free_list()] = False
+        return np.flatnonzero(used).astype(np.int32)
 
     def stats(self) -> CacheStats:
         """Counts per kind and tier and running totals. O(kinds * tiers)."""

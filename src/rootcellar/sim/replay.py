@@ -1,0 +1,140 @@
+"""A trace through the real cache, without the bytes; and through the offline optimum."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+
+from rootcellar.cache import Key, Lease, RadixCache, Tier, full
+from rootcellar.sim.trace import BLOCK, TraceRequest
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a replay came to, in tokens. ``refused`` requests could not fit the cache even alone: misses, uncached."""
+
+    policy: str
+    capacity_tokens: int
+    page_size: int
+    input_tokens: int
+    hit_tokens: int
+    evicted_tokens: int
+    refused: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hit tokens over input tokens, 0 to 1."""
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+
+def replay(
+    requests: Sequence[TraceRequest],
+    *,
+    capacity: int,
+    page_size: int = 64,
+    policy: str = "lru",
+    concurrency: int = 1,
+    output_tokens: int | None = 0,
+    block: int = BLOCK,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Send requests through a :class:`RadixCache` of ``capacity`` tokens, in order.
+
+    Up to ``concurrency`` requests hold their pages at a time; the oldest finishes when another must start. Each
+    computes its prompt and then ``output_tokens`` tokens that nobody asks for again (None: as many as the trace says).
+    ``progress`` is called with the number of requests done.
+    """
+    lengths = [r.input_length + (r.output_length if output_tokens is None else output_tokens) for r in requests]
+    cache = RadixCache(
+        [full("full")],
+        page_size=page_size,
+        capacity={("full", Tier.DEVICE): capacity},
+        max_leases=concurrency,
+        max_length=max(lengths, default=1),
+        policy=policy,
+    )
+    running: deque[Lease] = deque()
+    input_tokens = hit_tokens = refused = fresh = 0
+    for done, (request, length) in enumerate(zip(requests, lengths, strict=True), start=1):
+        key = request.key(block)
+        while len(running) >= concurrency:
+            cache.close(running.popleft())
+        hit = cache.match(key)
+        input_tokens += len(key)
+        lease = _admit(cache, running, hit.key, length)
+        if lease is None:
+            refused += 1
+            continue
+        hit_tokens += lease.cached
+        if length > len(key):
+            answer = np.arange(fresh - 1, fresh - 1 - (length - len(key)), -1)  # ids below 0 are in no prompt
+            fresh -= length - len(key)
+            key = Key(np.concatenate([key.tokens, answer]))
+        cache.commit(lease, key)
+        running.append(lease)
+        if progress is not None:
+            progress(done)
+    for lease in running:
+        cache.close(lease)
+    evicted = cache.stats().shelves["full", Tier.DEVICE].evicted
+    return Outcome(policy, capacity, page_size, input_tokens, hit_tokens, evicted, refused)
+
+
+def _admit(cache: RadixCache, running: deque[Lease], key: Key, length: int) -> Lease | None:
+    """Open and grow a request, letting older ones finish as long as it lacks room. None when it does not fit alone."""
+    while True:
+        lease = cache.open(cache.match(key))
+        if lease is not None:
+            if cache.grow(lease, length - lease.length):
+                return lease
+            cache.close(lease)
+        if not running:
+            return None
+        cache.close(running.popleft())
+
+
+def optimal(requests: Sequence[TraceRequest], *, capacity: int, block: int = BLOCK) -> Outcome:
+    """The offline optimum on the prefix tree: evict the block whose next use is farthest (Belady 1966).
+
+    A block's prefix is used whenever the block is, so its next use is never later: evicting by next use, deepest
+    first among equals, takes leaves only. Blocks are the trace's; a block that is never used again is not kept.
+    """
+    following = _next_uses(requests)
+    room = capacity // block
+    cached: dict[int, int] = {}  # block -> its next use
+    heap: list[tuple[int, int, int]] = []
+    input_tokens = hit_tokens = evicted = at = 0
+    for request in requests:
+        matched = 0
+        ids = request.hash_ids
+        while matched < len(ids) and ids[matched] in cached:
+            matched += 1
+        hit_tokens += min(matched * block, request.input_length)
+        input_tokens += request.input_length
+        for depth, ident in enumerate(ids):
+            cached[ident] = following[at]
+            heappush(heap, (-following[at], -depth, ident))
+            at += 1
+        while len(cached) > room:
+            farthest, _, ident = heappop(heap)
+            if cached.get(ident) == -farthest:
+                del cached[ident]
+                evicted += block
+    return Outcome("optimal", capacity, block, input_tokens, hit_tokens, evicted)
+
+
+def _next_uses(requests: Sequence[TraceRequest]) -> list[int]:
+    """For each block of each request in order, the index of the next request that has it (their number: none)."""
+    seen: dict[int, int] = {}
+    following: list[int] = []
+    for i in range(len(requests) - 1, -1, -1):
+        for ident in reversed(requests[i].hash_ids):
+            following.append(seen.get(ident, len(requests)))
+        seen.update(dict.fromkeys(requests[i].hash_ids, i))
+    return following[::-1]
