@@ -23,6 +23,8 @@ def run(steps: int, seed: int) -> int:
             raise AssertionError(f"seed {seed}, world {worlds}, {world.cache.kinds}, page {world.page}") from error
         done += STEPS_PER_WORLD
         worlds += 1
+        if worlds % 1000 == 0:
+            print(f"seed {seed}: {done} steps in {worlds} worlds", file=sys.stderr, flush=True)
     return worlds
 
 

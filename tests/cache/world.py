@@ -205,6 +205,9 @@ class World:
         before = self.cache.stats()
         hit = self.cache.match(key)
         assert self.cache.stats() == before
+        why = self.cache.explain(key)
+        assert str(why)
+        assert why.branch == hit.branch
         for tier in Tier:
             assert hit.reach(tier) == self.brute(key, tier), f"{tier.name}: {hit} against {self.brute(key, tier)}"
         self.hits = [*self.hits[-3:], hit]

@@ -10,6 +10,8 @@ cache.close(lease)                     # finished, aborted, retracted
 
 from rootcellar.cache.control import Prefetch, prefetch_verdict
 from rootcellar.cache.digest import digests
+from rootcellar.cache.explain import Explanation
+from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import Lease, ReqToTokenPool
@@ -20,12 +22,17 @@ from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
 
 __all__ = [
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
     "CacheStats",
     "Done",
     "Event",
+    "Explanation",
     "Failed",
     "Found",
     "Hit",
+    "KVEvent",
     "Key",
     "Kind",
     "Lease",

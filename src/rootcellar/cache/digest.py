@@ -8,12 +8,15 @@ bytes: same model, same layout, same namespace, same tokens from the first on.
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache.key import Key
-from rootcellar.cache.tree import Node, Tree
+
+if TYPE_CHECKING:
+    from rootcellar.cache.tree import Node, Tree
 
 
 def seed_digest(fingerprint: bytes, namespace: str) -> bytes:

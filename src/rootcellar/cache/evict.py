@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rootcellar.cache.journal import Eviction
 from rootcellar.cache.tree import Entry, Node, Shelf, Tree
 from rootcellar.errors import CacheBroken
 
@@ -33,6 +34,8 @@ def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:
         tree.split(node, node.size - pages)
     if tree.spill is not None:
         tree.spill(node, shelf)
+    assert node.parent is not None
+    _note(tree, shelf, node.parent, tree.first(node.tokens, 0), node.size)
     _take_off(tree, shelf, node, node.size)
     prune(tree, node)
 
@@ -45,9 +48,15 @@ def _drop_head(tree: Tree, shelf: Shelf, node: Node, entry: Entry, pages: int) -
         count = min(count, inside)
     elif tree.spill is not None:
         tree.spill(node, shelf)
+    _note(tree, shelf, node, shelf.kind.name.encode(), count)
     _take_off(tree, shelf, node, count)
     tree.restage(node)
     tree.discard(node)
+
+
+def _note(tree: Tree, shelf: Shelf, where: Node, what: bytes, pages: int) -> None:
+    eviction = Eviction(tree.tick, shelf.kind.name, shelf.tier, pages * tree.page_size)
+    tree.evictions.note(where.id, what, eviction)
 
 
 def _take_off(tree: Tree, shelf: Shelf, node: Node, count: int) -> None:

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control
 from rootcellar.cache.check import check
+from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
+from rootcellar.cache.journal import AllBlocksCleared, Journal, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
@@ -41,6 +43,7 @@ class RadixCache:
             evicted). What arrives on HOST is copied on to STORAGE where there is one.
         min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
         fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
+        events: record KV events, for ``take_events`` (costs one SHA-256 a page).
         reuse: False makes it SGLang's ``ChunkCache``: nothing is ever shared, the verbs stay.
 
     Raises:
@@ -61,6 +64,7 @@ class RadixCache:
         write_hits: int = 2,
         min_load: Mapping[Tier, int] | None = None,
         fingerprint: bytes = b"",
+        events: bool = False,
     ) -> None:
         self.kinds = tuple(kinds)
         self.page_size = page_size
@@ -85,6 +89,7 @@ class RadixCache:
             write_hits=hits,
             min_load=dict(min_load or {}),
         )
+        self._tree.journal = Journal(self._tree, fingerprint) if events else None
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)
@@ -152,9 +157,13 @@ class RadixCache:
                 f"flush with {leases} live leases and {flights} copies under way; close the leases (finish or abort) "
                 f"and report the copies first"
             )
+        journal, self._tree.journal = self._tree.journal, None
         for namespace in list(self._tree.roots):
             control.drop_namespace(self._desk, namespace)
         self._tree.detached.clear()
+        self._tree.journal = journal
+        if journal is not None:
+            journal.events.append(AllBlocksCleared())
 
     # ---- tiers --------------------------------------------------------------------------------------------------
 
@@ -232,6 +241,21 @@ class RadixCache:
             hit_tokens=sum(self._hit_tokens.values()),
             hit_tokens_by_tier=dict(self._hit_tokens),
         )
+
+    def take_events(self) -> list[KVEvent]:
+        """The KV events since the last call, oldest first; empty unless the cache was made with ``events``."""
+        if self._tree.journal is None:
+            return []
+        events, self._tree.journal.events = self._tree.journal.events, []
+        return events
+
+    def explain(self, key: Key) -> Explanation:
+        """Why ``key`` hits as far as it does. Changes nothing, not even recency."""
+        return explain(self._tree, key)
+
+    def pretty_print(self, limit: int = 100) -> str:
+        """The tree in words, at most ``limit`` nodes."""
+        return pretty_print(self._tree, limit)
 
     def check(self) -> None:
         """Recount every invariant, O(cache). Raises ``CacheBroken`` with the evidence."""

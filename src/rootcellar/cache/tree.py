@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache.adaptive import LearnedOrder, Shadow
+from rootcellar.cache.journal import Evictions, Journal
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.order import Item, Order, standing
 from rootcellar.cache.slots import Pages, SlotAllocator
@@ -157,6 +158,8 @@ class Tree:
         first = next((size for (_, tier), size in capacity.items() if tier is Tier.DEVICE), 0)
         self.shadow = Shadow(first, page_size) if policy == "adaptive" else None
         self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
+        self.journal: Journal | None = None  # told of pages that come and go, when KV events are wanted
+        self.evictions = Evictions()
         self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
         self.tick = 0
         self.version = 0  # counts structural changes: a Hit is fresh while it has not moved
@@ -305,6 +308,8 @@ class Tree:
         self.version += 1
         self.refresh(node, shelf)
         self.restage(node)
+        if self.journal is not None:
+            self.journal.came(node, shelf, lo, len(pages))
 
     def extend(self, node: Node, tokens: NDArray[np.int64], size: int, pages: list[Pages]) -> None:
         """Lengthen a leaf that only DEVICE holds, by ``size`` pages: ``pages`` by kind."""
@@ -317,6 +322,8 @@ class Tree:
                 entry.pages = np.concatenate([entry.pages, pages[shelf.kind_index]])
                 shelf.cached += size
                 self.refresh(node, shelf)
+                if self.journal is not None:
+                    self.journal.came(node, shelf, node.size - size, size)
         self.version += 1
 
     def detach(self, node: Node, shelf: Shelf, count: int) -> Pages:
@@ -324,6 +331,8 @@ class Tree:
         entry = node.entries[shelf.index]
         assert entry is not None
         pages = entry.pages[:count]
+        if self.journal is not None:
+            self.journal.left(node, shelf, entry.lo, len(pages))
         shelf.cached -= len(pages)
         self.version += 1
         if count >= len(entry.pages):

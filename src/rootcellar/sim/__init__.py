@@ -1,0 +1,1 @@
+"""The simulator: real traces through the real cache, without the bytes."""

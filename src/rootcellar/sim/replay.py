@@ -134,7 +134,6 @@ def _next_uses(requests: Sequence[TraceRequest]) -> list[int]:
     seen: dict[int, int] = {}
     following: list[int] = []
     for i in range(len(requests) - 1, -1, -1):
-        for ident in reversed(requests[i].hash_ids):
-            following.append(seen.get(ident, len(requests)))
+        following += [seen.get(ident, len(requests)) for ident in reversed(requests[i].hash_ids)]
         seen.update(dict.fromkeys(requests[i].hash_ids, i))
     return following[::-1]

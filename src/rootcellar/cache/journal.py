@@ -1,0 +1,118 @@
+"""What happened to the cache: KV events for routers, and a short memory of evictions for ``explain``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rootcellar.cache.digest import page_digests
+from rootcellar.cache.kind import Tier
+
+if TYPE_CHECKING:
+    from rootcellar.cache.tree import Node, Shelf, Tree
+
+MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.STORAGE: "DISK", Tier.PEER: "EXTERNAL"}
+REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStored:
+    """Pages became available on a medium. Fields as SGLang and vLLM publish them; a block is a page.
+
+    ``block_hashes`` are the pages' digests (32 bytes each), ``parent_block_hash`` that of the page before (None at the
+    start of a key), ``token_ids`` the pages' tokens, ``block_size`` tokens in a page.
+    """
+
+    block_hashes: tuple[bytes, ...]
+    parent_block_hash: bytes | None
+    token_ids: tuple[int, ...]
+    block_size: int
+    medium: str
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRemoved:
+    """Pages left a medium."""
+
+    block_hashes: tuple[bytes, ...]
+    medium: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllBlocksCleared:
+    """Every medium is empty: the cache was flushed."""
+
+
+KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class Journal:
+    """Writes KV events of one kind (the first that is full attention, else the first) as the tree changes."""
+
+    def __init__(self, tree: Tree, fingerprint: bytes) -> None:
+        self._tree = tree
+        self._fingerprint = fingerprint
+        self._kind_index = tree.fulls[0] if tree.fulls else 0
+        self.events: list[KVEvent] = []
+
+    def came(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
+        """Pages ``[lo, lo + count)`` of a node are on a shelf now."""
+        if shelf.kind_index != self._kind_index:
+            return
+        tree = self._tree
+        digests = page_digests(tree, node, self._fingerprint)
+        assert node.parent is not None
+        if lo:
+            above = digests[lo - 1]
+        else:
+            above = node.parent.digests[-1] if node.start else b""
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        tokens = node.tokens[lo * tree.page_size : (lo + count) * tree.page_size]
+        self.events.append(
+            BlockStored(
+                block_hashes=tuple(digests[lo : lo + count]),
+                parent_block_hash=above or None,
+                token_ids=tuple(tokens.tolist()),
+                block_size=tree.page_size,
+                medium=MEDIUM[shelf.tier],
+                namespace=root.namespace,
+            )
+        )
+
+    def left(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
+        """Pages ``[lo, lo + count)`` of a node are about to leave a shelf."""
+        if shelf.kind_index == self._kind_index:
+            digests = page_digests(self._tree, node, self._fingerprint)
+            self.events.append(BlockRemoved(tuple(digests[lo : lo + count]), MEDIUM[shelf.tier]))
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """When an entry was evicted, of which kind, from which tier, and how many tokens."""
+
+    tick: int
+    kind: str
+    tier: Tier
+    tokens: int
+
+
+class Evictions:
+    """The last ``REMEMBERED`` evictions, by the node above and the first page of what went, or by node and kind."""
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[tuple[int, bytes], Eviction] = OrderedDict()
+
+    def note(self, where: int, what: bytes, eviction: Eviction) -> None:
+        """Remember that below (or in) node ``where`` the page (or kind) ``what`` was evicted."""
+        self._last[where, what] = eviction
+        self._last.move_to_end((where, what))
+        if len(self._last) > REMEMBERED:
+            self._last.popitem(last=False)
+
+    def find(self, where: int, what: bytes) -> Eviction | None:
+        """The last eviction noted there, if it is remembered."""
+        return self._last.get((where, what))
