@@ -154,6 +154,23 @@ def test_async_generate(engine):
     assert len(parts) == 12
 
 
+def test_cancelling_a_task_while_it_is_being_submitted_aborts(engine):
+    """Whenever the cancellation comes, nothing is left running: before, while or after the request is taken in."""
+
+    async def main(delay):
+        settings = {**GREEDY, "max_new_tokens": 900}
+        task = asyncio.create_task(engine.async_generate(prompt="hello", sampling_params=settings))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        stats = engine.stats()
+        assert stats["running"] == stats["waiting"] == 0
+
+    for delay in (0, 0.0005, 0.001, 0.002, 0.004):
+        asyncio.run(main(delay))
+
+
 def test_cancelling_a_task_aborts(engine):
     async def main():
         settings = {**GREEDY, "max_new_tokens": 900}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from rootcellar import demo
 from rootcellar.cache import RadixCache, Tier, full
 from rootcellar.config import EngineConfig
 from rootcellar.engine.tokenizer import Tokenizer
-from rootcellar.errors import ConfigError
+from rootcellar.errors import ConfigError, ModelError
 from rootcellar.models.config import ModelConfig, load_config
 from rootcellar.models.loader import load_params
 from rootcellar.models.params import Params, check_params, init_params
@@ -43,10 +46,22 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     compiles: CompileCounter
+    dtype: jnp.dtype
     context_length: int
     total_tokens: int
     max_running_requests: int
     backend: str
+    reload: Callable[[], Params] | None
+    """Gives the weights again; None when they were handed over."""
+
+
+def load_weights(folder: Path, parts: Parts) -> Params:
+    """The weights of another folder, in the dtype of the engine's own; the folder's config must be the same model."""
+    model = load_config(folder)
+    if model != parts.model:
+        differs = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(parts.model, f.name)]
+        raise ModelError(f"{folder} holds another model: its {', '.join(differs)} differ; start a new engine for it")
+    return load_params(folder, model, parts.dtype)
 
 
 def build(config: EngineConfig, params: Params | None = None) -> Parts:
@@ -63,7 +78,10 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
     dtype = _dtype(config.dtype, model.dtype, platform)
-    params = _params(config, folder, model, dtype, params)
+    reload = None if params is not None else functools.partial(_load, config, folder, model, dtype)
+    if params is not None:
+        check_params(model, params)
+    weights = params if reload is None else reload()
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     backend = choose_backend(config.attention_backend, model.head_dim, kv_dtype, platform)
 
@@ -85,7 +103,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     layout = PagedKV(model.num_kv_heads, model.head_dim, kv_dtype)
     pools = {kind.name: Pool(layout, len(kind.layers), total, page_size) for kind in kinds}
     shapes = Shapes.of(config.chunked_prefill_size, running)
-    runner = Runner(model, params, kinds, pools, backend=backend, shapes=shapes, table_width=width)
+    runner = Runner(model, weights, kinds, pools, backend=backend, shapes=shapes, table_width=width)
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=config.chunked_prefill_size,
@@ -95,13 +113,10 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
     )
-    return Parts(model, tokenizer, scheduler, runner, compiles, context, total, running, backend)
+    return Parts(model, tokenizer, scheduler, runner, compiles, dtype, context, total, running, backend, reload)
 
 
-def _params(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype, given: Params | None) -> Params:
-    if given is not None:
-        check_params(model, given)
-        return given
+def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Params:
     if config.load_format == "dummy":
         return init_params(model, config.random_seed, dtype)
     return load_params(folder, model, dtype)

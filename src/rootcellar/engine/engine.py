@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import logging
 import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from rootcellar.cache import CacheStats, RadixCache
 from rootcellar.config import EngineConfig
-from rootcellar.engine.build import Parts, build
+from rootcellar.engine.build import Parts, build, load_weights
+from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions, Tracker, Update
 from rootcellar.engine.requests import Inputs, encode, read_inputs
-from rootcellar.errors import EngineError, RequestError
+from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
 
@@ -56,7 +59,8 @@ class Engine:
         self.config = EngineConfig.from_kwargs(**options)
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params)
-        self._loop = Loop(self._parts.scheduler, self._parts.runner)
+        self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
+        self._loop = Loop(self._life)
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -128,9 +132,9 @@ class Engine:
             For one prompt and ``n=1`` a dict, else a list in the order of the prompts (and within a prompt its ``n``
             answers): ``{"text", "output_ids", "meta_info": {"id", "prompt_tokens", "completion_tokens",
             "cached_tokens", "finish_reason", "e2e_latency", "queue_time", "first_token_latency", "retractions",
-            "stages", ...}}``. Latencies are seconds. ``finish_reason["type"]`` is ``"stop"``, ``"length"`` or
-            ``"abort"``; an aborted or timed-out request has what it had, and a ``message``. With ``stream``, an
-            iterator of such dicts, with an ``"index"`` when there are several.
+            "weight_version", "stages", ...}}``. Latencies are seconds. ``finish_reason["type"]`` is ``"stop"``,
+            ``"length"`` or ``"abort"``; an aborted or timed-out request has what it had, and a ``message``. With
+            ``stream``, an iterator of such dicts, with an ``"index"`` when there are several.
 
         Raises:
             RequestError: a prompt or parameter is wrong; nothing was started.
@@ -149,7 +153,7 @@ class Engine:
         )
         updates: queue.SimpleQueue[tuple[int, Update, bool]] = queue.SimpleQueue()
         trackers = self._trackers(inputs, stream, lambda i: lambda update, last: updates.put((i, update, last)))
-        self._loop.submit(trackers)
+        self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several)
         if stream:
             return results
@@ -167,14 +171,7 @@ class Engine:
                 yield {**update, "index": index} if indexed else update
         finally:
             if left:
-                self._abort_all(trackers)
-
-    def _abort_all(self, trackers: list[Tracker]) -> None:
-        try:
-            for tracker in trackers:
-                self._loop.abort(tracker.request.rid, "the caller went away")
-        except EngineError:
-            pass  # shut down meanwhile: aborted already
+                self._loop.abandon(trackers)
 
     async def async_generate(
         self,
@@ -203,7 +200,11 @@ class Engine:
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
         trackers = self._trackers(inputs, stream, deliver_to)
-        await asyncio.to_thread(self._loop.submit, trackers)
+        try:
+            await asyncio.wrap_future(self._loop.submit(trackers))
+        except asyncio.CancelledError:
+            self._loop.abandon(trackers)
+            raise
 
         async def receive() -> AsyncIterator[Result]:
             left = len(trackers)
@@ -214,7 +215,7 @@ class Engine:
                     yield {**update, "index": index} if inputs.several else update
             finally:
                 if left:
-                    await asyncio.shield(asyncio.to_thread(self._abort_all, trackers))
+                    self._loop.abandon(trackers)
 
         if stream:
             return receive()
@@ -293,15 +294,104 @@ class Engine:
         """
 
         def flush() -> None:
-            scheduler = self._parts.scheduler
-            if not scheduler.idle:
+            running, waiting = len(self._parts.scheduler.running), len(self._parts.scheduler.waiting)
+            # While nothing is computed, waiting requests hold no memory: flushing is safe, and wanted between rollouts.
+            if running or (waiting and not (self._loop.paused or self._life.released)):
                 raise EngineError(
-                    f"flush_cache refused: {len(scheduler.running)} requests run and {len(scheduler.waiting)} wait; "
-                    "let them end or abort them first"
+                    f"flush_cache refused: {running} requests run and {waiting} wait; let them end or abort them first"
                 )
-            scheduler.cache.flush()
+            self._life.flush()
 
         self._loop.call(flush)
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Compute nothing until :meth:`continue_generation`; new requests wait.
+
+        Args:
+            mode: what becomes of the requests that run: ``"abort"`` ends all, waiting ones too; ``"retract"`` lets them
+                wait again with the tokens that they have and gives their memory back; ``"in_place"`` keeps all of it.
+        """
+        if mode not in ("abort", "retract", "in_place"):
+            raise ConfigError(f"mode={mode!r} is unknown: choose from abort, retract, in_place")
+
+        def pause() -> None:
+            self._loop.paused = True
+
+        if mode == "in_place":
+            self._loop.call(pause)
+        else:
+            self._loop.call_at_rest(pause, mode)
+
+    def continue_generation(self) -> None:
+        """Undo :meth:`pause_generation`."""
+
+        def unpause() -> None:
+            self._loop.paused = False
+
+        self._loop.call(unpause)
+
+    def release_memory_occupation(
+        self, tags: str | Sequence[str] | None = None, *, mode: str = "wait", preserve: bool = False
+    ) -> dict[str, Any]:
+        """Give device memory back, at once: each buffer is deleted.
+
+        What is released already stays released. Until :meth:`resume_memory_occupation`, new requests are refused.
+
+        Args:
+            tags: ``"kv_cache"``, ``"weights"`` or a list of them; None: both. Weights that were handed over are not
+                deleted, only no longer held.
+            mode: what becomes of the requests that run: ``"wait"`` for their end (waiting ones go on waiting),
+                ``"abort"`` all, or ``"retract"``: they wait, and go on with the same tokens after the resume.
+            preserve: copy the cached prefixes to host memory first; after the resume they are hits.
+
+        Returns:
+            ``{"buffers", "bytes"}`` that were deleted now.
+        """
+        chosen = read_tags(tags)
+        return self._loop.call_at_rest(lambda: self._life.release(chosen, preserve), mode)
+
+    def resume_memory_occupation(self, tags: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """Take back what :meth:`release_memory_occupation` gave: the same shapes, so nothing compiles.
+
+        The KV cache comes back empty, or with the prefixes that were preserved; weights are read again from where they
+        came. In any order, and harmless when nothing was released.
+
+        Returns:
+            ``{"buffers", "bytes"}`` that were allocated now.
+
+        Raises:
+            EngineError: the weights were handed over: give new ones with :meth:`update_weights`.
+        """
+        chosen = read_tags(tags)
+        return self._loop.call(lambda: self._life.resume(chosen))
+
+    def update_weights(self, params: Params, version: str | None = None) -> dict[str, Any]:
+        """Use ``params`` from the next step on, without a copy where they lie as the present ones do.
+
+        Nothing that was cached with other weights is a hit again. Requests that run go on over the KV that they have;
+        pause with ``mode="retract"`` first to have it computed anew. ``meta_info`` says which version made which token.
+
+        Args:
+            params: a pytree like the present one; it stays the caller's.
+            version: a name for them; None counts on.
+
+        Returns:
+            ``{"weight_version", "copied"}``; ``copied`` names parameters that had to be placed elsewhere.
+
+        Raises:
+            ModelError: a parameter is missing, unknown, or of another shape or dtype; nothing was changed.
+        """
+        return self._update(params, version, None)
+
+    def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
+        """:meth:`update_weights` with those of a checkpoint of the same model."""
+        folder = Path(model_path)
+        reload = functools.partial(load_weights, folder, self._parts)
+        return self._update(reload(), version, reload)
+
+    def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:
+        now, copied = self._loop.call(lambda: self._life.update_weights(params, version, reload))
+        return {"weight_version": now, "copied": copied}
 
     def check(self) -> None:
         """Prove the cache's invariants between two steps; raises ``CacheBroken`` with the evidence."""

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -17,14 +18,17 @@ from typing import TypeVar
 import numpy as np
 from jax import Array
 
+from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import EngineError, RequestError
-from rootcellar.runner import Batch, Part, Runner
+from rootcellar.errors import ConfigError, EngineError, RequestError
+from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
-from rootcellar.scheduler import Finish, Plan, Request, Scheduler
+from rootcellar.scheduler import Finish, Plan, Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+MODES = ("wait", "abort", "retract")
 
 
 class Loop:
@@ -35,11 +39,14 @@ class Loop:
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
-        self.scheduler = scheduler
-        self.runner = runner
+    def __init__(self, life: Lifecycle) -> None:
+        self.life = life
+        self.scheduler = life.scheduler
+        self.runner = life.runner
+        self.paused = False
         self.trackers: dict[str, Tracker] = {}
         self.steps = self.generated = self.prompted = 0
+        self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
@@ -50,14 +57,24 @@ class Loop:
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the engine's thread between two steps, and give its result or raise its error."""
         future: Future[T] = Future()
+        self._send(_filling(future, function))
+        return self.wait(future)
 
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+    def call_at_rest(self, function: Callable[[], T], mode: str) -> T:
+        """Run ``function`` when no request runs. ``mode``: what becomes of those that do.
 
-        self._send(run)
+        ``"wait"``: they end first, and waiting ones go on waiting; ``"retract"``: they wait again, with what they have;
+        ``"abort"``: they and all waiting ones end.
+        """
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r} is unknown: choose from {', '.join(MODES)}")
+        future: Future[T] = Future()
+        run = _filling(future, function)
+        self._send(lambda: self._come_to_rest(mode, run, future.set_exception))
+        return self.wait(future)
+
+    def wait(self, future: Future[T]) -> T:
+        """The result of a command, or its error; ``EngineError`` when the engine was shut down before it ran."""
         while True:
             try:
                 return future.result(timeout=1.0)
@@ -72,9 +89,25 @@ class Loop:
             raise EngineError("the engine was shut down; make a new Engine")
         self._inbox.put(function)
 
-    def submit(self, trackers: list[Tracker]) -> None:
-        """Add requests, all of them in one step or none."""
-        self.call(lambda: self._submit(trackers))
+    def submit(self, trackers: list[Tracker]) -> Future[None]:
+        """Add requests, all of them in one step or none. Does not wait: the future has the error, if any.
+
+        Commands run in the order in which they were given, so an :meth:`abandon` after this finds the requests.
+        """
+        future: Future[None] = Future()
+        self._send(_filling(future, lambda: self._submit(trackers)))
+        return future
+
+    def abandon(self, trackers: list[Tracker]) -> None:
+        """End requests whose caller went away. Does not wait; those that ended already are left alone."""
+
+        def abandon() -> None:
+            for tracker in trackers:
+                if self.trackers.get(tracker.request.rid) is tracker:
+                    self._end(tracker.request, Finish("abort", message="the caller went away"))
+
+        if not self._stopped.is_set():
+            self._inbox.put(abandon)
 
     def abort(self, rid: str, message: str) -> bool:
         """End the request ``rid``; False when there is none."""
@@ -90,9 +123,32 @@ class Loop:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
+    def _come_to_rest(self, mode: str, then: Callable[[], None], fail: Callable[[Exception], None]) -> None:
+        if mode == "abort":
+            for request in [t.request for t in self.trackers.values()]:
+                self._end(request, Finish("abort", message="aborted to bring the engine to rest"))
+        elif mode == "retract":
+            self.scheduler.retract_all()
+        if not self.scheduler.running:
+            then()
+        elif self.paused:
+            n = len(self.scheduler.running)
+            fail(EngineError(f"{n} requests run and generation is paused: continue it, or use mode abort or retract"))
+        else:
+            self.scheduler.admitting = False
+            self._at_rest.append(then)
+
+    def _rested(self) -> None:
+        """Do what waited for the last running request to end."""
+        if not self.scheduler.running and self._at_rest:
+            while self._at_rest:
+                self._at_rest.popleft()()
+            self.scheduler.admitting = True
+
     def _submit(self, trackers: list[Tracker]) -> None:
         if self._stopped.is_set():
             raise EngineError("the engine was shut down; make a new Engine")
+        self.life.require_memory()
         rids = [t.request.rid for t in trackers]
         taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
         if taken:
@@ -123,10 +179,12 @@ class Loop:
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                self._drain(wait=self.scheduler.idle)
-                if not self._stopped.is_set() and not self.scheduler.idle:
-                    self._expire()
+                runnable = not (self.scheduler.idle or self.paused or self.life.released)
+                self._drain(wait=not runnable)
+                self._expire()
+                if runnable and not (self._stopped.is_set() or self.paused or self.life.released):
                     self._step()
+                self._rested()
             except Exception as error:
                 log.exception("a step failed; its requests end with an error")
                 self._recover(error)
@@ -135,15 +193,20 @@ class Loop:
         self._drain(wait=False)
 
     def _drain(self, *, wait: bool) -> None:
+        """Run what other threads asked for; with ``wait``, sleep until there is something or a deadline passes."""
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(block=wait, timeout=self._next_deadline() if wait else None)
             except queue.Empty:
                 return
             if command is None:
                 return
             command()
             wait = False
+
+    def _next_deadline(self) -> float | None:
+        deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
+        return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def _expire(self) -> None:
         now = time.perf_counter()
@@ -245,7 +308,7 @@ class Loop:
         tracker = self.trackers[request.rid]
         if request.generated:
             self.generated += 1
-            found = tracker.take_token()
+            found = tracker.take_token(self.life.version)
             if found is not None and request.finish is None:
                 self._end(request, found)
                 return
@@ -264,6 +327,21 @@ class Loop:
         for pool in self.runner.pools.values():
             pool.free()
             pool.allocate()
+        self._rested()
+
+
+def _filling(future: Future[T], function: Callable[[], T]) -> Callable[[], None]:
+    """``function`` as a command that leaves its result or its error in ``future``."""
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # an asyncio caller was cancelled meanwhile
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    return run
 
 
 def _row(request: Request) -> int:

@@ -77,6 +77,8 @@ class Tracker:
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
         self._started: float | None = None
+        self.versions: list[tuple[str, int]] = []
+        """Versions of the weights, each with the index of the first token of the answer that it made."""
         self.stages: list[tuple[str, float]] = [(request.stage.value, self._arrived)]
 
     def note_stage(self) -> None:
@@ -88,8 +90,10 @@ class Tracker:
                 self._started = now
             self.stages.append((stage.value, now))
 
-    def take_token(self) -> Finish | None:
-        """Follow the newest token; a Finish when the text now holds a stop string."""
+    def take_token(self, weight_version: str) -> Finish | None:
+        """Follow the newest token, made with these weights; a Finish when the text now holds a stop string."""
+        if not self.versions or self.versions[-1][0] != weight_version:
+            self.versions.append((weight_version, self.request.generated - 1))
         if self._first_token is None:
             self._first_token = time.perf_counter()
         if self._detokenizer is None:
@@ -156,6 +160,8 @@ class Tracker:
             "queue_time": (self._started or now) - self._arrived,
             "first_token_latency": None if self._first_token is None else self._first_token - self._arrived,
             "retractions": request.retractions,
+            "weight_version": self.versions[-1][0] if self.versions else None,
+            "weight_versions": self.versions,
             "stages": [(name, at - self._arrived) for name, at in self.stages],
         }
         if self.logprobs is not None:

@@ -1,5 +1,5 @@
 """Compute: the buffers that hold the cache's bytes."""
 
-from rootcellar.pools.pool import PagedKV, Pool
+from rootcellar.pools.pool import PagedKV, Pool, default_sharding
 
-__all__ = ["PagedKV", "Pool"]
+__all__ = ["PagedKV", "Pool", "default_sharding"]

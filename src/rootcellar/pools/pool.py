@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from rootcellar.errors import EngineError
 
@@ -40,9 +42,18 @@ class PagedKV:
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return jnp.zeros(shape, dtype)
+def default_sharding() -> Sharding:
+    """Where weights and pools are placed: the first device."""
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+@functools.cache
+def _allocator(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable[[], Array]:
+    """A compiled function that gives a zeroed buffer at its place: the same function each time, compiled once.
+
+    The place is said outright: an array without one ("uncommitted") would make the steps that take it compile anew.
+    """
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 class Pool:
@@ -88,7 +99,8 @@ class Pool:
     def allocate(self) -> None:
         """Allocate the buffers, zeroed. Does nothing when they are there; compiles nothing the second time."""
         if self._buffers is None:
-            self._buffers = [_zeros(self.shape, self.layout.dtype) for _ in range(self.layers)]
+            zeros = _allocator(self.shape, self.layout.dtype, default_sharding())
+            self._buffers = [zeros() for _ in range(self.layers)]
 
     def free(self) -> int:
         """Give the memory back at once, after the step in flight. Returns the bytes freed (0 if there were none)."""

@@ -19,7 +19,7 @@ from rootcellar.models.config import ModelConfig
 from rootcellar.models.decoder import forward, logits
 from rootcellar.models.params import Params
 from rootcellar.ops.attention import paged_attention
-from rootcellar.pools import Pool
+from rootcellar.pools import Pool, default_sharding
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
 
@@ -46,7 +46,9 @@ class Runner:
         table_width: int,
     ) -> None:
         self.cfg = cfg
-        self.params = params
+        # Placed outright, without a copy: arrays that come later (after an optimiser's step, say) get the same place, and
+        # no step compiles again because theirs was left open.
+        self.params = jax.device_put(params, default_sharding())
         self.pools = pools
         self.shapes = shapes
         self.table_width = table_width

@@ -56,6 +56,7 @@ class Request:
         sampling: its sampling parameters.
         stop_ids: token ids that end it.
         namespace: requests of different namespaces share nothing.
+        epoch: the version of the weights that its KV is computed with; requests of different epochs share nothing.
         priority: higher goes first.
         score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
             the prompt's tokens are wanted; None once they are there, or when they are not wanted.
@@ -76,6 +77,7 @@ class Request:
     namespace: str = ""
     priority: int = 0
     score_from: int | None = None
+    epoch: str = ""
     order: int = 0
     lease: Lease | None = None
     computed: int = 0
@@ -119,7 +121,7 @@ class Request:
 
     def key(self, n: int) -> Key:
         """The cache key of the first ``n`` tokens."""
-        return Key(self.ids[:n], self.namespace)
+        return Key(self.ids[:n], f"{self.epoch}/{self.namespace}")
 
     @property
     def matchable(self) -> int:

@@ -98,6 +98,10 @@ class Scheduler:
         self._admissions = 0
         self._admitted: dict[Request, int] = {}
         self._decode_next = False
+        self._epoch = ""
+        self._namespaces: set[str] = set()
+        self.admitting = True
+        """False keeps waiting requests waiting; running ones go on."""
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -120,6 +124,24 @@ class Scheduler:
             request.stage = Stage.FINISHED
         else:
             self._end(request)
+
+    def retract_all(self) -> None:
+        """Let every running request give its pages back and wait again, the oldest first in line."""
+        for request in sorted(self.running, key=self._admitted.__getitem__, reverse=True):
+            self._retract(request)
+
+    def set_epoch(self, epoch: str) -> None:
+        """From now on KV is computed with other weights: nothing cached before is ever a hit again.
+
+        Requests that run go on with what they have; what they commit is seen by nobody. Retract them first when they
+        should be computed anew.
+        """
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        for namespace in self._namespaces:
+            self.cache.drop_namespace(namespace)
+        self._namespaces = {r.lease.namespace for r in self.running if r.lease is not None}
 
     def _end(self, request: Request) -> None:
         self._commit(request, everything=True)
@@ -243,8 +265,10 @@ class Scheduler:
             budget -= request.remaining
 
     def _candidates(self) -> list[tuple[Request, Hit]]:
-        if not self.waiting or len(self.running) >= self._max_running:
+        if not self.admitting or not self.waiting or len(self.running) >= self._max_running:
             return []
+        for request in self.waiting:
+            request.epoch = self._epoch
         if not self._needs_match or len(self.waiting) > _LPM_LIMIT:
             room = self._max_running - len(self.running)
             first = sorted(self.waiting, key=lambda r: (-r.priority, r.retractions == 0, r.order))[:room]
@@ -260,7 +284,9 @@ class Scheduler:
         limit = request.matchable
         for other in self.running:
             end = min(limit, other.length)
-            if other.remaining <= 1 or end < worth or other.namespace != request.namespace:
+            if other.remaining <= 1 or end < worth:
+                continue
+            if (other.namespace, other.epoch) != (request.namespace, request.epoch):
                 continue
             if np.array_equal(request.ids[:worth], other.ids[:worth]):
                 return True
@@ -277,6 +303,7 @@ class Scheduler:
             self.cache.close(lease)
             return False
         request.lease = lease
+        self._namespaces.add(lease.namespace)
         request.computed = request.committed = lease.cached
         if request.cached is None:
             request.cached = min(lease.cached, request.prompt_length)

@@ -1,0 +1,205 @@
+"""Memory and weights come and go while the engine lives: for training on the same device between two rollouts.
+
+Everything here runs on the engine's thread between two steps, when no request runs or none may be disturbed.
+
+A part of the memory is named by a *tag*: ``kv_cache`` (the pools) or ``weights``. What is released is given back at
+once, each buffer deleted, and the engine refuses new requests until it is resumed. Rebuilt buffers have the shapes,
+dtypes and shardings of before, so nothing compiles again.
+
+Stale KV cannot be hit: the version of the weights is part of every cache key's namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from rootcellar.errors import ConfigError, EngineError, ModelError
+from rootcellar.models.params import Params, check_params, path_name
+from rootcellar.pools import Pool
+from rootcellar.runner import Runner
+from rootcellar.scheduler import Scheduler
+
+TAGS = ("kv_cache", "weights")
+# Pages copied at a time when cached prefixes are saved: one shape, so that saving compiles once.
+_BLOCK = 64
+
+
+@dataclass
+class Lifecycle:
+    """What is released now, and the weights' version.
+
+    Attributes:
+        reload: gives the weights again when they are the engine's own; None when they were handed over.
+        version: of the weights.
+        released: tags whose memory is given back.
+        saved: for each pool whose cached pages wait on the host, their numbers and bytes.
+    """
+
+    scheduler: Scheduler
+    runner: Runner
+    reload: Callable[[], Params] | None
+    version: str = "0"
+    released: set[str] = field(default_factory=set)
+    saved: dict[str, Saved] = field(default_factory=dict)
+    _shapes: Any = None  # of the weights that were released
+
+    def __post_init__(self) -> None:
+        self.scheduler.set_epoch(self.version)
+
+    def require_memory(self) -> None:
+        """Raise ``EngineError`` when something is released."""
+        if self.released:
+            tags = sorted(self.released)
+            raise EngineError(f"{' and '.join(tags)} released: call resume_memory_occupation({tags}) first")
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def release(self, tags: Sequence[str], preserve: bool) -> dict[str, Any]:
+        """Give memory back; no request runs. See ``Engine.release_memory_occupation``."""
+        buffers = nbytes = 0
+        if "kv_cache" in tags and "kv_cache" not in self.released:
+            if preserve:
+                self.saved = {name: self._save(name, pool) for name, pool in self.runner.pools.items()}
+            else:
+                self.scheduler.cache.flush()
+            for pool in self.runner.pools.values():
+                buffers += len(pool.buffers)
+                nbytes += pool.free()
+            self.released.add("kv_cache")
+        if "weights" in tags and "weights" not in self.released:
+            leaves: list[Array] = jax.tree.leaves(self.runner.params)
+            self._shapes = jax.tree.map(_abstract, self.runner.params)
+            if self.reload is not None:  # what was handed over belongs to the caller: only our hold on it ends
+                buffers += len(leaves)
+                nbytes += sum(leaf.nbytes for leaf in leaves)
+                for leaf in leaves:
+                    leaf.delete()
+            self.runner.params = {}
+            self.released.add("weights")
+        return {"buffers": buffers, "bytes": nbytes}
+
+    def resume(self, tags: Sequence[str]) -> dict[str, Any]:
+        """Take the memory again. See ``Engine.resume_memory_occupation``."""
+        buffers = nbytes = 0
+        if "weights" in tags and "weights" in self.released:
+            if self.reload is None:
+                raise EngineError("the weights were handed over, and released: give new ones with update_weights")
+            self.runner.params = _place(self.reload(), self._shapes)
+            leaves = jax.tree.leaves(self.runner.params)
+            buffers += len(leaves)
+            nbytes += sum(leaf.nbytes for leaf in leaves)
+            self._shapes = None
+            self.released.discard("weights")
+        if "kv_cache" in tags and "kv_cache" in self.released:
+            for name, pool in self.runner.pools.items():
+                pool.allocate()
+                buffers += len(pool.buffers)
+                nbytes += pool.nbytes
+                if name in self.saved:
+                    self.saved[name].restore(pool)
+            self.saved = {}
+            self.released.discard("kv_cache")
+        return {"buffers": buffers, "bytes": nbytes}
+
+    def _save(self, name: str, pool: Pool) -> Saved:
+        return Saved.take(self.scheduler.cache.used_pages(name), pool)
+
+    def flush(self) -> None:
+        """Forget every cached prefix, those saved on the host too; no request runs."""
+        self.scheduler.cache.flush()
+        self.saved = {}
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def update_weights(
+        self, params: Params, version: str | None, reload: Callable[[], Params] | None
+    ) -> tuple[str, list[str]]:
+        """Use other weights from the next step on. See ``Engine.update_weights``.
+
+        Returns the version, and the names of parameters that had to be copied because they were placed elsewhere.
+        """
+        shapes = self._shapes if self._shapes is not None else jax.tree.map(_abstract, self.runner.params)
+        check_params(self.runner.cfg, params)
+        pairs = list(zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shapes), strict=True))
+        wrong = [f"{path_name(p)} is {new.dtype}, not {old.dtype}" for (p, new), old in pairs if new.dtype != old.dtype]
+        if wrong:
+            raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
+        placed = _place(params, shapes)
+        copied = [
+            path_name(path)
+            for ((path, new), _), now in zip(pairs, jax.tree.leaves(placed), strict=True)
+            if not isinstance(new, Array) or new.sharding != now.sharding
+        ]
+        self.version = version if version is not None else _next_version(self.version)
+        self.runner.params = placed
+        self.reload = reload
+        self._shapes = None
+        self.released.discard("weights")
+        self.scheduler.set_epoch(self.version)
+        return self.version, copied
+
+
+def _place(params: Params, shapes: Any) -> Params:
+    """``params`` where the ones of ``shapes`` were, so that no step compiles again; not copied if they are there."""
+    placed: Params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, shapes)
+    return placed
+
+
+def _abstract(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _next_version(version: str) -> str:
+    return str(int(version) + 1) if version.isdecimal() else f"{version}+1"
+
+
+def read_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The tags that a caller named; None means all. Raises ``ConfigError`` for an unknown one."""
+    chosen = TAGS if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
+    unknown = [tag for tag in chosen if tag not in TAGS]
+    if unknown:
+        raise ConfigError(f"unknown tag {unknown[0]!r}: choose from {', '.join(TAGS)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Pages of one pool on the host: blocks of their numbers (padded with page 0), and for each layer their bytes."""
+
+    blocks: NDArray[np.int32]
+    layers: list[list[np.ndarray]]
+
+    @classmethod
+    def take(cls, pages: NDArray[np.int32], pool: Pool) -> Saved:
+        """Copy ``pages`` of every buffer of ``pool``."""
+        blocks = np.pad(pages, (0, -len(pages) % _BLOCK)).reshape(-1, _BLOCK)
+        # Copied: on a CPU what comes from the device would otherwise keep the device's own array alive.
+        return cls(blocks, [[np.array(_gather(buffer, block)) for block in blocks] for buffer in pool.buffers])
+
+    def restore(self, pool: Pool) -> None:
+        """Write the pages back where they were."""
+        buffers = pool.buffers
+        for i, saved in enumerate(self.layers):
+            for block, data in zip(self.blocks, saved, strict=True):
+                buffers[i] = _scatter(buffers[i], block, data)
+        pool.buffers = buffers
+
+
+@jax.jit
+def _gather(buffer: Array, pages: Array) -> Array:
+    return buffer[pages]
+
+
+def _scatter_pages(buffer: Array, pages: Array, data: Array) -> Array:
+    return buffer.at[pages].set(jnp.asarray(data, buffer.dtype))
+
+
+_scatter = jax.jit(_scatter_pages, donate_argnums=0)

@@ -1,0 +1,217 @@
+"""Memory dropped and rebuilt, weights changed: same tokens, no recompilation, nothing stale, exact bytes."""
+
+import gc
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_equivalence import check_idle
+
+import rootcellar
+from rootcellar.errors import ConfigError, EngineError, ModelError
+from rootcellar.models.config import load_config
+from rootcellar.models.loader import load_params
+
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+PROMPT = list(range(5, 75))
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_folder):
+    return load_params(tiny_folder, load_config(tiny_folder), jnp.float32)
+
+
+@pytest.fixture
+def engine(tiny_folder):
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4) as engine:
+        yield engine
+        engine.continue_generation()
+        engine.resume_memory_occupation()
+        check_idle(engine)
+
+
+def ask(engine, prompt=PROMPT, **options):
+    return engine.generate(input_ids=prompt, sampling_params={**GREEDY, **options})
+
+
+def live_bytes():
+    gc.collect()
+    return sum(a.nbytes for a in jax.live_arrays())
+
+
+def start(engine, **options):
+    """A long request on a thread of its own, running; gives the list that its result comes to, and the thread."""
+    results = []
+    caller = threading.Thread(target=lambda: results.append(ask(engine, **options)))
+    caller.start()
+    while engine.stats()["running"] == 0:
+        time.sleep(0.001)
+    return results, caller
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_drop_and_rebuild_the_cache(engine, preserve):
+    expected = ask(engine)["output_ids"]
+    assert ask(engine)["output_ids"] == expected  # compiles the step for a prompt that is nearly all cached
+    size = engine.stats()["kv_cache_bytes"]
+    engine.release_memory_occupation("kv_cache", preserve=True)  # compiles the copying once
+    engine.resume_memory_occupation("kv_cache")
+    before, compiled = live_bytes(), engine.stats()["compilations"]
+    for _ in range(3):
+        assert engine.release_memory_occupation("kv_cache", preserve=preserve) == {"buffers": 2, "bytes": size}
+        assert live_bytes() == before - size
+        assert engine.release_memory_occupation("kv_cache") == {"buffers": 0, "bytes": 0}
+        with pytest.raises(EngineError, match=r"resume_memory_occupation\(\['kv_cache'\]\)"):
+            ask(engine)
+        assert engine.resume_memory_occupation() == {"buffers": 2, "bytes": size}
+        assert live_bytes() == before
+        again = ask(engine)
+        assert again["output_ids"] == expected
+        assert again["meta_info"]["cached_tokens"] == (64 if preserve else 0)
+        engine.check()
+    assert engine.stats()["compilations"] == compiled
+
+
+def test_flush_while_released_forgets_what_was_preserved(engine):
+    ask(engine)
+    engine.release_memory_occupation("kv_cache", preserve=True)
+    engine.flush_cache()
+    engine.resume_memory_occupation()
+    assert ask(engine)["meta_info"]["cached_tokens"] == 0
+
+
+def test_own_weights_are_deleted_and_read_again(engine):
+    expected = ask(engine)["output_ids"]
+    assert ask(engine)["output_ids"] == expected
+    before = live_bytes()
+    weights = sum(a.nbytes for a in jax.tree.leaves(engine._parts.runner.params))
+    assert engine.release_memory_occupation(["weights"])["bytes"] == weights
+    assert live_bytes() == before - weights
+    compiled = engine.stats()["compilations"]
+    engine.resume_memory_occupation(["weights"])
+    assert live_bytes() == before
+    assert ask(engine)["output_ids"] == expected
+    assert engine.stats()["compilations"] == compiled
+
+
+def test_weights_that_were_handed_over_stay_the_callers(tiny_folder, weights):
+    with rootcellar.Engine(model_path=tiny_folder, params=weights, max_total_tokens=256) as engine:
+        expected = ask(engine)["output_ids"]
+        engine.release_memory_occupation()
+        assert not weights["norm"].is_deleted()
+        with pytest.raises(EngineError, match="update_weights"):
+            engine.resume_memory_occupation()
+        engine.update_weights(weights)
+        engine.resume_memory_occupation()
+        assert ask(engine)["output_ids"] == expected
+
+
+@pytest.mark.parametrize("mode", ["wait", "retract", "abort"])
+def test_release_with_work_in_flight(engine, mode):
+    expected = ask(engine, max_new_tokens=300)["output_ids"]
+    engine.flush_cache()
+    results, caller = start(engine, max_new_tokens=300)
+    engine.release_memory_occupation("kv_cache", mode=mode)
+    stats = engine.stats()
+    assert stats["running"] == 0
+    assert stats["waiting"] == (1 if mode == "retract" else 0)
+    engine.resume_memory_occupation()
+    caller.join(timeout=60)
+    reason = results[0]["meta_info"]["finish_reason"]["type"]
+    assert reason == ("abort" if mode == "abort" else "length")
+    if mode != "abort":
+        assert results[0]["output_ids"] == expected
+
+
+def test_pause_flush_continue(engine):
+    expected = ask(engine, max_new_tokens=300)["output_ids"]
+    results, caller = start(engine, max_new_tokens=300)
+    engine.pause_generation("retract")
+    engine.flush_cache()
+    steps = engine.stats()["steps"]
+    time.sleep(0.05)
+    assert engine.stats()["steps"] == steps
+    engine.continue_generation()
+    caller.join(timeout=60)
+    assert results[0]["output_ids"] == expected
+
+
+def test_pause_in_place_keeps_leases_and_says_so(engine):
+    results, caller = start(engine, max_new_tokens=300)
+    engine.pause_generation("in_place")
+    with pytest.raises(EngineError, match="1 requests run"):
+        engine.flush_cache()
+    with pytest.raises(EngineError, match="paused"):
+        engine.release_memory_occupation("kv_cache", mode="wait")
+    engine.continue_generation()
+    caller.join(timeout=60)
+    assert len(results[0]["output_ids"]) == 300
+
+
+def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(engine, weights):
+    first = ask(engine)
+    ask(engine)
+    changed = jax.tree.map(lambda a: a * 1.25, weights)
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(changed)]
+    compiled = engine.stats()["compilations"]
+    assert engine.update_weights(changed) == {"weight_version": "1", "copied": []}
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(engine._parts.runner.params)] == pointers
+    second = ask(engine)
+    assert second["meta_info"]["cached_tokens"] == 0
+    assert second["meta_info"]["weight_version"] == "1"
+    assert second["output_ids"] != first["output_ids"]
+    assert ask(engine)["meta_info"]["cached_tokens"] == 64
+    engine.update_weights(weights, version="step-7")
+    third = ask(engine)
+    assert third["output_ids"] == first["output_ids"]
+    assert third["meta_info"]["cached_tokens"] == 0
+    assert engine.stats()["compilations"] == compiled
+
+
+def test_weights_changed_during_a_request_are_told_apart(engine, weights):
+    results, caller = start(engine, max_new_tokens=400)
+    engine.update_weights(jax.tree.map(lambda a: a * 1.25, weights), version="b")
+    caller.join(timeout=60)
+    spans = results[0]["meta_info"]["weight_versions"]
+    assert [name for name, _ in spans] == ["0", "b"]
+    assert 0 == spans[0][1] < spans[1][1] < 400
+    assert ask(engine)["meta_info"]["cached_tokens"] == 0  # what it committed is of mixed weights
+
+
+def test_update_from_disk(engine, tiny_folder, tmp_path):
+    from checkpoints import make_checkpoint
+
+    other = make_checkpoint("qwen2", tmp_path / "other", tokenizer=True, seed=5)
+    first = ask(engine)["output_ids"]
+    engine.update_weights_from_disk(other, version="other")
+    changed = ask(engine)
+    assert changed["output_ids"] != first
+    engine.release_memory_occupation("weights")
+    engine.resume_memory_occupation("weights")  # read again from the new folder
+    engine.flush_cache()
+    assert ask(engine)["output_ids"] == changed["output_ids"]
+    wider = make_checkpoint("qwen2", tmp_path / "wider", tokenizer=True, intermediate_size=512)
+    with pytest.raises(ModelError, match="intermediate_size"):
+        engine.update_weights_from_disk(wider)
+
+
+def test_weights_that_do_not_fit_are_named_and_nothing_changes(engine, weights):
+    expected = ask(engine)["output_ids"]
+    with pytest.raises(ModelError, match="missing norm"):
+        engine.update_weights({k: v for k, v in weights.items() if k != "norm"})
+    with pytest.raises(ModelError, match="norm is bfloat16, not float32"):
+        engine.update_weights({**weights, "norm": weights["norm"].astype(jnp.bfloat16)})
+    with pytest.raises(ModelError, match="norm has shape"):
+        engine.update_weights({**weights, "norm": weights["norm"][:-1]})
+    assert ask(engine)["output_ids"] == expected
+
+
+def test_unknown_tags_and_modes(engine):
+    with pytest.raises(ConfigError, match="kv_cache, weights"):
+        engine.release_memory_occupation("kv")
+    with pytest.raises(ConfigError, match="wait, abort, retract"):
+        engine.release_memory_occupation("kv_cache", mode="now")
+    with pytest.raises(ConfigError, match="in_place"):
+        engine.pause_generation("softly")
