@@ -1,7 +1,8 @@
 """Copies under way: planning them, and learning what became of them.
 
-A flight that is *held* keeps its place in the tree and its source; its destination pages belong to it until it is
-done. A write-back is not held: it is planned as its source is evicted, and its source is read before the next step.
+A flight's destination pages belong to it until it is done. One that is *held* also keeps its place in the tree and
+its source. What is written down from the device is not held: its source is read before the next step, so it may be
+evicted at once, and a slow or silent tier never ties up the device.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def _copy_down(tree: Tree, traffic: Traffic, node: Node, src: Tier, dst: Tier) -
             continue
         start = max(node.start + entry.lo, node.end - tree.reach(k, node.end))
         if start < node.end:
-            plan(tree, traffic, node, source, target, start)
+            # The device is read before the next step: its pages need not wait for a slow tier.
+            plan(tree, traffic, node, source, target, start, held=src is not Tier.DEVICE)
 
 
 def spill(tree: Tree, traffic: Traffic, node: Node, shelf: Shelf) -> None:

@@ -81,7 +81,7 @@ class Flight:
     """A move under way, as the tree sees it: pages ``[start, node.end)`` of one kind, on the path to ``node``.
 
     ``node`` is the lowest node; when it is split, the parts above are found by climbing to ``start``. ``held`` says
-    that the flight holds its place and its source; a write-back's source is gone already. ``node`` is None when the
+    that the flight holds its place and its source; what is written down from the device is read at once. ``node`` is None when the
     place was thrown away meanwhile.
     """
 

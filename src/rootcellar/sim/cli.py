@@ -206,9 +206,8 @@ def _report(
         print(json.dumps({"trace": args.trace, "requests": requests, "skipped": skipped, "results": results}))
         return
     print(f"{requests} requests of {args.trace}, {rows[0][0].input_tokens:,} input tokens, {len(bad)} lines skipped")
-    print(
-        f"{'capacity':>9} {'GB' if token_bytes else '':>8} {'policy':<10} {'hit rate':>9} {'evicted':>14} {'seconds':>8}"
-    )
+    unit = "GB" if token_bytes else ""
+    print(f"{'capacity':>9} {unit:>8} {'policy':<10} {'hit rate':>9} {'evicted':>14} {'seconds':>8}")
     for outcome, seconds in rows:
         gigabytes = f"{outcome.capacity_tokens * token_bytes / 1e9:.2f}" if token_bytes else ""
         print(

@@ -1,0 +1,281 @@
+"""From a Hugging Face config to what the KV cache stores of it: groups of layers, each of one kind and one layout.
+
+Reads the spellings of the families below; what it does not know is refused rather than guessed at:
+
+* layer by layer: ``layer_types`` (transformers from 4.53 on), ``layers_block_type``, ``attn_layer_indices``,
+  ``attn_layer_period`` with ``attn_layer_offset`` (Jamba), ``full_attention_interval`` (Qwen3-Next);
+* every n-th layer full: ``sliding_window_pattern`` (Gemma 3: 6, Cohere 2: 4, Gemma 2: 2), ``no_rope_layers`` and
+  ``attention_chunk_size`` (Llama 4);
+* ``sliding_window`` on all layers (Mistral), or from ``max_window_layers`` on (Qwen 2, when it is switched on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rootcellar.cache.kind import Kind, chunked_local, full, recurrent, sliding_window
+from rootcellar.errors import ConfigError
+
+Raw = Mapping[str, Any]
+
+STATE_ITEMSIZE = 4
+"""Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """K and V by head: MHA, GQA, MQA."""
+
+    kv_heads: int
+    head_dim: int
+
+    def token_elements(self, tp: int) -> int:
+        """Elements that one device of ``tp`` stores of one token in one layer: heads replicate when fewer than tp."""
+        if self.kv_heads % tp and tp % self.kv_heads:
+            raise ConfigError(
+                f"tp={tp} neither divides the model's {self.kv_heads} KV heads nor is a multiple of them: "
+                f"choose tp from {_fitting(self.kv_heads)}"
+            )
+        return 2 * max(1, self.kv_heads // tp) * self.head_dim
+
+    def formula(self) -> str:
+        """How the elements of one token in one layer are counted."""
+        return f"2 x {self.kv_heads} KV heads x {self.head_dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: one compressed vector for all heads, and the rotated part of the keys."""
+
+    rank: int
+    rope_dim: int
+
+    def token_elements(self, tp: int) -> int:  # noqa: ARG002 - every rank needs the whole latent
+        """Elements that each device stores of one token in one layer, whatever ``tp``."""
+        return self.rank + self.rope_dim
+
+    def formula(self) -> str:
+        """How the elements of one token in one layer are counted."""
+        return f"({self.rank} latent + {self.rope_dim} rope)"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a recurrent layer keeps of one request: the last inputs of its convolution, and its state.
+
+    Attributes:
+        channels: of the convolution that are split over devices.
+        group_channels: of the convolution, for each of ``groups``, which replicate when fewer than devices.
+        groups: see above.
+        taps: inputs kept of each channel (the kernel's width less one).
+        elements: of the recurrent state, split over devices, in float32.
+    """
+
+    channels: int
+    group_channels: int
+    groups: int
+    taps: int
+    elements: int
+
+    def request_bytes(self, itemsize: int, tp: int) -> int:
+        """Bytes that one device of ``tp`` stores of one request in one layer; ``itemsize`` of the convolution."""
+        if self.channels % tp or self.elements % tp:
+            raise ConfigError(f"tp={tp} does not divide the recurrent layers' {self.channels} channels")
+        conv = self.channels // tp + self.group_channels * max(1, -(-self.groups // tp))
+        return conv * self.taps * itemsize + self.elements // tp * STATE_ITEMSIZE
+
+    def formula(self) -> str:
+        """How the bytes of one request in one layer are counted."""
+        conv = self.channels + self.groups * self.group_channels
+        return f"({conv} conv channels x {self.taps} taps x itemsize + {self.elements} state x {STATE_ITEMSIZE})"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The layers of one kind, and what each stores."""
+
+    kind: Kind
+    layout: Heads | Latent | State
+
+    def token_bytes(self, itemsize: int, tp: int = 1) -> int:
+        """Bytes that one device stores of one token in all layers of the group; 0 for recurrent layers."""
+        if isinstance(self.layout, State):
+            return 0
+        return len(self.kind.layers) * self.layout.token_elements(tp) * itemsize
+
+    def state_bytes(self, itemsize: int, tp: int = 1) -> int:
+        """Bytes that one device stores of one request in all layers of the group, whatever its length; else 0."""
+        if not isinstance(self.layout, State):
+            return 0
+        return len(self.kind.layers) * self.layout.request_bytes(itemsize, tp)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the planner needs to know of a model.
+
+    Attributes:
+        groups: its layers by kind.
+        text: the config of the language model (inside a multimodal one it is nested).
+        dtype: of the weights, as the config says.
+        context_length: ``max_position_embeddings``, or None.
+    """
+
+    groups: tuple[Group, ...]
+    text: Raw
+    dtype: str
+    context_length: int | None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(len(group.kind.layers) for group in self.groups)
+
+
+def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
+    """The architecture that the content of ``config.json`` describes; ``window`` replaces the model's window or chunk.
+
+    Raises ``ConfigError`` for a config whose layers it does not understand.
+    """
+    text: Raw = {**raw, **(raw.get("text_config") or {})}
+    count = int(_need(text, "num_hidden_layers"))
+    rules = _rules(text, count)
+    groups = []
+    for rule in dict.fromkeys(rules):
+        layers = tuple(i for i, r in enumerate(rules) if r == rule)
+        if rule == "recurrent":
+            groups.append(Group(recurrent("recurrent", layers), _state(text)))
+            continue
+        layout = _attention(text)
+        if rule == "sliding_window":
+            kind = sliding_window("window", layers, window or int(_need(text, "sliding_window")))
+        elif rule == "chunked_local":
+            kind = chunked_local("chunk", layers, window or int(_need(text, "attention_chunk_size")))
+        else:
+            kind = full("full", layers)
+        groups.append(Group(kind, layout))
+    if all(group.kind.rule == "recurrent" for group in groups):
+        raise ConfigError("this model has no attention layers: a request costs the same whatever its length")
+    groups.sort(key=lambda group: ("full", "sliding_window", "chunked_local", "recurrent").index(group.kind.rule))
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    context = text.get("max_position_embeddings")
+    return Architecture(tuple(groups), text, dtype, None if context is None else int(context))
+
+
+_LAYER_TYPES = {
+    "full_attention": "full",
+    "attention": "full",
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "chunked_local",
+    "linear_attention": "recurrent",
+    "mamba": "recurrent",
+    "mamba2": "recurrent",
+}
+
+# Every n-th layer is full where a config does not say it: (model_type prefix, n).
+_PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4))
+
+
+def _rules(text: Raw, count: int) -> list[str]:
+    """The rule of each of ``count`` layers."""
+    named = text.get("layer_types") or text.get("layers_block_type")
+    if named:
+        unknown = sorted(set(named) - set(_LAYER_TYPES))
+        if unknown or len(named) < count:
+            raise ConfigError(
+                f"layer_types holds {unknown or len(named)}, the config has {count} layers; known types: "
+                f"{', '.join(_LAYER_TYPES)}"
+            )
+        return _unless_switched_off(text, [_LAYER_TYPES[name] for name in named[:count]])
+    if text.get("attn_layer_indices") is not None:
+        return _full_where(count, "recurrent", text["attn_layer_indices"])
+    if text.get("attn_layer_period"):
+        period, offset = int(text["attn_layer_period"]), int(text.get("attn_layer_offset") or 0)
+        return ["full" if i % period == offset else "recurrent" for i in range(count)]
+    if text.get("full_attention_interval"):
+        return _every(int(text["full_attention_interval"]), count, "recurrent")
+    strange = sorted(key for key in text if key.startswith(("mamba_", "ssm_", "linear_", "hybrid_override")))
+    if strange:
+        raise ConfigError(
+            f"the config has {strange[0]!r} but does not say which layers are recurrent: give layer_types"
+        )
+    if text.get("attention_chunk_size"):
+        ropes = text.get("no_rope_layers")  # 1: rotary and chunked, 0: neither
+        if ropes:
+            return ["chunked_local" if rope else "full" for rope in ropes[:count]]
+        return _every(int(text.get("no_rope_layer_interval") or 4), count, "chunked_local")
+    return _windowed(text, count)
+
+
+def _windowed(text: Raw, count: int) -> list[str]:
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        return ["full"] * count
+    model_type = str(text.get("model_type") or "")
+    pattern = next((n for prefix, n in _PATTERNS if model_type.startswith(prefix)), 0)
+    pattern = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or pattern)
+    if pattern:
+        return _every(pattern, count, "sliding_window")
+    if text.get("max_window_layers") is not None:  # Qwen: the first layers see everything
+        first = int(text["max_window_layers"])
+        return ["full" if i < first else "sliding_window" for i in range(count)]
+    return ["sliding_window"] * count
+
+
+def _unless_switched_off(text: Raw, rules: list[str]) -> list[str]:
+    """Sliding layers without a window see everything."""
+    if text.get("sliding_window"):
+        return rules
+    return ["full" if rule == "sliding_window" else rule for rule in rules]
+
+
+def _every(n: int, count: int, other: str) -> list[str]:
+    """Layers n, 2n, ... (counted from 1) are full."""
+    return ["full" if (i + 1) % n == 0 else other for i in range(count)]
+
+
+def _full_where(count: int, other: str, indices: Sequence[int]) -> list[str]:
+    wanted = set(indices)
+    return ["full" if i in wanted else other for i in range(count)]
+
+
+def head_dim(text: Raw) -> int:
+    """Elements of a head."""
+    given = text.get("head_dim")
+    return int(given) if given else int(_need(text, "hidden_size")) // int(_need(text, "num_attention_heads"))
+
+
+def _attention(text: Raw) -> Heads | Latent:
+    if text.get("kv_lora_rank"):
+        return Latent(int(text["kv_lora_rank"]), int(_need(text, "qk_rope_head_dim")))
+    heads = int(_need(text, "num_attention_heads"))
+    return Heads(int(text.get("num_key_value_heads") or heads), head_dim(text))
+
+
+def _state(text: Raw) -> State:
+    """Mamba 2 (Dao and Gu, 2024), Mamba 1 (Gu and Dao, 2023), gated delta net (Yang et al., 2024)."""
+    if text.get("linear_num_value_heads"):
+        keys = int(_need(text, "linear_num_key_heads")) * int(_need(text, "linear_key_head_dim"))
+        heads, width = int(text["linear_num_value_heads"]), int(_need(text, "linear_value_head_dim"))
+        elements = heads * width * int(_need(text, "linear_key_head_dim"))
+        return State(heads * width + 2 * keys, 0, 0, int(_need(text, "linear_conv_kernel_dim")) - 1, elements)
+    inner = int(_need(text, "hidden_size")) * int(_need(text, "mamba_expand"))
+    size, taps = int(_need(text, "mamba_d_state")), int(_need(text, "mamba_d_conv")) - 1
+    if text.get("mamba_n_heads"):
+        heads = int(text["mamba_n_heads"])
+        width = text.get("mamba_d_head")
+        inner = inner if width in (None, "auto") else heads * int(width)
+        return State(inner, 2 * size, int(text.get("mamba_n_groups") or 1), taps, inner * size)
+    return State(inner, 0, 0, taps, inner * size)
+
+
+def _need(text: Raw, name: str) -> Any:
+    if text.get(name) is None:
+        raise ConfigError(f"the config lacks {name!r}, which the planner needs")
+    return text[name]
+
+
+def _fitting(kv_heads: int) -> str:
+    divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    return ", ".join(map(str, [*divisors, 2 * kv_heads, 4 * kv_heads]))

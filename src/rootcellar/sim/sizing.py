@@ -1,0 +1,195 @@
+"""How a budget of bytes becomes pages of each kind, and how many requests they hold. Engine and planner both ask here.
+
+A pool of ``n`` pages takes ``n + 1`` pages of memory: page 0 is the padding target. All bytes are those of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rootcellar.cache.kind import Kind
+
+MIN_STATES = 2
+"""Fewest recurrent states: one request reads one and writes another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one page of a kind takes, in all its layers: ``page_size`` tokens, or one state of a recurrent kind."""
+
+    kind: Kind
+    page_bytes: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a page is one state."""
+        return self.kind.rule == "recurrent"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the budget is divided; the names are those of the engine's settings.
+
+    Attributes:
+        page_size: tokens in a page.
+        swa_full_tokens_ratio: tokens of the windowed kinds for each token of the full kind, 0 to 1.
+        mamba_full_memory_ratio: bytes of recurrent states for each byte of the other kinds.
+        max_total_tokens: take so many tokens and no more; None takes what fits.
+    """
+
+    page_size: int
+    swa_full_tokens_ratio: float = 1.0
+    mamba_full_memory_ratio: float = 0.9
+    max_total_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Pages of each kind by name (padding not counted), the tokens of the largest, and the bytes of all with padding.
+
+    ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the full kind, or of all kinds where none is full.
+    """
+
+    pages: Mapping[str, int]
+    tokens: int
+    nbytes: int
+
+
+def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
+    """The largest pools that fit into ``budget`` bytes; None when not even the smallest do (see :func:`smallest`).
+
+    The full kind gets ``f`` pages and the windowed ones ``f * swa_full_tokens_ratio``, but never less than one request
+    needs (or ``f``, when that is less). Recurrent kinds get the share ``ratio / (1 + ratio)`` of the budget in whole
+    states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given, tokens come first and states get what is left.
+    """
+    per_state = sum(cost.page_bytes for cost in costs if cost.recurrent)
+    least_states = MIN_STATES if per_state else 0
+
+    def state_bytes(states: int) -> int:
+        return per_state * (states + 1)
+
+    if rules.max_total_tokens is None:
+        spare = budget - token_bytes(costs, rules, 1) - state_bytes(least_states)
+    else:
+        wanted = rules.max_total_tokens // rules.page_size
+        spare = budget - token_bytes(costs, rules, wanted) - state_bytes(least_states)
+        if wanted < 1:
+            return None
+    if spare < 0:
+        return None
+    states = 0
+    if per_state:
+        ratio = rules.mamba_full_memory_ratio
+        share = int(budget * (ratio / (1 + ratio))) // per_state - 1
+        states = max(least_states, min(share, least_states + spare // per_state))
+    left = budget - state_bytes(states)
+    if rules.max_total_tokens is None:
+        most = left // min(cost.page_bytes for cost in costs if not cost.recurrent)
+        pages = largest(lambda n: token_bytes(costs, rules, n) <= left, 1, most)
+    else:
+        pages = wanted
+    return _division(costs, rules, pages, states)
+
+
+def smallest(costs: Sequence[Cost], rules: Rules) -> int:
+    """Bytes of the least pools that :func:`divide` gives: one page of each kind (or ``max_total_tokens``), two states."""
+    pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
+    states = MIN_STATES if any(cost.recurrent for cost in costs) else 0
+    return _division(costs, rules, max(1, pages), states).nbytes
+
+
+def token_bytes(costs: Sequence[Cost], rules: Rules, pages: int) -> int:
+    """Bytes of all kinds but the recurrent ones when the full kind has ``pages`` pages; padding pages included."""
+    return sum((_pages_of(cost, costs, rules, pages) + 1) * cost.page_bytes for cost in costs if not cost.recurrent)
+
+
+def _pages_of(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> int:
+    if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
+        return pages
+    one_request = -(-cost.kind.span // rules.page_size) + 1
+    return min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
+
+
+def _division(costs: Sequence[Cost], rules: Rules, pages: int, states: int) -> Division:
+    counts = {c.kind.name: states if c.recurrent else _pages_of(c, costs, rules, pages) for c in costs}
+    nbytes = sum((counts[cost.kind.name] + 1) * cost.page_bytes for cost in costs)
+    return Division(counts, pages * rules.page_size, nbytes)
+
+
+def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The greatest whole number in ``[low, high]`` for which ``holds``; it holds for ``low`` and, once false, stays so."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# --- what a request needs ---------------------------------------------------------------------------------------------
+
+
+def request_pages(kind: Kind, page_size: int, length: int, inflight: int) -> int:
+    """Pages of ``kind`` that one request of ``length`` tokens holds while ``inflight`` of its tokens are computed.
+
+    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window's pages may begin anywhere in it, hence
+    one more; a chunk begins on a page.
+    """
+    if kind.rule == "recurrent":
+        return 1
+    if kind.rule == "sliding_window":
+        return -(-min(kind.span - 1 + inflight, length) // page_size) + 1
+    if kind.rule == "chunked_local":
+        return -(-min(kind.span + inflight, length) // page_size)
+    return -(-length // page_size)
+
+
+def concurrency(costs: Sequence[Cost], page_size: int, length: int, inflight: int, budget: int) -> float:
+    """Requests of ``length`` tokens that ``budget`` bytes hold when divided as such requests need it.
+
+    What vLLM's hybrid KV cache manager reaches, whose kinds share one pool of pages.
+    """
+    one = sum(request_pages(cost.kind, page_size, length, inflight) * cost.page_bytes for cost in costs)
+    return budget / one
+
+
+def concurrency_of(division: Division, costs: Sequence[Cost], page_size: int, length: int, inflight: int) -> float:
+    """Requests of ``length`` tokens that pools divided so hold: the kind that runs out first decides."""
+    return min(division.pages[cost.kind.name] / request_pages(cost.kind, page_size, length, inflight) for cost in costs)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+_SCORED = 64  # positions scored at a time for prompt logprobs
+_BLOCK = 256  # positions of keys that attention reads at a time
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """The widths of a model, in elements, that its activations depend on; those of one device."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+def activation_bytes(widths: Widths, tokens: int, tiles: int, rows: int) -> int:
+    """An upper estimate of what a step needs besides weights and KV cache, from its shapes; in bytes.
+
+    ``tokens`` and ``tiles`` of the largest prefill step, ``rows`` of the largest decode step. Everything is counted in
+    float32 and as if the widest layer's intermediate results all lived at once, and attention's block of keys and
+    scores beside them; then logits, the sampler's copies of them and scores of prompt tokens.
+    """
+    w = widths
+    n = max(tokens, rows)
+    layer = n * (6 * w.hidden + 3 * (w.heads + 2 * w.kv_heads) * w.head_dim + 3 * w.intermediate)
+    keys = 2 * 2 * max(tiles, rows) * _BLOCK * w.kv_heads * w.head_dim
+    scores = 4 * n * w.heads * _BLOCK
+    logits = (2 * max(tiles, rows) + 10 * rows + 3 * _SCORED) * w.vocab
+    return _FLOAT * (layer + keys + scores + logits)

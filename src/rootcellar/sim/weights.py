@@ -1,0 +1,67 @@
+"""How many bytes a model's weights take, counted from its config.
+
+Matrices only: norms, biases, convolutions and the vision tower of a multimodal model are left out (together about one
+percent). Quantised checkpoints are counted at the width of their method. What is known exactly should be given instead.
+"""
+
+from __future__ import annotations
+
+from rootcellar.sim.layers import Architecture, Group, Latent, Raw, State, head_dim
+
+_ITEMSIZE = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+# Bytes of a quantised weight: mxfp4 has a scale byte for 32 elements.
+_QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
+
+
+def weight_bytes(model: Architecture) -> int:
+    """Bytes of all weights, over all devices."""
+    text = model.text
+    wide = _ITEMSIZE.get(model.dtype, 2.0)
+    method = str((text.get("quantization_config") or {}).get("quant_method") or "")
+    narrow = _QUANTISED.get(method, wide)
+    attention = sum(len(group.kind.layers) * _mixer(group, text) for group in model.groups)
+    dense, experts = _mlps(text, model.num_layers)
+    embeddings = int(text["vocab_size"]) * int(text["hidden_size"]) * (1 if text.get("tie_word_embeddings") else 2)
+    # mxfp4 checkpoints keep everything but the experts wide; fp8 ones everything but the embeddings narrow.
+    rest = wide if method == "mxfp4" else narrow
+    return round(embeddings * wide + (attention + dense) * rest + experts * narrow)
+
+
+def _mixer(group: Group, text: Raw) -> int:
+    """Elements of the matrices of one layer's attention, or of what stands in its place."""
+    hidden = int(text["hidden_size"])
+    if isinstance(group.layout, State):
+        if text.get("linear_num_value_heads"):  # in: q, k, v, gate, two numbers for each head; out
+            heads, width = int(text["linear_num_value_heads"]), int(text["linear_value_head_dim"])
+            return hidden * (group.layout.channels + 2 * heads * width + 2 * heads)
+        inner = group.layout.channels
+        shared = group.layout.groups * group.layout.group_channels
+        return hidden * (3 * inner + shared + int(text.get("mamba_n_heads") or 0))
+    heads = int(text["num_attention_heads"])
+    if isinstance(group.layout, Latent):
+        rank, rope = group.layout.rank, group.layout.rope_dim
+        nope, value = int(text["qk_nope_head_dim"]), int(text["v_head_dim"])
+        q_rank = int(text.get("q_lora_rank") or 0)
+        queries = heads * (nope + rope)
+        q = q_rank * (hidden + queries) if q_rank else hidden * queries
+        return q + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+    return hidden * head_dim(text) * (2 * heads + 2 * group.layout.kv_heads)
+
+
+def _mlps(text: Raw, layers: int) -> tuple[int, int]:
+    """Elements of the dense and of the expert feed-forward matrices of all layers (gated: three matrices each)."""
+    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    count = int(text.get("n_routed_experts") or text.get("num_local_experts") or text.get("num_experts") or 0)
+    if not count:
+        return layers * 3 * hidden * inner, 0
+    if text.get("intermediate_size_mlp"):  # Llama 4: intermediate_size is an expert's
+        dense_inner, expert_inner, shared = int(text["intermediate_size_mlp"]), inner, inner
+        sparse = layers // int(text.get("interleave_moe_layer_step") or 1)
+    else:
+        dense_inner, expert_inner = inner, int(text.get("moe_intermediate_size") or inner)
+        shared = int(text.get("n_shared_experts") or 0) * expert_inner
+        shared += int(text.get("shared_expert_intermediate_size") or text.get("shared_intermediate_size") or 0)
+        sparse = layers - int(text.get("first_k_dense_replace") or 0)
+        sparse = len(range(0, sparse, int(text.get("expert_layer_period") or 1)))
+    dense = (layers - sparse) * 3 * hidden * dense_inner + sparse * (3 * hidden * shared + hidden * count)
+    return dense, sparse * count * 3 * hidden * expert_inner

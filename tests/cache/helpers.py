@@ -1,0 +1,40 @@
+"""Short ways to drive a cache in tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rootcellar.cache import Key, Kind, Lease, RadixCache, Tier, full
+
+
+def make(kinds: tuple[Kind, ...] = (full("full"),), size: int = 64, page_size: int = 4, **options) -> RadixCache:
+    """A cache with ``size`` tokens (8 states) per kind on DEVICE and on the further ``tiers``."""
+    tiers = (Tier.DEVICE, *options.pop("tiers", ()))
+    capacity = {(k.name, tier): 8 if k.rule == "recurrent" else size for k in kinds for tier in tiers}
+    capacity |= options.pop("capacity", {})
+    options.setdefault("max_length", 4096)
+    return RadixCache(kinds, page_size=page_size, capacity=capacity, **options)
+
+
+def serve(cache: RadixCache, tokens, *, namespace: str = "", chunk: int | None = None, keep: bool = True) -> Lease:
+    """A whole request, chunk by chunk; returns the closed lease."""
+    lease = start(cache, tokens, namespace=namespace, chunk=chunk)
+    cache.close(lease, keep=keep)
+    return lease
+
+
+def start(cache: RadixCache, tokens, *, namespace: str = "", chunk: int | None = None, tier=Tier.DEVICE) -> Lease:
+    """A request that has computed and committed all its tokens."""
+    key = Key(tokens, namespace)
+    lease = cache.open(cache.match(key), tier)
+    assert lease is not None
+    while lease.length < len(key):
+        assert cache.grow(lease, min(chunk or len(key), len(key) - lease.length))
+        cache.commit(lease, key[: lease.length])
+    cache.check()
+    return lease
+
+
+def tokens(*parts: tuple[int, int]) -> np.ndarray:
+    """Runs of token ids: ``(first, count)`` each."""
+    return np.concatenate([np.arange(first, first + count) for first, count in parts])

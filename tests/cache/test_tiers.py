@@ -1,0 +1,269 @@
+"""Tiers: what moves where, when, and what becomes of a request when a copy fails."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import make, serve, start, tokens
+
+from rootcellar.cache import (
+    Done,
+    Failed,
+    Found,
+    Key,
+    Lost,
+    Tier,
+    digests,
+    full,
+    prefetch_verdict,
+    recurrent,
+    sliding_window,
+)
+from rootcellar.errors import CacheBusy
+
+HOST, STORAGE, PEER = Tier.HOST, Tier.STORAGE, Tier.PEER
+
+
+def land(cache, event=Done) -> int:
+    """Report every move, and those that follow from it; how many there were."""
+    count = 0
+    while moves := cache.moves():
+        for move in moves:
+            cache.learn(event(move.id))
+            count += 1
+        cache.check()
+    return count
+
+
+def push_out(cache, count=16) -> None:
+    """Fill the device with other prompts, then let the copies land."""
+    for i in range(count):
+        serve(cache, tokens((10_000 + 100 * i, 16)))
+        land(cache)
+
+
+def test_write_through_copies_as_a_request_leaves_and_a_later_one_loads_it_back():
+    cache = make(tiers=(HOST,), capacity={("full", HOST): 1024})
+    serve(cache, tokens((0, 16)))
+    (move,) = cache.moves()
+    assert (move.src, move.dst, move.kind, len(move.src_slots)) == (Tier.DEVICE, HOST, "full", 4)
+    cache.learn(Done(move.id))
+    push_out(cache)
+    hit = cache.match(Key(tokens((0, 20))))
+    assert (hit.length, hit.reach(HOST), hit.reach(STORAGE)) == (0, 16, 16)
+    lease = cache.open(hit, HOST)
+    assert lease.cached == 16
+    assert not lease.ready
+    assert cache.stats().shelves["full", Tier.DEVICE].in_flight == 16
+    (move,) = cache.moves()
+    assert (move.src, move.dst) == (HOST, Tier.DEVICE)
+    cache.learn(Done(move.id))
+    assert lease.ready
+    assert cache.tables["full"][lease.row, :4].all()
+    assert cache.stats().hit_tokens_by_tier[HOST] == 16
+    cache.close(lease)
+    cache.check()
+
+
+def test_selective_writes_after_enough_hits():
+    cache = make(tiers=(HOST,), write_policy="write_through_selective", write_hits=2)
+    for expected in (0, 0, 1, 0):
+        serve(cache, tokens((0, 16)))
+        assert land(cache) == expected
+
+
+def test_write_back_copies_only_what_is_evicted_and_its_slots_are_free_at_once():
+    cache = make(size=16, tiers=(HOST,), capacity={("full", HOST): 64}, write_policy="write_back")
+    serve(cache, tokens((0, 16)))
+    assert not cache.moves()
+    lease = start(cache, tokens((100, 16)))
+    moves = cache.moves()
+    assert sum(len(move.src_slots) for move in moves) == 4
+    for move in moves:
+        cache.learn(Done(move.id))
+    cache.close(lease)
+    assert cache.match(Key(tokens((0, 16)))).reach(HOST) == 16
+
+
+def test_a_failed_load_loses_the_leases_that_wait_and_forgets_the_source():
+    cache = make(tiers=(HOST,), capacity={("full", HOST): 1024})
+    serve(cache, tokens((0, 16)))
+    land(cache)
+    push_out(cache)
+    key = Key(tokens((0, 20)))
+    leases = [cache.open(cache.match(key), HOST) for _ in range(2)]
+    assert leases[0].waits == leases[1].waits, "two requests wait for one copy"
+    land(cache, Failed)
+    assert all(lease.lost and not lease.ready for lease in leases)
+    for lease in leases:
+        cache.close(lease)
+    cache.check()
+    assert cache.match(key).reach(PEER) == 0, "or the next request would load the same broken page again"
+
+
+def test_a_failed_write_leaves_the_device_as_it_was():
+    cache = make(tiers=(HOST,))
+    serve(cache, tokens((0, 16)))
+    land(cache, Failed)
+    hit = cache.match(Key(tokens((0, 16))))
+    assert (hit.length, hit.reach(HOST)) == (16, 16)
+    assert cache.stats().shelves["full", HOST].used == 0
+
+
+def test_a_tier_that_never_answers_does_not_tie_up_the_device():
+    cache = make(tiers=(HOST,))
+    for i in range(10):
+        serve(cache, tokens((100 * i, 16)))
+        cache.moves()
+    assert cache.available_tokens() == 64
+    cache.check()
+
+
+def test_the_copy_of_a_request_that_was_aborted_still_lands():
+    cache = make(tiers=(HOST,), capacity={("full", HOST): 1024})
+    serve(cache, tokens((0, 16)))
+    land(cache)
+    push_out(cache)
+    lease = cache.open(cache.match(Key(tokens((0, 16)))), HOST)
+    cache.close(lease)
+    with pytest.raises(CacheBusy, match="1 copies"):
+        cache.flush()
+    land(cache)
+    assert cache.match(Key(tokens((0, 16)))).length == 16
+    cache.flush()
+
+
+def test_only_the_window_is_loaded_for_a_window_kind():
+    kinds = (full("full"), sliding_window("window", window=5), recurrent("state"))
+    cache = make(kinds, tiers=(STORAGE,), capacity={("full", STORAGE): 256})
+    cache.learn(Found(Key(tokens((0, 40))), STORAGE))
+    hit = cache.match(Key(tokens((0, 50))))
+    assert (hit.length, hit.reach(HOST), hit.reach(STORAGE)) == (0, 0, 40)
+    lease = cache.open(hit, STORAGE)
+    pages = {move.kind: len(move.dst_slots) for move in cache.moves()}
+    assert pages == {"full": 10, "window": 1, "state": 1}
+    for move in list(lease.waits):
+        assert not lease.ready
+        cache.learn(Done(move))
+    assert lease.ready
+    assert cache.tables["state"][lease.row, 0] > 0
+    cache.check()
+
+
+def test_moves_to_a_store_carry_the_digests_that_name_the_pages():
+    cache = make(tiers=(HOST, STORAGE), fingerprint=b"model")
+    key = Key(tokens((0, 18)), "tenant")
+    serve(cache, key.tokens, namespace="tenant")
+    (down,) = cache.moves()
+    assert down.digests == ()
+    cache.learn(Done(down.id))
+    (move,) = cache.moves()
+    assert (move.src, move.dst) == (HOST, STORAGE)
+    assert list(move.digests) == digests(key, 4, b"model")
+    assert digests(key, 4, b"other") != digests(key, 4, b"model") != digests(Key(key.tokens), 4, b"model")
+
+
+def test_what_a_store_lost_is_no_longer_promised():
+    cache = make(tiers=(STORAGE,))
+    key = Key(tokens((0, 40)))
+    cache.learn(Found(key, STORAGE))
+    assert cache.match(key).reach(STORAGE) == 40
+    cache.learn(Lost(key, STORAGE, start=16))
+    assert cache.match(key).reach(STORAGE) == 16
+    cache.learn(Lost(key, STORAGE))
+    assert cache.match(key).branch == 0
+    cache.check()
+
+
+def test_loads_too_small_to_be_worth_it_are_left_alone():
+    cache = make(tiers=(STORAGE,), min_load={STORAGE: 24})
+    cache.learn(Found(Key(tokens((0, 16))), STORAGE))
+    lease = cache.open(cache.match(Key(tokens((0, 30)))), STORAGE)
+    assert (lease.cached, lease.ready) == (0, True)
+    cache.close(lease)
+    cache.learn(Found(Key(tokens((0, 24))), STORAGE))
+    lease = cache.open(cache.match(Key(tokens((0, 30)))), STORAGE)
+    assert lease.cached == 24
+
+
+def test_open_falls_back_to_the_device_when_the_copies_do_not_fit():
+    cache = make(size=32, tiers=(HOST,), capacity={("full", HOST): 256})
+    serve(cache, tokens((0, 32)))
+    land(cache)
+    busy = start(cache, tokens((100, 24)))
+    lease = cache.open(cache.match(Key(tokens((0, 32)))), HOST)
+    assert lease is not None
+    assert lease.ready
+    assert lease.cached <= 8
+    cache.close(busy)
+    cache.close(lease)
+
+
+def test_a_prefetch_brings_storage_to_host_and_the_verdict_says_when_to_go():
+    cache = make(tiers=(HOST, STORAGE))
+    key = Key(tokens((0, 32)))
+    cache.learn(Found(key, STORAGE))
+    prefetch = cache.prefetch(cache.match(key))
+    assert prefetch.tokens == 32
+    assert cache.pending(prefetch) == 1
+    assert prefetch_verdict("best_effort", 1, 0, 10) == "go"
+    assert prefetch_verdict("wait_complete", 1, 99, 10) == "wait"
+    assert [prefetch_verdict("timeout", 1, waited, 10) for waited in (9, 10)] == ["wait", "go"]
+    land(cache)
+    assert cache.pending(prefetch) == 0
+    assert prefetch_verdict("wait_complete", 0, 0, 10) == "go"
+    assert cache.match(key).reach(HOST) == 32
+    assert cache.prefetch(cache.match(key)) is None
+
+
+def test_a_prefill_node_sends_what_a_decode_node_needs_and_no_more():
+    kinds = (full("full"), sliding_window("window", window=5))
+    prefill, decode = (make(kinds, tiers=(PEER,), fingerprint=b"m") for _ in range(2))
+    key = Key(tokens((0, 32)))
+    lease = start(prefill, key.tokens)
+    assert prefill.send(key, PEER)
+    sent = {move.kind: move for move in prefill.moves()}
+    assert {name: len(move.digests) for name, move in sent.items()} == {"full": 8, "window": 1}
+    for move in sent.values():
+        prefill.learn(Done(move.id))
+    prefill.close(lease)
+    decode.learn(Found(key, PEER))
+    waiting = decode.open(decode.match(key), PEER)
+    assert {move.kind: move.digests for move in decode.moves()} == {name: move.digests for name, move in sent.items()}
+    assert waiting.cached == 32
+
+
+def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
+    cache = make(tiers=(HOST,), write_policy="write_back")
+    serve(cache, tokens((0, 32)))
+    lease = start(cache, tokens((0, 16), (90, 8)))
+    with pytest.raises(CacheBusy, match="1 live leases"):
+        cache.forget_tier(Tier.DEVICE)
+    cache.close(lease)
+    assert cache.save(HOST) == 3
+    land(cache)
+    cache.forget_tier(Tier.DEVICE)
+    cache.check()
+    assert cache.stats().shelves["full", Tier.DEVICE].used == 0
+    hit = cache.match(Key(tokens((0, 32))))
+    assert (hit.length, hit.reach(HOST)) == (0, 32)
+
+
+def test_a_page_computed_while_its_copy_was_under_way_is_not_kept_twice():
+    cache = make(tiers=(STORAGE,))
+    key = Key(tokens((0, 16)))
+    cache.learn(Found(key, STORAGE))
+    waiting = cache.open(cache.match(key), STORAGE)
+    serve(cache, key.tokens)
+    land(cache)
+    assert waiting.ready
+    assert cache.stats().shelves["full", Tier.DEVICE].used == 16
+    cache.check()
+    cache.close(waiting)
+
+
+def test_unknown_reports_are_ignored():
+    cache = make(tiers=(HOST,))
+    cache.learn(Done(99))
+    cache.learn(Failed(99))
+    cache.learn(Lost(Key([1, 2, 3]), HOST))
+    cache.check()
