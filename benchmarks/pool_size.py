@@ -23,7 +23,7 @@ from rootcellar.models.config import read_config
 from rootcellar.models.params import init_params
 from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import PagedKV, Pool
-from rootcellar.runner import Batch, Part, Runner, Shapes
+from rootcellar.runner import Batch, Part, Placement, Runner, Shapes
 
 SIZES = (4096, 262144)
 PAGE = 16
@@ -60,7 +60,7 @@ def main() -> int:
             continue
         runners = {
             size: Runner(
-                cfg, params, kinds, {"full": Pool(layout, cfg.num_layers, size, PAGE)},
+                Placement(cfg), params, kinds, {"full": Pool(layout, cfg.num_layers, size, PAGE)},
                 backend=wanted, shapes=Shapes(16, 1, 16), table_width=256,
             )
             for size in SIZES

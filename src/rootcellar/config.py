@@ -68,6 +68,12 @@ class EngineConfig:
     request_timeout: float | None = option(
         None, "Seconds after which an unfinished request is aborted. None sets no limit.", low=0, above=True
     )
+    tp_size: int = option(
+        1,
+        "Devices over which the weights and the KV heads of each layer are split (tensor parallelism). With fewer KV "
+        "heads than devices, heads are repeated.",
+        low=1,
+    )
     chunked_prefill_size: int = option(
         512,
         "Most prompt tokens computed in one step. Smaller chunks keep running requests responsive, larger ones "

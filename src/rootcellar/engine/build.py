@@ -23,7 +23,7 @@ from rootcellar.models.loader import load_params
 from rootcellar.models.params import Params, check_params, init_params
 from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import PagedKV, Pool
-from rootcellar.runner import CompileCounter, Runner, Shapes
+from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -100,10 +100,11 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         policy=config.radix_eviction_policy,
         reuse=not config.disable_radix_cache,
     )
-    layout = PagedKV(model.num_kv_heads, model.head_dim, kv_dtype)
-    pools = {kind.name: Pool(layout, len(kind.layers), total, page_size) for kind in kinds}
+    placement = Placement(model, config.tp_size)
+    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, kv_dtype)
+    pools = {kind.name: Pool(layout, len(kind.layers), total, page_size, placement.pool_sharding) for kind in kinds}
     shapes = Shapes.of(config.chunked_prefill_size, running)
-    runner = Runner(model, weights, kinds, pools, backend=backend, shapes=shapes, table_width=width)
+    runner = Runner(placement, weights, kinds, pools, backend=backend, shapes=shapes, table_width=width)
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=config.chunked_prefill_size,

@@ -49,9 +49,10 @@ class Lifecycle:
     version: str = "0"
     released: set[str] = field(default_factory=set)
     saved: dict[str, Saved] = field(default_factory=dict)
-    _shapes: Any = None  # of the weights that were released
+    _dtypes: list[jnp.dtype] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.runner.params)]
         self.scheduler.set_epoch(self.version)
 
     def require_memory(self) -> None:
@@ -76,7 +77,6 @@ class Lifecycle:
             self.released.add("kv_cache")
         if "weights" in tags and "weights" not in self.released:
             leaves: list[Array] = jax.tree.leaves(self.runner.params)
-            self._shapes = jax.tree.map(_abstract, self.runner.params)
             if self.reload is not None:  # what was handed over belongs to the caller: only our hold on it ends
                 buffers += len(leaves)
                 nbytes += sum(leaf.nbytes for leaf in leaves)
@@ -92,11 +92,10 @@ class Lifecycle:
         if "weights" in tags and "weights" in self.released:
             if self.reload is None:
                 raise EngineError("the weights were handed over, and released: give new ones with update_weights")
-            self.runner.params = _place(self.reload(), self._shapes)
+            self.runner.params = self.runner.placement.place(self.reload())
             leaves = jax.tree.leaves(self.runner.params)
             buffers += len(leaves)
             nbytes += sum(leaf.nbytes for leaf in leaves)
-            self._shapes = None
             self.released.discard("weights")
         if "kv_cache" in tags and "kv_cache" in self.released:
             for name, pool in self.runner.pools.items():
@@ -126,35 +125,24 @@ class Lifecycle:
 
         Returns the version, and the names of parameters that had to be copied because they were placed elsewhere.
         """
-        shapes = self._shapes if self._shapes is not None else jax.tree.map(_abstract, self.runner.params)
-        check_params(self.runner.cfg, params)
-        pairs = list(zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shapes), strict=True))
-        wrong = [f"{path_name(p)} is {new.dtype}, not {old.dtype}" for (p, new), old in pairs if new.dtype != old.dtype]
+        check_params(self.runner.placement.model, params)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        pairs = zip(leaves, self._dtypes, strict=True)
+        wrong = [f"{path_name(path)} is {new.dtype}, not {old}" for (path, new), old in pairs if new.dtype != old]
         if wrong:
             raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
-        placed = _place(params, shapes)
+        placed = self.runner.placement.place(params)
         copied = [
             path_name(path)
-            for ((path, new), _), now in zip(pairs, jax.tree.leaves(placed), strict=True)
+            for (path, new), now in zip(leaves, jax.tree.leaves(placed), strict=True)
             if not isinstance(new, Array) or new.sharding != now.sharding
         ]
         self.version = version if version is not None else _next_version(self.version)
         self.runner.params = placed
         self.reload = reload
-        self._shapes = None
         self.released.discard("weights")
         self.scheduler.set_epoch(self.version)
         return self.version, copied
-
-
-def _place(params: Params, shapes: Any) -> Params:
-    """``params`` where the ones of ``shapes`` were, so that no step compiles again; not copied if they are there."""
-    placed: Params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, shapes)
-    return placed
-
-
-def _abstract(array: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def _next_version(version: str) -> str:

@@ -42,11 +42,6 @@ class PagedKV:
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-def default_sharding() -> Sharding:
-    """Where weights and pools are placed: the first device."""
-    return SingleDeviceSharding(jax.devices()[0])
-
-
 @functools.cache
 def _allocator(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable[[], Array]:
     """A compiled function that gives a zeroed buffer at its place: the same function each time, compiled once.
@@ -62,9 +57,15 @@ class Pool:
     ``buffers`` is donated to a step and must be replaced by what the step gives back.
     """
 
-    def __init__(self, layout: PagedKV, layers: int, tokens: int, page_size: int) -> None:
-        """Allocate ``layers`` buffers for ``tokens`` tokens (a multiple of ``page_size``) and the padding page."""
+    def __init__(
+        self, layout: PagedKV, layers: int, tokens: int, page_size: int, sharding: Sharding | None = None
+    ) -> None:
+        """Allocate ``layers`` buffers for ``tokens`` tokens (a multiple of ``page_size``) and the padding page.
+
+        ``sharding``: where they lie; None: on the first device.
+        """
         self.layout = layout
+        self.sharding = sharding if sharding is not None else SingleDeviceSharding(jax.devices()[0])
         self.layers = layers
         self.page_size = page_size
         self.pages = tokens // page_size + 1
@@ -99,7 +100,7 @@ class Pool:
     def allocate(self) -> None:
         """Allocate the buffers, zeroed. Does nothing when they are there; compiles nothing the second time."""
         if self._buffers is None:
-            zeros = _allocator(self.shape, self.layout.dtype, default_sharding())
+            zeros = _allocator(self.shape, self.layout.dtype, self.sharding)
             self._buffers = [zeros() for _ in range(self.layers)]
 
     def free(self) -> int:

@@ -2,7 +2,8 @@
 
 from rootcellar.runner.batch import Batch, Part, Shapes
 from rootcellar.runner.compiles import CompileCounter
+from rootcellar.runner.placement import Placement
 from rootcellar.runner.runner import Runner
 from rootcellar.runner.sampler import SamplingBatch
 
-__all__ = ["Batch", "CompileCounter", "Part", "Runner", "SamplingBatch", "Shapes"]
+__all__ = ["Batch", "CompileCounter", "Part", "Placement", "Runner", "SamplingBatch", "Shapes"]

@@ -19,9 +19,10 @@ from rootcellar.models.config import ModelConfig
 from rootcellar.models.decoder import forward, logits
 from rootcellar.models.params import Params
 from rootcellar.ops.attention import paged_attention
-from rootcellar.pools import Pool, default_sharding
+from rootcellar.pools import Pool
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
+from rootcellar.runner.placement import Placement
 
 # Positions scored at a time when prompt logprobs are asked for: bounds the memory of [positions, vocabulary].
 _SCORED = 64
@@ -36,7 +37,7 @@ class Runner:
 
     def __init__(
         self,
-        cfg: ModelConfig,
+        placement: Placement,
         params: Params,
         kinds: Sequence[Kind],
         pools: dict[str, Pool],
@@ -45,14 +46,13 @@ class Runner:
         shapes: Shapes,
         table_width: int,
     ) -> None:
-        self.cfg = cfg
-        # Placed outright, without a copy: arrays that come later (after an optimiser's step, say) get the same place, and
-        # no step compiles again because theirs was left open.
-        self.params = jax.device_put(params, default_sharding())
+        cfg = self.cfg = placement.served
+        self.placement = placement
+        self.params = placement.place(params)
         self.pools = pools
         self.shapes = shapes
         self.table_width = table_width
-        attend = paged_attention(backend)
+        attend = placement.local(paged_attention(backend))
         where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
 
         def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
@@ -65,7 +65,8 @@ class Runner:
                 return out.astype(q.dtype)
 
             hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
-            return buffers, logits(params, cfg, hidden[last]), hidden
+            hidden = placement.everywhere(hidden)
+            return buffers, placement.everywhere(logits(params, cfg, hidden[last])), hidden
 
         self._step = jax.jit(step, donate_argnums=1)
         self._sample = jax.jit(sampler.sample)

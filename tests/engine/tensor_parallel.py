@@ -1,0 +1,37 @@
+"""Run by test_tensor_parallel.py in a process with four virtual devices: answers of one checkpoint at one tp_size.
+
+python tensor_parallel.py FOLDER TP_SIZE  <  prompts as JSON   >  {"output_ids", "shards", ...} as JSON
+"""
+
+import json
+import sys
+
+import jax
+
+import rootcellar
+
+folder, tp_size = sys.argv[1], int(sys.argv[2])
+prompts = json.load(sys.stdin)
+settings = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+with rootcellar.Engine(
+    model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=64,
+    max_running_requests=16, compilation_cache_dir="off",
+) as engine:  # fmt: skip
+    answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
+    engine.check()
+    compiled = engine.stats()["compilations"]
+    engine.release_memory_occupation("kv_cache")
+    engine.resume_memory_occupation()
+    again = engine.generate(input_ids=prompts, sampling_params=settings)
+    pool = engine._parts.runner.pools["full"].buffers[0]
+    json.dump(
+        {
+            "devices": jax.device_count(),
+            "output_ids": [[r["output_ids"] for r in run] for run in (*answers, again)],
+            "cached": [r["meta_info"]["cached_tokens"] for r in answers[1]],
+            "pool": list(pool.shape),
+            "on_each_device": sorted({tuple(s.data.shape) for s in pool.addressable_shards}),
+            "compiled_by_rebuild": engine.stats()["compilations"] - compiled,
+        },
+        sys.stdout,
+    )
