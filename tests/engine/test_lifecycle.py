@@ -215,3 +215,47 @@ def test_unknown_tags_and_modes(engine):
         engine.release_memory_occupation("kv_cache", mode="now")
     with pytest.raises(ConfigError, match="in_place"):
         engine.pause_generation("softly")
+
+
+def test_a_hundred_cycles_under_load(tiny_folder):
+    """Drop and rebuild while callers generate: the same tokens, nothing compiled, nothing grows."""
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
+    ) as engine:
+        prompts = [PROMPT[: 20 + 9 * i] for i in range(4)]
+        expected = [ask(engine, p, max_new_tokens=30)["output_ids"] for p in prompts]
+        engine.warm_up()
+        for preserve in (True, False):
+            engine.release_memory_occupation("kv_cache", preserve=preserve)
+            engine.resume_memory_occupation()
+        compiled, before = engine.stats()["compilations"], live_bytes()
+        stop = threading.Event()
+        wrong, answered = [], []
+
+        def load(i):
+            while not stop.is_set():
+                try:
+                    result = ask(engine, prompts[i], max_new_tokens=30)
+                except EngineError as error:  # refused while released, and told why
+                    assert "resume_memory_occupation" in str(error)
+                    continue
+                answered.append(i)
+                if result["output_ids"] != expected[i]:
+                    wrong.append(result)
+
+        callers = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+        for caller in callers:
+            caller.start()
+        for cycle in range(100):
+            engine.release_memory_occupation("kv_cache", mode=("wait", "retract")[cycle % 2], preserve=cycle % 3 == 0)
+            engine.resume_memory_occupation()
+            while len(answered) <= cycle and not wrong:
+                time.sleep(0.001)
+        stop.set()
+        for caller in callers:
+            caller.join(timeout=60)
+        assert not wrong
+        assert set(answered) == {0, 1, 2, 3}
+        assert engine.stats()["compilations"] == compiled
+        assert live_bytes() == before
+        check_idle(engine)

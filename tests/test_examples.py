@@ -1,0 +1,22 @@
+"""The examples run as their first lines say, and show what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_rl_rollout():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "rl_rollout.py"], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rounds = done.stdout.split("round ")[1:]
+    assert len(rounds) == 4
+    counts = [int(n) for n in re.findall(r"(\d+) compilations", "".join(rounds[1:]))]
+    assert len(set(counts)) == 1  # after the first round nothing compiles
+    held = [float(x) for x in re.findall(r"([\d.]+) MB in arrays", rounds[-1])]
+    rolled_out, dropped, trained, rebuilt = held
+    assert dropped == trained < rolled_out == rebuilt
