@@ -67,6 +67,11 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
             replay.add_parser(subparsers)
             continue
+        if name == chosen == "plan":
+            from rootcellar.sim import plan_cli
+
+            plan_cli.add_parser(subparsers)
+            continue
         # A usage line of forty options helps nobody; the list below it does.
         subparser = subparsers.add_parser(name, help=command.help, usage=f"rootcellar {name} [options]")
         if name == chosen and command.configure is not None:
@@ -188,6 +193,12 @@ def _replay(args: argparse.Namespace) -> int:
     return replay.run(args)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from rootcellar.sim import plan_cli
+
+    return plan_cli.run(args)
+
+
 def _version(_args: argparse.Namespace) -> int:
     print(f"rootcellar {rootcellar.__version__}")
     for package in ("jax", "jaxlib", "numpy"):
@@ -201,6 +212,7 @@ COMMANDS = {
     "bench": Command("measure prefill, decode and time to first token", _configure_bench, _bench),
     "demo": Command("see the cache at work with the model that ships with the package", None, _demo),
     "replay": Command("replay a trace of requests through the cache, without a model", None, _replay),
+    "plan": Command("how many tokens and requests fit, from a model's config and the hardware", None, _plan),
     "version": Command("print the versions of rootcellar and of what it stands on", None, _version),
 }
 

@@ -22,6 +22,8 @@ Raw = Mapping[str, Any]
 
 STATE_ITEMSIZE = 4
 """Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element of weights and activations, by the name that a config gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class State:
     elements: int
 
     def request_bytes(self, itemsize: int, tp: int) -> int:
-        """Bytes that one device of ``tp`` stores of one request in one layer; ``itemsize`` of the convolution."""
+        """Bytes that one device of ``tp`` stores of one request in one layer; ``itemsize``: the activations'."""
         if self.channels % tp or self.elements % tp:
             raise ConfigError(f"tp={tp} does not divide the recurrent layers' {self.channels} channels")
         conv = self.channels // tp + self.group_channels * max(1, -(-self.groups // tp))
@@ -106,7 +108,10 @@ class Group:
         return len(self.kind.layers) * self.layout.token_elements(tp) * itemsize
 
     def state_bytes(self, itemsize: int, tp: int = 1) -> int:
-        """Bytes that one device stores of one request in all layers of the group, whatever its length; else 0."""
+        """Bytes that one device stores of one request in all layers, if they are recurrent; else 0.
+
+        ``itemsize`` is the activations': a recurrent state does not follow the KV cache's dtype.
+        """
         if not isinstance(self.layout, State):
             return 0
         return len(self.kind.layers) * self.layout.request_bytes(itemsize, tp)
@@ -127,6 +132,11 @@ class Architecture:
     text: Raw
     dtype: str
     context_length: int | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return DTYPES.get(self.dtype, 2)
 
     @property
     def num_layers(self) -> int:
@@ -264,8 +274,8 @@ def _state(text: Raw) -> State:
     size, taps = int(_need(text, "mamba_d_state")), int(_need(text, "mamba_d_conv")) - 1
     if text.get("mamba_n_heads"):
         heads = int(text["mamba_n_heads"])
-        width = text.get("mamba_d_head")
-        inner = inner if width in (None, "auto") else heads * int(width)
+        given = text.get("mamba_d_head")
+        inner = inner if given in (None, "auto") else heads * int(given or 0)
         return State(inner, 2 * size, int(text.get("mamba_n_groups") or 1), taps, inner * size)
     return State(inner, 0, 0, taps, inner * size)
 

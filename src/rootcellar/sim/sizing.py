@@ -93,7 +93,7 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
 
 
 def smallest(costs: Sequence[Cost], rules: Rules) -> int:
-    """Bytes of the least pools that :func:`divide` gives: one page of each kind (or ``max_total_tokens``), two states."""
+    """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and two states."""
     pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     states = MIN_STATES if any(cost.recurrent for cost in costs) else 0
     return _division(costs, rules, max(1, pages), states).nbytes
@@ -118,7 +118,7 @@ def _division(costs: Sequence[Cost], rules: Rules, pages: int, states: int) -> D
 
 
 def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The greatest whole number in ``[low, high]`` for which ``holds``; it holds for ``low`` and, once false, stays so."""
+    """The greatest number in ``[low, high]`` for which ``holds``; it holds for ``low`` and, once false, stays so."""
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from rootcellar.sim.layers import Architecture, Group, Latent, Raw, State, head_dim
 
-_ITEMSIZE = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 # Bytes of a quantised weight: mxfp4 has a scale byte for 32 elements.
 _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
 
@@ -16,7 +15,7 @@ _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
 def weight_bytes(model: Architecture) -> int:
     """Bytes of all weights, over all devices."""
     text = model.text
-    wide = _ITEMSIZE.get(model.dtype, 2.0)
+    wide = float(model.itemsize)
     method = str((text.get("quantization_config") or {}).get("quant_method") or "")
     narrow = _QUANTISED.get(method, wide)
     attention = sum(len(group.kind.layers) * _mixer(group, text) for group in model.groups)

@@ -1,0 +1,393 @@
+"""Capacity from first principles: what a model's KV cache costs, what fits a device, and how many requests that is.
+
+Bytes per token and per request count the model once; budgets, pools and requests are counted on one device of ``tp``.
+Every figure of a :class:`Plan` has its formula, with the numbers in it, under the same name in ``Plan.formulas``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rootcellar.cache.kind import Kind
+from rootcellar.errors import ConfigError
+from rootcellar.sim.layers import Architecture, Group, Latent, head_dim
+from rootcellar.sim.sizing import (
+    Cost,
+    Division,
+    Rules,
+    Widths,
+    activation_bytes,
+    concurrency,
+    concurrency_of,
+    divide,
+    request_pages,
+    smallest,
+)
+from rootcellar.sim.weights import weight_bytes
+from rootcellar.units import gb
+
+KV_DTYPES = {
+    "bfloat16": 2,
+    "bf16": 2,
+    "float16": 2,
+    "float32": 4,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+}
+"""Bytes of one element, by the name of the KV cache's dtype."""
+
+_TILE = 16
+_ROWS = 64  # requests in a decode step
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What to plan for. Sizes in bytes; the names are those of the engine's settings where it has them.
+
+    Attributes:
+        model: the model.
+        kv_cache_dtype: a name in ``KV_DTYPES``, or ``"auto"``: the dtype of the weights.
+        page_size: tokens in a page.
+        tp: devices that one copy of the model is split over.
+        devices: devices in all; ``devices // tp`` copies run.
+        hbm: memory of one device; kv_bytes_per_device: what of it is for the KV cache. At most one of the two.
+        mem_fraction_static: the part of ``hbm`` that weights, activations and KV cache may take.
+        weight_bytes, activation_bytes: of one copy and of one device; None: estimated from the config.
+        max_total_tokens: take so many tokens and no more.
+        request_length: of the requests to count, in tokens; None: the model's context.
+        chunked_prefill_size: tokens of a request that may be in computation (vLLM: max_num_batched_tokens).
+        hicache_ratio: tokens of the host tier for each on the device; hicache_size: or its bytes, for each device.
+    """
+
+    model: Architecture
+    kv_cache_dtype: str = "auto"
+    page_size: int = 16
+    tp: int = 1
+    devices: int = 1
+    hbm: int | None = None
+    kv_bytes_per_device: int | None = None
+    mem_fraction_static: float = 0.9
+    weight_bytes: int | None = None
+    activation_bytes: int | None = None
+    max_total_tokens: int | None = None
+    request_length: int | None = None
+    chunked_prefill_size: int = 8192
+    swa_full_tokens_ratio: float = 1.0
+    mamba_full_memory_ratio: float = 0.9
+    hicache_ratio: float | None = None
+    hicache_size: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = {"page_size": self.page_size, "tp": self.tp, "devices": self.devices}
+        counts |= {"chunked_prefill_size": self.chunked_prefill_size}
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} is not allowed: it must be at least 1")
+        if self.devices % self.tp:
+            raise ConfigError(f"devices={self.devices} is no multiple of tp={self.tp}: each copy takes tp devices")
+        if self.hbm is not None and self.kv_bytes_per_device is not None:
+            raise ConfigError("give hbm or kv_bytes_per_device, not both: the second leaves nothing to derive")
+        if self.hicache_ratio is not None and self.hicache_size is not None:
+            raise ConfigError("give hicache_ratio or hicache_size, not both")
+        if not 0 < self.mem_fraction_static <= 1:
+            raise ConfigError(f"mem_fraction_static={self.mem_fraction_static} is not allowed: it must be in (0, 1]")
+        if not 0 < self.swa_full_tokens_ratio <= 1:
+            raise ConfigError(
+                f"swa_full_tokens_ratio={self.swa_full_tokens_ratio} is not allowed: it must be in (0, 1]"
+            )
+        if self.mamba_full_memory_ratio <= 0:
+            raise ConfigError(f"mamba_full_memory_ratio={self.mamba_full_memory_ratio} must be above 0")
+        if self.kv_cache_dtype not in ("auto", *KV_DTYPES):
+            raise ConfigError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} is unknown: choose from auto, {', '.join(KV_DTYPES)}"
+            )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one cached element."""
+        return self.model.itemsize if self.kv_cache_dtype == "auto" else KV_DTYPES[self.kv_cache_dtype]
+
+    @property
+    def rules(self) -> Rules:
+        """How a budget is divided."""
+        return Rules(
+            self.page_size, self.swa_full_tokens_ratio, self.mamba_full_memory_ratio, self.max_total_tokens
+        )  # fmt: skip
+
+    def costs(self) -> list[Cost]:
+        """What a page of each kind takes on one device."""
+        wide = self.model.itemsize
+        return [
+            Cost(g.kind, g.token_bytes(self.itemsize, self.tp) * self.page_size + g.state_bytes(wide, self.tp))
+            for g in self.model.groups
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The figures. None where the hardware was not given.
+
+    ``bytes_per_token_full``: were every attention layer to keep every token; ``bytes_per_token_hybrid``: what one more
+    token of a long request takes; ``constant_bytes_per_request``: what a long request takes beside that.
+    ``concurrency``: requests of ``request_length`` at once when the budget is divided as they need it;
+    ``concurrency_as_divided``: with the ratios given; ``concurrency_all_full``: were all layers full.
+    """
+
+    bytes_per_token_full: int
+    bytes_per_token_hybrid: int
+    constant_bytes_per_request: int
+    bytes_per_token_per_device: int
+    bytes_per_token_all_devices: int
+    kv_bytes_per_device: int | None = None
+    weight_bytes_per_device: int | None = None
+    activation_bytes_per_device: int | None = None
+    max_total_num_tokens: int | None = None
+    pool_tokens: dict[str, int] | None = None
+    kv_cache_bytes_per_device: int | None = None
+    kv_cache_bytes_all_devices: int | None = None
+    request_length: int | None = None
+    request_bytes_per_device: int | None = None
+    concurrency: float | None = None
+    concurrency_as_divided: float | None = None
+    concurrency_all_full: float | None = None
+    swa_full_tokens_ratio_for_request: float | None = None
+    replicas: int = 1
+    host_tokens: int | None = None
+    host_bytes_per_device: int | None = None
+    hicache_ratio: float | None = None
+    formulas: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures and formulas as plain values."""
+        return dataclasses.asdict(self)
+
+
+def plan(ask: Ask) -> Plan:
+    """All figures that ``ask`` gives grounds for.
+
+    Raises ``ConfigError`` when tp does not suit the model or nothing fits; the message has the numbers.
+    """
+    figures, formulas = _per_token(ask)
+    budget, spent = _budget(ask, formulas)
+    if budget is None and ask.max_total_tokens is None:
+        return Plan(**figures, formulas=formulas)
+    costs = ask.costs()
+    if budget is None:  # the pools that max_total_tokens asks for, whatever the device
+        budget = smallest(costs, ask.rules)
+        formulas["kv_bytes_per_device"] = "as much as max_total_tokens takes"
+    division = divide(costs, ask.rules, budget)
+    if division is None:
+        raise ConfigError(
+            f"Not enough memory: {gb(budget)} GB are left for the KV cache of a device, and the smallest one takes "
+            f"{gb(smallest(costs, ask.rules))} GB. Raise mem_fraction_static, hbm or tp, or lower max_total_tokens."
+        )
+    figures |= {"kv_bytes_per_device": budget, "replicas": ask.devices // ask.tp, **spent}
+    figures |= _pools(ask, costs, division, formulas)
+    figures |= _requests(ask, costs, division, budget, formulas)
+    figures |= _host(ask, division, formulas)
+    return Plan(**figures, formulas=formulas)
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def _per_token(ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
+    size, wide, groups = ask.itemsize, ask.model.itemsize, ask.model.groups
+    tokens = [g for g in groups if g.token_bytes(size)]
+    always = [g for g in tokens if g.kind.rule == "full"]
+    spans = [g for g in tokens if g.kind.rule != "full"]
+    states = [g for g in groups if g.state_bytes(wide)]
+    per_device = sum(g.token_bytes(size, ask.tp) for g in groups)
+    figures = {
+        "bytes_per_token_full": sum(g.token_bytes(size) for g in tokens),
+        "bytes_per_token_hybrid": sum(g.token_bytes(size) for g in always),
+        "constant_bytes_per_request": sum(g.kind.span * g.token_bytes(size) for g in spans)
+        + sum(g.state_bytes(wide) for g in states),
+        "bytes_per_token_per_device": per_device,
+        "bytes_per_token_all_devices": per_device * ask.tp,
+    }
+
+    def elements(group: Group) -> str:
+        return f"{len(group.kind.layers)} layers x {group.layout.formula()}"
+
+    def constant(group: Group) -> str:
+        if group in states:
+            return elements(group)
+        return f"{group.kind.span} tokens x {elements(group)} x {size} bytes"
+
+    replicated = any(isinstance(g.layout, Latent) for g in tokens)
+    formulas = {
+        "bytes_per_token_full": " + ".join(f"{elements(g)} x {size} bytes" for g in tokens),
+        "bytes_per_token_hybrid": " + ".join(f"{elements(g)} x {size} bytes" for g in always)
+        or "0: no layer keeps every token",
+        "constant_bytes_per_request": " + ".join(map(constant, [*spans, *states]))
+        or "0: every layer keeps every token",
+        "bytes_per_token_per_device": f"the KV heads over tp={ask.tp} devices; fewer heads than devices are repeated"
+        if not replicated
+        else f"every one of tp={ask.tp} devices keeps the whole latent: it has no heads to split",
+        "bytes_per_token_all_devices": f"{per_device} x {ask.tp} devices",
+    }
+    return figures, formulas
+
+
+def _budget(ask: Ask, formulas: dict[str, str]) -> tuple[int | None, dict[str, int]]:
+    """Bytes for the KV cache on one device, and what they were derived from."""
+    if ask.kv_bytes_per_device is not None:
+        formulas["kv_bytes_per_device"] = "given"
+        return ask.kv_bytes_per_device, {}
+    if ask.hbm is None:
+        return None, {}
+    total = ask.weight_bytes if ask.weight_bytes is not None else weight_bytes(ask.model)
+    weights = -(-total // ask.tp)
+    active = ask.activation_bytes
+    if active is None:
+        active = activation_bytes(
+            _widths(ask), ask.chunked_prefill_size, -(-ask.chunked_prefill_size // _TILE), _ROWS
+        )  # fmt: skip
+    formulas["weight_bytes_per_device"] = (
+        f"{gb(total)} GB {'given' if ask.weight_bytes is not None else 'counted from the config'} / tp={ask.tp}"
+    )
+    formulas["activation_bytes_per_device"] = (
+        "given"
+        if ask.activation_bytes is not None
+        else f"estimated for a prefill of {ask.chunked_prefill_size} tokens; the engine measures it"
+    )
+    formulas["kv_bytes_per_device"] = (
+        f"{gb(ask.hbm)} GB x {ask.mem_fraction_static} - {gb(weights)} GB weights - {gb(active)} GB activations"
+    )
+    budget = int(ask.hbm * ask.mem_fraction_static) - weights - active
+    return budget, {"weight_bytes_per_device": weights, "activation_bytes_per_device": active}
+
+
+def _widths(ask: Ask) -> Widths:
+    text, tp = ask.model.text, ask.tp
+    heads = -(-int(text["num_attention_heads"]) // tp)
+    kv_heads = -(-int(text.get("num_key_value_heads") or text["num_attention_heads"]) // tp)
+    inner = max(int(text.get(name) or 0) for name in ("intermediate_size", "intermediate_size_mlp"))
+    return Widths(
+        hidden=int(text["hidden_size"]),
+        intermediate=-(-inner // tp),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim(text),
+        vocab=int(text["vocab_size"]),
+    )
+
+
+def _pools(ask: Ask, costs: Sequence[Cost], division: Division, formulas: dict[str, str]) -> dict[str, Any]:
+    tokens = {c.kind.name: division.pages[c.kind.name] * (1 if c.recurrent else ask.page_size) for c in costs}
+    parts = [f"({division.pages[c.kind.name]} + 1) x {c.page_bytes}" for c in costs]
+    formulas["max_total_num_tokens"] = (
+        f"the most whole pages of {ask.page_size} whose pools fit into kv_bytes_per_device"
+        + (f", swa_full_tokens_ratio={ask.swa_full_tokens_ratio}" if _windows(costs) else "")
+        + (f", mamba_full_memory_ratio={ask.mamba_full_memory_ratio}" if any(c.recurrent for c in costs) else "")
+        + (f", at most max_total_tokens={ask.max_total_tokens}" if ask.max_total_tokens else "")
+    )
+    formulas["pool_tokens"] = "by kind; states for recurrent layers"
+    formulas["kv_cache_bytes_per_device"] = " + ".join(parts) + " (pages, one of them padding, x bytes of a page)"
+    formulas["kv_cache_bytes_all_devices"] = f"{division.nbytes} x {ask.tp} devices"
+    return {
+        "max_total_num_tokens": division.tokens,
+        "pool_tokens": tokens,
+        "kv_cache_bytes_per_device": division.nbytes,
+        "kv_cache_bytes_all_devices": division.nbytes * ask.tp,
+    }
+
+
+def _windows(costs: Sequence[Cost]) -> list[Kind]:
+    """The windowed kinds, where there is a full one beside them."""
+    if not any(c.kind.rule == "full" for c in costs):
+        return []
+    return [c.kind for c in costs if c.kind.rule in ("sliding_window", "chunked_local")]
+
+
+def _requests(
+    ask: Ask, costs: Sequence[Cost], division: Division, budget: int, formulas: dict[str, str]
+) -> dict[str, Any]:
+    length = ask.request_length or ask.model.context_length
+    if length is None:
+        return {}
+    page, inflight = ask.page_size, ask.chunked_prefill_size
+    needs = {c.kind.name: request_pages(c.kind, page, length, inflight) for c in costs}
+    one = sum(needs[c.kind.name] * c.page_bytes for c in costs)
+    everything = [Cost(Kind(c.kind.name, c.kind.layers, "full"), c.page_bytes) for c in costs if not c.recurrent]
+    windows = _windows(costs)
+    full_pages = -(-length // page)
+    formulas["request_bytes_per_device"] = " + ".join(f"{needs[c.kind.name]} x {c.page_bytes}" for c in costs) + (
+        f" (pages x bytes of a page; a window holds its span and {inflight} tokens in computation)" if windows else ""
+    )
+    formulas["concurrency"] = f"{budget} / {one}"
+    formulas["concurrency_as_divided"] = "least of " + ", ".join(
+        f"{division.pages[name]} / {need}" for name, need in needs.items()
+    )
+    formulas["concurrency_all_full"] = f"{budget} / ({full_pages} pages x {sum(c.page_bytes for c in everything)})"
+    figures = {
+        "request_length": length,
+        "request_bytes_per_device": one,
+        "concurrency": concurrency(costs, page, length, inflight, budget),
+        "concurrency_as_divided": concurrency_of(division, costs, page, length, inflight),
+        "concurrency_all_full": concurrency(everything, page, length, inflight, budget),
+    }
+    if windows:
+        widest = max(needs[kind.name] for kind in windows)
+        figures["swa_full_tokens_ratio_for_request"] = min(1.0, widest / full_pages)
+        formulas["swa_full_tokens_ratio_for_request"] = f"{widest} / {full_pages} pages: what such requests hold"
+    return figures
+
+
+def _host(ask: Ask, division: Division, formulas: dict[str, str]) -> dict[str, Any]:
+    if ask.hicache_size is not None:
+        ratio = ask.hicache_size / division.nbytes
+        formulas["hicache_ratio"] = f"{ask.hicache_size} / {division.nbytes} bytes"
+    elif ask.hicache_ratio is not None:
+        ratio = ask.hicache_ratio
+        formulas["hicache_ratio"] = "given"
+    else:
+        return {}
+    formulas["host_tokens"] = f"{ratio:.4g} x {division.tokens}, in whole pages"
+    formulas["host_bytes_per_device"] = f"{ratio:.4g} x {division.nbytes}"
+    return {
+        "hicache_ratio": ratio,
+        "host_tokens": int(division.tokens * ratio) // ask.page_size * ask.page_size,
+        "host_bytes_per_device": int(division.nbytes * ratio),
+    }
+
+
+# --- what if ----------------------------------------------------------------------------------------------------------
+
+
+def what_if(ask: Ask) -> list[tuple[str, Plan]]:
+    """The plan with one thing changed at a time: dtype, tp, window. What does not fit is left out."""
+    rows = []
+    for label, changed in _changes(ask):
+        try:
+            rows.append((label, plan(changed)))
+        except ConfigError:  # this tp does not suit the model, or nothing fits: no row
+            continue
+    return rows
+
+
+def _changes(ask: Ask) -> Iterator[tuple[str, Ask]]:
+    for name in ("float32", "bfloat16", "fp8_e4m3"):
+        if KV_DTYPES[name] != ask.itemsize:
+            yield f"kv_cache_dtype={name}", replace(ask, kv_cache_dtype=name)
+    for tp in (ask.tp // 2, ask.tp * 2):
+        if tp:
+            yield f"tp={tp}", replace(ask, tp=tp, devices=max(ask.devices, tp))
+    spanned = [g for g in ask.model.groups if g.kind.span]
+    if not spanned:
+        return
+    half = max(1, spanned[0].kind.span // 2)
+    yield f"window={half}", _with_kinds(ask, lambda kind: replace(kind, span=half) if kind.span else kind)
+    yield "all layers full", _with_kinds(ask, lambda kind: replace(kind, rule="full", span=0) if kind.span else kind)
+    suits = plan(ask).swa_full_tokens_ratio_for_request
+    if suits is not None and suits != ask.swa_full_tokens_ratio:
+        yield f"swa_full_tokens_ratio={suits:.4g}", replace(ask, swa_full_tokens_ratio=suits)
+
+
+def _with_kinds(ask: Ask, change: Callable[[Kind], Kind]) -> Ask:
+    groups = tuple(replace(group, kind=change(group.kind)) for group in ask.model.groups)
+    return replace(ask, model=replace(ask.model, groups=groups))

@@ -1,0 +1,210 @@
+"""``rootcellar plan``: how much KV cache fits, before anything is bought, downloaded or started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rootcellar.errors import ConfigError
+from rootcellar.sim.layers import Architecture, read_architecture
+from rootcellar.sim.plan import KV_DTYPES, Ask, Plan, plan, what_if
+from rootcellar.sim.presets import PRESETS
+from rootcellar.units import gb, parse_bytes
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the ``plan`` command to an argparse collection of subcommands."""
+    presets = ", ".join(PRESETS)
+    parser = subparsers.add_parser(
+        "plan",
+        help="how many tokens and requests fit, from a model's config and the hardware",
+        usage="rootcellar plan MODEL [options]",
+        description="Capacity of the KV cache from first principles, each figure with its formula. Without --hbm, "
+        "--kv-bytes-per-device or --max-total-tokens: the bytes per token and per request alone.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"A config.json, a model folder, or one of {presets}.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument("--devices", type=int, metavar="N", help="Devices in all [default: tp].")
+    hardware.add_argument("--tp", type=int, metavar="N", help="Devices for one copy of the model [default: devices].")
+    hardware.add_argument("--hbm", metavar="SIZE", help="Memory of one device, as 141GB or 80GiB.")
+    hardware.add_argument(
+        "--mem-fraction",
+        "--mem-fraction-static",
+        dest="mem_fraction_static",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help="The part of it for weights, activations and KV cache [default: %(default)s].",
+    )
+    hardware.add_argument("--weight-bytes", metavar="SIZE", help="Of one copy of the model [default: from the config].")
+    hardware.add_argument("--activation-bytes", metavar="SIZE", help="Of one device [default: estimated].")
+    hardware.add_argument("--kv-bytes-per-device", metavar="SIZE", help="Instead of --hbm: what the KV cache gets.")
+    cache = parser.add_argument_group("cache")
+    names = ", ".join(KV_DTYPES)
+    cache.add_argument("--kv-cache-dtype", default="auto", metavar="NAME", help=f"auto, {names} [default: auto].")
+    cache.add_argument("--page-size", type=int, default=16, metavar="N", help="Tokens in a page [default: 16].")
+    cache.add_argument("--max-total-tokens", type=int, metavar="N", help="Take so many tokens and no more.")
+    cache.add_argument("--window", type=int, metavar="N", help="Another window (or chunk) than the model's, in tokens.")
+    cache.add_argument(
+        "--swa-full-tokens-ratio",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="Tokens of windowed layers for each of the full ones [default: %(default)s].",
+    )
+    cache.add_argument(
+        "--mamba-full-memory-ratio",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help="Bytes of recurrent states for each byte of the rest [default: %(default)s].",
+    )
+    cache.add_argument("--hicache-ratio", type=float, metavar="X", help="Host tokens for each on the device.")
+    cache.add_argument("--hicache-size", metavar="SIZE", help="Instead: host memory for each device.")
+    load = parser.add_argument_group("requests")
+    load.add_argument(
+        "--request-length",
+        "--context",
+        dest="request_length",
+        type=int,
+        metavar="N",
+        help="Tokens of a request, prompt and answer [default: the model's context].",
+    )
+    load.add_argument(
+        "--chunked-prefill-size",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="Tokens in computation at a time (vLLM: max_num_batched_tokens) [default: %(default)s].",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``rootcellar plan``. Raises ``ConfigError`` for a wrong option, an unknown model, or when nothing fits."""
+    for name in ("max_total_tokens", "request_length", "window"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            raise ConfigError(f"{name}={vars(args)[name]} is not allowed: it must be at least 1")
+    ask = _ask(args, read_architecture(_config(args.model), window=args.window))
+    figures = plan(ask)
+    rows = [("as asked", figures), *what_if(ask)]
+    if args.json:
+        answer = {"model": args.model, "groups": _groups(ask), **figures.as_dict()}
+        answer["what_if"] = [{"change": label, **_short(row)} for label, row in rows[1:]]
+        print(json.dumps(answer))
+    else:
+        _print(args.model, ask, figures, rows)
+    return 0
+
+
+def _ask(args: argparse.Namespace, model: Architecture) -> Ask:
+    tp = args.tp or args.devices or 1
+    sizes = ("hbm", "kv_bytes_per_device", "weight_bytes", "activation_bytes", "hicache_size")
+    return Ask(
+        model,
+        kv_cache_dtype=args.kv_cache_dtype,
+        page_size=args.page_size,
+        tp=tp,
+        devices=args.devices or tp,
+        mem_fraction_static=args.mem_fraction_static,
+        max_total_tokens=args.max_total_tokens,
+        request_length=args.request_length,
+        chunked_prefill_size=args.chunked_prefill_size,
+        swa_full_tokens_ratio=args.swa_full_tokens_ratio,
+        mamba_full_memory_ratio=args.mamba_full_memory_ratio,
+        hicache_ratio=args.hicache_ratio,
+        **{name: None if vars(args)[name] is None else parse_bytes(vars(args)[name], name) for name in sizes},
+    )
+
+
+def _config(model: str) -> dict[str, Any]:
+    """The config that ``model`` names: a preset, a file, or a folder with ``config.json``."""
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        presets = ", ".join(PRESETS)
+        raise ConfigError(
+            f"{model!r} is no preset and cannot be read ({error.strerror}): give a config.json, or one of {presets}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds {type(config).__name__}, not an object")
+    return config
+
+
+def _groups(ask: Ask) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": group.kind.name,
+            "rule": group.kind.rule,
+            "span": group.kind.span,
+            "layers": len(group.kind.layers),
+            "bytes_per_token": group.token_bytes(ask.itemsize),
+            "state_bytes_per_request": group.state_bytes(ask.model.itemsize),
+        }
+        for group in ask.model.groups
+    ]
+
+
+_SHORT = (
+    "bytes_per_token_full",
+    "bytes_per_token_hybrid",
+    "constant_bytes_per_request",
+    "max_total_num_tokens",
+    "concurrency",
+    "concurrency_as_divided",
+)
+
+
+def _short(figures: Plan) -> dict[str, Any]:
+    values = figures.as_dict()
+    return {name: values[name] for name in _SHORT}
+
+
+def _print(model: str, ask: Ask, figures: Plan, rows: Sequence[tuple[str, Plan]]) -> None:
+    print(f"{model}: {ask.model.num_layers} layers, tp={ask.tp}, pages of {ask.page_size} tokens")
+    for group in _groups(ask):
+        span = f" of {group['span']} tokens" if group["span"] else ""
+        each = group["bytes_per_token"] or group["state_bytes_per_request"]
+        unit = "token" if group["bytes_per_token"] else "request"
+        print(f"  {group['layers']:>3} layers {group['rule']}{span}: {each:,} bytes per {unit}")
+    print()
+    for name, value in figures.as_dict().items():
+        if value is not None and name != "formulas" and not (name == "replicas" and value == 1):
+            formula = figures.formulas.get(name)
+            print(f"{name:<34} {_shown(name, value):>24}" + (f"  = {formula}" if formula else ""))
+    print("\nwhat if")
+    heads = ("", "bytes/token", "hybrid", "constant/request", "tokens", "concurrency", "as divided")
+    table = [heads] + [(label, *(_shown(*item) for item in _short(row).items())) for label, row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+    for line in table:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
+    if figures.concurrency is not None:
+        print(
+            "\nconcurrency: when the memory is divided as such requests need it; as divided: with the ratios above, "
+            "where the kind that runs out first decides."
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} {count:,}" for kind, count in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+    if "bytes" in name and value >= 10**8:
+        return f"{value:,} ({gb(value)} GB)"
+    return f"{value:,}"
