@@ -151,15 +151,18 @@ def _attend_xla(
         top, total, out = carry
         pages = lax.dynamic_slice_in_dim(tables, i * per_block, per_block, axis=1)
         kv = pool[pages].astype(jnp.float32)  # [n, per_block, 2, kv_heads, page_size, head_dim]
+        # Slots that nobody has written for this row hold what an earlier owner left, which may be anything: a weight of
+        # zero does not silence a NaN.
+        at = i * block + jnp.arange(block).reshape(per_block, page_size)
+        written = at[None] <= jnp.max(positions, axis=1)[:, None, None]  # [n, per_block, page_size]
+        v = jnp.where(written[:, :, None, :, None], kv[:, :, 1], 0.0)
         s = jnp.einsum("nthgd,nbhpd->nhgtbp", q, kv[:, :, 0]).reshape(n, kv_heads, group, tile, block)
         seen = (i * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [n, tile, block]
         s = jnp.where(seen[:, None, None], s, _MASKED)
         new_top = jnp.maximum(top, jnp.max(s, axis=-1))
         p = jnp.where(seen[:, None, None], jnp.exp(s - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
-        values = jnp.einsum(
-            "nhgtbp,nbhpd->nhgtd", p.reshape(n, kv_heads, group, tile, per_block, page_size), kv[:, :, 1]
-        )
+        values = jnp.einsum("nhgtbp,nbhpd->nhgtd", p.reshape(n, kv_heads, group, tile, per_block, page_size), v)
         return new_top, total * keep + jnp.sum(p, axis=-1), out * keep[..., None] + values
 
     shape = (n, kv_heads, group, tile)
