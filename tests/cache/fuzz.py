@@ -1,21 +1,29 @@
-"""A seeded fuzz run: ``python tests/cache/fuzz.py STEPS [SEED]``. Every failure prints the seed that repeats it."""
+"""A seeded fuzz run: ``python tests/cache/fuzz.py STEPS [SEED [replay]]``.
+
+A failure names the seed and the world that repeat it. ``replay`` prints a hash of all states instead.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
+from hashlib import sha256
 
 from world import World
 
 STEPS_PER_WORLD = 200
 
 
+def world_of(seed: int, number: int) -> World:
+    rng = random.Random(f"{seed}/{number}")
+    return World(lambda n: int(rng.random() * n))
+
+
 def run(steps: int, seed: int) -> int:
     """Worlds of 200 steps each until ``steps`` are done; the number of worlds."""
     done = worlds = 0
     while done < steps:
-        rng = random.Random(f"{seed}/{worlds}")
-        world = World(lambda n, rng=rng: int(rng.random() * n))
+        world = world_of(seed, worlds)
         try:
             for _ in range(STEPS_PER_WORLD):
                 world.step()
@@ -28,7 +36,21 @@ def run(steps: int, seed: int) -> int:
     return worlds
 
 
+def replayed(worlds: int, seed: int) -> str:
+    """A hash of every state that the worlds of a seed go through: the same in every process."""
+    states = sha256()
+    for number in range(worlds):
+        world = world_of(seed, number)
+        for _ in range(STEPS_PER_WORLD):
+            world.step()
+            states.update(world.state().encode())
+    return states.hexdigest()
+
+
 if __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10000
     first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    print(f"{run(count, first)} worlds, {count} steps, seed {first}: every check held")
+    if sys.argv[3:] == ["replay"]:
+        print(replayed(count // STEPS_PER_WORLD, first))
+    else:
+        print(f"{run(count, first)} worlds, {count} steps, seed {first}: every check held")

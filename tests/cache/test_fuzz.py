@@ -17,6 +17,12 @@ def test_random_worlds_shrunk_by_hypothesis(data):
         world.step()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_worlds_by_seed(seed):
-    fuzz.run(steps=5_000, seed=seed)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hundred_thousand_steps_by_seed(seed):
+    fuzz.run(steps=20_000, seed=seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_a_long_night():
+    fuzz.run(steps=1_000_000, seed=20_26)

@@ -361,6 +361,12 @@ class World:
     ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close,
                finish, finish, finish, finish, found, lost, control)  # fmt: skip
 
+    def state(self) -> str:
+        """All that the cache holds, in an order that does not depend on the process."""
+        entries = sorted((*map(str, entry[:3]), entry[3], entry[4]) for entry in self.entries())
+        tables = [table.tolist() for table in self.cache.tables.by_kind]
+        return repr((entries, tables, self.cache.stats(), [str(run.lease) for run in self.running]))
+
     def step(self) -> None:
         """One action, chosen by ``pick``, and a check."""
         if self.pick(400) == 0:

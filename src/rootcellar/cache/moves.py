@@ -81,8 +81,8 @@ class Flight:
     """A move under way, as the tree sees it: pages ``[start, node.end)`` of one kind, on the path to ``node``.
 
     ``node`` is the lowest node; when it is split, the parts above are found by climbing to ``start``. ``held`` says
-    that the flight holds its place and its source; what is written down from the device is read at once. ``node`` is None when the
-    place was thrown away meanwhile.
+    that the flight holds its place and its source; what is written down from the device is read at once and is not.
+    ``node`` is None when the place was thrown away meanwhile.
     """
 
     __slots__ = ("dst", "held", "id", "kind_index", "node", "slots", "src", "start", "waiters")

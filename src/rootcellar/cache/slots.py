@@ -15,27 +15,29 @@ class SlotAllocator:
     are a stack in one int32 array: taking or returning ``k`` pages copies ``k`` numbers, whatever the pool's size.
     """
 
-    __slots__ = ("_stack", "free_pages", "page_size", "pages")
+    __slots__ = ("_stack", "_top", "free_pages", "page_size", "pages")
 
     def __init__(self, size: int, page_size: int) -> None:
         self.page_size = page_size
         self.pages = size // page_size
-        # Reversed, so that a fresh pool hands out 1, 2, 3, ... once each slice is flipped.
-        self._stack: Pages = np.arange(self.pages, 0, -1, dtype=np.int32)
+        self._stack: Pages = np.arange(1, self.pages + 1, dtype=np.int32)
+        self._top = 0  # the free pages are _stack[_top:], the next to be taken first
         self.free_pages = self.pages
 
     def take(self, count: int) -> Pages:
         """``count`` pages, int32 ``[count]``. The caller has seen to it that ``free_pages >= count``."""
-        top = self.free_pages
-        self.free_pages = top - count
-        return self._stack[top - count : top][::-1].copy()
+        top = self._top
+        self._top = top + count
+        self.free_pages -= count
+        return self._stack[top : top + count].copy()
 
     def give(self, pages: Pages) -> None:
         """Return pages taken before; the first of them is the next to be taken."""
-        top = self.free_pages
-        self.free_pages = top + len(pages)
-        self._stack[top : self.free_pages] = pages[::-1]
+        top = self._top
+        self._top = top - len(pages)
+        self.free_pages += len(pages)
+        self._stack[self._top : top] = pages
 
     def free_list(self) -> Pages:
-        """A copy of the free pages, next to be taken last (for ``check``)."""
-        return self._stack[: self.free_pages].copy()
+        """A copy of the free pages, next to be taken first (for ``check``)."""
+        return self._stack[self._top :].copy()

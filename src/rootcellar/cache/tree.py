@@ -359,7 +359,10 @@ class Tree:
 
     def dead(self, node: Node) -> bool:
         """Whether no boundary in or below the node can be reached: a full-attention kind is nowhere to be had."""
-        return any(not self.holds_any(node, k) for k in self.fulls)
+        for shelf in self.full_shelves:
+            if node.entries[shelf.index] is None and not self.holds_any(node, shelf.kind_index):
+                return True
+        return False
 
     def refresh(self, node: Node, shelf: Shelf) -> None:
         """Recount what may leave of an entry after its pages, pins or holds changed, and queue it if something may."""

@@ -1,0 +1,60 @@
+"""Costs that must not grow: eviction with the number of leaves, allocation with the pool."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from rootcellar.cache import Done, Found, Key, RadixCache, SlotAllocator, Tier, full
+from rootcellar.cache.evict import make_room
+
+
+def fastest(action, repeat: int = 400) -> float:
+    """Median seconds of an action."""
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def with_leaves(count: int) -> RadixCache:
+    sizes = {("full", Tier.DEVICE): count, ("full", Tier.STORAGE): count}
+    cache = RadixCache([full("full")], page_size=1, capacity=sizes, max_leases=1, max_length=4)
+    for i in range(count):
+        cache.learn(Found(Key([i]), Tier.STORAGE))
+    return cache
+
+
+def test_evicting_one_leaf_costs_the_same_among_many():
+    cost = {}
+    for leaves in (1_000, 30_000):
+        cache = with_leaves(leaves)
+        (shelf,) = (shelf for shelf in cache._tree.shelves if shelf.tier is Tier.STORAGE)
+
+        def evict_one(cache=cache, shelf=shelf):
+            assert make_room(cache._tree, shelf, shelf.slots.free_pages + 1)
+
+        cost[leaves] = fastest(evict_one)
+        cache.check()
+    assert cost[30_000] < 2.5 * cost[1_000], cost
+
+
+def test_taking_and_giving_a_slot_costs_the_same_in_any_pool():
+    cost = {}
+    for size in (10_000, 10_000_000):
+        slots = SlotAllocator(size, 1)
+        slots.give(slots.take(1))
+        cost[size] = fastest(lambda slots=slots: slots.give(slots.take(1)), repeat=2000)
+    assert cost[10_000_000] < 2.5 * cost[10_000], cost
+
+
+def test_a_decode_step_is_one_allocation():
+    cache = RadixCache([full("full")], page_size=1, capacity={("full", Tier.DEVICE): 4096}, max_length=64)
+    leases = [cache.open(cache.match(Key([i]))) for i in range(256)]
+    assert all(cache.grow_many(leases))
+    assert len(set(cache.tables["full"][1:257, 0].tolist())) == 256
+    assert not cache.moves()
+    cache.learn(Done(1))

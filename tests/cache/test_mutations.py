@@ -1,0 +1,121 @@
+"""Would the suite notice? Each invariant is broken on purpose in a copy, and the fuzz driver must fail on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rootcellar
+
+HERE = Path(__file__).parent
+SOURCE = Path(rootcellar.__file__).parent
+
+# invariant -> file of the cache, what is there, what a careless change would make of it
+MUTATIONS = {
+    "1: evicted pages are not given back": (
+        "evict.py",
+        "    shelf.slots.give(pages)\n",
+        "",
+    ),
+    "1: pages of an aborted request are not given back": (
+        "verbs.py",
+        "        shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])\n",
+        "",
+    ),
+    "2: a held node is evicted": (
+        "tree.py",
+        "evictable = 0 if node.refs else len(entry.pages)",
+        "evictable = len(entry.pages)",
+    ),
+    "2: a pinned window is evicted": (
+        "tree.py",
+        "        if node.covers[k]:\n            return 0\n",
+        "",
+    ),
+    "3: a lease is ready before its copies are done": (
+        "lease.py",
+        "return not self.waits and not self.lost",
+        "return True",
+    ),
+    "3: a window is released a page too early": (
+        "verbs.py",
+        "old, start = lease.starts[k], desk.start_page(k, tokens)",
+        "old, start = lease.starts[k], desk.start_page(k, tokens + desk.tree.page_size)",
+    ),
+    "4: match forgets what a kind needs": (
+        "match.py",
+        "if run <= tree.kinds[k].start(",
+        "if True or run <= tree.kinds[k].start(",
+    ),
+    "4: match counts as use": (
+        "radix.py",
+        "        touch(self._tree, hit)\n",
+        "        touch(self._tree, hit)\n        self._tree.tick += 1\n",
+    ),
+    "5: another prompt's pages are taken for one's own": (
+        "tree.py",
+        "return at // self.page_size if differs[at] else size",
+        "return size",
+    ),
+    "5: a resumed request reads the state it is about to write": (
+        "verbs.py",
+        "    if lease.stepped:\n        read_own_states",
+        "    if True:\n        read_own_states",
+    ),
+    "6: ties are broken by where nodes lie in memory": (
+        "tree.py",
+        "shelf.kind_index), node.id)",
+        "shelf.kind_index), id(node))",
+    ),
+}
+STEPS = 12_000
+SEED = 5
+
+
+def driver(source: Path, *arguments: str, hash_seed: str = "1") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, str(HERE / "fuzz.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
+
+
+def test_the_same_calls_give_the_same_states_in_every_process():
+    first, second = (driver(SOURCE.parent, "4000", "1", "replay", hash_seed=seed) for seed in ("1", "2"))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+
+
+def copy_of_the_cache(folder: Path) -> Path:
+    copy = folder / "rootcellar"
+    copy.mkdir()
+    for part in ("__init__.py", "errors.py", "types.py"):
+        shutil.copy(SOURCE / part, copy)
+    shutil.copytree(SOURCE / "cache", copy / "cache", ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def test_an_unbroken_copy_passes(tmp_path):
+    copy_of_the_cache(tmp_path)
+    done = driver(tmp_path, "2000", str(SEED))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("broken", MUTATIONS)
+def test_a_broken_invariant_is_noticed(broken, tmp_path):
+    name, good, bad = MUTATIONS[broken]
+    path = copy_of_the_cache(tmp_path) / "cache" / name
+    code = path.read_text()
+    assert code.count(good) == 1, f"{name} changed: {good!r} is there {code.count(good)} times; renew this mutation"
+    path.write_text(code.replace(good, bad))
+    if broken.startswith("6"):
+        runs = [driver(tmp_path, "4000", "1", "replay", hash_seed=seed) for seed in ("1", "2", "3")]
+        assert len({run.stdout for run in runs}) > 1, "states did not depend on the process"
+        return
+    done = driver(tmp_path, str(STEPS), str(SEED))
+    assert done.returncode != 0, f"nothing noticed: {done.stdout}"
+    assert f"AssertionError: seed {SEED}, world" in done.stderr, done.stderr
+    assert str(SOURCE) not in done.stderr, "the copy was not what ran"

@@ -1,0 +1,210 @@
+"""The simulator: traces, the offline optimum, the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rootcellar.cli import main
+from rootcellar.errors import ConfigError
+from rootcellar.sim import figure
+from rootcellar.sim.kv_bytes import bytes_per_token
+from rootcellar.sim.replay import Outcome, optimal, replay
+from rootcellar.sim.trace import TraceRequest, parse
+from rootcellar.sim.workloads import WORKLOADS, agents, workload
+
+TRACE = os.environ.get("ROOTCELLAR_TRACE")
+needs_trace = pytest.mark.skipif(
+    not TRACE, reason="ROOTCELLAR_TRACE does not name the Mooncake conversation trace (FAST25-release/traces)"
+)
+
+
+def requests(*prompts: list[int], block: int = 4) -> list[TraceRequest]:
+    return [TraceRequest(tuple(ids), len(ids) * block) for ids in prompts]
+
+
+def test_bad_lines_are_reported_with_their_number_and_the_rest_is_read():
+    good = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}
+    lines = [
+        json.dumps(good),
+        "not json",
+        "",
+        json.dumps(good | {"hash_ids": [0]}),
+        json.dumps({"input_length": 3}),
+        json.dumps(good | {"input_length": 0}),
+        json.dumps(good | {"hash_ids": [0, "x"]}),
+        "[1]",
+        json.dumps(good),
+    ]
+    read, bad = parse(lines)
+    assert len(read) == 2
+    assert [line.line for line in bad] == [2, 4, 5, 6, 7, 8]
+    assert "2 blocks of 512, hash_ids has 1" in bad[1].reason
+    assert "lacks 'hash_ids'" in bad[2].reason
+    assert "not an object" in bad[5].reason
+
+
+def test_block_ids_become_tokens_that_depend_on_the_id_alone():
+    key = TraceRequest((7, 3), 6).key(block=4)
+    assert key.tokens.tolist() == [28, 29, 30, 31, 12, 13]
+
+
+def test_replay_counts_what_the_cache_hits():
+    outcome = replay(requests([0, 1], [0, 1, 2], [5], [0, 1, 2]), capacity=64, page_size=4, block=4)
+    assert (outcome.input_tokens, outcome.hit_tokens, outcome.evicted_tokens) == (36, 20, 0)
+    assert outcome.hit_rate == pytest.approx(20 / 36)
+
+
+def test_replay_pins_what_runs_and_refuses_what_never_fits():
+    prompts = requests([0, 1], [2, 3], [0, 1], [9, 10, 11, 12, 13])
+    alone = replay(prompts, capacity=16, page_size=4, block=4)
+    assert (alone.hit_tokens, alone.refused) == (8, 1)
+    crowded = replay(prompts, capacity=8, page_size=4, concurrency=4, block=4)
+    assert (crowded.hit_tokens, crowded.refused) == (0, 1)
+
+
+def test_outputs_take_room():
+    prompts = requests([0, 1], [2, 3], [0, 1])
+    assert replay(prompts, capacity=16, page_size=4, block=4).hit_tokens == 8
+    assert replay(prompts, capacity=16, page_size=4, output_tokens=8, block=4).hit_tokens == 0
+
+
+def test_the_optimum_is_the_best_of_all_choices():
+    """Against exhaustive search: every set of at most three blocks that keeps prefixes whole, at every step."""
+    prompts = requests([0], [1], [2, 3], [0], [4], [2, 3], [1], [0], [2])
+    parent = {3: 2}
+
+    def best(i: int, cached: frozenset[int]) -> int:
+        if i == len(prompts):
+            return 0
+        ids = prompts[i].hash_ids
+        hit = len(list(itertools.takewhile(lambda b: b in cached, ids)))
+        held = cached | set(ids)
+        keeps = [frozenset(k) for n in range(4) for k in itertools.combinations(sorted(held), n)]
+        return 4 * hit + max(best(i + 1, k) for k in keeps if all(parent.get(b, b) in k for b in k))
+
+    assert optimal(prompts, capacity=12, block=4).hit_tokens == best(0, frozenset())
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru", "mru", "adaptive"])
+def test_no_policy_beats_the_optimum(policy):
+    trace = agents(400, seed=3)
+    assert replay(trace, capacity=60_000, policy=policy).hit_rate <= optimal(trace, capacity=60_000).hit_rate
+
+
+def test_generated_traces_are_the_same_every_time():
+    for name in WORKLOADS:
+        assert workload(name)[:50] == workload(name)[:50]
+    with pytest.raises(ConfigError, match="agents"):
+        workload("nothing")
+
+
+def test_bytes_per_token_of_models_the_field_agrees_on():
+    qwen = {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 2048}
+    assert bytes_per_token(qwen) == 36_864
+    deepseek = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert bytes_per_token({"text_config": deepseek}) == 70_272
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        bytes_per_token({})
+
+
+def test_the_figure_has_a_line_per_policy_and_both_scales():
+    outcomes = [
+        Outcome(p, c, 64, 100, h, 0) for p, c, h in (("lru", 10**6, 10), ("lru", 10**7, 40), ("optimal", 10**6, 50))
+    ]
+    page = figure.to_html(outcomes, "A <trace>", token_bytes=36_864)
+    assert page.count("<polyline") == 2
+    assert "A &lt;trace&gt;" in page
+    assert "36.9 GB" in page
+    assert "10.00 %" in page
+    assert figure.curves(outcomes)["lru"] == [(10**6, 0.9), (10**7, 0.6)]
+
+
+class TestCommand:
+    @pytest.fixture
+    def trace(self, tmp_path) -> Path:
+        path = tmp_path / "trace.jsonl"
+        lines = [json.dumps({"input_length": 1024, "hash_ids": [i % 3, i % 3 + 10]}) for i in range(9)]
+        path.write_text("\n".join([*lines, "oops"]))
+        return path
+
+    def test_json(self, trace, capsys):
+        assert main(["replay", str(trace), "--capacity", "2k,1M", "--policy", "lru,adaptive", "--json"]) == 0
+        out, err = capsys.readouterr()
+        answer = json.loads(out)
+        assert answer["trace"] == str(trace)
+        assert answer["skipped"][0]["line"] == 10
+        assert f"{trace}:10: skipped" in err
+        rows = {(row["policy"], row["capacity_tokens"]): row for row in answer["results"]}
+        assert {policy for policy, _ in rows} == {"lru", "adaptive", "optimal"}
+        assert rows["lru", 1_000_000]["hit_rate"] == pytest.approx(6 / 9)
+        assert rows["optimal", 2000]["hit_rate"] > rows["lru", 2000]["hit_rate"] == 0
+        assert set(rows["lru", 2000]) >= {"page_size", "hit_tokens", "input_tokens", "evicted_tokens", "seconds"}
+
+    @pytest.mark.parametrize("name", ["curve.html", "curve.svg", "curve.png"])
+    def test_figure_and_table(self, trace, tmp_path, capsys, name):
+        if name.endswith("png"):
+            pytest.importorskip("matplotlib")
+        config = tmp_path / "config.json"
+        config.write_text('{"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64}')
+        arguments = ["--figure", str(tmp_path / name), "--model-config", str(config), "--output-tokens", "trace"]
+        assert main(["replay", str(trace), "--capacity", "4k", *arguments]) == 0
+        assert (tmp_path / name).stat().st_size > 1000
+        assert "optimal" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["--capacity", "1x"], "'1x' is not a number of tokens"),
+            (["--policy", "best"], "adaptive"),
+            (["--page-size", "0"], "--page-size is 0"),
+            (["--figure", "a.gif"], ".html, .svg or .png"),
+            (["--model-config", "/nowhere"], "/nowhere"),
+        ],
+    )
+    def test_wrong_options_are_named(self, trace, capsys, arguments, named):
+        assert main(["replay", str(trace), *arguments]) == 2
+        assert named in capsys.readouterr().err
+
+    def test_a_trace_that_cannot_be_used_is_named(self, tmp_path, capsys):
+        assert main(["replay", str(tmp_path / "none")]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+        (tmp_path / "empty").write_text("oops\n")
+        assert main(["replay", str(tmp_path / "empty")]) == 2
+        assert "line 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def conversation() -> list[TraceRequest]:
+    with open(TRACE, encoding="utf-8") as lines:
+        read, bad = parse(lines)
+    assert len(read) == 12_031
+    assert not bad
+    return read
+
+
+@needs_trace
+class TestConversationTrace:
+    """Known results on the whole trace, in percent, at 512-token blocks."""
+
+    @pytest.mark.parametrize(("millions", "known"), [(1, 5.6), (2, 8.9), (3, 14.4), (10, 29.8)])
+    def test_lru(self, conversation, millions, known):
+        assert 100 * replay(conversation, capacity=millions * 10**6, page_size=512).hit_rate == pytest.approx(
+            known, abs=1
+        )
+
+    @pytest.mark.parametrize(("millions", "known"), [(1, 25.8), (2, 32.7), (3, 36.0), (10, 37.3)])
+    def test_optimal(self, conversation, millions, known):
+        assert 100 * optimal(conversation, capacity=millions * 10**6).hit_rate == pytest.approx(known, abs=1)
+
+    @pytest.mark.parametrize(("millions", "best_fixed"), [(1, 10.2), (2, 15.2), (3, 18.3), (5, 22.3), (10, 29.1)])
+    def test_adaptive_is_above_the_best_fixed_policy_even_if_that_remembers_every_block(
+        self, conversation, millions, best_fixed
+    ):
+        """The numbers are those of LFU and SLRU that count uses of blocks long evicted, and of LRU at 10M."""
+        rate = 100 * replay(conversation, capacity=millions * 10**6, policy="adaptive").hit_rate
+        assert rate > best_fixed
