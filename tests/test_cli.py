@@ -144,7 +144,7 @@ def test_help_lists_every_command_and_every_option(capsys):
         cli.main(["generate", "--help"])
     page = capsys.readouterr().out
     assert "--max-total-tokens N" in page
-    assert "[default: 8192]" in page
+    assert "[default: 512]" in page
     assert "--min-p X" in page
 
 
@@ -154,7 +154,7 @@ def test_the_version_needs_no_jax():
     assert shown.startswith(f"rootcellar {rootcellar.__version__}\njax ")
 
 
-@pytest.mark.parametrize("command", ["bench", "replay"])
+@pytest.mark.parametrize("command", ["bench", "replay", "plan"])
 def test_commands_of_other_rooms_join_the_parser(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

@@ -10,6 +10,7 @@ from typing import Any, Self
 from rootcellar.errors import ConfigError
 from rootcellar.options import check_names, check_values, markdown_table, option
 from rootcellar.sampling_params import MAX_SEED, SamplingParams
+from rootcellar.units import parse_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +37,41 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Type of the cached keys and values. 'auto' is the same as dtype.",
-        choices=("auto", "bfloat16", "float32"),
+        "Type of the cached keys and values. 'auto' is the same as dtype; 'bf16' is short for 'bfloat16'.",
+        choices=("auto", "bfloat16", "bf16", "float32"),
     )
-    max_total_tokens: int = option(
-        8192,
-        "Tokens that the KV cache can hold, over all requests and all cached prefixes. Raise it to keep more prefixes "
-        "and to run more or longer requests at once; it costs memory in proportion.",
+    max_total_tokens: int | None = option(
+        None,
+        "Tokens that the KV cache can hold, over all requests and all cached prefixes. None takes what fits into the "
+        "memory (docs/memory.md); a number is kept to exactly, in whole pages, or refused when it does not fit.",
         low=1,
+    )
+    mem_fraction_static: float = option(
+        0.9,
+        "The part of the usable memory that weights, activations and KV cache may take together.",
+        low=0,
+        high=1,
+        above=True,
+    )
+    device_memory: str | None = option(
+        None,
+        "Usable memory of a device, as '4GB' or '512MiB'. None takes what an accelerator reports; on CPU, half of the "
+        "machine's memory.",
+    )
+    swa_full_tokens_ratio: float = option(
+        1.0,
+        "For models with sliding-window layers beside full ones: tokens that the windowed layers hold for each token "
+        "of the full ones. Lower it when requests are much longer than the window. Other models: no effect.",
+        low=0,
+        high=1,
+        above=True,
+    )
+    mamba_full_memory_ratio: float = option(
+        0.9,
+        "For models with recurrent layers beside attention: bytes of recurrent states for each byte of keys and "
+        "values. Raise it when many short requests run. Other models: no effect.",
+        low=0,
+        above=True,
     )
     page_size: int = option(
         16,
@@ -58,8 +86,8 @@ class EngineConfig:
     )
     max_running_requests: int | None = option(
         None,
-        "Requests that may be computed at the same time; others wait. None lets the engine choose from "
-        "max_total_tokens.",
+        "Requests that may be computed at the same time; others wait. None lets the engine choose: "
+        "one for every 128 tokens of the KV cache, from 1 to 64.",
         low=1,
     )
     max_queued_requests: int | None = option(
@@ -117,7 +145,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_values(self, ConfigError)
-        if self.max_total_tokens < self.page_size:
+        if self.device_memory is not None:
+            parse_bytes(self.device_memory, "device_memory")
+        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ConfigError(
                 f"max_total_tokens={self.max_total_tokens} is less than one page (page_size={self.page_size}): "
                 "raise max_total_tokens or lower page_size."

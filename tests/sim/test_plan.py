@@ -51,6 +51,13 @@ def test_fewer_kv_heads_than_devices_are_repeated():
     assert figures.kv_cache_bytes_all_devices == 2_415_992_832
 
 
+@pytest.mark.parametrize(("tp", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1), (3, 8), (64, 1), (128, 8)])
+def test_heads_are_split_repeated_or_kept_whole(tp, heads):
+    """gpt-oss has 8 KV heads of 64, each shared by 8 query heads: no more than 64 devices have one of their own."""
+    figures = plan(Ask(preset("gpt-oss-120b"), tp=tp, devices=tp))
+    assert figures.bytes_per_token_per_device == 36 * 2 * heads * 64 * 2
+
+
 def test_a_latent_is_not_split():
     figures = plan(Ask(preset("deepseek-v3"), tp=8, devices=8))
     assert figures.bytes_per_token_per_device == 70_272
@@ -149,7 +156,6 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tp": 3, "devices": 3}, "neither divides"),
         ({"tp": 4, "devices": 6}, "no multiple of tp=4"),
         ({"hbm": 10**9, "kv_bytes_per_device": 10**9}, "not both"),
         ({"mem_fraction_static": 1.5}, r"must be in \(0, 1\]"),

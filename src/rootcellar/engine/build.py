@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar import demo
-from rootcellar.cache import RadixCache, Tier, full
+from rootcellar.cache import Kind, RadixCache, Tier, full
 from rootcellar.config import EngineConfig
+from rootcellar.engine import memory
+from rootcellar.engine.memory import Sizing
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
 from rootcellar.models.config import ModelConfig, load_config
@@ -24,13 +26,11 @@ from rootcellar.models.params import Params, check_params, init_params
 from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import PagedKV, Pool
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
+from rootcellar.runner.reserve import Programs
 from rootcellar.scheduler import Scheduler
+from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
-
-# With max_running_requests unset: one request for so many tokens of the cache, within these bounds.
-_TOKENS_PER_REQUEST = 128
-_MOST_REQUESTS = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Parts:
     backend: str
     reload: Callable[[], Params] | None
     """Gives the weights again; None when they were handed over."""
+    sizing: Sizing
+    """How the KV cache's size came about: ``memory.report`` puts it into words."""
 
 
 def load_weights(folder: Path, parts: Parts) -> Params:
@@ -81,30 +83,36 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     reload = None if params is not None else functools.partial(_load, config, folder, model, dtype)
     if params is not None:
         check_params(model, params)
+    placement = Placement(model, config.tp_size)
+    kinds = (full("full", tuple(range(model.num_layers))),)
+    programs = _programs(config, placement, _weights_dtype(params, dtype), _kv_dtype(config, dtype), kinds)
+    context = _context_length(config.context_length, model)
+    # Before the weights: what does not fit is refused while nothing is allocated.
+    sizing = memory.size(config, programs, context, params)
+    total, running = sizing.division.tokens, sizing.max_running_requests
     weights = params if reload is None else reload()
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
-    backend = choose_backend(config.attention_backend, model.head_dim, kv_dtype, platform)
 
     page_size = config.page_size
-    total = config.max_total_tokens // page_size * page_size
-    context = _context_length(config.context_length, model)
-    running = config.max_running_requests or max(1, min(_MOST_REQUESTS, total // _TOKENS_PER_REQUEST))
-    width = -(-context // page_size)
-    kinds = (full("full", tuple(range(model.num_layers))),)
     cache = RadixCache(
         kinds,
         page_size=page_size,
         capacity={("full", Tier.DEVICE): total},
         max_leases=running,
-        max_length=width * page_size,
+        max_length=programs.table_width * page_size,
         policy=config.radix_eviction_policy,
         reuse=not config.disable_radix_cache,
     )
-    placement = Placement(model, config.tp_size)
-    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, kv_dtype)
-    pools = {kind.name: Pool(layout, len(kind.layers), total, page_size, placement.pool_sharding) for kind in kinds}
+    pools = {
+        kind.name: Pool(programs.layouts[kind.name], len(kind.layers), total, page_size, placement.pool_sharding)
+        for kind in kinds
+    }
+    log.info(
+        "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
+    )
     shapes = Shapes.of(config.chunked_prefill_size, running)
-    runner = Runner(placement, weights, kinds, pools, backend=backend, shapes=shapes, table_width=width)
+    runner = Runner(
+        placement, weights, kinds, pools, backend=programs.backend, shapes=shapes, table_width=programs.table_width
+    )
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=config.chunked_prefill_size,
@@ -114,7 +122,29 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
     )
-    return Parts(model, tokenizer, scheduler, runner, compiles, dtype, context, total, running, backend, reload)
+    return Parts(
+        model, tokenizer, scheduler, runner, compiles, dtype, context, total, running, programs.backend, reload, sizing
+    )
+
+
+def _programs(
+    config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: jnp.dtype, kinds: Sequence[Kind]
+) -> Programs:
+    """What will run, at the largest shapes that it may have."""
+    model = placement.model
+    context = _context_length(config.context_length, model)
+    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, kv_dtype)
+    most = memory.running_requests(config, config.max_total_tokens)
+    return Programs(
+        placement,
+        dtype,
+        kinds,
+        {kind.name: layout for kind in kinds},
+        choose_backend(config.attention_backend, model.head_dim, kv_dtype, jax.default_backend()),
+        Shapes.of(config.chunked_prefill_size, most),
+        config.page_size,
+        -(-context // config.page_size),
+    )
 
 
 def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Params:
@@ -131,6 +161,17 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
             log.info("dtype=auto: computing in float32, because CPUs are several times slower in %s", saved)
         return jnp.dtype(jnp.float32)
     return jnp.dtype(saved)
+
+
+def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    return jnp.dtype({"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype))
+
+
+def _weights_dtype(given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
+    """Weights that were handed over are computed with as they are."""
+    return dtype if given is None else jnp.result_type(*jax.tree.leaves(given))
 
 
 def _context_length(wanted: int | None, model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,13 @@ class Placement:
             lambda spec, array: jax.device_put(array, self._sharding(spec)), declare(self.served), params
         )
         return placed
+
+    def abstract(self, dtype: Any) -> Params:
+        """The params as they will lie, as ``jax.ShapeDtypeStruct``: for compiling and sizing without weights."""
+        shapes: Params = jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self._sharding(spec)), declare(self.served)
+        )
+        return shapes
 
     def _sharding(self, spec: ParamSpec) -> Sharding:
         if self.mesh is None:

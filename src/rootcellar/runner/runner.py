@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,36 @@ from rootcellar.runner.placement import Placement
 
 # Positions scored at a time when prompt logprobs are asked for: bounds the memory of [positions, vocabulary].
 _SCORED = 64
+
+
+def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> Any:
+    """The jitted step of a model over its pools, which are its second argument and donated.
+
+    Arguments: params as placed, ``{kind: [buffer of each layer]}``, then the arrays of a ``Batch``.
+    """
+    cfg = placement.served
+    attend = placement.local(paged_attention(backend))
+    where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+
+    def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
+        """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
+        buffers = {name: list(arrays) for name, arrays in buffers.items()}
+
+        def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+            name, i = where[layer]
+            out, buffers[name][i] = attend(buffers[name][i], q, k, v, tables[name], rows, positions)
+            return out.astype(q.dtype)
+
+        hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
+        hidden = placement.everywhere(hidden)
+        return buffers, placement.everywhere(logits(params, cfg, hidden[last])), hidden
+
+    return jax.jit(step, donate_argnums=1)
+
+
+def scorer(cfg: ModelConfig) -> Any:
+    """The jitted function behind :meth:`Runner.score`: params, hidden states, targets and, static, ``k``."""
+    return jax.jit(functools.partial(_score, cfg), static_argnums=3)
 
 
 class Runner:
@@ -52,26 +83,10 @@ class Runner:
         self.pools = pools
         self.shapes = shapes
         self.table_width = table_width
-        attend = placement.local(paged_attention(backend))
-        where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
-
-        def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
-            """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
-            buffers = {name: list(arrays) for name, arrays in buffers.items()}
-
-            def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-                name, i = where[layer]
-                out, buffers[name][i] = attend(buffers[name][i], q, k, v, tables[name], rows, positions)
-                return out.astype(q.dtype)
-
-            hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
-            hidden = placement.everywhere(hidden)
-            return buffers, placement.everywhere(logits(params, cfg, hidden[last])), hidden
-
-        self._step = jax.jit(step, donate_argnums=1)
+        self._step = compiled_step(placement, kinds, backend)
         self._sample = jax.jit(sampler.sample)
         self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
-        self._score = jax.jit(functools.partial(_score, cfg), static_argnums=3)
+        self._score = scorer(cfg)
 
     def step(self, batch: Batch) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.

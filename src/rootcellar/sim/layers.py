@@ -28,19 +28,25 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """K and V by head: MHA, GQA, MQA."""
+    """K and V by head: MHA, GQA, MQA. ``group``: query heads that share a KV head."""
 
     kv_heads: int
     head_dim: int
+    group: int = 1
 
     def token_elements(self, tp: int) -> int:
-        """Elements that one device of ``tp`` stores of one token in one layer: heads replicate when fewer than tp."""
-        if self.kv_heads % tp and tp % self.kv_heads:
-            raise ConfigError(
-                f"tp={tp} neither divides the model's {self.kv_heads} KV heads nor is a multiple of them: "
-                f"choose tp from {_fitting(self.kv_heads)}"
-            )
-        return 2 * max(1, self.kv_heads // tp) * self.head_dim
+        """Elements that one device of ``tp`` stores of one token in one layer.
+
+        Heads are split; with fewer than devices each is repeated, and its query heads divided among the copies. Where
+        neither comes out even every device computes all of the attention, and stores all heads.
+        """
+        if self.kv_heads % tp == 0:
+            heads = self.kv_heads // tp
+        elif tp % self.kv_heads == 0 and self.group % (tp // self.kv_heads) == 0:
+            heads = 1
+        else:
+            heads = self.kv_heads
+        return 2 * heads * self.head_dim
 
     def formula(self) -> str:
         """How the elements of one token in one layer are counted."""
@@ -260,7 +266,8 @@ def _attention(text: Raw) -> Heads | Latent:
     if text.get("kv_lora_rank"):
         return Latent(int(text["kv_lora_rank"]), int(_need(text, "qk_rope_head_dim")))
     heads = int(_need(text, "num_attention_heads"))
-    return Heads(int(text.get("num_key_value_heads") or heads), head_dim(text))
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    return Heads(kv_heads, head_dim(text), heads // kv_heads)
 
 
 def _state(text: Raw) -> State:
@@ -284,8 +291,3 @@ def _need(text: Raw, name: str) -> Any:
     if text.get(name) is None:
         raise ConfigError(f"the config lacks {name!r}, which the planner needs")
     return text[name]
-
-
-def _fitting(kv_heads: int) -> str:
-    divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    return ", ".join(map(str, [*divisors, 2 * kv_heads, 4 * kv_heads]))

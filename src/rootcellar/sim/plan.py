@@ -225,9 +225,9 @@ def _per_token(ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
         or "0: no layer keeps every token",
         "constant_bytes_per_request": " + ".join(map(constant, [*spans, *states]))
         or "0: every layer keeps every token",
-        "bytes_per_token_per_device": f"the KV heads over tp={ask.tp} devices; fewer heads than devices are repeated"
-        if not replicated
-        else f"every one of tp={ask.tp} devices keeps the whole latent: it has no heads to split",
+        "bytes_per_token_per_device": f"a latent has no heads to split: each of tp={ask.tp} devices keeps all of it"
+        if replicated
+        else f"KV heads split over tp={ask.tp} devices; repeated where they are fewer, all on each if uneven",
         "bytes_per_token_all_devices": f"{per_device} x {ask.tp} devices",
     }
     return figures, formulas

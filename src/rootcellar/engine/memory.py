@@ -1,0 +1,386 @@
+"""How large the KV cache becomes, and why: usable bytes, less weights and activations, divided among the kinds.
+
+Sizes are bytes on one device. The division itself is :mod:`rootcellar.sim.sizing`, which the planner uses too. Nothing
+is allocated here: weights are counted from their shapes, and activations are asked of the compiler, or bounded from
+above where that bound is enough to know that everything fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar.config import EngineConfig
+from rootcellar.errors import ConfigError
+from rootcellar.models.params import Params
+from rootcellar.runner import Shapes
+from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
+from rootcellar.sim.sizing import Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
+from rootcellar.units import gb, parse_bytes
+
+log = logging.getLogger(__name__)
+
+# With max_running_requests unset: one request for so many tokens of the cache, within these bounds.
+TOKENS_PER_REQUEST = 128
+MOST_REQUESTS = 64
+_DEFAULT_SHARE = 2  # of a machine's memory, half
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Memory of one device: ``nbytes`` in all, ``others`` of them taken before the engine came; ``how`` it is known."""
+
+    nbytes: int
+    others: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What the sizing came to; see :func:`report` for the words."""
+
+    config: EngineConfig
+    usable: Usable
+    weights: int
+    reserve: int
+    reserve_how: str
+    available: int
+    costs: tuple[Cost, ...]
+    division: Division
+    fitting_tokens: int
+    capped_by: str | None
+    max_running_requests: int
+    context_length: int
+    devices: int
+
+    @property
+    def cell_size(self) -> int:
+        """Bytes that one token takes in all layers that keep tokens."""
+        return sum(c.page_bytes for c in self.costs if not c.recurrent) // self.config.page_size
+
+
+def running_requests(config: EngineConfig, tokens: int | None) -> int:
+    """``max_running_requests``, or what follows from ``tokens`` of KV cache; None: the most that may follow."""
+    if config.max_running_requests is not None:
+        return config.max_running_requests
+    return MOST_REQUESTS if tokens is None else max(1, min(MOST_REQUESTS, tokens // TOKENS_PER_REQUEST))
+
+
+def size(config: EngineConfig, programs: Programs, context_length: int, params: Params | None = None) -> Sizing:
+    """Decide how large the KV cache becomes, before anything is allocated.
+
+    ``programs`` describes what will run, for the most requests that may (``running_requests``); ``params`` are weights
+    that were handed over, and lie in memory already.
+
+    Raises ConfigError when not even the smallest cache, or the ``max_total_tokens`` asked for, fits; the message has
+    the numbers, and for each setting that would help the value that fits.
+    """
+    weights = weight_bytes(programs.placement, programs.dtype)
+    usable = usable_memory(config, jax.devices()[0], 0 if params is None else weights)
+    demand = _Demand(config, programs, usable, weights)
+    wanted, why = _wanted(config, context_length)
+    reserve, how, division = _settle(demand, wanted, context_length)
+    most = demand.divide(reserve, None)
+    sizing = Sizing(
+        config=config,
+        usable=usable,
+        weights=weights,
+        reserve=reserve,
+        reserve_how=how,
+        available=demand.available(reserve),
+        costs=demand.costs,
+        division=division,
+        fitting_tokens=division.tokens if most is None else max(most.tokens, division.tokens),
+        capped_by=why if wanted is not None and wanted - division.tokens < config.page_size else None,
+        max_running_requests=running_requests(config, division.tokens),
+        context_length=context_length,
+        devices=config.tp_size,
+    )
+    log.info(
+        "Memory profiling: available_kv_cache=%s GB, max_tokens=%d, cell_size=%d bytes",
+        gb(sizing.available), sizing.fitting_tokens, sizing.cell_size,
+    )  # fmt: skip
+    log.info("max_total_num_tokens: %d", division.tokens)
+    return sizing
+
+
+def _wanted(config: EngineConfig, context_length: int) -> tuple[int | None, str]:
+    """The tokens to take although more may fit, and why; None: all that fit."""
+    if config.max_total_tokens is not None:
+        return config.max_total_tokens, "max_total_tokens"
+    if jax.default_backend() == "cpu" and config.max_running_requests is None:
+        # A CPU's memory is everybody's: a small model must not zero gigabytes that nobody asked for.
+        pages = -(-MOST_REQUESTS * context_length // config.page_size)
+        return pages * config.page_size, f"{MOST_REQUESTS} requests of context_length={context_length}"
+    return None, ""
+
+
+def _settle(demand: _Demand, wanted: int | None, context_length: int) -> tuple[int, str, Division]:
+    """The reserve, how it is known, and the pools. Measures only where a bound does not settle that all fits."""
+    if wanted is not None:
+        reserve = estimate_reserve(demand.programs)
+        division = demand.divide(reserve, wanted)
+        if division is not None:
+            return reserve, "bounded from above by the shapes: it fits without measuring", division
+    reserve, how = _measure(demand.programs)
+    division = demand.divide(reserve, demand.config.max_total_tokens)
+    if division is None:
+        raise ConfigError(_refusal(demand, reserve, context_length))
+    if wanted is not None and division.tokens > wanted:
+        division = demand.divide(reserve, wanted) or division
+    return reserve, how, division
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def usable_memory(config: EngineConfig, device: jax.Device, ours: int) -> Usable:
+    """The memory of one device, from ``device_memory``, the device itself, or the machine (CPU).
+
+    ``ours``: bytes of weights that were handed over and lie on the device already.
+    """
+    wanted = None if config.device_memory is None else parse_bytes(config.device_memory, "device_memory")
+    said = f"device_memory={config.device_memory}"
+    if device.platform == "cpu":  # it keeps no statistics, and virtual devices share one memory
+        total = machine_memory() // _DEFAULT_SHARE if wanted is None else wanted
+        how = "half of the machine's memory" if wanted is None else said
+        shared = f", shared by {config.tp_size} devices" if config.tp_size > 1 else ""
+        return Usable(total // config.tp_size, 0, how + shared)
+    stats = device.memory_stats()
+    if stats is None or "bytes_limit" not in stats:
+        if wanted is None:
+            raise ConfigError(f"{device} does not say how much memory it has: set device_memory, as '16GB'")
+        return Usable(wanted, 0, said)
+    others = max(0, int(stats["bytes_in_use"]) - ours)
+    limit = int(stats["bytes_limit"])
+    if wanted is not None and wanted < limit:
+        return Usable(wanted, others, said)
+    return Usable(limit, others, f"what {device} lets JAX use")
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use at most: the machine's, or the container's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(file).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return total
+
+
+# --- what is needed ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What must fit into what."""
+
+    config: EngineConfig
+    programs: Programs
+    usable: Usable
+    weights: int
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """Bytes of a page of each kind on one device, in all its layers, as the pools will shard it."""
+        sharding = self.programs.placement.pool_sharding
+        costs = []
+        for kind in self.programs.kinds:
+            layout = self.programs.layouts[kind.name]
+            page = math.prod(sharding.shard_shape(layout.shape(1, self.programs.page_size))) * layout.dtype.itemsize
+            costs.append(Cost(kind, len(kind.layers) * page))
+        return tuple(costs)
+
+    def rules(self, max_total_tokens: int | None) -> Rules:
+        """The settings that divide the budget."""
+        config = self.config
+        return Rules(
+            config.page_size, config.swa_full_tokens_ratio, config.mamba_full_memory_ratio, max_total_tokens
+        )  # fmt: skip
+
+    def available(self, reserve: int) -> int:
+        """Bytes for the KV cache; less than nothing when weights and reserve alone are too much."""
+        limit = int(self.usable.nbytes * self.config.mem_fraction_static)
+        return limit - self.usable.others - self.weights - reserve
+
+    def divide(self, reserve: int, max_total_tokens: int | None) -> Division | None:
+        """The pools, or None when they do not fit."""
+        return divide(self.costs, self.rules(max_total_tokens), self.available(reserve))
+
+    def needed(self, reserve: int) -> int:
+        """Bytes that the smallest cache that was asked for takes, everything included."""
+        least = smallest(self.costs, self.rules(self.config.max_total_tokens))
+        return self.usable.others + self.weights + reserve + least
+
+
+def _measure(programs: Programs) -> tuple[int, str]:
+    """The reserve, asked of the compiler, and how it came about."""
+    parts = reserve_bytes(programs)
+    how = ", ".join(f"{name} {nbytes}" for name, nbytes in parts.items())
+    return (
+        max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"]),
+        f"measured from the compiled programs, in bytes: {how}; the larger step and the larger of what follows it",
+    )
+
+
+def estimate_reserve(programs: Programs) -> int:
+    """An upper bound, in bytes, of what the programs need beside weights and KV cache, from shapes alone."""
+    model, shapes = programs.placement.served, programs.shapes
+    sizes = shapes.all()
+    prefill, rows = max(tiles for tiles, tile in sizes if tile == shapes.tile), max(t for t, tile in sizes if tile == 1)
+    widths = Widths(
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        vocab=model.vocab_size,
+    )
+    nbytes = activation_bytes(widths, prefill * shapes.tile, prefill, rows)
+    if jax.default_backend() == "cpu" and programs.dtype.itemsize < 4:  # XLA computes in float32 copies of the weights
+        nbytes += weight_bytes(programs.placement, jnp.float32)
+    return nbytes
+
+
+# --- when it does not fit ---------------------------------------------------------------------------------------------
+
+
+def _refusal(demand: _Demand, reserve: int, context_length: int) -> str:
+    """The message: what was needed, what there is, and each change that would be enough by itself."""
+    usable, config = demand.usable, demand.config
+    asked = "one page of KV cache" if config.max_total_tokens is None else f"max_total_tokens={config.max_total_tokens}"
+    least = smallest(demand.costs, demand.rules(config.max_total_tokens))
+    others = f" {gb(usable.others)} GB are taken already," if usable.others else ""
+    text = (
+        "Not enough memory. Please try to increase --mem-fraction-static. "
+        f"{gb(usable.nbytes)} GB are usable ({usable.how}), times mem_fraction_static={config.mem_fraction_static:g};"
+        f"{others} weights take {gb(demand.weights)} GB, activations {gb(reserve)} GB, "
+        f"and {asked} takes {gb(least)} GB: {gb(demand.needed(reserve))} GB in all. "
+    )
+    remedies = list(_remedies(demand, reserve, context_length))
+    if not remedies:
+        return text + "No single setting is enough: use a smaller model, more devices or more memory."
+    return text + "Any one of these would fit: " + "; ".join(remedies) + "."
+
+
+def _remedies(demand: _Demand, reserve: int, context_length: int) -> Iterator[str]:
+    config, usable = demand.config, demand.usable
+    fraction = math.ceil(100 * demand.needed(reserve) / usable.nbytes) / 100
+    if fraction <= 1:
+        yield f"mem_fraction_static={fraction:g}"
+    if jax.default_backend() == "cpu":
+        megabytes = math.ceil(demand.needed(reserve) * config.tp_size / config.mem_fraction_static / 1e6) + 1
+        yield (
+            f"device_memory='{megabytes}MB'" if megabytes < 1000 else f"device_memory='{-(-megabytes // 100) / 10:g}GB'"
+        )
+    if config.max_total_tokens is not None:
+        most = demand.divide(reserve, None)
+        if most is not None:
+            context = f" (with context_length={most.tokens})" if most.tokens < context_length else ""
+            yield f"max_total_tokens={most.tokens}{context}"
+    yield from _narrower(demand, reserve)
+    yield from _smaller_steps(demand, reserve)
+
+
+def _narrower(demand: _Demand, reserve: int) -> Iterator[str]:
+    """Narrower types, where those are not used already."""
+    programs = demand.programs
+    bf16 = jnp.dtype(jnp.bfloat16)
+    layouts = {name: dataclasses.replace(layout, dtype=bf16) for name, layout in programs.layouts.items()}
+    wide = any(layout.dtype.itemsize > 2 for layout in programs.layouts.values())
+    narrow = dataclasses.replace(programs, layouts=layouts)
+    if wide and _fits(dataclasses.replace(demand, programs=narrow), reserve):
+        yield "kv_cache_dtype='bfloat16'"
+    if programs.dtype.itemsize > 2:
+        narrow = dataclasses.replace(programs, dtype=bf16)
+        if demand.config.kv_cache_dtype == "auto":
+            narrow = dataclasses.replace(narrow, layouts=layouts)
+        weights = weight_bytes(programs.placement, bf16)
+        changed = dataclasses.replace(demand, programs=narrow, weights=weights)
+        if _fits(changed, estimate_reserve(narrow)):
+            yield "dtype='bfloat16'"
+
+
+def _smaller_steps(demand: _Demand, reserve: int) -> Iterator[str]:
+    """Fewer requests or tokens in a step, where activations are what is too much."""
+    chunk, running = demand.config.chunked_prefill_size, demand.programs.shapes.decode_rows
+
+    def fits(shapes: Shapes) -> bool:
+        # A smaller step never takes more than the one that was measured.
+        bound = min(reserve, estimate_reserve(dataclasses.replace(demand.programs, shapes=shapes)))
+        return _fits(demand, bound)
+
+    choices: dict[str, tuple[int, Callable[[int], Shapes]]] = {
+        "max_running_requests": (running, lambda n: Shapes.of(chunk, n)),
+        "chunked_prefill_size": (chunk, lambda n: Shapes.of(n, running)),
+    }
+    for name, (now, shapes_of) in choices.items():
+        if now > 1 and fits(shapes_of(1)):
+            yield f"{name}={largest(lambda n, of=shapes_of: fits(of(n)), 1, now - 1)}"  # type: ignore[misc]
+
+
+def _fits(demand: _Demand, reserve: int) -> bool:
+    return demand.divide(reserve, demand.config.max_total_tokens) is not None
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(sizing: Sizing) -> dict[str, Any]:
+    """Every figure of the sizing by name, and under ``"derivation"`` how each came about. Bytes are of one device."""
+    config, division = sizing.config, sizing.division
+    page = config.page_size
+    pools = {
+        c.kind.name: {"tokens": division.pages[c.kind.name] * (1 if c.recurrent else page),
+                      "bytes": (division.pages[c.kind.name] + 1) * c.page_bytes}
+        for c in sizing.costs
+    }  # fmt: skip
+    figures: dict[str, tuple[Any, str]] = {
+        "usable_bytes": (sizing.usable.nbytes, sizing.usable.how),
+        "other_bytes": (sizing.usable.others, "in use on the device before the engine came, weights handed over apart"),
+        "mem_fraction_static": (config.mem_fraction_static, "setting"),
+        "weight_bytes": (sizing.weights, f"shapes of the parameters x dtype, as placed on {sizing.devices} device(s)"),
+        "activation_reserve_bytes": (sizing.reserve, sizing.reserve_how),
+        "available_kv_cache_bytes": (
+            sizing.available,
+            f"{sizing.usable.nbytes} x {config.mem_fraction_static:g} - {sizing.usable.others} - {sizing.weights} - "
+            f"{sizing.reserve}",
+        ),
+        "cell_size_bytes": (sizing.cell_size, "bytes of one token in all layers: " + _cells(sizing)),
+        "max_tokens": (sizing.fitting_tokens, f"whole pages of {page} tokens that fit, beside one of padding"),
+        "max_total_num_tokens": (division.tokens, sizing.capped_by or "all that fit"),
+        "pools": (pools, "tokens of each kind (states, where it is recurrent); bytes with the page of padding"),
+        "kv_cache_bytes": (division.nbytes, " + ".join(f"{p['bytes']} ({name})" for name, p in pools.items())),
+        "kv_cache_bytes_all_devices": (division.nbytes * sizing.devices, f"x {sizing.devices} device(s)"),
+        "page_size": (page, "setting"),
+        "max_running_requests": (
+            sizing.max_running_requests,
+            "setting" if config.max_running_requests is not None
+            else f"{division.tokens} tokens / {TOKENS_PER_REQUEST}, from 1 to {MOST_REQUESTS}",
+        ),
+        "context_length": (
+            sizing.context_length, "setting" if config.context_length is not None else "the model's own limit",
+        ),
+    }  # fmt: skip
+    return {name: value for name, (value, _) in figures.items()} | {
+        "derivation": {name: how for name, (_, how) in figures.items()}
+    }
+
+
+def _cells(sizing: Sizing) -> str:
+    parts = [
+        f"{c.page_bytes} (a page in {len(c.kind.layers)} {c.kind.name} layers) / {sizing.config.page_size} tokens"
+        for c in sizing.costs
+        if not c.recurrent
+    ]
+    return " + ".join(parts)

@@ -1,0 +1,100 @@
+"""What running takes beside weights and KV cache: the compiler says it, from shapes, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rootcellar.cache import Kind
+from rootcellar.pools import PagedKV
+from rootcellar.runner import sampler
+from rootcellar.runner.batch import Shapes
+from rootcellar.runner.placement import Placement
+from rootcellar.runner.runner import compiled_step, scorer
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a reserve is measured for: the model's placement and dtype, its kinds and layouts, and the steps' shapes.
+
+    ``table_width``: pages in a row of a page table.
+    """
+
+    placement: Placement
+    dtype: jnp.dtype
+    kinds: Sequence[Kind]
+    layouts: Mapping[str, PagedKV]
+    backend: str
+    shapes: Shapes
+    page_size: int
+    table_width: int
+
+
+def weight_bytes(placement: Placement, dtype: Any) -> int:
+    """Bytes of the weights on one device, as they will be placed."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(placement.abstract(dtype))
+    )
+
+
+def reserve_bytes(programs: Programs) -> dict[str, int]:
+    """Bytes on one device that the largest programs need beside weights and pools, by name. Compiles them.
+
+    ``prefill`` and ``decode``: temporaries and results of the largest step of each; ``sample``: choosing the tokens of
+    the largest batch, with penalties; ``score``: logprobs of a prompt's tokens. A step and the sampling or scoring
+    after it may be in flight together.
+    """
+    largest = {tile: tiles for tiles, tile in programs.shapes.all()}  # shapes come in growing order
+    decode, prefill = largest[1], largest[programs.shapes.tile]
+    step = compiled_step(programs.placement, programs.kinds, programs.backend)
+    return {
+        "prefill": _beside(step.lower(*_arguments(programs, prefill, programs.shapes.tile))),
+        "decode": _beside(step.lower(*_arguments(programs, decode, 1))),
+        "sample": _sampling(max(decode, prefill), programs.placement.served.vocab_size),
+        "score": _scoring(programs, prefill * programs.shapes.tile),
+    }
+
+
+def _arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
+    """The arguments of a step as shapes. The pools are small: a step's memory does not depend on theirs."""
+    sharding = programs.placement.pool_sharding
+    pages = programs.table_width + 1
+    buffers = {
+        kind.name: [
+            jax.ShapeDtypeStruct(layout.shape(pages, programs.page_size), layout.dtype, sharding=sharding)
+            for _ in kind.layers
+        ]
+        for kind in programs.kinds
+        for layout in (programs.layouts[kind.name],)
+    }
+    ints = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((tiles,), jnp.int32)
+    tables = {kind.name: jax.ShapeDtypeStruct((tiles, programs.table_width), jnp.int32) for kind in programs.kinds}
+    return programs.placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows
+
+
+def _sampling(rows: int, vocab: int) -> int:
+    scores = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
+    penalised = sampler.every_program(rows, vocab)[-1]
+    settings = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), penalised)
+    lowered = jax.jit(sampler.sample).lower(scores, settings)
+    return _beside(lowered) + sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(settings))
+
+
+def _scoring(programs: Programs, tokens: int) -> int:
+    cfg = programs.placement.served
+    hidden = jax.ShapeDtypeStruct((tokens, cfg.hidden_size), programs.dtype)
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    return _beside(scorer(cfg).lower(programs.placement.abstract(programs.dtype), hidden, targets, 0))
+
+
+def _beside(lowered: Any) -> int:
+    """Bytes of temporaries and of results that are no donated argument."""
+    analysis = lowered.compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
