@@ -5,7 +5,11 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -51,9 +55,10 @@ def programs(config, raw=MODEL, dtype="float32"):
     model = read_config(raw)
     dtype = dtype if config.dtype == "auto" else config.dtype
     kv_dtype = {"auto": dtype, "bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
-    layout = PagedKV(model.num_kv_heads, model.head_dim, jnp.dtype(kv_dtype))
+    placement = Placement(model, config.tp_size)
+    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, jnp.dtype(kv_dtype))
     return Programs(
-        Placement(model, 1),
+        placement,
         jnp.dtype(dtype),
         (full("full", tuple(range(model.num_layers))),),
         {"full": layout},
@@ -161,6 +166,33 @@ def test_the_bound_is_above_what_the_compiler_says(dtype):
     assert parts["decode"] >= logits + 8 * 32 * asked.dtype.itemsize
     measured = max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"])
     assert measured <= memory.estimate_reserve(asked)
+
+
+OVER_A_MESH = """
+import json, sys
+import test_memory as t
+config = t.EngineConfig(chunked_prefill_size=16, max_running_requests=2, tp_size=4, max_total_tokens=256)
+asked = t.programs(config, json.loads(sys.argv[1]))
+weights = t.weight_bytes(asked.placement, "float32")
+print(json.dumps([t.reserve_bytes(asked), t.memory.estimate_reserve(asked), weights]))
+"""
+
+
+def test_over_a_mesh_no_device_gathers_the_vocabulary():
+    """Each computes the scores of its own part, and the scores are gathered: a little, where the weights are much."""
+    raw = {**MODEL, "vocab_size": 40_000, "num_hidden_layers": 1}
+    flags = "--xla_force_host_platform_device_count=4"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", OVER_A_MESH, json.dumps(raw)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    parts, bound, weights = json.loads(done.stdout)
+    embedding = 40_000 * 32 * 4
+    assert weights == pytest.approx(embedding / 4, rel=0.05)
+    assert parts["decode"] < embedding / 2
+    assert max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"]) <= bound
 
 
 def test_what_was_measured_does_not_depend_on_the_budget():

@@ -49,7 +49,8 @@ def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> 
 
         hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
         hidden = placement.everywhere(hidden)
-        return buffers, placement.everywhere(logits(params, cfg, hidden[last])), hidden
+        scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
+        return buffers, placement.everywhere(scores), hidden
 
     return jax.jit(step, donate_argnums=1)
 
