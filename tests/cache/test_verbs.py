@@ -144,6 +144,19 @@ def test_namespaces_do_not_share_and_are_dropped_at_once():
     cache.check()
 
 
+def test_a_namespace_that_is_empty_leaves_nothing_behind():
+    cache = make()
+    for i in range(20):
+        serve(cache, tokens((0, 3)), namespace=f"tenant {i}")
+        serve(cache, tokens((0, 16)), namespace=f"other {i}", keep=False)
+    held = start(cache, tokens((0, 3)), namespace="held")
+    cache.drop_namespace("held")
+    cache.check()
+    cache.close(held)
+    assert not cache._tree.roots
+    assert not cache._tree.detached
+
+
 def test_a_pin_keeps_a_prefix_until_its_time_is_over():
     cache = make(size=32)
     serve(cache, tokens((0, 16)))
@@ -192,8 +205,11 @@ def test_mistakes_are_named():
     with pytest.raises(RequestError, match="slots for 0 tokens"):
         cache.commit(lease, Key(range(4)))
     cache.close(lease)
+    heir = cache.open(cache.match(Key(range(8))))
+    assert heir.row == lease.row
     with pytest.raises(RequestError, match="closed already"):
         cache.close(lease)
+    cache.close(heir)
     with pytest.raises(RequestError, match="dimensions"):
         Key([[1, 2]])
 

@@ -26,7 +26,8 @@ def walk(tree: Tree) -> Iterator[Node]:
 def check(desk: Desk) -> None:
     """Recount everything in O(nodes + pages). Raises ``CacheBroken`` with the first thing that does not add up."""
     nodes = list(walk(desk.tree))
-    _expect(len(nodes) == desk.tree.nodes, f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")
+    if len(nodes) != desk.tree.nodes:
+        raise CacheBroken(f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")
     for node in nodes:
         _check_node(desk.tree, node)
     _check_holds(desk, nodes)
@@ -35,15 +36,14 @@ def check(desk: Desk) -> None:
         _check_counts(desk, shelf, nodes)
     for lease in desk.leases.values():
         _check_lease(desk, lease)
+    for root in [*desk.tree.roots.values(), *desk.tree.detached]:
+        if not root.refs and not root.children:
+            raise CacheBroken(f"namespace {root.namespace!r} is empty and was not forgotten")
     for table in desk.tables.by_kind:
-        _expect(not table[0].any(), "row 0 of a page table, the padding row, is not zero")
-    if not desk.reuse:
-        _expect(not nodes, "reuse is off and the tree has nodes")
-
-
-def _expect(holds: bool, evidence: str) -> None:
-    if not holds:
-        raise CacheBroken(evidence)
+        if table[0].any():
+            raise CacheBroken("row 0 of a page table, the padding row, is not zero")
+    if not desk.reuse and nodes:
+        raise CacheBroken("reuse is off and the tree has nodes")
 
 
 def _name(node: Node) -> str:
@@ -52,18 +52,19 @@ def _name(node: Node) -> str:
 
 def _check_node(tree: Tree, node: Node) -> None:
     parent = node.parent
-    _expect(parent is not None and parent.end == node.start, f"{_name(node)} does not begin where its parent ends")
-    assert parent is not None
-    _expect(parent.children.get(tree.first(node.tokens, 0)) is node, f"{_name(node)} is not filed under its first page")
-    _expect(len(node.tokens) == node.size * tree.page_size, f"{_name(node)}: {len(node.tokens)} tokens on the edge")
+    if parent is None or parent.end != node.start:
+        raise CacheBroken(f"{_name(node)} does not begin where its parent ends")
+    if parent.children.get(tree.first(node.tokens, 0)) is not node:
+        raise CacheBroken(f"{_name(node)} is not filed under its first page")
+    if len(node.tokens) != node.size * tree.page_size:
+        raise CacheBroken(f"{_name(node)}: {len(node.tokens)} tokens on the edge")
     empty = all(entry is None for entry in node.entries)
-    _expect(
-        not empty or bool(node.children or node.flights) or node.refs > 0,
-        f"{_name(node)} is a leaf, holds nothing and is kept",
-    )
+    if empty and not (node.children or node.flights or node.refs):
+        raise CacheBroken(f"{_name(node)} is a leaf, holds nothing and is kept")
     for shelf in tree.shelves:
         kids = sum(child.entries[shelf.index] is not None for child in node.children.values())
-        _expect(kids == node.kids[shelf.index], f"{_name(node)}: {kids} children on {_shelf(shelf)}, not {node.kids}")
+        if kids != node.kids[shelf.index]:
+            raise CacheBroken(f"{_name(node)}: {kids} children on {_shelf(shelf)}, not {node.kids}")
         entry = node.entries[shelf.index]
         if entry is not None:
             _check_shape(node, shelf, entry)
@@ -75,7 +76,10 @@ def _check_shape(node: Node, shelf: Shelf, entry: Entry) -> None:
         good = good and entry.lo == 0
     if shelf.kind.rule == "recurrent":
         good = good and len(entry.pages) == 1
-    _expect(good, f"{_name(node)} holds pages {entry.lo}+{len(entry.pages)} on {_shelf(shelf)}: not a tail of the edge")
+    if not good:
+        raise CacheBroken(
+            f"{_name(node)} holds pages {entry.lo}+{len(entry.pages)} on {_shelf(shelf)}: not a tail of the edge"
+        )
 
 
 def _shelf(shelf: Shelf) -> str:
@@ -100,16 +104,21 @@ def _check_holds(desk: Desk, nodes: list[Node]) -> None:
             while climb is not None and start < climb.end:
                 pins[climb.id, k, max(start, climb.start) if start > climb.start else -1] += 1
                 climb = climb.parent
-    for node in nodes:
+    for node in [*nodes, *tree.roots.values(), *tree.detached]:
         refs = places[node.id] + sum(child.refs > 0 for child in node.children.values())
-        _expect(refs == node.refs, f"{_name(node)}: held {node.refs} times, {refs} accounted for")
+        if refs != node.refs:
+            raise CacheBroken(f"{_name(node)}: held {node.refs} times, {refs} accounted for")
         for k in tree.windows:
-            _expect(
+            if not (
                 node.covers[k] == pins.pop((node.id, k, -1), 0)
-                and all(count == pins.pop((node.id, k, p), 0) for p, count in node.starts[k].items()),
-                f"{_name(node)}: pins of {tree.kinds[k].name} {node.covers[k]}, {node.starts[k]} are not the leases'",
-            )
-    _expect(not pins, f"pins by (node, kind, page) that no node has: {dict(pins)}")
+                and all(count == pins.pop((node.id, k, p), 0) for p, count in node.starts[k].items())
+            ):
+                raise CacheBroken(
+                    f"{_name(node)}: pins of {tree.kinds[k].name}, {node.covers[k]} and {node.starts[k]}, "
+                    f"are not those of the leases"
+                )
+    if pins:
+        raise CacheBroken(f"pins by (node, kind, page) that no node has: {dict(pins)}")
 
 
 def _check_slots(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
@@ -127,13 +136,15 @@ def _check_slots(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
                 groups.append(table[lease.row, begin : -(-lease.length // desk.tree.page_size)])
     flying = desk.in_flight(shelf)
     groups += flying
-    _expect(sum(map(len, flying)) == shelf.in_flight, f"{_shelf(shelf)}: {shelf.in_flight} pages counted in flight")
+    if sum(map(len, flying)) != shelf.in_flight:
+        raise CacheBroken(f"{_shelf(shelf)}: {shelf.in_flight} pages counted in flight")
     owned = np.bincount(np.concatenate(groups), minlength=shelf.slots.pages + 1)
     wrong = np.flatnonzero(owned[1:] != 1) + 1
-    _expect(
-        len(wrong) == 0 and owned[0] == 0 and len(owned) == shelf.slots.pages + 1,
-        f"{_shelf(shelf)}: pages {wrong[:8].tolist()} have {owned[wrong[:8]].tolist()} owners, page 0 has {owned[0]}",
-    )
+    if len(wrong) or owned[0] or len(owned) != shelf.slots.pages + 1:
+        raise CacheBroken(
+            f"{_shelf(shelf)}: pages {wrong[:8].tolist()} have {owned[wrong[:8]].tolist()} owners, "
+            f"page 0 has {owned[0]}"
+        )
 
 
 def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
@@ -149,58 +160,58 @@ def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
             may = 0 if node.refs else len(entry.pages)
         else:
             may = desk.tree.unpinned(node, shelf, entry)
-        _expect(
-            entry.evictable == may, f"{_name(node)} on {_shelf(shelf)}: {entry.evictable} evictable, {may} unpinned"
-        )
+        if entry.evictable != may:
+            raise CacheBroken(f"{_name(node)} on {_shelf(shelf)}: {entry.evictable} evictable, {may} unpinned")
         ready = may and not (shelf.full and node.kids[shelf.index])
-        _expect(not ready or entry.item is not None, f"{_name(node)} may leave {_shelf(shelf)} and is not filed")
+        if ready and entry.item is None:
+            raise CacheBroken(f"{_name(node)} may leave {_shelf(shelf)} and is not filed")
     counted = (shelf.entries, shelf.cached, shelf.evictable)
-    _expect(
-        counted == (entries, cached, evictable),
-        f"{_shelf(shelf)}: counts {counted}, found {entries, cached, evictable}",
-    )
+    if counted != (entries, cached, evictable):
+        raise CacheBroken(f"{_shelf(shelf)}: counts {counted}, found {entries, cached, evictable}")
 
 
 def _check_lease(desk: Desk, lease: Lease) -> None:
     """Invariant 3: a ready lease has on the device all that the rule asks for, in its row."""
     size = desk.tree.page_size
     place = lease.node
-    _expect(
-        not desk.reuse or place.end * size == lease.committed,
-        f"{lease!r} committed {lease.committed} tokens, its place ends at {place.end * size}",
-    )
+    if desk.reuse and place.end * size != lease.committed:
+        raise CacheBroken(f"{lease!r} committed {lease.committed} tokens, its place ends at {place.end * size}")
     pages = -(-lease.length // size)
     for shelf in desk.paged:
         k = shelf.kind_index
         row = desk.tables.by_kind[k][lease.row]
         start = lease.starts[k]
-        needed = desk.start_page(k, lease.length)
-        _expect(start <= max(needed, start) and not row[:start].any(), f"{lease!r}: released pages are in the row")
-        _expect(not row[pages:].any(), f"{lease!r}: pages beyond its length are in the row")
-        if lease.ready:
-            _expect(bool(row[start:pages].all()), f"{lease!r}: {shelf.kind.name} lacks pages that the rule needs")
+        if start > desk.start_page(k, lease.length):
+            raise CacheBroken(
+                f"{lease!r}: {shelf.kind.name} was released from page {start} on, the rule needs it earlier"
+            )
+        if row[:start].any():
+            raise CacheBroken(f"{lease!r}: released pages are in the row")
+        if row[pages:].any():
+            raise CacheBroken(f"{lease!r}: pages beyond its length are in the row")
+        if lease.ready and not row[start:pages].all():
+            raise CacheBroken(f"{lease!r}: {shelf.kind.name} lacks pages that the rule needs")
         climb: Node | None = place
         while desk.reuse and climb is not None and climb.end > start:
             entry = climb.entries[shelf.index]
             first = max(start, climb.start)
-            if lease.ready:
-                _expect(
-                    entry is not None
-                    and entry.lo <= first - climb.start
-                    and np.array_equal(entry.pages[first - climb.start - entry.lo :], row[first : climb.end]),
-                    f"{lease!r}: its row of {shelf.kind.name} differs from {_name(climb)}",
-                )
+            if lease.ready and not (
+                entry is not None
+                and entry.lo <= first - climb.start
+                and np.array_equal(entry.pages[first - climb.start - entry.lo :], row[first : climb.end])
+            ):
+                raise CacheBroken(f"{lease!r}: its row of {shelf.kind.name} differs from {_name(climb)}")
             climb = climb.parent
     for shelf in desk.states:
         read, write = desk.tables.by_kind[shelf.kind_index][lease.row]
-        _expect(write > 0, f"{lease!r} has no state of {shelf.kind.name} to write")
+        if write <= 0:
+            raise CacheBroken(f"{lease!r} has no state of {shelf.kind.name} to write")
         if not lease.ready:
             continue
         source = lease.sources[shelf.kind_index]
         if source is not None and source.parent is not None:
             entry = source.entries[shelf.index]
-            _expect(
-                entry is not None and entry.pages[0] == read, f"{lease!r} reads a state that is not {_name(source)}'s"
-            )
-        else:
-            _expect(read in (0, write), f"{lease!r} reads state {read} of {shelf.kind.name}, which it does not pin")
+            if entry is None or entry.pages[0] != read:
+                raise CacheBroken(f"{lease!r} reads a state that is not {_name(source)}'s")
+        elif read not in (0, write):
+            raise CacheBroken(f"{lease!r} reads state {read} of {shelf.kind.name}, which it does not pin")

@@ -12,7 +12,7 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import Hit, find, place_of
-from rootcellar.cache.tree import Node, Tree
+from rootcellar.cache.tree import Node
 from rootcellar.cache.verbs import Desk, pin_place, unpin_place
 from rootcellar.errors import CacheBusy
 
@@ -144,18 +144,17 @@ def copy(desk: Desk, hit: Hit, boundary: int, dst: Tier) -> set[int]:
 
 def save(desk: Desk, dst: Tier) -> int:
     """Plan to copy everything on the device to ``dst`` (before the device's memory is dropped). Returns the moves."""
-    tree: Tree = desk.tree
+    tree = desk.tree
     planned = 0
-    stack = [child for root in tree.roots.values() for child in root.children.values()]
-    while stack:
-        node = stack.pop(0)
+    nodes = [child for root in tree.roots.values() for child in root.children.values()]
+    for node in nodes:  # parents first: the list grows as it is read
+        nodes.extend(node.children.values())
         for source, target in zip(tree.by_tier[Tier.DEVICE], tree.by_tier[dst], strict=True):
             if source is None or target is None or node.entries[target.index] is not None:
                 continue
             entry = node.entries[source.index]
             if entry is not None and flying_to(node, source.kind_index, dst) is None:
                 planned += plan(tree, desk.traffic, node, source, target, node.start + entry.lo) is not None
-        stack.extend(node.children.values())
     return planned
 
 

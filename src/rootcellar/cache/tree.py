@@ -280,8 +280,11 @@ class Tree:
     def discard(self, node: Node) -> None:
         """Take a childless, unheld node that holds nothing out of the tree, and each ancestor that this empties."""
         while True:
+            if node.refs or node.children or node.flights or any(node.entries):
+                return
             parent = node.parent
-            if parent is None or node.refs or node.children or node.flights or any(node.entries):
+            if parent is None:
+                self._forget_root(node)
                 return
             del parent.children[self.first(node.tokens, 0)]
             node.parent = None
@@ -289,6 +292,13 @@ class Tree:
             self.version += 1
             self._requeue_states(parent)
             node = parent
+
+    def _forget_root(self, root: Node) -> None:
+        """Namespaces come and go (tenants, weight versions): an empty one leaves nothing behind."""
+        if self.roots.get(root.namespace) is root:
+            del self.roots[root.namespace]
+        elif root in self.detached:
+            self.detached.remove(root)
 
     # ---- entries ------------------------------------------------------------------------------------------------
 
@@ -400,7 +410,7 @@ class Tree:
     def hold(self, node: Node) -> None:
         """Keep a place in the tree: the node and all above it stay, with their full-attention entries."""
         climb: Node | None = node
-        while climb is not None and climb.parent is not None:
+        while climb is not None:
             climb.refs += 1
             if climb.refs > 1:
                 return
@@ -411,14 +421,13 @@ class Tree:
     def release(self, node: Node) -> None:
         """Undo one :meth:`hold`."""
         climb: Node | None = node
-        while climb is not None and climb.parent is not None:
-            parent = climb.parent
+        while climb is not None:
             climb.refs -= 1
             if climb.refs:
                 return
             for shelf in self.full_shelves:
                 self.refresh(climb, shelf)
-            climb = parent
+            climb = climb.parent
 
     def pin(self, node: Node, k: int, start: int, count: int) -> None:
         """Pin kind ``k`` on the device from page ``start`` to the node's end; ``count`` -1 undoes it."""

@@ -53,9 +53,8 @@ class Desk:
 
     def places(self) -> Iterator[Node]:
         """The node of every live hold, as often as it is held."""
-        if self.reuse:
-            for lease in self.holders():
-                yield lease.node
+        for lease in self.holders():
+            yield lease.node
         for flight in self.traffic.flights.values():
             if flight.held and flight.node is not None:
                 yield flight.node
@@ -109,6 +108,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     pin_place(desk, lease)
     if not _load(desk, lease):
         unpin_place(desk, lease)
+        prune(tree, lease.node)
         # What is on the device can still be had when only the copies do not fit together.
         return open_lease(desk, hit, Tier.DEVICE, priority) if boundary > hit.length else None
     tree.tick += 1
@@ -442,8 +442,9 @@ def _take_snapshot(desk: Desk, lease: Lease) -> None:
 def close(desk: Desk, lease: Lease, keep: bool) -> None:
     """Give back everything the lease owns and pins; with ``keep`` false also what it alone added to the tree."""
     tree = desk.tree
-    if desk.leases.pop(lease.row, None) is not lease:
+    if desk.leases.get(lease.row) is not lease:
         raise RequestError(f"{lease!r} is closed already; a lease is closed once")
+    del desk.leases[lease.row]
     committed, pages = lease.committed // tree.page_size, -(-lease.length // tree.page_size)
     for shelf in desk.paged:
         owned = max(committed, lease.starts[shelf.kind_index])
@@ -451,10 +452,8 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
     for shelf in desk.states:
         shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
     desk.tables.give_row(lease.row, max(pages, 2))
-    if not desk.reuse:
-        return
     tree.use(lease.node, lease.starts)
-    if keep and desk.write_hits is not None and not lease.lost:
+    if keep and desk.write_hits is not None:
         write_through(tree, desk.traffic, lease.node, desk.write_hits)
     unpin_place(desk, lease)
     prune(tree, lease.node if keep else _drop_own(tree, lease))
