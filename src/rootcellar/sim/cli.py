@@ -64,9 +64,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``rootcellar replay``. 0 when every row was computed. Raises ``ConfigError`` for a wrong option."""
-    capacities = [_tokens(text) for text in args.capacity.split(",")]
+    capacities = [parse_tokens(text) for text in args.capacity.split(",")]
     policies = _policies(args.policy)
-    output = None if args.output_tokens == "trace" else _tokens(args.output_tokens)
+    output = None if args.output_tokens == "trace" else parse_tokens(args.output_tokens)
     for name in ("page_size", "concurrency", "block_size"):
         if vars(args)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {vars(args)[name]}; give at least 1")
@@ -113,7 +113,7 @@ def _row(
     )
 
 
-def _tokens(text: str) -> int:
+def parse_tokens(text: str) -> int:
     """``1M`` as a number of tokens."""
     word = text.strip().lower()
     unit = word[-1:] if word[-1:] in ("k", "m", "g") else ""
