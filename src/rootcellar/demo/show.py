@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FACTS_IN_MANUAL = 30
 LONG_QUESTION = "What is chunked prefill?"
-CHAT = ("What does a lease do?", "Tell me more.")
+CHAT = ("What does a lease do?", "And what is eviction?")
 MAX_NEW_TOKENS = 96
 
 INTRO = """\
