@@ -72,7 +72,7 @@ def _key(first):
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_it_is_near_the_best_fixed_policy_whatever_that_is(name):
-    requests = workload(name)[:3000]
+    requests = workload(name)[:2000]
     for capacity in (100_000, 400_000):
         rates = {
             policy: replay(requests, capacity=capacity, policy=policy).hit_rate

@@ -67,10 +67,10 @@ MUTATIONS = {
         "    if lease.stepped:\n        read_own_states",
         "    if True:\n        read_own_states",
     ),
-    "6: ties are broken by where nodes lie in memory": (
+    "6: ties are broken by a hash that differs between processes": (
         "tree.py",
         "shelf.kind_index), node.id)",
-        "shelf.kind_index), id(node))",
+        "shelf.kind_index), hash(str(node.id)))",
     ),
 }
 STEPS = 12_000
@@ -112,7 +112,7 @@ def test_a_broken_invariant_is_noticed(broken, tmp_path):
     assert code.count(good) == 1, f"{name} changed: {good!r} is there {code.count(good)} times; renew this mutation"
     path.write_text(code.replace(good, bad))
     if broken.startswith("6"):
-        runs = [driver(tmp_path, "4000", "1", "replay", hash_seed=seed) for seed in ("1", "2", "3")]
+        runs = [driver(tmp_path, "4000", "1", "replay", hash_seed=seed) for seed in ("1", "2")]
         assert len({run.stdout for run in runs}) > 1, "states did not depend on the process"
         return
     done = driver(tmp_path, str(STEPS), str(SEED))

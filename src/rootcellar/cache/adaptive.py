@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from rootcellar.cache.node import Entry, Node, Shelf
     from rootcellar.cache.order import Item
-    from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+    from rootcellar.cache.tree import Tree
 
 FRESH, CONTINUES = 0, 1  # classes of what never returned; from 2 on: returned 1, 2 or 3, 4 to 7, ... times
 POPULAR = 4  # what branches off a class from here on is fresh

@@ -9,7 +9,8 @@ import numpy as np
 
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
-from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+from rootcellar.cache.node import Entry, Node, Shelf
+from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
 from rootcellar.errors import CacheBroken
 

@@ -12,7 +12,7 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import Hit, find, place_of
-from rootcellar.cache.tree import Node
+from rootcellar.cache.node import Node
 from rootcellar.cache.verbs import Desk, pin_place, unpin_place
 from rootcellar.errors import CacheBusy
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from rootcellar.cache.key import Key
 
 if TYPE_CHECKING:
-    from rootcellar.cache.tree import Node, Tree
+    from rootcellar.cache.node import Node
+    from rootcellar.cache.tree import Tree
 
 
 def seed_digest(fingerprint: bytes, namespace: str) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rootcellar.cache.journal import Eviction
-from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+from rootcellar.cache.node import Entry, Node, Shelf
+from rootcellar.cache.tree import Tree
 from rootcellar.errors import CacheBroken
 
 

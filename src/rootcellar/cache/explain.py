@@ -10,7 +10,8 @@ from rootcellar.cache.flights import flying_to
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.match import Hit, find
-from rootcellar.cache.tree import Node, Tree
+from rootcellar.cache.node import Node
+from rootcellar.cache.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import find
 from rootcellar.cache.moves import Event, Failed, Flight, Found, Lost, Move
+from rootcellar.cache.node import Node, Shelf
 from rootcellar.cache.slots import Pages
-from rootcellar.cache.tree import Node, Shelf, Tree
+from rootcellar.cache.tree import Tree
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from rootcellar.cache.digest import page_digests
 from rootcellar.cache.kind import Tier
 
 if TYPE_CHECKING:
-    from rootcellar.cache.tree import Node, Shelf, Tree
+    from rootcellar.cache.node import Node, Shelf
+    from rootcellar.cache.tree import Tree
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.STORAGE: "DISK", Tier.PEER: "EXTERNAL"}
 REMEMBERED = 4096

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache.tree import Node
+from rootcellar.cache.node import Node
 
 
 class Lease:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
-from rootcellar.cache.tree import Node, Tree
+from rootcellar.cache.node import Node
+from rootcellar.cache.tree import Tree
 from rootcellar.errors import RequestError
 
 

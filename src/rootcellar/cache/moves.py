@@ -16,7 +16,7 @@ from rootcellar.cache.slots import Pages
 
 if TYPE_CHECKING:
     from rootcellar.cache.lease import Lease
-    from rootcellar.cache.tree import Node
+    from rootcellar.cache.node import Node
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rootcellar.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rootcellar.cache.tree import Entry, Node, Shelf, Tree
+    from rootcellar.cache.node import Entry, Node, Shelf
+    from rootcellar.cache.tree import Tree
 
 Key = tuple[float, ...]
 Item = tuple[Key, int, "Node", "Entry"]

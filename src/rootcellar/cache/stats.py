@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rootcellar.cache.kind import Tier
-from rootcellar.cache.tree import Shelf, Tree
+from rootcellar.cache.node import Shelf
+from rootcellar.cache.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, place_of
 from rootcellar.cache.moves import Flight
+from rootcellar.cache.node import Node, Shelf
 from rootcellar.cache.slots import Pages
-from rootcellar.cache.tree import Node, Shelf, Tree
+from rootcellar.cache.tree import Tree
 from rootcellar.errors import RequestError, RequestTooLarge
 
 
