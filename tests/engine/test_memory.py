@@ -154,7 +154,7 @@ def test_bf16_is_bfloat16():
 # --- what the programs need -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # bfloat16 on CPU: with float32 copies of the weights
 def test_the_bound_is_above_what_the_compiler_says(dtype):
     config = EngineConfig(chunked_prefill_size=64, max_running_requests=8)
     asked = programs(config, {**MODEL, "num_hidden_layers": 1}, dtype)
