@@ -223,6 +223,16 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(tiny_folder, 
     assert "max_total_tokens=100000 takes" in text
 
 
+def test_more_than_the_machine_has_is_no_remedy(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 10**9)
+    options = {"max_total_tokens": 10**7, "dtype": "bfloat16", "kv_cache_dtype": "bf16"}
+    with measuring_a_third(), pytest.raises(ConfigError) as caught:
+        size(**options)
+    assert "0.50 GB are usable (half of the machine's memory)" in str(caught.value)
+    assert "device_memory=" not in str(caught.value)
+    assert "max_total_tokens=" in str(caught.value).partition("would fit")[2]
+
+
 # --- never beyond the budget, never a refusal of what fits ------------------------------------------------------------
 
 

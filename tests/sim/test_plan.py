@@ -153,6 +153,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         plan(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**9, max_total_tokens=10**6))
 
 
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_a_field_that_weights_need_is_named(name):
+    raw = {key: value for key, value in PRESETS["gpt-oss-120b"].items() if key != name}
+    with pytest.raises(ConfigError, match=f"lacks '{name}'"):
+        plan(Ask(read_architecture(raw), hbm=10**11))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

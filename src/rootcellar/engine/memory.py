@@ -281,9 +281,9 @@ def _remedies(demand: _Demand, reserve: int, context_length: int) -> Iterator[st
         yield f"mem_fraction_static={fraction:g}"
     if jax.default_backend() == "cpu":
         megabytes = math.ceil(demand.needed(reserve) * config.tp_size / config.mem_fraction_static / 1e6) + 1
-        yield (
-            f"device_memory='{megabytes}MB'" if megabytes < 1000 else f"device_memory='{-(-megabytes // 100) / 10:g}GB'"
-        )
+        if megabytes * 10**6 < machine_memory():
+            enough = f"{megabytes}MB" if megabytes < 1000 else f"{-(-megabytes // 100) / 10:g}GB"
+            yield f"device_memory={enough!r}"
     if config.max_total_tokens is not None:
         most = demand.divide(reserve, None)
         if most is not None:

@@ -156,7 +156,7 @@ def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
     Raises ``ConfigError`` for a config whose layers it does not understand.
     """
     text: Raw = {**raw, **(raw.get("text_config") or {})}
-    count = int(_need(text, "num_hidden_layers"))
+    count = int(need(text, "num_hidden_layers"))
     rules = _rules(text, count)
     groups = []
     for rule in dict.fromkeys(rules):
@@ -166,9 +166,9 @@ def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
             continue
         layout = _attention(text)
         if rule == "sliding_window":
-            kind = sliding_window("window", layers, window or int(_need(text, "sliding_window")))
+            kind = sliding_window("window", layers, window or int(need(text, "sliding_window")))
         elif rule == "chunked_local":
-            kind = chunked_local("chunk", layers, window or int(_need(text, "attention_chunk_size")))
+            kind = chunked_local("chunk", layers, window or int(need(text, "attention_chunk_size")))
         else:
             kind = full("full", layers)
         groups.append(Group(kind, layout))
@@ -259,13 +259,13 @@ def _full_where(count: int, other: str, indices: Sequence[int]) -> list[str]:
 def head_dim(text: Raw) -> int:
     """Elements of a head."""
     given = text.get("head_dim")
-    return int(given) if given else int(_need(text, "hidden_size")) // int(_need(text, "num_attention_heads"))
+    return int(given) if given else int(need(text, "hidden_size")) // int(need(text, "num_attention_heads"))
 
 
 def _attention(text: Raw) -> Heads | Latent:
     if text.get("kv_lora_rank"):
-        return Latent(int(text["kv_lora_rank"]), int(_need(text, "qk_rope_head_dim")))
-    heads = int(_need(text, "num_attention_heads"))
+        return Latent(int(text["kv_lora_rank"]), int(need(text, "qk_rope_head_dim")))
+    heads = int(need(text, "num_attention_heads"))
     kv_heads = int(text.get("num_key_value_heads") or heads)
     return Heads(kv_heads, head_dim(text), heads // kv_heads)
 
@@ -273,12 +273,12 @@ def _attention(text: Raw) -> Heads | Latent:
 def _state(text: Raw) -> State:
     """Mamba 2 (Dao and Gu, 2024), Mamba 1 (Gu and Dao, 2023), gated delta net (Yang et al., 2024)."""
     if text.get("linear_num_value_heads"):
-        keys = int(_need(text, "linear_num_key_heads")) * int(_need(text, "linear_key_head_dim"))
-        heads, width = int(text["linear_num_value_heads"]), int(_need(text, "linear_value_head_dim"))
-        elements = heads * width * int(_need(text, "linear_key_head_dim"))
-        return State(heads * width + 2 * keys, 0, 0, int(_need(text, "linear_conv_kernel_dim")) - 1, elements)
-    inner = int(_need(text, "hidden_size")) * int(_need(text, "mamba_expand"))
-    size, taps = int(_need(text, "mamba_d_state")), int(_need(text, "mamba_d_conv")) - 1
+        keys = int(need(text, "linear_num_key_heads")) * int(need(text, "linear_key_head_dim"))
+        heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
+        elements = heads * width * int(need(text, "linear_key_head_dim"))
+        return State(heads * width + 2 * keys, 0, 0, int(need(text, "linear_conv_kernel_dim")) - 1, elements)
+    inner = int(need(text, "hidden_size")) * int(need(text, "mamba_expand"))
+    size, taps = int(need(text, "mamba_d_state")), int(need(text, "mamba_d_conv")) - 1
     if text.get("mamba_n_heads"):
         heads = int(text["mamba_n_heads"])
         given = text.get("mamba_d_head")
@@ -287,7 +287,8 @@ def _state(text: Raw) -> State:
     return State(inner, 0, 0, taps, inner * size)
 
 
-def _need(text: Raw, name: str) -> Any:
+def need(text: Raw, name: str) -> Any:
+    """A field of the config; ``ConfigError`` names it when it is missing."""
     if text.get(name) is None:
         raise ConfigError(f"the config lacks {name!r}, which the planner needs")
     return text[name]

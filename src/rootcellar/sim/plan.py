@@ -13,7 +13,7 @@ from typing import Any
 
 from rootcellar.cache.kind import Kind
 from rootcellar.errors import ConfigError
-from rootcellar.sim.layers import Architecture, Group, Latent, head_dim
+from rootcellar.sim.layers import Architecture, Group, Latent, head_dim, need
 from rootcellar.sim.sizing import (
     Cost,
     Division,
@@ -168,7 +168,7 @@ class Plan:
 def plan(ask: Ask) -> Plan:
     """All figures that ``ask`` gives grounds for.
 
-    Raises ``ConfigError`` when tp does not suit the model or nothing fits; the message has the numbers.
+    Raises ``ConfigError`` when tp does not divide recurrent layers, the config lacks a field, or nothing fits.
     """
     figures, formulas = _per_token(ask)
     budget, spent = _budget(ask, formulas)
@@ -264,16 +264,16 @@ def _budget(ask: Ask, formulas: dict[str, str]) -> tuple[int | None, dict[str, i
 
 def _widths(ask: Ask) -> Widths:
     text, tp = ask.model.text, ask.tp
-    heads = -(-int(text["num_attention_heads"]) // tp)
-    kv_heads = -(-int(text.get("num_key_value_heads") or text["num_attention_heads"]) // tp)
+    heads = -(-int(need(text, "num_attention_heads")) // tp)
+    kv_heads = -(-int(text.get("num_key_value_heads") or need(text, "num_attention_heads")) // tp)
     inner = max(int(text.get(name) or 0) for name in ("intermediate_size", "intermediate_size_mlp"))
     return Widths(
-        hidden=int(text["hidden_size"]),
+        hidden=int(need(text, "hidden_size")),
         intermediate=-(-inner // tp),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim(text),
-        vocab=int(text["vocab_size"]),
+        vocab=int(need(text, "vocab_size")),
     )
 
 

@@ -6,7 +6,7 @@ percent). Quantised checkpoints are counted at the width of their method. What i
 
 from __future__ import annotations
 
-from rootcellar.sim.layers import Architecture, Group, Latent, Raw, State, head_dim
+from rootcellar.sim.layers import Architecture, Group, Latent, Raw, State, head_dim, need
 
 # Bytes of a quantised weight: mxfp4 has a scale byte for 32 elements.
 _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
@@ -20,7 +20,9 @@ def weight_bytes(model: Architecture) -> int:
     narrow = _QUANTISED.get(method, wide)
     attention = sum(len(group.kind.layers) * _mixer(group, text) for group in model.groups)
     dense, experts = _mlps(text, model.num_layers)
-    embeddings = int(text["vocab_size"]) * int(text["hidden_size"]) * (1 if text.get("tie_word_embeddings") else 2)
+    embeddings = (
+        int(need(text, "vocab_size")) * int(need(text, "hidden_size")) * (1 if text.get("tie_word_embeddings") else 2)
+    )
     # mxfp4 checkpoints keep everything but the experts wide; fp8 ones everything but the embeddings narrow.
     rest = wide if method == "mxfp4" else narrow
     return round(embeddings * wide + (attention + dense) * rest + experts * narrow)
@@ -28,18 +30,18 @@ def weight_bytes(model: Architecture) -> int:
 
 def _mixer(group: Group, text: Raw) -> int:
     """Elements of the matrices of one layer's attention, or of what stands in its place."""
-    hidden = int(text["hidden_size"])
+    hidden = int(need(text, "hidden_size"))
     if isinstance(group.layout, State):
         if text.get("linear_num_value_heads"):  # in: q, k, v, gate, two numbers for each head; out
-            heads, width = int(text["linear_num_value_heads"]), int(text["linear_value_head_dim"])
+            heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
             return hidden * (group.layout.channels + 2 * heads * width + 2 * heads)
         inner = group.layout.channels
         shared = group.layout.groups * group.layout.group_channels
         return hidden * (3 * inner + shared + int(text.get("mamba_n_heads") or 0))
-    heads = int(text["num_attention_heads"])
+    heads = int(need(text, "num_attention_heads"))
     if isinstance(group.layout, Latent):
         rank, rope = group.layout.rank, group.layout.rope_dim
-        nope, value = int(text["qk_nope_head_dim"]), int(text["v_head_dim"])
+        nope, value = int(need(text, "qk_nope_head_dim")), int(need(text, "v_head_dim"))
         q_rank = int(text.get("q_lora_rank") or 0)
         queries = heads * (nope + rope)
         q = q_rank * (hidden + queries) if q_rank else hidden * queries
@@ -49,7 +51,7 @@ def _mixer(group: Group, text: Raw) -> int:
 
 def _mlps(text: Raw, layers: int) -> tuple[int, int]:
     """Elements of the dense and of the expert feed-forward matrices of all layers (gated: three matrices each)."""
-    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    hidden, inner = int(need(text, "hidden_size")), int(need(text, "intermediate_size"))
     count = int(text.get("n_routed_experts") or text.get("num_local_experts") or text.get("num_experts") or 0)
     if not count:
         return layers * 3 * hidden * inner, 0
