@@ -19,7 +19,9 @@ here depends on a workload: the shadow looks back ``LOOK_BACK`` cache sizes with
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from heapq import heapify, heappop, heappush
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,11 +36,13 @@ FRESH, CONTINUES = 0, 1  # classes of what never returned; from 2 on: returned 1
 POPULAR = 4  # what branches off a class from here on is fresh
 CLASSES = 9
 BUCKETS = 96
-PER_OCTAVE = 2  # age buckets per doubling
+# Ages (tokens) at which a bucket begins, two buckets per doubling; whole numbers, so that every core agrees on them.
+EDGES = [0, *(isqrt((1 << i) - 1) + 1 for i in range(1, BUCKETS))]
 LOOK_BACK = 32
 MAX_SHADOW = 1 << 15
 STRIDE = 512
 
+_WIDTHS = np.diff(np.array([*EDGES, 2 * EDGES[-2]], np.float64))
 _MASK = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the multiplier of Fibonacci hashing
 
@@ -71,17 +75,15 @@ class Shadow:
         self._sample = 1 << 64  # prefixes with a hash below this are sampled
         self._news = 0  # observations since the last fit
         self._faded = 0
-        self._edges = 2.0 ** (np.arange(BUCKETS + 1) / PER_OCTAVE)
-        self._edges[0] = 0.0
 
     def bucket(self, age: int) -> int:
         """The age bucket of an age in tokens."""
-        return min(BUCKETS - 1, int(PER_OCTAVE * np.log2(age))) if age > 1 else 0
+        return bisect_right(EDGES, age) - 1
 
     def hashes(self, trail: int, tokens: NDArray[np.int64]) -> list[int]:
         """Hashes of the prefixes that end with each whole stride of ``tokens``, which follow a prefix ``trail``."""
         count = len(tokens) // self.stride
-        blocks = tokens[: count * self.stride].astype(np.uint64).reshape(count, self.stride)
+        blocks = tokens[: count * self.stride].view(np.uint64).reshape(count, self.stride)
         chained = []
         for block in ((blocks * self._weights).sum(axis=1, dtype=np.uint64)).tolist():
             trail = mix((trail * _ODD + block + 1) & _MASK)
@@ -145,15 +147,16 @@ class Shadow:
         waiting = np.zeros((CLASSES, BUCKETS))
         if self.seen:
             known = np.array(list(self.seen.values()), np.int64)
-            ages = np.maximum(self.volume - known[:, 0], 1)
-            buckets = np.minimum(BUCKETS - 1, (PER_OCTAVE * np.log2(ages)).astype(np.int64))
-            groups = np.array([group_of(history) for history in known[:, 1].tolist()])
+            buckets = np.searchsorted(EDGES, self.volume - known[:, 0], side="right") - 1
+            histories = known[:, 1]
+            doublings = np.frexp(np.maximum(histories - 1, 1))[1]  # the bit length
+            groups = np.where(histories <= CONTINUES, histories, np.minimum(CLASSES - 1, 1 + doublings))
             np.add.at(waiting, (groups, buckets), 1)
         left = self._returns + self._gone + waiting
         at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self._gone + waiting) / 2
         hazard = np.divide(self._returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)
         for group in range(CLASSES):
-            self.worth[group] = _gittins(hazard[group], np.diff(self._edges))
+            self.worth[group] = _gittins(hazard[group], _WIDTHS)
         if self.volume - self._faded >= self.window:
             self._faded = self.volume
             self._returns /= 2
