@@ -349,6 +349,7 @@ def evaluate(params: Params, cfg: ModelConfig, encoder: Encoder, seed: int) -> d
         "small talk": [asks(q, talk["answer"]) for talk in PHRASES["small_talk"].values() for q in talk["held"]],
         "off topic": [asks(q, FALLBACK) for q in held_out_off_topic(rng, 60)],
     }  # fmt: skip
+    suites["long prompt, more"] = []
     for name, inside in (("long prompt, in the manual", True), ("long prompt, not in it", False)):
         suites[name] = []
         for fact in rng.sample(facts, 20):
@@ -356,6 +357,8 @@ def evaluate(params: Params, cfg: ModelConfig, encoder: Encoder, seed: int) -> d
             system = demo.manual(rng.sample([fact, *others], 30) if inside else others)
             chat = asks(rng.choice([*fact.ask, *fact.held]), fact.answer)
             suites[name].append([{"role": "system", "content": system}, *chat])
+            chat = [*chat, *asks(rng.choice(PHRASES["more"]["trained"]), fact.more)]
+            suites["long prompt, more"].append([{"role": "system", "content": system}, *chat])
     result = {}
     for name, chats in suites.items():
         right = exact(params, cfg, encoder, chats)
