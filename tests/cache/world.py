@@ -320,10 +320,10 @@ class World:
         key = Key(tokens[: self.pick(len(tokens) + 1)], name)
         tier = (Tier.STORAGE, Tier.PEER)[self.pick(2)]
         kind = self.cache.kinds[self.pick(len(self.cache.kinds))].name if self.pick(4) == 0 else ""
-        before = {(k, t, slot): prefix for k, t, _, prefix, slot in self.entries() if t is tier}
+        before = {(k, t, slot): (space, prefix) for k, t, space, prefix, slot in self.entries() if t is tier}
         self.cache.learn(Found(key, tier, kind))
         for k, t, space, prefix, slot in self.entries():
-            if t is tier and before.get((k, t, slot)) != prefix:
+            if t is tier and before.get((k, t, slot)) != (space, prefix):
                 self.content[k, t][slot] = self.of(space, list(prefix))
 
     def lost(self) -> None:
