@@ -64,6 +64,19 @@ def test_write_through_copies_as_a_request_leaves_and_a_later_one_loads_it_back(
     cache.check()
 
 
+def test_hits_are_counted_by_tier_even_when_the_hit_was_stale():
+    cache = make(size=32, tiers=(HOST,), capacity={("full", HOST): 1024})
+    stale = cache.match(Key(tokens((0, 20))))
+    serve(cache, tokens((0, 16)))
+    land(cache)
+    cache.close(cache.open(stale, HOST))
+    serve(cache, tokens((100, 24)))
+    cache.close(cache.open(stale, HOST))
+    land(cache)
+    by_tier = cache.stats().hit_tokens_by_tier
+    assert (by_tier[Tier.DEVICE], by_tier[HOST]) == (16 + 8, 8)
+
+
 def test_selective_writes_after_enough_hits():
     cache = make(tiers=(HOST,), write_policy="write_through_selective", write_hits=2)
     for expected in (0, 0, 1, 0):

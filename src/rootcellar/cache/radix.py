@@ -110,6 +110,8 @@ class RadixCache:
         """
         if self._desk.expiries:
             control.expire(self._desk)
+        if hit.version != self._tree.version:
+            hit = find(self._tree, hit.key)
         lease = open_lease(self._desk, hit, tier, priority)
         if lease is not None:
             self._requests += 1
