@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from rootcellar.cache import Done, Found, Key, RadixCache, SlotAllocator, Tier, full
+from rootcellar.cache.check import walk
 from rootcellar.cache.evict import make_room
 
 
@@ -58,3 +59,17 @@ def test_a_decode_step_is_one_allocation():
     assert len(set(cache.tables["full"][1:257, 0].tolist())) == 256
     assert not cache.moves()
     cache.learn(Done(1))
+
+
+def test_what_is_left_of_a_long_prompt_does_not_keep_all_of_it_in_memory():
+    cache = RadixCache([full("full")], page_size=1, capacity={("full", Tier.DEVICE): 4000}, max_length=4000)
+    for first in (0, 5000):
+        lease = cache.open(cache.match(Key(range(first, first + 3900))))
+        assert cache.grow(lease, 3900)
+        cache.commit(lease, Key(range(first, first + 3900)))
+        cache.close(lease)
+    (left,) = (node for node in walk(cache._tree) if node.tokens[0] == 0)
+    held = [left.tokens, left.entries[0].pages]
+    for array in held:
+        whole = array if array.base is None else array.base
+        assert whole.nbytes <= 2 * array.nbytes

@@ -202,6 +202,8 @@ def test_mistakes_are_named():
     lease = cache.open(cache.match(Key(range(8))))
     with pytest.raises(RequestTooLarge, match="max_length=8"):
         cache.grow(lease, 9)
+    with pytest.raises(RequestError, match="only grows"):
+        cache.grow(lease, -1)
     with pytest.raises(RequestError, match="slots for 0 tokens"):
         cache.commit(lease, Key(range(4)))
     cache.close(lease)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,15 @@ from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.node import Entry, Node, Shelf
 from rootcellar.cache.order import standing
 from rootcellar.cache.slots import Pages
+
+Part = TypeVar("Part", bound=np.generic)
+
+
+def _part(array: NDArray[Part], begin: int, end: int) -> NDArray[Part]:
+    """``array[begin:end]``, as a copy where a view would keep more than twice its size in memory."""
+    part = array[begin:end]
+    whole = array if array.base is None else array.base
+    return part if 2 * part.nbytes >= whole.nbytes else part.copy()
 
 
 class Tree:
@@ -103,14 +113,15 @@ class Tree:
         parent = node.parent
         assert parent is not None
         assert 0 < at < node.size
-        upper = self._blank(parent, node.tokens[: at * self.page_size], node.start, at)
+        cut = at * self.page_size
+        upper = self._blank(parent, _part(node.tokens, 0, cut), node.start, at)
         upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
         upper.ticks = node.ticks.copy()
         upper.group, upper.used = node.group, node.used
         upper.refs = 1 if node.refs else 0
         upper.digests, node.digests = node.digests[:at], node.digests[at:]
         parent.children[self.first(node.tokens, 0)] = upper
-        node.tokens = node.tokens[at * self.page_size :]
+        node.tokens = _part(node.tokens, cut, len(node.tokens))
         node.start += at
         node.size -= at
         node.parent = upper
@@ -139,8 +150,8 @@ class Tree:
                 entry.lo -= at
                 parent.kids[s] -= 1
             else:
-                upper.entries[s] = Entry(entry.pages[: at - entry.lo], entry.lo)
-                entry.pages = entry.pages[at - entry.lo :]
+                upper.entries[s] = Entry(_part(entry.pages, 0, at - entry.lo), entry.lo)
+                entry.pages = _part(entry.pages, at - entry.lo, len(entry.pages))
                 entry.lo = 0
                 shelf.entries += 1
                 self.refresh(upper, shelf)
@@ -223,7 +234,7 @@ class Tree:
                 node.parent.kids[shelf.index] -= 1
                 self.refresh(node.parent, shelf)
         else:
-            entry.pages = entry.pages[count:]
+            entry.pages = _part(entry.pages, count, len(entry.pages))
             entry.lo += count
             self.refresh(node, shelf)
         return pages

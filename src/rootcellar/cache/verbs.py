@@ -231,6 +231,8 @@ def _observe(desk: Desk, lease: Lease, key: Key, first: int, pages: int) -> None
 
 def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
     """Slots for ``tokens`` more tokens, for one step. False, and nothing changed, when there is no room."""
+    if tokens < 0:
+        raise RequestError(f"grow by {tokens} tokens: a lease only grows; close it to give tokens back")
     size = desk.tree.page_size
     old = -(-lease.length // size)
     new = -(-(lease.length + tokens) // size)
