@@ -87,7 +87,7 @@ def main() -> None:
             engine.resume_memory_occupation()
             memory(f"rebuilt, weights of version {version}", engine)
             cached = sum(a["meta_info"]["cached_tokens"] for a in answers)
-            print(f"  mean length {-reward.mean():.1f}, loss {float(value):+.4f}, {cached} prompt tokens from the cache")
+            print(f"  mean length {-reward.mean():.1f}, loss {float(value):+.4f}, {cached} prompt tokens were cached")
 
 
 if __name__ == "__main__":

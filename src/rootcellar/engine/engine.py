@@ -21,6 +21,7 @@ import numpy as np
 
 from rootcellar.cache import CacheStats, RadixCache
 from rootcellar.config import EngineConfig
+from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
@@ -429,6 +430,10 @@ class Engine:
             }
 
         return self._loop.call(read)
+
+    def memory_report(self) -> dict[str, Any]:
+        """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""
+        return memory.report(self._parts.sizing)
 
     def shutdown(self) -> None:
         """Abort what is left, stop the thread and give the KV cache's memory back. Safe to call twice."""

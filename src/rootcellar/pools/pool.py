@@ -101,7 +101,8 @@ class Pool:
         """Allocate the buffers, zeroed. Does nothing when they are there; compiles nothing the second time."""
         if self._buffers is None:
             zeros = _allocator(self.shape, self.layout.dtype, self.sharding)
-            self._buffers = [zeros() for _ in range(self.layers)]
+            # Waited for, so that too little memory is an error here and not in somebody's first step.
+            self._buffers = jax.block_until_ready([zeros() for _ in range(self.layers)])
 
     def free(self) -> int:
         """Give the memory back at once, after the step in flight. Returns the bytes freed (0 if there were none)."""
