@@ -42,12 +42,14 @@ def loss(params, cfg: ModelConfig, rows, answered, advantage):
 
 
 def memory(phase: str, engine: rootcellar.Engine) -> None:
+    """Print what lives on the device, and the compile counter."""
     gc.collect()
     live = sum(a.nbytes for a in jax.live_arrays()) / 1e6
     print(f"  {phase:34s} {live:7.1f} MB in arrays, {engine.stats()['compilations']:3d} compilations so far")
 
 
 def main() -> None:
+    """Run the loop."""
     cfg = load_config(demo.path())
     params = load_params(demo.path(), cfg, jnp.float32)
     optimiser = optax.adam(1e-4)
