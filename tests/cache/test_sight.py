@@ -41,6 +41,8 @@ def test_explain_says_below_one_page():
     assert "only whole pages of 16" in why(cache, Key(tokens((0, 9))))
     serve(cache, tokens((0, 32)))
     assert "The last 4 tokens do not fill a page of 16" in why(cache, Key(tokens((0, 20))))
+    own_tail = cache.explain(Key(tokens((0, 38))))
+    assert own_tail.reasons == ("The last 6 tokens do not fill a page of 16.",)
     assert "All of it is cached." in why(cache, Key(tokens((0, 32))))
 
 

@@ -162,6 +162,21 @@ def test_only_the_window_is_loaded_for_a_window_kind():
     cache.check()
 
 
+def test_kinds_are_found_one_by_one():
+    kinds = (full("full"), sliding_window("window", window=6), recurrent("state"))
+    cache = make(kinds, tiers=(STORAGE,), capacity={("full", STORAGE): 256})
+    key = Key(tokens((0, 40)))
+    for kind in kinds:
+        assert cache.match(key).reach(STORAGE) == 0
+        cache.learn(Found(key, STORAGE, kind.name))
+    assert cache.match(key).reach(STORAGE) == 40
+    pages = {name: shelf.cached for (name, tier), shelf in cache.stats().shelves.items() if tier is STORAGE}
+    assert pages == {"full": 40, "window": 8, "state": 1}
+    cache.learn(Lost(key, STORAGE, "state"))
+    assert cache.match(key).reach(STORAGE) == 0
+    cache.check()
+
+
 def test_moves_to_a_store_carry_the_digests_that_name_the_pages():
     cache = make(tiers=(HOST, STORAGE), fingerprint=b"model")
     key = Key(tokens((0, 18)), "tenant")

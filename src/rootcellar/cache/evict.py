@@ -70,6 +70,7 @@ def forget_entry(tree: Tree, shelf: Shelf, node: Node) -> None:
     """Take a node's whole entry off a shelf and free its pages; whether the node may stay is for ``prune``."""
     if node.entries[shelf.index] is not None:
         _take_off(tree, shelf, node, node.size)
+        tree.restage(node)
 
 
 def prune(tree: Tree, node: Node) -> None:

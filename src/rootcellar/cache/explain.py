@@ -52,10 +52,10 @@ def explain(tree: Tree, key: Key) -> Explanation:
         if hit.reach(tier) > hit.length
     ]
     reasons += [reason for _, reason in broken]
-    if diverges is not None:
-        reasons += _parting(tree, hit, diverges)
-    elif hit.branch < len(key) >= tree.page_size:
+    if tree.page_size <= len(key) and hit.branch < len(key) < hit.branch + tree.page_size:
         reasons.append(f"The last {len(key) - hit.branch} tokens do not fill a page of {tree.page_size}.")
+    elif diverges is not None:
+        reasons += _parting(tree, hit, diverges)
     if elsewhere is not None:
         name, known = elsewhere
         reasons.append(f"Namespace {name!r} knows {known} tokens of it; namespaces do not share.")

@@ -7,7 +7,7 @@ evicted at once, and a slow or silent tier never ties up the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -265,10 +265,11 @@ def _found(tree: Tree, event: Found) -> None:
         shelf = tree.by_tier[event.tier][k]
         if shelf is None:
             continue
-        first = tree.kinds[k].start(pages * tree.page_size)
+        first = tree.kinds[k].start(pages * tree.page_size) // tree.page_size
         if event.start is not None and shelf.kind.rule != "recurrent":
-            first = min(first, event.start) if not event.kind else event.start
-        wanted.append((shelf, -(-first // tree.page_size) if event.kind else first // tree.page_size))
+            whole = -(-event.start // tree.page_size)
+            first = whole if event.kind else min(first, whole)
+        wanted.append((shelf, first))
     place = _lay_path(tree, event.key, pages)
     tree.hold(place)
     for shelf, first in wanted:
@@ -310,10 +311,3 @@ def _lost(tree: Tree, event: Lost) -> None:
                 tree.split(node, first - node.start)
             forget_entry(tree, shelf, node)
         prune(tree, node)
-
-
-def live_nodes(flights: Sequence[Flight]) -> Iterator[Node]:
-    """The places that flights hold."""
-    for flight in flights:
-        if flight.held and flight.node is not None:
-            yield flight.node
