@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 import rootcellar
@@ -78,8 +79,11 @@ SEED = 5
 
 
 def driver(source: Path, *arguments: str, hash_seed: str = "1") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONHASHSEED": hash_seed}
-    command = [sys.executable, str(HERE / "fuzz.py"), *arguments]
+    # -S: an editable install would put its own finder before every path, and the copy would never be imported.
+    libraries = Path(numpy.__file__).parents[1]
+    path = os.pathsep.join([str(source), str(libraries)])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-S", str(HERE / "fuzz.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
 
 
