@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import make_config
 from rootcellar.cli import main
 from rootcellar.errors import ConfigError
 from rootcellar.sim import figure
-from rootcellar.sim.kv_bytes import bytes_per_token
 from rootcellar.sim.replay import Outcome, optimal, replay
 from rootcellar.sim.trace import TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, agents, workload
@@ -103,15 +103,6 @@ def test_generated_traces_are_the_same_every_time():
         workload("nothing")
 
 
-def test_bytes_per_token_of_models_the_field_agrees_on():
-    qwen = {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 2048}
-    assert bytes_per_token(qwen) == 36_864
-    deepseek = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    assert bytes_per_token({"text_config": deepseek}) == 70_272
-    with pytest.raises(ConfigError, match="num_hidden_layers"):
-        bytes_per_token({})
-
-
 def test_the_figure_has_a_line_per_policy_and_both_scales():
     outcomes = [
         Outcome(p, c, 64, 100, h, 0) for p, c, h in (("lru", 10**6, 10), ("lru", 10**7, 40), ("optimal", 10**6, 50))
@@ -150,7 +141,7 @@ class TestCommand:
         if name.endswith("png"):
             pytest.importorskip("matplotlib")
         config = tmp_path / "config.json"
-        config.write_text('{"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64}')
+        config.write_text(json.dumps(make_config("qwen2")))
         arguments = ["--figure", str(tmp_path / name), "--model-config", str(config), "--output-tokens", "trace"]
         assert main(["replay", str(trace), "--capacity", "4k", *arguments]) == 0
         assert (tmp_path / name).stat().st_size > 1000

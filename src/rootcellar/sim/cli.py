@@ -14,7 +14,8 @@ from typing import Any
 from rootcellar.cache.order import POLICIES
 from rootcellar.errors import ConfigError
 from rootcellar.sim import figure
-from rootcellar.sim.kv_bytes import bytes_per_token
+from rootcellar.sim.layers import read_architecture
+from rootcellar.sim.plan import KV_DTYPES, Ask, plan
 from rootcellar.sim.replay import Outcome, Progress, optimal, replay
 from rootcellar.sim.trace import BLOCK, BadLine, TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, workload
@@ -58,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         "--model-config", type=Path, metavar="PATH", help="A model's config.json, for capacities in GB."
     )
     parser.add_argument(
-        "--kv-bytes", type=float, default=2.0, help="Bytes of a stored value, for --model-config (default %(default)s)."
+        "--kv-cache-dtype", choices=["auto", *KV_DTYPES], default="auto", help="Of the cache, for --model-config."
     )
 
 
@@ -155,7 +156,7 @@ def _token_bytes(args: argparse.Namespace) -> float | None:
         config = json.loads(args.model_config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model-config {args.model_config} cannot be read: {error}") from None
-    return bytes_per_token(config, args.kv_bytes)
+    return plan(Ask(read_architecture(config), kv_cache_dtype=args.kv_cache_dtype)).bytes_per_token_full
 
 
 @contextmanager
