@@ -79,7 +79,8 @@ def test_states_get_their_share_but_no_more(case):
         return
     state = next(c.page_bytes for c in costs if c.recurrent)
     share = budget * rules.mamba_full_memory_ratio / (1 + rules.mamba_full_memory_ratio)
-    assert division.pages["state"] == MIN_STATES or (division.pages["state"] + 1) * state <= share
+    # A share that rounding puts a hair above or below a whole state may go either way.
+    assert division.pages["state"] == MIN_STATES or (division.pages["state"] + 1) * state <= share * (1 + 1e-9)
 
 
 def test_a_windowed_pool_holds_one_request_however_small_the_ratio():
