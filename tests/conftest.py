@@ -1,4 +1,4 @@
-"""Makes ``tests/checkpoints.py`` importable from every test, offers one tiny model folder to all, and sets hypothesis up."""
+"""Makes ``tests/checkpoints.py`` importable from every test, offers a tiny model folder to all, sets hypothesis up."""
 
 from __future__ import annotations
 
