@@ -332,7 +332,12 @@ class Engine:
         self._loop.call(unpause)
 
     def release_memory_occupation(
-        self, tags: str | Sequence[str] | None = None, *, mode: str = "wait", preserve: bool = False
+        self,
+        tags: str | Sequence[str] | None = None,
+        *,
+        mode: str = "wait",
+        preserve: bool = False,
+        clear_compiled: bool = False,
     ) -> dict[str, Any]:
         """Give device memory back, at once: each buffer is deleted.
 
@@ -344,12 +349,16 @@ class Engine:
             mode: what becomes of the requests that run: ``"wait"`` for their end (waiting ones go on waiting),
                 ``"abort"`` all, or ``"retract"``: they wait, and go on with the same tokens after the resume.
             preserve: copy the cached prefixes to host memory first; after the resume they are hits.
+            clear_compiled: forget compiled programs too (``jax.clear_caches``, for the whole process): the next steps
+                compile again, or come from ``compilation_cache_dir``.
 
         Returns:
-            ``{"buffers", "bytes"}`` that were deleted now.
+            ``{"buffers", "bytes"}`` that were deleted now, and ``"resident_bytes"``: how much less of the process is in
+            the machine's memory (None where the system does not say). On a CPU the two differ by what was never
+            written; on an accelerator the bytes are the device's.
         """
         chosen = read_tags(tags)
-        return self._loop.call_at_rest(lambda: self._life.release(chosen, preserve), mode)
+        return self._loop.call_at_rest(lambda: self._life.release(chosen, preserve, clear_compiled), mode)
 
     def resume_memory_occupation(self, tags: str | Sequence[str] | None = None) -> dict[str, Any]:
         """Take back what :meth:`release_memory_occupation` gave: the same shapes, so nothing compiles.

@@ -11,8 +11,10 @@ Stale KV cannot be hit: the version of the weights is part of every cache key's 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,8 +65,9 @@ class Lifecycle:
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def release(self, tags: Sequence[str], preserve: bool) -> dict[str, Any]:
+    def release(self, tags: Sequence[str], preserve: bool, clear_compiled: bool) -> dict[str, Any]:
         """Give memory back; no request runs. See ``Engine.release_memory_occupation``."""
+        before = _resident_bytes()
         buffers = nbytes = 0
         if "kv_cache" in tags and "kv_cache" not in self.released:
             if preserve:
@@ -84,7 +87,11 @@ class Lifecycle:
                     leaf.delete()
             self.runner.params = {}
             self.released.add("weights")
-        return {"buffers": buffers, "bytes": nbytes}
+        if clear_compiled:
+            jax.clear_caches()
+        after = _resident_bytes()
+        returned = None if before is None or after is None else before - after
+        return {"buffers": buffers, "bytes": nbytes, "resident_bytes": returned}
 
     def resume(self, tags: Sequence[str]) -> dict[str, Any]:
         """Take the memory again. See ``Engine.resume_memory_occupation``."""
@@ -143,6 +150,15 @@ class Lifecycle:
         self.released.discard("weights")
         self.scheduler.set_epoch(self.version)
         return self.version, copied
+
+
+def _resident_bytes() -> int | None:
+    """What of the process is in the machine's memory; None where the system does not say (it does on Linux)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _next_version(version: str) -> str:
