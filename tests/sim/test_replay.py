@@ -111,6 +111,7 @@ def test_the_figure_has_a_line_per_policy_and_both_scales():
     assert page.count("<polyline") == 2
     assert "A &lt;trace&gt;" in page
     assert "36.9 GB" in page
+    assert "1,843 GB" in figure.to_html([Outcome("lru", 50 * 10**6, 64, 100, 10, 0)], "large", token_bytes=36_864)
     assert "10.00 %" in page
     assert figure.curves(outcomes)["lru"] == [(10**6, 0.9), (10**7, 0.6)]
 

@@ -78,7 +78,7 @@ def to_svg(outcomes: Sequence[Outcome], token_bytes: float | None = None) -> str
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{step * 10} %</text>')
     for capacity in ticks:
-        gigabytes = f"{capacity * token_bytes / 1e9:.3g} GB" if token_bytes else ""
+        gigabytes = _gigabytes(capacity * token_bytes) if token_bytes else ""
         for line, text in enumerate((short(capacity), gigabytes)):
             at = TOP + height + 20 + 17 * line
             parts.append(f'<text x="{x(capacity):.1f}" y="{at}" text-anchor="middle">{text}</text>')
@@ -119,3 +119,9 @@ def to_png(outcomes: Sequence[Outcome], title: str, path: str, token_bytes: floa
         second.set_xticks(ticks, [f"{capacity * token_bytes / 1e9:.3g}" for capacity in ticks])
         second.set_xlabel("GB")
     figure.savefig(path)
+
+
+def _gigabytes(nbytes: float) -> str:
+    """At least three digits, never an exponent: ``36.9 GB``, ``1,843 GB``."""
+    value = nbytes / 1e9
+    return f"{value:,.0f} GB" if value >= 1000 else f"{value:.3g} GB"
