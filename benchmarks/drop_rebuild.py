@@ -108,7 +108,7 @@ def measure(folder: Path) -> dict:
         added = live_bytes() - before
         again, token_again = first_token(engine)
         result = {
-            "pool_shape": list(pools.shape),
+            "pool_shape": list(pools.buffers[0].shape),
             "kv_buffers": dropped["buffers"],
             "kv_bytes": dropped["bytes"],
             "live_bytes_given_back": live - live_after,

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +25,7 @@ from rootcellar.engine import memory
 from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.params import count_bytes
-from rootcellar.pools import PagedKV, Pool
+from rootcellar.pools import PagedKV, PagedLatent, Pool, States
 from rootcellar.runner import Placement, Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
 from rootcellar.sim.layers import read_architecture
@@ -382,16 +381,22 @@ def test_the_plan_is_what_pools_of_every_kind_allocate(name):
     assert plan(ask).kv_cache_bytes_per_device == held <= 6 * 10**7
 
 
-def test_the_plan_is_what_latents_and_states_take():
-    """No pool has these layouts yet: the shapes that such buffers have, pages first."""
+def test_the_plan_is_what_pools_of_latents_and_states_allocate():
+    """The engine has no such model yet either: the pools that it would allocate."""
+    bf16 = jnp.dtype(jnp.bfloat16)
     ask = Ask(read_architecture(shrunk("deepseek-v3")), max_total_tokens=160)
-    assert plan(ask).kv_cache_bytes_per_device == 2 * np.zeros((11, 16, 512 + 64), np.float16).nbytes
+    latents = Pool(PagedLatent(512, 64, bf16), 2, 160, 16)
+    assert [b.shape for b in latents.buffers] == [(11, 16, 512 + 64)] * 2
+    assert plan(ask).kv_cache_bytes_per_device == sum(b.nbytes for b in latents.buffers) == latents.nbytes
     ask = Ask(read_architecture(shrunk("bamba-9b")), kv_bytes_per_device=10**8)
-    pools = plan(ask).pool_tokens
-    keys = np.zeros((pools["full"] // 16 + 1, 2, 8, 16, 128), np.float16)
-    states = pools["recurrent"] + 1
-    conv, state = np.zeros((states, 8192 + 256, 3), np.float16), np.zeros((states, 128, 64, 128), np.float32)
-    assert plan(ask).kv_cache_bytes_per_device == keys.nbytes + conv.nbytes + state.nbytes
+    tokens = plan(ask).pool_tokens
+    pools = [
+        Pool(PagedKV(8, 128, bf16), 1, tokens["full"], 16),
+        Pool(States((8192 + 256, 3), (128, 64, 128), bf16), 1, tokens["recurrent"], 1),
+    ]
+    assert [b.dtype for b in pools[1].buffers] == [bf16, jnp.float32]
+    held = sum(b.nbytes for pool in pools for b in pool.buffers)
+    assert plan(ask).kv_cache_bytes_per_device == held == sum(pool.nbytes for pool in pools) <= 10**8
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
