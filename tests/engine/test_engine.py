@@ -11,6 +11,7 @@ from test_equivalence import check_idle
 
 import rootcellar
 from checkpoints import make_checkpoint
+from rootcellar.engine.output import Tracker
 from rootcellar.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLarge
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -354,6 +355,46 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypa
     again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
     assert again["output_ids"] == expected
     assert again["meta_info"]["cached_tokens"] == 0  # nothing from before the failure is trusted
+
+
+def test_output_that_cannot_be_made_ends_its_request_alone(engine, monkeypatch):
+    """One of two requests meets a tokenizer that fails; the other gets its answer, and no caller waits for ever."""
+    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    take = Tracker.take_token
+
+    def broken(tracker, version):
+        if tracker.request.rid == "cursed" and tracker.request.generated > 3:
+            raise ValueError("no such character")
+        return take(tracker, version)
+
+    monkeypatch.setattr(Tracker, "take_token", broken)
+    cursed, other = engine.generate(input_ids=[[3, 4], PROMPT], rid=["cursed", "other"], sampling_params=GREEDY)
+    assert "no such character" in cursed["meta_info"]["finish_reason"]["message"]
+    assert other["output_ids"] == expected
+
+
+def test_a_final_update_that_fails_is_still_an_end(engine, monkeypatch):
+    def broken(tracker):
+        raise ValueError("no such character")
+
+    monkeypatch.setattr(Tracker, "close", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert "no such character" in result["meta_info"]["finish_reason"]["message"]
+
+
+def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_folder, monkeypatch):
+    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
+
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine._parts.runner, "step", broken)
+    monkeypatch.setattr(engine._loop, "_recover", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert result["meta_info"]["finish_reason"]["type"] == "abort"
+    with pytest.raises(EngineError, match="shut down"):
+        engine.generate(input_ids=PROMPT)
+    engine.shutdown()
 
 
 def test_shutdown_twice_and_then_no_more(tiny_folder):

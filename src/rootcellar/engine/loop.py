@@ -173,8 +173,9 @@ class Loop:
         tracker.note_stage()
         try:
             tracker.close()
-        except Exception:  # a consumer that went away must not stop the others
-            log.exception("could not deliver the end of request %s", request.rid)
+        except Exception as error:  # neither stops the others nor leaves its caller waiting
+            log.exception("could not make the end of request %s", request.rid)
+            tracker.fail(f"its output could not be made: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -187,9 +188,14 @@ class Loop:
                 self._rested()
             except Exception as error:
                 log.exception("a step failed; its requests end with an error")
-                self._recover(error)
-        for request in [t.request for t in self.trackers.values()]:
-            self._end(request, Finish("abort", message="the engine was shut down"))
+                try:
+                    self._recover(error)
+                except Exception:  # what is left cannot be trusted: no more steps, and nobody is left waiting
+                    log.exception("the engine could not recover and stops")
+                    self._stopped.set()
+        for tracker in list(self.trackers.values()):
+            tracker.fail("the engine was shut down")
+        self.trackers.clear()
         self._drain(wait=False)
 
     def _drain(self, *, wait: bool) -> None:
@@ -227,7 +233,11 @@ class Loop:
         tokens = self._compute(plan)
         self.steps += 1
         for request in self.scheduler.advance(plan, tokens):
-            self._deliver(request)
+            try:
+                self._deliver(request)
+            except Exception as error:  # one request's output is no other's concern
+                log.exception("could not follow request %s", request.rid)
+                self._end(request, Finish("abort", message=f"its output failed: {type(error).__name__}: {error}"))
 
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
@@ -324,9 +334,10 @@ class Loop:
             self._end(request, Finish("abort", message=message))
         # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
         self.scheduler.cache.flush()
-        for pool in self.runner.pools.values():
-            pool.free()
-            pool.allocate()
+        if "kv_cache" not in self.life.released:
+            for pool in self.runner.pools.values():
+                pool.free()
+                pool.allocate()
         self._rested()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,6 +147,12 @@ class Tracker:
                 finish = found
         self._hidden = 0
         self._deliver(self._update(finish), True)
+
+    def fail(self, message: str) -> None:
+        """Deliver the final update of a request whose output cannot be made any more: what there is, and why."""
+        self.logprobs = None  # they may lack the newest token
+        with contextlib.suppress(Exception):  # a consumer that went away: there is nobody to tell
+            self._deliver(self._update(Finish("abort", message=message)), True)
 
     def _update(self, finish: Finish | None) -> Update:
         request = self.request

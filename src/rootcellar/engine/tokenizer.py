@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rootcellar.errors import ModelError, RequestError
+from rootcellar.models.config import read_json
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -40,7 +41,7 @@ class Tokenizer:
             raise ModelError(f"{path} is not a tokenizer: {error}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
-        settings = _read_object(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json") or {}
         self.special_tokens: Mapping[str, str] = _special_tokens(folder, settings)
         self._templates = _read_templates(folder, settings)
         self._compiled: dict[str, Template] = {}
@@ -210,22 +211,12 @@ def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
     return bool(decoder["type"] == "ByteLevel")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, not an object")
-    return value
-
-
 def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name; written as text or as ``{"content": text, ...}``, in either of two files."""
-    both = {**_read_object(folder / "special_tokens_map.json"), **{k: v for k, v in settings.items() if v is not None}}
+    both = {
+        **(read_json(folder / "special_tokens_map.json") or {}),
+        **{k: v for k, v in settings.items() if v is not None},
+    }
     named = {name: both[name] for name in SPECIAL_NAMES if both.get(name) is not None}
     return {name: str(token["content"] if isinstance(token, dict) else token) for name, token in named.items()}
 
@@ -237,7 +228,7 @@ def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         named = {"default": path.read_text(encoding="utf-8")}
         extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         return {**named, **{file.stem: file.read_text(encoding="utf-8") for file in extra}}
-    given = _read_object(folder / "chat_template.json").get("chat_template") or settings.get("chat_template") or {}
+    given = (read_json(folder / "chat_template.json") or {}).get("chat_template") or settings.get("chat_template") or {}
     if isinstance(given, str):
         return {"default": given}
     if isinstance(given, list):

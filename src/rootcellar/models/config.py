@@ -90,10 +90,10 @@ def load_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"no model folder {str(folder)!r}: give a folder with config.json and *.safetensors in it")
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is None:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
-    generation = _read_json(folder / "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     try:
         return read_config(raw, generation)
     except ModelError as error:
@@ -146,7 +146,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: Family) -> None:
         raise ModelError(f"sliding_window={raw['sliding_window']} is not supported; only full attention is")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file."""
     if not path.is_file():
         return None

@@ -117,7 +117,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request, finish: Finish) -> None:
-        """End a waiting or running request; what it computed stays cached."""
+        """End a waiting or running request; what it computed stays cached. One that ended already stays as it is."""
+        if request.stage is Stage.FINISHED:
+            return
         request.finish = finish
         if request.lease is None:
             self.waiting.remove(request)
