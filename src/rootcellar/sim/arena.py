@@ -17,17 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rootcellar.cache.kind import Kind
-from rootcellar.sim.sizing import (
-    Cost,
-    Division,
-    Rules,
-    split_pages,
-    state_bytes,
-    state_pages,
-)
 
-ARENA = "arena"
-"""What the shared allocator is called, in capacities and divisions."""
 MOST_GROUPS = 16
 """More groups than this waste less room, but each costs a page table and a branch of every verb."""
 
@@ -76,49 +66,3 @@ def _cut(kind: Kind, parts: int) -> list[Kind]:
     if parts == 1:
         return [kind]
     return [replace(kind, name=f"{kind.name}.{i}", layers=kind.layers[i::parts]) for i in range(parts)]
-
-
-def divide_shared(costs: Sequence[Cost], members: Sequence[str], rules: Rules, budget: int) -> Division | None:
-    """The largest arena (and states) that fit into ``budget`` bytes; None when not one page of each kind does.
-
-    ``costs`` are those of the cut kinds; a page of a member takes the arena's page. ``Division.pages`` counts the
-    arena's under ``ARENA``; ``tokens`` is the longest request that the arena holds (:func:`longest_request`): kinds
-    that do not need all of it leave the room to those that do. ``max_total_tokens`` takes the pages that split pools
-    would take for it, and no more.
-    """
-    sharing = [cost for cost in costs if cost.kind.name in members]
-    page = max(cost.page_bytes for cost in sharing)
-    alike = [Cost(cost.kind, page) for cost in sharing]
-    wanted = len(sharing)
-    if rules.max_total_tokens is not None:
-        wanted = sum(split_pages(cost, alike, rules, rules.max_total_tokens // rules.page_size) for cost in alike)
-    states = state_pages(costs, rules, budget, page * (wanted + 1))
-    if states is None or wanted < len(sharing):
-        return None
-    pages = wanted
-    if rules.max_total_tokens is None:
-        pages = (budget - state_bytes(costs, states)) // page - 1
-
-    tokens = longest_request([cost.kind for cost in sharing], pages, rules)
-    if rules.max_total_tokens is not None:
-        tokens = min(tokens, rules.max_total_tokens // rules.page_size * rules.page_size)
-    counts = {ARENA: pages} | {cost.kind.name: states for cost in costs if cost.recurrent}
-    return Division(counts, tokens, (pages + 1) * page + state_bytes(costs, states))
-
-
-def longest_request(kinds: Sequence[Kind], pages: int, rules: Rules) -> int:
-    """Tokens, in whole pages, to which one request can grow in an arena of ``pages`` that it has for itself.
-
-    It is computed ``rules.inflight`` tokens at a time: while tokens ``[m, n)`` are, a kind holds ``[start(m), n)``.
-    Exact, and walked step by step, because what a chunked kind holds falls at each chunk's end: all steps before the
-    answer fit. O(pages of the answer).
-    """
-    size = rules.page_size
-    step = -(-rules.inflight // size)
-    done = 0
-    while True:
-        held = sum(done - kind.start(done * size) // size for kind in kinds)
-        more = (pages - held) // len(kinds)
-        if more < step:
-            return (done + more) * size
-        done += step

@@ -13,9 +13,10 @@ from typing import Any
 
 from rootcellar.cache.kind import Kind
 from rootcellar.errors import ConfigError
-from rootcellar.sim.arena import ARENA, divide_shared, group
+from rootcellar.sim.arena import group
 from rootcellar.sim.layers import Architecture, Group, Latent, head_dim, need
 from rootcellar.sim.sizing import (
+    ARENA,
     Cost,
     Division,
     Rules,
@@ -317,7 +318,7 @@ def _arena(ask: Ask, costs: Sequence[Cost], budget: int, formulas: dict[str, str
     page = grouping.layers * layer_bytes[costs[0].kind.name]
     states = {c.kind.name: c.page_bytes for c in costs if c.recurrent}
     cut = [Cost(kind, states.get(kind.name, page)) for kind in grouping.kinds]
-    division = divide_shared(cut, grouping.members, ask.rules, budget)
+    division = divide(cut, replace(ask.rules, arena=grouping.members), budget)
     if division is None:
         return {}
     formulas["arena_groups"] = f"layers by page table; a page is one of {grouping.layers} layers, {page} bytes"
