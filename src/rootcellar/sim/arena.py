@@ -13,13 +13,15 @@ al., 2025, generalises it to sizes that differ.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rootcellar.cache.kind import Kind
 
+UNUSED = 0.05
+"""The part of a page's room that may stay unused, for the sake of fewer groups."""
 MOST_GROUPS = 16
-"""More groups than this waste less room, but each costs a page table and a branch of every verb."""
+"""Most groups, whatever stays unused: each costs a page table and a branch of every verb."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +33,29 @@ class Grouping:
     layers: int
 
 
-def group(kinds: Sequence[Kind], layer_bytes: Mapping[str, int]) -> Grouping | None:
-    """Cut ``kinds`` for an arena; None when there are no two to share one, or their pages differ by layer.
+def group(kinds: Sequence[Kind], layouts: Mapping[str, Hashable]) -> Grouping | None:
+    """Cut ``kinds`` for an arena; None when there are no two to share one, or their pages differ.
 
-    ``layer_bytes``: by kind, the bytes of a page in one layer. Recurrent kinds stay apart: a state is no page. The
-    group size is the one that leaves the least room unused with at most ``MOST_GROUPS`` groups, the largest of equals;
-    what full kinds leave unused counts first, since long requests are made of their pages.
+    ``layouts``: by kind, how a page's bytes lie in one layer. Recurrent kinds stay apart: a state is no page. There are
+    as few groups as leave at most ``UNUSED`` of the room unused, of all pages and of those of full kinds, which long
+    requests are made of; where there is no such choice, the one that leaves least.
     """
     shared = [kind for kind in kinds if kind.rule != "recurrent"]
-    if len(shared) < 2 or len({layer_bytes[kind.name] for kind in shared}) > 1:
+    if len(shared) < 2 or len({layouts[kind.name] for kind in shared}) > 1:
         return None
 
+    fulls = [len(kind.layers) for kind in shared if kind.rule == "full"]
+    counts = [len(kind.layers) for kind in shared]
+
+    def unused(g: int) -> float:
+        """The larger part of the pages' room that no layer uses: in those of full kinds, or in all."""
+        return max(sum(-n % g for n in some) / sum(some) for some in (fulls or counts, counts))
+
     def groups(g: int) -> int:
-        return sum(-(-len(kind.layers) // g) for kind in shared)
+        return sum(-(-n // g) for n in counts)
 
-    def room(g: int) -> tuple[int, int]:
-        fulls = sum(-(-len(kind.layers) // g) for kind in shared if kind.rule == "full")
-        return fulls * g, groups(g) * g
-
-    most = max(MOST_GROUPS, len(shared))
-    longest = max(len(kind.layers) for kind in shared)
-    g = min((g for g in range(1, longest + 1) if groups(g) <= most), key=lambda g: (*room(g), -g))
+    sizes = [g for g in range(1, max(counts) + 1) if groups(g) <= max(MOST_GROUPS, len(counts))]
+    g = min(sizes, key=lambda g: (max(unused(g), UNUSED), groups(g), unused(g)))
     cut: list[Kind] = []
     members: list[str] = []
     for kind in kinds:

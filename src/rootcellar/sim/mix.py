@@ -57,7 +57,7 @@ def split_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
 
 def arena_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
     """A cache whose kinds share an arena; None when they cannot, or when it would not fit."""
-    grouping = group(budget.kinds, {kind.name: budget.layer_bytes for kind in budget.kinds})
+    grouping = group(budget.kinds, dict.fromkeys((kind.name for kind in budget.kinds), budget.layer_bytes))
     if grouping is None:
         return None
     costs = [Cost(kind, grouping.layers * budget.layer_bytes) for kind in grouping.kinds]
