@@ -31,7 +31,12 @@ def groups_of_two():
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 2048, "max_running_requests": 8, "page_size": 4, "chunked_prefill_size": 32} | options
+    options = {
+        "max_total_tokens": 2048,
+        "max_running_requests": 8,
+        "page_size": 4,
+        "chunked_prefill_size": 32,
+    } | options
     return rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options)
 
 
@@ -112,7 +117,12 @@ def test_a_long_request_takes_the_room_that_windows_leave(folder):
     """With the same bytes a request may be longer than with a pool for each kind."""
     sizes = {}
     for apart in (False, True):
-        options = {"max_total_tokens": None, "device_memory": "13MB", "mem_fraction_static": 1.0, "context_length": 2048}
+        options = {
+            "max_total_tokens": None,
+            "device_memory": "13MB",
+            "mem_fraction_static": 1.0,
+            "context_length": 2048,
+        }
         with engine(folder, disable_kv_arena=apart, max_running_requests=1, **options) as e:
             sizes[apart] = e.memory_report()["max_total_num_tokens"], e.memory_report()["kv_cache_bytes"]
             prompt = np.random.default_rng(9).integers(0, 512, e.longest_prompt - 8).tolist()

@@ -38,7 +38,8 @@ class Rules:
         swa_full_tokens_ratio: tokens of the windowed kinds for each token of the full kind, 0 to 1.
         mamba_full_memory_ratio: bytes of recurrent states for each byte of the other kinds.
         max_total_tokens: take so many tokens and no more; None takes what fits.
-        inflight: tokens of a request that may be in computation (``chunked_prefill_size``); counts for arenas.
+        inflight: tokens of a request that may be in computation (``chunked_prefill_size``); see
+            :func:`split_pages`, and arenas.
         arena: names of the kinds that share one pool, all with pages of the same bytes (see ``sim.arena``).
     """
 
@@ -67,9 +68,10 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     """The largest pools that fit into ``budget`` bytes; None when not even the smallest do (see :func:`smallest`).
 
     The full kind gets ``f`` pages and the windowed ones ``f * swa_full_tokens_ratio``, but never less than one request
-    needs (or ``f``, when that is less). Recurrent kinds get the share ``ratio / (1 + ratio)`` of the budget in whole
-    states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given, tokens come first and states get what is left.
-    An arena gets all that is left, or the pages that its kinds would have had for ``max_total_tokens``.
+    needs, its next chunk of prefill included (or ``f``, when that is less). Recurrent kinds get the share
+    ``ratio / (1 + ratio)`` of the budget in whole states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given,
+    tokens come first and states get what is left. An arena gets all that is left, or the pages that its kinds would
+    have had for ``max_total_tokens``.
     """
     if rules.arena:
         return _divide_arena(costs, rules, budget)
@@ -126,7 +128,7 @@ def split_pages(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> 
     """Pages that a kind which is not recurrent gets when the full kind has ``pages``."""
     if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
         return pages
-    one_request = -(-cost.kind.span // rules.page_size) + 1
+    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, rules.inflight)
     return min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
 
 
@@ -194,16 +196,13 @@ def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
 def request_pages(kind: Kind, page_size: int, length: int, inflight: int) -> int:
     """Pages of ``kind`` that one request of ``length`` tokens holds while ``inflight`` of its tokens are computed.
 
-    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window's pages may begin anywhere in it, hence
-    one more; a chunk begins on a page.
+    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one
+    more; a chunk begins on a page (one more for chunks that are no multiple of it).
     """
     if kind.rule == "recurrent":
         return 1
-    if kind.rule == "sliding_window":
-        return -(-min(kind.span - 1 + inflight, length) // page_size) + 1
-    if kind.rule == "chunked_local":
-        return -(-min(kind.span + inflight, length) // page_size)
-    return -(-length // page_size)
+    inside = kind.rule == "sliding_window" or kind.span % page_size > 0
+    return -(-kind.held(length, inflight) // page_size) + inside
 
 
 def concurrency(costs: Sequence[Cost], page_size: int, length: int, inflight: int, budget: int) -> float:
