@@ -6,7 +6,6 @@ Names of arguments and of what comes back are those of SGLang's offline engine, 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import logging
@@ -19,15 +18,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from rootcellar.cache import CacheStats, RadixCache
+from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
-from rootcellar.engine import memory
+from rootcellar.engine import memory, sight
 from rootcellar.engine.build import Parts, build, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
+from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs
+from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -45,7 +46,7 @@ class Engine:
         with rootcellar.Engine(model_path="demo") as engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
-    All methods may be called from any thread.
+    All methods may be called from any thread. ``prefixes`` explains and pins what is cached.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -66,6 +67,7 @@ class Engine:
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
         self._loop = Loop(self._life, self._parts.max_running_requests, self.config.max_queued_requests)
         self._last_post: Post | None = None
+        self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -90,6 +92,16 @@ class Engine:
     def longest_prompt(self) -> int:
         """Most tokens that a prompt may have, with one token of answer."""
         return min(self._parts.context_length, self._parts.total_tokens) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._parts.total_tokens
+
+    @property
+    def max_running_requests(self) -> int:
+        """Most requests that are computed at the same time."""
+        return self._parts.max_running_requests
 
     @property
     def attention_backend(self) -> str:
@@ -264,11 +276,16 @@ class Engine:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
         return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ``RequestError`` when there is none."""
+        if self._parts.tokenizer is None:
+            raise RequestError("this needs the tokenizer: leave skip_tokenizer_init at False")
+        return self._parts.tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, as :meth:`generate` would compute them."""
-        if self._parts.tokenizer is None:
-            raise RequestError("encoding needs the tokenizer: leave skip_tokenizer_init at False")
-        return encode(self._parts.tokenizer, text)
+        return encode(self.tokenizer, text)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of a conversation by the model's chat template, ready for :meth:`generate`.
@@ -277,15 +294,20 @@ class Engine:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
             **options: as for the template: ``add_generation_prompt=True``, ``tools=None`` and its own variables.
         """
-        if self._parts.tokenizer is None:
-            raise RequestError("a chat needs the tokenizer: leave skip_tokenizer_init at False")
-        return self._parts.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     # -- control --------------------------------------------------------------------------------------------------
 
     def abort_request(self, rid: str) -> bool:
-        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such."""
+        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such.
+
+        For a request of ``n`` answers, whose names are ``rid-0`` and so on, the common part ends all.
+        """
         return self._loop.abort(rid, "aborted by abort_request")
+
+    def abort_all(self, message: str = "aborted by abort_all", *, shutdown: bool = False) -> int:
+        """End every request, with ``message``; returns how many. ``shutdown``: because there will be no more."""
+        return self._loop.abort_all(message, "shutdown" if shutdown else "asked")
 
     def flush_cache(self) -> None:
         """Forget every cached prefix.
@@ -424,21 +446,12 @@ class Engine:
         "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
 
-        def read() -> dict[str, Any]:
-            loop, scheduler = self._loop, self._parts.scheduler
-            return {
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.waiting),
-                "retractions": scheduler.retractions,
-                "steps": loop.steps,
-                "generated_tokens": loop.generated,
-                "prefill_tokens": loop.prompted,
-                "compilations": self._parts.compiles.count,
-                "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
-                **_cache_fields(self._cache.stats()),
-            }
+        return self._loop.call(lambda: sight.stats(self._parts, self._loop))
 
-        return self._loop.call(read)
+    def status(self) -> dict[str, Any]:
+        """What the engine is doing: ``{"paused", "released" (tags), "weight_version", "steps"}``."""
+
+        return self._loop.call(lambda: sight.status(self._loop))
 
     def memory_report(self) -> dict[str, Any]:
         """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""
@@ -449,19 +462,6 @@ class Engine:
         self._loop.stop()
         for pool in self._parts.runner.pools.values():
             pool.free()
-
-
-def _cache_fields(stats: CacheStats) -> dict[str, Any]:
-    cache: dict[str, dict[str, Any]] = {}
-    for (kind, tier), shelf in stats.shelves.items():
-        cache.setdefault(kind, {})[tier.name] = dataclasses.asdict(shelf)
-    return {
-        "requests": stats.requests,
-        "input_tokens": stats.input_tokens,
-        "hit_tokens": stats.hit_tokens,
-        "hit_rate": stats.hit_rate,
-        "cache": cache,
-    }
 
 
 def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:

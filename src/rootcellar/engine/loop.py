@@ -6,6 +6,8 @@ here needs a lock, and a command sees the engine at rest.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import queue
 import threading
@@ -20,7 +22,7 @@ from jax import Array
 
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError
+from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Finish, Plan, Request
@@ -51,6 +53,8 @@ class Loop:
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = itertools.count()
         self._stopped = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
@@ -116,8 +120,23 @@ class Loop:
             self._inbox.put(abandon)
 
     def abort(self, rid: str, message: str) -> bool:
-        """End the request ``rid``; False when there is none."""
+        """End the request ``rid``, or all of ``rid-0``, ``rid-1``, ...; False when there is none."""
         return self.call(lambda: self._abort(rid, message))
+
+    def abort_all(self, message: str, cause: str) -> int:
+        """End every request; returns how many."""
+
+        def end() -> int:
+            requests = [t.request for t in self.trackers.values()]
+            for request in requests:
+                self._end(request, Finish.abort(cause, message))
+            return len(requests)
+
+        return self.call(end)
+
+    def at(self, moment: float, function: Callable[[], None]) -> None:
+        """Run ``function`` between two steps, once ``time.perf_counter()`` is ``moment``; for the engine's thread."""
+        heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
     def stop(self) -> None:
         """Abort what is left and end the thread."""
@@ -169,6 +188,11 @@ class Loop:
             return
         queued = len(self.scheduler.waiting)
         free = max(0, self._max_running - len(self.scheduler.running))
+        if new > self._max_queued + self._max_running:
+            raise RequestTooLarge(
+                f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
+                "wait: send fewer, or raise max_queued_requests"
+            )
         if queued + new > self._max_queued + free:
             raise QueueFull(
                 f"too many requests: {queued} wait and max_queued_requests is {self._max_queued}; "
@@ -176,11 +200,10 @@ class Loop:
             )
 
     def _abort(self, rid: str, message: str) -> bool:
-        tracker = self.trackers.get(rid)
-        if tracker is None:
-            return False
-        self._end(tracker.request, Finish.abort("asked", message))
-        return True
+        named = [t for name, t in self.trackers.items() if name == rid or _answer_of(name, rid)]
+        for tracker in named:
+            self._end(tracker.request, Finish.abort("asked", message))
+        return bool(named)
 
     def _end(self, request: Request, finish: Finish) -> None:
         self.scheduler.finish(request, finish)
@@ -232,10 +255,14 @@ class Loop:
 
     def _next_deadline(self) -> float | None:
         deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
+        if self._alarms:
+            deadlines.append(self._alarms[0][0])
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def _expire(self) -> None:
         now = time.perf_counter()
+        while self._alarms and self._alarms[0][0] <= now:
+            heapq.heappop(self._alarms)[2]()
         late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
         for tracker in late:
             self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
@@ -373,6 +400,11 @@ def _filling(future: Future[T], function: Callable[[], T]) -> Callable[[], None]
             future.set_exception(error)
 
     return run
+
+
+def _answer_of(name: str, rid: str) -> bool:
+    head, _, number = name.rpartition("-")
+    return head == rid and number.isdecimal()
 
 
 def _row(request: Request) -> int:
