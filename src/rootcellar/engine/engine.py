@@ -268,6 +268,7 @@ class Engine:
                     logprobs=item.logprobs,
                     deadline=deadline,
                     seed=seed,
+                    grammar=item.grammar,
                 )
             )
         return trackers
