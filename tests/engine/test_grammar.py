@@ -77,11 +77,10 @@ def test_a_grammar_survives_retraction(engine):
     expected = engine.generate(prompt="Tell me", sampling_params=params)
     stream = engine.generate(prompt="Tell me", sampling_params=params, stream=True)
     for _ in range(4):
-        result = next(stream)
+        next(stream)
     engine.pause_generation("retract")
     engine.continue_generation()
-    for result in stream:
-        pass
+    *_, result = stream
     assert result["meta_info"]["retractions"] == 1
     assert result["output_ids"] == expected["output_ids"]
 
