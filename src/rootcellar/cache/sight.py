@@ -20,9 +20,9 @@ class NodeView:
 
     ``parent`` is the id of the node above, 0 directly below a namespace. The edge covers tokens ``[start, start +
     length)`` of its keys and begins with ``head`` (at most ``HEAD`` ids); ``held[kind name, tier]`` of them are there
-    (states, for a recurrent kind). ``hits`` counts the requests that opened it, ``created`` and ``used`` are the ticks of
-    its making and its last use. ``in_use``: something alive needs it or what is below. ``children`` counts all of them,
-    shown or not.
+    (states, for a recurrent kind). ``hits`` counts the requests that opened it, ``created`` and ``used`` are the ticks
+    of its making and its last use. ``in_use``: something alive needs it or what is below. ``children`` counts all of
+    them, shown or not.
     """
 
     id: int
@@ -51,7 +51,7 @@ class TreeView:
 def tree_view(tree: Tree, limit: int) -> TreeView:
     """The ``limit`` most important nodes: those in use, then the most often hit, then the most recent.
 
-    Best first among what is directly below the nodes shown already: ``limit`` steps, and a look at each child of theirs.
+    Best first among what is directly below the nodes shown already: ``limit`` steps, and a look at all their children.
     A node above is in use when one below is, and hit at least as often, so little that matters hides behind less.
     """
     views: list[NodeView] = []

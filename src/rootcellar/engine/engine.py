@@ -6,7 +6,6 @@ Names of arguments and of what comes back are those of SGLang's offline engine, 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import logging
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rootcellar.cache import CacheStats, RadixCache
+from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, load_weights
@@ -27,6 +26,7 @@ from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions, Tracker, Update
 from rootcellar.engine.requests import Inputs, encode, read_inputs
+from rootcellar.engine.sight import Sight
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -42,7 +42,7 @@ class Engine:
         with rootcellar.Engine(model_path="demo") as engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
-    All methods may be called from any thread.
+    All methods may be called from any thread. ``sight`` shows what goes on: numbers, requests, the radix tree, a trace.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -61,7 +61,8 @@ class Engine:
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params)
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
-        self._loop = Loop(self._life)
+        self._loop = Loop(self._life, self.config.log_interval)
+        self.sight = Sight(self._loop, self._parts)
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -142,6 +143,7 @@ class Engine:
             RequestTooLarge: a request can never fit; the message says which setting would let it.
             EngineError: the engine was shut down.
         """
+        received = time.perf_counter()
         inputs = read_inputs(
             self._parts,
             prompt,
@@ -153,7 +155,9 @@ class Engine:
             extra_key=extra_key,
         )
         updates: queue.SimpleQueue[tuple[int, Update, bool]] = queue.SimpleQueue()
-        trackers = self._trackers(inputs, stream, lambda i: lambda update, last: updates.put((i, update, last)))
+        trackers = self._trackers(
+            inputs, received, stream, lambda i: lambda update, last: updates.put((i, update, last))
+        )
         self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several)
         if stream:
@@ -197,10 +201,11 @@ class Engine:
             options.pop("logprob_start_len", -1),
             options.pop("top_logprobs_num", 0),
         )
+        received = time.perf_counter()
         inputs = await asyncio.to_thread(
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
-        trackers = self._trackers(inputs, stream, deliver_to)
+        trackers = self._trackers(inputs, received, stream, deliver_to)
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
         except asyncio.CancelledError:
@@ -224,7 +229,11 @@ class Engine:
         return _in_order(final, several=inputs.several)
 
     def _trackers(
-        self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Callable[[Update, bool], None]]
+        self,
+        inputs: Inputs,
+        received: float,
+        stream: bool,
+        deliver_to: Callable[[int], Callable[[Update, bool], None]],
     ) -> list[Tracker]:
         timeout = self.config.request_timeout
         deadline = None if timeout is None else time.perf_counter() + timeout
@@ -256,6 +265,7 @@ class Engine:
                     logprobs=item.logprobs,
                     deadline=deadline,
                     seed=seed,
+                    received=received,
                 )
             )
         return trackers
@@ -419,26 +429,12 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What the engine holds and did, as plain values; tokens where no other unit is named.
 
-        ``{"running", "waiting", "retractions", "steps", "generated_tokens", "prefill_tokens", "compilations",
-        "kv_cache_bytes", "requests", "input_tokens", "hit_tokens", "hit_rate", "cache": {kind: {tier: {"size", "free",
+        ``{"running", "waiting", "stages", "finished", "retractions", "steps", "generated_tokens", "prefill_tokens",
+        "prompt_tokens", "cached_tokens", "outside_seconds", "compilations", "kv_cache_bytes", "requests",
+        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "cache": {kind: {tier: {"size", "free",
         "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
-
-        def read() -> dict[str, Any]:
-            loop, scheduler = self._loop, self._parts.scheduler
-            return {
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.waiting),
-                "retractions": scheduler.retractions,
-                "steps": loop.steps,
-                "generated_tokens": loop.generated,
-                "prefill_tokens": loop.prompted,
-                "compilations": self._parts.compiles.count,
-                "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
-                **_cache_fields(self._cache.stats()),
-            }
-
-        return self._loop.call(read)
+        return self.sight.stats()
 
     def memory_report(self) -> dict[str, Any]:
         """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""
@@ -449,19 +445,6 @@ class Engine:
         self._loop.stop()
         for pool in self._parts.runner.pools.values():
             pool.free()
-
-
-def _cache_fields(stats: CacheStats) -> dict[str, Any]:
-    cache: dict[str, dict[str, Any]] = {}
-    for (kind, tier), shelf in stats.shelves.items():
-        cache.setdefault(kind, {})[tier.name] = dataclasses.asdict(shelf)
-    return {
-        "requests": stats.requests,
-        "input_tokens": stats.input_tokens,
-        "hit_tokens": stats.hit_tokens,
-        "hit_rate": stats.hit_rate,
-        "cache": cache,
-    }
 
 
 def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:

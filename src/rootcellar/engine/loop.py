@@ -18,8 +18,12 @@ from typing import TypeVar
 import numpy as np
 from jax import Array
 
+from rootcellar.cache import Key
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
+from rootcellar.engine.report import Reporter
+from rootcellar.engine.telemetry import Telemetry
+from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
@@ -37,10 +41,18 @@ class Loop:
     Attributes:
         trackers: the requests that have not ended, by rid.
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
+        telemetry, trace: what was counted, and what happened lately; for the engine's thread.
     """
 
-    def __init__(self, life: Lifecycle) -> None:
+    def __init__(self, life: Lifecycle, log_interval: float = 10.0) -> None:
+        """Start the thread; ``log_interval``: seconds between two lines of the log about work under way."""
         self.life = life
+        self.began = time.perf_counter()
+        self.telemetry = Telemetry(self.began)
+        self.trace = Trace()
+        self._reporter = Reporter(log_interval, self.began)
+        self._dispatched = self.began
+        self._retractions = 0
         self.scheduler = life.scheduler
         self.runner = life.runner
         self.paused = False
@@ -171,11 +183,25 @@ class Loop:
     def _close(self, request: Request) -> None:
         tracker = self.trackers.pop(request.rid)
         tracker.note_stage()
+        self._record(tracker)
         try:
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
             tracker.fail(f"its output could not be made: {type(error).__name__}: {error}")
+
+    def _record(self, tracker: Tracker) -> None:
+        record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
+        assert record.end is not None
+        assert record.finish is not None
+        self.telemetry.ended(record.finish, record.end - tracker.received, record.stages)
+        request = tracker.request
+        # A copy: the request's own array has room for all that it might have generated.
+        key = request.key(request.length)
+        self.trace.ended(record, Key(key.tokens.copy(), key.namespace))
+        if record.finish == "abort":
+            log.info("request %s ended early: %s", record.rid, request.finish.message if request.finish else "")
+        log.debug("request %s ended: %s", record.rid, record)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -221,7 +247,12 @@ class Loop:
             self._end(tracker.request, Finish("abort", message="timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
+        began = time.perf_counter()
         plan = self.scheduler.plan()
+        cache = self.scheduler.cache
+        self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), began)
+        if self.scheduler.retractions != self._retractions:
+            self._note_retractions()
         for request in self.scheduler.failed:
             self._close(request)
         self.scheduler.failed.clear()
@@ -231,6 +262,7 @@ class Loop:
         for chunk in plan.chunks:
             self.trackers[chunk.request.rid].note_stage()
         tokens = self._compute(plan)
+        computed = time.perf_counter()
         self.steps += 1
         for request in self.scheduler.advance(plan, tokens):
             try:
@@ -238,6 +270,24 @@ class Loop:
             except Exception as error:  # one request's output is no other's concern
                 log.exception("could not follow request %s", request.rid)
                 self._end(request, Finish("abort", message=f"its output failed: {type(error).__name__}: {error}"))
+        self._note_step(plan, began, computed)
+
+    def _note_step(self, plan: Plan, began: float, computed: float) -> None:
+        ended = time.perf_counter()
+        tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
+        self.trace.steps.append(
+            StepRecord(began, self._dispatched, computed, ended, plan.decode, len(plan.chunks), tokens)
+        )
+        self.telemetry.step(plan.decode, ended - began, computed - self._dispatched)
+        self._reporter.report(self.scheduler, self.generated, self.prompted, began, ended)
+
+    def _note_retractions(self) -> None:
+        self._retractions = self.scheduler.retractions
+        for request in self.scheduler.waiting:
+            tracker = self.trackers[request.rid]
+            if tracker.stages[-1][0] != request.stage.value:
+                log.info("request %s was retracted to make room: it has %d tokens", request.rid, request.length)
+                tracker.note_stage()
 
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
@@ -252,6 +302,7 @@ class Loop:
         parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
+        self._dispatched = time.perf_counter()
         scores, hidden = runner.step(batch)
         self._score_prompts(plan, batch, hidden)
         if not plan.decode:
@@ -318,7 +369,9 @@ class Loop:
         tracker = self.trackers[request.rid]
         if request.generated:
             self.generated += 1
+            before = tracker.last_token
             found = tracker.take_token(self.life.version)
+            self._time_token(tracker, before)
             if found is not None and request.finish is None:
                 self._end(request, found)
                 return
@@ -326,6 +379,19 @@ class Loop:
             self._close(request)
         else:
             tracker.publish()
+
+    def _time_token(self, tracker: Tracker, before: float | None) -> None:
+        assert tracker.last_token is not None
+        if before is not None:
+            self.telemetry.next_token(tracker.last_token - before)
+        else:
+            request, started = tracker.request, tracker.started or tracker.queued
+            self.telemetry.first_token(
+                tracker.last_token - tracker.received,
+                started - tracker.queued,
+                request.prompt_length,
+                request.cached or 0,
+            )
 
     def _recover(self, error: Exception) -> None:
         """After a failed step: its requests end, the pools are made anew, and the engine goes on."""

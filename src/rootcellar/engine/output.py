@@ -46,6 +46,10 @@ class Tracker:
 
     The text that a streaming caller sees never shrinks: what could be the beginning of a stop string is held back until
     it is known to be none.
+
+    Attributes:
+        received, queued, started, first_token, last_token: when its caller asked for it, it began to wait, it first
+            ran, and its first and newest token were there; seconds of ``time.perf_counter``, None before that.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class Tracker:
         logprobs: LogprobOptions | None,
         deadline: float | None,
         seed: int,
+        received: float | None = None,
     ) -> None:
+        """Follow ``request``; ``received``: when its caller asked for it, in seconds of ``time.perf_counter``."""
         self.request = request
         self.seed = seed
         self.deadline = deadline
@@ -75,28 +81,34 @@ class Tracker:
         self._hidden = 0
         self._seen = 0
         self._checked = 0
-        self._arrived = time.perf_counter()
-        self._first_token: float | None = None
-        self._started: float | None = None
+        self.queued = time.perf_counter()
+        self.received = self.queued if received is None else received
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
         self.versions: list[tuple[str, int]] = []
         """Versions of the weights, each with the index of the first token of the answer that it made."""
-        self.stages: list[tuple[str, float]] = [(request.stage.value, self._arrived)]
+        self.stages: list[tuple[str, float]] = [
+            (Stage.TOKENIZE.value, self.received),
+            (request.stage.value, self.queued),
+        ]
 
     def note_stage(self) -> None:
         """Record the request's stage when it changed."""
         stage = self.request.stage
         if stage.value != self.stages[-1][0]:
             now = time.perf_counter()
-            if self._started is None and stage is not Stage.FINISHED:
-                self._started = now
+            if self.started is None and stage is not Stage.FINISHED:
+                self.started = now
             self.stages.append((stage.value, now))
 
     def take_token(self, weight_version: str) -> Finish | None:
         """Follow the newest token, made with these weights; a Finish when the text now holds a stop string."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
-        if self._first_token is None:
-            self._first_token = time.perf_counter()
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
         if self._detokenizer is None:
             return None
         return self._read_text(final=False)
@@ -163,13 +175,13 @@ class Tracker:
             "completion_tokens": request.generated,
             "cached_tokens": request.cached or 0,
             "finish_reason": _finish_reason(finish, request.generated),
-            "e2e_latency": now - self._arrived,
-            "queue_time": (self._started or now) - self._arrived,
-            "first_token_latency": None if self._first_token is None else self._first_token - self._arrived,
+            "e2e_latency": now - self.received,
+            "queue_time": (self.started or now) - self.queued,
+            "first_token_latency": None if self.first_token is None else self.first_token - self.received,
             "retractions": request.retractions,
             "weight_version": self.versions[-1][0] if self.versions else None,
             "weight_versions": self.versions,
-            "stages": [(name, at - self._arrived) for name, at in self.stages],
+            "stages": [(name, at - self.received) for name, at in self.stages],
         }
         if self.logprobs is not None:
             meta |= self._logprob_fields(self.logprobs)
