@@ -24,7 +24,8 @@ from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
-from rootcellar.engine.output import LogprobOptions, Tracker, Update
+from rootcellar.engine.mailbox import Mailbox, Post
+from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
 from rootcellar.engine.requests import Inputs, encode, read_inputs
 from rootcellar.engine.sight import Sight
 from rootcellar.errors import ConfigError, EngineError, RequestError
@@ -34,6 +35,8 @@ from rootcellar.scheduler import Request
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+# Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
+_LONG_TEXT = 10_000
 
 
 class Engine:
@@ -61,8 +64,11 @@ class Engine:
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params)
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
-        self._loop = Loop(self._life, self.config.log_interval)
+        self._loop = Loop(
+            self._life, self._parts.max_running_requests, self.config.max_queued_requests, self.config.log_interval
+        )
         self.sight = Sight(self._loop, self._parts)
+        self._last_post: Post | None = None
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -143,7 +149,6 @@ class Engine:
             RequestTooLarge: a request can never fit; the message says which setting would let it.
             EngineError: the engine was shut down.
         """
-        received = time.perf_counter()
         inputs = read_inputs(
             self._parts,
             prompt,
@@ -154,10 +159,8 @@ class Engine:
             priority=priority,
             extra_key=extra_key,
         )
-        updates: queue.SimpleQueue[tuple[int, Update, bool]] = queue.SimpleQueue()
-        trackers = self._trackers(
-            inputs, received, stream, lambda i: lambda update, last: updates.put((i, update, last))
-        )
+        updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
+        trackers = self._trackers(inputs, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several)
         if stream:
@@ -166,14 +169,14 @@ class Engine:
         return _in_order(final, several=inputs.several)
 
     def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, Update, bool]], trackers: list[Tracker], *, indexed: bool
+        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool
     ) -> Iterator[Result]:
         left = len(trackers)
         try:
             while left:
-                index, update, last = updates.get()
-                left -= last
-                yield {**update, "index": index} if indexed else update
+                index, snapshot = updates.get()
+                left -= snapshot.finish is not None
+                yield {**snapshot.render(), "index": index} if indexed else snapshot.render()
         finally:
             if left:
                 self._loop.abandon(trackers)
@@ -188,24 +191,21 @@ class Engine:
     ) -> Result | list[Result] | AsyncIterator[Result]:
         """:meth:`generate` for asyncio: the same arguments, errors and results; an async iterator with ``stream``.
 
-        Cancelling the task, or leaving the iterator early, aborts the requests.
+        Cancelling the task, or leaving the iterator early, aborts the requests. A reader that is slower than the engine
+        misses steps in between, never text: each result holds all that came before.
         """
-        loop = asyncio.get_running_loop()
-        updates: asyncio.Queue[tuple[int, Update, bool]] = asyncio.Queue()
-
-        def deliver_to(i: int) -> Callable[[Update, bool], None]:
-            return lambda update, last: _post(loop, updates, (i, update, last))
-
+        mailbox = Mailbox(self._post())
         options["logprobs"] = _logprob_options(
             options.pop("return_logprob", False),
             options.pop("logprob_start_len", -1),
             options.pop("top_logprobs_num", 0),
         )
-        received = time.perf_counter()
-        inputs = await asyncio.to_thread(
+        read = functools.partial(
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
-        trackers = self._trackers(inputs, received, stream, deliver_to)
+        # What is short is read sooner than a thread is woken.
+        inputs = await asyncio.to_thread(read) if _is_long(prompt) else read()
+        trackers = self._trackers(inputs, stream, mailbox.deliver)
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
         except asyncio.CancelledError:
@@ -213,14 +213,13 @@ class Engine:
             raise
 
         async def receive() -> AsyncIterator[Result]:
-            left = len(trackers)
+            ended = 0
             try:
-                while left:
-                    index, update, last = await updates.get()
-                    left -= last
-                    yield {**update, "index": index} if inputs.several else update
+                async for index, snapshot in mailbox.snapshots(len(trackers)):
+                    ended += snapshot.finish is not None
+                    yield {**snapshot.render(), "index": index} if inputs.several else snapshot.render()
             finally:
-                if left:
+                if ended < len(trackers):
                     self._loop.abandon(trackers)
 
         if stream:
@@ -228,21 +227,16 @@ class Engine:
         final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
         return _in_order(final, several=inputs.several)
 
-    def _trackers(
-        self,
-        inputs: Inputs,
-        received: float,
-        stream: bool,
-        deliver_to: Callable[[int], Callable[[Update, bool], None]],
-    ) -> list[Tracker]:
+    def _post(self) -> Post:
+        """The post to the running event loop; calls on one loop share it."""
+        loop = asyncio.get_running_loop()
+        if self._last_post is None or self._last_post.loop is not loop:
+            self._last_post = Post(loop)
+        return self._last_post
+
+    def _trackers(self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Deliver]) -> list[Tracker]:
         timeout = self.config.request_timeout
         deadline = None if timeout is None else time.perf_counter() + timeout
-        limit = self.config.max_queued_requests
-        queued = len(self._parts.scheduler.waiting)
-        if limit is not None and queued + len(inputs.items) > limit + self._parts.max_running_requests:
-            raise EngineError(
-                f"too many requests: {queued} wait and max_queued_requests is {limit}; try again later or raise it"
-            )
         trackers = []
         for i, item in enumerate(inputs.items):
             request = Request.new(
@@ -265,7 +259,7 @@ class Engine:
                     logprobs=item.logprobs,
                     deadline=deadline,
                     seed=seed,
-                    received=received,
+                    received=inputs.received,
                 )
             )
         return trackers
@@ -455,11 +449,9 @@ def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | Non
     return LogprobOptions(None if start < 0 else start, top) if wanted else None
 
 
-def _post(loop: asyncio.AbstractEventLoop, updates: asyncio.Queue[Any], item: object) -> None:
-    try:
-        loop.call_soon_threadsafe(updates.put_nowait, item)
-    except RuntimeError:
-        log.debug("an event loop closed before its request ended")
+def _is_long(prompt: object) -> bool:
+    texts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    return sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT
 
 
 def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:

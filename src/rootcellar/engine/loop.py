@@ -24,7 +24,7 @@ from rootcellar.engine.output import Tracker
 from rootcellar.engine.report import Reporter
 from rootcellar.engine.telemetry import Telemetry
 from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
-from rootcellar.errors import ConfigError, EngineError, RequestError
+from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Finish, Plan, Request
@@ -44,9 +44,14 @@ class Loop:
         telemetry, trace: what was counted, and what happened lately; for the engine's thread.
     """
 
-    def __init__(self, life: Lifecycle, log_interval: float = 10.0) -> None:
-        """Start the thread; ``log_interval``: seconds between two lines of the log about work under way."""
+    def __init__(self, life: Lifecycle, max_running: int, max_queued: int | None, log_interval: float) -> None:
+        """Start the thread. ``max_running`` requests run and ``max_queued`` (None: any number) wait.
+
+        ``log_interval``: seconds between two lines of the log about the work under way.
+        """
         self.life = life
+        self._max_running = max_running
+        self._max_queued = max_queued
         self.began = time.perf_counter()
         self.telemetry = Telemetry(self.began)
         self.trace = Trace()
@@ -61,6 +66,8 @@ class Loop:
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
+        self._closing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
         self._thread.start()
 
@@ -97,9 +104,10 @@ class Loop:
                     raise EngineError("the engine was shut down") from None
 
     def _send(self, function: Callable[[], None]) -> None:
-        if self._stopped.is_set():
-            raise EngineError("the engine was shut down; make a new Engine")
-        self._inbox.put(function)
+        with self._closing:  # whatever is in the inbox before it closes is run: no command is left without an answer
+            if self._stopped.is_set() or self._closed:
+                raise EngineError("the engine was shut down; make a new Engine")
+            self._inbox.put(function)
 
     def submit(self, trackers: list[Tracker]) -> Future[None]:
         """Add requests, all of them in one step or none. Does not wait: the future has the error, if any.
@@ -116,7 +124,7 @@ class Loop:
         def abandon() -> None:
             for tracker in trackers:
                 if self.trackers.get(tracker.request.rid) is tracker:
-                    self._end(tracker.request, Finish("abort", message="the caller went away"))
+                    self._end(tracker.request, Finish.abort("asked", "the caller went away"))
 
         if not self._stopped.is_set():
             self._inbox.put(abandon)
@@ -138,7 +146,7 @@ class Loop:
     def _come_to_rest(self, mode: str, then: Callable[[], None], fail: Callable[[Exception], None]) -> None:
         if mode == "abort":
             for request in [t.request for t in self.trackers.values()]:
-                self._end(request, Finish("abort", message="aborted to bring the engine to rest"))
+                self._end(request, Finish.abort("asked", "aborted to bring the engine to rest"))
         elif mode == "retract":
             self.scheduler.retract_all()
         if not self.scheduler.running:
@@ -161,6 +169,7 @@ class Loop:
         if self._stopped.is_set():
             raise EngineError("the engine was shut down; make a new Engine")
         self.life.require_memory()
+        self._require_room(len(trackers))
         rids = [t.request.rid for t in trackers]
         taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
         if taken:
@@ -169,11 +178,22 @@ class Loop:
             self.trackers[tracker.request.rid] = tracker
             self.scheduler.add(tracker.request)
 
+    def _require_room(self, new: int) -> None:
+        if self._max_queued is None:
+            return
+        queued = len(self.scheduler.waiting)
+        free = max(0, self._max_running - len(self.scheduler.running))
+        if queued + new > self._max_queued + free:
+            raise QueueFull(
+                f"too many requests: {queued} wait and max_queued_requests is {self._max_queued}; "
+                "try again later or raise it"
+            )
+
     def _abort(self, rid: str, message: str) -> bool:
         tracker = self.trackers.get(rid)
         if tracker is None:
             return False
-        self._end(tracker.request, Finish("abort", message=message))
+        self._end(tracker.request, Finish.abort("asked", message))
         return True
 
     def _end(self, request: Request, finish: Finish) -> None:
@@ -188,7 +208,7 @@ class Loop:
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
-            tracker.fail(f"its output could not be made: {type(error).__name__}: {error}")
+            tracker.fail("failed", f"its output could not be made: {type(error).__name__}: {error}")
 
     def _record(self, tracker: Tracker) -> None:
         record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
@@ -220,8 +240,10 @@ class Loop:
                     log.exception("the engine could not recover and stops")
                     self._stopped.set()
         for tracker in list(self.trackers.values()):
-            tracker.fail("the engine was shut down")
+            tracker.fail("shutdown", "the engine was shut down")
         self.trackers.clear()
+        with self._closing:
+            self._closed = True
         self._drain(wait=False)
 
     def _drain(self, *, wait: bool) -> None:
@@ -244,7 +266,7 @@ class Loop:
         now = time.perf_counter()
         late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
         for tracker in late:
-            self._end(tracker.request, Finish("abort", message="timed out: it took longer than request_timeout"))
+            self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -269,7 +291,7 @@ class Loop:
                 self._deliver(request)
             except Exception as error:  # one request's output is no other's concern
                 log.exception("could not follow request %s", request.rid)
-                self._end(request, Finish("abort", message=f"its output failed: {type(error).__name__}: {error}"))
+                self._end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
         self._note_step(plan, began, computed)
 
     def _note_step(self, plan: Plan, began: float, computed: float) -> None:
@@ -294,7 +316,7 @@ class Loop:
         if not self.scheduler.idle and not self.scheduler.running:
             request = self.scheduler.waiting[0]
             available = self.scheduler.cache.available_tokens()
-            self._end(request, Finish("abort", message=f"cannot start: {available} tokens of KV cache are available"))
+            self._end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 
     def _compute(self, plan: Plan) -> np.ndarray:
         """Run the step; the chosen token for each chunk (0 where a chunk gives none)."""
@@ -397,7 +419,7 @@ class Loop:
         """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
         message = f"the step failed: {type(error).__name__}: {error}"
         for request in [t.request for t in self.trackers.values()]:
-            self._end(request, Finish("abort", message=message))
+            self._end(request, Finish.abort("failed", message))
         # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
         self.scheduler.cache.flush()
         if "kv_cache" not in self.life.released:

@@ -27,7 +27,7 @@ FREE, CACHED, SHARED, OWN = range(4)
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Reading:
     """Numbers of one moment.
 
     Attributes:
@@ -51,9 +51,9 @@ class Sight:
         self._parts = parts
         self._cache = parts.scheduler.cache
 
-    def snapshot(self) -> Snapshot:
+    def reading(self) -> Reading:
         """All numbers, of one moment."""
-        return self._loop.call(self._snapshot)
+        return self._loop.call(self._reading)
 
     def stats(self) -> dict[str, Any]:
         """See ``Engine.stats``."""
@@ -87,7 +87,7 @@ class Sight:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
-    def _snapshot(self) -> Snapshot:
+    def _reading(self) -> Reading:
         now = time.perf_counter()
         alive = list(self._loop.trackers.values())[:SHOWN_REQUESTS]
         requests = [
@@ -102,7 +102,7 @@ class Sight:
             }
             for t in alive
         ]
-        return Snapshot(self._stats(), self._loop.telemetry.distributions(), requests, now - self._loop.began)
+        return Reading(self._stats(), self._loop.telemetry.distributions(), requests, now - self._loop.began)
 
     def _stats(self) -> dict[str, Any]:
         loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.telemetry
