@@ -26,8 +26,10 @@ from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
+from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs
 from rootcellar.engine.sight import Sight
+from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -45,7 +47,8 @@ class Engine:
         with rootcellar.Engine(model_path="demo") as engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
-    All methods may be called from any thread. ``sight`` shows what goes on: numbers, requests, the radix tree, a trace.
+    All methods may be called from any thread. ``sight`` shows what goes on: numbers, requests, the radix tree, a trace;
+    ``prefixes`` explains and pins what is cached.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -69,6 +72,7 @@ class Engine:
         )
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
+        self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -93,6 +97,16 @@ class Engine:
     def longest_prompt(self) -> int:
         """Most tokens that a prompt may have, with one token of answer."""
         return min(self._parts.context_length, self._parts.total_tokens) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._parts.total_tokens
+
+    @property
+    def max_running_requests(self) -> int:
+        """Most requests that are computed at the same time."""
+        return self._parts.max_running_requests
 
     @property
     def attention_backend(self) -> str:
@@ -268,11 +282,16 @@ class Engine:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
         return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ``RequestError`` when there is none."""
+        if self._parts.tokenizer is None:
+            raise RequestError("this needs the tokenizer: leave skip_tokenizer_init at False")
+        return self._parts.tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, as :meth:`generate` would compute them."""
-        if self._parts.tokenizer is None:
-            raise RequestError("encoding needs the tokenizer: leave skip_tokenizer_init at False")
-        return encode(self._parts.tokenizer, text)
+        return encode(self.tokenizer, text)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of a conversation by the model's chat template, ready for :meth:`generate`.
@@ -281,15 +300,20 @@ class Engine:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
             **options: as for the template: ``add_generation_prompt=True``, ``tools=None`` and its own variables.
         """
-        if self._parts.tokenizer is None:
-            raise RequestError("a chat needs the tokenizer: leave skip_tokenizer_init at False")
-        return self._parts.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     # -- control --------------------------------------------------------------------------------------------------
 
     def abort_request(self, rid: str) -> bool:
-        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such."""
+        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such.
+
+        For a request of ``n`` answers, whose names are ``rid-0`` and so on, the common part ends all.
+        """
         return self._loop.abort(rid, "aborted by abort_request")
+
+    def abort_all(self, message: str = "aborted by abort_all", *, shutdown: bool = False) -> int:
+        """End every request, with ``message``; returns how many. ``shutdown``: because there will be no more."""
+        return self._loop.abort_all(message, "shutdown" if shutdown else "asked")
 
     def flush_cache(self) -> None:
         """Forget every cached prefix.
@@ -429,6 +453,10 @@ class Engine:
         "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
         return self.sight.stats()
+
+    def status(self) -> dict[str, Any]:
+        """What the engine is doing: ``{"paused", "released" (tags), "weight_version", "steps"}``."""
+        return self.sight.status()
 
     def memory_report(self) -> dict[str, Any]:
         """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""

@@ -6,6 +6,8 @@ here needs a lock, and a command sees the engine at rest.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import queue
 import threading
@@ -18,13 +20,10 @@ from typing import TypeVar
 import numpy as np
 from jax import Array
 
-from rootcellar.cache import Key
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
-from rootcellar.engine.report import Reporter
-from rootcellar.engine.telemetry import Telemetry
-from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
-from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError
+from rootcellar.engine.recorder import Recorder
+from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Finish, Plan, Request
@@ -41,7 +40,7 @@ class Loop:
     Attributes:
         trackers: the requests that have not ended, by rid.
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
-        telemetry, trace: what was counted, and what happened lately; for the engine's thread.
+        recorder: what was counted, and what happened lately; for the engine's thread.
     """
 
     def __init__(self, life: Lifecycle, max_running: int, max_queued: int | None, log_interval: float) -> None:
@@ -52,19 +51,16 @@ class Loop:
         self.life = life
         self._max_running = max_running
         self._max_queued = max_queued
-        self.began = time.perf_counter()
-        self.telemetry = Telemetry(self.began)
-        self.trace = Trace()
-        self._reporter = Reporter(log_interval, self.began)
-        self._dispatched = self.began
-        self._retractions = 0
         self.scheduler = life.scheduler
+        self.recorder = Recorder(life.scheduler, log_interval)
         self.runner = life.runner
         self.paused = False
         self.trackers: dict[str, Tracker] = {}
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = itertools.count()
         self._stopped = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
@@ -130,8 +126,23 @@ class Loop:
             self._inbox.put(abandon)
 
     def abort(self, rid: str, message: str) -> bool:
-        """End the request ``rid``; False when there is none."""
+        """End the request ``rid``, or all of ``rid-0``, ``rid-1``, ...; False when there is none."""
         return self.call(lambda: self._abort(rid, message))
+
+    def abort_all(self, message: str, cause: str) -> int:
+        """End every request; returns how many."""
+
+        def end() -> int:
+            requests = [t.request for t in self.trackers.values()]
+            for request in requests:
+                self._end(request, Finish.abort(cause, message))
+            return len(requests)
+
+        return self.call(end)
+
+    def at(self, moment: float, function: Callable[[], None]) -> None:
+        """Run ``function`` between two steps, once ``time.perf_counter()`` is ``moment``; for the engine's thread."""
+        heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
     def stop(self) -> None:
         """Abort what is left and end the thread."""
@@ -183,6 +194,11 @@ class Loop:
             return
         queued = len(self.scheduler.waiting)
         free = max(0, self._max_running - len(self.scheduler.running))
+        if new > self._max_queued + self._max_running:
+            raise RequestTooLarge(
+                f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
+                "wait: send fewer, or raise max_queued_requests"
+            )
         if queued + new > self._max_queued + free:
             raise QueueFull(
                 f"too many requests: {queued} wait and max_queued_requests is {self._max_queued}; "
@@ -190,11 +206,10 @@ class Loop:
             )
 
     def _abort(self, rid: str, message: str) -> bool:
-        tracker = self.trackers.get(rid)
-        if tracker is None:
-            return False
-        self._end(tracker.request, Finish.abort("asked", message))
-        return True
+        named = [t for name, t in self.trackers.items() if name == rid or _answer_of(name, rid)]
+        for tracker in named:
+            self._end(tracker.request, Finish.abort("asked", message))
+        return bool(named)
 
     def _end(self, request: Request, finish: Finish) -> None:
         self.scheduler.finish(request, finish)
@@ -203,25 +218,12 @@ class Loop:
     def _close(self, request: Request) -> None:
         tracker = self.trackers.pop(request.rid)
         tracker.note_stage()
-        self._record(tracker)
+        self.recorder.request_ended(tracker)
         try:
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
             tracker.fail("failed", f"its output could not be made: {type(error).__name__}: {error}")
-
-    def _record(self, tracker: Tracker) -> None:
-        record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
-        assert record.end is not None
-        assert record.finish is not None
-        self.telemetry.ended(record.finish, record.end - tracker.received, record.stages)
-        request = tracker.request
-        # A copy: the request's own array has room for all that it might have generated.
-        key = request.key(request.length)
-        self.trace.ended(record, Key(key.tokens.copy(), key.namespace))
-        if record.finish == "abort":
-            log.info("request %s ended early: %s", record.rid, request.finish.message if request.finish else "")
-        log.debug("request %s ended: %s", record.rid, record)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -260,21 +262,22 @@ class Loop:
 
     def _next_deadline(self) -> float | None:
         deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
+        if self._alarms:
+            deadlines.append(self._alarms[0][0])
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def _expire(self) -> None:
         now = time.perf_counter()
+        while self._alarms and self._alarms[0][0] <= now:
+            heapq.heappop(self._alarms)[2]()
         late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
         for tracker in late:
             self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
-        began = time.perf_counter()
+        self.recorder.step_begins()
         plan = self.scheduler.plan()
-        cache = self.scheduler.cache
-        self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), began)
-        if self.scheduler.retractions != self._retractions:
-            self._note_retractions()
+        self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:
             self._close(request)
         self.scheduler.failed.clear()
@@ -284,7 +287,7 @@ class Loop:
         for chunk in plan.chunks:
             self.trackers[chunk.request.rid].note_stage()
         tokens = self._compute(plan)
-        computed = time.perf_counter()
+        self.recorder.computed()
         self.steps += 1
         for request in self.scheduler.advance(plan, tokens):
             try:
@@ -292,24 +295,7 @@ class Loop:
             except Exception as error:  # one request's output is no other's concern
                 log.exception("could not follow request %s", request.rid)
                 self._end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
-        self._note_step(plan, began, computed)
-
-    def _note_step(self, plan: Plan, began: float, computed: float) -> None:
-        ended = time.perf_counter()
-        tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
-        self.trace.steps.append(
-            StepRecord(began, self._dispatched, computed, ended, plan.decode, len(plan.chunks), tokens)
-        )
-        self.telemetry.step(plan.decode, ended - began, computed - self._dispatched)
-        self._reporter.report(self.scheduler, self.generated, self.prompted, began, ended)
-
-    def _note_retractions(self) -> None:
-        self._retractions = self.scheduler.retractions
-        for request in self.scheduler.waiting:
-            tracker = self.trackers[request.rid]
-            if tracker.stages[-1][0] != request.stage.value:
-                log.info("request %s was retracted to make room: it has %d tokens", request.rid, request.length)
-                tracker.note_stage()
+        self.recorder.step_ended(plan, self.generated, self.prompted)
 
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
@@ -324,7 +310,7 @@ class Loop:
         parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
-        self._dispatched = time.perf_counter()
+        self.recorder.dispatched()
         scores, hidden = runner.step(batch)
         self._score_prompts(plan, batch, hidden)
         if not plan.decode:
@@ -393,7 +379,7 @@ class Loop:
             self.generated += 1
             before = tracker.last_token
             found = tracker.take_token(self.life.version)
-            self._time_token(tracker, before)
+            self.recorder.token(tracker, before)
             if found is not None and request.finish is None:
                 self._end(request, found)
                 return
@@ -401,19 +387,6 @@ class Loop:
             self._close(request)
         else:
             tracker.publish()
-
-    def _time_token(self, tracker: Tracker, before: float | None) -> None:
-        assert tracker.last_token is not None
-        if before is not None:
-            self.telemetry.next_token(tracker.last_token - before)
-        else:
-            request, started = tracker.request, tracker.started or tracker.queued
-            self.telemetry.first_token(
-                tracker.last_token - tracker.received,
-                started - tracker.queued,
-                request.prompt_length,
-                request.cached or 0,
-            )
 
     def _recover(self, error: Exception) -> None:
         """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
@@ -441,6 +414,11 @@ def _filling(future: Future[T], function: Callable[[], T]) -> Callable[[], None]
             future.set_exception(error)
 
     return run
+
+
+def _answer_of(name: str, rid: str) -> bool:
+    head, _, number = name.rpartition("-")
+    return head == rid and number.isdecimal()
 
 
 def _row(request: Request) -> int:

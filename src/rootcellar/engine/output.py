@@ -118,14 +118,16 @@ class Tracker:
             (request.stage.value, self.queued),
         ]
 
-    def note_stage(self) -> None:
-        """Record the request's stage when it changed."""
+    def note_stage(self) -> bool:
+        """Record the request's stage when it changed; whether it did."""
         stage = self.request.stage
-        if stage.value != self.stages[-1][0]:
-            now = time.perf_counter()
-            if self.started is None and stage is not Stage.FINISHED:
-                self.started = now
-            self.stages.append((stage.value, now))
+        if stage.value == self.stages[-1][0]:
+            return False
+        now = time.perf_counter()
+        if self.started is None and stage is not Stage.FINISHED:
+            self.started = now
+        self.stages.append((stage.value, now))
+        return True
 
     def take_token(self, weight_version: str) -> Finish | None:
         """Follow the newest token, made with these weights; a Finish when the text now holds a stop string."""

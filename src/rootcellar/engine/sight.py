@@ -59,6 +59,10 @@ class Sight:
         """See ``Engine.stats``."""
         return self._loop.call(self._stats)
 
+    def status(self) -> dict[str, Any]:
+        """See ``Engine.status``."""
+        return self._loop.call(self._status)
+
     def trace(self, limit: int = 256) -> dict[str, Any]:
         """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto."""
         return self._loop.call(lambda: self._trace(limit))
@@ -102,10 +106,12 @@ class Sight:
             }
             for t in alive
         ]
-        return Reading(self._stats(), self._loop.telemetry.distributions(), requests, now - self._loop.began)
+        return Reading(
+            self._stats(), self._loop.recorder.telemetry.distributions(), requests, now - self._loop.recorder.began
+        )
 
     def _stats(self) -> dict[str, Any]:
-        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.telemetry
+        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
         alive = Counter(t.request.stage.value for t in loop.trackers.values())
         stages = [s.value for s in Stage if s not in (Stage.TOKENIZE, Stage.FINISHED)]
         return {
@@ -125,22 +131,31 @@ class Sight:
             **_cache_fields(self._cache.stats()),
         }
 
+    def _status(self) -> dict[str, Any]:
+        loop = self._loop
+        return {
+            "paused": loop.paused,
+            "released": sorted(loop.life.released),
+            "weight_version": loop.life.version,
+            "steps": loop.steps,
+        }
+
     def _trace(self, limit: int) -> dict[str, Any]:
-        trace, now = self._loop.trace, time.perf_counter()
+        trace, now = self._loop.recorder.trace, time.perf_counter()
         alive = [RequestRecord.of(t, end=None) for t in self._loop.trackers.values()]
         records = [*trace.requests, *alive][-limit:] if limit else []
         steps = list(trace.steps)
         if records:
             first = min(record.stages[0][1] for record in records)
             steps = [step for step in steps if step.ended >= first]
-        return chrome_trace(records, steps, now=now, started=self._loop.began)
+        return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
 
     def _tree(self, limit: int) -> dict[str, Any]:
         view, now = self._cache.tree(limit), time.perf_counter()
         nodes = [self._node(node, now) for node in view.nodes]
         alive = [(t.request, _key(t.request)) for t in self._loop.trackers.values()][:SHOWN_REQUESTS]
         requests = [(r.rid, r.stage.value, key) for r, key in alive]
-        requests += [(rid, Stage.FINISHED.value, key) for rid, key in self._loop.trace.keys]
+        requests += [(rid, Stage.FINISHED.value, key) for rid, key in self._loop.recorder.trace.keys]
         return {
             "page_size": self._cache.page_size,
             "total": view.total,
@@ -155,7 +170,7 @@ class Sight:
         held: dict[str, dict[str, int]] = {}
         for (kind, tier), tokens in node.held.items():
             held.setdefault(kind, {})[tier.name] = tokens
-        at = self._loop.telemetry.ticks.at
+        at = self._loop.recorder.telemetry.ticks.at
         return {
             "id": node.id,
             "parent": node.parent,

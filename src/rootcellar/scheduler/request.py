@@ -37,8 +37,8 @@ class Stage(StrEnum):
 class Finish:
     """Why a request ended. ``type``: "stop", "length" or "abort".
 
-    ``matched``: the token id or string that stopped it; ``message``: why it was aborted, for people; ``cause``: the same
-    in a word: "asked" (somebody wanted it), "timeout", "no_room", "failed" (the engine could not) or "shutdown".
+    ``matched``: the token id or string that stopped it; ``message``: why it was aborted, for people; ``cause``: the
+    same in a word: "asked" (somebody wanted it), "timeout", "no_room", "failed" (the engine could not) or "shutdown".
     """
 
     type: str

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from rootcellar.cache import Hit, RadixCache, Tier
+from rootcellar.cache import Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.request import Finish, Request, Stage
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
@@ -126,6 +127,10 @@ class Scheduler:
             request.stage = Stage.FINISHED
         else:
             self._end(request)
+
+    def key(self, tokens: ArrayLike, namespace: str) -> Key:
+        """The cache key that a request for ``tokens`` would have now."""
+        return Key(tokens, f"{self._epoch}/{namespace}")
 
     def retract_all(self) -> None:
         """Let every running request give its pages back and wait again, the oldest first in line."""

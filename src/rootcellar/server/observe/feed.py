@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
 
+import rootcellar
 from rootcellar.engine.sight import Reading, Sight
 from rootcellar.errors import EngineError
 
@@ -29,9 +30,12 @@ HEARTBEAT = 15.0
 class Feed:
     """Events for any number of watchers up to ``max_watchers``."""
 
-    def __init__(self, sight: Sight, read: Callable[[], Any], max_watchers: int = 32) -> None:
-        """``read``: an async function that gives a ``Reading``."""
+    def __init__(
+        self, sight: Sight, read: Callable[[], Awaitable[Reading]], model_name: str, max_watchers: int = 32
+    ) -> None:
+        """``read`` gives the engine's numbers."""
         self._sight = sight
+        self._model_name = model_name
         self._read = read
         self._max_watchers = max_watchers
         self._watchers = 0
@@ -79,8 +83,7 @@ class Feed:
         look_at = 0.0
         while self._watchers and not self._closed:
             try:
-                reading: Reading = await self._read()
-                await self._publish("numbers", numbers(reading))
+                await self._publish("numbers", numbers(await self._read(), self._model_name))
                 if time.monotonic() >= look_at:
                     began = time.monotonic()
                     look = await asyncio.to_thread(self._look)
@@ -104,12 +107,14 @@ class Feed:
             self._changed.notify_all()
 
 
-def numbers(reading: Reading) -> dict[str, Any]:
+def numbers(reading: Reading, model_name: str) -> dict[str, Any]:
     """What changes all the time, of one reading."""
     first, gaps = (
         reading.distributions[name][0][1] for name in ("time_to_first_token_seconds", "inter_token_latency_seconds")
     )
     return {
+        "model": model_name,
+        "version": rootcellar.__version__,
         "at": reading.at,
         "stats": reading.stats,
         "requests": reading.requests,

@@ -60,22 +60,62 @@ TABLE = (
     Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running")),
     Row("queued_requests", "gauge", "Requests that wait to start, or to start again.", (), _total("waiting")),
     Row("finished_requests", "counter", "Requests that ended, by how.", ("reason",), _by("finished")),
-    Row("retractions", "counter", "Times a running request gave its memory back and waited.", (), _total("retractions")),
-    Row("prompt_tokens", "counter", "Prompt tokens of requests, counted at their first token.", (), _total("prompt_tokens")),
+    Row(
+        "retractions", "counter", "Times a running request gave its memory back and waited.", (), _total("retractions")
+    ),
+    Row(
+        "prompt_tokens",
+        "counter",
+        "Prompt tokens of requests, counted at their first token.",
+        (),
+        _total("prompt_tokens"),
+    ),
     Row("cached_prompt_tokens", "counter", "Those of them that came from the cache.", (), _total("cached_tokens")),
-    Row("prefill_tokens", "counter", "Tokens computed in prefill steps, after retractions again.", (), _total("prefill_tokens")),
+    Row(
+        "prefill_tokens",
+        "counter",
+        "Tokens computed in prefill steps, after retractions again.",
+        (),
+        _total("prefill_tokens"),
+    ),
     Row("generated_tokens", "counter", "Tokens chosen.", (), _total("generated_tokens")),
-    Row("cache_lookup_tokens", "counter", "Tokens of the keys for which leases were opened.", (), _total("input_tokens")),
-    Row("cache_hit_tokens", "counter", "Those of them that were found, by the tier that had them.", ("tier",), _by("hit_tokens_by_tier")),
-    Row("cache_tokens", "gauge", "What the cache's room is used for, in tokens (states of a recurrent kind).", ("kind", "tier", "state"), _shelves(*STATES)),
+    Row(
+        "cache_lookup_tokens", "counter", "Tokens of the keys for which leases were opened.", (), _total("input_tokens")
+    ),
+    Row(
+        "cache_hit_tokens",
+        "counter",
+        "Those of them that were found, by the tier that had them.",
+        ("tier",),
+        _by("hit_tokens_by_tier"),
+    ),
+    Row(
+        "cache_tokens",
+        "gauge",
+        "What the cache's room is used for, in tokens (states of a recurrent kind).",
+        ("kind", "tier", "state"),
+        _shelves(*STATES),
+    ),
     Row("cache_used_tokens", "gauge", "Room that is not free.", ("kind", "tier"), _shelves("used")),
     Row("cache_size_tokens", "gauge", "Room in all.", ("kind", "tier"), _shelves("size")),
     Row("evicted_tokens", "counter", "Tokens that left to make room.", ("kind", "tier"), _shelves("evicted")),
     Row("cache_nodes", "gauge", "Nodes of the radix tree.", (), _total("nodes")),
     Row("kv_cache_bytes", "gauge", "Bytes of the KV cache's buffers on the device.", (), _total("kv_cache_bytes")),
-    Row("step_outside_device_seconds", "counter", "The part of the steps' time in which the device had nothing to do.", ("phase",), _by("outside_seconds")),
-    Row("compilations", "counter", "Programs compiled or loaded since the engine began; should stand still.", (), _total("compilations")),
-)  # fmt: skip
+    Row(
+        "step_outside_device_seconds",
+        "counter",
+        "The part of the steps' time in which the device had nothing to do.",
+        ("phase",),
+        _by("outside_seconds"),
+    ),
+    Row(
+        "compilations",
+        "counter",
+        "Programs compiled or loaded since the engine began; should stand still.",
+        (),
+        _total("compilations"),
+    ),
+)
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": "From a request's arrival to its first token.",
@@ -96,7 +136,7 @@ _LABELS = {
 
 
 class Source:
-    """A collector for ``prometheus_client``: hands on the metrics of ``reading``, which is put there before a scrape."""
+    """A collector for ``prometheus_client``: gives the metrics of ``reading``, set before a scrape."""
 
     def __init__(self, model_name: str, *, sglang: bool) -> None:
         self.reading: Reading | None = None

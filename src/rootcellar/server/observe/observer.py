@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Annotated
 
-import orjson
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import APIRouter, Query, Request
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response, StreamingResponse
 
 from rootcellar.engine import Engine
 from rootcellar.engine.sight import Reading
+from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.observe.feed import Feed
 from rootcellar.server.observe.metrics import Source
 
 # A scrape waits so long for the step under way (it may be compiling) before it gets the reading before.
 PATIENCE = 2.0
-_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+Limit = Annotated[int, Query(ge=1, le=2000, description="At most so many.")]
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -29,17 +31,13 @@ _PAGE_HEADERS = {
 }
 
 
-def _page_files() -> dict[str, bytes]:
-    folder = resources.files("rootcellar.server") / "page"
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in _TYPES}
-
-
 class Observer:
     """What the server shows of one engine.
 
     Attributes:
-        router: ``/``, ``/page/...``, ``/metrics``, ``/cache/tree``, ``/trace``, ``/feed``.
-        public_paths: those that hold nothing but the page's own files.
+        page: routes of the page's own files, which hold nothing of the engine.
+        numbers: the route of the metrics.
+        looks: routes that show prompts and who sent them: the tree, the trace, the feed.
     """
 
     def __init__(self, engine: Engine, *, model_name: str, sglang_metrics: bool = False) -> None:
@@ -50,11 +48,12 @@ class Observer:
         self._registry.register(self._source)
         ProcessCollector(registry=self._registry)
         self._reading: asyncio.Task[Reading] | None = None
-        self._files = _page_files()
-        self.feed = Feed(self._sight, self.read)
-        self.public_paths = ("/", *(f"/page/{name}" for name in self._files))
-        self.router = APIRouter()
-        self._add_routes()
+        self.feed = Feed(self._sight, self.read, model_name)
+        self.page = self._page_router()
+        self.numbers = APIRouter(tags=["observe"])
+        self.looks = APIRouter(tags=["observe"])
+        self._add_numbers(self.numbers)
+        self._add_looks(self.looks)
 
     async def close(self) -> None:
         """End the live feeds, which would otherwise keep the server from stopping."""
@@ -71,47 +70,53 @@ class Observer:
         assert self._source.reading is not None
         return self._source.reading
 
-    def _add_routes(self) -> None:
-        router = self.router
-
-        @router.get("/metrics", tags=["observe"], response_class=Response)
+    def _add_numbers(self, router: APIRouter) -> None:
+        @router.get("/metrics", response_class=Response)
         async def metrics(request: Request) -> Response:
             """Metrics for Prometheus, as text or as OpenMetrics."""
             await self.read()
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
             return Response(encode(self._registry), headers={"Content-Type": content_type})
 
-        @router.get("/cache/tree", tags=["observe"], response_class=Response)
-        async def cache_tree(limit: Annotated[int, Query(ge=1, le=2000)] = 200) -> Response:
+    def _add_looks(self, router: APIRouter) -> None:
+        @router.get("/cache/tree", response_class=Response)
+        async def cache_tree(limit: Limit = 200) -> Response:
             """The most important nodes of the radix tree and the requests that go through them."""
-            return _json(await asyncio.to_thread(self._sight.tree, limit))
+            return json_response(await asyncio.to_thread(self._sight.tree, limit))
 
-        @router.get("/trace", tags=["observe"], response_class=Response)
-        async def trace(limit: Annotated[int, Query(ge=1, le=2000)] = 256) -> Response:
-            """The newest requests and steps as a Chrome trace, for https://ui.perfetto.dev."""
-            return _json(await asyncio.to_thread(self._sight.trace, limit))
+        @router.get("/trace", response_class=Response)
+        async def trace(limit: Limit = 256) -> Response:
+            """The newest requests and their steps as a Chrome trace, for https://ui.perfetto.dev."""
+            return json_response(await asyncio.to_thread(self._sight.trace, limit))
 
-        @router.get("/feed", tags=["observe"], response_class=StreamingResponse)
+        @router.get("/feed", response_class=StreamingResponse)
         async def feed() -> Response:
             """What the page draws, as server-sent events: ``numbers`` each second, ``cache`` when it is cheap."""
             if self.feed.full:
-                raise HTTPException(503, "too many pages watch this server already", {"Retry-After": "10"})
+                raise ApiError(503, "too many pages watch this server", code="busy", headers={"Retry-After": "10"})
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(self.feed.watch(), media_type="text/event-stream", headers=headers)
 
-        @router.get("/", include_in_schema=False)
-        async def page() -> Response:
-            return self._file("index.html")
-
-        @router.get("/page/{name}", include_in_schema=False)
-        async def page_file(name: str) -> Response:
-            return self._file(name)
-
-    def _file(self, name: str) -> Response:
-        if name not in self._files:
-            raise HTTPException(404, f"the page has no file {name!r}")
-        return Response(self._files[name], headers=_PAGE_HEADERS, media_type=_TYPES[name.rpartition(".")[2]])
+    def _page_router(self) -> APIRouter:
+        """A route for each file, as the gate knows routes by their path."""
+        router = APIRouter()
+        for name, content in _page_files().items():
+            path = "/" if name == "index.html" else f"/page/{name}"
+            router.add_api_route(path, _sender(name, content), include_in_schema=False)
+        return router
 
 
-def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+def _page_files() -> dict[str, bytes]:
+    folder = resources.files("rootcellar.server") / "page"
+    return {file.name: file.read_bytes() for file in folder.iterdir() if _ending(file.name) in _TYPES}
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _sender(name: str, content: bytes) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        return Response(content, headers=_PAGE_HEADERS, media_type=_TYPES[_ending(name)])
+
+    return send

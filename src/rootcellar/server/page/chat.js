@@ -76,7 +76,7 @@ async function stream(conversation, bubble) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
     const number = conversation.filter((turn) => turn.role === "user").length;
-    if (chunk.id) nameTurn(chunk.id.replace(/^chatcmpl-/, ""), `chat ${chats}, turn ${number}`);
+    if (chunk.id) nameTurn(chunk.id, `chat ${chats}, turn ${number}`);
     const piece = chunk.choices?.[0]?.delta?.content;
     if (piece) {
       first ??= performance.now() - began;
