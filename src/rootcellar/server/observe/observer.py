@@ -102,7 +102,7 @@ class Observer:
         router = APIRouter()
         for name, content in _page_files().items():
             path = "/" if name == "index.html" else f"/page/{name}"
-            router.add_api_route(path, _sender(name, content), include_in_schema=False)
+            router.add_api_route(path, _sender(name, content), methods=["GET", "HEAD"], include_in_schema=False)
         return router
 
 

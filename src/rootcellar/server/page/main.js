@@ -85,7 +85,7 @@ function start() {
     saveTrace().catch((error) => showStatus("trouble", error.message));
   });
   const redraw = () => cache && showCache(cache);
-  window.addEventListener("resize", redraw);
+  new ResizeObserver(redraw).observe($("tree-scroll"));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   follow();
 }

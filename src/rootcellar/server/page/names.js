@@ -4,4 +4,8 @@ const own = new Map();
 
 export const nameTurn = (rid, name) => own.set(rid, name);
 
-export const nameOf = (rid) => own.get(rid) ?? (rid.length > 12 ? `${rid.slice(0, 10)}…` : rid);
+export function nameOf(rid) {
+  if (own.has(rid)) return own.get(rid);
+  const short = rid.replace(/^(chatcmpl|cmpl)-/, "");
+  return short.length > 12 ? `${short.slice(0, 8)}…` : short;
+}
