@@ -127,6 +127,8 @@ class Evictions:
 
     def take(self) -> list[Eviction]:
         """The evictions since the last call, oldest first, the newest ``REMEMBERED`` of them."""
+        if not self._untold:
+            return []
         untold = list(self._untold)
         self._untold.clear()
         return untold
