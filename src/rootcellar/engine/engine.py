@@ -274,6 +274,7 @@ class Engine:
                     deadline=deadline,
                     seed=seed,
                     received=inputs.received,
+                    grammar=item.grammar,
                 )
             )
         return trackers

@@ -26,7 +26,7 @@ from rootcellar.engine.recorder import Recorder
 from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
-from rootcellar.scheduler import Finish, Plan, Request
+from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -317,20 +317,23 @@ class Loop:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
             return np.zeros(len(plan.chunks), np.int32)
-        rows = [
-            Sampled(
-                c.request.sampling,
-                self.trackers[c.request.rid].seed,
-                c.stop,
-                c.request.banned,
-                c.request.ids[: c.request.prompt_length],
-                c.request.output,
-            )
-            for c in plan.chunks
-        ]
+        rows = [self._sampled(c) for c in plan.chunks]
         tokens, logprobs = runner.sample(scores, rows)
         self._keep_logprobs(plan, scores, logprobs)
         return tokens[: len(plan.chunks)]
+
+    def _sampled(self, chunk: Chunk) -> Sampled:
+        request, tracker = chunk.request, self.trackers[chunk.request.rid]
+        grammar = tracker.grammar if chunk.ends else None
+        return Sampled(
+            request.sampling,
+            tracker.seed,
+            chunk.stop,
+            request.banned if grammar is None else (),  # a grammar alone says where its answer may end
+            request.ids[: request.prompt_length],
+            request.output,
+            None if grammar is None else grammar.allowed(),
+        )
 
     def _keep_logprobs(self, plan: Plan, scores: Array, logprobs: np.ndarray) -> None:
         wanted = [

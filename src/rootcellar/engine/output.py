@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.scheduler import Finish, Request, Stage
 
@@ -87,11 +88,13 @@ class Tracker:
         logprobs: LogprobOptions | None,
         deadline: float | None,
         seed: int,
+        grammar: Grammar | None = None,
         received: float | None = None,
     ) -> None:
         """Follow ``request``; ``received``: when its caller asked for it, in seconds of ``time.perf_counter``."""
         self.request = request
         self.seed = seed
+        self.grammar = grammar
         self.deadline = deadline
         self.logprobs: Logprobs | None = None
         if logprobs is not None:
@@ -130,15 +133,16 @@ class Tracker:
         return True
 
     def take_token(self, weight_version: str) -> Finish | None:
-        """Follow the newest token, made with these weights; a Finish when the text now holds a stop string."""
+        """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
         self.last_token = time.perf_counter()
         if self.first_token is None:
             self.first_token = self.last_token
+        complete = None if self.grammar is None else self.grammar.take(int(self.request.output[-1]))
         if self._detokenizer is None:
-            return None
-        return self._read_text(final=False)
+            return complete
+        return self._read_text(final=False) or complete
 
     def _read_text(self, *, final: bool) -> Finish | None:
         assert self._detokenizer is not None

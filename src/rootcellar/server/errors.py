@@ -97,7 +97,9 @@ def api_error(error: Exception) -> ApiError:
 
 def ended_early(finish: Mapping[str, Any]) -> ApiError | None:
     """The error that a finish_reason stands for; None when the answer counts, as one that was aborted on request."""
-    status = {"timeout": 504, "no_room": 503, "shutdown": 503, "failed": 500}.get(finish.get("cause") or "")
+    status = {"timeout": 504, "no_room": 503, "shutdown": 503, "failed": 500, "grammar": 400}.get(
+        finish.get("cause") or ""
+    )
     return None if status is None else ApiError(status, str(finish["message"]), code=str(finish["cause"]))
 
 

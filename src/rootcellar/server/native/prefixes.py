@@ -1,4 +1,4 @@
-"""``POST /cache/explain`` and ``POST /cache/pin``: what the cache holds of a prompt, and keeping it."""
+"""What the cache holds of a prompt and why, keeping it there, and the proof that all is well."""
 
 from __future__ import annotations
 
@@ -80,3 +80,10 @@ async def pin(body: PinRequest, request: Request) -> Response:
     if body.compute:
         await whole(request, state, input_ids=ids, sampling_params={"max_new_tokens": 0}, extra_key=body.namespace())
     return json_response(await on_thread(state.engine.prefixes.pin, ids, body.ttl, body.namespace()))
+
+
+@router.post("/cache/check")
+async def check(request: Request) -> Response:
+    """Recount every invariant of the cache between two steps; 500 with the evidence when one does not hold."""
+    await on_thread(state_of(request).engine.check)
+    return json_response({"success": True, "message": "Every invariant holds."})
