@@ -8,16 +8,16 @@ const SHOWN = 300; // seconds on the chart
 const TIERS = ["DEVICE", "HOST", "STORAGE", "PEER"];
 const readings = [];
 
-// What a reading says of one tier: used and size over all kinds.
+// The parts of a tier's room, over all kinds, that are used at all and that cannot be evicted now.
 function occupancy(stats, tier) {
-  let used = 0;
-  let size = 0;
-  for (const shelves of Object.values(stats.cache)) {
-    if (!(tier in shelves)) continue;
-    used += shelves[tier].used;
-    size += shelves[tier].size;
+  let [used, busy, size] = [0, 0, 0];
+  for (const { [tier]: shelf } of Object.values(stats.cache)) {
+    if (!shelf) continue;
+    used += shelf.used;
+    busy += shelf.used - shelf.evictable;
+    size += shelf.size;
   }
-  return size ? used / size : undefined;
+  return size ? { used: used / size, busy: busy / size } : undefined;
 }
 
 export function remember(numbers) {
@@ -57,7 +57,7 @@ export function rates() {
     speed: now.at > recent.at ? (now.generated - recent.generated) / (now.at - recent.at) : 0,
     firstToken: whole ? first.sum / first.count : (first.sum - firstThen.sum) / (first.count - firstThen.count),
     hitRate: hitRate(last, 60) ?? (now.asked ? now.hit / now.asked : undefined),
-    used: now.tiers[0],
+    used: now.tiers[0]?.used,
   };
 }
 
@@ -84,11 +84,15 @@ export function draw() {
   const present = TIERS.filter((_, t) => readings.at(-1).tiers[t] !== undefined);
   for (const tier of present) {
     const t = TIERS.indexOf(tier);
-    const points = shown.filter((r) => r.tiers[t] !== undefined).map((r) => [r.at, r.tiers[t]]);
-    const line = path(points);
-    const area = `${line}L${x(points.at(-1)[0])},${y(0)}L${x(points[0][0])},${y(0)}Z`;
+    const known = shown.filter((r) => r.tiers[t] !== undefined);
+    const line = (part) => path(known.map((r) => [r.at, r.tiers[t][part]]));
+    const area = (part) => `${line(part)}L${x(known.at(-1).at)},${y(0)}L${x(known[0].at)},${y(0)}Z`;
     const name = tier.toLowerCase();
-    parts.push(svg("path", { class: `area ${name}`, d: area }), svg("path", { class: `line ${name}`, d: line }));
+    parts.push(
+      svg("path", { class: `area ${name}`, d: area("used") }),
+      svg("path", { class: `area busy ${name}`, d: area("busy") }),
+      svg("path", { class: `line ${name}`, d: line("used") }),
+    );
   }
   const rated = shown.map((r) => [r.at, hitRate(r.i, WINDOW)]).filter(([, v]) => v !== undefined);
   if (rated.length) parts.push(svg("path", { class: "line hit", d: path(rated) }));
@@ -98,12 +102,19 @@ export function draw() {
 
 function describe(present) {
   const now = readings.at(-1);
-  const legend = present.map((tier) =>
-    element("span", {}, element("i", { class: `swatch ${tier.toLowerCase()}` }), `${tier.toLowerCase()} used`),
-  );
+  const legend = present.flatMap((tier) => {
+    const name = tier.toLowerCase();
+    return [
+      element("span", {}, element("i", { class: `swatch ${name}` }), `${name}: in use`),
+      element("span", {}, element("i", { class: `swatch used ${name}` }), "and evictable"),
+    ];
+  });
   legend.push(element("span", {}, element("i", { class: "swatch hit" }), "hit rate"));
   $("history-legend").replaceChildren(...legend);
-  const words = present.map((tier) => `${tier.toLowerCase()} ${percent(now.tiers[TIERS.indexOf(tier)])} used`);
+  const words = present.map((tier) => {
+    const { used, busy } = now.tiers[TIERS.indexOf(tier)];
+    return `${tier.toLowerCase()} ${percent(used)} used, ${percent(busy)} by what runs`;
+  });
   $("history-text").textContent =
-    `${words.join(", ")}; ${percent(now.asked ? now.hit / now.asked : NaN)} of all prompt tokens looked up were hits.`;
+    `${words.join("; ")}; ${percent(now.asked ? now.hit / now.asked : NaN)} of all prompt tokens looked up were hits.`;
 }

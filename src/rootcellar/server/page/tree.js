@@ -18,8 +18,8 @@ export function drawTree(data) {
 const tierOf = (node) =>
   TIERS.find((tier) => Object.values(node.held).some((tiers) => tier in tiers))?.toLowerCase() ?? "none";
 
-// 1 for what was used just now, towards 0.22 for what nobody asked for in an hour.
-const warmth = (idle) => Math.max(0.22, 1 - Math.log10(1 + idle) / 4.5);
+// How strong the colour is: 0.6 for what was used just now, 0.25 after five minutes, towards 0.1 after hours.
+const strength = (idle) => 0.07 + 0.55 * Math.max(0.05, 1 - Math.log10(1 + idle) / 4.5) ** 1.6;
 
 function layout() {
   const below = new Map([[0, []]]);
@@ -90,7 +90,7 @@ function block(node, box, sharing, trail, tabbable) {
   const { x, y, w, h } = box;
   group.append(
     svg("title", {}, `${name}\n${node.text ?? ""}`),
-    svg("rect", { x, y, width: w, height: h, "fill-opacity": warmth(node.idle) * 0.55 + 0.05 }),
+    svg("rect", { x, y, width: w, height: h, "fill-opacity": strength(node.idle) }),
   );
   const letters = Math.floor((w - 10) / 6.7);
   if (letters > 2 && node.text) {
