@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from test_equivalence import check_idle
@@ -162,6 +163,6 @@ def test_only_allowed_tokens_are_chosen(vocab):
         rows.append(sampler.Sampled(SamplingParams(**params), i, 7, (), empty, empty, bits.view(np.int32)))
     rows.append(sampler.Sampled(SamplingParams(temperature=0), 9, 7, (), empty, empty))
     logits = rng.normal(size=(8, vocab)).astype(np.float32) * 5
-    tokens, _ = sampler.sample(logits, sampler.build(rows, 8, vocab))
+    tokens, _ = jax.jit(sampler.sample)(logits, sampler.build(rows, 8, vocab))
     assert all(int(token) in allowed for token, allowed in zip(tokens, sets, strict=False))
     assert int(tokens[4]) == int(logits[4].argmax())

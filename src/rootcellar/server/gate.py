@@ -12,6 +12,7 @@ from enum import IntEnum
 
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rootcellar.server.errors import ApiError
@@ -97,7 +98,9 @@ class _Limited:
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             if self._left < 0:
-                raise too_long(self._limit)
+                error = too_long(self._limit)
+                # FastAPI lets this class through where it reads bodies, and no other.
+                raise HTTPException(error.status, error.message, dict(error.headers))
         return message
 
 

@@ -1,7 +1,12 @@
-"""JSON bodies through orjson: it is fast, and refuses what is no JSON (NaN, lone surrogates, broken UTF-8)."""
+"""JSON bodies through orjson: it is fast, and refuses what is no JSON (NaN, broken UTF-8).
+
+What it reads but cannot write is refused as well: lone surrogates, integers beyond 64 bits, nesting without end. Then
+whatever a client sent can be tokenized, passed on and quoted in an answer.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,8 +20,13 @@ class OrjsonRequest(Request):
     """A request whose ``json`` is orjson's."""
 
     async def json(self) -> Any:
-        """The body's value; ``orjson.JSONDecodeError``, which is a ``json.JSONDecodeError``, when it is none."""
-        return orjson.loads(await self.body())
+        """The body's value; ``json.JSONDecodeError`` when it is none."""
+        value = orjson.loads(await self.body())
+        try:
+            orjson.dumps(value)
+        except orjson.JSONEncodeError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+        return value
 
 
 class OrjsonRoute(APIRoute):

@@ -40,6 +40,8 @@ async def read_prompts(state: State, texts: str | list[str] | None, ids: list[An
     """
     if (texts is None) == (ids is None):
         raise invalid("give either a text or token ids (input_ids), and not both")
+    if texts == []:
+        raise invalid("the list of prompts is empty: give at least one")
     if n > state.config.max_n:
         raise invalid(f"n={n} is more than this server allows: max_n is {state.config.max_n}", "n")
     one = isinstance(texts, str) or not (texts or (ids and isinstance(ids[0], list)))
