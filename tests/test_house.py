@@ -138,7 +138,7 @@ def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, nativ
     (wheel,) = tmp_path.glob("rootcellar-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     assert ("rootcellar/ops/_native.so" in files) is native
-    assert {f"rootcellar/{_id(path)}" for path in SOURCES} <= files
+    assert {f"rootcellar/{_id(path)}" for path in [*SOURCES, *(PACKAGE / "server" / "page").iterdir()]} <= files
     assert not [name for name in files if name.endswith((".cc", ".inc"))]
 
 

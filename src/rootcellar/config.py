@@ -147,6 +147,13 @@ class EngineConfig:
     log_level: str = option(
         "warning", "The least serious messages to log.", choices=("debug", "info", "warning", "error", "critical")
     )
+    log_interval: float = option(
+        10.0,
+        "Seconds between two lines of the log, at level info, that say what runs and waits, tokens per second, how "
+        "much of the cache is used and the hit rate. An idle engine logs none.",
+        low=0,
+        above=True,
+    )
 
     def __post_init__(self) -> None:
         check_values(self, ConfigError)

@@ -27,6 +27,9 @@ class ServerConfig:
     )
     max_n: int = option(128, "Most answers to one prompt (n).", low=1, high=128)
     max_batch_size: int = option(512, "Most prompts in one request.", low=1)
+    enable_sglang_metrics: bool = option(
+        False, "Give the metrics under SGLang's names (sglang:...) too, for dashboards that were made for it."
+    )
     drain_timeout: float = option(
         30.0,
         "Seconds that running requests get to finish after SIGTERM or the first Ctrl-C; what still runs then ends with "

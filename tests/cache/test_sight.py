@@ -169,3 +169,79 @@ def test_the_core_needs_nothing_but_numpy():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in loaded
     assert not {"jax", "jaxlib", "torch", "ml_dtypes", "scipy"} & set(loaded)
+
+
+def test_the_tree_view_shows_shared_nodes_first_and_parents_before_children():
+    cache = make(size=400)
+    for tail in (100, 200, 300):
+        serve(cache, tokens((0, 16), (tail, 16)))
+    serve(cache, tokens((500, 16)))
+    view = cache.tree()
+    assert view.total == len(view.nodes) == 5
+    assert view.tick == cache.tick == 4
+    shared = view.nodes[0]
+    assert (shared.parent, shared.start, shared.length, shared.children) == (0, 0, 16, 3)
+    assert shared.head == tuple(range(16))
+    assert shared.held == {("full", Tier.DEVICE): 16}
+    assert shared.hits == 2
+    shown = {0}
+    for node in view.nodes:
+        assert node.parent in shown
+        shown.add(node.id)
+    assert [node.id for node in cache.tree(limit=2).nodes] == [node.id for node in view.nodes[:2]]
+    assert cache.tree(limit=2).total == 5
+    assert view.nodes[-1].hits == 0
+    cache.check()
+
+
+def test_the_tree_view_puts_what_is_in_use_before_what_was_hit_more_often():
+    cache = make(size=400)
+    for _ in range(3):
+        serve(cache, tokens((0, 16)))
+    lease = start(cache, tokens((100, 16)))
+    first, second = cache.tree().nodes
+    assert (first.in_use, first.hits, first.head[0]) == (True, 0, 100)
+    assert (second.in_use, second.hits, second.head[0]) == (False, 2, 0)
+    cache.close(lease)
+    assert [node.head[0] for node in cache.tree().nodes] == [0, 100]
+    cache.check()
+
+
+def test_the_tree_view_knows_namespaces_tiers_and_long_edges():
+    cache = make(size=400, capacity={("full", Tier.HOST): 400})
+    serve(cache, tokens((0, 64)), namespace="a")
+    for move in cache.moves():
+        cache.learn(Done(move.id))
+    serve(cache, tokens((0, 8)), namespace="b")
+    a, b = sorted(cache.tree().nodes, key=lambda node: node.namespace)
+    assert (a.namespace, b.namespace) == ("a", "b")
+    assert a.held == {("full", Tier.DEVICE): 64, ("full", Tier.HOST): 64}
+    assert len(a.head) == 32
+    cache.check()
+
+
+def test_a_trail_names_the_nodes_that_a_prompt_goes_through():
+    cache = make(size=400)
+    serve(cache, tokens((0, 16), (100, 16)))
+    serve(cache, tokens((0, 16), (200, 16)))
+    before = cache.tree()
+    one, other = (cache.trail(Key(tokens((0, 16), (tail, 16)))) for tail in (100, 200))
+    assert len(one) == len(other) == 2
+    assert one[0] == other[0] == before.nodes[0].id
+    assert one[1] != other[1]
+    assert cache.trail(Key(tokens((0, 18)))) == one[:1]
+    assert cache.trail(Key(tokens((900, 18)))) == ()
+    assert cache.tree() == before
+
+
+def test_evictions_are_told_once_with_their_ages():
+    cache = make(size=32)
+    serve(cache, tokens((0, 32)))
+    serve(cache, tokens((0, 32)))
+    serve(cache, tokens((100, 16)))
+    assert cache.tick == 3
+    (gone,) = cache.take_evictions()
+    assert (gone.kind, gone.tier, gone.tokens) == ("full", Tier.DEVICE, 16)
+    assert (gone.created, gone.used, gone.tick) == (1, 2, 3)
+    assert cache.take_evictions() == []
+    cache.check()

@@ -47,7 +47,8 @@ def test_one_prompt_gives_a_dict_and_a_list_gives_a_list(engine):
     assert meta["completion_tokens"] == 12
     assert meta["finish_reason"] == {"type": "length", "length": 12}
     assert 0 <= meta["queue_time"] <= meta["first_token_latency"] <= meta["e2e_latency"]
-    assert [name for name, _ in meta["stages"]] == ["PREFILL_WAITING", "PREFILL_FORWARD", "DECODE_LOOP", "FINISHED"]
+    stages = ["TOKENIZE", "PREFILL_WAITING", "PREFILL_FORWARD", "DECODE_LOOP", "FINISHED"]
+    assert [name for name, _ in meta["stages"]] == stages
 
 
 def test_text_and_ids_are_the_same_prompt(engine, tiny_folder):

@@ -11,13 +11,14 @@ cache.close(lease)                     # finished, aborted, retracted
 from rootcellar.cache.control import Prefetch, prefetch_verdict
 from rootcellar.cache.digest import digests
 from rootcellar.cache.explain import Explanation
-from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, Eviction, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
 from rootcellar.cache.radix import RadixCache
+from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
 
@@ -28,6 +29,7 @@ __all__ = [
     "CacheStats",
     "Done",
     "Event",
+    "Eviction",
     "Explanation",
     "Failed",
     "Found",
@@ -38,12 +40,14 @@ __all__ = [
     "Lease",
     "Lost",
     "Move",
+    "NodeView",
     "Prefetch",
     "RadixCache",
     "ReqToTokenPool",
     "ShelfStats",
     "SlotAllocator",
     "Tier",
+    "TreeView",
     "chunked_local",
     "digests",
     "full",

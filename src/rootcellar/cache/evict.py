@@ -61,7 +61,7 @@ def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:
     if tree.spill is not None:
         tree.spill(node, shelf)
     assert node.parent is not None
-    _note(tree, shelf, node.parent, tree.first(node.tokens, 0), node.size)
+    _note(tree, shelf, node, node.parent, tree.first(node.tokens, 0), node.size)
     _take_off(tree, shelf, node, node.size)
     prune(tree, node)
 
@@ -74,14 +74,21 @@ def _drop_head(tree: Tree, shelf: Shelf, node: Node, entry: Entry, pages: int) -
         count = min(count, inside)
     elif tree.spill is not None:
         tree.spill(node, shelf)
-    _note(tree, shelf, node, shelf.kind.name.encode(), count)
+    _note(tree, shelf, node, node, shelf.kind.name.encode(), count)
     _take_off(tree, shelf, node, count)
     tree.restage(node)
     tree.discard(node)
 
 
-def _note(tree: Tree, shelf: Shelf, where: Node, what: bytes, pages: int) -> None:
-    eviction = Eviction(tree.tick, shelf.kind.name, shelf.tier, pages * tree.page_size)
+def _note(tree: Tree, shelf: Shelf, node: Node, where: Node, what: bytes, pages: int) -> None:
+    eviction = Eviction(
+        tree.tick,
+        shelf.kind.name,
+        shelf.tier,
+        pages * tree.page_size,
+        created=node.created,
+        used=node.ticks[shelf.kind_index],
+    )
     tree.evictions.note(where.id, what, eviction)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,17 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """When an entry was evicted, of which kind, from which tier, and how many tokens."""
+    """When an entry was evicted, of which kind, from which tier, and how many tokens.
+
+    ``created`` and ``used``: the ticks at which its node was made and last served that kind.
+    """
 
     tick: int
     kind: str
     tier: Tier
     tokens: int
+    created: int
+    used: int
 
 
 class Evictions:
@@ -106,9 +111,11 @@ class Evictions:
 
     def __init__(self) -> None:
         self._last: OrderedDict[tuple[int, bytes], Eviction] = OrderedDict()
+        self._untold: deque[Eviction] = deque(maxlen=REMEMBERED)
 
     def note(self, where: int, what: bytes, eviction: Eviction) -> None:
         """Remember that below (or in) node ``where`` the page (or kind) ``what`` was evicted."""
+        self._untold.append(eviction)
         self._last[where, what] = eviction
         self._last.move_to_end((where, what))
         if len(self._last) > REMEMBERED:
@@ -117,3 +124,11 @@ class Evictions:
     def find(self, where: int, what: bytes) -> Eviction | None:
         """The last eviction noted there, if it is remembered."""
         return self._last.get((where, what))
+
+    def take(self) -> list[Eviction]:
+        """The evictions since the last call, oldest first, the newest ``REMEMBERED`` of them."""
+        if not self._untold:
+            return []
+        untold = list(self._untold)
+        self._untold.clear()
+        return untold

@@ -13,12 +13,13 @@ from rootcellar.cache.check import check
 from rootcellar.cache.evict import fits
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
-from rootcellar.cache.journal import AllBlocksCleared, Journal, KVEvent
+from rootcellar.cache.journal import AllBlocksCleared, Eviction, Journal, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, touch
 from rootcellar.cache.moves import Event, Found, Move
+from rootcellar.cache.sight import TreeView, trail, tree_view
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, open_lease
@@ -272,6 +273,23 @@ class RadixCache:
             return []
         events, self._tree.journal.events = self._tree.journal.events, []
         return events
+
+    @property
+    def tick(self) -> int:
+        """Leases opened so far: the cache's clock, in which ages are counted."""
+        return self._tree.tick
+
+    def take_evictions(self) -> list[Eviction]:
+        """What was evicted since the last call, oldest first; at most the newest 4,096 entries."""
+        return self._tree.evictions.take()
+
+    def tree(self, limit: int = 200) -> TreeView:
+        """The ``limit`` most important nodes, for pictures: in use, then most often hit, then most recent."""
+        return tree_view(self._tree, limit)
+
+    def trail(self, key: Key) -> tuple[int, ...]:
+        """Ids, as in :meth:`tree`, of the nodes that ``key`` goes through. Changes nothing, not even recency."""
+        return trail(self._tree, key)
 
     def explain(self, key: Key) -> Explanation:
         """Why ``key`` hits as far as it does. Changes nothing, not even recency."""

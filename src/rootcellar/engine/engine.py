@@ -20,7 +20,7 @@ import numpy as np
 
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
-from rootcellar.engine import memory, sight
+from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
@@ -28,6 +28,7 @@ from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs
+from rootcellar.engine.sight import Sight
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
@@ -46,7 +47,8 @@ class Engine:
         with rootcellar.Engine(model_path="demo") as engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
-    All methods may be called from any thread. ``prefixes`` explains and pins what is cached.
+    All methods may be called from any thread. ``sight`` shows what goes on: numbers, requests, the radix tree, a trace;
+    ``prefixes`` explains and pins what is cached.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -65,7 +67,10 @@ class Engine:
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params)
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
-        self._loop = Loop(self._life, self._parts.max_running_requests, self.config.max_queued_requests)
+        self._loop = Loop(
+            self._life, self._parts.max_running_requests, self.config.max_queued_requests, self.config.log_interval
+        )
+        self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
         self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
         self._numbers = itertools.count()
@@ -268,6 +273,7 @@ class Engine:
                     logprobs=item.logprobs,
                     deadline=deadline,
                     seed=seed,
+                    received=inputs.received,
                     grammar=item.grammar,
                 )
             )
@@ -442,17 +448,16 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What the engine holds and did, as plain values; tokens where no other unit is named.
 
-        ``{"running", "waiting", "retractions", "steps", "generated_tokens", "prefill_tokens", "compilations",
-        "kv_cache_bytes", "requests", "input_tokens", "hit_tokens", "hit_rate", "cache": {kind: {tier: {"size", "free",
+        ``{"running", "waiting", "stages", "finished", "retractions", "steps", "generated_tokens", "prefill_tokens",
+        "prompt_tokens", "cached_tokens", "outside_seconds", "compilations", "kv_cache_bytes", "requests",
+        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "cache": {kind: {tier: {"size", "free",
         "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
-
-        return self._loop.call(lambda: sight.stats(self._parts, self._loop))
+        return self.sight.stats()
 
     def status(self) -> dict[str, Any]:
         """What the engine is doing: ``{"paused", "released" (tags), "weight_version", "steps"}``."""
-
-        return self._loop.call(lambda: sight.status(self._loop))
+        return self.sight.status()
 
     def memory_report(self) -> dict[str, Any]:
         """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""

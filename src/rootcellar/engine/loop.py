@@ -22,6 +22,7 @@ from jax import Array
 
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
+from rootcellar.engine.recorder import Recorder
 from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
@@ -39,14 +40,19 @@ class Loop:
     Attributes:
         trackers: the requests that have not ended, by rid.
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
+        recorder: what was counted, and what happened lately; for the engine's thread.
     """
 
-    def __init__(self, life: Lifecycle, max_running: int, max_queued: int | None) -> None:
-        """Start the thread. ``max_running`` requests run and ``max_queued`` (None: any number) wait."""
+    def __init__(self, life: Lifecycle, max_running: int, max_queued: int | None, log_interval: float) -> None:
+        """Start the thread. ``max_running`` requests run and ``max_queued`` (None: any number) wait.
+
+        ``log_interval``: seconds between two lines of the log about the work under way.
+        """
         self.life = life
         self._max_running = max_running
         self._max_queued = max_queued
         self.scheduler = life.scheduler
+        self.recorder = Recorder(life.scheduler, log_interval)
         self.runner = life.runner
         self.paused = False
         self.trackers: dict[str, Tracker] = {}
@@ -212,6 +218,7 @@ class Loop:
     def _close(self, request: Request) -> None:
         tracker = self.trackers.pop(request.rid)
         tracker.note_stage()
+        self.recorder.request_ended(tracker)
         try:
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
@@ -268,7 +275,9 @@ class Loop:
             self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
+        self.recorder.step_begins()
         plan = self.scheduler.plan()
+        self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:
             self._close(request)
         self.scheduler.failed.clear()
@@ -278,6 +287,7 @@ class Loop:
         for chunk in plan.chunks:
             self.trackers[chunk.request.rid].note_stage()
         tokens = self._compute(plan)
+        self.recorder.computed()
         self.steps += 1
         for request in self.scheduler.advance(plan, tokens):
             try:
@@ -285,6 +295,7 @@ class Loop:
             except Exception as error:  # one request's output is no other's concern
                 log.exception("could not follow request %s", request.rid)
                 self._end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
+        self.recorder.step_ended(plan, self.generated, self.prompted)
 
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
@@ -299,6 +310,7 @@ class Loop:
         parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
+        self.recorder.dispatched()
         scores, hidden = runner.step(batch)
         self._score_prompts(plan, batch, hidden)
         if not plan.decode:
@@ -368,7 +380,9 @@ class Loop:
         tracker = self.trackers[request.rid]
         if request.generated:
             self.generated += 1
+            before = tracker.last_token
             found = tracker.take_token(self.life.version)
+            self.recorder.token(tracker, before)
             if found is not None and request.finish is None:
                 self._end(request, found)
                 return

@@ -72,6 +72,10 @@ class Tracker:
 
     The text that a streaming caller sees never shrinks: what could be the beginning of a stop string is held back until
     it is known to be none.
+
+    Attributes:
+        received, queued, started, first_token, last_token: when its caller asked for it, it began to wait, it first
+            ran, and its first and newest token were there; seconds of ``time.perf_counter``, None before that.
     """
 
     def __init__(
@@ -85,7 +89,9 @@ class Tracker:
         deadline: float | None,
         seed: int,
         grammar: Grammar | None = None,
+        received: float | None = None,
     ) -> None:
+        """Follow ``request``; ``received``: when its caller asked for it, in seconds of ``time.perf_counter``."""
         self.request = request
         self.seed = seed
         self.grammar = grammar
@@ -103,28 +109,36 @@ class Tracker:
         self._hidden = 0
         self._seen = 0
         self._checked = 0
-        self._arrived = time.perf_counter()
-        self._first_token: float | None = None
-        self._started: float | None = None
+        self.queued = time.perf_counter()
+        self.received = self.queued if received is None else received
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
         self.versions: list[tuple[str, int]] = []
         """Versions of the weights, each with the index of the first token of the answer that it made."""
-        self.stages: list[tuple[str, float]] = [(request.stage.value, self._arrived)]
+        self.stages: list[tuple[str, float]] = [
+            (Stage.TOKENIZE.value, self.received),
+            (request.stage.value, self.queued),
+        ]
 
-    def note_stage(self) -> None:
-        """Record the request's stage when it changed."""
+    def note_stage(self) -> bool:
+        """Record the request's stage when it changed; whether it did."""
         stage = self.request.stage
-        if stage.value != self.stages[-1][0]:
-            now = time.perf_counter()
-            if self._started is None and stage is not Stage.FINISHED:
-                self._started = now
-            self.stages.append((stage.value, now))
+        if stage.value == self.stages[-1][0]:
+            return False
+        now = time.perf_counter()
+        if self.started is None and stage is not Stage.FINISHED:
+            self.started = now
+        self.stages.append((stage.value, now))
+        return True
 
     def take_token(self, weight_version: str) -> Finish | None:
         """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
-        if self._first_token is None:
-            self._first_token = time.perf_counter()
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
         complete = None if self.grammar is None else self.grammar.take(int(self.request.output[-1]))
         if self._detokenizer is None:
             return complete
@@ -199,13 +213,13 @@ class Tracker:
             "cached_tokens": request.cached or 0,
             "cached_tokens_details": request.cached_by_tier,
             "finish_reason": _finish_reason(then.finish, n),
-            "e2e_latency": then.at - self._arrived,
-            "queue_time": (self._started or then.at) - self._arrived,
-            "first_token_latency": None if self._first_token is None else self._first_token - self._arrived,
+            "e2e_latency": then.at - self.received,
+            "queue_time": (self.started or then.at) - self.queued,
+            "first_token_latency": None if self.first_token is None else self.first_token - self.received,
             "retractions": request.retractions,
             "weight_version": versions[-1][0] if versions else None,
             "weight_versions": versions,
-            "stages": [(name, at - self._arrived) for name, at in self.stages[: then.stages]],
+            "stages": [(name, at - self.received) for name, at in self.stages[: then.stages]],
         }
         if self.logprobs is not None:
             meta |= self._logprob_fields(self.logprobs, n)

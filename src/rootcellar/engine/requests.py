@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -35,10 +36,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All sequences of one call; ``several``: the caller gets a list."""
+    """All sequences of one call.
+
+    ``several``: the caller gets a list. ``received``: when it came, in seconds of ``time.perf_counter``.
+    """
 
     items: list[Item]
     several: bool
+    received: float
 
 
 def read_inputs(
@@ -58,6 +63,7 @@ def read_inputs(
         RequestError: something is wrong; the message says which prompt, what was given and what would be right.
         RequestTooLarge: a sequence can never fit; the message names the setting.
     """
+    received = time.perf_counter()
     if (prompt is None) == (input_ids is None):
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
     if not isinstance(priority, int) or not isinstance(extra_key, str):
@@ -82,7 +88,7 @@ def read_inputs(
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
             follow = grammar if grammar is None or j == 0 else grammar.copy()
             items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key, follow))
-    return Inputs(items, several=not one or len(items) > 1)
+    return Inputs(items, not one or len(items) > 1, received)
 
 
 def _spread(value: Any, n: int, name: str, kind: type) -> list[Any]:

@@ -1,39 +1,221 @@
-"""What an engine is doing, as plain values; read on its own thread."""
+"""What can be seen of an engine while it runs: numbers, requests, the radix tree, the memory, a trace.
+
+Everything is read between two steps, so it is of one moment; nothing here changes what is cached.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
-from rootcellar.cache import CacheStats
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache import CacheStats, Key, NodeView, Tier
 from rootcellar.engine.build import Parts
 from rootcellar.engine.loop import Loop
+from rootcellar.engine.telemetry import Distribution
+from rootcellar.engine.trace import RequestRecord, chrome_trace
+from rootcellar.scheduler import Request, Stage
+
+SHOWN_REQUESTS = 64
+# What a page of a pool is now: free, cached and unused, shared and used by a request, or a request's own.
+FREE, CACHED, SHARED, OWN = range(4)
 
 
-def stats(parts: Parts, loop: Loop) -> dict[str, Any]:
-    """See ``Engine.stats``."""
-    scheduler = parts.scheduler
-    return {
-        "running": len(scheduler.running),
-        "waiting": len(scheduler.waiting),
-        "retractions": scheduler.retractions,
-        "steps": loop.steps,
-        "generated_tokens": loop.generated,
-        "prefill_tokens": loop.prompted,
-        "compilations": parts.compiles.count,
-        "kv_cache_bytes": sum(p.nbytes for p in parts.runner.pools.values()),
-        **_cache_fields(scheduler.cache.stats()),
-    }
+@dataclass(frozen=True)
+class Reading:
+    """Numbers of one moment.
+
+    Attributes:
+        stats: as :meth:`Sight.stats` gives them.
+        distributions: by name, each with its labels.
+        requests: those alive, the oldest first, at most ``SHOWN_REQUESTS``.
+        at: seconds since the engine began.
+    """
+
+    stats: dict[str, Any]
+    distributions: dict[str, list[tuple[dict[str, str], Distribution]]]
+    requests: list[dict[str, Any]]
+    at: float
 
 
-def status(loop: Loop) -> dict[str, Any]:
-    """See ``Engine.status``."""
-    return {
-        "paused": loop.paused,
-        "released": sorted(loop.life.released),
-        "weight_version": loop.life.version,
-        "steps": loop.steps,
-    }
+class Sight:
+    """Looks at one engine. Its methods may be called from any thread and wait for the step under way."""
+
+    def __init__(self, loop: Loop, parts: Parts) -> None:
+        self._loop = loop
+        self._parts = parts
+        self._cache = parts.scheduler.cache
+
+    def reading(self) -> Reading:
+        """All numbers, of one moment."""
+        return self._loop.call(self._reading)
+
+    def stats(self) -> dict[str, Any]:
+        """See ``Engine.stats``."""
+        return self._loop.call(self._stats)
+
+    def status(self) -> dict[str, Any]:
+        """See ``Engine.status``."""
+        return self._loop.call(self._status)
+
+    def trace(self, limit: int = 256) -> dict[str, Any]:
+        """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto."""
+        return self._loop.call(lambda: self._trace(limit))
+
+    def tree(self, limit: int = 200) -> dict[str, Any]:
+        """The ``limit`` most important nodes of the radix tree, and which requests go through them.
+
+        ``{"page_size", "total", "nodes": [{"id", "parent", "namespace", "start", "length", "head", "text", "held":
+        {kind: {tier: tokens}}, "hits", "age", "idle", "in_use", "children"}], "requests": [{"rid", "stage", "tokens",
+        "nodes": [id, ...]}]}``. Lengths are tokens, ages seconds since the node was made and last used; requests are
+        those alive and the last that ended.
+        """
+        tree = self._loop.call(lambda: self._tree(limit))
+        if self._parts.tokenizer is not None:  # on the caller's thread: text is for people, and takes a while
+            for node in tree["nodes"]:
+                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
+        return tree
+
+    def memory_map(self, cells: int = 2048) -> list[dict[str, Any]]:
+        """What each page of the device's pools is now, in at most ``cells`` cells a kind.
+
+        ``[{"kind", "pages", "pages_per_cell", "cells": "0123..."}]``: a digit a cell, 0 free, 1 cached, 2 shared and
+        used by requests that run, 3 a running request's own; of several pages in a cell, what most of them are.
+        """
+        return self._loop.call(lambda: self._memory_map(cells))
+
+    # -- on the engine's thread -----------------------------------------------------------------------------------
+
+    def _reading(self) -> Reading:
+        now = time.perf_counter()
+        alive = list(self._loop.trackers.values())[:SHOWN_REQUESTS]
+        requests = [
+            {
+                "rid": t.request.rid,
+                "stage": t.request.stage.value,
+                "prompt_tokens": t.request.prompt_length,
+                "cached_tokens": t.request.cached or 0,
+                "completion_tokens": t.request.generated,
+                "max_new_tokens": t.request.sampling.max_new_tokens,
+                "seconds": now - t.received,
+            }
+            for t in alive
+        ]
+        return Reading(
+            self._stats(), self._loop.recorder.telemetry.distributions(), requests, now - self._loop.recorder.began
+        )
+
+    def _stats(self) -> dict[str, Any]:
+        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
+        alive = Counter(t.request.stage.value for t in loop.trackers.values())
+        stages = [s.value for s in Stage if s not in (Stage.TOKENIZE, Stage.FINISHED)]
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "stages": {stage: alive[stage] for stage in stages},
+            "finished": dict(telemetry.finished),
+            "retractions": scheduler.retractions,
+            "steps": loop.steps,
+            "generated_tokens": loop.generated,
+            "prefill_tokens": loop.prompted,
+            "prompt_tokens": telemetry.prompt_tokens,
+            "cached_tokens": telemetry.cached_tokens,
+            "outside_seconds": dict(telemetry.outside_seconds),
+            "compilations": self._parts.compiles.count,
+            "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
+            **_cache_fields(self._cache.stats()),
+        }
+
+    def _status(self) -> dict[str, Any]:
+        loop = self._loop
+        return {
+            "paused": loop.paused,
+            "released": sorted(loop.life.released),
+            "weight_version": loop.life.version,
+            "steps": loop.steps,
+        }
+
+    def _trace(self, limit: int) -> dict[str, Any]:
+        trace, now = self._loop.recorder.trace, time.perf_counter()
+        alive = [RequestRecord.of(t, end=None) for t in self._loop.trackers.values()]
+        records = [*trace.requests, *alive][-limit:] if limit else []
+        steps = list(trace.steps)
+        if records:
+            first = min(record.stages[0][1] for record in records)
+            steps = [step for step in steps if step.ended >= first]
+        return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
+
+    def _tree(self, limit: int) -> dict[str, Any]:
+        view, now = self._cache.tree(limit), time.perf_counter()
+        nodes = [self._node(node, now) for node in view.nodes]
+        alive = [(t.request, _key(t.request)) for t in self._loop.trackers.values()][:SHOWN_REQUESTS]
+        requests = [(r.rid, r.stage.value, key) for r, key in alive]
+        requests += [(rid, Stage.FINISHED.value, key) for rid, key in self._loop.recorder.trace.keys]
+        return {
+            "page_size": self._cache.page_size,
+            "total": view.total,
+            "nodes": nodes,
+            "requests": [
+                {"rid": rid, "stage": stage, "tokens": len(key), "nodes": list(self._cache.trail(key))}
+                for rid, stage, key in requests
+            ],
+        }
+
+    def _node(self, node: NodeView, now: float) -> dict[str, Any]:
+        held: dict[str, dict[str, int]] = {}
+        for (kind, tier), tokens in node.held.items():
+            held.setdefault(kind, {})[tier.name] = tokens
+        at = self._loop.recorder.telemetry.ticks.at
+        return {
+            "id": node.id,
+            "parent": node.parent,
+            "namespace": node.namespace,
+            "start": node.start,
+            "length": node.length,
+            "head": list(node.head),
+            "held": held,
+            "hits": node.hits,
+            "age": now - at(node.created),
+            "idle": now - at(node.used),
+            "in_use": node.in_use,
+            "children": node.children,
+        }
+
+    def _memory_map(self, cells: int) -> list[dict[str, Any]]:
+        size, leases = self._cache.page_size, [r.lease for r in self._parts.scheduler.running]
+        result = []
+        shelves = self._cache.stats().shelves
+        for kind in self._cache.kinds:
+            recurrent = kind.rule == "recurrent"
+            pages = shelves[kind.name, Tier.DEVICE].size // (1 if recurrent else size)
+            state = np.full(pages + 1, FREE, np.uint8)
+            state[self._cache.used_pages(kind.name)] = CACHED
+            table = self._cache.tables[kind.name]
+            for lease in leases:
+                assert lease is not None
+                shared = 1 if recurrent else lease.committed // size
+                state[table[lease.row, :shared]] = SHARED
+                state[table[lease.row, shared:]] = OWN
+            result.append({"kind": kind.name, "pages": pages, **_cells(state[1:], cells)})
+        return result
+
+
+def _key(request: Request) -> Key:
+    return request.key(request.length)
+
+
+def _cells(state: NDArray[np.uint8], most: int) -> dict[str, Any]:
+    """``state`` of each page as at most ``most`` digits: the commonest of a cell's pages, the busier of equals."""
+    each = max(1, -(-len(state) // most))
+    padded = np.pad(state, (0, -len(state) % each), mode="edge" if len(state) else "constant").reshape(-1, each)
+    counts = np.stack([(padded == value).sum(axis=1) for value in (OWN, SHARED, CACHED, FREE)])
+    commonest = 3 - counts.argmax(axis=0)
+    return {"pages_per_cell": each, "cells": "".join(map(str, commonest.tolist()))}
 
 
 def _cache_fields(stats: CacheStats) -> dict[str, Any]:
@@ -44,6 +226,8 @@ def _cache_fields(stats: CacheStats) -> dict[str, Any]:
         "requests": stats.requests,
         "input_tokens": stats.input_tokens,
         "hit_tokens": stats.hit_tokens,
+        "hit_tokens_by_tier": {tier.name: tokens for tier, tokens in stats.hit_tokens_by_tier.items()},
         "hit_rate": stats.hit_rate,
+        "nodes": stats.nodes,
         "cache": cache,
     }

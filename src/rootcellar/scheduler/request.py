@@ -23,8 +23,9 @@ from rootcellar.sampling_params import SamplingParams
 
 
 class Stage(StrEnum):
-    """Where a request is in its life."""
+    """Where a request is in its life; TOKENIZE is before the scheduler knows of it."""
 
+    TOKENIZE = "TOKENIZE"
     PREFILL_WAITING = "PREFILL_WAITING"
     PREFILL_FORWARD = "PREFILL_FORWARD"
     PREFILL_CHUNKED_FORWARD = "PREFILL_CHUNKED_FORWARD"

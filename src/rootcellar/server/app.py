@@ -15,7 +15,7 @@ from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
 
 
-def routers(_state: State) -> list[tuple[APIRouter, Access]]:
+def routers(state: State) -> list[tuple[APIRouter, Access]]:
     """All routes, and who may call them."""
     return [
         (completions.router, Access.USER),
@@ -27,6 +27,9 @@ def routers(_state: State) -> list[tuple[APIRouter, Access]]:
         (control.router, Access.ADMIN),
         (prefixes.router, Access.ADMIN),
         (health.router, Access.PUBLIC),
+        (state.observer.page, Access.PUBLIC),
+        (state.observer.numbers, Access.USER),
+        (state.observer.looks, Access.ADMIN),
     ]
 
 

@@ -131,6 +131,7 @@ class Server(uvicorn.Server):
     async def _finish(self, why: str) -> None:
         state, seconds = self._state, self._state.config.drain_timeout
         state.draining = True
+        await state.observer.close()
         log.info("%s: no new requests; %d have up to %g seconds to finish", why, state.active, seconds)
         try:
             quiet = asyncio.create_task(state.quiet(seconds))

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from rootcellar.engine import Engine
 from rootcellar.server.errors import ApiError
+from rootcellar.server.observe import Observer
 from rootcellar.server_config import ServerConfig
 
 
@@ -23,6 +24,7 @@ class State:
         draining: whether it is about to stop: new work is refused.
         active: POST requests that have no full answer yet.
         started: seconds since 1970.
+        observer: shows what goes on.
     """
 
     engine: Engine
@@ -30,7 +32,13 @@ class State:
     draining: bool = False
     active: int = 0
     started: float = field(default_factory=time.time)
+    observer: Observer = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.observer = Observer(
+            self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
+        )
 
     @property
     def model_name(self) -> str:

@@ -1,0 +1,98 @@
+"""Follows the engine's loop: what it counts, what it remembers, what it logs of requests and steps.
+
+The loop says what happened; everything here runs on its thread, and costs a step some microseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from rootcellar.cache import Key
+from rootcellar.engine.output import Tracker
+from rootcellar.engine.report import Reporter
+from rootcellar.engine.telemetry import Telemetry
+from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
+from rootcellar.scheduler import Plan, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """What is known of one engine's past.
+
+    Attributes:
+        began: when the engine did, in seconds of ``time.perf_counter``.
+        telemetry, trace: what was counted, and what happened lately.
+    """
+
+    def __init__(self, scheduler: Scheduler, log_interval: float) -> None:
+        """``log_interval``: seconds between two lines of the log about the work under way."""
+        self.began = time.perf_counter()
+        self.telemetry = Telemetry(self.began)
+        self.trace = Trace()
+        self._scheduler = scheduler
+        self._reporter = Reporter(log_interval, self.began)
+        self._retractions = 0
+        self._step_began = self._dispatched = self._computed = self.began
+
+    def step_begins(self) -> None:
+        """The scheduler is about to plan."""
+        self._step_began = time.perf_counter()
+
+    def planned(self, trackers: Mapping[str, Tracker]) -> None:
+        """The scheduler planned: requests may have been retracted, and entries evicted."""
+        cache = self._scheduler.cache
+        self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
+        if self._scheduler.retractions != self._retractions:
+            self._retractions = self._scheduler.retractions
+            for request in self._scheduler.waiting:
+                tracker = trackers[request.rid]
+                if tracker.note_stage():
+                    log.info("request %s was retracted to make room; it has %d tokens", request.rid, request.length)
+
+    def dispatched(self) -> None:
+        """The batch is built and goes to the device."""
+        self._dispatched = time.perf_counter()
+
+    def computed(self) -> None:
+        """The step's tokens are there."""
+        self._computed = time.perf_counter()
+
+    def token(self, tracker: Tracker, before: float | None) -> None:
+        """A request got a token; ``before``: when it got the one before, None for the first."""
+        assert tracker.last_token is not None
+        if before is not None:
+            self.telemetry.next_token(tracker.last_token - before)
+        else:
+            request, started = tracker.request, tracker.started or tracker.queued
+            self.telemetry.first_token(
+                tracker.last_token - tracker.received,
+                started - tracker.queued,
+                request.prompt_length,
+                request.cached or 0,
+            )
+
+    def step_ended(self, plan: Plan, generated: int, prompted: int) -> None:
+        """All is followed up; ``generated`` and ``prompted``: tokens since the engine began."""
+        now = time.perf_counter()
+        tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
+        self.trace.steps.append(
+            StepRecord(self._step_began, self._dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
+        )
+        self.telemetry.step(plan.decode, now - self._step_began, self._computed - self._dispatched)
+        self._reporter.report(self._scheduler, generated, prompted, self._step_began, now)
+
+    def request_ended(self, tracker: Tracker) -> None:
+        """A request came to its end."""
+        request, finish = tracker.request, tracker.request.finish
+        assert finish is not None
+        record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
+        self.telemetry.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
+        # A copy: the request's own array has room for all that it might have generated.
+        key = request.key(request.length)
+        self.trace.ended(record, Key(key.tokens.copy(), key.namespace))
+        if finish.type == "abort":
+            log.info("request %s ended early: %s", request.rid, finish.message)
+        log.debug("request %s ended: %s", request.rid, record)

@@ -1,0 +1,233 @@
+"""Prometheus metrics of one reading of the engine.
+
+``TABLE`` is the list of what there is, one row a metric; histograms come from the engine under their own names. With
+``sglang`` the same figures are there once more under SGLang's names, for dashboards that were made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.utils import floatToGoString
+
+import rootcellar
+from rootcellar.engine.sight import Reading
+from rootcellar.engine.telemetry import Distribution
+
+Stats = dict[str, Any]
+Samples = Iterable[tuple[tuple[str, ...], float]]
+STATES = ("free", "evictable", "pinned", "leased", "in_flight")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One metric: its name without prefix, what it says, its labels, and how to read it off the engine's stats."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...]
+    read: Callable[[Stats], Samples]
+
+
+def _total(key: str) -> Callable[[Stats], Samples]:
+    return lambda stats: [((), stats[key])]
+
+
+def _by(key: str) -> Callable[[Stats], Samples]:
+    return lambda stats: [((name,), value) for name, value in stats[key].items()]
+
+
+def _shelves(*fields: str) -> Callable[[Stats], Samples]:
+    """The named fields of each kind and tier; with several, the field's name is the last label."""
+
+    def read(stats: Stats) -> Samples:
+        for kind, tiers in stats["cache"].items():
+            for tier, shelf in tiers.items():
+                for field in fields:
+                    yield (kind, tier, field)[: 2 + (len(fields) > 1)], shelf[field]
+
+    return read
+
+
+TABLE = (
+    Row("requests", "gauge", "Requests alive, by the stage that they are in.", ("stage",), _by("stages")),
+    Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running")),
+    Row("queued_requests", "gauge", "Requests that wait to start, or to start again.", (), _total("waiting")),
+    Row("finished_requests", "counter", "Requests that ended, by how.", ("reason",), _by("finished")),
+    Row(
+        "retractions", "counter", "Times a running request gave its memory back and waited.", (), _total("retractions")
+    ),
+    Row(
+        "prompt_tokens",
+        "counter",
+        "Prompt tokens of requests, counted at their first token.",
+        (),
+        _total("prompt_tokens"),
+    ),
+    Row("cached_prompt_tokens", "counter", "Those of them that came from the cache.", (), _total("cached_tokens")),
+    Row(
+        "prefill_tokens",
+        "counter",
+        "Tokens computed in prefill steps, after retractions again.",
+        (),
+        _total("prefill_tokens"),
+    ),
+    Row("generated_tokens", "counter", "Tokens chosen.", (), _total("generated_tokens")),
+    Row(
+        "cache_lookup_tokens", "counter", "Tokens of the keys for which leases were opened.", (), _total("input_tokens")
+    ),
+    Row(
+        "cache_hit_tokens",
+        "counter",
+        "Those of them that were found, by the tier that had them.",
+        ("tier",),
+        _by("hit_tokens_by_tier"),
+    ),
+    Row(
+        "cache_tokens",
+        "gauge",
+        "What the cache's room is used for, in tokens (states of a recurrent kind).",
+        ("kind", "tier", "state"),
+        _shelves(*STATES),
+    ),
+    Row("cache_used_tokens", "gauge", "Room that is not free.", ("kind", "tier"), _shelves("used")),
+    Row("cache_size_tokens", "gauge", "Room in all.", ("kind", "tier"), _shelves("size")),
+    Row("evicted_tokens", "counter", "Tokens that left to make room.", ("kind", "tier"), _shelves("evicted")),
+    Row("cache_nodes", "gauge", "Nodes of the radix tree.", (), _total("nodes")),
+    Row("kv_cache_bytes", "gauge", "Bytes of the KV cache's buffers on the device.", (), _total("kv_cache_bytes")),
+    Row(
+        "step_outside_device_seconds",
+        "counter",
+        "The part of the steps' time in which the device had nothing to do.",
+        ("phase",),
+        _by("outside_seconds"),
+    ),
+    Row(
+        "compilations",
+        "counter",
+        "Programs compiled or loaded since the engine began; should stand still.",
+        (),
+        _total("compilations"),
+    ),
+)
+
+HISTOGRAMS = {
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_latency_seconds": "Between two tokens of a request.",
+    "queue_time_seconds": "From a request's arrival in the queue to its first step.",
+    "request_seconds": "From a request's arrival to its end.",
+    "stage_seconds": "How long requests stayed in each stage.",
+    "step_seconds": "A step of the engine, planning and delivery included.",
+    "kv_age_at_eviction_seconds": "Age of evicted tokens since they came into the tree.",
+    "kv_idle_at_eviction_seconds": "Age of evicted tokens since they were last used.",
+}
+_LABELS = {
+    "stage_seconds": ("stage",),
+    "step_seconds": ("phase",),
+    "kv_age_at_eviction_seconds": ("kind", "tier"),
+    "kv_idle_at_eviction_seconds": ("kind", "tier"),
+}
+
+
+class Source:
+    """A collector for ``prometheus_client``: gives the metrics of ``reading``, set before a scrape."""
+
+    def __init__(self, model_name: str, *, sglang: bool) -> None:
+        self.reading: Reading | None = None
+        self._model_name = model_name
+        self._sglang = sglang
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of the last reading."""
+        if self.reading is None:
+            return
+        yield InfoMetricFamily(
+            "rootcellar", "What runs.", {"version": rootcellar.__version__, "model_name": self._model_name}
+        )
+        yield from families(self.reading)
+        if self._sglang:
+            yield from sglang_families(self.reading, self._model_name)
+
+
+def families(reading: Reading) -> Iterator[Metric]:
+    """The metrics under our own names."""
+    for row in TABLE:
+        family = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}[row.kind]
+        metric = family(f"rootcellar_{row.name}", row.help, labels=row.labels)
+        for labels, value in row.read(reading.stats):
+            metric.add_metric(labels, value)
+        yield metric
+    for name, help in HISTOGRAMS.items():
+        histogram = HistogramMetricFamily(f"rootcellar_{name}", help, labels=_LABELS.get(name, ()))
+        for labels, distribution in reading.distributions[name]:
+            _add(histogram, tuple(labels.values()), distribution)
+        yield histogram
+
+
+def _add(histogram: HistogramMetricFamily, labels: tuple[str, ...], distribution: Distribution) -> None:
+    bounds = [floatToGoString(bound) for bound in distribution.bounds] + ["+Inf"]
+    cumulative = accumulate(distribution.counts)
+    histogram.add_metric(labels, list(zip(bounds, cumulative, strict=True)), sum_value=distribution.sum)
+
+
+def sglang_families(reading: Reading, model_name: str) -> Iterator[Metric]:
+    """Those of SGLang's metrics that have a meaning here, under its names and with its label ``model_name``."""
+    stats = reading.stats
+    device = [shelves["DEVICE"] for shelves in stats["cache"].values()]
+    first = device[0]
+    gauges = {
+        "num_running_reqs": (stats["running"], "Requests that run."),
+        "num_queue_reqs": (stats["waiting"], "Requests that wait."),
+        "num_used_tokens": (first["used"] - first["evictable"], "Tokens of the KV cache that are in use."),
+        "token_usage": (
+            max((s["used"] - s["evictable"]) / s["size"] if s["size"] else 0.0 for s in device),
+            "The part of the KV cache that is in use: neither free nor evictable.",
+        ),
+        "kv_available_tokens": (first["free"], "Free tokens of the KV cache."),
+        "kv_evictable_tokens": (first["evictable"], "Cached tokens that may be evicted."),
+        "kv_used_tokens": (first["used"] - first["evictable"], "Tokens that are in use."),
+        "max_total_num_tokens": (first["size"], "Tokens that the KV cache holds."),
+        "cache_hit_rate": (stats["hit_rate"], "Hit tokens over input tokens."),
+    }
+    for name, (value, help) in gauges.items():
+        gauge = GaugeMetricFamily(f"sglang:{name}", help, labels=("model_name",))
+        gauge.add_metric((model_name,), value)
+        yield gauge
+    counters = {
+        "prompt_tokens": (stats["prompt_tokens"], "Prompt tokens."),
+        "generation_tokens": (stats["generated_tokens"], "Tokens generated."),
+        "num_requests": (sum(stats["finished"].values()), "Requests that ended."),
+        "num_aborted_requests": (stats["finished"]["abort"], "Requests that were aborted."),
+        "num_retracted_requests": (stats["retractions"], "Retractions."),
+        "evicted_tokens": (sum(s["evicted"] for s in device), "Tokens evicted from the device."),
+    }
+    for name, (value, help) in counters.items():
+        counter = CounterMetricFamily(f"sglang:{name}", help, labels=("model_name",))
+        counter.add_metric((model_name,), value)
+        yield counter
+    cached = CounterMetricFamily(
+        "sglang:cached_tokens", "Prompt tokens found, by source.", labels=("model_name", "cache_source")
+    )
+    for tier, tokens in stats["hit_tokens_by_tier"].items():
+        cached.add_metric((model_name, tier.lower()), tokens)
+    cached.add_metric((model_name, "total"), stats["hit_tokens"])
+    yield cached
+    for theirs, ours in (
+        ("time_to_first_token_seconds", "time_to_first_token_seconds"),
+        ("inter_token_latency_seconds", "inter_token_latency_seconds"),
+        ("e2e_request_latency_seconds", "request_seconds"),
+        ("queue_time_seconds", "queue_time_seconds"),
+        ("per_stage_req_latency_seconds", "stage_seconds"),
+    ):
+        histogram = HistogramMetricFamily(
+            f"sglang:{theirs}", HISTOGRAMS[ours], labels=("model_name", *_LABELS.get(ours, ()))
+        )
+        for labels, distribution in reading.distributions[ours]:
+            _add(histogram, (model_name, *labels.values()), distribution)
+        yield histogram

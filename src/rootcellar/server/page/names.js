@@ -1,0 +1,11 @@
+// What people call a request: a turn of this page's own chat by its place, any other by the start of its id.
+
+const own = new Map();
+
+export const nameTurn = (rid, name) => own.set(rid, name);
+
+export function nameOf(rid) {
+  if (own.has(rid)) return own.get(rid);
+  const short = rid.replace(/^(chatcmpl|cmpl)-/, "");
+  return short.length > 12 ? `${short.slice(0, 8)}…` : short;
+}
