@@ -144,8 +144,8 @@ def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
 def request_pages(kind: Kind, page_size: int, length: int, inflight: int) -> int:
     """Pages of ``kind`` that one request of ``length`` tokens holds while ``inflight`` of its tokens are computed.
 
-    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one more;
-    a chunk begins on a page (one more for chunks that are no multiple of it).
+    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one
+    more; a chunk begins on a page (one more for chunks that are no multiple of it).
     """
     if kind.rule == "recurrent":
         return 1
