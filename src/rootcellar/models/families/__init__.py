@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import deepseek, llama
+from rootcellar.models.families import deepseek, gemma, gpt_oss, llama, llama4
 from rootcellar.models.families.family import Family, Raw
 
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*llama.FAMILIES, *deepseek.FAMILIES)}
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for relatives in (llama, gemma, gpt_oss, llama4, deepseek)
+    for family in relatives.FAMILIES
+}
 
 
 def family_of(raw: Raw) -> Family:
