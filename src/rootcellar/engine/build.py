@@ -122,13 +122,11 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
     )
     if len(kinds) > 1:
-        for kind in kinds:
-            unit = "states" if kind.rule == "recurrent" else "tokens"
-            held = sizing.division.pages[kind.name] * _page_size(kind, config)
-            log.info(
-                "  %s: %d layers, #%s: %d, size: %s GB",
-                kind.name, len(kind.layers), unit, held, gb(pools[kind.name].nbytes),
-            )  # fmt: skip
+        for name, pool in pools.items():
+            within = [
+                f"{kind.name} of {len(kind.layers)} layers" for kind in kinds if programs.pool_of[kind.name] == name
+            ]
+            log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
     shapes = Shapes.of(config.chunked_prefill_size, running)
     runner = Runner(
         placement,
