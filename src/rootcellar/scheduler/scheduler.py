@@ -168,7 +168,7 @@ class Scheduler:
 
     def _commit(self, request: Request, *, everything: bool) -> None:
         """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny."""
-        step = self.cache.page_size if everything else max(self.cache.page_size, 16)
+        step = self.cache.page_size if everything else max(self.cache.page_size, min(16, self._chunk))
         if request.computed // step > request.committed // step:
             assert request.lease is not None
             self.cache.commit(request.lease, request.key(request.computed))
