@@ -64,10 +64,10 @@ class Experts:
         if self.bias and self.stored not in ("halves", "interleaved"):
             raise ModelError(f"experts stored {self.stored!r} with biases are not known")
 
-    @property
-    def width(self) -> int:
-        """Elements of one token's inner activations."""
-        return self.router.top_k * self.intermediate_size + (0 if self.shared is None else self.shared.width)
+    def width(self, embed: int) -> int:
+        """See ``FeedForward``: an expert's answers are kept apart until they are weighed."""
+        shared = 0 if self.shared is None else self.shared.width(embed)
+        return self.router.top_k * (self.intermediate_size + embed) + shared
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """``router`` [E, N], ``experts_gate_up`` [N, E, 2, I], ``experts_down`` [N, I, E]; where there are any:
