@@ -89,7 +89,7 @@ class Experts:
         if self.router_bias:
             params["router_bias"] = declare("router_bias", (count,), (None,), "zeros")
         if self.router.correction:
-            params["correction"] = declare("correction", (count,), (None,), "zeros")
+            params["correction"] = replace(declare("correction", (count,), (None,), "zeros"), wide=True)
         if self.bias:
             axes: tuple[Axis, ...] = (None, None, "mlp")
             params["experts_gate_up_bias"] = declare(
@@ -107,7 +107,7 @@ class Experts:
         scores = jnp.einsum("te,en->tn", x, params["router"], preferred_element_type=jnp.float32)
         if self.router_bias:
             scores = scores + params["router_bias"]
-        correction = params["correction"].astype(jnp.float32) if self.router.correction else None
+        correction = params["correction"] if self.router.correction else None
         chosen, weights = route(self.router, scores, correction)
         weights = weights.astype(x.dtype)
 
