@@ -5,6 +5,8 @@ larger pages, whole prompts, one request at a time, and so little room beside th
 or states are evicted. The other two combinations run at night.
 """
 
+import itertools
+
 import pytest
 
 import rootcellar
@@ -68,7 +70,10 @@ def whole_pages(case, i, page_size):
     ],
 )
 def test_cold_and_from_the_cache(case, page_size, chunk, batch):
-    case, folder = case
+    cold_and_from_the_cache(*case, page_size, chunk, batch)
+
+
+def cold_and_from_the_cache(case, folder, page_size, chunk, batch):
     everything = list(range(len(case.prompts)))
     with engine(folder, page_size=page_size, chunked_prefill_size=chunk) as e:
         ask(e, case, batch, everything)
@@ -76,6 +81,23 @@ def test_cold_and_from_the_cache(case, page_size, chunk, batch):
         assert cached == {i: whole_pages(case, i, page_size) for i in everything}
         drop_and_rebuild(e, case, page_size)
         check_idle(e)
+
+
+LATENT = ["deepseek2", "deepseek2-lite", "deepseek3", "deepseek3-yarn"]
+SHORT = {("deepseek2", 1, 16, 16), ("deepseek3", 16, 256, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk", "batch"),
+    [
+        pytest.param(*setting, marks=[] if setting in SHORT else pytest.mark.long)
+        for setting in itertools.product(LATENT, (1, 16), (16, 256), (1, 16))
+    ],
+)
+def test_latents_cold_and_from_the_cache(name, page_size, chunk, batch, tmp_path):
+    case = golden(name)
+    case.make(tmp_path)
+    cold_and_from_the_cache(case, tmp_path, page_size, chunk, batch)
 
 
 def drop_and_rebuild(engine, case, page_size):

@@ -24,7 +24,7 @@ from rootcellar.models.config import load_config
 from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import load_params
 from rootcellar.models.model import ModelConfig
-from rootcellar.models.params import check_params, init_params, path_name
+from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import Layout, Pool, States
@@ -96,7 +96,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     if params is not None:
         check_params(model, params)
     placement = Placement(model, config.tp_size)
-    programs = _programs(config, placement, _weights_dtype(params, dtype), _kv_dtype(config, dtype))
+    programs = _programs(config, placement, _weights_dtype(model, params, dtype), _kv_dtype(config, dtype))
     kinds = programs.kinds
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
@@ -203,9 +203,12 @@ def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype({"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype))
 
 
-def _weights_dtype(given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
+def _weights_dtype(model: ModelConfig, given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
     """Weights that were handed over are computed with as they are."""
-    return dtype if given is None else jnp.result_type(*jax.tree.leaves(given))
+    if given is None:
+        return dtype
+    leaves = zip(jax.tree.leaves(declare(model)), jax.tree.leaves(given), strict=True)
+    return jnp.result_type(*(array for spec, array in leaves if not spec.wide))
 
 
 def _context_length(wanted: int | None, model: ModelConfig) -> int:

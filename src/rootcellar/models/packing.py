@@ -112,7 +112,7 @@ def source_shapes(spec: ParamSpec) -> list[tuple[int, ...]]:
 
 def pack(spec: ParamSpec, sources: Sequence[Callable[[], Array]], dtype: Any) -> Array:
     """One parameter in ``dtype``, from functions that read its sources; they are called one at a time."""
-    packed = np.empty(spec.shape, dtype)
+    packed = np.empty(spec.shape, spec.dtype(dtype))
     for (view, _), source in zip(spec.packing(packed), sources, strict=True):
         view[...] = source().reshape(view.shape)
     return packed
