@@ -93,7 +93,12 @@ class Workload:
 
 
 def run(
-    turns: list[Turn], page_size: int, states: int, snapshots: Snapshots | None, policy: str = "lru", check: bool = False
+    turns: list[Turn],
+    page_size: int,
+    states: int,
+    snapshots: Snapshots | None,
+    policy: str = "lru",
+    check: bool = False,
 ) -> tuple[int, int]:
     """(hit tokens, prompt tokens) of a run; ``states`` 0: full attention only. ``check``: the cache's invariants."""
     kinds = [full("full", (0,))] + ([recurrent("state", (1,))] if states else [])
@@ -101,9 +106,7 @@ def run(
     cache = RadixCache(
         kinds, page_size=page_size, capacity=capacity, max_leases=CONCURRENCY, max_length=32_768, policy=policy
     )
-    scheduler = Scheduler(
-        cache, chunked_prefill_size=CHUNK, max_running_requests=CONCURRENCY, snapshots=snapshots
-    )
+    scheduler = Scheduler(cache, chunked_prefill_size=CHUNK, max_running_requests=CONCURRENCY, snapshots=snapshots)
     answers: dict[Request, list[int]] = {}
     waiting = deque(turns)
     hits = total = 0
@@ -155,7 +158,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"requests": args.requests, "interval": args.interval, "results": results}, indent=1))
         return
-    print(f"{args.requests} requests, {total} prompt tokens, {KV_TOKENS} tokens of keys and values, interval {args.interval}")
+    print(f"{args.requests} requests, {total} prompt tokens; {KV_TOKENS} tokens of KV; interval {args.interval}")
     print("page size | states | full attention hits | ours / full | ends only / full")
     for r in results:
         print(

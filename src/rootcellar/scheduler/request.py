@@ -66,7 +66,7 @@ class Request:
         committed: tokens whose KV is shared.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         resumable: tokens after which it last began from a cached recurrent state, or left its own.
-        branch: tokens that it is known to share with another request, where a recurrent state is worth leaving; 0: none.
+        branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
     """
 

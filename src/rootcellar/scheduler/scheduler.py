@@ -271,11 +271,11 @@ class Scheduler:
         """Start waiting requests while a step's worth of prompt, rows and memory are there."""
         budget = self._chunk - sum(r.remaining for r in self.running if r.remaining > 1)
         for request, hit in self._candidates():
-            if budget <= 0 or len(self.running) >= self._max_running:
+            if len(self.running) >= self._max_running:
                 return
             if self._shares_with_running(request, hit):
                 continue
-            if not self._start(request, hit):
+            if budget <= 0 or not self._start(request, hit):
                 return
             budget -= request.remaining
 

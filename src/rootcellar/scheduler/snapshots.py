@@ -43,9 +43,10 @@ class Snapshots:
 
     def stop(self, request: Request, stop: int) -> int:
         """Where a chunk of ``request`` that would end at ``stop`` should end, so that a state can be left there."""
-        tail = (request.length - 1) // self.page_size * self.page_size
-        wanted = (self._next(request.computed, self.period), request.branch, tail)
         first = max(request.computed + 1, request.resumable + self.least)
+        interval = -(-first // self.period) * self.period
+        tail = (request.length - 1) // self.page_size * self.page_size
+        wanted = (interval, request.branch, tail)
         return min((at for at in wanted if first <= at < stop), default=stop)
 
     def due(self, request: Request, decode: bool) -> bool:
@@ -54,7 +55,3 @@ class Snapshots:
         if at % (self.period if decode else self.page_size):
             return False
         return at - request.resumable >= self.least
-
-    @staticmethod
-    def _next(at: int, period: int) -> int:
-        return (at // period + 1) * period
