@@ -75,9 +75,9 @@ class EngineConfig:
     )
     mamba_track_interval: int = option(
         256,
-        "For models with recurrent layers: a state is kept in the cache every so many tokens (rounded up to whole pages) "
-        "of a prompt and of its answer, besides where prompts part and end. Smaller lets more prompts resume near where "
-        "they part, and cuts prefill into smaller steps. Other models: no effect.",
+        "For models with recurrent layers: a state is left in the cache every so many tokens (rounded up to whole "
+        "pages) of a prompt and of its answer, besides where prompts part and end. Smaller lets more prompts resume "
+        "near where they part, and cuts prefill into smaller steps. Other models: no effect.",
         low=1,
     )
     page_size: int = option(
