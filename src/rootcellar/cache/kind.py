@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 from rootcellar.errors import ConfigError
 
 Rule = Literal["full", "sliding_window", "chunked_local", "recurrent"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class Tier(IntEnum):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
-from rootcellar.models.params import Params
+from rootcellar.models.spec import Params
 from rootcellar.runner import Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
 from rootcellar.sim.sizing import Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
@@ -193,11 +193,15 @@ class _Demand:
     @property
     def costs(self) -> tuple[Cost, ...]:
         """Bytes of a page of each kind on one device, in all its layers, as the pools will shard it."""
-        sharding = self.programs.placement.pool_sharding
         costs = []
         for kind in self.programs.kinds:
             layout = self.programs.layouts[kind.name]
-            page = math.prod(sharding.shard_shape(layout.shape(1, self.programs.page_size))) * layout.dtype.itemsize
+            placed = zip(
+                layout.arrays(1, self.programs.page_size),
+                self.programs.placement.pool_shardings(layout),
+                strict=True,
+            )
+            page = sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
             costs.append(Cost(kind, len(kind.layers) * page))
         return tuple(costs)
 
@@ -238,12 +242,14 @@ def estimate_reserve(programs: Programs) -> int:
     model, shapes = programs.placement.served, programs.shapes
     sizes = shapes.all()
     prefill, rows = max(tiles for tiles, tile in sizes if tile == shapes.tile), max(t for t, tile in sizes if tile == 1)
+    # The widest of each: a bound, whichever layer is the widest.
+    heads, kv_heads, head_dim = (max(w) for w in zip(*(layer.mixer.widths for layer in model.layers), strict=True))
     widths = Widths(
         hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.num_heads,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        intermediate=max(layer.feed_forward.width for layer in model.layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab=model.vocab_size,
     )
     nbytes = activation_bytes(widths, prefill * shapes.tile, prefill, rows)

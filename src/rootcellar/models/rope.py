@@ -38,6 +38,8 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     """Multiplies cos and sin (yarn)."""
+    interleaved: bool = False
+    """The pairs are neighbours (0, 1), (2, 3) ...; otherwise the halves: (0, D / 2), (1, D / 2 + 1) ..."""
 
 
 def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
@@ -153,8 +155,22 @@ def _dynamic(rope: RopeConfig, head_dim: int, at: jax.Array) -> jax.Array:
     return 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn ``x`` ``[T, heads, D]`` by cos and sin ``[T, D / 2]``: the halves are the pairs; float32 inside."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def turn(rope: RopeConfig, positions: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
+    """Each of ``parts`` ``[T, heads, D]`` turned by ``positions`` int32 ``[T]``."""
+    cos, sin = rotations(rope, parts[0].shape[-1], positions)
+    return tuple(rotate(part, cos, sin, rope.interleaved) for part in parts)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Turn ``x`` ``[T, heads, D]`` by cos and sin ``[T, D / 2]``; float32 inside.
+
+    The pairs are the halves, or, ``interleaved``, neighbours.
+    """
+    wide = x.astype(jnp.float32)
     cos, sin = cos[:, None, :], sin[:, None, :]
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return pairs.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

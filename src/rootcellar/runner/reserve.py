@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rootcellar.cache import Kind
-from rootcellar.pools import PagedKV
+from rootcellar.pools import Layout
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
 from rootcellar.runner.placement import Placement
@@ -28,11 +28,16 @@ class Programs:
     placement: Placement
     dtype: jnp.dtype
     kinds: Sequence[Kind]
-    layouts: Mapping[str, PagedKV]
+    layouts: Mapping[str, Layout]
     backend: str
     shapes: Shapes
     page_size: int
     table_width: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Entries in a row of each kind's page table: a recurrent kind has a state to read and one to write."""
+        return {kind.name: 2 if kind.rule == "recurrent" else self.table_width for kind in self.kinds}
 
 
 def weight_bytes(placement: Placement, dtype: Any) -> int:
@@ -63,20 +68,17 @@ def reserve_bytes(programs: Programs) -> dict[str, int]:
 
 def _arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
     """The arguments of a step as shapes. The pools are small: a step's memory does not depend on theirs."""
-    sharding = programs.placement.pool_sharding
-    pages = programs.table_width + 1
-    buffers = {
-        kind.name: [
-            jax.ShapeDtypeStruct(layout.shape(pages, programs.page_size), layout.dtype, sharding=sharding)
-            for _ in kind.layers
-        ]
-        for kind in programs.kinds
-        for layout in (programs.layouts[kind.name],)
-    }
+    placement, pages = programs.placement, programs.table_width + 1
+    buffers = {}
+    for kind in programs.kinds:
+        layout = programs.layouts[kind.name]
+        placed = zip(layout.arrays(pages, programs.page_size), placement.pool_shardings(layout), strict=True)
+        of_layer = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=at) for array, at in placed]
+        buffers[kind.name] = of_layer * len(kind.layers)
     ints = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)
     rows = jax.ShapeDtypeStruct((tiles,), jnp.int32)
-    tables = {kind.name: jax.ShapeDtypeStruct((tiles, programs.table_width), jnp.int32) for kind in programs.kinds}
-    return programs.placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows
+    tables = {name: jax.ShapeDtypeStruct((tiles, width), jnp.int32) for name, width in programs.widths.items()}
+    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows
 
 
 def _sampling(rows: int, vocab: int) -> int:

@@ -7,7 +7,7 @@ memory back. Dataflow orders a step's reads before the next step's writes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ import numpy as np
 from jax import Array
 
 from rootcellar.cache import Kind
-from rootcellar.models.config import ModelConfig
 from rootcellar.models.decoder import forward, logits
-from rootcellar.models.params import Params
-from rootcellar.ops.attention import paged_attention
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.spec import Params
+from rootcellar.models.step import Step
 from rootcellar.pools import Pool
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
@@ -35,20 +35,22 @@ def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> 
     Arguments: params as placed, ``{kind: [buffer of each layer]}``, then the arrays of a ``Batch``.
     """
     cfg = placement.served
-    attend = placement.local(paged_attention(backend))
-    where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+    where = {layer: (kind, i) for kind in kinds for i, layer in enumerate(kind.layers)}
 
     def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
         """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
         buffers = {name: list(arrays) for name, arrays in buffers.items()}
+        steps = {kind.name: Step(positions, rows, tables[kind.name], backend, placement.local) for kind in kinds}
 
-        def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-            name, i = where[layer]
-            out, buffers[name][i] = attend(buffers[name][i], q, k, v, tables[name], rows, positions)
-            return out.astype(q.dtype)
+        def mix(layer: int, weights: Params, x: Array) -> Array:
+            kind, i = where[layer]
+            held = buffers[kind.name]
+            each = len(held) // len(kind.layers)
+            own = slice(i * each, (i + 1) * each)
+            out, held[own] = cfg.layers[layer].mixer.run(weights, x, steps[kind.name], held[own])
+            return out
 
-        hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
-        hidden = placement.everywhere(hidden)
+        hidden = placement.everywhere(forward(params, cfg, tokens, mix))
         scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
         return buffers, placement.everywhere(scores), hidden
 
@@ -63,8 +65,8 @@ def scorer(cfg: ModelConfig) -> Any:
 class Runner:
     """Runs batches of one model over its pools.
 
-    ``pools`` holds for each kind the pool of its layers. Programs are compiled when a shape first runs, or all of them
-    by :meth:`warm_up`; later steps compile nothing.
+    ``pools`` holds for each kind the pool of its layers, ``widths`` the entries in a row of its page table.
+    Programs are compiled when a shape first runs, or all of them by :meth:`warm_up`; later steps compile nothing.
     """
 
     def __init__(
@@ -76,14 +78,14 @@ class Runner:
         *,
         backend: str,
         shapes: Shapes,
-        table_width: int,
+        widths: Mapping[str, int],
     ) -> None:
         cfg = self.cfg = placement.served
         self.placement = placement
         self.params = placement.place(params)
         self.pools = pools
         self.shapes = shapes
-        self.table_width = table_width
+        self._widths = widths
         self._step = compiled_step(placement, kinds, backend)
         self._sample = jax.jit(sampler.sample)
         self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
@@ -134,7 +136,7 @@ class Runner:
         for tiles, tile in self.shapes.all():
             size = tiles * tile
             zeros = np.zeros(tiles, np.int32)
-            tables = {name: np.zeros((tiles, self.table_width), np.int32) for name in self.pools}
+            tables = {name: np.zeros((tiles, width), np.int32) for name, width in self._widths.items()}
             padding = Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros)
             scores, _ = self.step(padding)
             for settings in sampler.every_program(tiles, self.cfg.vocab_size):
