@@ -133,6 +133,15 @@ def causal_conv(pool: Array, x: Array, weight: Array, bias: Array | None, way: C
     return out.reshape(n * tile, channels), pool
 
 
+def causal_conv_sequential(x: Array, weight: Array, bias: Array | None) -> Array:
+    """The convolution of one whole sequence ``x`` [T, C], as :func:`causal_conv` without a state: slow and obvious."""
+    taps = weight.shape[0]
+    padded = jnp.pad(x.astype(jnp.float32), ((taps - 1, 0), (0, 0)))
+    windows = jnp.stack([padded[m : m + len(x)] for m in range(taps)], axis=1)  # [T, taps, C]
+    out = jnp.einsum("tmc,mc->tc", windows, weight.astype(jnp.float32))
+    return out if bias is None else out + bias.astype(jnp.float32)
+
+
 def _gather(pool: Array, way: Course) -> Array:
     """The states ``[n, ...]`` that tiles start from; zeros for fresh ones, whatever slot 0 holds."""
     states = _read(pool, way.source, way.fresh.all())

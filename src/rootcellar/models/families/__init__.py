@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import llama
+from rootcellar.models.families import bamba, llama
 from rootcellar.models.families.family import Family, Raw
 
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*llama.FAMILIES,)}
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*llama.FAMILIES, *bamba.FAMILIES)}
 
 
 def family_of(raw: Raw) -> Family:

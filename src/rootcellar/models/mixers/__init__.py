@@ -1,5 +1,6 @@
 """What mixes tokens in a layer: one file each."""
 
 from rootcellar.models.mixers.attention import Attention
+from rootcellar.models.mixers.mamba2 import Mamba2
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "Mamba2"]
