@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
     ),
     "mistral": ("mistral", {}),
+    "bamba": ("bamba", {}),
+    "bamba-one-group": (
+        "bamba",
+        {"mamba_n_groups": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
+    ),
     "deepseek2-lite": (
         "deepseek2",
         {
@@ -108,8 +113,9 @@ def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | N
         raise SystemExit(f"transformers does not take this for a checkpoint of {family}: {loaded}")
     model.eval()
     prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
-    # With dynamic rope a row's answer depends on the longest row beside it, so there each runs alone.
-    alone = overrides.get("rope_scaling", {}).get("rope_type") == "dynamic"
+    # With dynamic rope a row's answer depends on the longest row beside it, and a bias of Mamba's input projection makes
+    # transformers' padding on the left count as inputs of the convolution: there each runs alone.
+    alone = overrides.get("rope_scaling", {}).get("rope_type") == "dynamic" or overrides.get("mamba_proj_bias", False)
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     tokens: list[list[int]] = []
     for batch in batches:

@@ -70,6 +70,33 @@ def deepseek(config: Config, layer: int) -> Shapes:
     return shapes | weights(linear)
 
 
+def bamba(config: Config, layer: int) -> Shapes:
+    """Bamba."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    shapes = norm(embed, "input_layernorm", "pre_ff_layernorm")
+    shapes |= weights(gated("feed_forward", embed, config["intermediate_size"]))
+    if layer in config["attn_layer_indices"]:
+        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        linear = {f"self_attn.{x}_proj": (size, embed) for x, size in (("q", queries), ("k", keys), ("v", keys))}
+        return shapes | weights({**linear, "self_attn.o_proj": (embed, queries)})
+    return shapes | mamba(config)
+
+
+def mamba(config: Config) -> Shapes:
+    """A Mamba-2 layer of Bamba and Granite 4."""
+    embed, heads = config["hidden_size"], config["mamba_n_heads"]
+    inner = heads * config["mamba_d_head"]
+    channels = inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"]
+    linear: Shapes = {"mamba.in_proj": (inner + channels + heads, embed), "mamba.out_proj": (embed, inner)}
+    shapes = {**weights(linear), **norm(inner, "mamba.norm")}
+    shapes["mamba.conv1d.weight"] = (channels, 1, config["mamba_d_conv"])
+    if config["mamba_conv_bias"]:
+        shapes["mamba.conv1d.bias"] = (channels,)
+    if config["mamba_proj_bias"]:
+        shapes |= {f"{name}.bias": linear[name][:1] for name in linear}
+    return shapes | {f"mamba.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+
+
 def gated(prefix: str, embed: int, inner: int) -> Shapes:
     """A gated feed-forward's linear layers."""
     return {
@@ -94,6 +121,7 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen3": llama,
     "llama": llama,
     "mistral": llama,
+    "bamba": bamba,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
 }

@@ -69,6 +69,16 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
+MAMBA: dict[str, Any] = {
+    "mamba_expand": 2,
+    "mamba_n_heads": 16,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+    "mamba_d_conv": 4,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6, "head_dim": 128},
@@ -80,6 +90,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3_ROPE,
     },
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "bamba": {
+        "architectures": ["BambaForCausalLM"],
+        "model_type": "bamba",
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        **MAMBA,
+    },
     "deepseek2": {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **LATENT, **EXPERTS},
     "deepseek3": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -141,12 +158,16 @@ def make_config(family: str, **overrides: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not ...}
 
 
+LAST_NORMS = {"bamba": "model.final_layernorm.weight"}
+"""Of the architectures that do not call it ``model.norm``."""
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint."""
     embed = config["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], embed),
-        "model.norm.weight": (embed,),
+        LAST_NORMS.get(config["model_type"], "model.norm.weight"): (embed,),
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], embed)
@@ -162,8 +183,10 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
-        if "norm" in name:
+        if "norm" in name or name.endswith(".D"):
             return 1 + 0.1 * values
+        if name.endswith(".A_log"):
+            return values - 2  # slow to forget: a wrong state shows long after
         if name.endswith("bias"):
             return 0.2 * values
         if "embed" in name or "lm_head" in name:
