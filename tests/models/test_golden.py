@@ -30,7 +30,16 @@ def load(case: Golden, folder):
 
 def test_the_golden_files_cover_what_they_should():
     cases = [golden(name) for name in golden_names()]
-    assert {c.family for c in cases} == {"qwen2", "qwen3", "llama2", "llama3", "mistral", "bamba", "deepseek2", "deepseek3"}
+    assert {c.family for c in cases} == {
+        "qwen2",
+        "qwen3",
+        "llama2",
+        "llama3",
+        "mistral",
+        "bamba",
+        "deepseek2",
+        "deepseek3",
+    }
     assert all(len(c.prompts) == 16 and all(len(t) == 64 for t in c.tokens) for c in cases)
     assert all(len({t for row in c.tokens for t in row}) > 50 for c in cases)  # the text wanders
 

@@ -48,6 +48,17 @@ class Kind:
             return n - n % self.span
         return max(0, n - 1)
 
+    def held(self, n: int, step: int) -> int:
+        """Most tokens that a request holds at once while ``n`` more of it are computed, ``step`` at a time.
+
+        Whole pages may add one to each end of the range. 0 for a recurrent kind, which holds states.
+        """
+        if self.rule == "recurrent":
+            return 0
+        if self.rule == "full":
+            return n
+        return min(n, self.span - (self.rule == "sliding_window") + step)
+
     @property
     def reset(self) -> int:
         """Multiples of this (tokens) are boundaries at which nothing is needed; 0 when only ``n = 0`` is one."""

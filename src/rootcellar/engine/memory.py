@@ -209,8 +209,12 @@ class _Demand:
         """The settings that divide the budget."""
         config = self.config
         return Rules(
-            config.page_size, config.swa_full_tokens_ratio, config.mamba_full_memory_ratio, max_total_tokens
-        )  # fmt: skip
+            config.page_size,
+            config.swa_full_tokens_ratio,
+            config.mamba_full_memory_ratio,
+            max_total_tokens,
+            inflight=config.chunked_prefill_size,
+        )
 
     def available(self, reserve: int) -> int:
         """Bytes for the KV cache; less than nothing when weights and reserve alone are too much."""

@@ -59,6 +59,46 @@ def gate_up_bias(packed: Array) -> Views:
     return [_linear(packed[i], 0) for i in range(2)]
 
 
+def outputs_first(packed: Array) -> Views:
+    """One linear layer ``[..., in]``, stored as it is here."""
+    return [(packed, (prod(packed.shape[:-1]), packed.shape[-1]))]
+
+
+# Experts: gate and up ``[N, in, 2, I]``, down ``[N, I, out]``.
+
+
+def each_gate_up(packed: Array) -> Views:
+    """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
+    return [view for expert in packed for view in gate_up(expert)]
+
+
+def each_transposed(packed: Array) -> Views:
+    """Experts' ``[N, in, out]``, each a linear layer of its own."""
+    return [view for expert in packed for view in transposed(expert)]
+
+
+def all_gate_up(packed: Array) -> Views:
+    """All in one tensor ``[N, 2 * I, in]``, an expert's gate before its up."""
+    count, inputs, _, inner = packed.shape
+    return [(packed.transpose(0, 2, 3, 1), (count, 2 * inner, inputs))]
+
+
+def all_transposed(packed: Array) -> Views:
+    """``[N, in, out]`` in one tensor ``[N, out, in]``."""
+    view = packed.transpose(0, 2, 1)
+    return [(view, view.shape)]
+
+
+def halves(packed: Array) -> Views:
+    """``[..., 2, I]`` as ``[..., 2 * I]``: gates before ups."""
+    return [(packed, (*packed.shape[:-2], 2 * packed.shape[-1]))]
+
+
+def interleaved(packed: Array) -> Views:
+    """``[..., 2, I]`` as ``[..., 2 * I]``: gates and ups take turns."""
+    return [(packed.swapaxes(-1, -2), (*packed.shape[:-2], 2 * packed.shape[-1]))]
+
+
 def _by_group(packed: Array) -> list[Array]:
     return [packed[..., :-2, :], packed[..., -2, :], packed[..., -1, :]]
 

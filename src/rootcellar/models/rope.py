@@ -86,16 +86,17 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
 
 
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature (Peng et al. 2023, eq. 15), or DeepSeek's two-part form when both mscales are given."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
+    """YaRN's temperature, or DeepSeek's two-part form when both mscales are given."""
     if fields.get("attention_factor") is not None:
         return float(fields["attention_factor"])
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return mscale(float(fields["mscale"])) / mscale(float(fields["mscale_all_dim"]))
-    return mscale(1.0)
+        return yarn_mscale(factor, float(fields["mscale"])) / yarn_mscale(factor, float(fields["mscale_all_dim"]))
+    return yarn_mscale(factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """How much sharper attention becomes where a context is stretched by ``factor`` (Peng et al. 2023, eq. 15)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float32]:

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from rootcellar import ops
 from rootcellar.errors import ConfigError
+from rootcellar.ops.pages import BLOCK_TOKENS, MASKED, padded, places
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,6 @@ Attention = Callable[[Array, Array, Array, Array, Array, Array, Array, Array], t
 
 _LIBRARY = "_native.so"
 _TARGET = "rootcellar_paged_attention"
-# Positions that the xla backend gathers at a time: enough work per loop step, little enough to stay in the cache.
-_BLOCK_TOKENS = 256
-_MASKED = -1e30
 _NOT_BUILT = "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
 
 
@@ -150,17 +148,8 @@ def write_pages(pool: Array, k: Array, v: Array, tables: Array, rows: Array, pos
 
     Shapes and dtypes as in :func:`paged_attention`. Returns the pool.
     """
-    tile = positions.shape[0] // rows.shape[0]
-    page_size = pool.shape[3]
-    at = jnp.maximum(positions, 0)
-    pages = jnp.where(positions >= 0, tables[jnp.repeat(rows, tile), at // page_size], 0)
-    offsets = jnp.where(positions >= 0, at % page_size, 0)
-    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    if positions.shape[0] == 1:
-        # A scatter of one update becomes a dynamic-update-slice that XLA for CPUs copies into every consumer, the whole
-        # pool with it. A second update, to the padding page, keeps it a scatter in place.
-        pages, offsets = jnp.pad(pages, (0, 1)), jnp.pad(offsets, (0, 1))
-        kv = jnp.pad(kv, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    pages, offsets = places(tables, rows, positions, pool.shape[3])
+    kv = padded(jnp.stack([k, v], axis=1).astype(pool.dtype), pages)
     return pool.at[pages, :, :, offsets].set(kv)
 
 
@@ -173,7 +162,7 @@ def _attend_xla(
     n = rows.shape[0]
     tile = positions.shape[0] // n
     group = q.shape[1] // kv_heads
-    per_block = max(1, _BLOCK_TOKENS // page_size)
+    per_block = max(1, BLOCK_TOKENS // page_size)
     block = per_block * page_size
     positions = positions.reshape(n, tile)
     q = q.reshape(n, tile, kv_heads, group, head_dim).astype(jnp.float32) * reach.scale
@@ -193,7 +182,7 @@ def _attend_xla(
         v = jnp.where(written[:, :, None, :, None], kv[:, :, 1], 0.0)
         s = jnp.einsum("nthgd,nbhpd->nhgtbp", q, kv[:, :, 0]).reshape(n, kv_heads, group, tile, block)
         seen = reach.sees(positions[:, :, None], at.reshape(n, 1, block))  # [n, tile, block]
-        s = jnp.where(seen[:, None, None], s, _MASKED)
+        s = jnp.where(seen[:, None, None], s, MASKED)
         new_top = jnp.maximum(top, jnp.max(s, axis=-1))
         p = jnp.where(seen[:, None, None], jnp.exp(s - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
@@ -202,7 +191,7 @@ def _attend_xla(
 
     shape = (n, kv_heads, group, tile)
     sinks = jnp.broadcast_to(sinks.reshape(kv_heads, group, 1), shape)
-    start = (jnp.maximum(sinks, _MASKED), jnp.where(sinks > _MASKED, 1.0, 0.0), jnp.zeros((*shape, head_dim)))
+    start = (jnp.maximum(sinks, MASKED), jnp.where(sinks > MASKED, 1.0, 0.0), jnp.zeros((*shape, head_dim)))
     _, total, out = lax.fori_loop(0, blocks, body, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), pool

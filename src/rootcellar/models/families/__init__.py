@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import bamba, llama
+from rootcellar.models.families import bamba, deepseek, llama
 from rootcellar.models.families.family import Family, Raw
 
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*llama.FAMILIES, *bamba.FAMILIES)}
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for family in (
+        *llama.FAMILIES,
+        *deepseek.FAMILIES,
+        *bamba.FAMILIES,
+    )
+}
 
 
 def family_of(raw: Raw) -> Family:
