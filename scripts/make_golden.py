@@ -113,8 +113,8 @@ def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | N
         raise SystemExit(f"transformers does not take this for a checkpoint of {family}: {loaded}")
     model.eval()
     prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
-    # With dynamic rope a row's answer depends on the longest row beside it, and a bias of Mamba's input projection makes
-    # transformers' padding on the left count as inputs of the convolution: there each runs alone.
+    # With dynamic rope a row's answer depends on the longest row beside it, and a bias of Mamba's input projection
+    # makes transformers' padding on the left count as inputs of the convolution: there each runs alone.
     alone = overrides.get("rope_scaling", {}).get("rope_type") == "dynamic" or overrides.get("mamba_proj_bias", False)
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     tokens: list[list[int]] = []

@@ -69,9 +69,16 @@ class EngineConfig:
     mamba_full_memory_ratio: float = option(
         0.9,
         "For models with recurrent layers beside attention: bytes of recurrent states for each byte of keys and "
-        "values. Raise it when many short requests run. Other models: no effect.",
+        "values (with max_total_tokens, at least 4 states for each running request). Raise it when many short requests "
+        "run. Other models: no effect.",
         low=0,
         above=True,
+    )
+    max_mamba_cache_size: int | None = option(
+        None,
+        "For models with recurrent layers: states that the cache holds, those of running requests included. None "
+        "follows from mamba_full_memory_ratio. Other models: no effect.",
+        low=2,
     )
     mamba_track_interval: int = option(
         256,

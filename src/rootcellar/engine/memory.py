@@ -214,6 +214,8 @@ class _Demand:
             config.mamba_full_memory_ratio,
             max_total_tokens,
             inflight=config.chunked_prefill_size,
+            max_mamba_cache_size=config.max_mamba_cache_size,
+            running=running_requests(config, max_total_tokens),
         )
 
     def available(self, reserve: int) -> int:

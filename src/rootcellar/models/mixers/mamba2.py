@@ -74,7 +74,7 @@ class Mamba2:
         return self.inner + 2 * self.groups * self.state_size
 
     def declare(self, declare: Declare, embed: int) -> Params:
-        """``mamba_in`` [E, inner + channels + H]: gate, the convolution's inputs, steps; ``mamba_out``; and small ones."""
+        """``mamba_in`` [E, inner + channels + H]: gate, the convolution's inputs, steps; ``mamba_out``; small ones."""
         wide = self.inner + self.channels + self.heads
         params: Params = {
             "mamba_in": declare("mamba_in", (embed, wide), ("embed", None), "random", packing.transposed),
