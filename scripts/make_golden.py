@@ -46,6 +46,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
     ),
     "mistral": ("mistral", {}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "gemma3": ("gemma3", {}),
+    "gemma3-linear": (
+        "gemma3",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "gpt-oss": ("gpt-oss", {}),
+    "llama4": ("llama4", {}),
     "bamba": ("bamba", {}),
     "bamba-one-group": (
         "bamba",
@@ -113,9 +126,10 @@ def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | N
         raise SystemExit(f"transformers does not take this for a checkpoint of {family}: {loaded}")
     model.eval()
     prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
-    # With dynamic rope a row's answer depends on the longest row beside it, and a bias of Mamba's input projection
-    # makes transformers' padding on the left count as inputs of the convolution: there each runs alone.
-    alone = overrides.get("rope_scaling", {}).get("rope_type") == "dynamic" or overrides.get("mamba_proj_bias", False)
+    # There each runs alone: a row's answer depends on the longest row beside it with dynamic rope, and on the padding
+    # before it through Llama 4's temperature and a bias of Mamba's input projection.
+    alone = family == "llama4" or overrides.get("mamba_proj_bias", False)
+    alone = alone or overrides.get("rope_scaling", {}).get("rope_type") == "dynamic"
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     tokens: list[list[int]] = []
     for batch in batches:

@@ -38,6 +38,66 @@ def llama(config: Config, layer: int) -> Shapes:
     return shapes
 
 
+def attention(config: Config, *biased: str) -> Shapes:
+    """q, k, v and o of ordinary attention; ``biased``: those with a bias."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    linear: Shapes = {
+        "self_attn.q_proj": (queries, embed),
+        "self_attn.k_proj": (keys, embed),
+        "self_attn.v_proj": (keys, embed),
+        "self_attn.o_proj": (embed, queries),
+    }
+    return weights(linear) | {f"self_attn.{x}_proj.bias": linear[f"self_attn.{x}_proj"][:1] for x in biased}
+
+
+def gemma3(config: Config, layer: int) -> Shapes:
+    """Gemma 3 (text)."""
+    embed = config["hidden_size"]
+    norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+    return (
+        attention(config)
+        | weights(gated("mlp", embed, config["intermediate_size"]))
+        | norm(embed, *(f"{name}_layernorm" for name in norms))
+        | norm(config["head_dim"], "self_attn.q_norm", "self_attn.k_norm")
+    )
+
+
+def gpt_oss(config: Config, layer: int) -> Shapes:
+    """gpt-oss."""
+    embed, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    return (
+        attention(config, *"qkvo")
+        | norm(embed, "input_layernorm", "post_attention_layernorm")
+        | {
+            "self_attn.sinks": (config["num_attention_heads"],),
+            "mlp.router.weight": (experts, embed),
+            "mlp.router.bias": (experts,),
+            "mlp.experts.gate_up_proj": (experts, embed, 2 * inner),
+            "mlp.experts.gate_up_proj_bias": (experts, 2 * inner),
+            "mlp.experts.down_proj": (experts, inner, embed),
+            "mlp.experts.down_proj_bias": (experts, embed),
+        }
+    )
+
+
+def llama4(config: Config, layer: int) -> Shapes:
+    """Llama 4 (text)."""
+    embed, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    shapes = attention(config) | norm(embed, "input_layernorm", "post_attention_layernorm")
+    if (layer + 1) % config["interleave_moe_layer_step"]:
+        return shapes | weights(gated("feed_forward", embed, config["intermediate_size_mlp"]))
+    return (
+        shapes
+        | weights(gated("feed_forward.shared_expert", embed, inner))
+        | {
+            "feed_forward.router.weight": (experts, embed),
+            "feed_forward.experts.gate_up_proj": (experts, embed, 2 * inner),
+            "feed_forward.experts.down_proj": (experts, inner, embed),
+        }
+    )
+
+
 def deepseek(config: Config, layer: int) -> Shapes:
     """DeepSeek V2 and V3."""
     embed, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
@@ -121,6 +181,9 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen3": llama,
     "llama": llama,
     "mistral": llama,
+    "gemma3_text": gemma3,
+    "gpt_oss": gpt_oss,
+    "llama4_text": llama4,
     "bamba": bamba,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,

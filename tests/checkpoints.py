@@ -69,6 +69,7 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
+NARROW: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
     "mamba_n_heads": 16,
@@ -90,6 +91,55 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3_ROPE,
     },
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **NARROW,
+        "num_hidden_layers": 6,
+        "hidden_act": ...,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 24,
+        "sliding_window_pattern": 6,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        **NARROW,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "swiglu_limit": 1.5,
+    },
+    "llama4": {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        **NARROW,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 192,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 32,
+        "floor_scale": 16,
+        "attn_scale": 0.5,
+        "rope_theta": 500000.0,
+    },
     "bamba": {
         "architectures": ["BambaForCausalLM"],
         "model_type": "bamba",
@@ -180,17 +230,23 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Random float32 tensors of a checkpoint, each a function of the seed and its own name."""
 
+    gemma = config["model_type"].startswith("gemma")  # norms around zero, embeddings that it scales up
+
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
-        if "norm" in name or name.endswith(".D"):
+        if "norm" in name:
+            return (0 if gemma else 1) + 0.1 * values
+        if name.endswith("sinks"):
+            return values
+        if name.endswith(".D"):
             return 1 + 0.1 * values
         if name.endswith(".A_log"):
             return values - 2  # slow to forget: a wrong state shows long after
         if name.endswith("bias"):
             return 0.2 * values
         if "embed" in name or "lm_head" in name:
-            return 0.25 * values
+            return (0.07 if gemma and "embed" in name else 0.25) * values
         return values * np.float32(1.5 / shape[1] ** 0.5)
 
     return {name: draw(name, shape) for name, shape in tensor_shapes(config).items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import Golden, golden, golden_names, make_config
+from checkpoints import FAMILIES, Golden, golden, golden_names, make_config
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.decoder import forward, logits
 from rootcellar.models.dense import make_mix_dense
@@ -30,16 +30,7 @@ def load(case: Golden, folder):
 
 def test_the_golden_files_cover_what_they_should():
     cases = [golden(name) for name in golden_names()]
-    assert {c.family for c in cases} == {
-        "qwen2",
-        "qwen3",
-        "llama2",
-        "llama3",
-        "mistral",
-        "bamba",
-        "deepseek2",
-        "deepseek3",
-    }
+    assert {c.family for c in cases} == set(FAMILIES)
     assert all(len(c.prompts) == 16 and all(len(t) == 64 for t in c.tokens) for c in cases)
     assert all(len({t for row in c.tokens for t in row}) > 50 for c in cases)  # the text wanders
 

@@ -43,6 +43,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
     from 5 on (``rope_parameters``, ``dtype``). Raises ``ModelError`` as ``load_config`` does.
     """
     family = family_of(raw)
+    raw = {**family.defaults, **raw, **(raw.get("text_config") or {})}  # a multimodal model's language model is nested
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise ModelError(f"quantised weights ({method}) are not supported; use the float checkpoint of this model")

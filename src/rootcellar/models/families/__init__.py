@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import bamba, deepseek, llama
+from rootcellar.models.families import bamba, deepseek, gemma, gpt_oss, llama, llama4
 from rootcellar.models.families.family import Family, Raw
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
-    for family in (
-        *llama.FAMILIES,
-        *deepseek.FAMILIES,
-        *bamba.FAMILIES,
-    )
+    for relatives in (llama, gemma, gpt_oss, llama4, deepseek, bamba)
+    for family in relatives.FAMILIES
 }
 
 

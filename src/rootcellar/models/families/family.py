@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rootcellar.cache.kind import Rule
@@ -21,12 +21,13 @@ class Family:
 
     ``read``: from ``config.json`` the fields of ``ModelConfig`` that are the family's own, ``layers`` at least.
     ``names``: parameter (see ``params.declare``) to the checkpoint's tensors that it is packed from, in order;
-    ``{layer}`` stands for the layer's index.
+    ``{layer}`` stands for the layer's index. ``defaults``: fields that ``config.json`` may leave out.
     """
 
     architecture: str
     read: Callable[[Raw], dict[str, Any]]
     names: Names
+    defaults: Raw = field(default_factory=dict)
 
 
 def layer_names(**suffixes: str | tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -60,6 +61,11 @@ DENSE_NAMES: Names = layer_names(
     down="mlp.down_proj.weight",
     down_bias="mlp.down_proj.bias",
 )
+
+
+def within(prefix: str, names: Names) -> Names:
+    """The names of a language model inside a multimodal one."""
+    return {name: tuple(f"{prefix}.{source}" for source in sources) for name, sources in names.items()}
 
 
 def need(raw: Raw, name: str) -> Any:
