@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "bamba",
         {"mamba_n_groups": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
     ),
+    "qwen3-next": ("qwen3-next", {}),
     "deepseek2-lite": (
         "deepseek2",
         {
