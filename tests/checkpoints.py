@@ -72,7 +72,7 @@ EXPERTS: dict[str, Any] = {
 NARROW: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
-    "mamba_n_heads": 16,
+    "mamba_n_heads": 8,
     "mamba_d_head": 32,
     "mamba_n_groups": 2,
     "mamba_d_state": 24,
@@ -143,6 +143,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {
         "architectures": ["BambaForCausalLM"],
         "model_type": "bamba",
+        **NARROW,
         "num_hidden_layers": 3,
         "attn_layer_indices": [1],
         **MAMBA,

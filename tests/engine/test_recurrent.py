@@ -8,8 +8,9 @@ import pytest
 import rootcellar
 from checkpoints import golden
 
-CASES = ["bamba"]
-GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+CASES = ["bamba", "qwen3-next"]
+NEW = 24
+GREEDY = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -21,7 +22,8 @@ def case(request, tmp_path_factory):
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 8192, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
+    options = {"max_total_tokens": 8192, "max_running_requests": 16, "max_mamba_cache_size": 40, **options}
+    options["skip_tokenizer_init"] = True
     return rootcellar.Engine(model_path=folder, **options)
 
 
@@ -38,21 +40,21 @@ def serve(engine, case, batch):
         part = order[at : at + batch]
         answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
         for i, answer in zip(part, answers, strict=True):
-            assert answer["output_ids"] == case.tokens[i], f"prompt {i}"
+            assert answer["output_ids"] == case.tokens[i][:NEW], f"prompt {i}"
             cached[i] = answer["meta_info"]["cached_tokens"]
     return cached
 
 
 def evict_states(engine, vocab):
     """Let other requests push every state out; keys and values all stay."""
-    before, kept = shelf(engine), shelf(engine, "full")["cached"]
+    before, full = shelf(engine), shelf(engine, "full")
     rng = np.random.default_rng(7)
     others = [rng.integers(0, vocab, 33).tolist() for _ in range(before["size"])]
     for at in range(0, len(others), 16):
         engine.generate(input_ids=others[at : at + 16], sampling_params={"temperature": 0, "max_new_tokens": 1})
     assert shelf(engine)["evicted"] - before["evicted"] >= before["cached"]
-    assert shelf(engine, "full")["evicted"] == 0
-    assert shelf(engine, "full")["cached"] > kept
+    assert shelf(engine, "full")["evicted"] == full["evicted"]
+    assert shelf(engine, "full")["cached"] > full["cached"]
 
 
 def check_idle(engine):
@@ -66,23 +68,24 @@ def check_idle(engine):
     assert shelf(engine)["free"] == shelf(engine)["size"]
 
 
-@pytest.mark.parametrize(("page_size", "chunk", "batch"), [(1, 16, 16), (16, 256, 16), (1, 256, 1), (16, 16, 1)])
-def test_the_same_tokens_cold_cached_and_without_the_states(case, page_size, chunk, batch):
+@pytest.mark.parametrize(("page_size", "chunk", "batches"), [(1, 16, [16]), (16, 256, [16, 1])])
+def test_the_same_tokens_cold_cached_and_without_the_states(case, page_size, chunk, batches):
     case, folder = case
-    with engine(folder, page_size=page_size, chunked_prefill_size=chunk, max_mamba_cache_size=40) as e:
-        serve(e, case, batch)
-        again = serve(e, case, batch)
-        for prompt, cached in zip(case.prompts, again, strict=True):
-            if len(prompt) > 33 + page_size:  # a state at the tail of the prompt, or where another parted from it
-                assert cached > 0
-        assert max(again) >= 96
-        evict_states(e, 512)
-        assert serve(e, case, batch) != again, "without states, prompts are computed again"
-        check_idle(e)
+    with engine(folder, page_size=page_size, chunked_prefill_size=chunk) as e:
+        for batch in batches:
+            serve(e, case, batch)
+            again = serve(e, case, batch)
+            for prompt, cached in zip(case.prompts, again, strict=True):
+                if len(prompt) > 33 + page_size:  # a state at the tail of the prompt, or where another parted from it
+                    assert cached > 0
+            assert max(again) >= 96
+            evict_states(e, 512)
+            assert serve(e, case, batch) != again, "without states, prompts are computed again"
+            check_idle(e)
 
 
 def test_the_same_tokens_with_the_cache_off(case):
     case, folder = case
-    with engine(folder, page_size=16, chunked_prefill_size=64, disable_radix_cache=True) as e:
-        assert serve(e, case, 16) == serve(e, case, 16) == [0] * 16
+    with engine(folder, page_size=16, chunked_prefill_size=256, disable_radix_cache=True) as e:
+        assert serve(e, case, 16) == [0] * 16
         check_idle(e)
