@@ -108,7 +108,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         **NARROW,
-        "num_hidden_layers": 4,
         "intermediate_size": 64,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
@@ -122,7 +121,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
         "sliding_window": 24,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": ["sliding_attention", "full_attention"],
         "swiglu_limit": 1.5,
     },
     "llama4": {

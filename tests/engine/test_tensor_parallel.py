@@ -29,7 +29,15 @@ def run(folder, tp_size, prompts):
 
 @pytest.mark.parametrize(
     ("name", "tp_size", "heads_on_each"),
-    [("qwen2-4kv", 2, 2), ("qwen2-4kv", 4, 1), ("qwen3-tied-1kv-d128", 4, 1), ("llama2", 4, 1)],
+    [
+        ("qwen2-4kv", 2, 2),
+        ("qwen2-4kv", 4, 1),
+        ("qwen3-tied-1kv-d128", 4, 1),
+        ("llama2", 4, 1),
+        ("gpt-oss", 4, 1),
+        pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
+        pytest.param("llama4", 2, 1, marks=pytest.mark.long),
+    ],
 )
 def test_answers_equal_transformers(name, tp_size, heads_on_each, tmp_path):
     case = golden(name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar import demo
-from rootcellar.cache import Kind, RadixCache, Tier
+from rootcellar.cache import RadixCache, Tier
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.memory import Sizing
@@ -27,10 +27,12 @@ from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops.attention import choose_backend
-from rootcellar.pools import Pool
+from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
 from rootcellar.scheduler import Scheduler, Snapshots
+from rootcellar.sim.arena import group
+from rootcellar.sim.sizing import ARENA
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
@@ -102,23 +104,40 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     total, running = sizing.division.tokens, sizing.max_running_requests
     weights = params if reload is None else reload()
 
+    pools = {
+        name: _pool(layout, layers, sizing.division.pages[name], programs)
+        for name, (layout, layers) in programs.pools.items()
+    }
     cache = RadixCache(
         kinds,
         page_size=config.page_size,
-        capacity={
-            (kind.name, Tier.DEVICE): sizing.division.pages[kind.name] * _page_size(kind, config) for kind in kinds
-        },
+        capacity={(name, Tier.DEVICE): pool.pages * pool.page_size for name, pool in pools.items()},
+        arenas={ARENA: programs.arena} if programs.arena else None,
         max_leases=running,
         max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
         reuse=not config.disable_radix_cache,
     )
-    pools = {kind.name: _pool(kind, programs, config, sizing) for kind in kinds}
     log.info(
         "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
     )
+    if len(kinds) > 1:
+        for name, pool in pools.items():
+            within = [
+                f"{kind.name} of {len(kind.layers)} layers" for kind in kinds if programs.pool_of[kind.name] == name
+            ]
+            log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
     shapes = Shapes.of(config.chunked_prefill_size, running)
-    runner = Runner(placement, weights, kinds, pools, backend=programs.backend, shapes=shapes, widths=programs.widths)
+    runner = Runner(
+        placement,
+        weights,
+        kinds,
+        pools,
+        backend=programs.backend,
+        shapes=shapes,
+        widths=programs.widths,
+        pool_of=programs.pool_of,
+    )
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=config.chunked_prefill_size,
@@ -136,21 +155,20 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     )
 
 
-def _page_size(kind: Kind, config: EngineConfig) -> int:
-    """Tokens in a page of a kind; a recurrent kind's page is one state."""
-    return 1 if kind.rule == "recurrent" else config.page_size
-
-
-def _pool(kind: Kind, programs: Programs, config: EngineConfig, sizing: Sizing) -> Pool:
-    layout, page_size = programs.layouts[kind.name], _page_size(kind, config)
-    tokens = sizing.division.pages[kind.name] * page_size
-    return Pool(layout, len(kind.layers), tokens, page_size, programs.placement.pool_shardings(layout))
+def _pool(layout: Layout, layers: int, pages: int, programs: Programs) -> Pool:
+    page_size = 1 if isinstance(layout, States) else programs.page_size
+    return Pool(layout, layers, pages * page_size, page_size, programs.placement.pool_shardings(layout))
 
 
 def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> Programs:
     """What will run, at the largest shapes that it may have."""
     context = _context_length(config.context_length, placement.model)
     kinds, layouts = kinds_of(placement.served, kv_dtype)
+    sharing = None if config.disable_kv_arena else group(kinds, layouts)
+    if sharing is not None:
+        alike = next(layouts[kind.name] for kind in kinds if kind.rule != "recurrent")
+        kinds = sharing.kinds
+        layouts = {kind.name: alike if kind.name in sharing.members else layouts[kind.name] for kind in kinds}
     head_dims = {layer.mixer.kernel_head_dim for layer in placement.served.layers} - {None}
     return Programs(
         placement,
@@ -161,6 +179,8 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
         config.page_size,
         -(-context // config.page_size),
+        () if sharing is None else sharing.members,
+        0 if sharing is None else sharing.layers,
     )
 
 

@@ -24,7 +24,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.spec import Params
 from rootcellar.runner import Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
-from rootcellar.sim.sizing import Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
+from rootcellar.sim.sizing import ARENA, Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
 from rootcellar.units import gb, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -192,17 +192,18 @@ class _Demand:
 
     @property
     def costs(self) -> tuple[Cost, ...]:
-        """Bytes of a page of each kind on one device, in all its layers, as the pools will shard it."""
+        """Bytes of a page of each kind on one device, in all layers of its pool, as the pools will shard it."""
         costs = []
+        pools, pool_of = self.programs.pools, self.programs.pool_of
         for kind in self.programs.kinds:
-            layout = self.programs.layouts[kind.name]
+            layout, layers = pools[pool_of[kind.name]]
             placed = zip(
                 layout.arrays(1, self.programs.page_size),
                 self.programs.placement.pool_shardings(layout),
                 strict=True,
             )
             page = sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
-            costs.append(Cost(kind, len(kind.layers) * page))
+            costs.append(Cost(kind, layers * page))
         return tuple(costs)
 
     def rules(self, max_total_tokens: int | None) -> Rules:
@@ -216,6 +217,7 @@ class _Demand:
             inflight=config.chunked_prefill_size,
             max_mamba_cache_size=config.max_mamba_cache_size,
             running=running_requests(config, max_total_tokens),
+            arena=self.programs.arena,
         )
 
     def available(self, reserve: int) -> int:
@@ -353,10 +355,11 @@ def report(sizing: Sizing) -> dict[str, Any]:
     """Every figure of the sizing by name, and under ``"derivation"`` how each came about. Bytes are of one device."""
     config, division = sizing.config, sizing.division
     page = config.page_size
+    costs = {c.kind.name if c.kind.name in division.pages else ARENA: c for c in sizing.costs}
     pools = {
-        c.kind.name: {"tokens": division.pages[c.kind.name] * (1 if c.recurrent else page),
-                      "bytes": (division.pages[c.kind.name] + 1) * c.page_bytes}
-        for c in sizing.costs
+        name: {"tokens": division.pages[name] * (1 if c.recurrent else page),
+               "bytes": (division.pages[name] + 1) * c.page_bytes}
+        for name, c in costs.items()
     }  # fmt: skip
     figures: dict[str, tuple[Any, str]] = {
         "usable_bytes": (sizing.usable.nbytes, sizing.usable.how),
@@ -372,7 +375,7 @@ def report(sizing: Sizing) -> dict[str, Any]:
         "cell_size_bytes": (sizing.cell_size, "bytes of one token in all layers: " + _cells(sizing)),
         "max_tokens": (sizing.fitting_tokens, f"whole pages of {page} tokens that fit, beside one of padding"),
         "max_total_num_tokens": (division.tokens, sizing.capped_by or "all that fit"),
-        "pools": (pools, "tokens of each kind (states, where it is recurrent); bytes with the page of padding"),
+        "pools": (pools, "tokens of each pool (states, where they are recurrent); bytes with the page of padding"),
         "kv_cache_bytes": (division.nbytes, " + ".join(f"{p['bytes']} ({name})" for name, p in pools.items())),
         "kv_cache_bytes_all_devices": (division.nbytes * sizing.devices, f"x {sizing.devices} device(s)"),
         "page_size": (page, "setting"),

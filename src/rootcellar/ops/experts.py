@@ -131,15 +131,14 @@ def grouped(
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     rows = _Rows(flat[order], order // (flat.size // x.shape[0]), jnp.bincount(flat, length=experts))
-    wide = gate_up.reshape(experts, embed, -1)
 
     def run(form: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda x, wide, down: form(rows, x, wide, middle, down)
+        return lambda x, gate_up, down: form(rows, x, gate_up, middle, down)
 
     if form is None:
-        out = lax.platform_dependent(x, wide, down, cpu=run(_blocks), default=run(_ragged))
+        out = lax.platform_dependent(x, gate_up, down, cpu=run(_blocks), default=run(_ragged))
     else:
-        out = run({"blocks": _blocks, "ragged": _ragged}[form])(x, wide, down)
+        out = run({"blocks": _blocks, "ragged": _ragged}[form])(x, gate_up, down)
     return out[jnp.argsort(order)].reshape(*chosen.shape, embed)
 
 
@@ -154,18 +153,18 @@ class _Rows(NamedTuple):
     """int32 ``[N]``: pairs of each expert."""
 
 
-def _ragged(rows: _Rows, x: Array, wide: Array, middle: Middle, down: Array) -> Array:
-    inner = lax.ragged_dot(x[rows.source], wide, rows.counts)
+def _ragged(rows: _Rows, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
+    inner = lax.ragged_dot(x[rows.source], gate_up.reshape(*gate_up.shape[:2], -1), rows.counts)
     return lax.ragged_dot(middle(inner.reshape(len(inner), 2, -1), rows.expert), down, rows.counts)
 
 
-def _blocks(rows: _Rows, x: Array, wide: Array, middle: Middle, down: Array) -> Array:
+def _blocks(rows: _Rows, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
     """A loop over blocks of ``size`` rows of one expert, the last of each expert perhaps not full.
 
     The loop is as long as there could be blocks at most, and skips those that there are not: its length must be known
     for it to be differentiated.
     """
-    pairs, experts = rows.expert.size, wide.shape[0]
+    pairs, experts = rows.expert.size, gate_up.shape[0]
     size = min(_BLOCK, 1 << (-(-pairs // experts) - 1).bit_length())
     blocks = -(-rows.counts // size)  # of each expert
     ends = jnp.cumsum(blocks)
@@ -176,8 +175,9 @@ def _blocks(rows: _Rows, x: Array, wide: Array, middle: Middle, down: Array) -> 
     which = jnp.searchsorted(ends, jnp.arange(most), side="right")  # the expert of each block, or N
 
     def one(expert: Array, source: Array) -> Array:
-        inner = x[source] @ lax.dynamic_index_in_dim(wide, expert, keepdims=False)
-        return middle(inner.reshape(size, 2, -1), expert) @ lax.dynamic_index_in_dim(down, expert, keepdims=False)
+        first, second = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_up, down))
+        # Gate and up stay apart, or tensor parallelism, which splits I, would gather all experts first.
+        return middle(jnp.einsum("me,eci->mci", x[source], first), expert) @ second
 
     def body(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
         nothing = jnp.zeros((size, x.shape[1]), x.dtype)

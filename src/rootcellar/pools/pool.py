@@ -30,7 +30,7 @@ def _allocator(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> 
 
 
 class Pool:
-    """The buffers of the layers of one kind.
+    """The buffers of so many layers: those of one kind, or of several that share them.
 
     ``buffers`` is donated to a step and must be replaced by what the step gives back.
     """
@@ -57,6 +57,7 @@ class Pool:
         here = SingleDeviceSharding(jax.devices()[0])
         self._arrays = arrays * layers
         self._shardings = (tuple(shardings) if shardings is not None else (here,) * len(arrays)) * layers
+        self.pages = tokens // page_size
         self.page_size = page_size
         self._buffers: list[Array] | None = None
         self.allocate()

@@ -29,13 +29,15 @@ from rootcellar.runner.placement import Placement
 _SCORED = 64
 
 
-def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> Any:
+def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str, pool_of: Mapping[str, str]) -> Any:
     """The jitted step of a model over its pools, which are its second argument and donated.
 
-    Arguments: params as placed, ``{kind: [buffer of each layer]}``, then the arrays of a ``Batch``.
+    Arguments: params as placed, ``{pool: [buffers of each layer]}``, then the arrays of a ``Batch``. ``pool_of``: the
+    pool of each kind; layer ``i`` of a kind has the buffers of the pool's layer ``i``, whoever else shares them.
     """
     cfg = placement.served
-    where = {layer: (kind, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+    where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+    each = [len(layer.mixer.layout(jnp.dtype(jnp.float32)).axes) for layer in cfg.layers]
 
     def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
         """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
@@ -43,11 +45,10 @@ def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> 
         steps = {kind.name: Step(positions, rows, tables[kind.name], backend, placement.local) for kind in kinds}
 
         def mix(layer: int, weights: Params, x: Array) -> Array:
-            kind, i = where[layer]
-            held = buffers[kind.name]
-            each = len(held) // len(kind.layers)
-            own = slice(i * each, (i + 1) * each)
-            out, held[own] = cfg.layers[layer].mixer.run(weights, x, steps[kind.name], held[own])
+            name, i = where[layer]
+            held = buffers[pool_of[name]]
+            own = slice(i * each[layer], (i + 1) * each[layer])
+            out, held[own] = cfg.layers[layer].mixer.run(weights, x, steps[name], held[own])
             return out
 
         hidden = placement.everywhere(forward(params, cfg, tokens, mix))
@@ -65,7 +66,7 @@ def scorer(cfg: ModelConfig) -> Any:
 class Runner:
     """Runs batches of one model over its pools.
 
-    ``pools`` holds for each kind the pool of its layers, ``widths`` the entries in a row of its page table.
+    ``pools`` are by name, ``pool_of`` names that of each kind, ``widths`` the entries in a row of its page table.
     Programs are compiled when a shape first runs, or all of them by :meth:`warm_up`; later steps compile nothing.
     """
 
@@ -79,6 +80,7 @@ class Runner:
         backend: str,
         shapes: Shapes,
         widths: Mapping[str, int],
+        pool_of: Mapping[str, str],
     ) -> None:
         cfg = self.cfg = placement.served
         self.placement = placement
@@ -86,10 +88,15 @@ class Runner:
         self.pools = pools
         self.shapes = shapes
         self._widths = widths
-        self._step = compiled_step(placement, kinds, backend)
+        self._pool_of = pool_of
+        self._step = compiled_step(placement, kinds, backend, pool_of)
         self._sample = jax.jit(sampler.sample)
         self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
         self._score = scorer(cfg)
+
+    def kind_in(self, pool: str) -> str:
+        """A kind whose layers lie in the pool of this name."""
+        return next(kind for kind, name in self._pool_of.items() if name == pool)
 
     def step(self, batch: Batch) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.

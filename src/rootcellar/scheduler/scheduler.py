@@ -176,7 +176,7 @@ class Scheduler:
 
         ``decode``: a recurrent state is left only at its interval.
         """
-        step = self.cache.page_size if everything else max(self.cache.page_size, 16)
+        step = self.cache.page_size if everything else max(self.cache.page_size, min(16, self._chunk))
         snapshot = self._snapshots is not None and self._snapshots.due(request, decode)
         if request.computed // step > request.committed // step or snapshot:
             assert request.lease is not None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from rootcellar.cache.kind import Kind
 
+ARENA = "arena"
+"""What the pool that several kinds share is called, in capacities and divisions."""
 MIN_STATES = 2
 """Fewest recurrent states: one request reads one and writes another."""
 STATES_PER_REQUEST = 4
@@ -42,6 +44,7 @@ class Rules:
         inflight: tokens of a request that may be in computation (``chunked_prefill_size``); see
             :func:`split_pages`, and arenas.
         running: requests that may run at the same time; counts when ``max_total_tokens`` is given.
+        arena: names of the kinds that share one pool, all with pages of the same bytes (see ``sim.arena``).
     """
 
     page_size: int
@@ -51,13 +54,15 @@ class Rules:
     inflight: int = 1
     max_mamba_cache_size: int | None = None
     running: int = 0
+    arena: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Pages of each kind by name (padding not counted), the tokens of the largest, and the bytes of all with padding.
+    """Pages of each pool (padding not counted), tokens, and the bytes of all pools with padding.
 
-    ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the full kind, or of all kinds where none is full.
+    A pool is named after its kind, or ``ARENA``. ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the
+    full kind, or of all kinds where none is full; for an arena those of the longest request (``longest_request``).
     """
 
     pages: Mapping[str, int]
@@ -70,8 +75,11 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
 
     The full kind gets ``f`` pages and the windowed ones ``f * swa_full_tokens_ratio``, but never less than one request
     needs, its next chunk of prefill included (or ``f``, when that is less). For recurrent kinds see
-    :func:`state_pages`; when ``max_total_tokens`` is given, tokens come first.
+    :func:`state_pages`; when ``max_total_tokens`` is given, tokens come first. An arena gets all that is left, or the
+    pages that its kinds would have had for ``max_total_tokens``.
     """
+    if rules.arena:
+        return _divide_arena(costs, rules, budget)
     wanted = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     states = state_pages(costs, rules, budget, token_bytes(costs, rules, wanted))
     if states is None or wanted < 1:
@@ -120,6 +128,9 @@ def least_states_of(costs: Sequence[Cost], rules: Rules) -> int:
 
 def smallest(costs: Sequence[Cost], rules: Rules) -> int:
     """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and the fewest states."""
+    if rules.arena:
+        page, pages = _arena_pages(costs, rules)
+        return (pages + 1) * page + state_bytes(costs, least_states_of(costs, rules))
     pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     return _division(costs, rules, max(1, pages), least_states_of(costs, rules)).nbytes
 
@@ -143,6 +154,47 @@ def _division(costs: Sequence[Cost], rules: Rules, pages: int, states: int) -> D
     return Division(counts, pages * rules.page_size, nbytes)
 
 
+def _arena_pages(costs: Sequence[Cost], rules: Rules) -> tuple[int, int]:
+    """Bytes of an arena's page, and the fewest pages of it: one of each kind, or for ``max_total_tokens``."""
+    sharing = [cost for cost in costs if cost.kind.name in rules.arena]
+    if rules.max_total_tokens is None:
+        return sharing[0].page_bytes, len(sharing)
+    full = rules.max_total_tokens // rules.page_size
+    return sharing[0].page_bytes, sum(split_pages(cost, sharing, rules, full) for cost in sharing)
+
+
+def _divide_arena(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
+    page, pages = _arena_pages(costs, rules)
+    states = state_pages(costs, rules, budget, page * (pages + 1))
+    if states is None or pages < 1:
+        return None
+    if rules.max_total_tokens is None:
+        pages = (budget - state_bytes(costs, states)) // page - 1
+    tokens = longest_request([cost.kind for cost in costs if cost.kind.name in rules.arena], pages, rules)
+    if rules.max_total_tokens is not None:
+        tokens = min(tokens, rules.max_total_tokens // rules.page_size * rules.page_size)
+    counts = {ARENA: pages} | {cost.kind.name: states for cost in costs if cost.recurrent}
+    return Division(counts, tokens, (pages + 1) * page + state_bytes(costs, states))
+
+
+def longest_request(kinds: Sequence[Kind], pages: int, rules: Rules) -> int:
+    """Tokens, in whole pages, to which one request can grow in an arena of ``pages`` that it has for itself.
+
+    It is computed ``rules.inflight`` tokens at a time: while tokens ``[m, n)`` are, a kind holds ``[start(m), n)``.
+    Exact, and walked step by step, because what a chunked kind holds falls at each chunk's end: all steps before the
+    answer fit. O(pages of the answer).
+    """
+    size = rules.page_size
+    step = -(-rules.inflight // size)
+    done = 0
+    while True:
+        held = sum(done - kind.start(done * size) // size for kind in kinds)
+        more = (pages - held) // len(kinds)
+        if more < step:
+            return (done + more) * size
+        done += step
+
+
 def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The greatest number in ``[low, high]`` for which ``holds``; it holds for ``low`` and, once false, stays so."""
     while low < high:
@@ -160,8 +212,8 @@ def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
 def request_pages(kind: Kind, page_size: int, length: int, inflight: int) -> int:
     """Pages of ``kind`` that one request of ``length`` tokens holds while ``inflight`` of its tokens are computed.
 
-    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one more;
-    a chunk begins on a page (one more for chunks that are no multiple of it).
+    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one
+    more; a chunk begins on a page (one more for chunks that are no multiple of it).
     """
     if kind.rule == "recurrent":
         return 1

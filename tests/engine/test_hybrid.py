@@ -1,0 +1,145 @@
+"""Every architecture with other layers than full attention answers as transformers did, whatever the cache does.
+
+Two engines for each, so that every setting meets: one with tiny pages and chunks and all prompts at once, and one with
+larger pages, whole prompts, one request at a time, and so little room beside the full layers' that only windows, chunks
+or states are evicted. The other two combinations run at night.
+"""
+
+import pytest
+
+import rootcellar
+from checkpoints import golden
+
+CASES = ["mistral-window", "gemma3", "gpt-oss", "llama4"]
+GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+
+
+def engine(folder, **options):
+    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
+    return rootcellar.Engine(model_path=folder, **options)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    case = golden(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    case.make(folder)
+    return case, folder
+
+
+def ask(engine, case, batch, which):
+    """Ask the prompts of ``which`` in order, ``batch`` at a time: the answers are those of transformers.
+
+    Returns the cached tokens of each.
+    """
+    cached = {}
+    for at in range(0, len(which), batch):
+        part = which[at : at + batch]
+        answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
+        for i, answer in zip(part, answers, strict=True):
+            assert answer["output_ids"] == case.tokens[i], f"prompt {i}"
+            cached[i] = answer["meta_info"]["cached_tokens"]
+    return cached
+
+
+def check_idle(engine):
+    """When idle, every page of every kind is free or cached; after a flush all are free."""
+    engine.check()
+    for tiers in engine.stats()["cache"].values():
+        shelf = tiers["DEVICE"]
+        assert shelf["used"] == shelf["cached"]
+        assert shelf["pinned"] == shelf["leased"] == 0
+    engine.flush_cache()
+    assert all(t["DEVICE"]["free"] == t["DEVICE"]["size"] for t in engine.stats()["cache"].values())
+
+
+def whole_pages(case, i, page_size):
+    return (len(case.prompts[i]) - 1) // page_size * page_size
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk", "batch"),
+    [
+        (1, 16, 16),
+        pytest.param(16, 16, 16, marks=pytest.mark.long),
+        pytest.param(1, 256, 1, marks=pytest.mark.long),
+        pytest.param(1, 16, 1, marks=pytest.mark.long),
+        pytest.param(16, 256, 16, marks=pytest.mark.long),
+    ],
+)
+def test_cold_and_from_the_cache(case, page_size, chunk, batch):
+    case, folder = case
+    everything = list(range(len(case.prompts)))
+    with engine(folder, page_size=page_size, chunked_prefill_size=chunk) as e:
+        ask(e, case, batch, everything)
+        cached = ask(e, case, batch, everything)
+        assert cached == {i: whole_pages(case, i, page_size) for i in everything}
+        drop_and_rebuild(e, case, page_size)
+        check_idle(e)
+
+
+def drop_and_rebuild(engine, case, page_size):
+    """Every kind's pages wait on the host and are hits again; without ``preserve`` they are gone. Nothing compiles."""
+    longest = [len(case.prompts) - 1]
+    for preserve in (True, False):
+        engine.release_memory_occupation("kv_cache", preserve=preserve)
+        engine.resume_memory_occupation("kv_cache")
+        compiled = engine.stats()["compilations"]
+        cached = ask(engine, case, 1, longest)
+        assert cached[longest[0]] == (whole_pages(case, longest[0], page_size) if preserve else 0)
+        assert preserve or engine.stats()["compilations"] == compiled
+
+
+def test_after_only_windows_chunks_or_states_were_evicted(case):
+    case, folder = case
+    # Full layers keep all; the others keep what one request needs.
+    scarce = {"swa_full_tokens_ratio": 0.001, "page_size": 16, "chunked_prefill_size": 256, "max_running_requests": 1}
+    scarce |= {"disable_kv_arena": True}
+    if case.family == "mistral":  # it has windows alone: less of everything
+        scarce |= {"max_total_tokens": 320, "context_length": 320}
+    which = [12, 13, 14, 15]  # the longest
+    with engine(folder, **scarce) as e:
+        cold = ask(e, case, 1, which)
+        again = ask(e, case, 1, which)
+        evicted = {kind: tiers["DEVICE"]["evicted"] for kind, tiers in e.stats()["cache"].items()}
+        assert evicted.pop("full", 0) == 0
+        assert all(evicted.values())
+        # Some resume where a window is still there, though all that the full layers need is.
+        assert any(again[i] > cold[i] for i in which)
+        assert any(again[i] < whole_pages(case, i, 16) for i in which)
+        check_idle(e)
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no reuse"])
+@pytest.mark.parametrize(("page_size", "chunk"), [(16, 64), (1, 16)])
+@pytest.mark.parametrize("name", ["gpt-oss", "llama4"])
+def test_a_window_or_chunk_holds_what_its_rule_says(name, page_size, chunk, reuse, tmp_path):
+    """A prompt of 150 tokens, then 20 windows' length: read from the allocator while each step has its slots.
+
+    With reuse in an arena, where the request's pages are those of its row; without, in pools of their own, where
+    nobody else has any, so that they are all that are not free.
+    """
+    case = golden(name)
+    case.make(tmp_path)
+    options = {"page_size": page_size, "chunked_prefill_size": chunk, "max_total_tokens": 2048}
+    options |= {"disable_radix_cache": not reuse, "disable_kv_arena": not reuse}
+    with engine(tmp_path, max_running_requests=1, **options) as e:
+        cache, runner = e._parts.scheduler.cache, e._parts.runner
+        windows = [kind for kind in cache.kinds if kind.rule != "full"]
+        span, held, step = windows[0].span, [], runner.step
+
+        def watched(batch):
+            for kind in windows:
+                (row,) = (row for row in cache.tables[kind.name] if row.any())
+                pages, used = set(row[row != 0].tolist()), set(cache.used_pages(kind.name).tolist())
+                assert pages <= used
+                held.append(len(pages) if reuse else len(used))
+            return step(batch)
+
+        runner.step = watched
+        new = 20 * span
+        answer = e.generate(input_ids=(case.prompts[-1] * 2)[:150], sampling_params={**GREEDY, "max_new_tokens": new})
+        assert answer["meta_info"]["completion_tokens"] == new
+        assert len(held) >= new * len(windows)
+        assert max(held) * page_size <= span + chunk + page_size
+        check_idle(e)
