@@ -8,17 +8,18 @@ import pytest
 import rootcellar
 from checkpoints import golden
 
-CASES = ["bamba", "qwen3-next"]
 NEW = 24
 GREEDY = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory):
-    case = golden(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
-    case.make(folder)
-    return case, folder
+@pytest.fixture
+def make(tmp_path):
+    def make(name):
+        case = golden(name)
+        case.make(tmp_path)
+        return case, tmp_path
+
+    return make
 
 
 def engine(folder, **options):
@@ -68,9 +69,45 @@ def check_idle(engine):
     assert shelf(engine)["free"] == shelf(engine)["size"]
 
 
-@pytest.mark.parametrize(("page_size", "chunk", "batches"), [(1, 16, [16]), (16, 256, [16, 1])])
-def test_the_same_tokens_cold_cached_and_without_the_states(case, page_size, chunk, batches):
-    case, folder = case
+def drop_and_rebuild(engine, case):
+    """States wait on the host and are hits again; without ``preserve`` they are gone. Nothing compiles."""
+    longest = case.prompts[-1]
+    for preserve in (True, False):
+        (before,) = engine.generate(input_ids=[longest], sampling_params=GREEDY)
+        engine.release_memory_occupation("kv_cache", preserve=preserve)
+        engine.resume_memory_occupation("kv_cache")
+        compiled = engine.stats()["compilations"]
+        (answer,) = engine.generate(input_ids=[longest], sampling_params=GREEDY)
+        assert before["output_ids"] == answer["output_ids"] == case.tokens[-1][:NEW]
+        assert (answer["meta_info"]["cached_tokens"] >= 96) == preserve
+        assert engine.stats()["compilations"] == compiled
+
+
+def retract(engine, case):
+    """Requests that lose their states in the middle of their answers go on with the same tokens."""
+    sampling = {**GREEDY, "max_new_tokens": 64}
+    last = {}
+    for seen, answer in enumerate(engine.generate(input_ids=case.prompts[-4:], sampling_params=sampling, stream=True)):
+        last[answer["index"]] = answer["output_ids"]
+        if seen == 40:
+            engine.pause_generation("retract")
+            engine.continue_generation()
+    assert engine.stats()["retractions"] > 0
+    assert [last[i] for i in range(4)] == case.tokens[-4:]
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk", "batches"),
+    [
+        ("bamba", 1, 16, [16]),
+        ("bamba", 16, 256, [16, 1]),
+        ("qwen3-next", 16, 16, [16, 1]),
+        pytest.param("qwen3-next", 1, 256, [16, 1], marks=pytest.mark.long),
+        pytest.param("bamba", 1, 256, [1], marks=pytest.mark.long),
+    ],
+)
+def test_the_same_tokens_cold_cached_and_without_the_states(make, name, page_size, chunk, batches):
+    case, folder = make(name)
     with engine(folder, page_size=page_size, chunked_prefill_size=chunk) as e:
         for batch in batches:
             serve(e, case, batch)
@@ -81,11 +118,15 @@ def test_the_same_tokens_cold_cached_and_without_the_states(case, page_size, chu
             assert max(again) >= 96
             evict_states(e, 512)
             assert serve(e, case, batch) != again, "without states, prompts are computed again"
-            check_idle(e)
+            e.flush_cache()
+        drop_and_rebuild(e, case)
+        retract(e, case)
+        check_idle(e)
 
 
-def test_the_same_tokens_with_the_cache_off(case):
-    case, folder = case
-    with engine(folder, page_size=16, chunked_prefill_size=256, disable_radix_cache=True) as e:
+@pytest.mark.parametrize(("name", "chunk"), [("bamba", 256), ("qwen3-next", 16)])
+def test_the_same_tokens_with_the_cache_off(make, name, chunk):
+    case, folder = make(name)
+    with engine(folder, page_size=16, chunked_prefill_size=chunk, disable_radix_cache=True) as e:
         assert serve(e, case, 16) == [0] * 16
         check_idle(e)
