@@ -13,11 +13,12 @@ def prompt(seed, length):
     return [(seed * 31 + i * (7 + seed)) % 50 for i in range(length)]
 
 
+@pytest.mark.parametrize("states", [0, 8])
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("policy", ["lpm", "fcfs"])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_answers_do_not_depend_on_the_cache(page_size, policy, reuse):
-    world = World(tokens=128, page_size=page_size, policy=policy, reuse=reuse)
+def test_answers_do_not_depend_on_the_cache(page_size, policy, reuse, states):
+    world = World(tokens=128, page_size=page_size, policy=policy, reuse=reuse, states=states)
     for seed in (1, 2, 1, 1, 3):
         world.add(prompt(seed, 20 + seed), 12)
     world.run()
@@ -157,6 +158,9 @@ class Machine(RuleBasedStateMachine):
         tokens=st.integers(48, 120),
         policy=st.sampled_from(["lpm", "fcfs"]),
         reuse=st.booleans(),
+        states=st.one_of(st.just(0), st.integers(2, 12)),
+        interval=st.integers(1, 24),
+        least=st.integers(1, 8),
     )
     def start(self, **options):
         self.world = World(**options)

@@ -30,7 +30,7 @@ from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
-from rootcellar.scheduler import Scheduler
+from rootcellar.scheduler import Scheduler, Snapshots
 from rootcellar.sim.arena import group
 from rootcellar.sim.sizing import ARENA
 from rootcellar.units import gb
@@ -146,6 +146,9 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         reuse=not config.disable_radix_cache,
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
+        snapshots=Snapshots(config.page_size, config.mamba_track_interval)
+        if any(kind.rule == "recurrent" for kind in kinds)
+        else None,
     )
     return Parts(
         model, tokenizer, scheduler, runner, compiles, dtype, context, total, running, programs.backend, reload, sizing

@@ -215,6 +215,8 @@ class _Demand:
             config.mamba_full_memory_ratio,
             max_total_tokens,
             inflight=config.chunked_prefill_size,
+            max_mamba_cache_size=config.max_mamba_cache_size,
+            running=running_requests(config, max_total_tokens),
             arena=self.programs.arena,
         )
 

@@ -29,6 +29,11 @@ def transposed(packed: Array) -> Views:
     return [_linear(packed, 1)]
 
 
+def depthwise(packed: Array) -> Views:
+    """One depthwise convolution ``[taps, channels]``."""
+    return [(packed.T[:, None], (packed.shape[1], 1, packed.shape[0]))]
+
+
 def qkv(packed: Array) -> Views:
     """Queries, keys and values ``[in, K, G + 2, D]``: three linear layers."""
     return [_linear(part, 1) for part in _by_group(packed)]

@@ -65,6 +65,8 @@ class Request:
         computed: tokens whose KV is there.
         committed: tokens whose KV is shared.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
+        resumable: tokens after which it last began from a cached recurrent state, or left its own.
+        branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
     """
 
@@ -83,6 +85,8 @@ class Request:
     computed: int = 0
     committed: int = 0
     cached: int | None = None
+    resumable: int = 0
+    branch: int = 0
     retractions: int = 0
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None
