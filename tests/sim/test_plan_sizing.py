@@ -37,7 +37,7 @@ def obvious_bytes(costs, rules, pages, states):
         if cost.kind.rule == "recurrent":
             count = states
         elif cost.kind.rule != "full" and has_full:
-            tokens = cost.kind.span + rules.inflight - (cost.kind.rule == "sliding_window")
+            tokens = cost.kind.span + max(rules.inflight, rules.page_size) - (cost.kind.rule == "sliding_window")
             tokens = min(tokens, pages * rules.page_size)
             aligned = cost.kind.rule == "chunked_local" and cost.kind.span % rules.page_size == 0
             one_request = (tokens + rules.page_size - 1) // rules.page_size + (not aligned)

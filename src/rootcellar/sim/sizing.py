@@ -144,7 +144,9 @@ def split_pages(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> 
     """Pages that a kind which is not recurrent gets when the full kind has ``pages``."""
     if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
         return pages
-    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, rules.inflight)
+    # Chunks may be smaller than pages, and what they passed is released page by page.
+    inflight = max(rules.inflight, rules.page_size)
+    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, inflight)
     return min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
 
 
