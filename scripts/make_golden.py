@@ -59,6 +59,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("gpt-oss", {}),
     "llama4": ("llama4", {}),
+    "bamba": ("bamba", {}),
+    "bamba-one-group": (
+        "bamba",
+        {"mamba_n_groups": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
+    ),
+    "qwen3-next": ("qwen3-next", {}),
     "deepseek2-lite": (
         "deepseek2",
         {
@@ -121,9 +127,10 @@ def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | N
         raise SystemExit(f"transformers does not take this for a checkpoint of {family}: {loaded}")
     model.eval()
     prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
-    # With dynamic rope a row's answer depends on the longest row beside it, and Llama 4's temperature on the padding
-    # before a row: there each runs alone.
-    alone = family == "llama4" or overrides.get("rope_scaling", {}).get("rope_type") == "dynamic"
+    # There each runs alone: a row's answer depends on the longest row beside it with dynamic rope, and on the padding
+    # before it through Llama 4's temperature and a bias of Mamba's input projection.
+    alone = family == "llama4" or overrides.get("mamba_proj_bias", False)
+    alone = alone or overrides.get("rope_scaling", {}).get("rope_type") == "dynamic"
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     tokens: list[list[int]] = []
     for batch in batches:

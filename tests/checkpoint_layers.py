@@ -130,6 +130,61 @@ def deepseek(config: Config, layer: int) -> Shapes:
     return shapes | weights(linear)
 
 
+def bamba(config: Config, layer: int) -> Shapes:
+    """Bamba."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    shapes = norm(embed, "input_layernorm", "pre_ff_layernorm")
+    shapes |= weights(gated("feed_forward", embed, config["intermediate_size"]))
+    if layer in config["attn_layer_indices"]:
+        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        linear = {f"self_attn.{x}_proj": (size, embed) for x, size in (("q", queries), ("k", keys), ("v", keys))}
+        return shapes | weights({**linear, "self_attn.o_proj": (embed, queries)})
+    return shapes | mamba(config)
+
+
+def mamba(config: Config) -> Shapes:
+    """A Mamba-2 layer of Bamba and Granite 4."""
+    embed, heads = config["hidden_size"], config["mamba_n_heads"]
+    inner = heads * config["mamba_d_head"]
+    channels = inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"]
+    linear: Shapes = {"mamba.in_proj": (inner + channels + heads, embed), "mamba.out_proj": (embed, inner)}
+    shapes = {**weights(linear), **norm(inner, "mamba.norm")}
+    shapes["mamba.conv1d.weight"] = (channels, 1, config["mamba_d_conv"])
+    if config["mamba_conv_bias"]:
+        shapes["mamba.conv1d.bias"] = (channels,)
+    if config["mamba_proj_bias"]:
+        shapes |= {f"{name}.bias": linear[name][:1] for name in linear}
+    return shapes | {f"mamba.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+
+
+def qwen3_next(config: Config, layer: int) -> Shapes:
+    """Qwen3-Next."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    shapes = norm(embed, "input_layernorm", "post_attention_layernorm")
+    if layer % config["full_attention_interval"] == config["full_attention_interval"] - 1:
+        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        linear: Shapes = {f"self_attn.{x}_proj": (n, embed) for x, n in (("q", 2 * queries), ("k", keys), ("v", keys))}
+        linear["self_attn.o_proj"] = (embed, queries)
+        shapes |= norm(dim, "self_attn.q_norm", "self_attn.k_norm")
+    else:
+        heads, width = config["linear_num_value_heads"], config["linear_value_head_dim"]
+        keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], heads * width
+        linear = {
+            "linear_attn.in_proj_qkvz": (2 * keys + 2 * values, embed),
+            "linear_attn.in_proj_ba": (2 * heads, embed),
+            "linear_attn.out_proj": (embed, values),
+        }
+        shapes |= {f"linear_attn.{name}": (heads,) for name in ("A_log", "dt_bias")} | norm(width, "linear_attn.norm")
+        shapes["linear_attn.conv1d.weight"] = (2 * keys + values, 1, config["linear_conv_kernel_dim"])
+    if layer in config["mlp_only_layers"]:
+        return shapes | weights(linear) | weights(gated("mlp", embed, config["intermediate_size"]))
+    linear |= {"mlp.gate": (config["num_experts"], embed), "mlp.shared_expert_gate": (1, embed)}
+    linear |= gated("mlp.shared_expert", embed, config["shared_expert_intermediate_size"])
+    for expert in range(config["num_experts"]):
+        linear |= gated(f"mlp.experts.{expert}", embed, config["moe_intermediate_size"])
+    return shapes | weights(linear)
+
+
 def gated(prefix: str, embed: int, inner: int) -> Shapes:
     """A gated feed-forward's linear layers."""
     return {
@@ -157,6 +212,8 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "gemma3_text": gemma3,
     "gpt_oss": gpt_oss,
     "llama4_text": llama4,
+    "bamba": bamba,
+    "qwen3_next": qwen3_next,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
 }

@@ -70,6 +70,16 @@ EXPERTS: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
 }
 NARROW: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+MAMBA: dict[str, Any] = {
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+    "mamba_d_conv": 4,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6, "head_dim": 128},
@@ -128,6 +138,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "floor_scale": 16,
         "attn_scale": 0.5,
         "rope_theta": 500000.0,
+    },
+    "bamba": {
+        "architectures": ["BambaForCausalLM"],
+        "model_type": "bamba",
+        **NARROW,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        **MAMBA,
+    },
+    "qwen3-next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        **NARROW,
+        "num_hidden_layers": 4,
+        "full_attention_interval": 4,
+        "partial_rotary_factor": 0.25,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
     },
     "deepseek2": {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **LATENT, **EXPERTS},
     "deepseek3": {
@@ -190,12 +228,16 @@ def make_config(family: str, **overrides: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not ...}
 
 
+LAST_NORMS = {"bamba": "model.final_layernorm.weight"}
+"""Of the architectures that do not call it ``model.norm``."""
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint."""
     embed = config["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], embed),
-        "model.norm.weight": (embed,),
+        LAST_NORMS.get(config["model_type"], "model.norm.weight"): (embed,),
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], embed)
@@ -217,6 +259,10 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             return (0 if gemma else 1) + 0.1 * values
         if name.endswith("sinks"):
             return values
+        if name.endswith(".D"):
+            return 1 + 0.1 * values
+        if name.endswith(".A_log"):
+            return values - 2  # slow to forget: a wrong state shows long after
         if name.endswith("bias"):
             return 0.2 * values
         if "embed" in name or "lm_head" in name:

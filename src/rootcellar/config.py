@@ -74,9 +74,23 @@ class EngineConfig:
     mamba_full_memory_ratio: float = option(
         0.9,
         "For models with recurrent layers beside attention: bytes of recurrent states for each byte of keys and "
-        "values. Raise it when many short requests run. Other models: no effect.",
+        "values (with max_total_tokens, at least 4 states for each running request). Raise it when many short requests "
+        "run. Other models: no effect.",
         low=0,
         above=True,
+    )
+    max_mamba_cache_size: int | None = option(
+        None,
+        "For models with recurrent layers: states that the cache holds, those of running requests included. None "
+        "follows from mamba_full_memory_ratio. Other models: no effect.",
+        low=2,
+    )
+    mamba_track_interval: int = option(
+        256,
+        "For models with recurrent layers: a state is left in the cache every so many tokens (rounded up to whole "
+        "pages) of a prompt and of its answer, besides where prompts part and end. Smaller lets more prompts resume "
+        "near where they part, and cuts prefill into smaller steps. Other models: no effect.",
+        low=1,
     )
     page_size: int = option(
         16,

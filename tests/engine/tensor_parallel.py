@@ -4,11 +4,27 @@ python tensor_parallel.py FOLDER TP_SIZE  <  prompts as JSON   >  {"output_ids",
 """
 
 import json
+import math
+import re
 import sys
 
 import jax
+import numpy as np
 
 import rootcellar
+from rootcellar.runner.batch import Batch
+
+
+def gathered(runner):
+    """Elements of the largest array that the largest decode step gathers from the devices."""
+    rows = runner.shapes.decode_rows
+    zeros = np.zeros(rows, np.int32)
+    tables = {name: np.zeros((rows, width), np.int32) for name, width in runner._widths.items()}
+    arguments = runner._arguments(Batch(zeros, zeros, zeros, tables, zeros))
+    program = runner._step.lower(*arguments).compile().as_text()
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", program)
+    return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
+
 
 folder, tp_size = sys.argv[1], int(sys.argv[2])
 prompts = json.load(sys.stdin)
@@ -32,6 +48,7 @@ with rootcellar.Engine(
             "pool": list(pool.shape),
             "on_each_device": sorted({tuple(s.data.shape) for s in pool.addressable_shards}),
             "compiled_by_rebuild": engine.stats()["compilations"] - compiled,
+            "gathered": gathered(engine._parts.runner),
         },
         sys.stdout,
     )

@@ -52,6 +52,16 @@ def test_answers_equal_transformers(name, tp_size, heads_on_each, tmp_path):
     assert result["pool"][2] == tp_size * heads_on_each
 
 
+def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(tmp_path):
+    case = golden("deepseek3")
+    case.make(tmp_path)
+    result = run(tmp_path, 2, case.prompts)
+    assert all(answers == case.tokens for answers in result["output_ids"])
+    assert result["on_each_device"] == [result["pool"]]
+    logits = 16 * 512  # the largest decode step's
+    assert 0 < result["gathered"] <= logits
+
+
 def config(heads, kv_heads):
     return read_config(
         {

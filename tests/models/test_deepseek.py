@@ -1,19 +1,19 @@
-"""Configs of DeepSeek V2 and V3: what the published ones mean, what is refused, and what the planner says of them."""
+"""Configs of DeepSeek V2 and V3: what the published ones mean and what is refused."""
 
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from checkpoints import make_config
+from checkpoints import make_checkpoint, make_config
 from rootcellar.errors import ModelError
-from rootcellar.models.config import read_config
+from rootcellar.models.config import load_config, read_config
 from rootcellar.models.feed_forward import Dense
-from rootcellar.models.kinds import kinds_of
-from rootcellar.models.params import count_bytes
+from rootcellar.models.loader import load_params
+from rootcellar.models.params import abstract_params, count_bytes, init_params
 from rootcellar.ops.experts import Router
-from rootcellar.pools import PagedLatent
-from rootcellar.sim.layers import read_architecture
 
 COMMON = {
     "attention_bias": False, "first_k_dense_replace": 1, "hidden_act": "silu", "kv_lora_rank": 512,
@@ -73,15 +73,22 @@ def test_layers_and_routers():
     assert read_config({**V2_LITE, "n_shared_experts": None}).layers[1].feed_forward.shared is None
 
 
-@pytest.mark.parametrize("raw", [V2, V2_LITE, V3], ids=["v2", "lite", "v3"])
-def test_the_planner_counts_what_the_engine_stores(raw):
-    cfg = read_config(raw)
-    (kind,), layouts = kinds_of(cfg, jnp.dtype(jnp.bfloat16))
-    (group,) = read_architecture(raw).groups
-    assert kind == group.kind
-    assert layouts[kind.name] == PagedLatent(512, 64, jnp.dtype(jnp.bfloat16))
-    (buffer,) = layouts[kind.name].arrays(10, 16)
-    assert group.token_bytes(2) == len(kind.layers) * math.prod(buffer.shape[1:]) * 2 // 16
+def test_the_correction_of_the_router_stays_float32(tmp_path):
+    """Its values may be large and their differences small: rounded to bfloat16, other experts would be chosen."""
+    make_checkpoint("deepseek3", tmp_path, vocab_size=32)
+    cfg = load_config(tmp_path)
+    narrow, wide = (load_params(tmp_path, cfg, dtype)["layers"][1] for dtype in (jnp.bfloat16, jnp.float32))
+    assert narrow["correction"].dtype == jnp.float32
+    np.testing.assert_array_equal(narrow["correction"], wide["correction"])
+    assert narrow["router"].dtype == jnp.bfloat16
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(f(cfg, jnp.bfloat16))] for f in (abstract_params, dummy)]
+    assert dtypes[0] == dtypes[1]
+    assert dtypes[0].count(jnp.float32) == 1
+    assert count_bytes(cfg, jnp.bfloat16) == count_bytes(cfg, jnp.float32) // 2 + 16 * 2
+
+
+def dummy(cfg, dtype):
+    return init_params(cfg, 0, dtype)
 
 
 @pytest.mark.parametrize(

@@ -166,5 +166,8 @@ def test_native_backend_that_cannot_run_says_why():
         choose_backend("native", [64], jnp.float16, "cpu")
     with pytest.raises(ConfigError, match="gpu"):
         choose_backend("native", [64], jnp.float32, "gpu")
+    with pytest.raises(ConfigError, match="no layer of this model attends by head"):
+        choose_backend("native", [], jnp.float32, "cpu")
+    assert choose_backend("auto", [], jnp.float32, "cpu") == "xla"
     assert choose_backend("auto", [64], jnp.float32, "gpu") == "xla"
     assert choose_backend("auto", [64, 7], jnp.float32, "cpu") == "xla"

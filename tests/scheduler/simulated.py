@@ -3,6 +3,9 @@
 A step checks that every position before a chunk finds, through the page table, exactly the hash of its own prefix, then
 writes the chunk's. Reading a page that was freed, shared wrongly or written by somebody else cannot go unnoticed. The
 next token is a function of the prefix, so what a request must produce is known without any cache.
+
+With ``states`` the model also has recurrent layers: a slot of state holds the hash of all that went into it, and a step
+must find the one of everything before its chunk.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rootcellar.cache import RadixCache, Tier, full
+from rootcellar.cache import Kind, RadixCache, Tier, full, recurrent
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Plan, Request, Scheduler
+from rootcellar.scheduler import Chunk, Plan, Request, Scheduler, Snapshots
 
 VOCAB = 50
 EOS = 7
@@ -55,26 +58,45 @@ class World:
     running: int = 4
     policy: str = "lpm"
     reuse: bool = True
+    window: Kind | None = None
+    """A window or chunk beside the full layers, with room for ``window_tokens``."""
+    window_tokens: int = 0
+    states: int = 0
+    interval: int = 16
+    least: int = 4
     requests: list[Request] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
 
     def __post_init__(self):
         total = self.tokens // self.page_size * self.page_size
+        kinds, capacity = [full("full", (0,))], {("full", Tier.DEVICE): total}
+        if self.window is not None:
+            kinds.append(self.window)
+            capacity[self.window.name, Tier.DEVICE] = self.window_tokens
+        if self.states:
+            kinds.append(recurrent("state", (1,)))
+            capacity["state", Tier.DEVICE] = self.states
         self.cache = RadixCache(
-            (full("full", (0,)),),
+            kinds,
             page_size=self.page_size,
-            capacity={("full", Tier.DEVICE): total},
+            capacity=capacity,
             max_leases=self.running,
             max_length=total,
             reuse=self.reuse,
         )
-        self.pool = np.zeros(((total // self.page_size + 1), self.page_size), np.int64)
+        self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
+        self.pools = {
+            kind.name: np.zeros((capacity[kind.name, Tier.DEVICE] // self.page_size + 1, self.page_size), np.int64)
+            for kind in self.paged
+        }
+        self.state_pool = [None] * (self.states + 1)
         self.scheduler = Scheduler(
             self.cache,
             chunked_prefill_size=self.chunk,
             max_running_requests=self.running,
             schedule_policy=self.policy,
             reuse=self.reuse,
+            snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
         )
 
     def add(self, prompt, most, **options):
@@ -96,23 +118,42 @@ class World:
             return None
         assert sum(c.stop - c.start for c in plan.chunks) <= (self.running if plan.decode else self.chunk)
         assert len({c.request for c in plan.chunks}) == len(plan.chunks) <= self.running
-        table = self.cache.tables["full"]
         tokens = []
         for chunk in plan.chunks:
             request = chunk.request
             assert chunk.start == request.computed < chunk.stop <= request.length
             hashes = extend_hashes(request.ids[: chunk.stop])
-            for position in range(chunk.stop):
-                page = table[request.lease.row, position // self.page_size]
-                assert page > 0
-                if position < chunk.start:
-                    assert self.pool[page, position % self.page_size] == hashes[position]
-                else:
-                    self.pool[page, position % self.page_size] = hashes[position]
+            for kind in self.paged:
+                self.step_pages(kind, chunk, hashes)
             tokens.append(next_token(hashes[-1]))
+        if self.states:
+            self.step_states(plan)
         moved = self.scheduler.advance(plan, tokens)
         self.finished += [r for r in moved if r.finish is not None]
         return plan
+
+    def step_pages(self, kind: Kind, chunk: Chunk, hashes: list[int]) -> None:
+        """All that the chunk's first token sees is there, and the chunk's own slots are written."""
+        row, pool = self.cache.tables[kind.name][chunk.request.lease.row], self.pools[kind.name]
+        for position in range(kind.start(chunk.start), chunk.stop):
+            page, at = row[position // self.page_size], position % self.page_size
+            assert page > 0
+            if position < chunk.start:
+                assert pool[page, at] == hashes[position]
+            else:
+                pool[page, at] = hashes[position]
+
+    def step_states(self, plan: Plan) -> None:
+        """Every row finds the state of what comes before its chunk, and no two share the one they write."""
+        slots = [self.cache.tables["state"][chunk.request.lease.row].tolist() for chunk in plan.chunks]
+        writes = [write for _, write in slots]
+        assert len(set(writes)) == len(writes)
+        assert 0 not in writes
+        for chunk, (read, write) in zip(plan.chunks, slots, strict=True):
+            assert read == write or read not in writes
+            before, upto = (tuple(chunk.request.ids[:n].tolist()) for n in (chunk.start, chunk.stop))
+            assert (self.state_pool[read] if read else ()) == before
+            self.state_pool[write] = upto
 
     def run(self, limit=10_000):
         for _ in range(limit):
@@ -130,8 +171,10 @@ class World:
             answer = request.output.tolist()
             assert answer == expected_answer(request.ids[: request.prompt_length], request.sampling.max_new_tokens)
         self.cache.check()
-        shelf = self.cache.stats().shelves["full", Tier.DEVICE]
-        assert shelf.free + shelf.cached == shelf.size
-        assert shelf.pinned == shelf.leased == 0
+        shelves = self.cache.stats().shelves
+        for shelf in shelves.values():
+            assert shelf.free + shelf.cached == shelf.size
+            assert shelf.pinned == shelf.leased == 0
         self.cache.flush()
-        assert self.cache.stats().shelves["full", Tier.DEVICE].free == shelf.size
+        for name, shelf in self.cache.stats().shelves.items():
+            assert shelf.free == shelves[name].size

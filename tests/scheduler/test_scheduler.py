@@ -6,18 +6,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import World, expected_answer
 
+from rootcellar.cache import chunked_local, sliding_window
 from rootcellar.scheduler import Finish, Stage
+from rootcellar.sim.sizing import request_pages
 
 
 def prompt(seed, length):
     return [(seed * 31 + i * (7 + seed)) % 50 for i in range(length)]
 
 
+@pytest.mark.parametrize("states", [0, 8])
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("policy", ["lpm", "fcfs"])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_answers_do_not_depend_on_the_cache(page_size, policy, reuse):
-    world = World(tokens=128, page_size=page_size, policy=policy, reuse=reuse)
+def test_answers_do_not_depend_on_the_cache(page_size, policy, reuse, states):
+    world = World(tokens=128, page_size=page_size, policy=policy, reuse=reuse, states=states)
     for seed in (1, 2, 1, 1, 3):
         world.add(prompt(seed, 20 + seed), 12)
     world.run()
@@ -147,6 +150,23 @@ def test_a_request_that_finds_no_room_alone_ends_with_the_reason():
     assert "max_total_tokens" in request.finish.message
 
 
+def windowed(chunked, span):
+    return chunked_local("chunk", (1,), span) if chunked else sliding_window("window", (1,), span)
+
+
+def test_admission_counts_what_each_kind_will_hold():
+    """Three requests of 100 tokens: 24 in each window at most, so that all of them run in 120 tokens of windows."""
+    world = World(tokens=480, chunk=16, running=3, window=sliding_window("window", (1,), 9), window_tokens=120)
+    for i in range(3):
+        world.add(prompt(i, 90), 10)
+    most = 0
+    while world.step() is not None:
+        most = max(most, len(world.scheduler.running))
+    assert most == 3
+    assert world.scheduler.retractions == 0
+    world.verify()
+
+
 class Machine(RuleBasedStateMachine):
     """Requests that share prefixes come, run, are aborted; memory is scarce."""
 
@@ -157,8 +177,17 @@ class Machine(RuleBasedStateMachine):
         tokens=st.integers(48, 120),
         policy=st.sampled_from(["lpm", "fcfs"]),
         reuse=st.booleans(),
+        window=st.none() | st.builds(windowed, st.booleans(), st.integers(1, 30)),
+        spare=st.integers(0, 40),
+        states=st.one_of(st.just(0), st.integers(2, 12)),
+        interval=st.integers(1, 24),
+        least=st.integers(1, 8),
     )
-    def start(self, **options):
+    def start(self, window, spare, **options):
+        if window is not None:  # at least what the engine gives it: one request's pages
+            size = options["page_size"]
+            least = request_pages(window, size, options["tokens"], max(options["chunk"], size)) * size
+            options |= {"window": window, "window_tokens": least + spare}
         self.world = World(**options)
 
     @rule(

@@ -22,6 +22,8 @@ def cases(draw):
         mamba_full_memory_ratio=draw(st.sampled_from([0.1, 0.9, 3.0])),
         max_total_tokens=draw(st.none() | st.integers(16, 600)),
         inflight=draw(st.sampled_from([1, 8, 100])),
+        max_mamba_cache_size=draw(st.none() | st.none() | st.integers(2, 20)),
+        running=draw(st.integers(0, 5)),
     )
     return costs, rules, draw(st.integers(0, 8000))
 
@@ -35,7 +37,7 @@ def obvious_bytes(costs, rules, pages, states):
         if cost.kind.rule == "recurrent":
             count = states
         elif cost.kind.rule != "full" and has_full:
-            tokens = cost.kind.span + rules.inflight - (cost.kind.rule == "sliding_window")
+            tokens = cost.kind.span + max(rules.inflight, rules.page_size) - (cost.kind.rule == "sliding_window")
             tokens = min(tokens, pages * rules.page_size)
             aligned = cost.kind.rule == "chunked_local" and cost.kind.span % rules.page_size == 0
             one_request = (tokens + rules.page_size - 1) // rules.page_size + (not aligned)
@@ -46,7 +48,7 @@ def obvious_bytes(costs, rules, pages, states):
 
 def obvious_search(costs, rules, budget):
     """The most pages of the full kind, with as few states as may be, or None."""
-    states = MIN_STATES if any(c.recurrent for c in costs) else 0
+    states = (rules.max_mamba_cache_size or MIN_STATES) if any(c.recurrent for c in costs) else 0
     if rules.max_total_tokens is not None:
         pages = rules.max_total_tokens // rules.page_size
         return pages if obvious_bytes(costs, rules, pages, states) <= budget else None
@@ -82,6 +84,14 @@ def test_states_get_their_share_but_no_more(case):
     if division is None or "state" not in division.pages:
         return
     state = next(c.page_bytes for c in costs if c.recurrent)
+    if rules.max_mamba_cache_size is not None:
+        assert division.pages["state"] == rules.max_mamba_cache_size
+        return
+    if rules.max_total_tokens is not None:
+        tokens = obvious_bytes([c for c in costs if not c.recurrent], rules, division.tokens // rules.page_size, 0)
+        most = max(tokens * rules.mamba_full_memory_ratio / state - 1, 4 * rules.running, MIN_STATES)
+        assert division.pages["state"] <= most * (1 + 1e-9)
+        return
     share = budget * rules.mamba_full_memory_ratio / (1 + rules.mamba_full_memory_ratio)
     # A share that rounding puts a hair above or below a whole state may go either way.
     assert division.pages["state"] == MIN_STATES or (division.pages["state"] + 1) * state <= share * (1 + 1e-9)

@@ -25,13 +25,13 @@ from rootcellar.models.config import load_config
 from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import load_params
 from rootcellar.models.model import ModelConfig
-from rootcellar.models.params import check_params, init_params, path_name
+from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops.attention import choose_backend
 from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
-from rootcellar.scheduler import Scheduler
+from rootcellar.scheduler import Scheduler, Snapshots
 from rootcellar.sim.arena import group
 from rootcellar.sim.sizing import ARENA
 from rootcellar.units import gb
@@ -99,7 +99,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     if params is not None:
         check_params(model, params)
     placement = Placement(model, config.tp_size)
-    programs = _programs(config, placement, _weights_dtype(params, dtype), _kv_dtype(config, dtype))
+    programs = _programs(config, placement, _weights_dtype(model, params, dtype), _kv_dtype(config, dtype))
     kinds = programs.kinds
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
@@ -125,13 +125,11 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
     )
     if len(kinds) > 1:
-        for kind in kinds:
-            unit = "states" if kind.rule == "recurrent" else "tokens"
-            held = sizing.division.pages[kind.name] * _page_size(kind, config)
-            log.info(
-                "  %s: %d layers, #%s: %d, size: %s GB",
-                kind.name, len(kind.layers), unit, held, gb(pools[kind.name].nbytes),
-            )  # fmt: skip
+        for name, pool in pools.items():
+            within = [
+                f"{kind.name} of {len(kind.layers)} layers" for kind in kinds if programs.pool_of[kind.name] == name
+            ]
+            log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
     shapes = Shapes.of(config.chunked_prefill_size, running)
     runner = Runner(
         placement,
@@ -151,6 +149,9 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         reuse=not config.disable_radix_cache,
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
+        snapshots=Snapshots(config.page_size, config.mamba_track_interval)
+        if any(kind.rule == "recurrent" for kind in kinds)
+        else None,
     )
     return Parts(
         model,
@@ -220,9 +221,12 @@ def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype({"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype))
 
 
-def _weights_dtype(given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
+def _weights_dtype(model: ModelConfig, given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
     """Weights that were handed over are computed with as they are."""
-    return dtype if given is None else jnp.result_type(*jax.tree.leaves(given))
+    if given is None:
+        return dtype
+    leaves = zip(jax.tree.leaves(declare(model)), jax.tree.leaves(given), strict=True)
+    return jnp.result_type(*(array for spec, array in leaves if not spec.wide))
 
 
 def _context_length(wanted: int | None, model: ModelConfig) -> int:

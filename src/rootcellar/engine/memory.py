@@ -215,6 +215,8 @@ class _Demand:
             config.mamba_full_memory_ratio,
             max_total_tokens,
             inflight=config.chunked_prefill_size,
+            max_mamba_cache_size=config.max_mamba_cache_size,
+            running=running_requests(config, max_total_tokens),
             arena=self.programs.arena,
         )
 
@@ -252,7 +254,7 @@ def estimate_reserve(programs: Programs) -> int:
     heads, kv_heads, head_dim = (max(w) for w in zip(*(layer.mixer.widths for layer in model.layers), strict=True))
     widths = Widths(
         hidden=model.hidden_size,
-        intermediate=max(layer.feed_forward.width for layer in model.layers),
+        intermediate=max(layer.feed_forward.width(model.hidden_size) for layer in model.layers),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

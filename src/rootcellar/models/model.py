@@ -87,9 +87,8 @@ class Mixer(Protocol):
 class FeedForward(Protocol):
     """What works on each token alone. One frozen dataclass each."""
 
-    @property
-    def width(self) -> int:
-        """Elements of its inner activations of one token, for an upper bound of a step's memory."""
+    def width(self, embed: int) -> int:
+        """Elements of its inner activations of one token ``[embed]``, for an upper bound of a step's memory."""
         ...
 
     def declare(self, declare: Declare, embed: int) -> Params:

@@ -29,6 +29,11 @@ def transposed(packed: Array) -> Views:
     return [_linear(packed, 1)]
 
 
+def depthwise(packed: Array) -> Views:
+    """One depthwise convolution ``[taps, channels]``."""
+    return [(packed.T[:, None], (packed.shape[1], 1, packed.shape[0]))]
+
+
 def qkv(packed: Array) -> Views:
     """Queries, keys and values ``[in, K, G + 2, D]``: three linear layers."""
     return [_linear(part, 1) for part in _by_group(packed)]
@@ -112,7 +117,7 @@ def source_shapes(spec: ParamSpec) -> list[tuple[int, ...]]:
 
 def pack(spec: ParamSpec, sources: Sequence[Callable[[], Array]], dtype: Any) -> Array:
     """One parameter in ``dtype``, from functions that read its sources; they are called one at a time."""
-    packed = np.empty(spec.shape, dtype)
+    packed = np.empty(spec.shape, spec.dtype(dtype))
     for (view, _), source in zip(spec.packing(packed), sources, strict=True):
         view[...] = source().reshape(view.shape)
     return packed

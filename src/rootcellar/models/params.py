@@ -80,13 +80,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 def count_bytes(cfg: ModelConfig, dtype: Any) -> int:
     """Bytes of the whole pytree in ``dtype``, without allocating it."""
     leaves: list[ParamSpec] = jax.tree.leaves(declare(cfg))
-    itemsize: int = jnp.dtype(dtype).itemsize
-    return itemsize * sum(prod(spec.shape) for spec in leaves)
+    return sum(spec.dtype(dtype).itemsize * prod(spec.shape) for spec in leaves)
 
 
 def abstract_params(cfg: ModelConfig, dtype: Any) -> Params:
     """The pytree as ``jax.ShapeDtypeStruct``, for compiling and sharding without weights."""
-    params: Params = jax.eval_shape(lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, dtype), declare(cfg)))
+    params: Params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype)), declare(cfg))
     return params
 
 
@@ -99,12 +98,12 @@ def init_params(cfg: ModelConfig, seed: int, dtype: Any, std: float = 0.02) -> P
 
     def create(path: tuple[Any, ...], spec: ParamSpec) -> Any:
         if spec.init != "random":
-            return jax.device_put(np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], dtype))
+            return jax.device_put(np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], spec.dtype(dtype)))
         random = np.random.default_rng([seed, zlib.crc32(path_name(path).encode())])
         values = random.random(spec.shape, np.float32)
         values -= np.float32(0.5)
         values *= np.float32(std * 12**0.5)
-        return jax.device_put(values.astype(dtype, copy=False))
+        return jax.device_put(values.astype(spec.dtype(dtype), copy=False))
 
     params: Params = jax.tree_util.tree_map_with_path(create, declare(cfg))
     return params

@@ -40,23 +40,26 @@ class RopeConfig:
     """Multiplies cos and sin (yarn)."""
     interleaved: bool = False
     """The pairs are neighbours (0, 1), (2, 3) ...; otherwise the halves: (0, D / 2), (1, D / 2 + 1) ..."""
+    part: float = 1.0
+    """Of each head the leading part that is turned; the rest is left as it is."""
 
 
 def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     """The rotary embedding of a ``config.json``; ``context`` is its ``max_position_embeddings``.
 
     Reads ``rope_parameters`` (transformers from 5 on) or ``rope_theta`` with ``rope_scaling`` (before). Raises
-    ``ModelError`` for a rule that is not in ``ROPE_TYPES``, a missing field, and partial rotation.
+    ``ModelError`` for a rule that is not in ``ROPE_TYPES``, a missing field, and a scaled rotation of a part of a head.
     """
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     rule = fields.get("rope_type") or fields.get("type") or "default"
     if rule not in ROPE_TYPES:
         raise ModelError(f"rope scaling {rule!r} is not supported; known: {', '.join(ROPE_TYPES)}")
-    if (fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError("partial_rotary_factor other than 1 is not supported")
+    part = float(fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0)
     if rule == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, part=part)
+    if part != 1:
+        raise ModelError(f"partial_rotary_factor={part} with rope scaling {rule!r} is not supported")
     # transformers lets the field next to the rope's own win, and defaults both to the context.
     original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings") or context
     factor = fields.get("factor")
@@ -158,8 +161,14 @@ def _dynamic(rope: RopeConfig, head_dim: int, at: jax.Array) -> jax.Array:
 
 def turn(rope: RopeConfig, positions: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
     """Each of ``parts`` ``[T, heads, D]`` turned by ``positions`` int32 ``[T]``."""
-    cos, sin = rotations(rope, parts[0].shape[-1], positions)
-    return tuple(rotate(part, cos, sin, rope.interleaved) for part in parts)
+    turned = int(parts[0].shape[-1] * rope.part)
+    cos, sin = rotations(rope, turned, positions)
+    if rope.part == 1:
+        return tuple(rotate(part, cos, sin, rope.interleaved) for part in parts)
+    return tuple(
+        jnp.concatenate([rotate(part[..., :turned], cos, sin, rope.interleaved), part[..., turned:]], axis=-1)
+        for part in parts
+    )
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

@@ -19,13 +19,21 @@ tensor's order, perhaps split further, and the tensor's own shape. See ``packing
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. ``axes`` names what may be sharded; ``sources`` are the checkpoint's tensors it is packed from."""
+    """One parameter. ``axes`` names what may be sharded; ``sources`` are the checkpoint's tensors it is packed from.
+
+    ``wide``: it stays float32 whatever the dtype of the weights, because its last bits decide.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
     init: Init
     packing: Packing
     sources: tuple[str, ...]
+    wide: bool = False
+
+    def dtype(self, weights: Any) -> np.dtype[Any]:
+        """Its dtype, where that of the weights is ``weights``."""
+        return np.dtype(np.float32 if self.wide else weights)
 
 
 class Declare(Protocol):

@@ -17,7 +17,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,7 +76,7 @@ def _native_library() -> ctypes.CDLL | None:
     return library
 
 
-def choose_backend(wanted: str, head_dims: Iterable[int], dtype: jnp.dtype, platform: str) -> str:
+def choose_backend(wanted: str, head_dims: Collection[int], dtype: jnp.dtype, platform: str) -> str:
     """Which backend runs: ``"native"`` or ``"xla"``.
 
     Args:
@@ -93,6 +93,8 @@ def choose_backend(wanted: str, head_dims: Iterable[int], dtype: jnp.dtype, plat
     why = None
     if platform != "cpu":
         why = f"it runs on CPUs, and the device is a {platform}"
+    elif not head_dims:
+        why = "no layer of this model attends by head"
     elif dtype not in (jnp.float32, jnp.bfloat16):
         why = f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {dtype}"
     else:

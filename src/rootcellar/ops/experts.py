@@ -127,61 +127,67 @@ def grouped(
     Returns:
         ``[T, K, E]`` in the dtype of ``x``.
     """
-    experts, embed = gate_up.shape[:2]
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    rows = _Rows(flat[order], order // (flat.size // x.shape[0]), jnp.bincount(flat, length=experts))
+    pairs = _Pairs(order, flat[order], jnp.bincount(flat, length=gate_up.shape[0]))
 
     def run(form: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda x, gate_up, down: form(rows, x, gate_up, middle, down)
+        return lambda x, gate_up, down: form(pairs, x, gate_up, middle, down)
 
     if form is None:
         out = lax.platform_dependent(x, gate_up, down, cpu=run(_blocks), default=run(_ragged))
     else:
         out = run({"blocks": _blocks, "ragged": _ragged}[form])(x, gate_up, down)
-    return out[jnp.argsort(order)].reshape(*chosen.shape, embed)
+    return out.reshape(*chosen.shape, x.shape[1])
 
 
-class _Rows(NamedTuple):
+class _Pairs(NamedTuple):
     """The pairs of a token and an expert, sorted by expert."""
 
+    order: Array
+    """int32 ``[M]``: each pair's index among them as they were given."""
     expert: Array
     """int32 ``[M]``: of each pair."""
-    source: Array
-    """int32 ``[M]``: the row of ``x`` of each pair."""
     counts: Array
     """int32 ``[N]``: pairs of each expert."""
 
+    def rows(self, x: Array, pairs: Array) -> Array:
+        """The rows of ``x`` of some pairs, by their index as they were given."""
+        return x[pairs // (self.order.size // x.shape[0])]
 
-def _ragged(rows: _Rows, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
-    inner = lax.ragged_dot(x[rows.source], gate_up.reshape(*gate_up.shape[:2], -1), rows.counts)
-    return lax.ragged_dot(middle(inner.reshape(len(inner), 2, -1), rows.expert), down, rows.counts)
+
+def _ragged(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
+    wide = gate_up.reshape(*gate_up.shape[:2], -1)
+    inner = lax.ragged_dot(pairs.rows(x, pairs.order), wide, pairs.counts)
+    out = lax.ragged_dot(middle(inner.reshape(len(inner), 2, -1), pairs.expert), down, pairs.counts)
+    return out[jnp.argsort(pairs.order)]
 
 
-def _blocks(rows: _Rows, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
-    """A loop over blocks of ``size`` rows of one expert, the last of each expert perhaps not full.
+def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
+    """A loop over blocks of ``size`` pairs of one expert, the last of each expert perhaps not full.
 
     The loop is as long as there could be blocks at most, and skips those that there are not: its length must be known
     for it to be differentiated.
     """
-    pairs, experts = rows.expert.size, gate_up.shape[0]
-    size = min(_BLOCK, 1 << (-(-pairs // experts) - 1).bit_length())
-    blocks = -(-rows.counts // size)  # of each expert
+    count, experts = pairs.order.size, gate_up.shape[0]
+    size = min(_BLOCK, 1 << (-(-count // experts) - 1).bit_length())
+    blocks = -(-pairs.counts // size)  # of each expert
     ends = jnp.cumsum(blocks)
-    place = jnp.arange(pairs) - (jnp.cumsum(rows.counts) - rows.counts)[rows.expert]  # among its expert's pairs
-    block, offset = (ends - blocks)[rows.expert] + place // size, place % size
-    most = min(pairs, pairs // size + experts)
-    sources = jnp.zeros((most, size), jnp.int32).at[block, offset].set(rows.source)
+    place = jnp.arange(count) - (jnp.cumsum(pairs.counts) - pairs.counts)[pairs.expert]  # among its expert's pairs
+    most = min(count, count // size + experts)
+    members = jnp.full((most, size), count, jnp.int32)  # the pairs of each block; `count` where there is none
+    members = members.at[(ends - blocks)[pairs.expert] + place // size, place % size].set(pairs.order)
     which = jnp.searchsorted(ends, jnp.arange(most), side="right")  # the expert of each block, or N
 
-    def one(expert: Array, source: Array) -> Array:
+    def one(expert: Array, member: Array) -> Array:
         first, second = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_up, down))
+        rows = pairs.rows(x, jnp.minimum(member, count - 1))
         # Gate and up stay apart, or tensor parallelism, which splits I, would gather all experts first.
-        return middle(jnp.einsum("me,eci->mci", x[source], first), expert) @ second
+        return middle(jnp.einsum("me,eci->mci", rows, first), expert) @ second
 
-    def body(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        nothing = jnp.zeros((size, x.shape[1]), x.dtype)
-        return None, lax.cond(block[0] < experts, one, lambda *_: nothing, *block)
+    def body(out: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        rows = lax.cond(block[0] < experts, one, lambda *_: jnp.zeros((size, x.shape[1]), x.dtype), *block)
+        return out.at[block[1]].set(rows, mode="drop"), None
 
-    _, out = lax.scan(body, None, (which, sources))
-    return out[block, offset]
+    out, _ = lax.scan(body, jnp.zeros((count, x.shape[1]), x.dtype), (which, members))
+    return out

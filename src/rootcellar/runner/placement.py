@@ -77,7 +77,8 @@ class Placement:
     def abstract(self, dtype: Any) -> Params:
         """The params as they will lie, as ``jax.ShapeDtypeStruct``: for compiling and sizing without weights."""
         shapes: Params = jax.tree.map(
-            lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self._sharding(spec)), declare(self.served)
+            lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._sharding(spec)),
+            declare(self.served),
         )
         return shapes
 

@@ -2,5 +2,6 @@
 
 from rootcellar.scheduler.request import Finish, Request, Stage
 from rootcellar.scheduler.scheduler import POLICIES, Chunk, Plan, Scheduler
+from rootcellar.scheduler.snapshots import Snapshots
 
-__all__ = ["POLICIES", "Chunk", "Finish", "Plan", "Request", "Scheduler", "Stage"]
+__all__ = ["POLICIES", "Chunk", "Finish", "Plan", "Request", "Scheduler", "Snapshots", "Stage"]

@@ -75,6 +75,8 @@ class Request:
         committed: tokens whose KV is shared.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         cached_by_tier: where they came from, by tier.
+        resumable: tokens after which it last began from a cached recurrent state, or left its own.
+        branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
     """
 
@@ -94,6 +96,8 @@ class Request:
     committed: int = 0
     cached: int | None = None
     cached_by_tier: dict[str, int] = field(default_factory=dict)
+    resumable: int = 0
+    branch: int = 0
     retractions: int = 0
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rootcellar.cache import Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.request import Finish, Request, Stage
+from rootcellar.scheduler.snapshots import Snapshots
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
 # the better order saves (SGLang draws the same line).
@@ -70,6 +71,7 @@ class Scheduler:
         reuse: bool = True,
         tiles_of: Callable[[int], int] = lambda tokens: tokens,
         max_tiles: int | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Schedule over ``cache``.
 
@@ -81,6 +83,7 @@ class Scheduler:
             reuse: whether the cache shares anything; if not, no request waits for another's prefix.
             tiles_of: tiles that so many tokens of one request take in a prefill step.
             max_tiles: most tiles in a prefill step; None: as many as tokens.
+            snapshots: where requests leave recurrent states; None: the model has none.
         """
         self.cache = cache
         self.waiting: list[Request] = []
@@ -95,6 +98,7 @@ class Scheduler:
         self._reuse = reuse
         self._tiles_of = tiles_of
         self._max_tiles = max_tiles if max_tiles is not None else chunked_prefill_size
+        self._snapshots = snapshots
         self._arrivals = 0
         self._admissions = 0
         self._admitted: dict[Request, int] = {}
@@ -159,7 +163,7 @@ class Scheduler:
         assert request.lease is not None
         self.cache.close(request.lease)
         request.lease = None
-        request.computed = request.committed = 0
+        request.computed = request.committed = request.resumable = request.branch = 0
         self.running.remove(request)
         del self._admitted[request]
 
@@ -171,13 +175,19 @@ class Scheduler:
         self.retractions += 1
         self.waiting.insert(0, request)
 
-    def _commit(self, request: Request, *, everything: bool) -> None:
-        """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny."""
+    def _commit(self, request: Request, *, everything: bool, decode: bool = False) -> None:
+        """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny.
+
+        ``decode``: a recurrent state is left only at its interval.
+        """
         step = self.cache.page_size if everything else max(self.cache.page_size, min(16, self._chunk))
-        if request.computed // step > request.committed // step:
+        snapshot = self._snapshots is not None and self._snapshots.due(request, decode)
+        if request.computed // step > request.committed // step or snapshot:
             assert request.lease is not None
-            self.cache.commit(request.lease, request.key(request.computed))
+            self.cache.commit(request.lease, request.key(request.computed), snapshot=snapshot)
             request.committed = request.computed - request.computed % self.cache.page_size
+            if snapshot:
+                request.resumable = request.computed
 
     # -- the next step --------------------------------------------------------------------------------------------
 
@@ -211,6 +221,8 @@ class Scheduler:
                 n -= (
                     request.computed + n
                 ) % self.cache.page_size  # end the chunk on a page, so that all of it is shared
+            if self._snapshots is not None:
+                n = self._snapshots.stop(request, request.computed + n) - request.computed
             need = self._tiles_of(n)
             if need > tiles or n <= 0:
                 break
@@ -263,11 +275,11 @@ class Scheduler:
         """Start waiting requests while a step's worth of prompt, rows and memory are there."""
         budget = self._chunk - sum(r.remaining for r in self.running if r.remaining > 1)
         for request, hit in self._candidates():
-            if budget <= 0 or len(self.running) >= self._max_running:
+            if len(self.running) >= self._max_running:
                 return
             if self._shares_with_running(request, hit):
                 continue
-            if not self._start(request, hit):
+            if budget <= 0 or not self._start(request, hit):
                 return
             budget -= request.remaining
 
@@ -296,8 +308,18 @@ class Scheduler:
             if (other.namespace, other.epoch) != (request.namespace, request.epoch):
                 continue
             if np.array_equal(request.ids[:worth], other.ids[:worth]):
+                if self._snapshots is not None:
+                    self._meet(request.ids[:end], other)
                 return True
         return False
+
+    def _meet(self, ids: NDArray[np.int64], other: Request) -> None:
+        """Let a running request leave a state where one that waits for it will go another way."""
+        differs = ids != other.ids[: len(ids)]
+        shared = int(differs.argmax()) if differs.any() else len(ids)
+        shared -= shared % self.cache.page_size
+        if shared > other.computed and not other.computed < other.branch < shared:
+            other.branch = shared
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
@@ -312,7 +334,8 @@ class Scheduler:
             return False
         request.lease = lease
         self._namespaces.add(lease.namespace)
-        request.computed = request.committed = lease.cached
+        request.computed = request.committed = request.resumable = lease.cached
+        request.branch = hit.branch
         if request.cached is None:
             request.cached = min(lease.cached, request.prompt_length)
             request.cached_by_tier = _by_tier(hit, request.cached)
@@ -343,7 +366,7 @@ class Scheduler:
             if request.finish is not None:
                 self._end(request)
             else:
-                self._commit(request, everything=not plan.decode)
+                self._commit(request, everything=not plan.decode, decode=plan.decode)
         return moved
 
 

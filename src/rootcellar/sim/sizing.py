@@ -14,6 +14,8 @@ ARENA = "arena"
 """What the pool that several kinds share is called, in capacities and divisions."""
 MIN_STATES = 2
 """Fewest recurrent states: one request reads one and writes another."""
+STATES_PER_REQUEST = 4
+"""States for each running request where tokens are capped: the one it reads, the one it writes, and two it leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,10 @@ class Rules:
         swa_full_tokens_ratio: tokens of the windowed kinds for each token of the full kind, 0 to 1.
         mamba_full_memory_ratio: bytes of recurrent states for each byte of the other kinds.
         max_total_tokens: take so many tokens and no more; None takes what fits.
+        max_mamba_cache_size: take so many recurrent states; None divides by the ratio.
         inflight: tokens of a request that may be in computation (``chunked_prefill_size``); see
             :func:`split_pages`, and arenas.
+        running: requests that may run at the same time; counts when ``max_total_tokens`` is given.
         arena: names of the kinds that share one pool, all with pages of the same bytes (see ``sim.arena``).
     """
 
@@ -48,6 +52,8 @@ class Rules:
     mamba_full_memory_ratio: float = 0.9
     max_total_tokens: int | None = None
     inflight: int = 1
+    max_mamba_cache_size: int | None = None
+    running: int = 0
     arena: tuple[str, ...] = ()
 
 
@@ -68,10 +74,9 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     """The largest pools that fit into ``budget`` bytes; None when not even the smallest do (see :func:`smallest`).
 
     The full kind gets ``f`` pages and the windowed ones ``f * swa_full_tokens_ratio``, but never less than one request
-    needs, its next chunk of prefill included (or ``f``, when that is less). Recurrent kinds get the share
-    ``ratio / (1 + ratio)`` of the budget in whole states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given,
-    tokens come first and states get what is left. An arena gets all that is left, or the pages that its kinds would
-    have had for ``max_total_tokens``.
+    needs, its next chunk of prefill included (or ``f``, when that is less). For recurrent kinds see
+    :func:`state_pages`; when ``max_total_tokens`` is given, tokens come first. An arena gets all that is left, or the
+    pages that its kinds would have had for ``max_total_tokens``.
     """
     if rules.arena:
         return _divide_arena(costs, rules, budget)
@@ -95,28 +100,39 @@ def state_bytes(costs: Sequence[Cost], states: int) -> int:
 def state_pages(costs: Sequence[Cost], rules: Rules, budget: int, least: int) -> int | None:
     """States that the recurrent kinds get of ``budget`` bytes, where the others need ``least`` of them. None: no room.
 
-    The share ``ratio / (1 + ratio)``, in whole states, as far as ``least`` leaves room; ``MIN_STATES`` at least.
+    ``max_mamba_cache_size``, where it is given. Otherwise, in whole states and as far as ``least`` leaves room, the
+    share ``ratio / (1 + ratio)`` of the budget; where ``max_total_tokens`` is given, ``ratio`` of what these tokens
+    take, or ``STATES_PER_REQUEST`` for each running request if that is more. ``MIN_STATES`` at least.
     """
     per_state = sum(cost.page_bytes for cost in costs if cost.recurrent)
-    least_states = MIN_STATES if per_state else 0
+    least_states = least_states_of(costs, rules)
     spare = budget - least - state_bytes(costs, least_states)
     if spare < 0:
         return None
-    if not per_state:
-        return 0
+    if not per_state or rules.max_mamba_cache_size is not None:
+        return least_states
     ratio = rules.mamba_full_memory_ratio
-    share = int(budget * (ratio / (1 + ratio))) // per_state - 1
+    if rules.max_total_tokens is None:
+        share = int(budget * (ratio / (1 + ratio))) // per_state - 1
+    else:
+        share = max(int(least * ratio) // per_state - 1, STATES_PER_REQUEST * rules.running)
     return max(least_states, min(share, least_states + spare // per_state))
 
 
+def least_states_of(costs: Sequence[Cost], rules: Rules) -> int:
+    """Fewest recurrent states that there must be; 0 for a model without recurrent layers."""
+    if not any(cost.recurrent for cost in costs):
+        return 0
+    return rules.max_mamba_cache_size or MIN_STATES
+
+
 def smallest(costs: Sequence[Cost], rules: Rules) -> int:
-    """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and two states."""
+    """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and the fewest states."""
     if rules.arena:
         page, pages = _arena_pages(costs, rules)
-        return (pages + 1) * page + state_bytes(costs, MIN_STATES if any(cost.recurrent for cost in costs) else 0)
+        return (pages + 1) * page + state_bytes(costs, least_states_of(costs, rules))
     pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
-    states = MIN_STATES if any(cost.recurrent for cost in costs) else 0
-    return _division(costs, rules, max(1, pages), states).nbytes
+    return _division(costs, rules, max(1, pages), least_states_of(costs, rules)).nbytes
 
 
 def token_bytes(costs: Sequence[Cost], rules: Rules, pages: int) -> int:
@@ -128,7 +144,9 @@ def split_pages(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> 
     """Pages that a kind which is not recurrent gets when the full kind has ``pages``."""
     if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
         return pages
-    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, rules.inflight)
+    # Chunks may be smaller than pages, and what they passed is released page by page.
+    inflight = max(rules.inflight, rules.page_size)
+    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, inflight)
     return min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
 
 

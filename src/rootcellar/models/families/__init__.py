@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import deepseek, gemma, gpt_oss, llama, llama4
+from rootcellar.models.families import bamba, deepseek, gemma, gpt_oss, llama, llama4, qwen3_next
 from rootcellar.models.families.family import Family, Raw
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
-    for relatives in (llama, gemma, gpt_oss, llama4, deepseek)
+    for relatives in (llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next)
     for family in relatives.FAMILIES
 }
 

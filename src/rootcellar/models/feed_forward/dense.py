@@ -20,9 +20,8 @@ class Dense:
     bias: bool = False
     activation: str = "silu"
 
-    @property
-    def width(self) -> int:
-        """Elements of one token's inner activations."""
+    def width(self, embed: int) -> int:  # noqa: ARG002 - its result is counted for every layer
+        """See ``FeedForward``."""
         return self.intermediate_size
 
     def declare(self, declare: Declare, embed: int) -> Params:

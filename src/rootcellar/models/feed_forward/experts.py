@@ -64,10 +64,10 @@ class Experts:
         if self.bias and self.stored not in ("halves", "interleaved"):
             raise ModelError(f"experts stored {self.stored!r} with biases are not known")
 
-    @property
-    def width(self) -> int:
-        """Elements of one token's inner activations."""
-        return self.router.top_k * self.intermediate_size + (0 if self.shared is None else self.shared.width)
+    def width(self, embed: int) -> int:
+        """See ``FeedForward``: an expert's answers are kept apart until they are weighed."""
+        shared = 0 if self.shared is None else self.shared.width(embed)
+        return self.router.top_k * (self.intermediate_size + embed) + shared
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """``router`` [E, N], ``experts_gate_up`` [N, E, 2, I], ``experts_down`` [N, I, E]; where there are any:
@@ -89,7 +89,7 @@ class Experts:
         if self.router_bias:
             params["router_bias"] = declare("router_bias", (count,), (None,), "zeros")
         if self.router.correction:
-            params["correction"] = declare("correction", (count,), (None,), "zeros")
+            params["correction"] = replace(declare("correction", (count,), (None,), "zeros"), wide=True)
         if self.bias:
             axes: tuple[Axis, ...] = (None, None, "mlp")
             params["experts_gate_up_bias"] = declare(
@@ -107,7 +107,7 @@ class Experts:
         scores = jnp.einsum("te,en->tn", x, params["router"], preferred_element_type=jnp.float32)
         if self.router_bias:
             scores = scores + params["router_bias"]
-        correction = params["correction"].astype(jnp.float32) if self.router.correction else None
+        correction = params["correction"] if self.router.correction else None
         chosen, weights = route(self.router, scores, correction)
         weights = weights.astype(x.dtype)
 

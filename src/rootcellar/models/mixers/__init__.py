@@ -1,6 +1,8 @@
 """What mixes tokens in a layer: one file each."""
 
 from rootcellar.models.mixers.attention import Attention, Temperature
+from rootcellar.models.mixers.gated_delta import GatedDelta
 from rootcellar.models.mixers.latent import Latent
+from rootcellar.models.mixers.mamba2 import Mamba2
 
-__all__ = ["Attention", "Latent", "Temperature"]
+__all__ = ["Attention", "GatedDelta", "Latent", "Mamba2", "Temperature"]

@@ -48,6 +48,7 @@ class Attention:
         qk_norm: of queries and keys by head, before they are turned.
         qk_unit: queries and keys are divided by their root mean square after they are turned; the epsilon. None: not.
         sinks: each head has a learned score that takes weight and gives nothing (gpt-oss).
+        gated: each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next).
     """
 
     num_heads: int
@@ -63,6 +64,7 @@ class Attention:
     qk_unit: float | None = None
     sinks: bool = False
     temperature: Temperature | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -94,8 +96,12 @@ class Attention:
         return Reach(self.rule, self.span, self.head_dim**-0.5 if self.scale is None else self.scale)
 
     def declare(self, declare: Declare, embed: int) -> Params:
-        """``qkv`` [E, K, G + 2, D], ``o`` [H, D, E]; biases, norms by head and sinks where there are any."""
-        heads, kv, group, dim = self.num_heads, self.num_kv_heads, self.group_size, self.head_dim
+        """``qkv`` [E, K, G + 2, D], ``o`` [H, D, E]; biases, norms by head and sinks where there are any.
+
+        Where heads are ``gated`` each query of ``qkv`` has its gate after it: [E, K, 2 G + 2, D].
+        """
+        heads, kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
+        group = self.group_size * (2 if self.gated else 1)
         by_group: tuple[Axis, ...] = ("kv_heads", None, None)
         params: Params = {
             "qkv": declare("qkv", (embed, kv, group + 2, dim), ("embed", *by_group), "random", packing.qkv),
@@ -120,7 +126,7 @@ class Attention:
         self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
     ) -> tuple[jax.Array, list[jax.Array]]:
         """See ``Mixer``."""
-        q, k, v = self.project(params, x, jnp.maximum(step.positions, 0))
+        q, k, v, gate = self.project(params, x, jnp.maximum(step.positions, 0))
         attend = step.local(
             paged_attention(step.backend, self.reach),
             (_POOL, _ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), ()),
@@ -128,12 +134,13 @@ class Attention:
         )
         sinks = self._sinks(params)
         out, buffer = attend(buffers[0], q, k, v, sinks, step.table, step.rows, step.positions)
-        return self.merge(params, out.astype(x.dtype)), [buffer]
+        return self.merge(params, out.astype(x.dtype), gate), [buffer]
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:
         """See ``Mixer``: scores of every pair, masked; softmax in float32."""
         at = jnp.arange(x.shape[0], dtype=jnp.int32)
-        return self.merge(params, self.attend_plain(params, *self.project(params, x, at), self.sees(at, at)))
+        q, k, v, gate = self.project(params, x, at)
+        return self.merge(params, self.attend_plain(params, q, k, v, self.sees(at, at)), gate)
 
     def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """Whether positions ``query`` [T] see positions ``key`` [S]: bool [T, S]."""
@@ -149,13 +156,16 @@ class Attention:
         weights = jax.nn.softmax(scores, axis=-1)[..., :-1].astype(v.dtype)
         return jnp.einsum("kgts,skd->tkgd", weights, v).reshape(q.shape)
 
-    def project(self, params: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned."""
+    def project(
+        self, params: Params, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned; and gates."""
         rows = jnp.einsum("te,ekgd->tkgd", x, params["qkv"])
         if self.qkv_bias:
             rows = rows + params["qkv_bias"]
-        q = rows[:, :, : self.group_size].reshape(-1, self.num_heads, self.head_dim)
-        k, v = rows[:, :, self.group_size], rows[:, :, self.group_size + 1]
+        q, k, v = rows[:, :, :-2], rows[:, :, -2], rows[:, :, -1]
+        gate = q[:, :, 1::2].reshape(-1, self.num_heads, self.head_dim) if self.gated else None
+        q = (q[:, :, ::2] if self.gated else q).reshape(-1, self.num_heads, self.head_dim)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, params["q_norm"]), self.qk_norm(k, params["k_norm"])
         if self.rope is not None:
@@ -165,10 +175,12 @@ class Attention:
         if self.temperature is not None:
             grown = jnp.floor((positions.astype(jnp.float32) + 1) / self.temperature.floor)
             q = (q * (1 + self.temperature.scale * jnp.log1p(grown))[:, None, None]).astype(q.dtype)
-        return q, k, v
+        return q, k, v, gate
 
-    def merge(self, params: Params, out: jax.Array) -> jax.Array:
-        """``[T, E]`` of the heads' outputs ``[T, H, D]``."""
+    def merge(self, params: Params, out: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """``[T, E]`` of the heads' outputs ``[T, H, D]`` and their gates."""
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         mixed = jnp.einsum("thd,hde->te", out, params["o"])
         return mixed + params["o_bias"] if self.o_bias else mixed
 

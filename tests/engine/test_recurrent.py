@@ -1,0 +1,132 @@
+"""Hybrid models with recurrent layers in the engine: the tokens of transformers, whatever becomes of the states."""
+
+import random
+
+import numpy as np
+import pytest
+
+import rootcellar
+from checkpoints import golden
+
+NEW = 24
+GREEDY = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(name):
+        case = golden(name)
+        case.make(tmp_path)
+        return case, tmp_path
+
+    return make
+
+
+def engine(folder, **options):
+    options = {"max_total_tokens": 8192, "max_running_requests": 16, "max_mamba_cache_size": 40, **options}
+    options["skip_tokenizer_init"] = True
+    return rootcellar.Engine(model_path=folder, **options)
+
+
+def shelf(engine, kind="recurrent"):
+    return engine.stats()["cache"][kind]["DEVICE"]
+
+
+def serve(engine, case, batch):
+    """All prompts in a shuffled order, ``batch`` at a time: what they must answer, and what of them was cached."""
+    order = list(range(len(case.prompts)))
+    random.Random(batch).shuffle(order)
+    cached = [0] * len(order)
+    for at in range(0, len(order), batch):
+        part = order[at : at + batch]
+        answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
+        for i, answer in zip(part, answers, strict=True):
+            assert answer["output_ids"] == case.tokens[i][:NEW], f"prompt {i}"
+            cached[i] = answer["meta_info"]["cached_tokens"]
+    return cached
+
+
+def evict_states(engine, vocab):
+    """Let other requests push every state out; keys and values all stay."""
+    before, full = shelf(engine), shelf(engine, "full")
+    rng = np.random.default_rng(7)
+    others = [rng.integers(0, vocab, 33).tolist() for _ in range(before["size"])]
+    for at in range(0, len(others), 16):
+        engine.generate(input_ids=others[at : at + 16], sampling_params={"temperature": 0, "max_new_tokens": 1})
+    assert shelf(engine)["evicted"] - before["evicted"] >= before["cached"]
+    assert shelf(engine, "full")["evicted"] == full["evicted"]
+    assert shelf(engine, "full")["cached"] > full["cached"]
+
+
+def check_idle(engine):
+    """When idle, free and cached make up everything; after a flush everything is free."""
+    engine.check()
+    for kind in ("full", "recurrent"):
+        found = shelf(engine, kind)
+        assert found["free"] + found["cached"] == found["size"]
+        assert found["pinned"] == found["leased"] == 0
+    engine.flush_cache()
+    assert shelf(engine)["free"] == shelf(engine)["size"]
+
+
+def drop_and_rebuild(engine, case):
+    """States wait on the host and are hits again; without ``preserve`` they are gone. Nothing compiles."""
+    longest = case.prompts[-1]
+    for preserve in (True, False):
+        (before,) = engine.generate(input_ids=[longest], sampling_params=GREEDY)
+        engine.release_memory_occupation("kv_cache", preserve=preserve)
+        engine.resume_memory_occupation("kv_cache")
+        compiled = engine.stats()["compilations"]
+        (answer,) = engine.generate(input_ids=[longest], sampling_params=GREEDY)
+        assert before["output_ids"] == answer["output_ids"] == case.tokens[-1][:NEW]
+        assert (answer["meta_info"]["cached_tokens"] >= 96) == preserve
+        assert engine.stats()["compilations"] == compiled
+
+
+def retract(engine, case):
+    """Requests that lose their states in the middle of their answers go on with the same tokens."""
+    sampling = {**GREEDY, "max_new_tokens": 64}
+    last = {}
+    for seen, answer in enumerate(engine.generate(input_ids=case.prompts[-4:], sampling_params=sampling, stream=True)):
+        last[answer["index"]] = answer["output_ids"]
+        if seen == 40:
+            engine.pause_generation("retract")
+            engine.continue_generation()
+    assert engine.stats()["retractions"] > 0
+    assert [last[i] for i in range(4)] == case.tokens[-4:]
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk", "batches"),
+    [
+        ("bamba", 1, 16, [16]),
+        ("bamba", 16, 256, [16, 1]),
+        ("qwen3-next", 16, 16, [16, 1]),
+        pytest.param("qwen3-next", 1, 256, [16, 1], marks=pytest.mark.long),
+        pytest.param("bamba", 1, 256, [1], marks=pytest.mark.long),
+    ],
+)
+def test_the_same_tokens_cold_cached_and_without_the_states(make, name, page_size, chunk, batches):
+    case, folder = make(name)
+    with engine(folder, page_size=page_size, chunked_prefill_size=chunk) as e:
+        for batch in batches:
+            serve(e, case, batch)
+            again = serve(e, case, batch)
+            for prompt, cached in zip(case.prompts, again, strict=True):
+                if len(prompt) > 33 + page_size:  # a state at the tail of the prompt, or where another parted from it
+                    assert cached > 0
+            assert max(again) >= 96
+            evict_states(e, 512)
+            assert serve(e, case, batch) != again, "without states, prompts are computed again"
+            e.flush_cache()
+        drop_and_rebuild(e, case)
+        retract(e, case)
+        check_idle(e)
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("bamba", 256), ("qwen3-next", 16)])
+def test_the_same_tokens_with_the_cache_off(make, name, chunk):
+    case, folder = make(name)
+    with engine(folder, page_size=16, chunked_prefill_size=chunk, disable_radix_cache=True) as e:
+        assert serve(e, case, 16) == [0] * 16
+        check_idle(e)

@@ -1,0 +1,162 @@
+"""Recurrent layers over packed batches, against the recurrence one token of one sequence after another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rootcellar.ops.delta import gated_delta, gated_delta_sequential
+from rootcellar.ops.recurrent import causal_conv, course
+from rootcellar.ops.ssd import ssd, ssd_sequential
+
+HEADS, WIDTH, SIZE, GROUPS, CHANNELS, TAPS = 4, 6, 5, 2, 3, 4
+
+
+def pack(lengths, tile, padding):
+    """Rows, positions (starting anywhere) and for each token its (row, index), None for padding."""
+    rows, positions, source = [], [], []
+    for r, length in enumerate(lengths):
+        for start in range(0, length, tile):
+            part = list(range(start, min(start + tile, length)))
+            rows.append(r)
+            positions += [40 + 7 * r + i for i in part] + [-1] * (tile - len(part))
+            source += [(r, i) for i in part] + [None] * (tile - len(part))
+    rows += [0] * padding
+    positions += [-1] * (tile * padding)
+    source += [None] * (tile * padding)
+    return np.asarray(rows, np.int32), np.asarray(positions, np.int32), source
+
+
+class Ssd:
+    state = (HEADS, WIDTH, SIZE)
+
+    @staticmethod
+    def inputs(rng, tokens):
+        return {
+            "x": rng.standard_normal((tokens, HEADS, WIDTH)),
+            "dt": rng.uniform(0.01, 1.5, (tokens, HEADS)),
+            "b": rng.standard_normal((tokens, GROUPS, SIZE)),
+            "c": rng.standard_normal((tokens, GROUPS, SIZE)),
+        }
+
+    @staticmethod
+    def _a():
+        return -jnp.linspace(0.2, 3, HEADS, dtype=jnp.float32)
+
+    @classmethod
+    def packed(cls, pool, way, x, dt, b, c):
+        return ssd(pool, x, dt, cls._a(), b, c, way)
+
+    @classmethod
+    def sequential(cls, state, x, dt, b, c):
+        return ssd_sequential(state, x, dt, cls._a(), b, c)
+
+
+class Delta:
+    state = (HEADS, SIZE, WIDTH)
+
+    @staticmethod
+    def inputs(rng, tokens):
+        return {
+            "q": rng.standard_normal((tokens, GROUPS, SIZE)),
+            "k": rng.standard_normal((tokens, GROUPS, SIZE)),
+            "v": rng.standard_normal((tokens, HEADS, WIDTH)),
+            "g": -rng.uniform(0.01, 1.5, (tokens, HEADS)),
+            "beta": rng.uniform(0, 1, (tokens, HEADS)),
+        }
+
+    @staticmethod
+    def packed(pool, way, q, k, v, g, beta):
+        return gated_delta(pool, q, k, v, g, beta, way)
+
+    @staticmethod
+    def sequential(state, q, k, v, g, beta):
+        return gated_delta_sequential(state, q, k, v, g, beta)
+
+
+class Conv:
+    state = (TAPS - 1, CHANNELS)
+    weight = np.random.default_rng(1).standard_normal((TAPS, CHANNELS)).astype(np.float32)
+    bias = np.linspace(-1, 1, CHANNELS, dtype=np.float32)
+
+    @staticmethod
+    def inputs(rng, tokens):
+        return {"x": rng.standard_normal((tokens, CHANNELS))}
+
+    @classmethod
+    def packed(cls, pool, way, x):
+        return causal_conv(pool, x, cls.weight, cls.bias, way)
+
+    @classmethod
+    def sequential(cls, state, x):
+        whole = np.concatenate([state, x])
+        y = [(whole[i : i + TAPS] * cls.weight).sum(0) + cls.bias for i in range(len(x))]
+        return np.stack(y), whole[len(whole) - TAPS + 1 :]
+
+
+OPS = [Ssd, Delta, Conv]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("lengths", "tile", "padding"),
+    [
+        ([1], 1, 0),
+        ([1, 1, 1], 1, 1),
+        ([16], 16, 0),
+        ([40, 3, 16, 17], 16, 2),
+        ([5, 1, 2], 2, 3),  # a tile shorter than the convolution
+    ],
+)
+def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
+    rng = np.random.default_rng(len(lengths) * tile)
+    rows, positions, source = pack(lengths, tile, padding)
+    # The first row begins from zeros, the second reads a snapshot and writes elsewhere, the others have their own.
+    slots = rng.permutation(np.arange(1, 2 * len(lengths) + 3))
+    tables = np.zeros((len(rows), 2), np.int32)
+    for r in range(len(lengths)):
+        own = slots[2 * r]
+        tables[r] = (0 if r == 0 else slots[2 * r + 1] if r == 1 else own), own
+    pool = rng.standard_normal((2 * len(lengths) + 3, *op.state)).astype(np.float32)
+    pool[0] = np.nan  # what padding wrote there
+    inputs = [op.inputs(rng, n) for n in lengths]
+    batch = {}
+    for name, values in inputs[0].items():
+        padding = np.full(values.shape[1:], np.nan)
+        batch[name] = np.stack([padding if s is None else inputs[s[0]][name][s[1]] for s in source])
+    step = jax.jit(
+        lambda pool, tables, batch: op.packed(pool, course(tables, rows, positions), **batch), donate_argnums=0
+    )
+    y, new = step(jnp.asarray(pool), tables, {k: jnp.asarray(v, jnp.float32) for k, v in batch.items()})
+    written = set()
+    for r, row in enumerate(inputs):
+        read, own = tables[r]
+        start = np.zeros(op.state, np.float32) if read == 0 else pool[read]
+        expected, state = op.sequential(start, **{k: np.asarray(v, np.float32) for k, v in row.items()})
+        got = np.stack([y[i] for i, s in enumerate(source) if s is not None and s[0] == r])
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(new[own], state, rtol=2e-4, atol=2e-5)
+        written.add(int(own))
+    for slot in set(range(1, len(pool))) - written:
+        np.testing.assert_array_equal(new[slot], pool[slot])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (4, 16)])
+def test_step_memory_does_not_grow_with_the_pool(op, tiles, tile):
+    """The trap of XLA on CPUs: a pool that is read and written in one step may be copied in every one."""
+    tokens = tiles * tile
+    batch = {
+        k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in op.inputs(np.random.default_rng(0), tokens).items()
+    }
+    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tiles, 2), (tiles,), (tokens,))]
+
+    def temporary(slots):
+        def step(pool, tables, rows, positions, batch):
+            return op.packed(pool, course(tables, rows, positions), **batch)
+
+        pool = jax.ShapeDtypeStruct((slots, *op.state), jnp.float32)
+        compiled = jax.jit(step, donate_argnums=0).lower(pool, *ints, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) <= temporary(64) + 4096
