@@ -132,8 +132,7 @@ def test_after_only_windows_chunks_or_states_were_evicted(case):
         check_idle(e)
 
 
-@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no reuse"])
-@pytest.mark.parametrize(("page_size", "chunk"), [(16, 64), (1, 16)])
+@pytest.mark.parametrize(("page_size", "chunk", "reuse"), [(16, 64, False), (1, 16, True)])
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4"])
 def test_a_window_or_chunk_holds_what_its_rule_says(name, page_size, chunk, reuse, tmp_path):
     """A prompt of 150 tokens, then 20 windows' length: read from the allocator while each step has its slots.
