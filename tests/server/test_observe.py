@@ -168,7 +168,7 @@ def test_the_feed_moves_while_requests_run_and_ends_with_the_server(engine):
     assert numbers[-1]["at"] > numbers[0]["at"]
     look = next(data for name, data in seen if name == "cache")
     assert look["tree"]["nodes"]
-    assert look["memory"][0]["kind"] == "full"
+    assert look["memory"][0]["pool"] == "full"
 
 
 class Pace:

@@ -450,8 +450,9 @@ class Engine:
 
         ``{"running", "waiting", "stages", "finished", "retractions", "steps", "generated_tokens", "prefill_tokens",
         "prompt_tokens", "cached_tokens", "outside_seconds", "compilations", "kv_cache_bytes", "requests",
-        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "cache": {kind: {tier: {"size", "free",
-        "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
+        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "occupancy": {tier: {"used", "busy"}},
+        "cache": {kind: {tier: {"size", "free", "used", "cached", "pinned", "evictable", "leased", "in_flight",
+        "evicted"}}}}``
         """
         return self.sight.stats()
 
