@@ -76,11 +76,7 @@ class Sight:
         "nodes": [id, ...]}]}``. Lengths are tokens, ages seconds since the node was made and last used; requests are
         those alive and the last that ended.
         """
-        tree = self._loop.call(lambda: self._tree(limit))
-        if self._parts.tokenizer is not None:  # on the caller's thread: text is for people, and takes a while
-            for node in tree["nodes"]:
-                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
-        return tree
+        return self._with_text(self._loop.call(lambda: self._tree(limit)))
 
     def memory_map(self, cells: int = 2048) -> list[dict[str, Any]]:
         """What each page of the device's pools is now, in at most ``cells`` cells a pool.
@@ -89,6 +85,25 @@ class Sight:
         used by requests that run, 3 a running request's own; of several pages in a cell, what most of them are.
         """
         return self._loop.call(lambda: self._memory_map(cells))
+
+    def look(self, limit: int = 200, cells: int = 2048) -> dict[str, Any]:
+        """``{"tree", "memory"}`` of one moment, and the ``"seconds"`` of the engine's time that they took."""
+
+        def look() -> dict[str, Any]:
+            began = time.perf_counter()
+            found = {"tree": self._tree(limit), "memory": self._memory_map(cells)}
+            return {**found, "seconds": time.perf_counter() - began}
+
+        found = self._loop.call(look)
+        self._with_text(found["tree"])
+        return found
+
+    def _with_text(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """Add the nodes' text, on the caller's thread: it is for people, and takes a while."""
+        if self._parts.tokenizer is not None:
+            for node in tree["nodes"]:
+                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
+        return tree
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
