@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
 from world import World
+
+from rootcellar.cache.radix import PyRadixCache
 
 STEPS_PER_WORLD = 200
 
 
-def world_of(seed: int, number: int) -> World:
+def world_of(seed: int, number: int, make: Callable[..., Any] = PyRadixCache) -> World:
     rng = random.Random(f"{seed}/{number}")
-    return World(lambda n: int(rng.random() * n))
+    return World(lambda n: int(rng.random() * n), make)
 
 
-def run(steps: int, seed: int) -> int:
+def run(steps: int, seed: int, make: Callable[..., Any] = PyRadixCache) -> int:
     """Worlds of 200 steps each until ``steps`` are done; the number of worlds."""
     done = worlds = 0
     while done < steps:
-        world = world_of(seed, worlds)
+        world = world_of(seed, worlds, make)
         try:
             for _ in range(STEPS_PER_WORLD):
                 world.step()
