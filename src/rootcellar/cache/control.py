@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
-from rootcellar.cache.evict import drop_subtree, forget_entry, make_room as make_room_in, prune
+from rootcellar.cache.evict import drop_subtree, forget_entry, prune
+from rootcellar.cache.evict import make_room as make_room_in
 from rootcellar.cache.flights import flying_to, missing, plan, sources
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier

@@ -1,4 +1,4 @@
-"""The cache as a scheduler sees it, in Python: what ``RadixCache`` is without the native core, and its specification."""
+"""The cache as a scheduler sees it, in Python: ``RadixCache`` where there is no native core, and its specification."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rootcellar.cache import control
 from rootcellar.cache.check import check
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
+from rootcellar.cache.glimpse import State, memory_bytes, state
 from rootcellar.cache.journal import AllBlocksCleared, Journal, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.glimpse import State, memory_bytes, state
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, slots, touch
 from rootcellar.cache.moves import Event, Found, Move
