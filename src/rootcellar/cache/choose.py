@@ -26,8 +26,10 @@ if TYPE_CHECKING or CORE == "python":
 
     chain = python_chain
 else:
-    from rootcellar.cache._core import Hit, Lease, chain
+    from rootcellar.cache import _core
     from rootcellar.cache.native import NativeRadixCache as RadixCache
+
+    Hit, Lease, chain = _core.Hit, _core.Lease, _core.chain
 
 
 def digests(key: Key, page_size: int, fingerprint: bytes = b"") -> list[bytes]:

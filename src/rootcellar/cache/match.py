@@ -141,7 +141,7 @@ def touch(tree: Tree, hit: Hit) -> None:
 
 
 def slots(tree: Tree, hit: Hit, kind: str) -> Pages:
-    """Where the device holds the tokens of a hit, for a paged kind: int32 ``[hit.length]``; of page 0 where it does not."""
+    """Where the device holds a hit's tokens, for a paged kind: int32 ``[hit.length]``, slots of page 0 where it does not."""
     shelves = {s.kind.name: s for s in tree.shelves if s.tier is Tier.DEVICE and s.kind.rule != "recurrent"}
     if kind not in shelves:
         raise KeyError(f"{kind}: no paged kind has this name")
@@ -153,4 +153,5 @@ def slots(tree: Tree, hit: Hit, kind: str) -> Pages:
         if entry is not None:
             part = table[node.start + entry.lo : node.end]
             part[:] = entry.pages[: len(part)]
-    return (table[:, None] * tree.page_size + np.arange(tree.page_size, dtype=np.int32)).ravel()
+    offsets = np.arange(tree.page_size)
+    return (table[:, None] * tree.page_size + offsets).astype(np.int32).ravel()
