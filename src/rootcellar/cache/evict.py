@@ -34,17 +34,24 @@ def make_room_for(tree: Tree, needs: Iterable[tuple[Shelf, int]]) -> bool:
 
     False, and nothing changed, when that cannot be.
     """
-    sums: dict[int, int] = {}
-    arenas: dict[int, Arena] = {}
-    for shelf, pages in needs:
-        ident = id(shelf.arena)
-        arenas[ident] = shelf.arena
-        sums[ident] = sums.get(ident, 0) + pages
-    if any(arena.room < sums[ident] for ident, arena in arenas.items()):
+    sums = _by_arena(needs)
+    if any(arena.room < pages for arena, pages in sums.items()):
         return False
-    for ident, arena in arenas.items():
-        make_room(tree, arena, sums[ident])
+    for arena, pages in sums.items():
+        make_room(tree, arena, pages)
     return True
+
+
+def fits(needs: Iterable[tuple[Shelf, int]]) -> bool:
+    """Whether :func:`make_room_for` would succeed."""
+    return all(arena.room >= pages for arena, pages in _by_arena(needs).items())
+
+
+def _by_arena(needs: Iterable[tuple[Shelf, int]]) -> dict[Arena, int]:
+    sums: dict[Arena, int] = {}
+    for shelf, pages in needs:
+        sums[shelf.arena] = sums.get(shelf.arena, 0) + pages
+    return sums
 
 
 def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:

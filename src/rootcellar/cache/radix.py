@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control
 from rootcellar.cache.check import check
+from rootcellar.cache.evict import fits
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
 from rootcellar.cache.glimpse import State, memory_bytes, state
@@ -264,6 +265,14 @@ class PyRadixCache:
         """
         sharers = Counter(shelf.arena for shelf in self._desk.paged)
         return min((arena.room // count for arena, count in sharers.items()), default=0) * self.page_size
+
+    def has_room(self, tokens: Mapping[str, int]) -> bool:
+        """Whether so many more tokens of each kind could be grown now, all together. Changes nothing. O(kinds).
+
+        ``tokens`` by the name of a paged kind; each is rounded up to whole pages.
+        """
+        pages = [(shelf, -(-tokens[shelf.kind.name] // self.page_size)) for shelf in self._desk.paged]
+        return fits(pages)
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages).
