@@ -62,6 +62,7 @@ class Cache {
     // verbs.cc
     Ref<Lease> open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority);
     bool grow(Lease& lease, std::int64_t tokens);
+    bool has_room(const std::vector<std::int64_t>& tokens);  // by paged kind
     void grow_many(const std::vector<Lease*>& leases, const std::int64_t* tokens, bool* answers);
     void commit(Lease& lease, const Key& key, bool snapshot);
     void close(Lease& lease, bool keep);
@@ -143,10 +144,11 @@ class Cache {
     void expire();
     void drop_pin(std::int64_t serial);
 
+    std::int64_t batches_ = 0;
     // Reused by each call.
     std::vector<std::uint64_t> prefixes_;
     std::vector<std::int32_t> classes_, fresh_pages_;
-    std::vector<std::pair<Shelf*, std::int64_t>> needs_;
+    Needs needs_;
     std::vector<const std::int32_t*> new_pages_;
 };
 

@@ -1,6 +1,7 @@
 // The life of a lease: open, grow, commit, close. The twin of verbs.py.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cache.h"
 
@@ -241,12 +242,20 @@ bool Cache::grow(Lease& lease, std::int64_t tokens) {
     return true;
 }
 
+bool Cache::has_room(const std::vector<std::int64_t>& tokens) {
+    needs_.clear();
+    for (std::size_t i = 0; i < paged.size(); ++i) needs_.emplace_back(paged[i], pages_of(tokens.at(i), tree.page_size));
+    return tree.fits(needs_);
+}
+
 void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* tokens, bool* answers) {
     const std::int64_t size = tree.page_size;
     std::int64_t fresh = 0;
-    bool together = true;  // one token for each, in rows that have room
+    bool together = true;  // one token for each of different leases, in rows that have room
+    ++batches_;
     for (std::size_t i = 0; i < batch.size(); ++i) {
-        together = together && tokens[i] == 1 && batch[i]->length < options.max_length;
+        const bool once = std::exchange(batch[i]->batch, batches_) != batches_;
+        together = together && once && tokens[i] == 1 && batch[i]->length < options.max_length;
         fresh += batch[i]->length % size == 0;
     }
     if (together && fresh != 0) {
