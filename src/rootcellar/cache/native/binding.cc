@@ -66,18 +66,19 @@ void construct(Core* self, const std::vector<std::tuple<std::string, int, std::i
         pointers.push_back({pages, buffer.extent(1)});
         buffers.push_back(std::move(buffer));
     }
-    new (self) Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()},
-                    events);
+    new (self)
+        Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()}, events);
 }
 
-nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size) {
+nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, bool portable) {
     const Buffer buffer(tokens, false);
     const auto* at = buffer.as<std::int64_t>(1);
     Digest above;
-    if (parent.size() != above.size() || page_size < 1) throw nb::value_error("a parent has 32 bytes, a page 1 token or more");
+    if (parent.size() != above.size() || page_size < 1)
+        throw nb::value_error("a parent has 32 bytes, a page 1 token or more");
     std::memcpy(above.data(), parent.c_str(), above.size());
     std::vector<Digest> names(buffer.extent(0) / page_size);
-    chain(above, at, static_cast<std::int64_t>(names.size()), page_size, names.data());
+    chain(above, at, static_cast<std::int64_t>(names.size()), page_size, names.data(), portable);
     nb::list list;
     for (const Digest& name : names) list.append(python_digest(name));
     return list;
@@ -94,10 +95,11 @@ NB_MODULE(_core, module) {
         .def_prop_ro("version", [](const PyHit& hit) { return hit.hit.version; })
         .def_prop_ro("branch", [](const PyHit& hit) { return hit.hit.branch; })
         .def_prop_ro("length", [](const PyHit& hit) { return hit.hit.reaches[DEVICE]; })
-        .def_prop_ro("reaches", [](const PyHit& hit) {
-            const auto& reaches = hit.hit.reaches;
-            return nb::make_tuple(reaches[0], reaches[1], reaches[2], reaches[3]);
-        })
+        .def_prop_ro("reaches",
+                     [](const PyHit& hit) {
+                         const auto& reaches = hit.hit.reaches;
+                         return nb::make_tuple(reaches[0], reaches[1], reaches[2], reaches[3]);
+                     })
         .def("reach", [](const PyHit& hit, nb::handle tier) { return hit.hit.reaches[tier_of(tier)]; })
         .def("__repr__", [](const PyHit& hit) {
             const auto& reaches = hit.hit.reaches;
@@ -115,11 +117,12 @@ NB_MODULE(_core, module) {
         .def_prop_ro("priority", [](const PyLease& self) { return self.lease->priority; })
         .def_prop_ro("lost", [](const PyLease& self) { return self.lease->lost; })
         .def_prop_ro("ready", [](const PyLease& self) { return self.lease->waits.empty() && !self.lease->lost; })
-        .def_prop_ro("waits", [](const PyLease& self) {
-            nb::set set;
-            for (const std::int64_t id : self.lease->waits) set.add(nb::int_(id));
-            return set;
-        })
+        .def_prop_ro("waits",
+                     [](const PyLease& self) {
+                         nb::set set;
+                         for (const std::int64_t id : self.lease->waits) set.add(nb::int_(id));
+                         return set;
+                     })
         .def("__repr__", [](const PyLease& self) { return lease_words(*self.lease); });
 
     nb::class_<Core>(module, "Core")
@@ -158,9 +161,10 @@ NB_MODULE(_core, module) {
         .def("_nodes", &Core::nodes)
         .def("_nodes_on_the_way", &Core::nodes_on_the_way)
         .def("memory_bytes", &Core::memory_bytes)
+        .def("_ledger_bytes", &Core::ledger_bytes)
         .def("_node_bytes", &Core::node_bytes);
 
-    module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a);
+    module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a, "portable"_a = false);
 }
 
 }  // namespace rootcellar

@@ -91,7 +91,7 @@ class Cache {
     std::vector<Ref<Lease>> leases;  // by row; empty where no lease is live
     std::int64_t live = 0;
     std::vector<std::int32_t> free_rows;
-    std::map<std::int64_t, Ref<Lease>> pins;  // by serial
+    std::map<std::int64_t, Ref<Lease>> pins;               // by serial
     using Expiry = std::pair<std::int64_t, std::int64_t>;  // tick, serial of a pin
     std::priority_queue<Expiry, std::vector<Expiry>, std::greater<>> expiries;
     std::int64_t serial = 0;
@@ -122,7 +122,8 @@ class Cache {
     void read_own_states(Lease& lease);
     void release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens);
     Node* insert(Lease& lease, const Key& key, std::int64_t page, std::int64_t pages);
-    Node* insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page, std::int64_t pages);
+    Node* insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page,
+                      std::int64_t pages);
     bool may_lengthen(const Lease& lease, Node* node) const;
     void merge(const Lease& lease, Shelf& shelf, Node* node);
     void take_snapshot(Lease& lease);

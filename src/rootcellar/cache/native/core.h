@@ -174,10 +174,11 @@ class Core {
     nb::list moves() {
         nb::list list;
         for (const Move& move : cache_.outbox)
-            list.append(nb::make_tuple(move.id, move.k, static_cast<int>(move.src), static_cast<int>(move.dst),
-                                       numpy_pages(move.src_slots.data(), static_cast<std::int64_t>(move.src_slots.size())),
-                                       numpy_pages(move.dst_slots.data(), static_cast<std::int64_t>(move.dst_slots.size())),
-                                       move.first, python_tuple(move.digests, python_digest)));
+            list.append(
+                nb::make_tuple(move.id, move.k, static_cast<int>(move.src), static_cast<int>(move.dst),
+                               numpy_pages(move.src_slots.data(), static_cast<std::int64_t>(move.src_slots.size())),
+                               numpy_pages(move.dst_slots.data(), static_cast<std::int64_t>(move.dst_slots.size())),
+                               move.first, python_tuple(move.digests, python_digest)));
         cache_.outbox.clear();
         return list;
     }
@@ -324,6 +325,7 @@ class Core {
         return nodes_along(cache_, keys.key);
     }
     std::size_t memory_bytes() const { return cache_.tree.bytes(); }
+    std::size_t ledger_bytes() const { return cache_.tree.ledger.bytes; }
     std::size_t node_bytes() const { return cache_.tree.node_bytes(); }
 
   private:

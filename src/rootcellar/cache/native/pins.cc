@@ -1,4 +1,5 @@
-// What keeps an entry from leaving, and where it stands in the order of those that may. The twin of tree.py's later half.
+// What keeps an entry from leaving, and where it stands in the order of those that may. The twin of tree.py's later
+// half.
 #include <algorithm>
 
 #include "tree.h"
@@ -75,7 +76,9 @@ int Tree::damage(Node* node, const Shelf& shelf) const {
     return lo < needed || node->first_child != nullptr ? 1 : 0;
 }
 
-std::int64_t Tree::reach(int k, std::int64_t page) const { return page - start_page(k, page * page_size); }
+std::int64_t Tree::reach(int k, std::int64_t page) const {
+    return page - start_page(k, page * page_size);
+}
 
 bool Tree::ends_well(Node* node) const {
     for (const int k : windows) {

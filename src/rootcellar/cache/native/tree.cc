@@ -10,7 +10,9 @@ namespace {
 constexpr std::size_t MOST_NODES_IN_SLAB = 1024;  // a slab has as many nodes as all before it, up to this
 }  // namespace
 
-void broken(const std::string& what) { throw std::logic_error("rootcellar's native cache core: " + what); }
+void broken(const std::string& what) {
+    throw std::logic_error("rootcellar's native cache core: " + what);
+}
 
 // ---- arenas ------------------------------------------------------------------------------------------------------
 
@@ -39,8 +41,7 @@ Arena::~Arena() = default;
 
 Tree::Tree(const TreeOptions& options)
     : kinds(options.kinds), page_size(options.page_size), policy(options.policy), children_(options.page_size) {
-    if (policy == Policy::adaptive)
-        shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
+    if (policy == Policy::adaptive) shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
     for (const auto& [name, pages] : options.arenas) {
         std::unique_ptr<Order> order;
         if (shadow)
@@ -135,7 +136,8 @@ std::size_t Tree::bytes() const {
 Ref<Name> Tree::name(std::string_view text) {
     if (const auto found = names_.find(text); found != names_.end()) return found->second;
     if (names_.size() >= sweep_at_) {
-        std::erase_if(names_, [](const auto& item) { return item.second->references == 1 && item.second->root == nullptr; });
+        std::erase_if(names_,
+                      [](const auto& item) { return item.second->references == 1 && item.second->root == nullptr; });
         sweep_at_ = std::max<std::size_t>(64, 2 * names_.size());
     }
     Ref<Name> name(new Name{std::string(text)});
@@ -382,8 +384,8 @@ bool Tree::holds_any(Node* node, int k) const {
         const Shelf* shelf = by_tier[tier][k];
         if (shelf != nullptr && node->entry(shelf->index).present()) return true;
     }
-    return node->has_flights() &&
-           std::any_of(node->flights->begin(), node->flights->end(), [k](const Flight* flight) { return flight->k == k; });
+    return node->has_flights() && std::any_of(node->flights->begin(), node->flights->end(),
+                                              [k](const Flight* flight) { return flight->k == k; });
 }
 
 bool Tree::dead(Node* node) const {

@@ -75,7 +75,8 @@ struct Tree {
 
     // entries
     void attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo);
-    void extend(Node* node, const std::int64_t* tokens, std::int32_t size, const std::vector<const std::int32_t*>& pages);
+    void extend(Node* node, const std::int64_t* tokens, std::int32_t size,
+                const std::vector<const std::int32_t*>& pages);
     Run<std::int32_t> detach(Node* node, Shelf& shelf, std::int32_t count);
     bool holds_any(Node* node, int k) const;
     bool dead(Node* node) const;
