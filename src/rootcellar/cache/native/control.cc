@@ -1,4 +1,5 @@
-// What an operator asks of the cache: pin a prefix, drop a namespace, save or send, empty a tier. The twin of control.py.
+// What an operator asks of the cache: pin a prefix, drop a namespace, save or send, empty a tier. The twin of
+// control.py.
 #include <algorithm>
 
 #include "cache.h"
