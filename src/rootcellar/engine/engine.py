@@ -13,7 +13,6 @@ import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
-from rootcellar.engine.build import Parts, build, load_weights
+from rootcellar.engine.build import Parts, build, folder_of, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -424,8 +423,7 @@ class Engine:
 
     def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
         """:meth:`update_weights` with those of a checkpoint of the same model."""
-        folder = Path(model_path)
-        reload = functools.partial(load_weights, folder, self._parts)
+        reload = functools.partial(load_weights, folder_of(model_path), self._parts)
         return self._update(reload(), version, reload)
 
     def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:

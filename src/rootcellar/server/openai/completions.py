@@ -27,7 +27,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_tokens"):
+    with openai_names(max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         job = await _Job.of(body, state)
         if body.stream:
             stream = await begin(request, state, **job.arguments)
