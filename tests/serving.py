@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import re
 import signal
 import subprocess
@@ -10,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -19,7 +23,7 @@ from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
 from rootcellar.server_config import ServerConfig
 
-COMMAND = [str(Path(sys.executable).with_name("rootcellar")), "serve", "--port", "0", "--skip-server-warmup"]
+COMMAND = [str(Path(sys.executable).with_name("rootcellar")), "serve", "--port", "0"]
 
 
 class Server:
@@ -28,8 +32,9 @@ class Server:
     `url` is where it listens, `pid` its process, `log()` what it wrote so far. Leaving sends SIGTERM and waits.
     """
 
-    def __init__(self, *words: str, max_total_tokens: int = 8192) -> None:
-        self.words = [*COMMAND, "--max-total-tokens", str(max_total_tokens), *words]
+    def __init__(self, *words: str, max_total_tokens: int = 8192, warm: bool = False) -> None:
+        start = COMMAND if warm else [*COMMAND, "--skip-server-warmup"]
+        self.words = [*start, "--max-total-tokens", str(max_total_tokens), *words]
         self._lines: list[str] = []
 
     def __enter__(self) -> Server:
@@ -45,7 +50,7 @@ class Server:
             self._lines.append(line)
 
     def _await_url(self) -> str:
-        for _ in range(1200):
+        for _ in range(3600):
             found = re.search(r" at (http://\S+:\d+)$", self.log(), re.MULTILINE)
             if found:
                 return found[1]
@@ -101,3 +106,49 @@ def wait_until(condition, seconds: float = 10.0) -> None:  # type: ignore[no-unt
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+@dataclass
+class Outcome:
+    """What one streaming client saw: the status, its events, and whether the stream ended as it should."""
+
+    status: int
+    events: list[dict[str, Any]]
+    done: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(choice["text"] for event in self.events for choice in event.get("choices", []))
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        return next((event["error"] for event in self.events if "error" in event), None)
+
+
+async def stream(url: str, body: dict[str, Any], leave_after: int | None = None) -> Outcome:
+    """POST a streamed completion over a connection of its own; go away after so many events if told to."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    content = json.dumps({**body, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    outcome = Outcome(0, [], False)
+    try:
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        outcome.status = int((await reader.readline()).split()[1])
+        while line := await reader.readline():
+            if line.startswith(b"data: [DONE]"):
+                outcome.done = True
+            elif line.startswith(b"data: "):
+                outcome.events.append(json.loads(line[6:]))
+                if len(outcome.events) == leave_after:
+                    return outcome
+            elif line.startswith(b'{"error"'):
+                outcome.events.append(json.loads(line))
+    finally:
+        writer.close()
+    return outcome
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096

@@ -45,11 +45,14 @@ def _modules_loaded_by(statement: str) -> set[str]:
 )
 def test_importing_the_values_and_the_cache_loads_nothing_heavy(statement):
     heavy = {"jax", "jaxlib", "ml_dtypes", "scipy", "torch", "tokenizers", "safetensors", "rich", "matplotlib"}
+    heavy |= {"fastapi", "starlette", "uvicorn", "pydantic", "orjson", "prometheus_client", "llguidance"}
     assert not _modules_loaded_by(statement) & heavy
 
 
-def test_the_engine_is_loaded_when_its_name_is_used():
-    assert "jax" in _modules_loaded_by("import rootcellar; rootcellar.Engine")
+def test_the_engine_is_loaded_when_its_name_is_used_and_speaks_no_http():
+    loaded = _modules_loaded_by("import rootcellar; rootcellar.Engine")
+    assert "jax" in loaded
+    assert not loaded & {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 
 
 def test_every_public_name_is_there_and_others_are_not():
@@ -138,8 +141,9 @@ def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, nativ
     (wheel,) = tmp_path.glob("rootcellar-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     assert ("rootcellar/ops/_native.so" in files) is native
+    assert any(name.startswith("rootcellar/cache/_core.") and name.endswith(".so") for name in files) is native
     assert {f"rootcellar/{_id(path)}" for path in [*SOURCES, *(PACKAGE / "server" / "page").iterdir()]} <= files
-    assert not [name for name in files if name.endswith((".cc", ".inc"))]
+    assert not [name for name in files if name.endswith((".cc", ".h", ".inc"))]
 
 
 def _has_compiler() -> bool:

@@ -129,3 +129,21 @@ def test_a_long_request_takes_the_room_that_windows_leave(folder):
             e.generate(input_ids=prompt, sampling_params=GREEDY | {"max_new_tokens": 8})
             e.check()
     assert sizes[False][0] > 1.8 * sizes[True][0], sizes
+
+
+def test_the_map_and_the_occupancy_are_those_of_the_pool(folder):
+    with engine(folder) as e:
+        answers(e)
+        (shared,) = e.sight.memory_map()
+        found = shelves(e)
+        assert shared["pool"] == ARENA
+        assert shared["cells"].count("0") * 4 == found["full"]["free"]
+        assert set(shared["cells"]) == {"0", "1"}
+        used = sum(shelf["used"] for shelf in found.values()) / found["full"]["size"]
+        assert e.stats()["occupancy"] == {"DEVICE": {"used": pytest.approx(used), "busy": 0.0}}
+        stream = e.generate(input_ids=PROMPTS[0], sampling_params=GREEDY, stream=True)
+        next(stream)
+        (shared,) = e.sight.memory_map()
+        assert {"2", "3"} <= set(shared["cells"])
+        assert 0 < e.stats()["occupancy"]["DEVICE"]["busy"] < 1
+        stream.close()

@@ -84,6 +84,7 @@ def test_the_metrics_equal_the_stats_of_engine_and_cache(engine):
     assert sum(found["rootcellar_cache_tokens", "full", state, "DEVICE"] for state in metrics.STATES) == 128
     assert found["rootcellar_cache_size_tokens", "full", "DEVICE"] == shelf["size"] == 128
     assert found["rootcellar_cache_used_tokens", "full", "DEVICE"] == shelf["used"]
+    assert found["rootcellar_cache_used_ratio", "DEVICE"] == shelf["used"] / 128
     assert found["rootcellar_evicted_tokens_total", "full", "DEVICE"] == shelf["evicted"]
     for age in ("age", "idle"):
         assert found[f"rootcellar_kv_{age}_at_eviction_seconds_count", "full", "DEVICE"] == shelf["evicted"]
@@ -187,9 +188,14 @@ def test_the_dashboard_draws_only_what_is_there(engine):
 
 def test_every_metric_is_documented(engine):
     page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
-    families = {f"rootcellar_{row.name}{'_total' * (row.kind == 'counter')}" for row in metrics.TABLE}
-    families |= {f"rootcellar_{name}" for name in metrics.HISTOGRAMS} | {"rootcellar_info"}
-    assert families == names_in(page) - {"rootcellar_"}
+    said = {f"rootcellar_{r.name}{'_total' * (r.kind == 'counter')}": (r.kind, r.labels, r.help) for r in metrics.TABLE}
+    said |= {
+        f"rootcellar_{name}": ("histogram", metrics.HISTOGRAM_LABELS.get(name, ()), help)
+        for name, help in metrics.HISTOGRAMS.items()
+    }
+    for name, (kind, labels, help) in said.items():
+        assert f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {help} |" in page
+    assert {*said, "rootcellar_info"} == names_in(page) - {"rootcellar_"}
     theirs = {sample.name for f in text_string_to_metric_families(ask(engine, enable_sglang_metrics=True).text)
               for sample in f.samples if sample.name.startswith("sglang:")}  # fmt: skip
     families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in theirs}

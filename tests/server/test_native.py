@@ -158,6 +158,21 @@ def test_a_step_that_fails_is_unhealthy(client, engine, monkeypatch):
     assert client.get("/health").status_code == 200
 
 
+def test_a_busy_server_is_healthy():
+    """With no room in the line, that the engine advances is enough; a paused one is alive, but not ready."""
+    with (
+        rootcellar.Engine(model_path="demo", max_total_tokens=2048, max_running_requests=1, max_queued_requests=1) as e,
+        on_thread(e) as url,
+    ):
+        stream = e.generate(
+            prompt=["a", "b"], sampling_params={"max_new_tokens": 1900, "ignore_eos": True}, stream=True
+        )
+        next(stream)
+        assert httpx.post(f"{url}/generate", json={"text": "a"}).status_code == 429
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        stream.close()
+
+
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
 def test_model_info(client, path):
     info = client.get(path).json()

@@ -168,22 +168,18 @@ def test_the_feed_moves_while_requests_run_and_ends_with_the_server(engine):
     assert numbers[-1]["at"] > numbers[0]["at"]
     look = next(data for name, data in seen if name == "cache")
     assert look["tree"]["nodes"]
-    assert look["memory"][0]["kind"] == "full"
+    assert look["memory"][0]["pool"] == "full"
 
 
 class Pace:
-    """A sight whose looks take as long as one wants, and counts them."""
+    """A sight whose looks take as much of the engine's time as one wants, and that counts them."""
 
     def __init__(self, seconds=0.0):
         self.seconds, self.looks = seconds, 0
 
-    def tree(self, limit):
+    def look(self, limit):
         self.looks += 1
-        time.sleep(self.seconds)
-        return {"nodes": [], "limit": limit}
-
-    def memory_map(self):
-        return []
+        return {"tree": {"nodes": [], "limit": limit}, "memory": [], "seconds": self.seconds}
 
 
 def pretend_feed(monkeypatch, sight, interval=0.01, read=None, **options) -> Feed:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rootcellar.cache import words
 from rootcellar.cache.journal import Eviction
 from rootcellar.cache.node import Arena, Entry, Node, Shelf
 from rootcellar.cache.tree import Tree
-from rootcellar.errors import CacheBroken
 
 
 def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
@@ -20,7 +20,7 @@ def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
     while slots.free_pages < pages:
         found = arena.order.pop(tree)
         if found is None:
-            raise CacheBroken(f"{arena.name}: {arena.evictable} pages are counted evictable, none is filed")
+            raise words.nothing_filed(arena.name, arena.evictable)
         node, entry = found
         if entry.shelf.full:
             _drop_tail(tree, entry.shelf, node, pages - slots.free_pages)

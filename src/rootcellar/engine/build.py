@@ -65,6 +65,11 @@ class Parts:
     """How the KV cache's size came about: ``memory.report`` puts it into words."""
 
 
+def folder_of(model_path: str) -> Path:
+    """The folder that ``model_path`` names: its own, or that of the embedded model."""
+    return demo.path() if model_path == "demo" else Path(model_path)
+
+
 def load_weights(folder: Path, parts: Parts) -> Params:
     """The weights of another folder, in the dtype of the engine's own; the folder's config must be the same model."""
     model = load_config(folder)
@@ -90,7 +95,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     """
     compiles = CompileCounter()
     _keep_compiled(config.compilation_cache_dir)
-    folder = demo.path() if config.model_path == "demo" else Path(config.model_path)
+    folder = folder_of(config.model_path)
     model = load_config(folder)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()

@@ -13,7 +13,6 @@ import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
-from rootcellar.engine.build import Parts, build, load_weights
+from rootcellar.engine.build import Parts, build, folder_of, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -32,6 +31,7 @@ from rootcellar.engine.sight import Sight
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
+from rootcellar.sampling_params import GRAMMARS
 from rootcellar.scheduler import Request
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class Engine:
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
         # What is short is read sooner than a thread is woken.
-        inputs = await asyncio.to_thread(read) if _is_long(prompt) else read()
+        inputs = await asyncio.to_thread(read) if _takes_long(prompt, sampling_params) else read()
         trackers = self._trackers(inputs, stream, mailbox.deliver)
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
@@ -424,8 +424,7 @@ class Engine:
 
     def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
         """:meth:`update_weights` with those of a checkpoint of the same model."""
-        folder = Path(model_path)
-        reload = functools.partial(load_weights, folder, self._parts)
+        reload = functools.partial(load_weights, folder_of(model_path), self._parts)
         return self._update(reload(), version, reload)
 
     def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:
@@ -450,8 +449,9 @@ class Engine:
 
         ``{"running", "waiting", "stages", "finished", "retractions", "steps", "generated_tokens", "prefill_tokens",
         "prompt_tokens", "cached_tokens", "outside_seconds", "compilations", "kv_cache_bytes", "requests",
-        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "cache": {kind: {tier: {"size", "free",
-        "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
+        "input_tokens", "hit_tokens", "hit_tokens_by_tier", "hit_rate", "nodes", "occupancy": {tier: {"used", "busy"}},
+        "cache": {kind: {tier: {"size", "free", "used", "cached", "pinned", "evictable", "leased", "in_flight",
+        "evicted"}}}}``
         """
         return self.sight.stats()
 
@@ -478,9 +478,12 @@ def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | Non
     return LogprobOptions(None if start < 0 else start, top) if wanted else None
 
 
-def _is_long(prompt: object) -> bool:
+def _takes_long(prompt: object, sampling_params: object) -> bool:
+    """Whether reading the arguments may take longer than an event loop should stand still: long texts, grammars."""
     texts = prompt if isinstance(prompt, list | tuple) else [prompt]
-    return sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT
+    params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params]
+    grammar = any(name in each for each in params if isinstance(each, Mapping) for name in GRAMMARS)
+    return grammar or sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT
 
 
 def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:

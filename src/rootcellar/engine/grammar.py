@@ -42,9 +42,9 @@ class Grammars:
         source = str(getattr(sampling, name))
         try:
             text = _COMPILERS[name](source)
+            matcher = LLMatcher(self._words(), text, log_level=0)
         except Exception as error:  # the converters raise what they like
             raise RequestError(f"{name} is not understood: {error}") from error
-        matcher = LLMatcher(self._words(), text, log_level=0)
         if matcher.is_error():
             raise RequestError(f"{name} is not understood: {matcher.get_error()}")
         return Grammar(matcher, self._vocab_size, self._words().vocab_size)

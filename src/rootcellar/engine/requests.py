@@ -143,6 +143,8 @@ def _checked(parts: Parts, ids: object, where: str) -> NDArray[np.int64]:
     if not ids:
         raise RequestError(f"{where}the prompt is empty: give at least one token")
     vocab = parts.model.vocab_size
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab:  # nearly always, and fast
+        return np.asarray(ids, np.int64)
     for i, token in enumerate(ids):
         if not isinstance(token, Integral) or isinstance(token, bool):
             raise RequestError(f"{where}token {i} is {token!r}, which is no integer")

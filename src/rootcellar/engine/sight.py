@@ -6,6 +6,7 @@ Everything is read between two steps, so it is of one moment; nothing here chang
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import CacheStats, Key, NodeView, Tier
+from rootcellar.cache import CacheStats, Key, Kind, NodeView, ShelfStats, Tier
 from rootcellar.engine.build import Parts
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.telemetry import Distribution
@@ -75,19 +76,34 @@ class Sight:
         "nodes": [id, ...]}]}``. Lengths are tokens, ages seconds since the node was made and last used; requests are
         those alive and the last that ended.
         """
-        tree = self._loop.call(lambda: self._tree(limit))
-        if self._parts.tokenizer is not None:  # on the caller's thread: text is for people, and takes a while
-            for node in tree["nodes"]:
-                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
-        return tree
+        return self._with_text(self._loop.call(lambda: self._tree(limit)))
 
     def memory_map(self, cells: int = 2048) -> list[dict[str, Any]]:
-        """What each page of the device's pools is now, in at most ``cells`` cells a kind.
+        """What each page of the device's pools is now, in at most ``cells`` cells a pool.
 
-        ``[{"kind", "pages", "pages_per_cell", "cells": "0123..."}]``: a digit a cell, 0 free, 1 cached, 2 shared and
+        ``[{"pool", "pages", "pages_per_cell", "cells": "0123..."}]``: a digit a cell, 0 free, 1 cached, 2 shared and
         used by requests that run, 3 a running request's own; of several pages in a cell, what most of them are.
         """
         return self._loop.call(lambda: self._memory_map(cells))
+
+    def look(self, limit: int = 200, cells: int = 2048) -> dict[str, Any]:
+        """``{"tree", "memory"}`` of one moment, and the ``"seconds"`` of the engine's time that they took."""
+
+        def look() -> dict[str, Any]:
+            began = time.perf_counter()
+            found = {"tree": self._tree(limit), "memory": self._memory_map(cells)}
+            return {**found, "seconds": time.perf_counter() - began}
+
+        found = self._loop.call(look)
+        self._with_text(found["tree"])
+        return found
+
+    def _with_text(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """Add the nodes' text, on the caller's thread: it is for people, and takes a while."""
+        if self._parts.tokenizer is not None:
+            for node in tree["nodes"]:
+                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
+        return tree
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
@@ -112,6 +128,7 @@ class Sight:
 
     def _stats(self) -> dict[str, Any]:
         loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
+        cache = self._cache.stats()
         alive = Counter(t.request.stage.value for t in loop.trackers.values())
         stages = [s.value for s in Stage if s not in (Stage.TOKENIZE, Stage.FINISHED)]
         return {
@@ -128,7 +145,8 @@ class Sight:
             "outside_seconds": dict(telemetry.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
-            **_cache_fields(self._cache.stats()),
+            "occupancy": self._occupancy(cache),
+            **_cache_fields(cache),
         }
 
     def _status(self) -> dict[str, Any]:
@@ -189,20 +207,50 @@ class Sight:
     def _memory_map(self, cells: int) -> list[dict[str, Any]]:
         size, leases = self._cache.page_size, [r.lease for r in self._parts.scheduler.running]
         result = []
-        shelves = self._cache.stats().shelves
-        for kind in self._cache.kinds:
-            recurrent = kind.rule == "recurrent"
-            pages = shelves[kind.name, Tier.DEVICE].size // (1 if recurrent else size)
-            state = np.full(pages + 1, FREE, np.uint8)
-            state[self._cache.used_pages(kind.name)] = CACHED
-            table = self._cache.tables[kind.name]
-            for lease in leases:
+        for name, kinds in self._kinds_by_pool().items():
+            state = np.full(self._parts.runner.pools[name].pages + 1, FREE, np.uint8)
+            state[self._cache.used_pages(kinds[0].name)] = CACHED
+            for kind, lease in itertools.product(kinds, leases):
                 assert lease is not None
-                shared = 1 if recurrent else lease.committed // size
-                state[table[lease.row, :shared]] = SHARED
-                state[table[lease.row, shared:]] = OWN
-            result.append({"kind": kind.name, "pages": pages, **_cells(state[1:], cells)})
+                row = self._cache.tables[kind.name][lease.row]
+                shared = 1 if kind.rule == "recurrent" else lease.committed // size
+                state[row[:shared]] = SHARED
+                state[row[shared:]] = OWN
+            result.append({"pool": name, "pages": len(state) - 1, **_cells(state[1:], cells)})
         return result
+
+    def _kinds_by_pool(self) -> dict[str, list[Kind]]:
+        by_pool: dict[str, list[Kind]] = {}
+        for kind in self._cache.kinds:
+            by_pool.setdefault(self._parts.runner.pool_of[kind.name], []).append(kind)
+        return by_pool
+
+    def _occupancy(self, stats: CacheStats) -> dict[str, dict[str, float]]:
+        """By tier, the parts of the room that are used, and used by what cannot be evicted now.
+
+        The device's pools count by their bytes; on other tiers each kind has its own room and counts by its tokens.
+        """
+        rooms: dict[Tier, list[tuple[float, list[ShelfStats]]]] = {}
+        for name, kinds in self._kinds_by_pool().items():
+            shelves = [stats.shelves[kind.name, Tier.DEVICE] for kind in kinds]
+            rooms.setdefault(Tier.DEVICE, []).append((self._parts.runner.pools[name].nbytes, shelves))
+        for (_, tier), shelf in stats.shelves.items():
+            if tier is not Tier.DEVICE:
+                rooms.setdefault(tier, []).append((shelf.size, [shelf]))
+        return {
+            tier.name: {
+                "used": _share(room, [sum(s.used for s in shelves) for _, shelves in room]),
+                "busy": _share(room, [sum(s.used - s.evictable for s in shelves) for _, shelves in room]),
+            }
+            for tier, room in rooms.items()
+        }
+
+
+def _share(room: list[tuple[float, list[ShelfStats]]], taken: list[int]) -> float:
+    """The part of ``room`` (weights, and shelves of one size) that so many tokens of each take."""
+    whole = sum(weight for weight, _ in room)
+    parts = [weight * n / s[0].size for (weight, s), n in zip(room, taken, strict=True) if s[0].size]
+    return sum(parts) / whole if whole else 0.0
 
 
 def _key(request: Request) -> Key:

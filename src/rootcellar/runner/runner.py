@@ -88,7 +88,7 @@ class Runner:
         self.pools = pools
         self.shapes = shapes
         self._widths = widths
-        self._pool_of = pool_of
+        self.pool_of = pool_of
         self._step = compiled_step(placement, kinds, backend, pool_of)
         self._sample = jax.jit(sampler.sample)
         self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
@@ -96,7 +96,7 @@ class Runner:
 
     def kind_in(self, pool: str) -> str:
         """A kind whose layers lie in the pool of this name."""
-        return next(kind for kind, name in self._pool_of.items() if name == pool)
+        return next(kind for kind, name in self.pool_of.items() if name == pool)
 
     def step(self, batch: Batch) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 from fastapi import Request
@@ -25,7 +25,7 @@ _CLIENT_WENT_AWAY = 499  # nginx's number; nobody reads it
 async def whole(request: Request, state: State, **arguments: Any) -> list[Result]:
     """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away."""
     results = await unless_gone(request, state.engine.async_generate(**arguments))
-    return [_counts(result) for result in (results if isinstance(results, list) else [results])]
+    return [_counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
 
 
 class Stream:
@@ -53,7 +53,7 @@ async def begin(request: Request, state: State, **arguments: Any) -> Stream:
     """
 
     async def first() -> Stream:
-        results = await state.engine.async_generate(stream=True, **arguments)
+        results = cast(AsyncGenerator[Result], await state.engine.async_generate(stream=True, **arguments))
         return Stream(_counts(await anext(results)), results)
 
     return await unless_gone(request, first())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,9 +83,9 @@ def api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestTooLarge():
-            return ApiError(400, message, code="context_length_exceeded")
+            return ApiError(400, message, _named(message), "context_length_exceeded")
         case RequestError() | ConfigError() | ModelError():
-            return ApiError(400, message)
+            return ApiError(400, message, _named(message))
         case QueueFull():
             return ApiError(429, message, code="queue_full", headers={"Retry-After": _SECONDS_TO_RETRY})
         case EngineError():
@@ -93,6 +94,12 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(500, message, code="cache_broken")
         case _:
             return ApiError(500, f"{type(error).__name__}: {error}", code="internal_error")
+
+
+def _named(message: str) -> str | None:
+    """The parameter that a message of ours begins with: ``temperature=-1 is not allowed: ...``."""
+    found = re.match(r"(?:prompt \d+: )?(\w+)=", message)
+    return found[1] if found else None
 
 
 def ended_early(finish: Mapping[str, Any]) -> ApiError | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from rootcellar.errors import QueueFull
 from rootcellar.server.answer import on_thread, whole
 from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.state import State, state_of
@@ -15,7 +18,12 @@ router = APIRouter(tags=["Health"])
 
 # A step of a large model on a slow device takes seconds; twenty without any is no progress.
 _SECONDS = 20
-_FIRST = 2**31 - 1  # before every other request
+_ONE_TOKEN: dict[str, Any] = {
+    "input_ids": [0],
+    "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
+    "priority": 2**31 - 1,  # before every other request
+    "extra_key": "health",
+}
 
 
 @router.get("/health")
@@ -30,21 +38,23 @@ async def health(request: Request) -> Response:
     if before["paused"] or before["released"]:
         return json_response({"status": "asleep", "paused": before["paused"], "released": before["released"]})
     try:
-        await asyncio.wait_for(
-            whole(
-                request,
-                state,
-                input_ids=[0],
-                sampling_params={"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
-                priority=_FIRST,
-                extra_key="health",
-            ),
-            _SECONDS,
-        )
+        async with asyncio.timeout(_SECONDS):
+            await whole(request, state, **_ONE_TOKEN)
     except TimeoutError:
         if (await _status(state))["steps"] == before["steps"]:
             raise ApiError(503, f"no token in {_SECONDS} seconds", code="unhealthy") from None
+    except QueueFull:
+        await _advances(state, before["steps"])
     return json_response({"status": "ok"})
+
+
+async def _advances(state: State, steps: int) -> None:
+    """Wait until the engine has done more than so many steps; 503 when it does none in time."""
+    end = time.monotonic() + _SECONDS
+    while (await _status(state))["steps"] == steps:
+        if time.monotonic() > end:
+            raise ApiError(503, f"the queue is full, and no step in {_SECONDS} seconds", code="unhealthy")
+        await asyncio.sleep(0.05)
 
 
 @router.get("/ready")
@@ -60,7 +70,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready"})
 
 
-async def _status(state: State) -> dict[str, object]:
+async def _status(state: State) -> dict[str, Any]:
     """The engine's own word, from its thread."""
     try:
         return await asyncio.wait_for(on_thread(state.engine.status), _SECONDS)

@@ -85,9 +85,8 @@ class Feed:
             try:
                 await self._publish("numbers", numbers(await self._read(), self._model_name))
                 if time.monotonic() >= look_at:
-                    began = time.monotonic()
-                    look = await asyncio.to_thread(self._look)
-                    look_at = began + max(2 * INTERVAL, (time.monotonic() - began) / LOOKING)
+                    look = await asyncio.to_thread(self._sight.look, NODES)
+                    look_at = time.monotonic() + max(2 * INTERVAL, look["seconds"] / LOOKING)
                     await self._publish("cache", look)
             except EngineError as error:
                 await self._publish("trouble", {"message": str(error)})
@@ -96,9 +95,6 @@ class Feed:
                 await self._publish("trouble", {"message": f"{type(error).__name__}: {error}"})
             await asyncio.sleep(INTERVAL)
         self._newest.clear()
-
-    def _look(self) -> dict[str, Any]:
-        return {"tree": self._sight.tree(NODES), "memory": self._sight.memory_map()}
 
     async def _publish(self, event: str, data: dict[str, Any]) -> None:
         async with self._changed:

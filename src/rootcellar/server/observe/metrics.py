@@ -98,6 +98,13 @@ TABLE = (
     ),
     Row("cache_used_tokens", "gauge", "Room that is not free.", ("kind", "tier"), _shelves("used")),
     Row("cache_size_tokens", "gauge", "Room in all.", ("kind", "tier"), _shelves("size")),
+    Row(
+        "cache_used_ratio",
+        "gauge",
+        "The part of a tier's room that is not free (the device's pools by their bytes).",
+        ("tier",),
+        lambda stats: [((tier,), part["used"]) for tier, part in stats["occupancy"].items()],
+    ),
     Row("evicted_tokens", "counter", "Tokens that left to make room.", ("kind", "tier"), _shelves("evicted")),
     Row("cache_nodes", "gauge", "Nodes of the radix tree.", (), _total("nodes")),
     Row("kv_cache_bytes", "gauge", "Bytes of the KV cache's buffers on the device.", (), _total("kv_cache_bytes")),
@@ -127,7 +134,7 @@ HISTOGRAMS = {
     "kv_age_at_eviction_seconds": "Age of evicted tokens since they came into the tree.",
     "kv_idle_at_eviction_seconds": "Age of evicted tokens since they were last used.",
 }
-_LABELS = {
+HISTOGRAM_LABELS = {
     "stage_seconds": ("stage",),
     "step_seconds": ("phase",),
     "kv_age_at_eviction_seconds": ("kind", "tier"),
@@ -164,7 +171,7 @@ def families(reading: Reading) -> Iterator[Metric]:
             metric.add_metric(labels, value)
         yield metric
     for name, help in HISTOGRAMS.items():
-        histogram = HistogramMetricFamily(f"rootcellar_{name}", help, labels=_LABELS.get(name, ()))
+        histogram = HistogramMetricFamily(f"rootcellar_{name}", help, labels=HISTOGRAM_LABELS.get(name, ()))
         for labels, distribution in reading.distributions[name]:
             _add(histogram, tuple(labels.values()), distribution)
         yield histogram
@@ -186,7 +193,7 @@ def sglang_families(reading: Reading, model_name: str) -> Iterator[Metric]:
         "num_queue_reqs": (stats["waiting"], "Requests that wait."),
         "num_used_tokens": (first["used"] - first["evictable"], "Tokens of the KV cache that are in use."),
         "token_usage": (
-            max((s["used"] - s["evictable"]) / s["size"] if s["size"] else 0.0 for s in device),
+            stats["occupancy"]["DEVICE"]["busy"],
             "The part of the KV cache that is in use: neither free nor evictable.",
         ),
         "kv_available_tokens": (first["free"], "Free tokens of the KV cache."),
@@ -226,7 +233,7 @@ def sglang_families(reading: Reading, model_name: str) -> Iterator[Metric]:
         ("per_stage_req_latency_seconds", "stage_seconds"),
     ):
         histogram = HistogramMetricFamily(
-            f"sglang:{theirs}", HISTOGRAMS[ours], labels=("model_name", *_LABELS.get(ours, ()))
+            f"sglang:{theirs}", HISTOGRAMS[ours], labels=("model_name", *HISTOGRAM_LABELS.get(ours, ()))
         )
         for labels, distribution in reading.distributions[ours]:
             _add(histogram, (model_name, *labels.values()), distribution)

@@ -89,7 +89,7 @@ class Observer:
             """The newest requests and their steps as a Chrome trace, for https://ui.perfetto.dev."""
             return json_response(await asyncio.to_thread(self._sight.trace, limit))
 
-        @router.get("/feed", response_class=StreamingResponse)
+        @router.get("/feed", include_in_schema=False)  # it has no end, which no schema can say
         async def feed() -> Response:
             """What the page draws, as server-sent events: ``numbers`` each second, ``cache`` when it is cheap."""
             if self.feed.full:

@@ -29,7 +29,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_completion_tokens"):
+    with openai_names(max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
         job = await _Job.of(body, state)
         if body.stream:
             stream = await begin(request, state, **job.arguments)

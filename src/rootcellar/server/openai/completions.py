@@ -27,12 +27,11 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_tokens"):
+    with openai_names(max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         job = await _Job.of(body, state)
         if body.stream:
             stream = await begin(request, state, **job.arguments)
-            await job.read_back(state)
-            return EventStream(stream, job.events(stream, body.stream_options or StreamOptions()))
+            return EventStream(stream, job.events(stream, body.stream_options or StreamOptions(), state))
         results = await whole(request, state, **job.arguments)
         await job.read_back(state)
     return json_response(job.answer(results))
@@ -98,8 +97,9 @@ class _Job:
             "sglext": extension(results, self.n),
         }
 
-    async def events(self, stream: Stream, options: StreamOptions) -> AsyncGenerator[bytes]:
+    async def events(self, stream: Stream, options: StreamOptions, state: State) -> AsyncGenerator[bytes]:
         """The answer in pieces."""
+        await self.read_back(state)
         newest: dict[int, Result] = {}
         async for result in stream.results():
             i = result.get("index", 0)

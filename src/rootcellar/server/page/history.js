@@ -8,24 +8,12 @@ const SHOWN = 300; // seconds on the chart
 const TIERS = ["DEVICE", "HOST", "STORAGE", "PEER"];
 const readings = [];
 
-// The parts of a tier's room, over all kinds, that are used at all and that cannot be evicted now.
-function occupancy(stats, tier) {
-  let [used, busy, size] = [0, 0, 0];
-  for (const { [tier]: shelf } of Object.values(stats.cache)) {
-    if (!shelf) continue;
-    used += shelf.used;
-    busy += shelf.used - shelf.evictable;
-    size += shelf.size;
-  }
-  return size ? { used: used / size, busy: busy / size } : undefined;
-}
-
 export function remember(numbers) {
   const { stats, latency, at } = numbers;
   if (readings.length && at < readings.at(-1).at) readings.length = 0; // the server was started anew
   readings.push({
     at,
-    tiers: TIERS.map((tier) => occupancy(stats, tier)),
+    tiers: TIERS.map((tier) => stats.occupancy[tier]), // { used, busy }: parts of its room
     asked: stats.input_tokens,
     hit: stats.hit_tokens,
     generated: stats.generated_tokens,

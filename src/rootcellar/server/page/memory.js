@@ -4,25 +4,25 @@ import { $, count, element } from "./dom.js";
 
 const NAMES = ["free", "cached", "shared", "own"];
 
-export function drawMemory(kinds) {
+export function drawMemory(pools) {
   const box = $("memory");
-  while (box.children.length > kinds.length) box.lastChild.remove();
-  kinds.forEach((kind, i) => {
+  while (box.children.length > pools.length) box.lastChild.remove();
+  pools.forEach((pool, i) => {
     if (!box.children[i]) {
       box.append(element("figure", {}, element("figcaption", { class: "quiet" }), element("canvas", { role: "img" })));
     }
-    drawKind(box.children[i], kind);
+    drawPool(box.children[i], pool);
   });
 }
 
-function drawKind(figure, { kind, pages, pages_per_cell, cells }) {
+function drawPool(figure, { pool, pages, pages_per_cell, cells }) {
   const [caption, canvas] = figure.children;
   const counts = [0, 0, 0, 0];
   for (const cell of cells) counts[cell] += 1;
   const each = pages_per_cell > 1 ? `, ${pages_per_cell} to a cell` : "";
-  caption.textContent = `${kind}: ${count(pages)} pages${each}`;
+  caption.textContent = `${pool}: ${count(pages)} pages${each}`;
   const shares = NAMES.map((name, state) => `${Math.round((100 * counts[state]) / cells.length)} % ${name}`);
-  canvas.setAttribute("aria-label", `Pages of ${kind}: ${shares.join(", ")}`);
+  canvas.setAttribute("aria-label", `Pages of ${pool}: ${shares.join(", ")}`);
   const width = canvas.clientWidth || 300;
   const gap = 1;
   const size = Math.max(5, Math.min(16, Math.floor(Math.sqrt((width * 150) / Math.max(1, cells.length)))));

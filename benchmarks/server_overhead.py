@@ -1,0 +1,146 @@
+"""Requests/s of the server over HTTP against the offline engine, on the same workload at the same concurrency.
+
+    .venv/bin/python benchmarks/server_overhead.py
+
+Both run the embedded model with the same settings, in processes of their own, in turn and several times over; only one
+works at a time. The workload: distinct prompts of 256 tokens, 128 tokens of answer each, nothing cached before. The
+offline engine gets all prompts in one call and runs `concurrency` of them at a time; the server gets them from as many
+clients, each of which sends its next request when the one before was answered. `--stream` has the answers streamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+import rootcellar
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from serving import Server
+
+SETTINGS = {"max_total_tokens": 16384, "chunked_prefill_size": 512}
+
+
+def prompts(args: argparse.Namespace, round: int) -> list[list[int]]:
+    """Random token ids; no two prompts of any round begin alike."""
+    rng = np.random.default_rng(round)
+    return rng.integers(0, 1000, (args.requests, args.input_len)).tolist()
+
+
+def sampling(args: argparse.Namespace) -> dict[str, object]:
+    return {"temperature": 0, "max_new_tokens": args.output_len, "ignore_eos": True}
+
+
+def offline(args: argparse.Namespace) -> None:
+    """The worker: reads round numbers, writes seconds."""
+    with rootcellar.Engine(model_path="demo", max_running_requests=args.concurrency, **SETTINGS) as engine:
+        engine.warm_up()
+        print("ready", flush=True)
+        for line in sys.stdin:
+            ids = prompts(args, int(line))
+            began = time.perf_counter()
+            engine.generate(input_ids=ids, sampling_params=sampling(args))
+            print(time.perf_counter() - began, flush=True)
+
+
+async def over_http(url: str, args: argparse.Namespace, round: int) -> float:
+    """Seconds for all requests from `concurrency` clients, each over one connection that is kept open."""
+    bodies = [
+        json.dumps({"input_ids": ids, "sampling_params": sampling(args), "stream": args.stream}).encode()
+        for ids in prompts(args, round)
+    ]
+    host, port = url.removeprefix("http://").split(":")
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while bodies:
+            body = bodies.pop()
+            head = (
+                f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            )
+            writer.write(f"{head}\r\n\r\n".encode() + body)
+            answer = await (_read_stream(reader) if args.stream else _read_whole(reader))
+            assert f'"completion_tokens":{args.output_len}'.encode() in answer, answer[:500]
+        writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(args.concurrency)))
+    return time.perf_counter() - began
+
+
+async def _read_whole(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    return await reader.readexactly(length)
+
+
+async def _read_stream(reader: asyncio.StreamReader) -> bytes:
+    await reader.readuntil(b"\r\n\r\n")
+    last = b""
+    while size := int(await reader.readline(), 16):
+        part = await reader.readexactly(size + 2)
+        if b"[DONE]" not in part:
+            last = part
+    await reader.readline()
+    return last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--input-len", type=int, default=256)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.offline:
+        offline(args)
+        return
+    worker = subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--offline"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    words = ["--max-running-requests", str(args.concurrency), "--chunked-prefill-size", "512", "--log-level", "warning"]
+    with Server(*words, max_total_tokens=SETTINGS["max_total_tokens"], warm=True) as server:
+        assert worker.stdout.readline() == "ready\n"
+        ratios, rates = [], []
+        for turn in range(args.rounds + 1):  # the first warms up
+            worker.stdin.write(f"{2 * turn}\n")
+            worker.stdin.flush()
+            alone = float(worker.stdout.readline())
+            served = asyncio.run(over_http(server.url, args, 2 * turn + 1))
+            if turn:
+                ratios.append(alone / served)
+                rates.append((args.requests / alone, args.requests / served))
+    worker.stdin.close()
+    worker.wait()
+    result = {
+        "concurrency": args.concurrency,
+        "stream": args.stream,
+        "offline_requests_per_second": median(rate for rate, _ in rates),
+        "server_requests_per_second": median(rate for _, rate in rates),
+        "ratio": median(ratios),
+        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+    }
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"offline {result['offline_requests_per_second']:.1f} requests/s")
+    print(f"server  {result['server_requests_per_second']:.1f} requests/s, streamed: {args.stream}")
+    print(f"ratio   {result['ratio']:.3f} at concurrency {args.concurrency}, median of {result['ratios']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+// The native core as a Python module.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "core.h"
+
+using namespace nanobind::literals;
+
+namespace rootcellar {
+
+namespace {
+
+void raise(const char* word, nb::args arguments) {
+    const nb::object error = nb::module_::import_("rootcellar.cache.words").attr(word)(*arguments);
+    PyErr_SetObject(error.type().ptr(), error.ptr());
+}
+
+// Errors are worded in one place for both cores, words.py.
+void translate(const std::exception_ptr& pointer, void*) {
+    try {
+        std::rethrow_exception(pointer);
+    } catch (const Refusal& refusal) {
+        const auto args = [](auto&&... values) { return nb::cast<nb::args>(nb::make_tuple(values...)); };
+        switch (refusal.why) {
+            case Refusal::Why::key_too_long: return raise("key_too_long", args(refusal.first, refusal.second));
+            case Refusal::Why::only_grows: return raise("only_grows", args(refusal.first));
+            case Refusal::Why::row_full: return raise("row_full", args(refusal.first, refusal.second, refusal.third));
+            case Refusal::Why::commit_too_long:
+                return raise("commit_too_long", args(refusal.first, python_name(refusal.name), refusal.lease->length,
+                                                     python_name(refusal.lease->name->text)));
+            case Refusal::Why::closed: return raise("closed", args(lease_words(*refusal.lease)));
+        }
+    } catch (const NothingFiled& nothing) {
+        raise("nothing_filed", nb::cast<nb::args>(nb::make_tuple(nothing.arena, nothing.evictable)));
+    }
+}
+
+void construct(Core* self, const std::vector<std::tuple<std::string, int, std::int64_t>>& kinds,
+               const std::vector<std::tuple<int, int, int>>& shelves,
+               const std::vector<std::pair<std::string, std::int32_t>>& arenas, std::int64_t page_size,
+               std::int64_t capacity, int policy, const std::vector<std::int64_t>& edges, std::int64_t max_length,
+               std::int32_t max_leases, bool reuse, bool digests, std::int64_t write_hits, bool write_back,
+               const std::vector<std::int64_t>& min_load, nb::bytes fingerprint, bool events, nb::list tables) {
+    if (edges.size() != BUCKETS || min_load.size() != TIERS || nb::len(tables) != kinds.size())
+        throw nb::value_error("edges, min_load or tables have another length than this core was built for");
+    TreeOptions tree;
+    for (const auto& [name, rule, span] : kinds) tree.kinds.push_back({name, static_cast<Rule>(rule), span});
+    for (const auto& [k, tier, arena] : shelves) tree.shelves.push_back({k, static_cast<Tier>(tier), arena});
+    tree.arenas = arenas;
+    tree.page_size = page_size;
+    tree.capacity = capacity;
+    tree.policy = static_cast<Policy>(policy);
+    std::copy(edges.begin(), edges.end(), tree.edges.begin());
+    CacheOptions options{max_length, max_leases, reuse, digests, write_hits, write_back, {}};
+    std::copy(min_load.begin(), min_load.end(), options.min_load);
+    std::vector<Buffer> buffers;
+    std::vector<Table> pointers;
+    for (const nb::handle table : tables) {
+        Buffer buffer(table, true);
+        auto* pages = buffer.as<std::int32_t>(2);
+        if (buffer.extent(0) != max_leases + 1) throw nb::value_error("a page table has another number of rows");
+        pointers.push_back({pages, buffer.extent(1)});
+        buffers.push_back(std::move(buffer));
+    }
+    new (self)
+        Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()}, events);
+}
+
+nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, bool portable) {
+    const Buffer buffer(tokens, false);
+    const auto* at = buffer.as<std::int64_t>(1);
+    Digest above;
+    if (parent.size() != above.size() || page_size < 1)
+        throw nb::value_error("a parent has 32 bytes, a page 1 token or more");
+    std::memcpy(above.data(), parent.c_str(), above.size());
+    std::vector<Digest> names(buffer.extent(0) / page_size);
+    chain(above, at, static_cast<std::int64_t>(names.size()), page_size, names.data(), portable);
+    nb::list list;
+    for (const Digest& name : names) list.append(python_digest(name));
+    return list;
+}
+
+}  // namespace
+
+NB_MODULE(_core, module) {
+    module.doc() = "The native twin of the cache core; use it through rootcellar.cache.";
+    nb::register_exception_translator(translate);
+
+    nb::class_<PyHit>(module, "Hit", "What the cache holds of a key, in tokens; see rootcellar.cache.match.Hit.")
+        .def_prop_ro("key", [](const PyHit& hit) { return hit.key; })
+        .def_prop_ro("version", [](const PyHit& hit) { return hit.hit.version; })
+        .def_prop_ro("branch", [](const PyHit& hit) { return hit.hit.branch; })
+        .def_prop_ro("length", [](const PyHit& hit) { return hit.hit.reaches[DEVICE]; })
+        .def_prop_ro("reaches",
+                     [](const PyHit& hit) {
+                         const auto& reaches = hit.hit.reaches;
+                         return nb::make_tuple(reaches[0], reaches[1], reaches[2], reaches[3]);
+                     })
+        .def("reach", [](const PyHit& hit, nb::handle tier) { return hit.hit.reaches[tier_of(tier)]; })
+        .def("__repr__", [](const PyHit& hit) {
+            const auto& reaches = hit.hit.reaches;
+            return nb::module_::import_("rootcellar.cache.words")
+                .attr("hit")(hit.key, nb::make_tuple(reaches[0], reaches[1], reaches[2], reaches[3]), hit.hit.branch);
+        });
+
+    nb::class_<PyLease>(module, "Lease", "A running request's hold on the cache; see rootcellar.cache.lease.Lease.")
+        .def_prop_ro("row", [](const PyLease& self) { return self.lease->row; })
+        .def_prop_ro("serial", [](const PyLease& self) { return self.lease->serial; })
+        .def_prop_ro("namespace", [](const PyLease& self) { return python_name(self.lease->name->text); })
+        .def_prop_ro("cached", [](const PyLease& self) { return self.lease->cached; })
+        .def_prop_ro("length", [](const PyLease& self) { return self.lease->length; })
+        .def_prop_ro("committed", [](const PyLease& self) { return self.lease->committed; })
+        .def_prop_ro("priority", [](const PyLease& self) { return self.lease->priority; })
+        .def_prop_ro("lost", [](const PyLease& self) { return self.lease->lost; })
+        .def_prop_ro("ready", [](const PyLease& self) { return self.lease->waits.empty() && !self.lease->lost; })
+        .def_prop_ro("waits",
+                     [](const PyLease& self) {
+                         nb::set set;
+                         for (const std::int64_t id : self.lease->waits) set.add(nb::int_(id));
+                         return set;
+                     })
+        .def("__repr__", [](const PyLease& self) { return lease_words(*self.lease); });
+
+    nb::class_<Core>(module, "Core")
+        .def("__init__", construct)
+        .def("match", &Core::match, "key"_a)
+        .def("open", &Core::open, "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0)
+        .def("grow", &Core::grow, "lease"_a, "tokens"_a)
+        .def("grow_many", &Core::grow_many, "leases"_a, "tokens"_a = 1)
+        .def("commit", &Core::commit, "lease"_a, "key"_a, nb::kw_only(), "snapshot"_a = true)
+        .def("commit_many", &Core::commit_many, "leases"_a, "keys"_a, nb::kw_only(), "snapshot"_a = true)
+        .def("close", &Core::close, "lease"_a, "keep"_a = true)
+        .def("close_many", &Core::close_many, "leases"_a, "keep"_a = true)
+        .def("slots", &Core::slots, "hit"_a, "kind"_a)
+        .def("_moves", &Core::moves)
+        .def("_done", &Core::done)
+        .def("_failed", &Core::failed)
+        .def("_found", &Core::found, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+        .def("_lost", &Core::lost)
+        .def("send", &Core::send, "key"_a, "dst"_a)
+        .def("save", &Core::save, "dst"_a = 1)
+        .def("_forget_tier", &Core::forget_tier)
+        .def("_prefetch", &Core::prefetch)
+        .def("_flies", &Core::flies)
+        .def("pin", &Core::pin, "key"_a, "ttl"_a)
+        .def("unpin", &Core::unpin, "key"_a)
+        .def("drop_namespace", &Core::drop_namespace, "namespace"_a)
+        .def("_flush", &Core::flush)
+        .def("make_room", &Core::make_room, "kind"_a, "tokens"_a, "tier"_a = 0)
+        .def("available_tokens", &Core::available_tokens)
+        .def("_has_room", &Core::has_room)
+        .def("_free_pages", &Core::free_pages)
+        .def("_counts", &Core::counts)
+        .def("_take_events", &Core::take_events)
+        .def("_find_eviction", &Core::find_eviction)
+        .def("_take_evictions", &Core::take_evictions)
+        .def_prop_ro("tick", &Core::tick)
+        .def("_tree", &Core::tree)
+        .def("trail", &Core::trail, "key"_a)
+        .def("_frozen", &Core::state)
+        .def("_nodes", &Core::nodes)
+        .def("_nodes_on_the_way", &Core::nodes_on_the_way)
+        .def("memory_bytes", &Core::memory_bytes)
+        .def("_ledger_bytes", &Core::ledger_bytes)
+        .def("_node_bytes", &Core::node_bytes);
+
+    module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a, "portable"_a = false);
+}
+
+}  // namespace rootcellar

@@ -1,0 +1,41 @@
+"""docs/serving.md: each of its curl lines works, and every route is in it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rootcellar.server.app import create_app
+from rootcellar.server_config import ServerConfig
+from serving import Server
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^curl .*$", PAGE, re.MULTILINE)
+ENDLESS = 28  # curl's status when its time is up
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: re.search(r":30000(/[^' ]*)", line)[1])
+def test_every_curl_line_works(server, line):
+    """In the order of the page: what is released there is resumed there."""
+    script = 'curl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
+    script += line.replace("http://127.0.0.1:30000", server.url)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == (ENDLESS if "/feed" in line else 0), done.stdout + done.stderr
+    assert done.stdout
+
+
+def test_every_route_is_documented_with_a_line(engine):
+    app = create_app(engine, ServerConfig())
+    (gate,) = (middleware for middleware in app.user_middleware if "access" in middleware.kwargs)
+    routes = {path for path in gate.kwargs["access"] if not path.startswith("/page/")}
+    assert len(routes) > 35
+    tried = {re.search(r":30000(/[^'? ]*)", line)[1] for line in LINES}
+    named = {re.sub(r"\{.*\}", "demo", path) for path in routes}
+    assert named - tried == set()
