@@ -33,10 +33,10 @@ def test_evicting_one_leaf_costs_the_same_among_many():
     cost = {}
     for leaves in (1_000, 30_000):
         cache = with_leaves(leaves)
-        (shelf,) = (shelf for shelf in cache._tree.shelves if shelf.tier is Tier.STORAGE)
+        (arena,) = (shelf.arena for shelf in cache._tree.shelves if shelf.tier is Tier.STORAGE)
 
-        def evict_one(cache=cache, shelf=shelf):
-            assert make_room(cache._tree, shelf, shelf.slots.free_pages + 1)
+        def evict_one(cache=cache, arena=arena):
+            assert make_room(cache._tree, arena, arena.slots.free_pages + 1)
 
         cost[leaves] = fastest(evict_one)
         cache.check()

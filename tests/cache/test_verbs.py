@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import make, serve, start, tokens
 
-from rootcellar.cache import Key, RadixCache, Tier, chunked_local, full, recurrent, sliding_window
+from rootcellar.cache import Key, Lost, RadixCache, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import CacheBroken, CacheBusy, ConfigError, RequestError, RequestTooLarge
 
 DEVICE = ("full", Tier.DEVICE)
@@ -253,3 +253,17 @@ def test_check_shows_a_leak():
     cache.tables["full"][lease.row, 1] = 5
     with pytest.raises(CacheBroken, match="row"):
         cache.check()
+
+
+def test_throwing_away_a_request_of_a_dropped_namespace_leaves_nothing():
+    """The nodes between what it added and what others added may hold nothing and go first."""
+    cache = make((recurrent("state"),), page_size=1)
+    serve(cache, tokens((0, 4)))
+    lease = start(cache, tokens((0, 8)), chunk=2)  # two nodes of its own, with a snapshot each
+    cache.learn(Lost(Key(tokens((0, 6))), Tier.DEVICE, start=4))
+    cache.drop_namespace("")
+    cache.close(lease, keep=False)
+    cache.check()
+    assert cache.stats().nodes == 0
+    cache.flush()
+    assert cache.stats().shelves["state", Tier.DEVICE].used == 0

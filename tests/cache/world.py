@@ -81,16 +81,22 @@ class World:
         kinds = KIND_MIXES[pick(len(KIND_MIXES))]
         self.page = (1, 2, 4)[pick(3)]
         capacity = {}
+        arenas = {}
         tiers = [tier for tier in (Tier.HOST, Tier.STORAGE, Tier.PEER) if pick(2)]
         for kind in kinds:
             size = 3 + pick(8) if kind.rule == "recurrent" else 8 + pick(90)
             capacity[kind.name, Tier.DEVICE] = size
             for tier in tiers:
                 capacity[kind.name, tier] = size * (1 + pick(8)) // 3
+        if len(kinds) > 1 and pick(2):  # all but perhaps the last share their device pages
+            arenas["arena"] = [kind.name for kind in kinds[: len(kinds) - pick(2) * (len(kinds) > 2)]]
+            sizes = [capacity.pop((name, Tier.DEVICE)) for name in arenas["arena"]]
+            capacity["arena", Tier.DEVICE] = sum(sizes)
         self.cache = RadixCache(
             kinds,
             page_size=self.page,
             capacity=capacity,
+            arenas=arenas,
             max_leases=1 + pick(6),
             max_length=MAX_LENGTH,
             policy=POLICIES[pick(len(POLICIES))],
@@ -103,12 +109,14 @@ class World:
         self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
         self.states = [kind for kind in kinds if kind.rule == "recurrent"]
         self.content: dict[tuple[str, Tier], dict[int, int]] = {(k.name, t): {} for k in kinds for t in Tier}
+        for name in arenas.get("arena", ()):
+            self.content[name, Tier.DEVICE] = self.content[arenas["arena"][0], Tier.DEVICE]
 
     # ---- content -----------------------------------------------------------------------------------------------
 
     @staticmethod
-    def of(namespace: str, tokens: list[int]) -> int:
-        return hash((namespace, tuple(tokens)))
+    def of(kind: str, namespace: str, tokens: list[int]) -> int:
+        return hash((kind, namespace, tuple(tokens)))
 
     def compute(self, run: Running) -> None:
         """A step: everything grown is computed, after the moves are dispatched and what it reads is looked at."""
@@ -119,15 +127,17 @@ class World:
             read, write = self.cache.tables[kind.name][lease.row]
             if run.computed:
                 have = self.content[kind.name, Tier.DEVICE].get(int(read))
-                assert have == self.of(lease.namespace, run.tokens[: run.computed]), "a wrong state is read"
+                assert have == self.of(kind.name, lease.namespace, run.tokens[: run.computed]), "a wrong state is read"
             else:
                 assert read == 0, "a fresh request must read the zero state"
-            self.content[kind.name, Tier.DEVICE][int(write)] = self.of(lease.namespace, run.tokens[: lease.length])
+            self.content[kind.name, Tier.DEVICE][int(write)] = self.of(
+                kind.name, lease.namespace, run.tokens[: lease.length]
+            )
         for kind in self.paged:
             row = self.cache.tables[kind.name][lease.row]
             for i in range(run.computed // self.page, -(-lease.length // self.page)):
                 prefix = run.tokens[: min(lease.length, (i + 1) * self.page)]
-                self.content[kind.name, Tier.DEVICE][int(row[i])] = self.of(lease.namespace, prefix)
+                self.content[kind.name, Tier.DEVICE][int(row[i])] = self.of(kind.name, lease.namespace, prefix)
         run.computed = lease.length
 
     def look(self, run: Running) -> None:
@@ -140,7 +150,9 @@ class World:
                 prefix = run.tokens[: min(run.computed, (i + 1) * self.page)]
                 have = self.content[kind.name, Tier.DEVICE].get(int(row[i]))
                 assert row[i] > 0, f"{kind.name}: page {i} is not in the row"
-                assert have == self.of(run.lease.namespace, prefix), f"{kind.name}: page {i} has another's content"
+                assert have == self.of(kind.name, run.lease.namespace, prefix), (
+                    f"{kind.name}: page {i} has another's content"
+                )
 
     # ---- brute force -------------------------------------------------------------------------------------------
 
@@ -324,7 +336,7 @@ class World:
         self.cache.learn(Found(key, tier, kind))
         for k, t, space, prefix, slot in self.entries():
             if t is tier and before.get((k, t, slot)) != (space, prefix):
-                self.content[k, t][slot] = self.of(space, list(prefix))
+                self.content[k, t][slot] = self.of(k, space, list(prefix))
 
     def lost(self) -> None:
         if not self.prompts:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from rootcellar.cache.node import Entry, Node, Shelf
+    from rootcellar.cache.node import Entry, Node
     from rootcellar.cache.order import Item
     from rootcellar.cache.tree import Tree
 
@@ -217,12 +217,12 @@ class LearnedOrder:
         self._heaps = {where: heap for where, heap in self._heaps.items() if heap}
 
     def forget(self, entry: Entry) -> None:
-        """The entry left the shelf."""
+        """The entry left its shelf."""
         if entry.item is not None:
             entry.item = None
             self._live -= 1
 
-    def pop(self, tree: Tree, shelf: Shelf) -> tuple[Node, Entry] | None:
+    def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""
         if self._moved != self._shadow.volume:
             self._age()
@@ -233,9 +233,9 @@ class LearnedOrder:
             key, _, node, entry = heappop(heap)
             entry.item = None
             self._live -= 1
-            if not entry.evictable or (shelf.full and node.kids[shelf.index]):
+            if not entry.evictable or (entry.shelf.full and node.kids[entry.shelf.index]):
                 continue
-            true = tree.key(node, shelf, entry)
+            true = tree.key(node, entry.shelf, entry)
             if true == key:
                 return node, entry
             self.push(node, entry, true)

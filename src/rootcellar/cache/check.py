@@ -9,7 +9,8 @@ import numpy as np
 
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
-from rootcellar.cache.node import Entry, Node, Shelf
+from rootcellar.cache.node import Arena, Entry, Node, Shelf
+from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
 from rootcellar.errors import CacheBroken
@@ -33,10 +34,14 @@ def check(desk: Desk) -> None:
         _check_node(desk.tree, node)
     _check_holds(desk, nodes)
     for shelf in desk.tree.shelves:
-        _check_slots(desk, shelf, nodes)
         _check_counts(desk, shelf, nodes)
+    for arena in desk.tree.arenas:
+        _check_slots(desk, arena, nodes)
     for lease in desk.leases.values():
         _check_lease(desk, lease)
+    for root in desk.tree.detached:
+        if any(child.refs == 0 for child in root.children.values()):
+            raise CacheBroken(f"the dropped namespace {root.namespace!r} keeps what nobody holds")
     for root in [*desk.tree.roots.values(), *desk.tree.detached]:
         if not root.refs and not root.children:
             raise CacheBroken(f"namespace {root.namespace!r} is empty and was not forgotten")
@@ -122,11 +127,29 @@ def _check_holds(desk: Desk, nodes: list[Node]) -> None:
         raise CacheBroken(f"pins by (node, kind, page) that no node has: {dict(pins)}")
 
 
-def _check_slots(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
+def _check_slots(desk: Desk, arena: Arena, nodes: list[Node]) -> None:
     """Invariant 1: free + tree + leases + moves in flight = all, and no slot twice."""
+    shelves = [shelf for shelf in desk.tree.shelves if shelf.arena is arena]
+    groups = [arena.slots.free_list()]
+    for shelf in shelves:
+        taken = _taken(desk, shelf, nodes)
+        if sum(map(len, taken)) != shelf.used:
+            raise CacheBroken(f"{_shelf(shelf)}: {shelf.used} pages counted as used, {sum(map(len, taken))} found")
+        groups += taken
+    if arena.evictable != sum(shelf.evictable for shelf in shelves):
+        raise CacheBroken(f"{arena.name}: {arena.evictable} evictable, not the sum over its kinds")
+    owned = np.bincount(np.concatenate(groups), minlength=arena.slots.pages + 1)
+    wrong = np.flatnonzero(owned[1:] != 1) + 1
+    if len(wrong) or owned[0] or len(owned) != arena.slots.pages + 1:
+        raise CacheBroken(
+            f"{arena.name}: pages {wrong[:8].tolist()} have {owned[wrong[:8]].tolist()} owners, page 0 has {owned[0]}"
+        )
+
+
+def _taken(desk: Desk, shelf: Shelf, nodes: list[Node]) -> list[Pages]:
+    """The pages that a shelf's owners have: the tree, leases, and moves in flight."""
     k = shelf.kind_index
-    groups = [shelf.slots.free_list()]
-    groups += [entry.pages for node in nodes if (entry := node.entries[shelf.index]) is not None]
+    groups = [entry.pages for node in nodes if (entry := node.entries[shelf.index]) is not None]
     if shelf.tier is Tier.DEVICE:
         table = desk.tables.by_kind[k]
         for lease in desk.leases.values():
@@ -136,16 +159,9 @@ def _check_slots(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
                 begin = max(lease.committed // desk.tree.page_size, lease.starts[k])
                 groups.append(table[lease.row, begin : -(-lease.length // desk.tree.page_size)])
     flying = desk.in_flight(shelf)
-    groups += flying
     if sum(map(len, flying)) != shelf.in_flight:
         raise CacheBroken(f"{_shelf(shelf)}: {shelf.in_flight} pages counted in flight")
-    owned = np.bincount(np.concatenate(groups), minlength=shelf.slots.pages + 1)
-    wrong = np.flatnonzero(owned[1:] != 1) + 1
-    if len(wrong) or owned[0] or len(owned) != shelf.slots.pages + 1:
-        raise CacheBroken(
-            f"{_shelf(shelf)}: pages {wrong[:8].tolist()} have {owned[wrong[:8]].tolist()} owners, "
-            f"page 0 has {owned[0]}"
-        )
+    return groups + flying
 
 
 def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:

@@ -1,31 +1,49 @@
-"""Giving memory back: make room on a shelf, and throw away what nothing can reach any more."""
+"""Giving memory back: make room in an arena, and throw away what nothing can reach any more."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rootcellar.cache.journal import Eviction
-from rootcellar.cache.node import Entry, Node, Shelf
+from rootcellar.cache.node import Arena, Entry, Node, Shelf
 from rootcellar.cache.tree import Tree
 from rootcellar.errors import CacheBroken
 
 
-def make_room(tree: Tree, shelf: Shelf, pages: int) -> bool:
-    """Evict until ``pages`` are free on the shelf. False, and nothing changed, when that cannot be."""
-    slots = shelf.slots
+def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
+    """Evict until ``pages`` are free in the arena. False, and nothing changed, when that cannot be."""
+    slots = arena.slots
     if slots.free_pages >= pages:
         return True
-    if shelf.room < pages:
+    if arena.room < pages:
         return False
     while slots.free_pages < pages:
-        found = shelf.order.pop(tree, shelf)
+        found = arena.order.pop(tree)
         if found is None:
-            raise CacheBroken(
-                f"{shelf.kind.name} on {shelf.tier.name}: {shelf.evictable} pages are counted evictable, none is filed"
-            )
+            raise CacheBroken(f"{arena.name}: {arena.evictable} pages are counted evictable, none is filed")
         node, entry = found
-        if shelf.full:
-            _drop_tail(tree, shelf, node, pages - slots.free_pages)
+        if entry.shelf.full:
+            _drop_tail(tree, entry.shelf, node, pages - slots.free_pages)
         else:
-            _drop_head(tree, shelf, node, entry, pages - slots.free_pages)
+            _drop_head(tree, entry.shelf, node, entry, pages - slots.free_pages)
+    return True
+
+
+def make_room_for(tree: Tree, needs: Iterable[tuple[Shelf, int]]) -> bool:
+    """Make room for so many pages of each shelf at once, summed over those that share an arena; evicts all or nothing.
+
+    False, and nothing changed, when that cannot be.
+    """
+    sums: dict[int, int] = {}
+    arenas: dict[int, Arena] = {}
+    for shelf, pages in needs:
+        ident = id(shelf.arena)
+        arenas[ident] = shelf.arena
+        sums[ident] = sums.get(ident, 0) + pages
+    if any(arena.room < sums[ident] for ident, arena in arenas.items()):
+        return False
+    for ident, arena in arenas.items():
+        make_room(tree, arena, sums[ident])
     return True
 
 
@@ -62,7 +80,7 @@ def _note(tree: Tree, shelf: Shelf, where: Node, what: bytes, pages: int) -> Non
 
 def _take_off(tree: Tree, shelf: Shelf, node: Node, count: int) -> None:
     pages = tree.detach(node, shelf, count)
-    shelf.slots.give(pages)
+    shelf.give(pages)
     shelf.evicted += len(pages)
 
 

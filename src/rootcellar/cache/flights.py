@@ -60,10 +60,10 @@ def plan(
     if held:
         tree.hold(node)
     _refresh(tree, flight)
-    if not make_room(tree, target, node.end - start):
+    if not make_room(tree, target.arena, node.end - start):
         _land(tree, flight)
         return None
-    flight.slots = target.slots.take(node.end - start)
+    flight.slots = target.take(node.end - start)
     target.in_flight += len(flight.slots)
     traffic.flights[flight.id] = flight
     named = max(source.tier, target.tier) >= Tier.STORAGE
@@ -180,7 +180,7 @@ def spill(tree: Tree, traffic: Traffic, node: Node, shelf: Shelf) -> None:
         return
     entry = node.entries[shelf.index]
     assert entry is not None
-    if flying_to(node, shelf.kind_index, Tier.HOST) is None and target.room >= len(entry.pages):
+    if flying_to(node, shelf.kind_index, Tier.HOST) is None and target.arena.room >= len(entry.pages):
         plan(tree, traffic, node, shelf, target, node.start + entry.lo, held=False)
 
 
@@ -219,7 +219,7 @@ def _done(tree: Tree, flight: Flight, target: Shelf) -> None:
         end = max(end, node.end)
         first = max(flight.start, node.start)
         _attach_missing(tree, node, target, flight.slots[first - flight.start : node.end - flight.start], first)
-    target.slots.give(flight.slots[end - flight.start :])
+    target.give(flight.slots[end - flight.start :])
     for lease in flight.waiters:
         lease.waits.discard(flight.id)
     _land(tree, flight)
@@ -230,14 +230,14 @@ def _attach_missing(tree: Tree, node: Node, shelf: Shelf, pages: Pages, first: i
     entry = node.entries[shelf.index]
     lo = first - node.start
     wanted = len(pages) if entry is None else max(0, entry.lo - lo)
-    shelf.slots.give(pages[wanted:])
+    shelf.give(pages[wanted:])
     if wanted:
         tree.attach(node, shelf, pages[:wanted], lo)
 
 
 def _fail(tree: Tree, flight: Flight, target: Shelf) -> None:
     """Free the destination, lose the leases that waited, and forget a farther source that could not be read."""
-    target.slots.give(flight.slots)
+    target.give(flight.slots)
     for lease in flight.waiters:
         lease.waits.clear()
         lease.lost = True
@@ -276,9 +276,9 @@ def _found(tree: Tree, event: Found) -> None:
         for node, start in missing(tree, place, shelf.kind_index, first, event.tier):
             if shelf.full and start > node.start:
                 continue
-            if flying_to(node, shelf.kind_index, event.tier) or not make_room(tree, shelf, node.end - start):
+            if flying_to(node, shelf.kind_index, event.tier) or not make_room(tree, shelf.arena, node.end - start):
                 break
-            tree.attach(node, shelf, shelf.slots.take(node.end - start), start - node.start)
+            tree.attach(node, shelf, shelf.take(node.end - start), start - node.start)
     tree.release(place)
     prune(tree, place)
 

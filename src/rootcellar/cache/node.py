@@ -1,4 +1,5 @@
-"""What the radix tree is made of: nodes, the entries they hold, and the shelves that entries stand on.
+"""What the radix tree is made of: nodes, the entries they hold, the shelves that entries stand on, and the arenas
+whose pages they take.
 
 A **node** is an edge of whole pages. An **entry** is the contiguous run of pages that a node holds on one **shelf**
 (one kind on one tier). Three shapes occur, and ``check`` insists on them:
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 class Entry:
     """Pages ``[lo, lo + len(pages))`` of a node, counted from the node's start; ``evictable`` of them may leave."""
 
-    __slots__ = ("evictable", "item", "lo", "pages")
+    __slots__ = ("evictable", "item", "lo", "pages", "shelf")
 
-    def __init__(self, pages: Pages, lo: int) -> None:
+    def __init__(self, shelf: Shelf, pages: Pages, lo: int) -> None:
+        self.shelf = shelf
         self.pages = pages
         self.lo = lo
         self.evictable = 0
-        self.item: Item | None = None  # this entry's live item in the shelf's order
+        self.item: Item | None = None  # this entry's live item in the arena's order
 
 
 class Node:
@@ -97,10 +99,32 @@ class Node:
         return self.start + self.size
 
 
+class Arena:
+    """Pages that one shelf has for itself or several share, and the one order in which their entries leave.
+
+    Shared pages belong to whichever kind took them: no split has to be guessed beforehand, and what leaves next is the
+    worst entry of all kinds (Jenga, Zhang et al. 2025, and vLLM's hybrid KV cache manager share pages alike).
+    """
+
+    __slots__ = ("evictable", "name", "order", "slots")
+
+    def __init__(self, name: str, slots: SlotAllocator, shadow: Shadow | None) -> None:
+        self.name = name
+        self.slots = slots
+        self.order: Order | LearnedOrder = Order() if shadow is None else LearnedOrder(shadow)
+        self.evictable = 0
+
+    @property
+    def room(self) -> int:
+        """Pages that could be had now: free, or evictable."""
+        return self.slots.free_pages + self.evictable
+
+
 class Shelf:
-    """One kind on one tier: its slots, the order in which its entries leave, and its counts (all in pages)."""
+    """One kind on one tier: the arena that its pages come from, and its counts (all in pages)."""
 
     __slots__ = (
+        "arena",
         "cached",
         "entries",
         "evictable",
@@ -110,9 +134,8 @@ class Shelf:
         "index",
         "kind",
         "kind_index",
-        "order",
-        "slots",
         "tier",
+        "used",
     )
 
     def __init__(
@@ -121,24 +144,27 @@ class Shelf:
         kind: Kind,
         kind_index: int,
         tier: Tier,
-        size: int,
-        page_size: int,
-        shadow: Shadow | None,
+        arena: Arena,
     ) -> None:
         self.index = index
         self.kind = kind
         self.kind_index = kind_index
         self.tier = tier
         self.full = kind.rule == "full"
-        self.slots = SlotAllocator(size, 1 if kind.rule == "recurrent" else page_size)
-        self.order: Order | LearnedOrder = Order() if shadow is None else LearnedOrder(shadow)
+        self.arena = arena
+        self.used = 0  # taken from the arena and not given back
         self.entries = 0  # entries in the tree
         self.cached = 0
         self.evictable = 0
         self.in_flight = 0  # destinations of moves
         self.evicted = 0
 
-    @property
-    def room(self) -> int:
-        """Pages that could be had now: free, or evictable."""
-        return self.slots.free_pages + self.evictable
+    def take(self, count: int) -> Pages:
+        """``count`` free pages; the caller has made room for them."""
+        self.used += count
+        return self.arena.slots.take(count)
+
+    def give(self, pages: Pages) -> None:
+        """Return pages taken before."""
+        self.used -= len(pages)
+        self.arena.slots.give(pages)

@@ -1,4 +1,4 @@
-"""In which order entries leave a shelf: one heap per shelf, and the policies that key it."""
+"""In which order entries leave an arena: one heap per arena, and the policies that key it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rootcellar.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rootcellar.cache.node import Entry, Node, Shelf
+    from rootcellar.cache.node import Entry, Node
     from rootcellar.cache.tree import Tree
 
 Key = tuple[float, ...]
@@ -45,12 +45,12 @@ class Order:
             heapify(self._heap)
 
     def forget(self, entry: Entry) -> None:
-        """The entry left the shelf."""
+        """The entry left its shelf."""
         if entry.item is not None:
             entry.item = None
             self._live -= 1
 
-    def pop(self, tree: Tree, shelf: Shelf) -> tuple[Node, Entry] | None:
+    def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""
         while self._heap:
             item = heappop(self._heap)
@@ -59,9 +59,9 @@ class Order:
                 continue
             entry.item = None
             self._live -= 1
-            if not entry.evictable or (shelf.full and node.kids[shelf.index]):
+            if not entry.evictable or (entry.shelf.full and node.kids[entry.shelf.index]):
                 continue
-            true = tree.key(node, shelf, entry)
+            true = tree.key(node, entry.shelf, entry)
             if true == key:
                 return node, entry
             self.push(node, entry, true)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -35,6 +36,9 @@ class RadixCache:
         capacity: tokens (states, for a recurrent kind) by ``(kind name, tier)``, rounded down to whole pages. Each
             kind needs ``Tier.DEVICE``; any other tier is there only when named. Pages are numbered from 1; page 0 is
             the padding target and never allocated.
+        arenas: kinds that draw their device pages from one allocator, by the name that ``capacity`` then sizes it
+            under instead of theirs: kinds whose pages take the same bytes and lie in the same buffers. A state of a
+            recurrent kind among paged ones takes a page.
         max_leases: rows of the page tables.
         max_length: tokens in a row.
         policy: the order in which entries leave; see ``order.POLICIES``.
@@ -56,6 +60,7 @@ class RadixCache:
         *,
         page_size: int = 16,
         capacity: Capacity,
+        arenas: Mapping[str, Sequence[str]] | None = None,
         max_leases: int = 256,
         max_length: int = 32768,
         policy: str = "lru",
@@ -68,8 +73,9 @@ class RadixCache:
     ) -> None:
         self.kinds = tuple(kinds)
         self.page_size = page_size
-        sizes = _sizes(self.kinds, page_size, capacity)
-        self._tree = Tree(self.kinds, page_size, sizes, policy)
+        shared = _shared(self.kinds, arenas or {}, capacity)
+        sizes = _sizes(self.kinds, page_size, capacity, shared)
+        self._tree = Tree(self.kinds, page_size, sizes, shared, policy)
         row = -(-max_length // page_size)
         widths = [2 if kind.rule == "recurrent" else row for kind in self.kinds]
         self.tables = ReqToTokenPool([kind.name for kind in self.kinds], widths, max_leases)
@@ -220,15 +226,22 @@ class RadixCache:
     # ---- sight --------------------------------------------------------------------------------------------------
 
     def available_tokens(self) -> int:
-        """Tokens that could be grown now: free plus evictable, the least over the paged kinds. O(1)."""
-        return min((shelf.room for shelf in self._desk.paged), default=0) * self.page_size
+        """Tokens that could be grown now: free plus evictable, the least over the paged kinds. O(kinds).
+
+        Kinds that share an arena take a page each for the same tokens.
+        """
+        sharers = Counter(shelf.arena for shelf in self._desk.paged)
+        return min((arena.room // count for arena, count in sharers.items()), default=0) * self.page_size
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
-        """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages)."""
-        (shelf,) = (s for s in self._tree.shelves if s.kind.name == kind and s.tier is tier)
-        used = np.ones(shelf.slots.pages + 1, np.bool_)
+        """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages).
+
+        Where kinds share an arena, the pages of all of them: they lie in the same buffers.
+        """
+        (slots,) = (s.arena.slots for s in self._tree.shelves if s.kind.name == kind and s.tier is tier)
+        used = np.ones(slots.pages + 1, np.bool_)
         used[0] = False
-        used[shelf.slots.free_list()] = False
+        used[slots.free_list()] = False
         return np.flatnonzero(used).astype(np.int32)
 
     def stats(self) -> CacheStats:
@@ -264,8 +277,29 @@ class RadixCache:
         check(self._desk)
 
 
-def _sizes(kinds: tuple[Kind, ...], page_size: int, capacity: Capacity) -> dict[tuple[int, Tier], int]:
-    """The capacity by index of kind, checked."""
+def _shared(kinds: tuple[Kind, ...], arenas: Mapping[str, Sequence[str]], capacity: Capacity) -> dict[int, str]:
+    """The arena of each kind that shares one, by index of kind, checked."""
+    names = [kind.name for kind in kinds]
+    shared: dict[int, str] = {}
+    for arena, members in arenas.items():
+        if arena in names or (arena, Tier.DEVICE) not in capacity:
+            raise ConfigError(
+                f"arenas names {arena!r}: give it a name that no kind has, and capacity[{arena!r}, Tier.DEVICE]"
+            )
+        for name in members:
+            if name not in names or names.index(name) in shared or (name, Tier.DEVICE) in capacity:
+                raise ConfigError(
+                    f"arenas[{arena!r}] names {name!r}: name kinds of {names}, each in one arena, and leave "
+                    f"({name!r}, Tier.DEVICE) out of capacity"
+                )
+            shared[names.index(name)] = arena
+    return shared
+
+
+def _sizes(
+    kinds: tuple[Kind, ...], page_size: int, capacity: Capacity, shared: Mapping[int, str]
+) -> dict[tuple[int, Tier], int]:
+    """The capacity by index of kind, checked; a kind that shares an arena has the arena's."""
     if page_size < 1:
         raise ConfigError(f"page_size={page_size}: a page has at least 1 token")
     names = [kind.name for kind in kinds]
@@ -273,11 +307,13 @@ def _sizes(kinds: tuple[Kind, ...], page_size: int, capacity: Capacity) -> dict[
         raise ConfigError(f"kinds={names}: give at least one kind, each with a name of its own")
     sizes: dict[tuple[int, Tier], int] = {}
     for (name, tier), size in capacity.items():
-        if name not in names:
+        members = [k for k, arena in shared.items() if arena == name]
+        if name not in names and not (members and tier == Tier.DEVICE):
             raise ConfigError(f"capacity names the kind {name!r}; the kinds are {names}")
         if size < 0:
             raise ConfigError(f"capacity[{name!r}, {Tier(tier).name}]={size}: give a number of tokens, at least 0")
-        sizes[names.index(name), Tier(tier)] = size
+        for k in members or [names.index(name)]:
+            sizes[k, Tier(tier)] = size
     for k, name in enumerate(names):
         if (k, Tier.DEVICE) not in sizes:
             raise ConfigError(f"capacity lacks ({name!r}, Tier.DEVICE): every kind needs room on the device")

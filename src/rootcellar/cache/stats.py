@@ -13,8 +13,9 @@ from rootcellar.cache.tree import Tree
 class ShelfStats:
     """One kind on one tier, in tokens (states for a recurrent kind).
 
-    ``size = free + cached + leased + in_flight`` and ``cached = pinned + evictable``; ``leased`` is what running
-    requests own and have not committed, ``in_flight`` the destinations of copies under way, ``used = size - free``.
+    ``size = free + used``, ``used = cached + leased + in_flight`` and ``cached = pinned + evictable``; ``leased`` is
+    what running requests own and have not committed, ``in_flight`` the destinations of copies under way. Where kinds
+    share an arena, ``size`` and ``free`` are the arena's, and ``used`` must be summed over its kinds.
     """
 
     size: int
@@ -50,15 +51,15 @@ class CacheStats:
 def shelf_stats(tree: Tree, shelf: Shelf) -> ShelfStats:
     """Count one shelf, O(1)."""
     unit = 1 if shelf.kind.rule == "recurrent" else tree.page_size
-    size, free = shelf.slots.pages, shelf.slots.free_pages
+    slots = shelf.arena.slots
     return ShelfStats(
-        size=size * unit,
-        free=free * unit,
-        used=(size - free) * unit,
+        size=slots.pages * unit,
+        free=slots.free_pages * unit,
+        used=shelf.used * unit,
         cached=shelf.cached * unit,
         pinned=(shelf.cached - shelf.evictable) * unit,
         evictable=shelf.evictable * unit,
-        leased=(size - free - shelf.cached - shelf.in_flight) * unit,
+        leased=(shelf.used - shelf.cached - shelf.in_flight) * unit,
         in_flight=shelf.in_flight * unit,
         evicted=shelf.evicted * unit,
     )

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from rootcellar.cache.adaptive import Shadow
 from rootcellar.cache.journal import Evictions, Journal
 from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.node import Entry, Node, Shelf
+from rootcellar.cache.node import Arena, Entry, Node, Shelf
 from rootcellar.cache.order import standing
-from rootcellar.cache.slots import Pages
+from rootcellar.cache.slots import Pages, SlotAllocator
 
 Part = TypeVar("Part", bound=np.generic)
 
@@ -29,8 +29,14 @@ class Tree:
     """Nodes and shelves: everything structural, nothing that decides."""
 
     def __init__(
-        self, kinds: tuple[Kind, ...], page_size: int, capacity: dict[tuple[int, Tier], int], policy: str
+        self,
+        kinds: tuple[Kind, ...],
+        page_size: int,
+        capacity: dict[tuple[int, Tier], int],
+        shared: dict[int, str],
+        policy: str,
     ) -> None:
+        """``shared``: by index of kind, the arena on DEVICE that it shares; its ``capacity`` is then the arena's."""
         self.kinds = kinds
         self.page_size = page_size
         self.standing = standing(policy)
@@ -48,10 +54,18 @@ class Tree:
         self.shelves: list[Shelf] = []
         self.tiers: list[Tier] = sorted({tier for _, tier in capacity})
         self.by_tier: dict[Tier, list[Shelf | None]] = {tier: [None] * len(kinds) for tier in Tier}
+        arenas: dict[str, Arena] = {}
         for (k, tier), size in sorted(capacity.items(), key=lambda item: (item[0][1], item[0][0])):
-            shelf = Shelf(len(self.shelves), kinds[k], k, tier, size, page_size, self.shadow)
+            kind = kinds[k]
+            name = shared[k] if tier is Tier.DEVICE and k in shared else f"{kind.name} on {tier.name}"
+            if name not in arenas:
+                mates = [kinds[m] for m in shared if shared[m] == name] or [kind]
+                states = all(mate.rule == "recurrent" for mate in mates)
+                arenas[name] = Arena(name, SlotAllocator(size, 1 if states else page_size), self.shadow)
+            shelf = Shelf(len(self.shelves), kind, k, tier, arenas[name])
             self.shelves.append(shelf)
             self.by_tier[tier][k] = shelf
+        self.arenas = list(arenas.values())
         self.full_shelves = [s for s in self.shelves if s.full]
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
@@ -150,7 +164,7 @@ class Tree:
                 entry.lo -= at
                 parent.kids[s] -= 1
             else:
-                upper.entries[s] = Entry(_part(entry.pages, 0, at - entry.lo), entry.lo)
+                upper.entries[s] = Entry(shelf, _part(entry.pages, 0, at - entry.lo), entry.lo)
                 entry.pages = _part(entry.pages, at - entry.lo, len(entry.pages))
                 entry.lo = 0
                 shelf.entries += 1
@@ -186,7 +200,7 @@ class Tree:
         """Give the node ``pages`` at ``lo`` on a shelf; what it holds there already must begin where they end."""
         entry = node.entries[shelf.index]
         if entry is None:
-            node.entries[shelf.index] = Entry(pages, lo)
+            node.entries[shelf.index] = Entry(shelf, pages, lo)
             shelf.entries += 1
             if node.parent is not None:
                 node.parent.kids[shelf.index] += 1
@@ -227,8 +241,9 @@ class Tree:
         self.version += 1
         if count >= len(entry.pages):
             shelf.evictable -= entry.evictable
+            shelf.arena.evictable -= entry.evictable
             shelf.entries -= 1
-            shelf.order.forget(entry)
+            shelf.arena.order.forget(entry)
             node.entries[shelf.index] = None
             if node.parent is not None:
                 node.parent.kids[shelf.index] -= 1
@@ -267,9 +282,10 @@ class Tree:
             ready = evictable > 0
         if evictable != entry.evictable:
             shelf.evictable += evictable - entry.evictable
+            shelf.arena.evictable += evictable - entry.evictable
             entry.evictable = evictable
         if ready and entry.item is None:
-            shelf.order.push(node, entry, self.key(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.key(node, shelf, entry))
 
     def unpinned(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """Leading pages of a window, chunk or recurrent entry that no lease and no move needs."""
@@ -348,7 +364,7 @@ class Tree:
     # ---- the order of leaving -----------------------------------------------------------------------------------
 
     def key(self, node: Node, shelf: Shelf, entry: Entry) -> tuple[float, ...]:
-        """Where an entry stands in its shelf's order: the smallest key leaves first.
+        """Where an entry stands in its arena's order: the smallest key leaves first.
 
         The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
         2 serves a node's end, where requests stopped or parted before.
@@ -392,7 +408,7 @@ class Tree:
         """File an entry that is queued already under its present key."""
         entry = node.entries[shelf.index]
         if entry is not None and entry.item is not None:
-            shelf.order.push(node, entry, self.key(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.key(node, shelf, entry))
 
     def _requeue_states(self, node: Node) -> None:
         for shelf in self.window_shelves:

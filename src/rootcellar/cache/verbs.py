@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache.adaptive import mix
-from rootcellar.cache.evict import drop_subtree, make_room, prune
+from rootcellar.cache.evict import drop_subtree, make_room_for, prune
 from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
@@ -95,7 +95,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     None, and nothing planned, when a row or room is lacking.
     """
     tree, tables = desk.tree, desk.tables
-    if tables.free_rows == 0 or any(shelf.room < 1 for shelf in desk.states):
+    if tables.free_rows == 0:
         return None
     if len(hit.key) > desk.max_length:
         raise RequestTooLarge(
@@ -119,7 +119,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     desk.leases[lease.row] = lease
     fill_rows(desk, lease)
     for shelf in desk.states:
-        tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.slots.take(1)[0]
+        tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.take(1)[0]
     _count_hit(node, priority)
     if tree.shadow is not None and desk.reuse:
         tree.shadow.advance(len(hit.key))
@@ -148,16 +148,18 @@ def unpin_place(desk: Desk, lease: Lease) -> None:
 def _load(desk: Desk, lease: Lease) -> bool:
     """Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned."""
     tree = desk.tree
-    needs: list[tuple[Shelf, list[tuple[Node, int]]]] = []
+    needs: list[tuple[Shelf, int]] = []
+    wanted: list[tuple[Shelf, list[tuple[Node, int]]]] = []
     for shelf in desk.paged + desk.states:
         start = lease.starts[shelf.kind_index]
         lacking = missing(tree, lease.node, shelf.kind_index, start, Tier.DEVICE) if lease.cached else []
         pages = sum(node.end - first for node, first in lacking if not flying_to(node, shelf.kind_index, Tier.DEVICE))
-        if not make_room(tree, shelf, pages + (shelf.kind.rule == "recurrent")):
-            return False
-        needs.append((shelf, lacking))
+        needs.append((shelf, pages + (shelf.kind.rule == "recurrent")))
+        wanted.append((shelf, lacking))
+    if not make_room_for(tree, needs):
+        return False
     plans: list[tuple[Shelf, Node, int, Shelf | None, Flight | None]] = []
-    for shelf, lacking in needs:
+    for shelf, lacking in wanted:
         for node, first in lacking:
             flight = flying_to(node, shelf.kind_index, Tier.DEVICE)
             source = sources(tree, node, shelf.kind_index, first, exclude=Tier.DEVICE)
@@ -242,12 +244,10 @@ def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
             f"raise max_length"
         )
     if new > old:
+        if not make_room_for(desk.tree, [(shelf, new - old) for shelf in desk.paged]):
+            return False
         for shelf in desk.paged:
-            if shelf.room < new - old:
-                return False
-        for shelf in desk.paged:
-            make_room(desk.tree, shelf, new - old)
-            desk.tables.by_kind[shelf.kind_index][lease.row, old:new] = shelf.slots.take(new - old)
+            desk.tables.by_kind[shelf.kind_index][lease.row, old:new] = shelf.take(new - old)
     if tokens:
         _step_states(desk, lease)
     lease.length += tokens
@@ -260,14 +260,13 @@ def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int) -> list[bool]:
     if tokens != 1 or any(lease.length >= desk.max_length for lease in leases):
         return [grow(desk, lease, tokens) for lease in leases]
     short = [lease for lease in leases if lease.length % size == 0]
-    if any(shelf.room < len(short) for shelf in desk.paged):
+    if short and not make_room_for(desk.tree, [(shelf, len(short)) for shelf in desk.paged]):
         return [grow(desk, lease, tokens) for lease in leases]
     if short:
         rows = [lease.row for lease in short]
         columns = [lease.length // size for lease in short]
         for shelf in desk.paged:
-            make_room(desk.tree, shelf, len(short))
-            desk.tables.by_kind[shelf.kind_index][rows, columns] = shelf.slots.take(len(short))
+            desk.tables.by_kind[shelf.kind_index][rows, columns] = shelf.take(len(short))
     for lease in leases:
         if desk.states:
             _step_states(desk, lease)
@@ -354,7 +353,7 @@ def _release_passed(desk: Desk, lease: Lease, shelf: Shelf, tokens: int) -> None
     row = desk.tables.by_kind[k][lease.row]
     owned = max(old, lease.committed // desk.tree.page_size)
     if owned < start:
-        shelf.slots.give(row[owned:start])
+        shelf.give(row[owned:start])
     row[old:start] = 0
     lease.starts[k] = start
 
@@ -411,7 +410,7 @@ def _merge(desk: Desk, lease: Lease, shelf: Shelf, node: Node) -> None:
         desk.tree.attach(node, shelf, row.copy(), 0)
         return
     lo = entry.lo
-    shelf.slots.give(row[lo:])
+    shelf.give(row[lo:])
     row[lo:] = entry.pages
     if lo:
         desk.tree.attach(node, shelf, row[:lo].copy(), 0)
@@ -424,13 +423,12 @@ def _take_snapshot(desk: Desk, lease: Lease) -> None:
     if not missing or not lease.stepped or node.parent is None:
         return
     read_own_states(desk, lease)
-    if any(shelf.room < 1 for shelf in missing):
+    if not make_room_for(tree, [(shelf, 1) for shelf in missing]):
         return
     for shelf in missing:
-        make_room(tree, shelf, 1)
         row = desk.tables.by_kind[shelf.kind_index][lease.row]
         tree.attach(node, shelf, row[1:].copy(), node.size - 1)
-        row[1] = shelf.slots.take(1)[0]
+        row[1] = shelf.take(1)[0]
     for shelf in desk.states:
         entry = node.entries[shelf.index]
         assert entry is not None
@@ -451,9 +449,9 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
     committed, pages = lease.committed // tree.page_size, -(-lease.length // tree.page_size)
     for shelf in desk.paged:
         owned = max(committed, lease.starts[shelf.kind_index])
-        shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])
+        shelf.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])
     for shelf in desk.states:
-        shelf.slots.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
+        shelf.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
     desk.tables.give_row(lease.row, max(pages, 2))
     tree.use(lease.node, lease.starts)
     if keep and desk.write_hits is not None:
@@ -464,9 +462,13 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
 
 def _drop_own(tree: Tree, lease: Lease) -> Node:
     """Throw away the nodes the lease added that nobody shares; the first node above that stays."""
-    node = lease.node
-    while node.parent is not None and node.owner == lease.serial and not (node.refs or node.children or node.hits):
-        parent = node.parent
+    path = [lease.node]
+    while path[-1].parent is not None:
+        path.append(path[-1].parent)
+    for node in path[:-1]:
+        if node.parent is None:  # it held nothing and went with the node below
+            continue
+        if node.owner != lease.serial or node.refs or node.children or node.hits:
+            return node
         drop_subtree(tree, node)
-        node = parent
-    return node
+    return path[-1]

@@ -13,6 +13,7 @@ from typing import Any
 
 from rootcellar.cache.kind import Kind
 from rootcellar.errors import ConfigError
+from rootcellar.sim.arena import ARENA, divide_shared, group
 from rootcellar.sim.layers import Architecture, Group, Latent, head_dim, need
 from rootcellar.sim.sizing import (
     Cost,
@@ -114,8 +115,12 @@ class Ask:
     def rules(self) -> Rules:
         """How a budget is divided."""
         return Rules(
-            self.page_size, self.swa_full_tokens_ratio, self.mamba_full_memory_ratio, self.max_total_tokens
-        )  # fmt: skip
+            self.page_size,
+            self.swa_full_tokens_ratio,
+            self.mamba_full_memory_ratio,
+            self.max_total_tokens,
+            inflight=self.chunked_prefill_size,
+        )
 
     def costs(self) -> list[Cost]:
         """What a page of each kind takes on one device."""
@@ -133,7 +138,9 @@ class Plan:
     ``bytes_per_token_full``: were every attention layer to keep every token; ``bytes_per_token_hybrid``: what one more
     token of a long request takes; ``constant_bytes_per_request``: what a long request takes beside that.
     ``concurrency``: requests of ``request_length`` at once when the budget is divided as they need it;
-    ``concurrency_as_divided``: with the ratios given; ``concurrency_all_full``: were all layers full.
+    ``concurrency_as_divided``: with the ratios given; ``concurrency_all_full``: were all layers full. ``arena_groups``:
+    layers of each kind that share one arena instead, where they can, ``arena_pages`` of it and the tokens of the
+    ``arena_longest_request``.
     """
 
     bytes_per_token_full: int
@@ -148,6 +155,9 @@ class Plan:
     pool_tokens: dict[str, int] | None = None
     kv_cache_bytes_per_device: int | None = None
     kv_cache_bytes_all_devices: int | None = None
+    arena_groups: dict[str, int] | None = None
+    arena_pages: int | None = None
+    arena_longest_request: int | None = None
     request_length: int | None = None
     request_bytes_per_device: int | None = None
     concurrency: float | None = None
@@ -186,6 +196,7 @@ def plan(ask: Ask) -> Plan:
         )
     figures |= {"kv_bytes_per_device": budget, "replicas": ask.devices // ask.tp, **spent}
     figures |= _pools(ask, costs, division, formulas)
+    figures |= _arena(ask, costs, budget, formulas)
     figures |= _requests(ask, costs, division, budget, formulas)
     figures |= _host(ask, division, formulas)
     return Plan(**figures, formulas=formulas)
@@ -294,6 +305,30 @@ def _pools(ask: Ask, costs: Sequence[Cost], division: Division, formulas: dict[s
         "pool_tokens": tokens,
         "kv_cache_bytes_per_device": division.nbytes,
         "kv_cache_bytes_all_devices": division.nbytes * ask.tp,
+    }
+
+
+def _arena(ask: Ask, costs: Sequence[Cost], budget: int, formulas: dict[str, str]) -> dict[str, Any]:
+    """What an arena would hold of the same budget; nothing where the kinds cannot share one."""
+    layer_bytes = {c.kind.name: c.page_bytes // len(c.kind.layers) for c in costs}
+    grouping = group([c.kind for c in costs], layer_bytes)
+    if grouping is None:
+        return {}
+    page = grouping.layers * layer_bytes[costs[0].kind.name]
+    states = {c.kind.name: c.page_bytes for c in costs if c.recurrent}
+    cut = [Cost(kind, states.get(kind.name, page)) for kind in grouping.kinds]
+    division = divide_shared(cut, grouping.members, ask.rules, budget)
+    if division is None:
+        return {}
+    formulas["arena_groups"] = f"layers by page table; a page is one of {grouping.layers} layers, {page} bytes"
+    formulas["arena_pages"] = f"({division.pages[ARENA]} + 1) x {page}, one of them padding"
+    formulas["arena_longest_request"] = (
+        f"a full group holds every token, the others their span and {ask.chunked_prefill_size} tokens in computation"
+    )
+    return {
+        "arena_groups": {k.name: len(k.layers) for k in grouping.kinds if k.name in grouping.members},
+        "arena_pages": division.pages[ARENA],
+        "arena_longest_request": division.tokens,
     }
 
 

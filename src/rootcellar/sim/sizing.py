@@ -36,12 +36,14 @@ class Rules:
         swa_full_tokens_ratio: tokens of the windowed kinds for each token of the full kind, 0 to 1.
         mamba_full_memory_ratio: bytes of recurrent states for each byte of the other kinds.
         max_total_tokens: take so many tokens and no more; None takes what fits.
+        inflight: tokens of a request that may be in computation (``chunked_prefill_size``); counts for arenas.
     """
 
     page_size: int
     swa_full_tokens_ratio: float = 1.0
     mamba_full_memory_ratio: float = 0.9
     max_total_tokens: int | None = None
+    inflight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +65,38 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     needs (or ``f``, when that is less). Recurrent kinds get the share ``ratio / (1 + ratio)`` of the budget in whole
     states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given, tokens come first and states get what is left.
     """
+    wanted = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
+    states = state_pages(costs, rules, budget, token_bytes(costs, rules, wanted))
+    if states is None or wanted < 1:
+        return None
+    if rules.max_total_tokens is not None:
+        return _division(costs, rules, wanted, states)
+    left = budget - state_bytes(costs, states)
+    most = left // min(cost.page_bytes for cost in costs if not cost.recurrent)
+    pages = largest(lambda n: token_bytes(costs, rules, n) <= left, 1, most)
+    return _division(costs, rules, pages, states)
+
+
+def state_bytes(costs: Sequence[Cost], states: int) -> int:
+    """Bytes of ``states`` recurrent states and the one of padding, in all recurrent kinds; 0 where there are none."""
+    return (states + 1) * sum(cost.page_bytes for cost in costs if cost.recurrent)
+
+
+def state_pages(costs: Sequence[Cost], rules: Rules, budget: int, least: int) -> int | None:
+    """States that the recurrent kinds get of ``budget`` bytes, where the others need ``least`` of them. None: no room.
+
+    The share ``ratio / (1 + ratio)``, in whole states, as far as ``least`` leaves room; ``MIN_STATES`` at least.
+    """
     per_state = sum(cost.page_bytes for cost in costs if cost.recurrent)
     least_states = MIN_STATES if per_state else 0
-
-    def state_bytes(states: int) -> int:
-        return per_state * (states + 1)
-
-    if rules.max_total_tokens is None:
-        spare = budget - token_bytes(costs, rules, 1) - state_bytes(least_states)
-    else:
-        wanted = rules.max_total_tokens // rules.page_size
-        spare = budget - token_bytes(costs, rules, wanted) - state_bytes(least_states)
-        if wanted < 1:
-            return None
+    spare = budget - least - state_bytes(costs, least_states)
     if spare < 0:
         return None
-    states = 0
-    if per_state:
-        ratio = rules.mamba_full_memory_ratio
-        share = int(budget * (ratio / (1 + ratio))) // per_state - 1
-        states = max(least_states, min(share, least_states + spare // per_state))
-    left = budget - state_bytes(states)
-    if rules.max_total_tokens is None:
-        most = left // min(cost.page_bytes for cost in costs if not cost.recurrent)
-        pages = largest(lambda n: token_bytes(costs, rules, n) <= left, 1, most)
-    else:
-        pages = wanted
-    return _division(costs, rules, pages, states)
+    if not per_state:
+        return 0
+    ratio = rules.mamba_full_memory_ratio
+    share = int(budget * (ratio / (1 + ratio))) // per_state - 1
+    return max(least_states, min(share, least_states + spare // per_state))
 
 
 def smallest(costs: Sequence[Cost], rules: Rules) -> int:
@@ -101,10 +108,11 @@ def smallest(costs: Sequence[Cost], rules: Rules) -> int:
 
 def token_bytes(costs: Sequence[Cost], rules: Rules, pages: int) -> int:
     """Bytes of all kinds but the recurrent ones when the full kind has ``pages`` pages; padding pages included."""
-    return sum((_pages_of(cost, costs, rules, pages) + 1) * cost.page_bytes for cost in costs if not cost.recurrent)
+    return sum((split_pages(cost, costs, rules, pages) + 1) * cost.page_bytes for cost in costs if not cost.recurrent)
 
 
-def _pages_of(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> int:
+def split_pages(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> int:
+    """Pages that a kind which is not recurrent gets when the full kind has ``pages``."""
     if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
         return pages
     one_request = -(-cost.kind.span // rules.page_size) + 1
@@ -112,7 +120,7 @@ def _pages_of(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> in
 
 
 def _division(costs: Sequence[Cost], rules: Rules, pages: int, states: int) -> Division:
-    counts = {c.kind.name: states if c.recurrent else _pages_of(c, costs, rules, pages) for c in costs}
+    counts = {c.kind.name: states if c.recurrent else split_pages(c, costs, rules, pages) for c in costs}
     nbytes = sum((counts[cost.kind.name] + 1) * cost.page_bytes for cost in costs)
     return Division(counts, pages * rules.page_size, nbytes)
 

@@ -1,0 +1,227 @@
+#include "digest.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ROOTCELLAR_SHA_NI 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+namespace rootcellar {
+
+namespace {
+
+using State = std::array<std::uint32_t, 8>;
+using Block = std::array<std::uint8_t, 64>;
+
+constexpr State INITIAL = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                           0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+
+alignas(16) constexpr std::uint32_t K[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+std::uint32_t rotate(std::uint32_t value, int by) { return value >> by | value << (32 - by); }
+
+// FIPS 180-4, section 6.2.2: one block of 64 bytes into the state.
+void compress_portable(State& state, const std::uint8_t* block) {
+    std::uint32_t w[64];
+    for (int t = 0; t < 16; ++t)
+        w[t] = static_cast<std::uint32_t>(block[4 * t]) << 24 | static_cast<std::uint32_t>(block[4 * t + 1]) << 16 |
+               static_cast<std::uint32_t>(block[4 * t + 2]) << 8 | block[4 * t + 3];
+    for (int t = 16; t < 64; ++t) {
+        const std::uint32_t s0 = rotate(w[t - 15], 7) ^ rotate(w[t - 15], 18) ^ w[t - 15] >> 3;
+        const std::uint32_t s1 = rotate(w[t - 2], 17) ^ rotate(w[t - 2], 19) ^ w[t - 2] >> 10;
+        w[t] = w[t - 16] + s0 + w[t - 7] + s1;
+    }
+    auto [a, b, c, d, e, f, g, h] = state;
+    for (int t = 0; t < 64; ++t) {
+        const std::uint32_t s1 = rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25);
+        const std::uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + K[t] + w[t];
+        const std::uint32_t s0 = rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22);
+        const std::uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
+        h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
+    }
+    const State sums = {a, b, c, d, e, f, g, h};
+    for (int i = 0; i < 8; ++i) state[i] += sums[i];
+}
+
+void compress2_portable(State& first, const std::uint8_t* block, State& second, const std::uint8_t* other) {
+    compress_portable(first, block);
+    compress_portable(second, other);
+}
+
+#ifdef ROOTCELLAR_SHA_NI
+
+#define SHA_NI __attribute__((target("sha,sse4.1,ssse3"), always_inline)) inline
+
+// A state in the two registers that the instructions work on: ABEF and CDGH.
+struct Pair {
+    __m128i abef, cdgh;
+};
+
+SHA_NI Pair load(const State& state) {
+    const __m128i low = _mm_shuffle_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&state[0])), 0xB1);
+    const __m128i high = _mm_shuffle_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&state[4])), 0x1B);
+    return {_mm_alignr_epi8(low, high, 8), _mm_blend_epi16(high, low, 0xF0)};
+}
+
+SHA_NI void store(const Pair& pair, State& state) {
+    const __m128i feba = _mm_shuffle_epi32(pair.abef, 0x1B), dchg = _mm_shuffle_epi32(pair.cdgh, 0xB1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[0]), _mm_blend_epi16(feba, dchg, 0xF0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[4]), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+struct Words {
+    __m128i w[4];
+};
+
+SHA_NI Words words(const std::uint8_t* block) {
+    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL);
+    Words result;
+    for (int i = 0; i < 4; ++i)
+        result.w[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + i), swap);
+    return result;
+}
+
+// Rounds 4i to 4i + 3, and the message schedule four words ahead.
+template <int I>
+SHA_NI void rounds(Pair& pair, Words& words) {
+    const __m128i with_k = _mm_add_epi32(words.w[I % 4], _mm_load_si128(reinterpret_cast<const __m128i*>(K) + I));
+    pair.cdgh = _mm_sha256rnds2_epu32(pair.cdgh, pair.abef, with_k);
+    pair.abef = _mm_sha256rnds2_epu32(pair.abef, pair.cdgh, _mm_shuffle_epi32(with_k, 0x0E));
+    if constexpr (I < 12) {
+        __m128i next = _mm_sha256msg1_epu32(words.w[I % 4], words.w[(I + 1) % 4]);
+        next = _mm_add_epi32(next, _mm_alignr_epi8(words.w[(I + 3) % 4], words.w[(I + 2) % 4], 4));
+        words.w[I % 4] = _mm_sha256msg2_epu32(next, words.w[(I + 3) % 4]);
+    }
+}
+
+template <int I>
+SHA_NI void all_rounds(Pair& pair, Words& words) {
+    if constexpr (I < 16) {
+        rounds<I>(pair, words);
+        all_rounds<I + 1>(pair, words);
+    }
+}
+
+template <int I>
+SHA_NI void all_rounds_of_two(Pair& pair, Words& words, Pair& other, Words& others) {
+    if constexpr (I < 16) {
+        rounds<I>(pair, words);
+        rounds<I>(other, others);
+        all_rounds_of_two<I + 1>(pair, words, other, others);
+    }
+}
+
+__attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const std::uint8_t* block) {
+    const Pair before = load(state);
+    Pair pair = before;
+    Words w = words(block);
+    all_rounds<0>(pair, w);
+    store({_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)}, state);
+}
+
+// Two blocks of two states at once: each hides the other's latency.
+__attribute__((target("sha,sse4.1,ssse3"))) void compress2_native(State& first, const std::uint8_t* block,
+                                                                  State& second, const std::uint8_t* other) {
+    const Pair before = load(first), before2 = load(second);
+    Pair pair = before, pair2 = before2;
+    Words w = words(block), w2 = words(other);
+    all_rounds_of_two<0>(pair, w, pair2, w2);
+    store({_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)}, first);
+    store({_mm_add_epi32(pair2.abef, before2.abef), _mm_add_epi32(pair2.cdgh, before2.cdgh)}, second);
+}
+
+bool has_sha_ni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_SSSE3) || !(c & bit_SSE4_1)) return false;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
+}
+
+const bool SHA_NI_HERE = has_sha_ni();
+const auto compress = SHA_NI_HERE ? compress_native : compress_portable;
+const auto compress2 = SHA_NI_HERE ? compress2_native : compress2_portable;
+
+#else
+const auto compress = compress_portable;
+const auto compress2 = compress2_portable;
+#endif
+
+void big_endian(std::uint64_t value, std::uint8_t* into) {
+    for (int i = 7; i >= 0; --i, value >>= 8) into[i] = static_cast<std::uint8_t>(value);
+}
+
+Digest digest_of(const State& state) {
+    Digest digest;
+    for (int i = 0; i < 8; ++i)
+        for (int byte = 0; byte < 4; ++byte)
+            digest[4 * i + byte] = static_cast<std::uint8_t>(state[i] >> (24 - 8 * byte));
+    return digest;
+}
+
+// The bytes of a page's tokens: little-endian, 4 bytes each when all of them fit, else 8.
+void page_bytes(const std::int64_t* tokens, std::int64_t count, std::vector<std::uint8_t>& into) {
+    std::uint64_t all = 0;
+    for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
+    const int width = all >> 32 == 0 ? 4 : 8;
+    into.resize(count * width);
+    std::uint8_t* at = into.data();
+    for (std::int64_t i = 0; i < count; ++i, at += width)
+        for (int byte = 0; byte < width; ++byte)
+            at[byte] = static_cast<std::uint8_t>(static_cast<std::uint64_t>(tokens[i]) >> (8 * byte));
+}
+
+// The message of a page, all but the parent's digest filled in: whole blocks of tokens are compressed already.
+struct Page {
+    State state;
+    std::array<std::uint8_t, 128> tail;
+    std::size_t blocks;  // of the tail, 1 or 2
+    std::size_t parent;  // where in the tail the parent's digest goes
+};
+
+}  // namespace
+
+Digest sha256(const void* bytes, std::size_t count) {
+    const auto* at = static_cast<const std::uint8_t*>(bytes);
+    State state = INITIAL;
+    std::size_t left = count;
+    for (; left >= 64; left -= 64, at += 64) compress(state, at);
+    std::uint8_t tail[128] = {};
+    std::memcpy(tail, at, left);
+    tail[left] = 0x80;
+    const std::size_t size = left < 56 ? 64 : 128;
+    big_endian(8 * count, tail + size - 8);
+    for (std::size_t i = 0; i < size; i += 64) compress(state, tail + i);
+    return digest_of(state);
+}
+
+Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size) {
+    std::string bytes = "rootcellar.page.v2";
+    for (const std::uint64_t number : {static_cast<std::uint64_t>(page_size), std::uint64_t{fingerprint.size()}})
+        for (int byte = 0; byte < 8; ++byte) bytes += static_cast<char>(number >> (8 * byte));
+    bytes += fingerprint + name;
+    return sha256(bytes.data(), bytes.size());
+}
+
+void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into) {
+    std::vector<std::uint8_t> bytes;
+    Digest above = parent;
+    // TODO
+    for (std::int64_t i = 0; i < pages; ++i) {
+        page_bytes(tokens + i * page_size, page_size, bytes);
+        bytes.insert(bytes.end(), above.begin(), above.end());
+        above = into[i] = sha256(bytes.data(), bytes.size());
+    }
+}
+
+}  // namespace rootcellar

@@ -1,0 +1,21 @@
+// Names of pages: SHA-256 chained page by page. digest.py defines the scheme; this computes the same values.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace rootcellar {
+
+using Digest = std::array<std::uint8_t, 32>;
+
+Digest sha256(const void* bytes, std::size_t count);
+
+// The parent of a key's first page.
+Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size);
+
+// Digests of `pages` pages of `page_size` tokens that follow a page with digest `parent`.
+void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into);
+
+}  // namespace rootcellar

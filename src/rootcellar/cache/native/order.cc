@@ -1,0 +1,196 @@
+#include "order.h"
+
+#include <bit>
+#include <tuple>
+
+#include "adaptive.h"
+#include "tree.h"
+
+namespace rootcellar {
+
+namespace {
+constexpr std::size_t ARITY = 4;  // fewer levels than a binary heap, and siblings lie together in memory
+constexpr int DAMAGES = 3;
+}  // namespace
+
+// ---- one heap ----------------------------------------------------------------------------------------------------
+
+void Heap::put(std::size_t position, const Item& item) {
+    items_[position] = item;
+    item.entry().filed = static_cast<std::int32_t>(position);
+}
+
+void Heap::up(std::size_t hole, const Item& item) {
+    while (hole > 0) {
+        const std::size_t above = (hole - 1) / ARITY;
+        if (!(item.rank < items_[above].rank)) break;
+        put(hole, items_[above]);
+        hole = above;
+    }
+    put(hole, item);
+}
+
+void Heap::down(std::size_t hole, const Item& item) {
+    const std::size_t count = items_.size();
+    while (true) {
+        const std::size_t first = hole * ARITY + 1;
+        if (first >= count) break;
+        const std::size_t last = std::min(first + ARITY, count);
+        std::size_t least = first;
+        for (std::size_t i = first + 1; i < last; ++i)
+            if (items_[i].rank < items_[least].rank) least = i;
+        if (!(items_[least].rank < item.rank)) break;
+        put(hole, items_[least]);
+        hole = least;
+    }
+    put(hole, item);
+}
+
+void Heap::push(const Item& item, std::int32_t heap) {
+    item.entry().heap = heap;
+    items_.push_back(item);
+    up(items_.size() - 1, item);
+}
+
+void Heap::remove(std::int32_t position) {
+    const Item gone = items_[position];
+    const Item last = items_.back();
+    items_.pop_back();
+    gone.entry().filed = -1;
+    if (static_cast<std::size_t>(position) == items_.size()) return;
+    if (last.rank < gone.rank)
+        up(position, last);
+    else
+        down(position, last);
+}
+
+void Heap::refile(std::int32_t position, const Rank& rank) {
+    Item item = items_[position];
+    const bool smaller = rank < item.rank;
+    item.rank = rank;
+    if (smaller)
+        up(position, item);
+    else
+        down(position, item);
+}
+
+// ---- what both orders share --------------------------------------------------------------------------------------
+
+Item Order::pop(Tree& tree) {
+    Item least;
+    while (take(least)) {
+        const Shelf& shelf = tree.shelves[least.rank.shelf];
+        const Entry& entry = least.entry();
+        if (entry.evictable == 0 || (shelf.full() && entry.kids != 0)) continue;
+        const Rank rank = tree.rank(least.node, shelf);
+        if (rank == least.rank) return least;
+        push(least.node, rank);
+    }
+    return Item{{}, nullptr};
+}
+
+// ---- fixed policies ----------------------------------------------------------------------------------------------
+
+void FixedOrder::push(Node* node, const Rank& rank) {
+    const Entry& entry = node->entry(rank.shelf);
+    if (entry.filed < 0)
+        heap_.push(Item{rank, node}, 0);
+    else if (heap_.at(entry.filed).rank != rank)
+        heap_.refile(entry.filed, rank);
+}
+
+void FixedOrder::forget(Entry& entry) {
+    if (entry.filed >= 0) heap_.remove(entry.filed);
+}
+
+const Rank* FixedOrder::filed(const Entry& entry) const {
+    return entry.filed < 0 ? nullptr : &heap_.at(entry.filed).rank;
+}
+
+bool FixedOrder::take(Item& least) {
+    if (heap_.empty()) return false;
+    least = heap_.least();
+    heap_.remove(0);
+    return true;
+}
+
+// ---- the adaptive policy -----------------------------------------------------------------------------------------
+
+LearnedOrder::LearnedOrder(const Shadow& shadow)
+    : shadow_(shadow), heaps_(DAMAGES * CLASSES * BUCKETS), filled_((heaps_.size() + 63) / 64) {}
+
+void LearnedOrder::push(Node* node, const Rank& rank) {
+    const Entry& entry = node->entry(rank.shelf);
+    if (entry.filed >= 0) {
+        if (heaps_[entry.heap].at(entry.filed).rank == rank) return;
+        heaps_[entry.heap].remove(entry.filed);
+    }
+    file(Item{rank, node});
+}
+
+void LearnedOrder::file(const Item& item) {
+    const int bucket = shadow_.bucket(shadow_.volume - item.rank.second);
+    const auto heap = static_cast<std::int32_t>((item.rank.damage * CLASSES + item.rank.first) * BUCKETS + bucket);
+    heaps_[heap].push(item, heap);
+    filled_[heap / 64] |= std::uint64_t{1} << (heap % 64);
+}
+
+void LearnedOrder::forget(Entry& entry) {
+    if (entry.filed >= 0) heaps_[entry.heap].remove(entry.filed);
+}
+
+const Rank* LearnedOrder::filed(const Entry& entry) const {
+    return entry.filed < 0 ? nullptr : &heaps_[entry.heap].at(entry.filed).rank;
+}
+
+std::size_t LearnedOrder::bytes() const {
+    std::size_t sum = heaps_.size() * sizeof(Heap);
+    for (const Heap& heap : heaps_) sum += heap.bytes();
+    return sum;
+}
+
+template <class Visit>
+void LearnedOrder::each_heap(Visit visit) {
+    for (std::size_t word = 0; word < filled_.size(); ++word) {
+        for (std::uint64_t bits = filled_[word]; bits != 0; bits &= bits - 1) {
+            const int index = static_cast<int>(word * 64) + std::countr_zero(bits);
+            if (heaps_[index].empty())
+                filled_[word] &= ~(std::uint64_t{1} << (index % 64));
+            else
+                visit(index, heaps_[index]);
+        }
+    }
+}
+
+void LearnedOrder::age() {
+    moved_ = shadow_.volume;
+    each_heap([this](int index, Heap& heap) {
+        while (!heap.empty() && shadow_.bucket(moved_ - heap.least().rank.second) != index % BUCKETS) {
+            const Item item = heap.least();
+            heap.remove(0);
+            file(item);
+        }
+    });
+}
+
+bool LearnedOrder::take(Item& least) {
+    if (moved_ != shadow_.volume) age();
+    Heap* best = nullptr;
+    std::tuple<int, double, std::int64_t, std::int64_t, int> rank;
+    each_heap([&](int index, Heap& heap) {
+        const Rank& head = heap.least().rank;
+        const int group = index / BUCKETS % CLASSES, bucket = index % BUCKETS;
+        const std::tuple<int, double, std::int64_t, std::int64_t, int> other{
+            index / BUCKETS / CLASSES, shadow_.worth[group][bucket], head.second, head.id, head.shelf};
+        if (best == nullptr || other < rank) {
+            best = &heap;
+            rank = other;
+        }
+    });
+    if (best == nullptr) return false;
+    least = best->least();
+    best->remove(0);
+    return true;
+}
+
+}  // namespace rootcellar

@@ -1,0 +1,567 @@
+#include "tree.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+namespace rootcellar {
+
+namespace {
+constexpr std::size_t NODES_IN_SLAB = 256;
+
+std::vector<std::pair<std::int64_t, std::int32_t>>& starts_of(Pins& pins) {
+    if (!pins.starts) pins.starts = std::make_unique<std::vector<std::pair<std::int64_t, std::int32_t>>>();
+    return *pins.starts;
+}
+}  // namespace
+
+void broken(const std::string& what) { throw std::logic_error("rootcellar's native cache core: " + what); }
+
+// ---- arenas ------------------------------------------------------------------------------------------------------
+
+Slots::Slots(Ledger& ledger, std::int32_t pages) : stack_(pages) {
+    std::iota(stack_.begin(), stack_.end(), 1);
+    ledger.bytes += stack_.capacity() * sizeof(std::int32_t);
+}
+
+void Slots::take(std::int32_t* into, std::int32_t count) {
+    if (count > free_pages()) broken("more pages are taken than are free");
+    if (count != 0) std::memcpy(into, stack_.data() + top_, count * sizeof(std::int32_t));
+    top_ += count;
+}
+
+void Slots::give(const std::int32_t* pages, std::int32_t count) {
+    if (count > top_) broken("more pages are given back than were taken");
+    top_ -= count;
+    if (count != 0) std::memcpy(stack_.data() + top_, pages, count * sizeof(std::int32_t));
+}
+
+Arena::Arena(Ledger& ledger, std::string its_name, std::int32_t pages, std::unique_ptr<Order> its_order)
+    : slots(ledger, pages), order(std::move(its_order)), name(std::move(its_name)) {}
+Arena::~Arena() = default;
+
+// ---- making and unmaking -----------------------------------------------------------------------------------------
+
+Tree::Tree(const TreeOptions& options)
+    : kinds(options.kinds), page_size(options.page_size), policy(options.policy), children_(options.page_size) {
+    if (policy == Policy::adaptive)
+        shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
+    for (const auto& [name, pages] : options.arenas) {
+        std::unique_ptr<Order> order;
+        if (shadow)
+            order = std::make_unique<LearnedOrder>(*shadow);
+        else
+            order = std::make_unique<FixedOrder>();
+        arenas.push_back(std::make_unique<Arena>(ledger, name, pages, std::move(order)));
+    }
+    for (auto& row : by_tier) row.assign(kinds.size(), nullptr);
+    for (const ShelfSize& size : options.shelves) {
+        const int index = static_cast<int>(shelves.size());
+        shelves.push_back({index, size.k, kinds[size.k].rule, size.tier, arenas[size.arena].get()});
+        Shelf& shelf = shelves.back();
+        by_tier[size.tier][size.k] = &shelf;
+        (shelf.full() ? full_shelves : window_shelves).push_back(&shelf);
+        if (std::find(tiers.begin(), tiers.end(), size.tier) == tiers.end()) tiers.push_back(size.tier);
+    }
+    std::sort(tiers.begin(), tiers.end());
+    for (std::size_t k = 0; k < kinds.size(); ++k) {
+        const Kind& kind = kinds[k];
+        if (kind.rule != Rule::full) windows.push_back(static_cast<int>(k));
+        std::int64_t reset = 0;
+        if (kind.rule == Rule::chunked_local) reset = kind.span;
+        if (kind.rule == Rule::sliding_window && kind.span == 1) reset = 1;
+        resets.push_back(reset == 0 ? 0 : std::lcm(reset, page_size) / page_size);
+    }
+    heads_.resize(kinds.size());
+    starts_.resize(kinds.size());
+    runs_.resize(kinds.size() * tiers.size());
+    stride_ = sizeof(Node) + shelves.size() * sizeof(Entry) + kinds.size() * sizeof(Pins);
+}
+
+Tree::~Tree() {
+    bury();
+    std::vector<Node*> all = detached;
+    for (Node* root = first_root; root != nullptr; root = root->next) all.push_back(root);
+    for (std::size_t i = 0; i < all.size(); ++i)
+        for (Node* child = all[i]->first_child; child != nullptr; child = child->next) all.push_back(child);
+    for (Node* node : all) destroy(node);
+}
+
+Node* Tree::blank(Node* parent, Run<std::int64_t> tokens, std::int32_t start, std::int32_t size) {
+    std::byte* memory;
+    if (free_nodes_ != nullptr) {
+        memory = reinterpret_cast<std::byte*>(free_nodes_);
+        free_nodes_ = free_nodes_->next;
+    } else {
+        if (slabs_.empty() || in_slab_ == NODES_IN_SLAB) {
+            slabs_.push_back(std::make_unique_for_overwrite<std::byte[]>(NODES_IN_SLAB * stride_));
+            ledger.bytes += NODES_IN_SLAB * stride_;
+            in_slab_ = 0;
+        }
+        memory = slabs_.back().get() + stride_ * in_slab_++;
+    }
+    Node* node = new (memory) Node;
+    node->shelves = static_cast<std::uint16_t>(shelves.size());
+    for (std::size_t s = 0; s < shelves.size(); ++s) new (&node->entry(static_cast<int>(s))) Entry;
+    for (std::size_t k = 0; k < kinds.size(); ++k) (new (&node->pins(static_cast<int>(k))) Pins)->tick = tick;
+    node->id = ++last_id;
+    node->parent = parent;
+    node->tokens = std::move(tokens);
+    node->start = start;
+    node->size = size;
+    node->created = tick;
+    return node;
+}
+
+void Tree::destroy(Node* node) {
+    for (std::size_t k = 0; k < kinds.size(); ++k) node->pins(static_cast<int>(k)).~Pins();
+    for (std::size_t s = 0; s < shelves.size(); ++s) node->entry(static_cast<int>(s)).~Entry();
+    node->~Node();
+}
+
+void Tree::bury() {
+    for (Node* node : graveyard_) {
+        destroy(node);
+        Node* unused = new (node) Node;  // the free list runs through `next`
+        unused->next = free_nodes_;
+        free_nodes_ = unused;
+    }
+    graveyard_.clear();
+}
+
+std::size_t Tree::bytes() const {
+    std::size_t sum = ledger.bytes + children_.bytes() + evictions.bytes();
+    for (const auto& arena : arenas) sum += arena->order->bytes();
+    if (shadow) sum += shadow->bytes();
+    return sum;
+}
+
+Ref<Name> Tree::name(std::string_view text) {
+    if (const auto found = names_.find(text); found != names_.end()) return found->second;
+    if (names_.size() >= sweep_at_) {
+        std::erase_if(names_, [](const auto& item) { return item.second->references == 1 && item.second->root == nullptr; });
+        sweep_at_ = std::max<std::size_t>(64, 2 * names_.size());
+    }
+    Ref<Name> name(new Name{std::string(text)});
+    names_.emplace(name->text, name);
+    return name;
+}
+
+// ---- structure ---------------------------------------------------------------------------------------------------
+
+Node* Tree::root(const Ref<Name>& name) {
+    if (name->root != nullptr) return name->root;
+    Node* root = name->root = blank(nullptr, {}, 0, 0);
+    root->name = name;
+    root->listed = true;
+    root->previous = last_root;
+    (last_root == nullptr ? first_root : last_root->next) = root;
+    last_root = root;
+    return root;
+}
+
+void Tree::unlist(Node* root) {
+    (root->previous == nullptr ? first_root : root->previous->next) = root->next;
+    (root->next == nullptr ? last_root : root->next->previous) = root->previous;
+    root->previous = root->next = nullptr;
+    root->listed = false;
+    root->name->root = nullptr;
+}
+
+Node* Tree::add(Node* parent, const std::int64_t* tokens, std::int32_t size) {
+    Node* node = blank(parent, Run(ledger, tokens, static_cast<std::uint32_t>(size * page_size)), parent->end(), size);
+    node->hash = children_.hash(parent, tokens);
+    children_.add(node);
+    node->previous = parent->last_child;
+    (parent->last_child == nullptr ? parent->first_child : parent->last_child->next) = node;
+    parent->last_child = node;
+    ++nodes;
+    ++version;
+    requeue_states(parent);
+    return node;
+}
+
+std::int32_t Tree::common(const Node* node, const std::int64_t* tokens, std::int64_t limit) const {
+    const std::int64_t pages = std::min<std::int64_t>(node->size, limit);
+    if (pages == 1) return 1;  // it was found by that page
+    constexpr std::int64_t step = 256;
+    const std::int64_t span = pages * page_size;
+    const std::int64_t* edge = node->tokens.data();
+    for (std::int64_t at = 0; at < span; at += step) {
+        const std::int64_t count = std::min(step, span - at);
+        if (std::memcmp(edge + at, tokens + at, count * sizeof *edge) == 0) continue;
+        std::int64_t i = at;
+        while (edge[i] == tokens[i]) ++i;
+        return static_cast<std::int32_t>(i / page_size);
+    }
+    return static_cast<std::int32_t>(pages);
+}
+
+Node* Tree::split(Node* node, std::int32_t at) {
+    Node* parent = node->parent;
+    if (parent == nullptr || at <= 0 || at >= node->size) broken("an edge is split outside itself");
+    const auto cut = static_cast<std::uint32_t>(at * page_size);
+    Node* upper = blank(parent, node->tokens.part(0, cut), node->start, at);
+    upper->created = node->created;
+    upper->hits = node->hits;
+    upper->priority = node->priority;
+    upper->owner = node->owner;
+    upper->group = node->group;
+    upper->used = node->used;
+    for (std::size_t k = 0; k < kinds.size(); ++k) upper->pins(k).tick = node->pins(k).tick;
+    upper->refs = node->refs != 0 ? 1 : 0;
+    const std::uint32_t named = std::min<std::uint32_t>(node->digests.size(), at);
+    upper->digests = node->digests.part(0, named);
+    node->digests = node->digests.part(named, node->digests.size());
+    // The upper part takes the node's place among its siblings and in the table.
+    upper->hash = node->hash;
+    children_.replace(node, upper);
+    upper->previous = node->previous;
+    upper->next = node->next;
+    (upper->previous == nullptr ? parent->first_child : upper->previous->next) = upper;
+    (upper->next == nullptr ? parent->last_child : upper->next->previous) = upper;
+    node->tokens = node->tokens.part(cut, node->tokens.size());
+    node->start += at;
+    node->size -= at;
+    node->parent = upper;
+    node->previous = node->next = nullptr;
+    upper->first_child = upper->last_child = node;
+    node->hash = children_.hash(upper, node->tokens.data());
+    children_.add(node);
+    if (node->has_flights()) {
+        auto above = std::make_unique<std::vector<Flight*>>();
+        for (Flight* flight : *node->flights)
+            if (flight->start < node->start) above->push_back(flight);
+        upper->flights = std::move(above);
+    }
+    for (const int k : windows) {
+        Pins& lower_pins = node->pins(k);
+        Pins& upper_pins = upper->pins(k);
+        upper_pins.covers = lower_pins.covers;
+        if (!lower_pins.starts) continue;
+        std::vector<std::pair<std::int64_t, std::int32_t>> below;
+        for (const auto& [page, count] : *lower_pins.starts) {
+            if (page <= node->start) lower_pins.covers += count;
+            if (page < node->start) starts_of(upper_pins).emplace_back(page, count);
+            if (page > node->start) below.emplace_back(page, count);
+        }
+        *lower_pins.starts = std::move(below);
+    }
+    ++nodes;
+    ++version;
+    split_entries(parent, upper, node, at);
+    return upper;
+}
+
+void Tree::split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at) {
+    for (Shelf& shelf : shelves) {
+        Entry& entry = lower->entry(shelf.index);
+        if (!entry.present()) continue;
+        Entry& above = upper->entry(shelf.index);
+        above.kids = 1;
+        if (entry.lo >= at) {
+            entry.lo -= at;
+            --parent->entry(shelf.index).kids;
+        } else {
+            const auto cut = static_cast<std::uint32_t>(at - entry.lo);
+            above.pages = entry.pages.part(0, cut);
+            above.lo = entry.lo;
+            entry.pages = entry.pages.part(cut, entry.pages.size());
+            entry.lo = 0;
+            ++shelf.entries;
+            refresh(upper, shelf);
+        }
+        refresh(lower, shelf);
+    }
+}
+
+void Tree::discard(Node* node) {
+    while (true) {
+        if (node->refs != 0 || node->first_child != nullptr || node->has_flights()) return;
+        for (const Shelf& shelf : shelves)
+            if (node->entry(shelf.index).present()) return;
+        Node* parent = node->parent;
+        if (parent == nullptr) {
+            forget_root(node);
+            return;
+        }
+        children_.remove(node);
+        (node->previous == nullptr ? parent->first_child : node->previous->next) = node->next;
+        (node->next == nullptr ? parent->last_child : node->next->previous) = node->previous;
+        node->previous = node->next = node->parent = nullptr;
+        graveyard_.push_back(node);
+        --nodes;
+        ++version;
+        requeue_states(parent);
+        node = parent;
+    }
+}
+
+void Tree::forget_root(Node* root) {
+    if (root->listed) {
+        unlist(root);
+    } else if (root->detached) {
+        std::erase(detached, root);
+        root->detached = false;
+    } else {
+        return;
+    }
+    graveyard_.push_back(root);
+}
+
+void Tree::forget_detached() {
+    for (Node* root : detached) {
+        root->detached = false;
+        if (root->first_child == nullptr) graveyard_.push_back(root);
+    }
+    detached.clear();
+}
+
+// ---- entries -----------------------------------------------------------------------------------------------------
+
+void Tree::attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo) {
+    Entry& entry = node->entry(shelf.index);
+    if (!entry.present()) {
+        entry.pages = Run(ledger, pages, static_cast<std::uint32_t>(count));
+        ++shelf.entries;
+        if (node->parent != nullptr) ++node->parent->entry(shelf.index).kids;
+    } else {
+        if (lo + count != entry.lo) broken("pages are attached apart from the entry");
+        entry.pages.prepend(ledger, pages, static_cast<std::uint32_t>(count));
+    }
+    entry.lo = lo;
+    shelf.cached += count;
+    ++version;
+    refresh(node, shelf);
+    restage(node);
+    if (journal) journal->came(node, shelf, lo, count);
+}
+
+void Tree::extend(Node* node, const std::int64_t* tokens, std::int32_t size,
+                  const std::vector<const std::int32_t*>& pages) {
+    node->tokens.append(ledger, tokens, static_cast<std::uint32_t>(size * page_size));
+    node->size += size;
+    for (Shelf* shelf : by_tier[DEVICE]) {
+        if (shelf == nullptr || shelf->recurrent()) continue;
+        node->entry(shelf->index).pages.append(ledger, pages[shelf->k], static_cast<std::uint32_t>(size));
+        shelf->cached += size;
+        refresh(node, *shelf);
+        if (journal) journal->came(node, *shelf, node->size - size, size);
+    }
+    ++version;
+}
+
+Run<std::int32_t> Tree::detach(Node* node, Shelf& shelf, std::int32_t count) {
+    Entry& entry = node->entry(shelf.index);
+    if (!entry.present()) broken("an entry that is not there is taken off its shelf");
+    count = std::min(count, entry.count());
+    if (journal) journal->left(node, shelf, entry.lo, count);
+    shelf.cached -= count;
+    ++version;
+    Run<std::int32_t> pages;
+    if (count == entry.count()) {
+        shelf.evictable -= entry.evictable;
+        shelf.arena->evictable -= entry.evictable;
+        --shelf.entries;
+        shelf.arena->order->forget(entry);
+        pages = std::move(entry.pages);
+        entry.pages.clear();
+        entry.evictable = entry.lo = 0;
+        if (node->parent != nullptr) {
+            --node->parent->entry(shelf.index).kids;
+            refresh(node->parent, shelf);
+        }
+    } else {
+        const auto cut = static_cast<std::uint32_t>(count);
+        pages = entry.pages.part(0, cut);
+        entry.pages = entry.pages.part(cut, entry.pages.size());
+        entry.lo += count;
+        refresh(node, shelf);
+    }
+    return pages;
+}
+
+bool Tree::holds_any(Node* node, int k) const {
+    for (const Tier tier : tiers) {
+        const Shelf* shelf = by_tier[tier][k];
+        if (shelf != nullptr && node->entry(shelf->index).present()) return true;
+    }
+    return node->has_flights() &&
+           std::any_of(node->flights->begin(), node->flights->end(), [k](const Flight* flight) { return flight->k == k; });
+}
+
+bool Tree::dead(Node* node) const {
+    return std::any_of(full_shelves.begin(), full_shelves.end(), [&](const Shelf* shelf) {
+        return !node->entry(shelf->index).present() && !holds_any(node, shelf->k);
+    });
+}
+
+void Tree::refresh(Node* node, Shelf& shelf) {
+    Entry& entry = node->entry(shelf.index);
+    if (!entry.present()) return;
+    std::int32_t evictable;
+    bool ready;
+    if (shelf.full()) {
+        evictable = node->refs != 0 ? 0 : entry.count();
+        ready = evictable > 0 && entry.kids == 0;
+    } else {
+        evictable = unpinned(node, shelf, entry);
+        ready = evictable > 0;
+    }
+    if (evictable != entry.evictable) {
+        shelf.evictable += evictable - entry.evictable;
+        shelf.arena->evictable += evictable - entry.evictable;
+        entry.evictable = evictable;
+    }
+    if (ready && entry.filed < 0) shelf.arena->order->push(node, rank(node, shelf));
+}
+
+std::int32_t Tree::unpinned(Node* node, const Shelf& shelf, const Entry& entry) const {
+    if (node->has_flights())
+        for (const Flight* flight : *node->flights)
+            if (flight->blocks(shelf.k, shelf.tier)) return 0;
+    if (shelf.tier != DEVICE) return entry.count();
+    const Pins& pins = node->pins(shelf.k);
+    if (pins.covers != 0) return 0;
+    std::int64_t first = node->size;
+    if (pins.starts && !pins.starts->empty()) {
+        first = pins.starts->front().first;
+        for (const auto& [page, count] : *pins.starts) first = std::min(first, page);
+        first -= node->start;
+    }
+    return static_cast<std::int32_t>(std::clamp<std::int64_t>(first - entry.lo, 0, entry.count()));
+}
+
+// ---- holds and pins ----------------------------------------------------------------------------------------------
+
+void Tree::hold(Node* node) {
+    for (; node != nullptr; node = node->parent) {
+        if (++node->refs > 1) return;
+        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
+    }
+}
+
+void Tree::release(Node* node) {
+    for (; node != nullptr; node = node->parent) {
+        if (--node->refs != 0) return;
+        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
+    }
+}
+
+void Tree::pin(Node* node, int k, std::int64_t start, std::int32_t count) {
+    Shelf& shelf = *by_tier[DEVICE][k];
+    while (start < node->end()) {
+        Pins& pins = node->pins(k);
+        if (start > node->start) {
+            auto& starts = starts_of(pins);
+            auto at = std::find_if(starts.begin(), starts.end(), [start](const auto& item) { return item.first == start; });
+            if (at == starts.end())
+                starts.emplace_back(start, count);
+            else if ((at->second += count) == 0)
+                starts.erase(at);
+            refresh(node, shelf);
+            return;
+        }
+        pins.covers += count;
+        refresh(node, shelf);
+        if (start == node->start) return;
+        node = node->parent;
+    }
+}
+
+void Tree::use(Node* node, const std::vector<std::int64_t>& starts) {
+    const std::int64_t volume = shadow ? shadow->volume : 0;
+    for (; node->parent != nullptr; node = node->parent) {
+        node->used = volume;
+        for (std::size_t k = 0; k < starts.size(); ++k)
+            if (starts[k] < node->end()) node->pins(static_cast<int>(k)).tick = tick;
+        if (policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
+            for (Shelf& shelf : shelves) requeue(node, shelf);
+    }
+}
+
+// ---- the order of leaving ----------------------------------------------------------------------------------------
+
+Rank Tree::rank(Node* node, const Shelf& shelf) {
+    Rank rank{damage(node, shelf), 0, 0, node->id, shelf.index};
+    const std::int64_t last = node->pins(shelf.k).tick;
+    switch (policy) {
+        case Policy::lru: rank.first = last; break;
+        case Policy::lfu: rank.first = node->hits, rank.second = last; break;
+        case Policy::fifo: rank.first = node->created; break;
+        case Policy::filo: rank.first = -node->created; break;
+        case Policy::mru: rank.first = -last; break;
+        case Policy::slru: rank.first = node->hits > 0, rank.second = last; break;
+        case Policy::priority: rank.first = node->priority, rank.second = last; break;
+        case Policy::adaptive: rank.first = node->group, rank.second = node->used; break;
+    }
+    return rank;
+}
+
+int Tree::damage(Node* node, const Shelf& shelf) const {
+    if (shelf.full()) return node->first_child != nullptr || windows.empty() || ends_well(node) ? 2 : 0;
+    if (shelf.recurrent()) return node->first_child != nullptr && node->first_child == node->last_child ? 1 : 2;
+    const std::int64_t needed = std::max<std::int64_t>(0, node->size - reach(shelf.k, node->end()));
+    const std::int64_t lo = node->entry(shelf.index).lo;
+    if (lo == needed) return 2;
+    return lo < needed || node->first_child != nullptr ? 1 : 0;
+}
+
+std::int64_t Tree::reach(int k, std::int64_t page) const { return page - start_page(k, page * page_size); }
+
+bool Tree::ends_well(Node* node) const {
+    for (const int k : windows) {
+        const std::int64_t need = std::min<std::int64_t>(reach(k, node->end()), node->size);
+        if (need == 0) continue;
+        const bool have = std::any_of(tiers.begin(), tiers.end(), [&](Tier tier) {
+            const Shelf* shelf = by_tier[tier][k];
+            if (shelf == nullptr) return false;
+            const Entry& entry = node->entry(shelf->index);
+            return entry.present() && entry.lo <= node->size - need;
+        });
+        if (!have) return false;
+    }
+    return true;
+}
+
+void Tree::restage(Node* node) {
+    if (!windows.empty())
+        for (Shelf& shelf : shelves) requeue(node, shelf);
+}
+
+void Tree::requeue(Node* node, Shelf& shelf) {
+    const Entry& entry = node->entry(shelf.index);
+    if (entry.present() && entry.filed >= 0) shelf.arena->order->push(node, rank(node, shelf));
+}
+
+void Tree::requeue_states(Node* node) {
+    for (Shelf* shelf : window_shelves)
+        if (shelf->recurrent()) requeue(node, *shelf);
+    if (!windows.empty())
+        for (Shelf* shelf : full_shelves) requeue(node, *shelf);
+}
+
+const Digest* Tree::page_digests(Node* node) {
+    std::vector<Node*> path;
+    for (Node* climb = node; climb->parent != nullptr && static_cast<std::int32_t>(climb->digests.size()) < climb->size;
+         climb = climb->parent)
+        path.push_back(climb);
+    std::vector<Digest> fresh;
+    for (auto step = path.rbegin(); step != path.rend(); ++step) {
+        Node* at = *step;
+        const auto known = at->digests.size();
+        Digest above;
+        if (known != 0)
+            above = at->digests[known - 1];
+        else if (at->parent->parent == nullptr)
+            above = seed_digest(fingerprint, at->parent->name->text, page_size);
+        else
+            above = at->parent->digests[at->parent->digests.size() - 1];
+        fresh.resize(at->size - known);
+        chain(above, at->tokens.data() + known * page_size, at->size - known, page_size, fresh.data());
+        at->digests.append(ledger, fresh.data(), static_cast<std::uint32_t>(fresh.size()));
+    }
+    return node->digests.data();
+}
+
+}  // namespace rootcellar

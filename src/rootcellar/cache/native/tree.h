@@ -1,0 +1,168 @@
+// The radix tree: where nodes hang, what they hold, and what keeps an entry from leaving. The twin of tree.py.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "adaptive.h"
+#include "children.h"
+#include "journal.h"
+#include "node.h"
+#include "order.h"
+
+namespace rootcellar {
+
+enum class Policy { lru, lfu, fifo, filo, mru, slru, priority, adaptive };
+
+// How far a key is cached; valid for its path while `version` is the tree's.
+struct Hit {
+    const void* tree = nullptr;  // whose nodes the path names
+    std::int64_t version = -1;
+    std::int64_t reaches[TIERS] = {};  // tokens
+    std::int64_t branch = 0;           // tokens
+    std::vector<Node*> path;
+};
+
+// An internal promise is broken; the caller's call cannot be served.
+[[noreturn]] void broken(const std::string& what);
+
+// Pages are counted evictable in an arena and none is filed there.
+struct NothingFiled {
+    std::string arena;
+    std::int64_t evictable;
+};
+
+struct ShelfSize {
+    int k;
+    Tier tier;
+    int arena;  // shelves with the same number share it
+};
+
+struct TreeOptions {
+    std::vector<Kind> kinds;
+    std::vector<ShelfSize> shelves;
+    std::vector<std::pair<std::string, std::int32_t>> arenas;  // name and pages of each
+    std::int64_t page_size = 1;
+    std::int64_t capacity = 0;  // tokens of the device, for the adaptive policy
+    Policy policy = Policy::lru;
+    Edges edges{};
+};
+
+struct Tree {
+    explicit Tree(const TreeOptions& options);
+    ~Tree();
+    Tree(const Tree&) = delete;
+    Tree& operator=(const Tree&) = delete;
+
+    // structure
+    Node* root(const Ref<Name>& name);
+    Node* add(Node* parent, const std::int64_t* tokens, std::int32_t size);
+    std::int32_t common(const Node* node, const std::int64_t* tokens, std::int64_t limit) const;
+    Node* split(Node* node, std::int32_t at);
+    void discard(Node* node);
+    void bury();  // free what was thrown away: at the end of a verb, when nothing points to it any more
+    Ref<Name> name(std::string_view text);
+
+    // entries
+    void attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo);
+    void extend(Node* node, const std::int64_t* tokens, std::int32_t size, const std::vector<const std::int32_t*>& pages);
+    Run<std::int32_t> detach(Node* node, Shelf& shelf, std::int32_t count);
+    bool holds_any(Node* node, int k) const;
+    bool dead(Node* node) const;
+    void refresh(Node* node, Shelf& shelf);
+    std::int32_t unpinned(Node* node, const Shelf& shelf, const Entry& entry) const;
+
+    // holds and pins
+    void hold(Node* node);
+    void release(Node* node);
+    void pin(Node* node, int k, std::int64_t start, std::int32_t count);
+    void use(Node* node, const std::vector<std::int64_t>& starts);
+
+    // the order of leaving
+    Rank rank(Node* node, const Shelf& shelf);
+    int damage(Node* node, const Shelf& shelf) const;
+    std::int64_t reach(int k, std::int64_t page) const;
+    bool ends_well(Node* node) const;
+    void restage(Node* node);
+    void requeue(Node* node, Shelf& shelf);
+
+    // match.cc
+    void find(const Key& key, Hit& hit);
+    Node* place_of(const Hit& hit, const Ref<Name>& name, std::int64_t pages);
+    void touch(const Hit& hit);
+
+    // evict.cc
+    bool make_room(Arena& arena, std::int64_t pages);
+    // For so many pages of each of some shelves at once; evicts all or nothing.
+    bool make_room_for(const std::vector<std::pair<Shelf*, std::int64_t>>& needs);
+    void forget_entry(Shelf& shelf, Node* node);
+    void prune(Node* node);
+    void drop_subtree(Node* top);
+
+    const Digest* page_digests(Node* node);
+    std::int64_t start_page(int k, std::int64_t tokens) const { return kinds[k].start(tokens) / page_size; }
+    Shelf* shelf(Tier tier, int k) const { return by_tier[tier][k]; }
+    bool is_fresh(const Hit& hit) const { return hit.tree == this && hit.version == version; }
+    std::size_t node_bytes() const { return stride_; }
+    std::size_t bytes() const;
+
+    Ledger ledger;
+    std::vector<Kind> kinds;
+    std::int64_t page_size;
+    Policy policy;
+    std::unique_ptr<Shadow> shadow;
+    std::unique_ptr<Journal> journal;
+    Evictions evictions;
+    std::string fingerprint;
+    std::function<void(Node*, Shelf&)> spill;  // told of an entry about to be evicted (write-back)
+    std::int64_t tick = 0;
+    std::int64_t version = 0;  // counts structural changes: a hit is fresh while it has not moved
+    std::int64_t nodes = 0;
+    std::int64_t last_id = 0;
+    std::vector<std::unique_ptr<Arena>> arenas;
+    std::deque<Shelf> shelves;
+    std::vector<Tier> tiers;
+    std::vector<Shelf*> by_tier[TIERS];
+    std::vector<Shelf*> full_shelves, window_shelves;
+    std::vector<int> windows;  // kinds that are not full attention
+    std::vector<std::int64_t> resets;
+    Node* first_root = nullptr;  // listed roots, in the order in which they came
+    Node* last_root = nullptr;
+    std::vector<Node*> detached;
+
+  private:
+    Node* blank(Node* parent, Run<std::int64_t> tokens, std::int32_t start, std::int32_t size);
+    void split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at);
+    void forget_root(Node* root);
+    void requeue_states(Node* node);
+    void drop_tail(Shelf& shelf, Node* node, std::int64_t pages);
+    void drop_head(Shelf& shelf, Node* node, std::int64_t pages);
+    void take_off(Shelf& shelf, Node* node, std::int32_t count);
+    std::int64_t last_boundary(std::int64_t begin, std::int64_t end, const std::int64_t* runs) const;
+    void destroy(Node* node);
+
+    Children children_;
+    std::unordered_map<std::string_view, Ref<Name>> names_;
+    std::size_t sweep_at_ = 64;  // names at which those that nobody uses are dropped
+    std::size_t stride_;         // bytes of a node with its entries and pins
+    std::vector<std::unique_ptr<std::byte[]>> slabs_;
+    std::size_t in_slab_ = 0;
+    Node* free_nodes_ = nullptr;  // by `next`
+    std::vector<Node*> graveyard_;
+    // Reused by each match: by kind, and by tier and kind.
+    std::vector<std::int64_t> heads_, runs_, starts_;
+
+  public:
+    Children& children() { return children_; }
+    void unlist(Node* root);
+    void forget_detached();
+};
+
+}  // namespace rootcellar

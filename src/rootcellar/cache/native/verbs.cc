@@ -1,0 +1,438 @@
+// The life of a lease: open, grow, commit, close. The twin of verbs.py.
+#include <algorithm>
+#include <cstring>
+
+#include "cache.h"
+
+namespace rootcellar {
+
+namespace {
+std::int64_t pages_of(std::int64_t tokens, std::int64_t size) { return (tokens + size - 1) / size; }
+}  // namespace
+
+Cache::Cache(const TreeOptions& tree_options, const CacheOptions& its_options, std::vector<Table> its_tables)
+    : tree(tree_options), options(its_options), tables(std::move(its_tables)), leases(options.max_leases + 1) {
+    for (std::int32_t row = options.max_leases; row > 0; --row) free_rows.push_back(row);
+    for (Shelf* shelf : tree.by_tier[DEVICE]) {
+        if (shelf == nullptr) continue;
+        (shelf->recurrent() ? states : paged).push_back(shelf);
+        if (!shelf->recurrent() && !shelf->full()) windows.push_back(shelf);
+    }
+    if (options.write_back) tree.spill = [this](Node* node, Shelf& shelf) { spill(node, shelf); };
+    new_pages_.resize(tree.kinds.size());
+}
+
+void Cache::must_be_open(const Lease& lease) const {
+    if (lease.row <= 0 || lease.row > options.max_leases || leases[lease.row].get() != &lease)
+        throw Refusal{Refusal::Why::closed, 0, 0, 0, &lease, {}};
+}
+
+std::int64_t Cache::boundary(const Hit& hit, Tier tier) const {
+    std::int64_t reach = hit.reaches[DEVICE];
+    for (const Tier farther : tree.tiers)
+        if (farther <= tier && hit.reaches[farther] - reach >= options.min_load[farther]) reach = hit.reaches[farther];
+    return reach;
+}
+
+// ---- open --------------------------------------------------------------------------------------------------------
+
+Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority) {
+    if (!expiries.empty()) expire();
+    Hit again;
+    const Hit* fresh = &hit;
+    if (!tree.is_fresh(hit)) {
+        tree.find(key, again);
+        fresh = &again;
+    }
+    // The reaches are counted as they were seen, whatever opening does to the tree.
+    const Ref<Lease> lease = open_lease(key, *fresh, tier, priority);
+    if (lease) {
+        ++requests;
+        input_tokens += key.count;
+        std::int64_t counted = 0;
+        for (const Tier nearer : tree.tiers) {
+            const std::int64_t reached = std::min(fresh->reaches[nearer], lease->cached);
+            hit_tokens[nearer] += std::max<std::int64_t>(0, reached - counted);
+            counted = std::max(counted, reached);
+        }
+    }
+    return lease;
+}
+
+Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority) {
+    if (free_rows.empty()) return {};
+    if (key.count > options.max_length) throw Refusal{Refusal::Why::key_too_long, key.count, options.max_length, 0, nullptr, {}};
+    Hit again;
+    const Hit* fresh = &hit;
+    if (!tree.is_fresh(hit)) {
+        tree.find(key, again);
+        fresh = &again;
+    }
+    const std::int64_t reach = boundary(*fresh, tier);
+    Node* node = tree.place_of(*fresh, key.name, reach / tree.page_size);
+    const Ref<Lease> lease(new Lease);
+    lease->serial = serial + 1;
+    lease->node = node;
+    lease->name = key.name;
+    lease->cached = lease->length = lease->committed = reach;
+    lease->priority = priority;
+    pin_place(*lease);
+    if (!load(*lease)) {
+        unpin_place(*lease);
+        tree.prune(lease->node);
+        // What is on the device can still be had when only the copies do not fit together.
+        return reach > fresh->reaches[DEVICE] ? open_lease(key, *fresh, DEVICE, priority) : Ref<Lease>();
+    }
+    ++tree.tick;
+    tree.use(node, lease->starts);
+    ++serial;
+    lease->row = free_rows.back();
+    free_rows.pop_back();
+    leases[lease->row] = lease;
+    ++live;
+    fill_rows(*lease);
+    for (Shelf* shelf : states) shelf->take(tables[shelf->k].row(*lease) + 1, 1);
+    for (Node* climb = node; climb != nullptr; climb = climb->parent) {
+        ++climb->hits;
+        climb->priority = std::max(climb->priority, priority);
+    }
+    if (tree.shadow && options.reuse) {
+        tree.shadow->advance(key.count);
+        lease->trail = mix(crc32(key.name->text));
+        observe(*lease, key, 0, reach / tree.page_size);
+    }
+    return lease;
+}
+
+void Cache::pin_place(Lease& lease) {
+    const std::size_t count = tree.kinds.size();
+    lease.starts.resize(count);
+    for (std::size_t k = 0; k < count; ++k) lease.starts[k] = tree.start_page(static_cast<int>(k), lease.cached);
+    lease.sources.assign(count, nullptr);
+    tree.hold(lease.node);
+    pin_windows(lease, 1);
+    pin_sources(lease, lease.node);
+}
+
+void Cache::unpin_place(Lease& lease) {
+    pin_windows(lease, -1);
+    pin_sources(lease, nullptr);
+    tree.release(lease.node);
+}
+
+void Cache::pin_windows(const Lease& lease, std::int32_t count) {
+    for (const Shelf* shelf : windows) tree.pin(lease.node, shelf->k, lease.starts[shelf->k], count);
+}
+
+void Cache::pin_sources(Lease& lease, Node* node) {
+    for (const Shelf* shelf : states) {
+        Node* old = lease.sources[shelf->k];
+        if (node != nullptr && node->parent != nullptr) tree.pin(node, shelf->k, node->end() - 1, 1);
+        if (old != nullptr && old->parent != nullptr) tree.pin(old, shelf->k, old->end() - 1, -1);
+        lease.sources[shelf->k] = node;
+    }
+}
+
+// Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned.
+bool Cache::load(Lease& lease) {
+    struct Plan {
+        Shelf* shelf;
+        Node* node;
+        std::int64_t first;
+        Shelf* source;
+        Flight* flight;
+    };
+    std::vector<std::pair<Shelf*, std::vector<Piece>>> wanted;
+    needs_.clear();
+    const auto ask = [&](Shelf* shelf) {
+        std::vector<Piece> lacking;
+        if (lease.cached != 0) lacking = missing(lease.node, shelf->k, lease.starts[shelf->k], DEVICE);
+        std::int64_t pages = 0;
+        for (const Piece& piece : lacking)
+            if (flying_to(piece.node, shelf->k, DEVICE) == nullptr) pages += piece.node->end() - piece.first;
+        needs_.emplace_back(shelf, pages + (shelf->recurrent() ? 1 : 0));
+        if (!lacking.empty()) wanted.emplace_back(shelf, std::move(lacking));
+    };
+    for (Shelf* shelf : paged) ask(shelf);
+    for (Shelf* shelf : states) ask(shelf);
+    if (!tree.make_room_for(needs_)) return false;
+    std::vector<Plan> plans;
+    for (const auto& [shelf, lacking] : wanted) {
+        for (const Piece& piece : lacking) {
+            Flight* flight = flying_to(piece.node, shelf->k, DEVICE);
+            Shelf* source = source_of(piece.node, shelf->k, piece.first, DEVICE);
+            if (flight != nullptr ? flight->start > piece.first : source == nullptr) return false;
+            plans.push_back({shelf, piece.node, piece.first, source, flight});
+        }
+    }
+    for (const Plan& item : plans) {
+        Flight* flight = item.flight;
+        if (flight == nullptr) flight = plan(item.node, *item.source, *item.shelf, item.first, true);
+        if (flight == nullptr) broken("a copy has no room that was made for it");
+        flight->waiters.emplace_back(&lease);
+        if (std::find(lease.waits.begin(), lease.waits.end(), flight->id) == lease.waits.end())
+            lease.waits.push_back(flight->id);
+    }
+    return true;
+}
+
+void Cache::fill_rows(const Lease& lease) {
+    for (const Shelf* shelf : paged) fill_row(lease, *shelf);
+    for (const Shelf* shelf : states) {
+        Node* source = lease.sources[shelf->k];
+        if (source == nullptr || source->parent == nullptr) continue;
+        const Entry& entry = source->entry(shelf->index);
+        if (entry.present()) tables[shelf->k].row(lease)[0] = entry.pages[0];
+    }
+}
+
+void Cache::fill_row(const Lease& lease, const Shelf& shelf) {
+    const std::int64_t start = lease.starts[shelf.k];
+    std::int32_t* row = tables[shelf.k].row(lease);
+    for (Node* climb = lease.node; climb != nullptr && climb->end() > start; climb = climb->parent) {
+        const Entry& entry = climb->entry(shelf.index);
+        if (!entry.present()) continue;
+        const std::int64_t first = std::max<std::int64_t>(start, climb->start + entry.lo);
+        std::memcpy(row + first, entry.pages.data() + (first - climb->start - entry.lo),
+                    (climb->end() - first) * sizeof *row);
+    }
+}
+
+void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages) {
+    Shadow& shadow = *tree.shadow;
+    const std::int64_t strides = lease.strides, from = strides * shadow.stride;
+    shadow.hashes(lease.trail, key.tokens + std::min(from, key.count), pages * tree.page_size - from, prefixes_);
+    shadow.observe(prefixes_, lease.above, classes_);
+    lease.strides += static_cast<std::int64_t>(prefixes_.size());
+    if (!prefixes_.empty()) lease.trail = prefixes_.back();
+    const std::int64_t per_stride = shadow.stride / tree.page_size;
+    const auto known = static_cast<std::int64_t>(classes_.size());
+    Node* climb = lease.node;
+    while (known != 0 && climb->parent != nullptr && climb->end() > first) {
+        // Python's floor division: a node that ends before the observed strides has a negative number of them.
+        std::int64_t last = std::max<std::int64_t>(0, std::min(climb->end() / per_stride - strides, known) - 1);
+        climb->group = classes_[last];
+        climb->used = shadow.volume;
+        while (last > 0 && classes_[last - 1] == climb->group) --last;
+        const std::int64_t begin = (strides + last) * per_stride;
+        if (last > 0 && climb->start < begin && begin < climb->end())
+            tree.split(climb, static_cast<std::int32_t>(begin - climb->start));
+        climb = climb->parent;
+    }
+}
+
+// ---- grow --------------------------------------------------------------------------------------------------------
+
+bool Cache::grow(Lease& lease, std::int64_t tokens) {
+    must_be_open(lease);
+    if (tokens < 0) throw Refusal{Refusal::Why::only_grows, tokens, 0, 0, nullptr, {}};
+    if (tokens > options.max_length - lease.length)
+        throw Refusal{Refusal::Why::row_full, lease.length, tokens, options.max_length, nullptr, {}};
+    const std::int64_t old = pages_of(lease.length, tree.page_size);
+    const std::int64_t fresh = pages_of(lease.length + tokens, tree.page_size) - old;
+    if (fresh > 0) {
+        needs_.clear();
+        for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
+        if (!tree.make_room_for(needs_)) return false;
+        for (Shelf* shelf : paged) shelf->take(tables[shelf->k].row(lease) + old, static_cast<std::int32_t>(fresh));
+    }
+    if (tokens != 0) step_states(lease);
+    lease.length += tokens;
+    return true;
+}
+
+void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* tokens, bool* answers) {
+    const std::int64_t size = tree.page_size;
+    std::int64_t fresh = 0;
+    bool together = true;  // one token for each, in rows that have room
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+        together = together && tokens[i] == 1 && batch[i]->length < options.max_length;
+        fresh += batch[i]->length % size == 0;
+    }
+    if (together && fresh != 0) {
+        needs_.clear();
+        for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
+        together = tree.make_room_for(needs_);
+    }
+    if (!together) {
+        for (std::size_t i = 0; i < batch.size(); ++i) answers[i] = grow(*batch[i], tokens[i]);
+        return;
+    }
+    for (Shelf* shelf : paged) {
+        const Table& table = tables[shelf->k];
+        for (const Lease* lease : batch)
+            if (lease->length % size == 0) shelf->take(table.row(*lease) + lease->length / size, 1);
+    }
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+        if (!states.empty()) step_states(*batch[i]);
+        ++batch[i]->length;
+        answers[i] = true;
+    }
+}
+
+void Cache::step_states(Lease& lease) {
+    if (lease.stepped) read_own_states(lease);
+    lease.stepped = true;
+}
+
+void Cache::read_own_states(Lease& lease) {
+    for (const Shelf* shelf : states) {
+        std::int32_t* row = tables[shelf->k].row(lease);
+        row[0] = row[1];
+    }
+    pin_sources(lease, nullptr);
+}
+
+// ---- commit ------------------------------------------------------------------------------------------------------
+
+void Cache::commit(Lease& lease, const Key& key, bool snapshot) {
+    must_be_open(lease);
+    const std::int64_t size = tree.page_size;
+    if (key.count > lease.length || key.name.get() != lease.name.get())
+        throw Refusal{Refusal::Why::commit_too_long, key.count, 0, 0, &lease, key.name->text};
+    if (options.reuse) {
+        pin_windows(lease, -1);
+        const std::int64_t done = lease.committed / size, pages = key.count / size;
+        if (pages > done) {
+            Node* place = insert(lease, key, done, pages);
+            if (place != lease.node) {
+                tree.hold(place);
+                if (options.write_hits >= 0) write_through(lease.node);
+                tree.release(lease.node);
+                lease.node = place;
+            }
+            lease.committed = pages * size;
+            if (tree.shadow) observe(lease, key, done, pages);
+            if (options.digests) tree.page_digests(lease.node);
+        }
+    }
+    for (Shelf* shelf : windows) release_passed(lease, *shelf, key.count);
+    if (options.reuse) {
+        pin_windows(lease, 1);
+        if (snapshot && key.count == lease.length && lease.length == lease.committed) take_snapshot(lease);
+    }
+}
+
+void Cache::release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens) {
+    const std::int64_t old = lease.starts[shelf.k], start = tree.start_page(shelf.k, tokens);
+    if (start <= old) return;
+    std::int32_t* row = tables[shelf.k].row(lease);
+    const std::int64_t owned = std::max(old, lease.committed / tree.page_size);
+    if (owned < start) shelf.give(row + owned, static_cast<std::int32_t>(start - owned));
+    std::fill(row + old, row + start, 0);
+    lease.starts[shelf.k] = start;
+}
+
+Node* Cache::insert(Lease& lease, const Key& key, std::int64_t page, std::int64_t pages) {
+    Node* node = lease.node;
+    while (page < pages) {
+        const std::int64_t* tokens = key.tokens + page * tree.page_size;
+        Node* child = tree.children().find(node, tokens);
+        if (child == nullptr) return insert_rest(lease, node, tokens, page, pages);
+        const std::int32_t matched = tree.common(child, tokens, pages - page);
+        if (matched < child->size) child = tree.split(child, matched);
+        for (Shelf* shelf : paged) merge(lease, *shelf, child);
+        for (std::size_t k = 0; k < tree.kinds.size(); ++k) child->pins(static_cast<int>(k)).tick = tree.tick;
+        child->priority = std::max(child->priority, lease.priority);
+        page += matched;
+        node = child;
+    }
+    return node;
+}
+
+Node* Cache::insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page,
+                         std::int64_t pages) {
+    const auto size = static_cast<std::int32_t>(pages - page);
+    for (const Shelf* shelf : paged) new_pages_[shelf->k] = tables[shelf->k].row(lease) + page;
+    if (node == lease.node && may_lengthen(lease, node)) {
+        tree.extend(node, tokens, size, new_pages_);
+        return node;
+    }
+    Node* leaf = tree.add(node, tokens, size);
+    leaf->owner = lease.serial;
+    leaf->priority = lease.priority;
+    for (Shelf* shelf : paged) tree.attach(leaf, *shelf, new_pages_[shelf->k], size, 0);
+    return leaf;
+}
+
+bool Cache::may_lengthen(const Lease& lease, Node* node) const {
+    if (node->owner != lease.serial || node->refs != 1 || node->first_child != nullptr || node->has_flights())
+        return false;
+    std::size_t held = 0;
+    for (const Shelf& shelf : tree.shelves) held += node->entry(shelf.index).present();
+    return held == paged.size() && std::all_of(paged.begin(), paged.end(), [node](const Shelf* shelf) {
+               return node->entry(shelf->index).present();
+           });
+}
+
+void Cache::merge(const Lease& lease, Shelf& shelf, Node* node) {
+    std::int32_t* row = tables[shelf.k].row(lease) + node->start;
+    const Entry& entry = node->entry(shelf.index);
+    if (!entry.present()) {
+        tree.attach(node, shelf, row, node->size, 0);
+        return;
+    }
+    const std::int32_t lo = entry.lo;
+    shelf.give(row + lo, node->size - lo);
+    std::memcpy(row + lo, entry.pages.data(), (node->size - lo) * sizeof *row);
+    if (lo != 0) tree.attach(node, shelf, row, lo, 0);
+}
+
+void Cache::take_snapshot(Lease& lease) {
+    Node* node = lease.node;
+    std::vector<Shelf*> lacking;
+    for (Shelf* shelf : states)
+        if (!node->entry(shelf->index).present()) lacking.push_back(shelf);
+    if (lacking.empty() || !lease.stepped || node->parent == nullptr) return;
+    read_own_states(lease);
+    needs_.clear();
+    for (Shelf* shelf : lacking) needs_.emplace_back(shelf, 1);
+    if (!tree.make_room_for(needs_)) return;
+    for (Shelf* shelf : lacking) {
+        std::int32_t* row = tables[shelf->k].row(lease);
+        tree.attach(node, *shelf, row + 1, 1, node->size - 1);
+        shelf->take(row + 1, 1);
+    }
+    for (const Shelf* shelf : states) tables[shelf->k].row(lease)[0] = node->entry(shelf->index).pages[0];
+    pin_sources(lease, node);
+    lease.stepped = false;
+}
+
+// ---- close -------------------------------------------------------------------------------------------------------
+
+void Cache::close(Lease& lease, bool keep) {
+    must_be_open(lease);
+    const Ref<Lease> still(&lease);
+    leases[lease.row] = {};
+    --live;
+    const std::int64_t committed = lease.committed / tree.page_size, pages = pages_of(lease.length, tree.page_size);
+    for (Shelf* shelf : paged) {
+        const std::int64_t owned = std::max(committed, lease.starts[shelf->k]);
+        if (owned < pages) shelf->give(tables[shelf->k].row(lease) + owned, static_cast<std::int32_t>(pages - owned));
+    }
+    for (Shelf* shelf : states) shelf->give(tables[shelf->k].row(lease) + 1, 1);
+    for (const Table& table : tables) {
+        std::int32_t* row = table.row(lease);
+        std::fill(row, row + std::min(table.width, std::max<std::int64_t>(pages, 2)), 0);
+    }
+    free_rows.push_back(lease.row);
+    tree.use(lease.node, lease.starts);
+    if (keep && options.write_hits >= 0) write_through(lease.node);
+    unpin_place(lease);
+    tree.prune(keep ? lease.node : drop_own(lease));
+    lease.node = nullptr;
+}
+
+Node* Cache::drop_own(const Lease& lease) {
+    std::vector<Node*> path = {lease.node};
+    while (path.back()->parent != nullptr) path.push_back(path.back()->parent);
+    for (std::size_t i = 0; i + 1 < path.size(); ++i) {
+        Node* node = path[i];
+        if (node->parent == nullptr) continue;  // it held nothing and went with the node below
+        if (node->owner != lease.serial || node->refs != 0 || node->first_child != nullptr || node->hits != 0) return node;
+        tree.drop_subtree(node);
+    }
+    return path.back();
+}
+
+}  // namespace rootcellar
