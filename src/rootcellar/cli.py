@@ -20,6 +20,7 @@ from rootcellar import options
 from rootcellar.config import EngineConfig
 from rootcellar.errors import RequestError, RootcellarError
 from rootcellar.sampling_params import SamplingParams
+from rootcellar.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from rootcellar import Engine
@@ -181,6 +182,21 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args)
 
 
+def _configure_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve over HTTP, to clients of OpenAI, SGLang and vLLM (docs/serving.md)."
+    options.add_arguments(parser, ServerConfig, "server")
+    options.add_arguments(parser, EngineConfig, "engine")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    engine_options = options.given(args, EngineConfig)
+    EngineConfig.from_kwargs(**engine_options)
+    config = ServerConfig(**options.given(args, ServerConfig))
+    from rootcellar.server.run import serve
+
+    return serve(engine_options, config)
+
+
 def _demo(_args: argparse.Namespace) -> int:
     from rootcellar.demo import show
 
@@ -209,6 +225,7 @@ def _version(_args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": Command("complete prompts or chat", _configure_generate, _generate),
+    "serve": Command("serve over HTTP", _configure_serve, _serve),
     "bench": Command("measure prefill, decode and time to first token", _configure_bench, _bench),
     "demo": Command("see the cache at work with the model that ships with the package", None, _demo),
     "replay": Command("replay a trace of requests through the cache, without a model", None, _replay),

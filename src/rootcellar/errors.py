@@ -6,6 +6,7 @@
     ├── RequestError           one request is wrong; the engine goes on
     │   └── RequestTooLarge    it can never fit; the message names the setting to change
     ├── EngineError            the engine cannot do this now (shut down, work pending, a failed step)
+    │   ├── QueueFull          too many requests wait; try again later
     │   └── CacheBusy          the cache cannot do this while leases or copies are live
     └── CacheBroken            an invariant of the cache does not hold; carries the evidence
 
@@ -35,6 +36,10 @@ class RequestTooLarge(RequestError):
 
 class EngineError(RootcellarError, RuntimeError):
     """The engine cannot do this now."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as ``max_queued_requests`` allows. Nothing was started; try again later."""
 
 
 class CacheBusy(EngineError):

@@ -11,6 +11,8 @@ from rootcellar.options import check_names, check_values, option
 GREEDY_TEMPERATURE = 1e-6
 # JAX in its default 32-bit mode keeps only this many bits of a seed; more would be cut without a word.
 MAX_SEED = 2**32 - 1
+# The parameters that give an answer its form.
+GRAMMARS = ("json_schema", "regex", "ebnf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,24 @@ class SamplingParams:
         high=MAX_SEED,
     )
 
+    json_schema: str | None = option(None, "A JSON schema that the answer must follow, as text.")
+    regex: str | None = option(None, "A regular expression that the whole answer must match.")
+    ebnf: str | None = option(None, "A grammar (GBNF, rules of the form 'root ::= ...') that the answer must follow.")
+
     def __post_init__(self) -> None:
         check_values(self, RequestError)
+        if len(given := [name for name in GRAMMARS if getattr(self, name) is not None]) > 1:
+            raise RequestError(f"{' and '.join(given)} are given: an answer can follow one of them.")
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}: "
                 "lower the first or raise the second."
             )
+
+    @property
+    def grammar(self) -> str | None:
+        """Which of ``GRAMMARS`` the answer must follow."""
+        return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
 
     @property
     def greedy(self) -> bool:

@@ -12,7 +12,7 @@ from test_equivalence import check_idle
 import rootcellar
 from checkpoints import make_checkpoint
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLarge
+from rootcellar.errors import ConfigError, EngineError, ModelError, QueueFull, RequestError, RequestTooLarge
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -152,7 +152,9 @@ def test_async_generate(engine):
 
     whole, parts = asyncio.run(main())
     assert parts[-1]["output_ids"] == whole["output_ids"]
-    assert len(parts) == 12
+    sizes = [len(part["output_ids"]) for part in parts]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == 12
 
 
 def test_cancelling_a_task_while_it_is_being_submitted_aborts(engine):
@@ -510,10 +512,15 @@ def test_prompts_without_a_tokenizer(tmp_path):
 
 
 def test_the_queue_has_a_limit(tiny_folder):
-    with (
-        rootcellar.Engine(
-            model_path=tiny_folder, max_total_tokens=256, max_running_requests=2, max_queued_requests=1
-        ) as engine,
-        pytest.raises(EngineError, match="max_queued_requests"),
-    ):
-        engine.generate(input_ids=[[1], [2], [3], [4]], sampling_params=GREEDY)
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=256, max_running_requests=2, max_queued_requests=1
+    ) as engine:
+        with pytest.raises(RequestTooLarge, match="max_queued_requests"):
+            engine.generate(input_ids=[[1], [2], [3], [4]], sampling_params=GREEDY)
+        engine.pause_generation("in_place")
+        waiting = engine.generate(input_ids=[[1], [2], [3]], sampling_params=GREEDY, stream=True)
+        with pytest.raises(QueueFull, match="3 wait and max_queued_requests is 1"):
+            engine.generate(input_ids=[4], sampling_params=GREEDY)
+        engine.continue_generation()
+        assert sum(r["meta_info"]["finish_reason"] is not None for r in waiting) == 3
+        check_idle(engine)

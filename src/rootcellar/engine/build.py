@@ -17,6 +17,7 @@ from rootcellar import demo
 from rootcellar.cache import Kind, RadixCache, Tier, full
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
+from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
@@ -53,6 +54,8 @@ class Parts:
     backend: str
     reload: Callable[[], Params] | None
     """Gives the weights again; None when they were handed over."""
+    grammars: Grammars | None
+    """What makes requests' grammars; None without a tokenizer."""
     sizing: Sizing
     """How the KV cache's size came about: ``memory.report`` puts it into words."""
 
@@ -123,7 +126,19 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         max_tiles=shapes.prefill_tiles,
     )
     return Parts(
-        model, tokenizer, scheduler, runner, compiles, dtype, context, total, running, programs.backend, reload, sizing
+        model,
+        tokenizer,
+        scheduler,
+        runner,
+        compiles,
+        dtype,
+        context,
+        total,
+        running,
+        programs.backend,
+        reload,
+        None if tokenizer is None else Grammars(tokenizer, model.vocab_size, tuple(model.eos_token_ids)),
+        sizing,
     )
 
 

@@ -6,7 +6,6 @@ Names of arguments and of what comes back are those of SGLang's offline engine, 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import logging
@@ -19,14 +18,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from rootcellar.cache import CacheStats, RadixCache
+from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
-from rootcellar.engine import memory
+from rootcellar.engine import memory, sight
 from rootcellar.engine.build import Parts, build, load_weights
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
-from rootcellar.engine.output import LogprobOptions, Tracker, Update
+from rootcellar.engine.mailbox import Mailbox, Post
+from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
+from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs
+from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -34,6 +36,8 @@ from rootcellar.scheduler import Request
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+# Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
+_LONG_TEXT = 10_000
 
 
 class Engine:
@@ -42,7 +46,7 @@ class Engine:
         with rootcellar.Engine(model_path="demo") as engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
-    All methods may be called from any thread.
+    All methods may be called from any thread. ``prefixes`` explains and pins what is cached.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -61,7 +65,9 @@ class Engine:
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params)
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
-        self._loop = Loop(self._life)
+        self._loop = Loop(self._life, self._parts.max_running_requests, self.config.max_queued_requests)
+        self._last_post: Post | None = None
+        self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
         self._numbers = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
@@ -86,6 +92,16 @@ class Engine:
     def longest_prompt(self) -> int:
         """Most tokens that a prompt may have, with one token of answer."""
         return min(self._parts.context_length, self._parts.total_tokens) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._parts.total_tokens
+
+    @property
+    def max_running_requests(self) -> int:
+        """Most requests that are computed at the same time."""
+        return self._parts.max_running_requests
 
     @property
     def attention_backend(self) -> str:
@@ -152,8 +168,8 @@ class Engine:
             priority=priority,
             extra_key=extra_key,
         )
-        updates: queue.SimpleQueue[tuple[int, Update, bool]] = queue.SimpleQueue()
-        trackers = self._trackers(inputs, stream, lambda i: lambda update, last: updates.put((i, update, last)))
+        updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
+        trackers = self._trackers(inputs, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several)
         if stream:
@@ -162,14 +178,14 @@ class Engine:
         return _in_order(final, several=inputs.several)
 
     def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, Update, bool]], trackers: list[Tracker], *, indexed: bool
+        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool
     ) -> Iterator[Result]:
         left = len(trackers)
         try:
             while left:
-                index, update, last = updates.get()
-                left -= last
-                yield {**update, "index": index} if indexed else update
+                index, snapshot = updates.get()
+                left -= snapshot.finish is not None
+                yield {**snapshot.render(), "index": index} if indexed else snapshot.render()
         finally:
             if left:
                 self._loop.abandon(trackers)
@@ -184,23 +200,21 @@ class Engine:
     ) -> Result | list[Result] | AsyncIterator[Result]:
         """:meth:`generate` for asyncio: the same arguments, errors and results; an async iterator with ``stream``.
 
-        Cancelling the task, or leaving the iterator early, aborts the requests.
+        Cancelling the task, or leaving the iterator early, aborts the requests. A reader that is slower than the engine
+        misses steps in between, never text: each result holds all that came before.
         """
-        loop = asyncio.get_running_loop()
-        updates: asyncio.Queue[tuple[int, Update, bool]] = asyncio.Queue()
-
-        def deliver_to(i: int) -> Callable[[Update, bool], None]:
-            return lambda update, last: _post(loop, updates, (i, update, last))
-
+        mailbox = Mailbox(self._post())
         options["logprobs"] = _logprob_options(
             options.pop("return_logprob", False),
             options.pop("logprob_start_len", -1),
             options.pop("top_logprobs_num", 0),
         )
-        inputs = await asyncio.to_thread(
+        read = functools.partial(
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
-        trackers = self._trackers(inputs, stream, deliver_to)
+        # What is short is read sooner than a thread is woken.
+        inputs = await asyncio.to_thread(read) if _is_long(prompt) else read()
+        trackers = self._trackers(inputs, stream, mailbox.deliver)
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
         except asyncio.CancelledError:
@@ -208,14 +222,13 @@ class Engine:
             raise
 
         async def receive() -> AsyncIterator[Result]:
-            left = len(trackers)
+            ended = 0
             try:
-                while left:
-                    index, update, last = await updates.get()
-                    left -= last
-                    yield {**update, "index": index} if inputs.several else update
+                async for index, snapshot in mailbox.snapshots(len(trackers)):
+                    ended += snapshot.finish is not None
+                    yield {**snapshot.render(), "index": index} if inputs.several else snapshot.render()
             finally:
-                if left:
+                if ended < len(trackers):
                     self._loop.abandon(trackers)
 
         if stream:
@@ -223,17 +236,16 @@ class Engine:
         final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
         return _in_order(final, several=inputs.several)
 
-    def _trackers(
-        self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Callable[[Update, bool], None]]
-    ) -> list[Tracker]:
+    def _post(self) -> Post:
+        """The post to the running event loop; calls on one loop share it."""
+        loop = asyncio.get_running_loop()
+        if self._last_post is None or self._last_post.loop is not loop:
+            self._last_post = Post(loop)
+        return self._last_post
+
+    def _trackers(self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Deliver]) -> list[Tracker]:
         timeout = self.config.request_timeout
         deadline = None if timeout is None else time.perf_counter() + timeout
-        limit = self.config.max_queued_requests
-        queued = len(self._parts.scheduler.waiting)
-        if limit is not None and queued + len(inputs.items) > limit + self._parts.max_running_requests:
-            raise EngineError(
-                f"too many requests: {queued} wait and max_queued_requests is {limit}; try again later or raise it"
-            )
         trackers = []
         for i, item in enumerate(inputs.items):
             request = Request.new(
@@ -256,6 +268,7 @@ class Engine:
                     logprobs=item.logprobs,
                     deadline=deadline,
                     seed=seed,
+                    grammar=item.grammar,
                 )
             )
         return trackers
@@ -264,11 +277,16 @@ class Engine:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
         return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ``RequestError`` when there is none."""
+        if self._parts.tokenizer is None:
+            raise RequestError("this needs the tokenizer: leave skip_tokenizer_init at False")
+        return self._parts.tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, as :meth:`generate` would compute them."""
-        if self._parts.tokenizer is None:
-            raise RequestError("encoding needs the tokenizer: leave skip_tokenizer_init at False")
-        return encode(self._parts.tokenizer, text)
+        return encode(self.tokenizer, text)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of a conversation by the model's chat template, ready for :meth:`generate`.
@@ -277,15 +295,20 @@ class Engine:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
             **options: as for the template: ``add_generation_prompt=True``, ``tools=None`` and its own variables.
         """
-        if self._parts.tokenizer is None:
-            raise RequestError("a chat needs the tokenizer: leave skip_tokenizer_init at False")
-        return self._parts.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     # -- control --------------------------------------------------------------------------------------------------
 
     def abort_request(self, rid: str) -> bool:
-        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such."""
+        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such.
+
+        For a request of ``n`` answers, whose names are ``rid-0`` and so on, the common part ends all.
+        """
         return self._loop.abort(rid, "aborted by abort_request")
+
+    def abort_all(self, message: str = "aborted by abort_all", *, shutdown: bool = False) -> int:
+        """End every request, with ``message``; returns how many. ``shutdown``: because there will be no more."""
+        return self._loop.abort_all(message, "shutdown" if shutdown else "asked")
 
     def flush_cache(self) -> None:
         """Forget every cached prefix.
@@ -424,21 +447,12 @@ class Engine:
         "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
 
-        def read() -> dict[str, Any]:
-            loop, scheduler = self._loop, self._parts.scheduler
-            return {
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.waiting),
-                "retractions": scheduler.retractions,
-                "steps": loop.steps,
-                "generated_tokens": loop.generated,
-                "prefill_tokens": loop.prompted,
-                "compilations": self._parts.compiles.count,
-                "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
-                **_cache_fields(self._cache.stats()),
-            }
+        return self._loop.call(lambda: sight.stats(self._parts, self._loop))
 
-        return self._loop.call(read)
+    def status(self) -> dict[str, Any]:
+        """What the engine is doing: ``{"paused", "released" (tags), "weight_version", "steps"}``."""
+
+        return self._loop.call(lambda: sight.status(self._loop))
 
     def memory_report(self) -> dict[str, Any]:
         """How the KV cache's size came about: every figure (bytes, tokens), and its ``"derivation"`` in words."""
@@ -451,19 +465,6 @@ class Engine:
             pool.free()
 
 
-def _cache_fields(stats: CacheStats) -> dict[str, Any]:
-    cache: dict[str, dict[str, Any]] = {}
-    for (kind, tier), shelf in stats.shelves.items():
-        cache.setdefault(kind, {})[tier.name] = dataclasses.asdict(shelf)
-    return {
-        "requests": stats.requests,
-        "input_tokens": stats.input_tokens,
-        "hit_tokens": stats.hit_tokens,
-        "hit_rate": stats.hit_rate,
-        "cache": cache,
-    }
-
-
 def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:
     if not isinstance(start, int) or start < -1:
         raise RequestError(f"logprob_start_len must be -1 (none) or an index into the prompt, not {start!r}")
@@ -472,11 +473,9 @@ def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | Non
     return LogprobOptions(None if start < 0 else start, top) if wanted else None
 
 
-def _post(loop: asyncio.AbstractEventLoop, updates: asyncio.Queue[Any], item: object) -> None:
-    try:
-        loop.call_soon_threadsafe(updates.put_nowait, item)
-    except RuntimeError:
-        log.debug("an event loop closed before its request ended")
+def _is_long(prompt: object) -> bool:
+    texts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    return sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT
 
 
 def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:

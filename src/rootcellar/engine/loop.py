@@ -6,6 +6,8 @@ here needs a lock, and a command sees the engine at rest.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import queue
 import threading
@@ -20,10 +22,10 @@ from jax import Array
 
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import ConfigError, EngineError, RequestError
+from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
-from rootcellar.scheduler import Finish, Plan, Request
+from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,8 +41,11 @@ class Loop:
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
     """
 
-    def __init__(self, life: Lifecycle) -> None:
+    def __init__(self, life: Lifecycle, max_running: int, max_queued: int | None) -> None:
+        """Start the thread. ``max_running`` requests run and ``max_queued`` (None: any number) wait."""
         self.life = life
+        self._max_running = max_running
+        self._max_queued = max_queued
         self.scheduler = life.scheduler
         self.runner = life.runner
         self.paused = False
@@ -48,7 +53,11 @@ class Loop:
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = itertools.count()
         self._stopped = threading.Event()
+        self._closing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
         self._thread.start()
 
@@ -85,9 +94,10 @@ class Loop:
                     raise EngineError("the engine was shut down") from None
 
     def _send(self, function: Callable[[], None]) -> None:
-        if self._stopped.is_set():
-            raise EngineError("the engine was shut down; make a new Engine")
-        self._inbox.put(function)
+        with self._closing:  # whatever is in the inbox before it closes is run: no command is left without an answer
+            if self._stopped.is_set() or self._closed:
+                raise EngineError("the engine was shut down; make a new Engine")
+            self._inbox.put(function)
 
     def submit(self, trackers: list[Tracker]) -> Future[None]:
         """Add requests, all of them in one step or none. Does not wait: the future has the error, if any.
@@ -104,14 +114,29 @@ class Loop:
         def abandon() -> None:
             for tracker in trackers:
                 if self.trackers.get(tracker.request.rid) is tracker:
-                    self._end(tracker.request, Finish("abort", message="the caller went away"))
+                    self._end(tracker.request, Finish.abort("asked", "the caller went away"))
 
         if not self._stopped.is_set():
             self._inbox.put(abandon)
 
     def abort(self, rid: str, message: str) -> bool:
-        """End the request ``rid``; False when there is none."""
+        """End the request ``rid``, or all of ``rid-0``, ``rid-1``, ...; False when there is none."""
         return self.call(lambda: self._abort(rid, message))
+
+    def abort_all(self, message: str, cause: str) -> int:
+        """End every request; returns how many."""
+
+        def end() -> int:
+            requests = [t.request for t in self.trackers.values()]
+            for request in requests:
+                self._end(request, Finish.abort(cause, message))
+            return len(requests)
+
+        return self.call(end)
+
+    def at(self, moment: float, function: Callable[[], None]) -> None:
+        """Run ``function`` between two steps, once ``time.perf_counter()`` is ``moment``; for the engine's thread."""
+        heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
     def stop(self) -> None:
         """Abort what is left and end the thread."""
@@ -126,7 +151,7 @@ class Loop:
     def _come_to_rest(self, mode: str, then: Callable[[], None], fail: Callable[[Exception], None]) -> None:
         if mode == "abort":
             for request in [t.request for t in self.trackers.values()]:
-                self._end(request, Finish("abort", message="aborted to bring the engine to rest"))
+                self._end(request, Finish.abort("asked", "aborted to bring the engine to rest"))
         elif mode == "retract":
             self.scheduler.retract_all()
         if not self.scheduler.running:
@@ -149,6 +174,7 @@ class Loop:
         if self._stopped.is_set():
             raise EngineError("the engine was shut down; make a new Engine")
         self.life.require_memory()
+        self._require_room(len(trackers))
         rids = [t.request.rid for t in trackers]
         taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
         if taken:
@@ -157,12 +183,27 @@ class Loop:
             self.trackers[tracker.request.rid] = tracker
             self.scheduler.add(tracker.request)
 
+    def _require_room(self, new: int) -> None:
+        if self._max_queued is None:
+            return
+        queued = len(self.scheduler.waiting)
+        free = max(0, self._max_running - len(self.scheduler.running))
+        if new > self._max_queued + self._max_running:
+            raise RequestTooLarge(
+                f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
+                "wait: send fewer, or raise max_queued_requests"
+            )
+        if queued + new > self._max_queued + free:
+            raise QueueFull(
+                f"too many requests: {queued} wait and max_queued_requests is {self._max_queued}; "
+                "try again later or raise it"
+            )
+
     def _abort(self, rid: str, message: str) -> bool:
-        tracker = self.trackers.get(rid)
-        if tracker is None:
-            return False
-        self._end(tracker.request, Finish("abort", message=message))
-        return True
+        named = [t for name, t in self.trackers.items() if name == rid or _answer_of(name, rid)]
+        for tracker in named:
+            self._end(tracker.request, Finish.abort("asked", message))
+        return bool(named)
 
     def _end(self, request: Request, finish: Finish) -> None:
         self.scheduler.finish(request, finish)
@@ -175,7 +216,7 @@ class Loop:
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
-            tracker.fail(f"its output could not be made: {type(error).__name__}: {error}")
+            tracker.fail("failed", f"its output could not be made: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -194,8 +235,10 @@ class Loop:
                     log.exception("the engine could not recover and stops")
                     self._stopped.set()
         for tracker in list(self.trackers.values()):
-            tracker.fail("the engine was shut down")
+            tracker.fail("shutdown", "the engine was shut down")
         self.trackers.clear()
+        with self._closing:
+            self._closed = True
         self._drain(wait=False)
 
     def _drain(self, *, wait: bool) -> None:
@@ -212,13 +255,17 @@ class Loop:
 
     def _next_deadline(self) -> float | None:
         deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
+        if self._alarms:
+            deadlines.append(self._alarms[0][0])
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def _expire(self) -> None:
         now = time.perf_counter()
+        while self._alarms and self._alarms[0][0] <= now:
+            heapq.heappop(self._alarms)[2]()
         late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
         for tracker in late:
-            self._end(tracker.request, Finish("abort", message="timed out: it took longer than request_timeout"))
+            self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
         plan = self.scheduler.plan()
@@ -237,14 +284,14 @@ class Loop:
                 self._deliver(request)
             except Exception as error:  # one request's output is no other's concern
                 log.exception("could not follow request %s", request.rid)
-                self._end(request, Finish("abort", message=f"its output failed: {type(error).__name__}: {error}"))
+                self._end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
 
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
         if not self.scheduler.idle and not self.scheduler.running:
             request = self.scheduler.waiting[0]
             available = self.scheduler.cache.available_tokens()
-            self._end(request, Finish("abort", message=f"cannot start: {available} tokens of KV cache are available"))
+            self._end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 
     def _compute(self, plan: Plan) -> np.ndarray:
         """Run the step; the chosen token for each chunk (0 where a chunk gives none)."""
@@ -258,20 +305,23 @@ class Loop:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
             return np.zeros(len(plan.chunks), np.int32)
-        rows = [
-            Sampled(
-                c.request.sampling,
-                self.trackers[c.request.rid].seed,
-                c.stop,
-                c.request.banned,
-                c.request.ids[: c.request.prompt_length],
-                c.request.output,
-            )
-            for c in plan.chunks
-        ]
+        rows = [self._sampled(c) for c in plan.chunks]
         tokens, logprobs = runner.sample(scores, rows)
         self._keep_logprobs(plan, scores, logprobs)
         return tokens[: len(plan.chunks)]
+
+    def _sampled(self, chunk: Chunk) -> Sampled:
+        request, tracker = chunk.request, self.trackers[chunk.request.rid]
+        grammar = tracker.grammar if chunk.ends else None
+        return Sampled(
+            request.sampling,
+            tracker.seed,
+            chunk.stop,
+            request.banned if grammar is None else (),  # a grammar alone says where its answer may end
+            request.ids[: request.prompt_length],
+            request.output,
+            None if grammar is None else grammar.allowed(),
+        )
 
     def _keep_logprobs(self, plan: Plan, scores: Array, logprobs: np.ndarray) -> None:
         wanted = [
@@ -331,7 +381,7 @@ class Loop:
         """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
         message = f"the step failed: {type(error).__name__}: {error}"
         for request in [t.request for t in self.trackers.values()]:
-            self._end(request, Finish("abort", message=message))
+            self._end(request, Finish.abort("failed", message))
         # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
         self.scheduler.cache.flush()
         if "kv_cache" not in self.life.released:
@@ -353,6 +403,11 @@ def _filling(future: Future[T], function: Callable[[], T]) -> Callable[[], None]
             future.set_exception(error)
 
     return run
+
+
+def _answer_of(name: str, rid: str) -> bool:
+    head, _, number = name.rpartition("-")
+    return head == rid and number.isdecimal()
 
 
 def _row(request: Request) -> int:

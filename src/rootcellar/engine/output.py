@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.scheduler import Finish, Request, Stage
 
 Update = dict[str, Any]
-Deliver = Callable[[Update, bool], None]
-"""``deliver(update, last)``: called from the engine's thread; must not block."""
 
 TokenLogprob = tuple[float | None, int, str | None]
 """(logprob, token id, text or None), as SGLang gives them."""
@@ -39,6 +38,33 @@ class Logprobs:
     prompt_top: list[list[tuple[float, int]]]
     output: list[float] = field(default_factory=list)
     output_top: list[list[tuple[float, int]]] = field(default_factory=list)
+    shown: list[TokenLogprob] = field(default_factory=list)
+    shown_top: list[list[TokenLogprob]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a request had at one moment. Making one costs the engine's thread next to nothing; its reader renders it.
+
+    What it refers to only ever grows, so it stays true while the request goes on. One reader at a time may render the
+    snapshots of a request.
+    """
+
+    tracker: Tracker
+    finish: Finish | None
+    at: float
+    generated: int
+    text: str
+    stages: int
+    versions: int
+
+    def render(self) -> Update:
+        """The update as callers of ``Engine.generate`` see it."""
+        return self.tracker.render(self)
+
+
+Deliver = Callable[[Snapshot], None]
+"""Called from the engine's thread with each snapshot, the last of which has a ``finish``; must not block."""
 
 
 class Tracker:
@@ -58,9 +84,11 @@ class Tracker:
         logprobs: LogprobOptions | None,
         deadline: float | None,
         seed: int,
+        grammar: Grammar | None = None,
     ) -> None:
         self.request = request
         self.seed = seed
+        self.grammar = grammar
         self.deadline = deadline
         self.logprobs: Logprobs | None = None
         if logprobs is not None:
@@ -92,14 +120,15 @@ class Tracker:
             self.stages.append((stage.value, now))
 
     def take_token(self, weight_version: str) -> Finish | None:
-        """Follow the newest token, made with these weights; a Finish when the text now holds a stop string."""
+        """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
         if self._first_token is None:
             self._first_token = time.perf_counter()
+        complete = None if self.grammar is None else self.grammar.take(int(self.request.output[-1]))
         if self._detokenizer is None:
-            return None
-        return self._read_text(final=False)
+            return complete
+        return self._read_text(final=False) or complete
 
     def _read_text(self, *, final: bool) -> Finish | None:
         assert self._detokenizer is not None
@@ -135,7 +164,7 @@ class Tracker:
     def publish(self) -> None:
         """Deliver an update if the caller streams."""
         if self._stream:
-            self._deliver(self._update(None), False)
+            self._deliver(self._snapshot(None))
 
     def close(self) -> None:
         """Deliver the final update."""
@@ -146,47 +175,55 @@ class Tracker:
             if found is not None and finish.type != "abort":
                 finish = found
         self._hidden = 0
-        self._deliver(self._update(finish), True)
+        self._deliver(self._snapshot(finish))
 
-    def fail(self, message: str) -> None:
+    def fail(self, cause: str, message: str) -> None:
         """Deliver the final update of a request whose output cannot be made any more: what there is, and why."""
         self.logprobs = None  # they may lack the newest token
         with contextlib.suppress(Exception):  # a consumer that went away: there is nobody to tell
-            self._deliver(self._update(Finish("abort", message=message)), True)
+            self._deliver(self._snapshot(Finish.abort(cause, message)))
 
-    def _update(self, finish: Finish | None) -> Update:
-        request = self.request
+    def _snapshot(self, finish: Finish | None) -> Snapshot:
+        text = self._text[: len(self._text) - self._hidden]
         now = time.perf_counter()
+        return Snapshot(self, finish, now, self.request.generated, text, len(self.stages), len(self.versions))
+
+    def render(self, then: Snapshot) -> Update:
+        """What the request had then, in the words of ``Engine.generate``."""
+        request, n = self.request, then.generated
+        versions = self.versions[: then.versions]
         meta: dict[str, Any] = {
             "id": request.rid,
             "prompt_tokens": request.prompt_length,
-            "completion_tokens": request.generated,
+            "completion_tokens": n,
             "cached_tokens": request.cached or 0,
-            "finish_reason": _finish_reason(finish, request.generated),
-            "e2e_latency": now - self._arrived,
-            "queue_time": (self._started or now) - self._arrived,
+            "cached_tokens_details": request.cached_by_tier,
+            "finish_reason": _finish_reason(then.finish, n),
+            "e2e_latency": then.at - self._arrived,
+            "queue_time": (self._started or then.at) - self._arrived,
             "first_token_latency": None if self._first_token is None else self._first_token - self._arrived,
             "retractions": request.retractions,
-            "weight_version": self.versions[-1][0] if self.versions else None,
-            "weight_versions": self.versions,
-            "stages": [(name, at - self._arrived) for name, at in self.stages],
+            "weight_version": versions[-1][0] if versions else None,
+            "weight_versions": versions,
+            "stages": [(name, at - self._arrived) for name, at in self.stages[: then.stages]],
         }
         if self.logprobs is not None:
-            meta |= self._logprob_fields(self.logprobs)
-        update: Update = {"output_ids": request.output.tolist(), "meta_info": meta}
+            meta |= self._logprob_fields(self.logprobs, n)
+        start = request.prompt_length
+        update: Update = {"output_ids": request.ids[start : start + n].tolist(), "meta_info": meta}
         if self._tokenizer is not None:
-            update["text"] = self._text[: len(self._text) - self._hidden]
+            update["text"] = then.text
         return update
 
-    def _logprob_fields(self, kept: Logprobs) -> dict[str, Any]:
+    def _logprob_fields(self, kept: Logprobs, n: int) -> dict[str, Any]:
         request = self.request
-        fields: dict[str, Any] = {
-            "output_token_logprobs": [
-                self._entry(value, int(token)) for value, token in zip(kept.output, request.output, strict=True)
-            ]
-        }
+        for i in range(len(kept.shown), n):
+            kept.shown.append(self._entry(kept.output[i], int(request.ids[request.prompt_length + i])))
+            if kept.options.top:
+                kept.shown_top.append([self._entry(*pair) for pair in kept.output_top[i]])
+        fields: dict[str, Any] = {"output_token_logprobs": kept.shown[:n]}
         if kept.options.top:
-            fields["output_top_logprobs"] = [[self._entry(*pair) for pair in row] for row in kept.output_top]
+            fields["output_top_logprobs"] = kept.shown_top[:n]
         if kept.options.start is not None:
             span = range(kept.options.start, request.prompt_length)
             # Nothing comes before the first token of a prompt, so it has no probability.
@@ -220,4 +257,4 @@ def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | No
         case Finish(type="stop"):
             return {"type": "stop", "matched": finish.matched}
         case _:
-            return {"type": "abort", "message": finish.message}
+            return {"type": "abort", "message": finish.message, "cause": finish.cause}

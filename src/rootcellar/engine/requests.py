@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.engine.build import Parts
+from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError, RequestTooLarge
@@ -29,6 +30,7 @@ class Item:
     logprobs: LogprobOptions | None
     priority: int
     namespace: str
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ def read_inputs(
         stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(parts.model.eos_token_ids)
         )
+        grammar = None if parts.grammars is None else parts.grammars.start(sampling)
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**32
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
-            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
+            follow = grammar if grammar is None or j == 0 else grammar.copy()
+            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key, follow))
     return Inputs(items, several=not one or len(items) > 1)
 
 
@@ -144,6 +148,8 @@ def _checked(parts: Parts, ids: object, where: str) -> NDArray[np.int64]:
 def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, where: str) -> SamplingParams:
     """The sampling parameters, with an answer that fits when its length was not asked for."""
     sampling = SamplingParams.from_dict(given)
+    if sampling.grammar and parts.tokenizer is None:
+        raise RequestError(f"{where}{sampling.grammar} needs the tokenizer: leave skip_tokenizer_init at False")
     if sampling.stop and parts.tokenizer is None:
         raise RequestError(f"{where}stop strings need the tokenizer: use stop_token_ids instead")
     if any(t >= parts.model.vocab_size for t in sampling.stop_token_ids):

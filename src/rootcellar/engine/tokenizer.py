@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Entries, added tokens included; a model's embedding may be padded to more."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for, so that a text has at least its length over this tokens."""
+        return max(map(len, self._fast.get_vocab()))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -119,16 +124,22 @@ class Tokenizer:
         """A new incremental ``decode``, for one streamed answer."""
         skipped = self._skipped if skip_special_tokens else frozenset()
         if self._byte_level:
-            return _ByteDetokenizer(lambda id: b"" if id in skipped else self._token_bytes(id))
+            return _ByteDetokenizer(lambda id: b"" if id in skipped else self.token_bytes(id))
         return _WindowDetokenizer(
             lambda ids: self.decode(ids, skip_special_tokens),
             kept=lambda id: id not in skipped and self._fast.id_to_token(id) is not None,
             is_byte=lambda id: bool(BYTE_TOKEN.fullmatch(self._fast.id_to_token(id) or "")),
         )
 
-    def _token_bytes(self, id: int) -> bytes:
-        """The bytes of one token of a byte-level vocabulary; an added token is its own text."""
+    def to_json(self) -> str:
+        """The whole tokenizer in the form of ``tokenizer.json``."""
+        return str(self._fast.to_str())
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one token stands for; an added token is its own text, an id beyond the vocabulary nothing."""
         token = self._fast.id_to_token(id) or ""
+        if not self._byte_level:
+            return bytes([int(token[1:-1], 16)]) if BYTE_TOKEN.fullmatch(token) else self.decode([id], False).encode()
         alphabet = _byte_alphabet()
         try:
             return bytes(alphabet[character] for character in token)
@@ -251,7 +262,7 @@ class _Generation(Extension):
         return caller()
 
 
-@cache
+@functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates, which are untrusted code: hence the sandbox."""
 
@@ -273,7 +284,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-@cache
+@functools.cache
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's byte-level alphabet: the character that stands for each byte, printable ones for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

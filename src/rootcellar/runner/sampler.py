@@ -43,6 +43,8 @@ class SamplingBatch:
     position: NDArray[np.int32] | Array
     banned: NDArray[np.int32] | Array
     """[N, B] token ids that must not be chosen; ids outside the vocabulary mean nothing."""
+    allowed: NDArray[np.int32] | Array | None = None
+    """[N, ceil(V / 32)] one bit for each token that may be chosen; None when all rows may choose any."""
     frequency: NDArray[np.float32] | Array | None = None
     presence: NDArray[np.float32] | Array | None = None
     repetition: NDArray[np.float32] | Array | None = None
@@ -60,6 +62,7 @@ class Sampled:
         position: position of the token to choose.
         banned: token ids not to choose now.
         prompt: its prompt's token ids; output: those generated so far.
+        allowed: int32 [ceil(V / 32)], a bit for each token that may be chosen; None: any.
     """
 
     params: SamplingParams
@@ -68,6 +71,7 @@ class Sampled:
     banned: Sequence[int]
     prompt: NDArray[np.integer]
     output: NDArray[np.integer]
+    allowed: NDArray[np.int32] | None = None
 
     @property
     def penalised(self) -> bool:
@@ -78,7 +82,7 @@ class Sampled:
 
 def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | None:
     """The settings of ``rows``, padded to ``size`` rows; None when every row is plain greedy."""
-    if all(r.params.greedy and not r.banned and not r.penalised for r in rows):
+    if all(r.params.greedy and not r.banned and not r.penalised and r.allowed is None for r in rows):
         return None
     width = 1 << (max(8, *(len(r.banned) for r in rows)) - 1).bit_length()
     banned = np.full((size, width), vocab, np.int32)
@@ -98,6 +102,7 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         seed=column(lambda r: r.seed, 0, np.uint32),
         position=column(lambda r: r.position, 0, np.int32),
         banned=banned,
+        allowed=_allowed(rows, size, vocab),
     )
     if not any(r.penalised for r in rows):
         return common
@@ -116,6 +121,16 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         "seen": seen,
     }
     return SamplingBatch(**values)
+
+
+def _allowed(rows: Sequence[Sampled], size: int, vocab: int) -> NDArray[np.int32] | None:
+    if all(r.allowed is None for r in rows):
+        return None
+    bits = np.full((size, -(-vocab // 32)), -1, np.int32)
+    for i, r in enumerate(rows):
+        if r.allowed is not None:
+            bits[i] = r.allowed
+    return bits
 
 
 def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
@@ -138,13 +153,18 @@ def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
 
 
 def _penalise(logits: Array, batch: SamplingBatch) -> Array:
-    """Repetition penalty as in CTRL (Keskar et al., 2019), the other two as in OpenAI's interface; then bans."""
+    """Repetition penalty as in CTRL (Keskar et al., 2019), the other two as in OpenAI's interface; then all bans."""
     if batch.counts is not None:
         factor = jnp.where(batch.seen, batch.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / factor, logits * factor)
         logits = logits - batch.frequency[:, None] * batch.counts - batch.presence[:, None] * (batch.counts > 0)
     rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, batch.banned].set(_NEVER, mode="drop")
+    logits = logits.at[rows, batch.banned].set(_NEVER, mode="drop")
+    if batch.allowed is None:
+        return logits
+    tokens = jnp.arange(logits.shape[1])
+    bits = (batch.allowed[:, tokens // 32] >> (tokens % 32)) & 1
+    return jnp.where(bits == 1, logits, _NEVER)
 
 
 def _threshold(weights: Array, enough: Callable[[Array], Array]) -> Array:
@@ -190,8 +210,12 @@ def top_logprobs(logits: Array, k: int) -> tuple[Array, Array]:
 
 
 def every_program(size: int, vocab: int) -> list[SamplingBatch | None]:
-    """Settings that make :func:`sample` compile each of its programs for ``size`` rows: greedy, drawn, penalised."""
+    """Settings that make :func:`sample` compile each of its programs for ``size`` rows.
+
+    Greedy; drawn and penalised, both with any token allowed and with some.
+    """
     empty = np.zeros(0, np.int32)
-    drawn = Sampled(SamplingParams(temperature=1.0), 0, 0, (), empty, empty)
-    penalised = Sampled(SamplingParams(presence_penalty=1.0), 0, 0, (), empty, empty)
-    return [None, build([drawn], size, vocab), build([penalised], size, vocab)]
+    settings = [SamplingParams(temperature=1.0), SamplingParams(presence_penalty=1.0)]
+    bits = [None, np.full(-(-vocab // 32), -1, np.int32)]
+    rows = [Sampled(params, 0, 0, (), empty, empty, allowed) for params in settings for allowed in bits]
+    return [None, *(build([row], size, vocab) for row in rows)]

@@ -12,7 +12,7 @@ own answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -36,12 +36,20 @@ class Stage(StrEnum):
 class Finish:
     """Why a request ended. ``type``: "stop", "length" or "abort".
 
-    ``matched``: the token id or string that stopped it; ``message``: why it was aborted.
+    ``matched``: the token id or string that stopped it; ``message``: why it was aborted, for people; ``cause``: the
+    same in a word: "asked" (somebody wanted it), "timeout", "no_room", "grammar" (llguidance gave up on
+    it), "failed" (the engine could not) or "shutdown".
     """
 
     type: str
     matched: int | str | None = None
     message: str | None = None
+    cause: str | None = None
+
+    @classmethod
+    def abort(cls, cause: str, message: str) -> Finish:
+        """An end before its time."""
+        return cls("abort", message=message, cause=cause)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +73,7 @@ class Request:
         computed: tokens whose KV is there.
         committed: tokens whose KV is shared.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
+        cached_by_tier: where they came from, by tier.
         retractions: how often it lost its memory and waited again.
     """
 
@@ -83,6 +92,7 @@ class Request:
     computed: int = 0
     committed: int = 0
     cached: int | None = None
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
     retractions: int = 0
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None

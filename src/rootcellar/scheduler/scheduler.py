@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from rootcellar.cache import Hit, RadixCache
+from rootcellar.cache import Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.request import Finish, Request, Stage
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
@@ -126,6 +127,10 @@ class Scheduler:
             request.stage = Stage.FINISHED
         else:
             self._end(request)
+
+    def key(self, tokens: ArrayLike, namespace: str) -> Key:
+        """The cache key that a request for ``tokens`` would have now."""
+        return Key(tokens, f"{self._epoch}/{namespace}")
 
     def retract_all(self) -> None:
         """Let every running request give its pages back and wait again, the oldest first in line."""
@@ -239,7 +244,7 @@ class Scheduler:
                         f"the KV cache has no room for request {request.rid} although nothing else runs "
                         f"({self.cache.available_tokens()} tokens available): raise max_total_tokens"
                     )
-                    self.finish(request, Finish("abort", message=message))
+                    self.finish(request, Finish.abort("no_room", message))
                     self.failed.append(request)
                     break
                 self._retract(max(self.running, key=self._admitted.__getitem__))
@@ -309,6 +314,7 @@ class Scheduler:
         request.computed = request.committed = lease.cached
         if request.cached is None:
             request.cached = min(lease.cached, request.prompt_length)
+            request.cached_by_tier = _by_tier(hit, request.cached)
         self.waiting.remove(request)
         self.running.append(request)
         self._admitted[request] = self._admissions
@@ -338,3 +344,14 @@ class Scheduler:
             else:
                 self._commit(request, everything=not plan.decode)
         return moved
+
+
+def _by_tier(hit: Hit, cached: int) -> dict[str, int]:
+    """Which tier gave how many of the ``cached`` tokens, nearest first; SGLang's names of tiers."""
+    parts: dict[str, int] = {}
+    counted = 0
+    for tier in (Tier.DEVICE, Tier.HOST, Tier.STORAGE):
+        reach = min(hit.reach(tier), cached)
+        parts[tier.name.lower()] = max(0, reach - counted)
+        counted = max(counted, reach)
+    return parts

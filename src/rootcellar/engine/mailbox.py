@@ -1,0 +1,70 @@
+"""From the engine's thread into an event loop: the newest snapshot of each request, and one wake-up for many.
+
+The engine's thread puts snapshots down and goes on; it never waits for a reader. A reader that is slow finds, when it
+comes back, one snapshot for each of its requests: snapshots are cumulative, so the newest says all that it missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+
+from rootcellar.engine.output import Deliver, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Post:
+    """Carries snapshots to one event loop. However many come before the loop looks, it is woken once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._on_the_way: deque[tuple[Mailbox, int, Snapshot]] = deque()
+        self._called = False
+
+    def carry(self, mailbox: Mailbox, index: int, snapshot: Snapshot) -> None:
+        """Bring a snapshot to ``mailbox``; for the engine's thread."""
+        self._on_the_way.append((mailbox, index, snapshot))
+        if not self._called:
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._hand_out)
+            except RuntimeError:
+                log.debug("an event loop closed before its request ended")
+
+    def _hand_out(self) -> None:
+        self._called = False  # before looking: what comes from here on calls again
+        while self._on_the_way:
+            mailbox, index, snapshot = self._on_the_way.popleft()
+            mailbox.put(index, snapshot)
+
+
+class Mailbox:
+    """The snapshots of one call's requests, for one reader on the event loop."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._newest: dict[int, Snapshot] = {}
+        self._filled = asyncio.Event()
+
+    def deliver(self, index: int) -> Deliver:
+        """What the engine calls with the snapshots of request ``index``."""
+        return lambda snapshot: self._post.carry(self, index, snapshot)
+
+    def put(self, index: int, snapshot: Snapshot) -> None:
+        """Replace what was there of request ``index``; it keeps its place in the order."""
+        self._newest[index] = snapshot
+        self._filled.set()
+
+    async def snapshots(self, requests: int) -> AsyncIterator[tuple[int, Snapshot]]:
+        """Snapshots as they come, the longest waiting first, until each of so many requests has ended."""
+        while requests:
+            await self._filled.wait()
+            index = next(iter(self._newest))
+            snapshot = self._newest.pop(index)
+            if not self._newest:
+                self._filled.clear()
+            requests -= snapshot.finish is not None
+            yield index, snapshot

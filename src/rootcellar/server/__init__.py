@@ -1,0 +1,1 @@
+"""Speak HTTP: the routes of OpenAI, SGLang and vLLM, and our own, over one engine."""

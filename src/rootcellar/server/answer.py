@@ -1,0 +1,139 @@
+"""From a request to the engine and back: whole answers and streams, each given up when its client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from rootcellar.server.errors import ApiError, api_error, ended_early
+from rootcellar.server.state import State
+
+T = TypeVar("T")
+Result = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
+_CLIENT_WENT_AWAY = 499  # nginx's number; nobody reads it
+
+
+async def whole(request: Request, state: State, **arguments: Any) -> list[Result]:
+    """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away."""
+    results = await unless_gone(request, state.engine.async_generate(**arguments))
+    return [_counts(result) for result in (results if isinstance(results, list) else [results])]
+
+
+class Stream:
+    """The growing results of one call, of which the first is there. Close it, or its requests run to their end."""
+
+    def __init__(self, first: Result, rest: AsyncGenerator[Result]) -> None:
+        self._first = first
+        self._rest = rest
+
+    async def results(self) -> AsyncGenerator[Result]:
+        """All of them; raises when one of the requests ends with an error."""
+        yield _counts(self._first)
+        async for result in self._rest:
+            yield _counts(result)
+
+    async def aclose(self) -> None:
+        """Abort what still runs."""
+        await self._rest.aclose()
+
+
+async def begin(request: Request, state: State, **arguments: Any) -> Stream:
+    """The growing results of ``Engine.generate(**arguments)``, from the first one on.
+
+    What fails before that is an error of the whole answer, with a status of its own.
+    """
+
+    async def first() -> Stream:
+        results = await state.engine.async_generate(stream=True, **arguments)
+        return Stream(_counts(await anext(results)), results)
+
+    return await unless_gone(request, first())
+
+
+def _counts(result: Result) -> Result:
+    """``result``, unless it ended with an error: that is raised."""
+    finish = result["meta_info"]["finish_reason"]
+    error = None if finish is None else ended_early(finish)
+    if error is not None:
+        raise error
+    return result
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Do ``work`` and give its result; when the client goes away first, cancel it."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(_CLIENT_WENT_AWAY, "the client went away")
+    finally:
+        await _end(task, gone)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(BaseException):
+            await task
+
+
+class EventStream(Response):
+    """Server-sent events. What raises in the middle becomes an event, and the stream still ends with ``[DONE]``."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: Stream, events: AsyncGenerator[bytes]) -> None:
+        """Send ``events``, whole ``data: ...`` blocks made from ``stream``, then ``[DONE]``."""
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._stream = stream
+        self._events = events
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, until the end or until the client goes away."""
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            await _end(pump, gone)
+            await self._events.aclose()
+            await self._stream.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Exception as error:
+            await send({"type": "http.response.body", "body": event_of(api_error(error).body()), "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+def event_of(content: object) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS) + b"\n\n"
+
+
+async def on_thread(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Run what waits for the engine beside the event loop."""
+    return await asyncio.to_thread(function, *arguments, **named)

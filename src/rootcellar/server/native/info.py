@@ -1,0 +1,74 @@
+"""What is served, with which settings, and how loaded it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+import rootcellar
+from rootcellar.server.answer import on_thread
+from rootcellar.server.errors import json_response
+from rootcellar.server.state import state_of
+
+router = APIRouter(tags=["SGLang"])
+
+
+@router.get("/model_info")
+@router.get("/get_model_info", include_in_schema=False)
+async def model_info(request: Request) -> Response:
+    """The model, its limits and the version of its weights."""
+    state = state_of(request)
+    config, status = state.engine.config, await on_thread(state.engine.status)
+    content = {
+        "model_path": config.model_path,
+        "tokenizer_path": config.model_path,
+        "served_model_name": state.model_name,
+        "is_generation": True,
+        "weight_version": status["weight_version"],
+        "vocab_size": state.engine.vocab_size,
+        "max_prompt_length": state.longest_prompt,
+    }
+    return json_response(content)
+
+
+@router.get("/server_info")
+@router.get("/get_server_info", include_in_schema=False)
+async def server_info(request: Request) -> Response:
+    """Every setting (keys left out), what the engine holds, and how its memory was sized."""
+    state = state_of(request)
+    server = dataclasses.asdict(state.config)
+    hidden = {name: server.pop(name) is not None for name in ("api_key", "admin_api_key")}
+    content = {
+        **dataclasses.asdict(state.engine.config),
+        **server,
+        "keys_required": hidden,
+        "version": rootcellar.__version__,
+        "max_total_num_tokens": state.engine.total_tokens,
+        "internal_states": [await on_thread(state.engine.stats)],
+        "memory_report": state.engine.memory_report(),
+    }
+    return json_response(content)
+
+
+@router.get("/v1/loads")
+@router.get("/get_load", include_in_schema=False)
+async def loads(request: Request) -> Response:
+    """How busy the engine is, in SGLang's form: what a router balances by."""
+    state = state_of(request)
+    stats = await on_thread(state.engine.stats)
+    used = sum(tiers["DEVICE"]["used"] for tiers in stats["cache"].values())
+    size = sum(tiers["DEVICE"]["size"] for tiers in stats["cache"].values())
+    load = {
+        "dp_rank": 0,
+        "num_running_reqs": stats["running"],
+        "num_waiting_reqs": stats["waiting"],
+        "num_total_reqs": stats["running"] + stats["waiting"],
+        "num_used_tokens": used,
+        "max_total_num_tokens": state.engine.total_tokens,
+        "token_usage": used / size if size else 0.0,
+        "cache_hit_rate": stats["hit_rate"],
+        "max_running_requests": state.engine.max_running_requests,
+    }
+    return json_response({"version": rootcellar.__version__, "dp_rank_count": 1, "loads": [load]})

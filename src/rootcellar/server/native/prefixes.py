@@ -1,0 +1,89 @@
+"""What the cache holds of a prompt and why, keeping it there, and the proof that all is well."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from rootcellar.server.answer import on_thread, whole
+from rootcellar.server.errors import invalid, json_response
+from rootcellar.server.native.protocol import InputIds, namespace
+from rootcellar.server.openai.chat import chat_text
+from rootcellar.server.openai.protocol import ChatMessage
+from rootcellar.server.parsing import OrjsonRoute
+from rootcellar.server.prompts import read_prompts
+from rootcellar.server.state import State, state_of
+
+router = APIRouter(route_class=OrjsonRoute, tags=["Cache"])
+
+
+class PromptRequest(BaseModel):
+    """One prompt: its text, its token ids, or the messages of a chat; and the namespace it is cached in."""
+
+    model_config = ConfigDict(strict=True)
+
+    text: str | None = None
+    input_ids: InputIds | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_generation_prompt: bool = True
+    cache_salt: str | None = None
+    extra_key: str | None = None
+
+    async def tokens(self, state: State) -> list[int]:
+        """The token ids, checked."""
+        text = self.text
+        if self.messages is not None:
+            if text is not None or self.input_ids is not None:
+                raise invalid("give one of text, input_ids and messages")
+            messages = [message.for_template() for message in self.messages]
+            text = chat_text(state, messages, add_generation_prompt=self.add_generation_prompt)
+        prompts = await read_prompts(state, text, self.input_ids)
+        if not prompts.one:
+            raise invalid("give one prompt: a list of token ids", "input_ids")
+        ids = prompts.input_ids
+        vocab = state.engine.vocab_size
+        if not all(type(token) is int and 0 <= token < vocab for token in ids):
+            raise invalid(f"input_ids must be integers from 0 to {vocab - 1}", "input_ids")
+        return ids
+
+    def namespace(self) -> str:
+        """Whose cache is meant."""
+        return namespace(self.cache_salt, self.extra_key)
+
+
+class PinRequest(PromptRequest):
+    """A prefix to keep for ``ttl`` seconds; 0 lets go of it."""
+
+    ttl: Annotated[float, Field(ge=0, le=10**7, allow_inf_nan=False)] = 3600.0
+    compute: bool = True
+
+
+@router.post("/cache/explain")
+async def explain(body: PromptRequest, request: Request) -> Response:
+    """Why this prompt hits as far as it does, in numbers and in words."""
+    state = state_of(request)
+    ids = await body.tokens(state)
+    return json_response(await on_thread(state.engine.prefixes.explain, ids, body.namespace()))
+
+
+@router.post("/cache/pin")
+async def pin(body: PinRequest, request: Request) -> Response:
+    """Keep a prefix: it is computed first where it is not cached (unless ``compute`` is false)."""
+    state = state_of(request)
+    ids = await body.tokens(state)
+    if body.ttl == 0:
+        found = await on_thread(state.engine.prefixes.unpin, ids, body.namespace())
+        return json_response({"unpinned": found, "prompt_tokens": len(ids)})
+    if body.compute:
+        await whole(request, state, input_ids=ids, sampling_params={"max_new_tokens": 0}, extra_key=body.namespace())
+    return json_response(await on_thread(state.engine.prefixes.pin, ids, body.ttl, body.namespace()))
+
+
+@router.post("/cache/check")
+async def check(request: Request) -> Response:
+    """Recount every invariant of the cache between two steps; 500 with the evidence when one does not hold."""
+    await on_thread(state_of(request).engine.check)
+    return json_response({"success": True, "message": "Every invariant holds."})

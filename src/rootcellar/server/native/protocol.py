@@ -1,0 +1,105 @@
+"""What SGLang's clients send to its native routes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from rootcellar.server.errors import invalid
+
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_IDS = {"type": "array", "items": {"type": "integer"}}
+InputIds = Annotated[
+    list[Any], WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS}], "description": "Token ids."})
+]
+# Parameters of SGLang's that this engine does not have, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stop_regex": ([],),
+    "logit_bias": ({},),
+    "structural_tag": (),
+    "custom_params": ({},),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+}
+
+
+def namespace(cache_salt: str | None, extra_key: str | None) -> str:
+    """The cache's namespace: no two pairs share one."""
+    if not cache_salt:
+        return extra_key or ""
+    return orjson.dumps([cache_salt, extra_key or ""]).decode()
+
+
+class GenerateRequest(BaseModel):
+    """The body of ``POST /generate``; one prompt or several."""
+
+    model_config = ConfigDict(strict=True)
+
+    text: str | list[str] | None = None
+    input_ids: InputIds | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    rid: str | list[str] | None = None
+    stream: bool | None = False
+    return_logprob: bool | list[bool] | None = False
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    return_text_in_logprobs: bool | None = False
+    priority: Priority | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    lora_path: Any = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    input_embeds: Any = None
+    token_ids_logprob: Any = None
+    custom_logit_processor: Any = None
+    session_params: Any = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``Engine.generate``, but for the prompts."""
+        for name in _UNSUPPORTED:
+            if getattr(self, name):
+                raise invalid(f"{name} is not supported: leave it out", name)
+        start = _one(self.logprob_start_len, "logprob_start_len")
+        return {
+            "sampling_params": self._sampling_params(),
+            "rid": self.rid,
+            "return_logprob": bool(_one(self.return_logprob, "return_logprob")),
+            "logprob_start_len": -1 if start is None else start,
+            "top_logprobs_num": _one(self.top_logprobs_num, "top_logprobs_num") or 0,
+            "priority": self.priority or 0,
+            "extra_key": namespace(self.cache_salt, self.extra_key),
+        }
+
+    def _sampling_params(self) -> dict[str, Any] | list[dict[str, Any]]:
+        given = self.sampling_params
+        return [_meant(each) for each in given] if isinstance(given, list) else _meant(given or {})
+
+
+_UNSUPPORTED = (
+    "lora_path",
+    "image_data",
+    "audio_data",
+    "video_data",
+    "input_embeds",
+    "token_ids_logprob",
+    "custom_logit_processor",
+    "session_params",
+)
+
+
+def _meant(params: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters without what asks for nothing: null is SGLang's "as usual"."""
+    return {k: v for k, v in params.items() if v is not None and not (k in _NEUTRAL and v in _NEUTRAL[k])}
+
+
+def _one(value: Any, name: str) -> Any:
+    """One value for all prompts; a list must say the same for each."""
+    if not isinstance(value, list):
+        return value
+    if any(each != value[0] for each in value):
+        raise invalid(f"{name} must be the same for all prompts of a request: send those that differ apart", name)
+    return value[0] if value else None

@@ -1,0 +1,201 @@
+"""What OpenAI's clients send. Types are strict; values are checked where they are used, by the engine.
+
+Fields that this server does not know are ignored, as the other engines do: clients send more than they need. Known
+fields that would change the answer and are not supported are refused.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from rootcellar.server.errors import invalid
+from rootcellar.server.native.protocol import Priority, namespace
+
+Prompt = Annotated[
+    str | list[Any],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ],
+            "description": "A text, a list of texts, token ids, or a list of lists of them.",
+        }
+    ),
+]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    """Whether a stream says what it used: at its end, or with every event."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchemaFormat(BaseModel):
+    """A named JSON schema."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form that the answer must have."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class Sampling(BaseModel):
+    """What the two kinds of completion have in common; beyond OpenAI's own fields, those of SGLang and vLLM."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+    top_k: int | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | None = None
+    rid: str | None = None
+    priority: Priority | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+
+    def sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
+        """The engine's sampling parameters. Raises ``ApiError`` for what is not supported."""
+        if self.logit_bias:
+            raise invalid("logit_bias is not supported: leave it out", "logit_bias")
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": self.min_tokens,
+            **{name: getattr(self, name) for name in _SAME_NAME},
+            **self._grammar(),
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _grammar(self) -> dict[str, str]:
+        form = self.response_format
+        if form is None or form.type == "text":
+            return {}
+        if form.type == "json_object":
+            return {"json_schema": '{"type": "object"}'}
+        schema = None if form.json_schema is None else form.json_schema.schema_
+        if schema is None:
+            raise invalid(
+                'response_format of type json_schema needs {"json_schema": {"name": ..., "schema": {...}}}',
+                "response_format",
+            )
+        return {"json_schema": orjson.dumps(schema).decode()}
+
+    def name(self, prefix: str) -> str:
+        """The request's id."""
+        return self.rid or f"{prefix}-{uuid.uuid4().hex}"
+
+    def namespace(self) -> str:
+        """Whose cache it may share."""
+        return namespace(self.cache_salt, self.extra_key)
+
+
+_SAME_NAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "stop_token_ids",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+    "skip_special_tokens",
+    "no_stop_trim",
+    "regex",
+    "ebnf",
+    "json_schema",
+)
+
+
+class CompletionRequest(Sampling):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: Prompt
+    max_tokens: int | None = 16
+    echo: bool | None = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation; what a model's template knows beyond these fields is passed on."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message with its content as one text."""
+        text = self.content if isinstance(self.content, str) else "".join(_text(part) for part in self.content or [])
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+def _text(part: dict[str, Any]) -> str:
+    text = part.get("text")
+    if part.get("type") != "text" or not isinstance(text, str):
+        raise invalid(f"messages: a part of type {part.get('type')!r} is not supported: send text", "messages")
+    return text
+
+
+class ChatRequest(Sampling):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        """Most tokens of the answer, by its newer name or its older one."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

@@ -1,0 +1,77 @@
+"""What every route knows: the engine, the settings, and how the server is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from rootcellar.engine import Engine
+from rootcellar.server.errors import ApiError
+from rootcellar.server_config import ServerConfig
+
+
+@dataclass
+class State:
+    """One server.
+
+    Attributes:
+        engine: what computes.
+        config: the server's settings.
+        draining: whether it is about to stop: new work is refused.
+        active: POST requests that have no full answer yet.
+        started: seconds since 1970.
+    """
+
+    engine: Engine
+    config: ServerConfig
+    draining: bool = False
+    active: int = 0
+    started: float = field(default_factory=time.time)
+    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for clients."""
+        return self.config.served_model_name or self.engine.config.model_path
+
+    def require_model(self, name: str | None) -> None:
+        """Refuse a request for another model: 404."""
+        if name not in (None, "", "default", self.model_name, self.engine.config.model_path):
+            raise ApiError(
+                404, f"the model {name!r} is not served here; this is {self.model_name!r}", "model", "model_not_found"
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens of a prompt."""
+        limit = self.config.max_prompt_length
+        return self.engine.longest_prompt if limit is None else min(limit, self.engine.longest_prompt)
+
+    def enter(self) -> None:
+        """A request begins."""
+        self.active += 1
+        self._quiet.clear()
+
+    def leave(self) -> None:
+        """A request has its answer."""
+        self.active -= 1
+        if not self.active:
+            self._quiet.set()
+
+    async def quiet(self, seconds: float) -> bool:
+        """Wait until no request is active, at most so long; whether that is so."""
+        if self.active:
+            try:
+                await asyncio.wait_for(self._quiet.wait(), seconds)
+            except TimeoutError:
+                return False
+        return True
+
+
+def state_of(request: Request) -> State:
+    """The state of the server that ``request`` came to."""
+    state: State = request.app.state.server
+    return state

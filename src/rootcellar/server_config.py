@@ -1,0 +1,41 @@
+"""Every setting of the HTTP server, declared once like the engine's; names are SGLang's where SGLang has one."""
+
+from dataclasses import dataclass
+
+from rootcellar.errors import ConfigError
+from rootcellar.options import check_values, option
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The settings of one HTTP server. Constructing it checks every value; a wrong one raises ConfigError."""
+
+    host: str = option("127.0.0.1", "Address to listen on; '0.0.0.0' is every interface: set api_key then.")
+    port: int = option(30000, "Port to listen on; 0 takes a free one and says which.", low=0, high=65535)
+    api_key: str | None = option(
+        None, "Clients must send 'Authorization: Bearer KEY'. None lets everybody in who reaches the port."
+    )
+    admin_api_key: str | None = option(
+        None,
+        "The key for routes that change or show the cache, the weights or the memory; it opens the others too. None: "
+        "api_key opens them.",
+    )
+    served_model_name: str | None = option(None, "The model's name in answers and in /v1/models. None: model_path.")
+    max_body_bytes: int = option(16 * 2**20, "Longest request body in bytes; a longer one is refused (413).", low=1024)
+    max_prompt_length: int | None = option(
+        None, "Longest prompt in tokens. None takes what the context and the KV cache hold.", low=1
+    )
+    max_n: int = option(128, "Most answers to one prompt (n).", low=1, high=128)
+    max_batch_size: int = option(512, "Most prompts in one request.", low=1)
+    drain_timeout: float = option(
+        30.0,
+        "Seconds that running requests get to finish after SIGTERM or the first Ctrl-C; what still runs then ends with "
+        "an error.",
+        low=0,
+    )
+    skip_server_warmup: bool = option(
+        False, "Listen before every program is compiled: a faster start, and first requests that wait for compilation."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, ConfigError)
