@@ -15,7 +15,7 @@ BUILD_INPUTS := requirements/lock.txt pyproject.toml CMakeLists.txt $(shell find
 RUN := $(VENV)/bin/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reference fuzz lint format docs golden bench lock clean
+.PHONY: help demo test test-reference fuzz sanitize lint format docs golden bench lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -31,6 +31,9 @@ test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face tran
 
 fuzz: $(VENV)/.stamp  ## Run the long, nightly tests.
 	@$(RUN)python -m pytest -m long --timeout 0 $(ARGS)
+
+sanitize: $(VENV)/.stamp  ## Run the native cache core with sanitizers against the Python core (ARGS="STEPS SEED").
+	@$(RUN)python scripts/sanitize.py $(ARGS)
 
 lint: $(VENV)/.stamp  ## Check format, style, types and the direction of imports.
 	@$(RUN)ruff format --check --quiet .
@@ -97,7 +100,8 @@ endef
 # The build's own tools are in the lock, so nothing is fetched for an isolated build.
 define install_rootcellar
 $(1)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable . && \
-{ ls $(1)/lib/python*/site-packages/rootcellar/ops/_native.so >/dev/null 2>&1 || \
-	echo "Note: installed without the C++ attention kernel (no C++ compiler, or ROOTCELLAR_NO_NATIVE=1): JAX does its work."; } && \
+{ ls $(1)/lib/python*/site-packages/rootcellar/cache/_core*.so $(1)/lib/python*/site-packages/rootcellar/ops/_native.so \
+	>/dev/null 2>&1 || echo "Note: installed without some of the C++ parts (no C++ compiler, no Python headers, or" \
+	"ROOTCELLAR_NO_NATIVE=1): Python does the cache core's work, JAX the attention kernel's."; } && \
 touch $(1)/.stamp && echo "$(1) is ready."
 endef

@@ -18,11 +18,11 @@ from statistics import median
 import jax
 import numpy as np
 
-from rootcellar.cache import full
 from rootcellar.models.config import read_config
+from rootcellar.models.kinds import kinds_of
 from rootcellar.models.params import init_params
 from rootcellar.ops.attention import choose_backend
-from rootcellar.pools import PagedKV, Pool
+from rootcellar.pools import Pool
 from rootcellar.runner import Batch, Part, Placement, Runner, Shapes
 
 SIZES = (4096, 262144)
@@ -51,17 +51,17 @@ def main() -> int:
     args = parser.parse_args()
     cfg = read_config(CONFIG, {})
     params = init_params(cfg, 0, np.float32)
-    kinds = (full("full", tuple(range(cfg.num_layers))),)
-    layout = PagedKV(cfg.num_kv_heads, cfg.head_dim, np.dtype(np.float32))
+    kinds, layouts = kinds_of(cfg, np.dtype(np.float32))
+    layout = layouts["full"]
     rows = []
     for wanted in ("xla", "native"):
-        if choose_backend("auto" if wanted == "native" else wanted, cfg.head_dim, layout.dtype, "cpu") != wanted:
+        if choose_backend("auto" if wanted == "native" else wanted, [layout.head_dim], layout.dtype, "cpu") != wanted:
             print("the native backend was not built: left out", file=sys.stderr)
             continue
         runners = {
             size: Runner(
                 Placement(cfg), params, kinds, {"full": Pool(layout, cfg.num_layers, size, PAGE)},
-                backend=wanted, shapes=Shapes(16, 1, 16), table_width=256,
+                backend=wanted, shapes=Shapes(16, 1, 16), widths={"full": 256},
             )
             for size in SIZES
         }  # fmt: skip

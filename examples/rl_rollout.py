@@ -22,7 +22,7 @@ import rootcellar
 from rootcellar import demo
 from rootcellar.models.config import ModelConfig, load_config
 from rootcellar.models.decoder import forward, logits
-from rootcellar.models.dense import make_attend_dense
+from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
 
 QUESTIONS = ["What is a KV cache?", "What does page_size do?", "What is a lease?", "What is chunked prefill?"]
@@ -34,8 +34,7 @@ ROUNDS = 4
 def loss(params, cfg: ModelConfig, rows, answered, advantage):
     """Minus the advantage-weighted log-likelihood of the answers; rows int32 [B, LENGTH], answered bool [B, LENGTH]."""
     batch, length = rows.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-    hidden = forward(params, cfg, rows.reshape(-1), positions, make_attend_dense([length] * batch))
+    hidden = forward(params, cfg, rows.reshape(-1), make_mix_dense(cfg, [length] * batch))
     scores = jax.nn.log_softmax(logits(params, cfg, hidden).reshape(batch, length, -1)[:, :-1])
     chosen = jnp.take_along_axis(scores, rows[:, 1:, None], axis=-1)[..., 0]
     return -jnp.sum(chosen * answered[:, 1:] * advantage[:, None]) / jnp.sum(answered)

@@ -46,6 +46,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
     ),
     "mistral": ("mistral", {}),
+    "deepseek2-lite": (
+        "deepseek2",
+        {
+            "q_lora_rank": None,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
+    "deepseek2": (
+        "deepseek2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0},
+    ),
+    "deepseek3": ("deepseek3", {"attention_bias": True}),
+    "deepseek3-yarn": (
+        "deepseek3",
+        {
+            "q_lora_rank": None,
+            "tie_word_embeddings": True,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.8,
+            },
+        },
+    ),
 }
 
 
@@ -69,7 +101,12 @@ def ask(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | N
     """The answers for 16 prompts; None when the two best tokens came too close."""
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(family, folder, seed=seed, **overrides)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    if any(loaded.values()):
+        raise SystemExit(f"transformers does not take this for a checkpoint of {family}: {loaded}")
+    model.eval()
     prompts = make_prompts(make_config(family, **overrides)["vocab_size"], seed)
     # With dynamic rope a row's answer depends on the longest row beside it, so there each runs alone.
     alone = overrides.get("rope_scaling", {}).get("rope_type") == "dynamic"

@@ -197,17 +197,18 @@ def long_examples(writer: Writer, encoder: Encoder) -> Iterator[Example]:
 def scores(params: Params, cfg: ModelConfig, ids: jax.Array, segment: jax.Array) -> jax.Array:
     """Logits [B, T, V] of rows [B, T] in which each segment sees itself alone."""
     count, length = ids.shape
-    sees = jnp.tri(length, dtype=bool) & (segment[:, :, None] == segment[:, None, :])
+    at = jnp.arange(length, dtype=jnp.int32)
 
-    def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q = q.reshape(count, length, cfg.num_kv_heads, cfg.group_size, cfg.head_dim) * cfg.head_dim**-0.5
-        k, v = (x.reshape(count, length, cfg.num_kv_heads, cfg.head_dim) for x in (k, v))
-        weights = jnp.where(sees[:, None, None], jnp.einsum("btkgd,bskd->bkgts", q, k), -1e30)
-        out = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(weights, axis=-1), v)
-        return out.reshape(count * length, cfg.num_heads, cfg.head_dim)
+    def mix(index: int, layer: Params, x: jax.Array) -> jax.Array:
+        attention = cfg.layers[index].mixer
 
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), count)
-    hidden = forward(params, cfg, ids.reshape(-1), positions, lambda _, q, k, v: attend_rows(q, k, v))
+        def row(x: jax.Array, segment: jax.Array) -> jax.Array:
+            sees = attention.sees(at, at) & (segment[:, None] == segment[None, :])
+            return attention.merge(layer, attention.attend_plain(layer, *attention.project(layer, x, at), sees))
+
+        return jax.vmap(row)(x.reshape(count, length, -1), segment).reshape(x.shape)
+
+    hidden = forward(params, cfg, ids.reshape(-1), mix)
     return logits(params, cfg, hidden).reshape(count, length, -1)
 
 

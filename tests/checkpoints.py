@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from checkpoint_layers import LAYERS
 from vocabularies import write_byte_level
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,6 +48,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": ...,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,
+}
+EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6, "head_dim": 128},
@@ -58,6 +80,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3_ROPE,
     },
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "deepseek2": {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **LATENT, **EXPERTS},
+    "deepseek3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **LATENT,
+        **EXPERTS,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
 }
 """What each family's ``config.json`` says beyond ``COMMON``, in the spelling of transformers before version 5."""
 
@@ -100,15 +136,14 @@ def make_checkpoint(
 
 
 def make_config(family: str, **overrides: Any) -> dict[str, Any]:
-    """The ``config.json`` of a family with ``overrides``."""
-    return {**COMMON, **FAMILIES[family], **overrides}
+    """The ``config.json`` of a family with ``overrides``; a field that is ``...`` is left out."""
+    fields = {**COMMON, **FAMILIES[family], **overrides}
+    return {name: value for name, value in fields.items() if value is not ...}
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, written out from the families' definitions and not from the code under test."""
-    embed, mlp, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    qwen2, qwen3 = (config["model_type"] == name for name in ("qwen2", "qwen3"))
+    """Every tensor of the checkpoint."""
+    embed = config["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], embed),
         "model.norm.weight": (embed,),
@@ -116,25 +151,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], embed)
     for layer in range(config["num_hidden_layers"]):
-        linear = {
-            "self_attn.q_proj": (queries, embed),
-            "self_attn.k_proj": (keys, embed),
-            "self_attn.v_proj": (keys, embed),
-            "self_attn.o_proj": (embed, queries),
-            "mlp.gate_proj": (mlp, embed),
-            "mlp.up_proj": (mlp, embed),
-            "mlp.down_proj": (embed, mlp),
-        }
-        biased = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"} if qwen2 else set()
-        if config.get("attention_bias"):
-            biased |= {name for name in linear if "attn" in name}
-        if config.get("mlp_bias"):
-            biased |= {name for name in linear if "mlp" in name}
-        here = {f"{name}.weight": shape for name, shape in linear.items()}
-        here |= {f"{name}.bias": shape[:1] for name, shape in linear.items() if name in biased}
-        here |= {"input_layernorm.weight": (embed,), "post_attention_layernorm.weight": (embed,)}
-        if qwen3:
-            here |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+        here = LAYERS[config["model_type"]](config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in here.items()}
     return shapes
 

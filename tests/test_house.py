@@ -138,8 +138,9 @@ def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, nativ
     (wheel,) = tmp_path.glob("rootcellar-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     assert ("rootcellar/ops/_native.so" in files) is native
+    assert any(name.startswith("rootcellar/cache/_core.") and name.endswith(".so") for name in files) is native
     assert {f"rootcellar/{_id(path)}" for path in SOURCES} <= files
-    assert not [name for name in files if name.endswith((".cc", ".inc"))]
+    assert not [name for name in files if name.endswith((".cc", ".h", ".inc"))]
 
 
 def _has_compiler() -> bool:

@@ -216,10 +216,13 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _version(_args: argparse.Namespace) -> int:
+    from rootcellar.cache import CORE
+
     print(f"rootcellar {rootcellar.__version__}")
     for package in ("jax", "jaxlib", "numpy"):
         print(f"{package} {importlib.metadata.version(package)}")
     print(f"Python {platform.python_version()}")
+    print(f"cache core: {CORE}")
     return 0
 
 

@@ -66,6 +66,11 @@ class EngineConfig:
         high=1,
         above=True,
     )
+    disable_kv_arena: bool = option(
+        False,
+        "Give each kind of layers a pool of its own, divided by swa_full_tokens_ratio, instead of one that all kinds "
+        "whose pages take the same bytes share. Models of one kind: no effect.",
+    )
     mamba_full_memory_ratio: float = option(
         0.9,
         "For models with recurrent layers beside attention: bytes of recurrent states for each byte of keys and "

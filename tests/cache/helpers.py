@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import numpy as np
 
-from rootcellar.cache import Key, Kind, Lease, RadixCache, Tier, full
+from rootcellar.cache import Key, Kind, Lease, Tier, full
+from rootcellar.cache.radix import PyRadixCache
+
+CORES: dict[str, type] = {"python": PyRadixCache}
+if find_spec("rootcellar.cache._core") is not None:
+    from rootcellar.cache.native import NativeRadixCache
+
+    CORES["native"] = NativeRadixCache
+core = "python"  # set by the fixture of this name
 
 
-def make(kinds: tuple[Kind, ...] = (full("full"),), size: int = 64, page_size: int = 4, **options) -> RadixCache:
+def RadixCache(*arguments: Any, **options: Any) -> Any:
+    """A cache with the core that is being tested."""
+    return CORES[core](*arguments, **options)
+
+
+def make(kinds: tuple[Kind, ...] = (full("full"),), size: int = 64, page_size: int = 4, **options) -> PyRadixCache:
     """A cache with ``size`` tokens (8 states) per kind on DEVICE and on the further ``tiers``."""
     tiers = (Tier.DEVICE, *options.pop("tiers", ()))
     capacity = {(k.name, tier): 8 if k.rule == "recurrent" else size for k in kinds for tier in tiers}
@@ -16,14 +32,14 @@ def make(kinds: tuple[Kind, ...] = (full("full"),), size: int = 64, page_size: i
     return RadixCache(kinds, page_size=page_size, capacity=capacity, **options)
 
 
-def serve(cache: RadixCache, tokens, *, namespace: str = "", chunk: int | None = None, keep: bool = True) -> Lease:
+def serve(cache: PyRadixCache, tokens, *, namespace: str = "", chunk: int | None = None, keep: bool = True) -> Lease:
     """A whole request, chunk by chunk; returns the closed lease."""
     lease = start(cache, tokens, namespace=namespace, chunk=chunk)
     cache.close(lease, keep=keep)
     return lease
 
 
-def start(cache: RadixCache, tokens, *, namespace: str = "", chunk: int | None = None, tier=Tier.DEVICE) -> Lease:
+def start(cache: PyRadixCache, tokens, *, namespace: str = "", chunk: int | None = None, tier=Tier.DEVICE) -> Lease:
     """A request that has computed and committed all its tokens."""
     key = Key(tokens, namespace)
     lease = cache.open(cache.match(key), tier)

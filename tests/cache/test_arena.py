@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from helpers import make, serve, start, tokens
+from helpers import RadixCache, make, serve, start, tokens
 
-from rootcellar.cache import Key, RadixCache, Tier, full, recurrent, sliding_window
+from rootcellar.cache import Key, Tier, full, recurrent, sliding_window
+from rootcellar.cache.radix import PyRadixCache
 from rootcellar.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("core")
 
 FULL, WINDOW = full("full"), sliding_window("window", window=8)
 
 
-def shared(kinds=(FULL, WINDOW), size=64, **options) -> RadixCache:
+def shared(kinds=(FULL, WINDOW), size=64, **options) -> PyRadixCache:
     """A cache whose kinds share ``size`` tokens of pages (4 each)."""
     return RadixCache(
         kinds,

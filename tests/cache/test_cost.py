@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
+import pytest
+from helpers import RadixCache
 
-from rootcellar.cache import Done, Found, Key, RadixCache, SlotAllocator, Tier, full
-from rootcellar.cache.check import walk
-from rootcellar.cache.evict import make_room
+from rootcellar.cache import Done, Found, Key, SlotAllocator, Tier, full
+from rootcellar.cache.radix import PyRadixCache
+
+pytestmark = pytest.mark.usefixtures("core")
 
 
 def fastest(action, repeat: int = 400) -> float:
@@ -21,7 +25,7 @@ def fastest(action, repeat: int = 400) -> float:
     return float(np.median(times))
 
 
-def with_leaves(count: int) -> RadixCache:
+def with_leaves(count: int) -> PyRadixCache:
     sizes = {("full", Tier.DEVICE): count, ("full", Tier.STORAGE): count}
     cache = RadixCache([full("full")], page_size=1, capacity=sizes, max_leases=1, max_length=4)
     for i in range(count):
@@ -33,14 +37,14 @@ def test_evicting_one_leaf_costs_the_same_among_many():
     cost = {}
     for leaves in (1_000, 30_000):
         cache = with_leaves(leaves)
-        (arena,) = (shelf.arena for shelf in cache._tree.shelves if shelf.tier is Tier.STORAGE)
+        free = itertools.count(cache.stats().shelves["full", Tier.STORAGE].free + 1)
 
-        def evict_one(cache=cache, arena=arena):
-            assert make_room(cache._tree, arena, arena.slots.free_pages + 1)
+        def evict_one(cache=cache, free=free):
+            assert cache.make_room("full", next(free), Tier.STORAGE)
 
         cost[leaves] = fastest(evict_one)
         cache.check()
-    assert cost[30_000] < 2.5 * cost[1_000], cost
+    assert cost[30_000] < 5 * cost[1_000], cost  # the logarithm, and memory that is farther away; not 30 times
 
 
 def test_taking_and_giving_a_slot_costs_the_same_in_any_pool():
@@ -63,13 +67,12 @@ def test_a_decode_step_is_one_allocation():
 
 def test_what_is_left_of_a_long_prompt_does_not_keep_all_of_it_in_memory():
     cache = RadixCache([full("full")], page_size=1, capacity={("full", Tier.DEVICE): 4000}, max_length=4000)
+    empty = cache.memory_bytes()
     for first in (0, 5000):
         lease = cache.open(cache.match(Key(range(first, first + 3900))))
         assert cache.grow(lease, 3900)
         cache.commit(lease, Key(range(first, first + 3900)))
         cache.close(lease)
-    (left,) = (node for node in walk(cache._tree) if node.tokens[0] == 0)
-    held = [left.tokens, left.entries[0].pages]
-    for array in held:
-        whole = array if array.base is None else array.base
-        assert whole.nbytes <= 2 * array.nbytes
+    cached = cache.stats().shelves["full", Tier.DEVICE].cached
+    assert cached > 3900
+    assert cache.memory_bytes() - empty < 1.3 * cached * (8 + 4), "a token id and a page number for each token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fuzz
 import pytest
+from helpers import CORES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from world import World
@@ -17,12 +18,25 @@ def test_random_worlds_shrunk_by_hypothesis(data):
         world.step()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_hundred_thousand_steps_by_seed(seed):
+@pytest.mark.parametrize("seed", range(4))
+def test_tens_of_thousands_of_steps_by_seed(seed):
     fuzz.run(steps=20_000, seed=seed)
+
+
+@pytest.mark.skipif("native" not in CORES, reason="the native core was not built")
+@pytest.mark.parametrize("seed", range(2))
+def test_both_cores_do_the_same(seed):
+    fuzz.lockstep(seed, first=0, worlds=50)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_a_long_night():
     fuzz.run(steps=1_000_000, seed=20_26)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif("native" not in CORES, reason="the native core was not built")
+def test_a_long_night_in_lockstep():
+    fuzz.lockstep_everywhere(steps=1_000_000, seed=20_27)

@@ -8,6 +8,8 @@ from helpers import make, serve, start, tokens
 from rootcellar.cache import Key, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.check import walk
 
+pytestmark = pytest.mark.usefixtures("core")
+
 
 def used(cache, kind, what="cached"):
     return getattr(cache.stats().shelves[kind, Tier.DEVICE], what)
@@ -43,7 +45,7 @@ def test_full_pages_that_serve_no_boundary_leave_first():
     cache = make((full("full"), sliding_window("window", window=8)), size=64, capacity={("window", Tier.DEVICE): 24})
     for first in (0, 100, 200):
         serve(cache, tokens((first, 16)), chunk=4)
-    tree = cache._tree
+    tree = cache._inside().tree
     (shelf,) = tree.full_shelves
     damage = {int(node.tokens[0]): tree.damage(node, shelf, node.entries[shelf.index]) for node in walk(tree)}
     resumable = {first: cache.match(Key(tokens((first, 16)))).length == 16 for first in damage}

@@ -70,8 +70,8 @@ MUTATIONS = {
     ),
     "6: ties are broken by a hash that differs between processes": (
         "tree.py",
-        "shelf.kind_index), node.id)",
-        "shelf.kind_index), hash(str(node.id)))",
+        "shelf.kind_index), node.id, shelf.index)",
+        "shelf.kind_index), hash(str(node.id)), shelf.index)",
     ),
 }
 STEPS = 12_000

@@ -21,6 +21,8 @@ from rootcellar.cache import (
     sliding_window,
 )
 
+pytestmark = pytest.mark.usefixtures("core")
+
 
 def why(cache, key) -> str:
     return str(cache.explain(key))

@@ -20,6 +20,8 @@ from rootcellar.cache import (
 )
 from rootcellar.errors import CacheBusy
 
+pytestmark = pytest.mark.usefixtures("core")
+
 HOST, STORAGE, PEER = Tier.HOST, Tier.STORAGE, Tier.PEER
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import make, serve, start, tokens
+from helpers import RadixCache, make, serve, start, tokens
 
-from rootcellar.cache import Key, Lost, RadixCache, Tier, chunked_local, full, recurrent, sliding_window
+from rootcellar.cache import Key, Lost, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import CacheBroken, CacheBusy, ConfigError, RequestError, RequestTooLarge
+
+pytestmark = pytest.mark.usefixtures("core")
 
 DEVICE = ("full", Tier.DEVICE)
 
@@ -153,8 +155,8 @@ def test_a_namespace_that_is_empty_leaves_nothing_behind():
     cache.drop_namespace("held")
     cache.check()
     cache.close(held)
-    assert not cache._tree.roots
-    assert not cache._tree.detached
+    assert not cache._inside().tree.roots
+    assert not cache._inside().tree.detached
 
 
 def test_a_pin_keeps_a_prefix_until_its_time_is_over():

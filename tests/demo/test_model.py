@@ -12,7 +12,7 @@ from rootcellar import demo
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.models.config import load_config
 from rootcellar.models.decoder import forward, logits
-from rootcellar.models.dense import make_attend_dense
+from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
 
 LENGTH = 128
@@ -32,7 +32,7 @@ def best():
 
     @jax.jit
     def run(ids: jax.Array) -> jax.Array:
-        hidden = forward(params, cfg, ids, jnp.arange(len(ids)), make_attend_dense([len(ids)]))
+        hidden = forward(params, cfg, ids, make_mix_dense(cfg, [len(ids)]))
         return jnp.argmax(logits(params, cfg, hidden), axis=-1)
 
     return run

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rootcellar
-from rootcellar.cache import full
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
+from rootcellar.models.kinds import kinds_of
 from rootcellar.models.params import count_bytes
 from rootcellar.pools import PagedKV, PagedLatent, Pool, States
 from rootcellar.runner import Placement, Shapes
@@ -55,12 +55,10 @@ def programs(config, raw=MODEL, dtype="float32"):
     dtype = dtype if config.dtype == "auto" else config.dtype
     kv_dtype = {"auto": dtype, "bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
     placement = Placement(model, config.tp_size)
-    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, jnp.dtype(kv_dtype))
     return Programs(
         placement,
         jnp.dtype(dtype),
-        (full("full", tuple(range(model.num_layers))),),
-        {"full": layout},
+        *kinds_of(placement.served, jnp.dtype(kv_dtype)),
         "xla",
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
         config.page_size,
@@ -279,8 +277,8 @@ def pool_bytes(raw, options, tokens):
     """What pools of ``tokens`` tokens take, buffer by buffer, by the shape that they are allocated with."""
     model, page = read_config(raw), options["page_size"]
     dtype = jnp.dtype({"bf16": "bfloat16"}.get(options["kv_cache_dtype"], "float32"))
-    shape = PagedKV(model.num_kv_heads, model.head_dim, dtype).shape(tokens // page + 1, page)
-    return sum(math.prod(shape) * dtype.itemsize for _ in range(model.num_layers))
+    shapes = [layer.mixer.layout(dtype).shape(tokens // page + 1, page) for layer in model.layers]
+    return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
 
 
 @settings(deadline=None, max_examples=150)
@@ -405,7 +403,7 @@ def test_the_plan_divides_heads_as_the_engine_places_them(tp, heads, monkeypatch
     monkeypatch.setattr(jax, "device_count", lambda: tp)
     raw = {**MODEL, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     placement = Placement(read_config(raw), tp)
-    on_each = placement.served.num_kv_heads // (tp if placement.splits_heads else 1)
+    on_each = placement.served.layers[0].mixer.num_kv_heads // (tp if placement.splits_heads else 1)
     figures = plan(Ask(read_architecture(raw), tp=tp, devices=tp))
     assert figures.bytes_per_token_per_device == 2 * 2 * on_each * 8 * 2
 

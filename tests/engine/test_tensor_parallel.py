@@ -63,9 +63,8 @@ def config(heads, kv_heads):
 def test_few_kv_heads_are_repeated_and_odd_ones_kept_whole(monkeypatch, heads, kv_heads, tp_size, copies, splits):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     placement = Placement(config(heads, kv_heads), tp_size)
-    assert placement.copies == copies
     assert placement.splits_heads is splits
-    assert placement.served.num_kv_heads == kv_heads * copies
+    assert placement.served.layers[0].mixer.num_kv_heads == kv_heads * copies
 
 
 def test_more_devices_than_there_are():

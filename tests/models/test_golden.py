@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import Golden, golden, golden_names
-from rootcellar.models.config import load_config
+from checkpoints import Golden, golden, golden_names, make_config
+from rootcellar.models.config import load_config, read_config
 from rootcellar.models.decoder import forward, logits
-from rootcellar.models.dense import make_attend_dense
+from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
 
 
@@ -18,8 +18,7 @@ from rootcellar.models.loader import load_params
 def score(params, cfg, tokens):
     """Log-probabilities [B, T, V] after every token of padded rows [B, T]; padding on the right changes nothing."""
     batch, length = tokens.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-    hidden = forward(params, cfg, tokens.reshape(-1), positions, make_attend_dense([length] * batch))
+    hidden = forward(params, cfg, tokens.reshape(-1), make_mix_dense(cfg, [length] * batch))
     return jax.nn.log_softmax(logits(params, cfg, hidden)).reshape(batch, length, -1)
 
 
@@ -31,7 +30,7 @@ def load(case: Golden, folder):
 
 def test_the_golden_files_cover_what_they_should():
     cases = [golden(name) for name in golden_names()]
-    assert {c.family for c in cases} == {"qwen2", "qwen3", "llama2", "llama3", "mistral"}
+    assert {c.family for c in cases} == {"qwen2", "qwen3", "llama2", "llama3", "mistral", "deepseek2", "deepseek3"}
     assert all(len(c.prompts) == 16 and all(len(t) == 64 for t in c.tokens) for c in cases)
     assert all(len({t for row in c.tokens for t in row}) > 50 for c in cases)  # the text wanders
 
@@ -56,10 +55,7 @@ def test_ragged_rows_score_like_each_row_alone(tmp_path):
     prompts = [p for p in case.prompts if len(p) in (1, 5)]
     lengths = [len(p) for p in prompts]
     tokens = jnp.concatenate([jnp.array(p, jnp.int32) for p in prompts])
-    positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths])
-    ragged = jax.jit(
-        lambda params: logits(params, cfg, forward(params, cfg, tokens, positions, make_attend_dense(lengths)))
-    )
+    ragged = jax.jit(lambda params: logits(params, cfg, forward(params, cfg, tokens, make_mix_dense(cfg, lengths))))
     together = jax.nn.log_softmax(ragged(params))
     ends = np.cumsum([0, *lengths])
     for prompt, start, end in zip(prompts, ends, ends[1:], strict=False):
@@ -80,6 +76,6 @@ def test_bfloat16_stays_near_float32(tmp_path):
 
 
 def test_lengths_that_do_not_fit_the_tokens_are_refused():
-    rows = jnp.zeros((5, 2, 4))
+    cfg = read_config(make_config("llama2"))
     with pytest.raises(ValueError, match="sum to 4, but there are 5 tokens"):
-        make_attend_dense([1, 3])(0, rows, rows, rows)
+        make_mix_dense(cfg, [1, 3])(0, {}, jnp.zeros((5, cfg.hidden_size)))

@@ -22,8 +22,9 @@ def test_both_spellings_of_transformers_mean_the_same(family):
 
 
 def test_llama3_rope_is_read():
-    rope = read_config(make_config("llama3")).rope
-    assert rope == RopeConfig(500000.0, "llama3", 8.0, 64, 1.0, 4.0)
+    cfg = read_config(make_config("llama3"))
+    assert cfg.rope == cfg.layers[0].mixer.rope
+    assert cfg.rope == RopeConfig(500000.0, "llama3", 8.0, 64, 1.0, 4.0)
 
 
 def test_absent_fields_take_the_architecture_defaults():
@@ -31,10 +32,12 @@ def test_absent_fields_take_the_architecture_defaults():
     for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_theta", "torch_dtype"):
         del raw[name]
     cfg = read_config(raw)
-    assert (cfg.head_dim, cfg.num_kv_heads, cfg.tie_word_embeddings, cfg.rope.theta) == (64, 4, False, 10000.0)
+    attention = cfg.layers[0].mixer
+    assert (attention.head_dim, attention.num_kv_heads, attention.rope.theta) == (64, 4, 10000.0)
+    assert cfg.tie_word_embeddings is False
     raw = make_config("qwen3")
     del raw["head_dim"]
-    assert read_config(raw).head_dim == 128
+    assert read_config(raw).layers[0].mixer.head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -50,8 +53,9 @@ def test_end_of_text_ids(tmp_path, config, generation, expected):
 
 def test_switches_of_the_families():
     def switched(family, **overrides):
-        cfg = read_config(make_config(family, **overrides))
-        return [n for n in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm") if dataclasses.asdict(cfg)[n]]
+        layer = read_config(make_config(family, **overrides)).layers[0]
+        switches = {**dataclasses.asdict(layer.mixer), "mlp_bias": layer.feed_forward.bias}
+        return [n for n in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm") if switches[n]]
 
     assert switched("qwen2") == ["qkv_bias"]
     assert switched("qwen3") == ["qk_norm"]
@@ -62,19 +66,18 @@ def test_switches_of_the_families():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture.*GPT2LMHeadModel.*known: LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture.*GPT2LMHeadModel.*known: .*LlamaForCausalLM"),
         ({"architectures": None}, "none given.*known: "),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"vocab_size": 0}, "vocab_size must be .* at least 1"),
-        ({"num_layers": 3, "num_hidden_layers": "2"}, "num_layers must be"),
-        ({"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported; known: default, li"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs the field 'factor'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "llama3.*low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
-        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"layer_types": ["full_attention", "spiral_attention"]}, "spiral_attention"),
         ({"torch_dtype": "int8"}, "dtype='int8' is not supported; known: float32"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
@@ -85,10 +88,14 @@ def test_refusals_say_what_is_wrong(overrides, message):
 
 
 def test_a_sliding_window_counts_only_where_it_is_on():
-    read_config(make_config("qwen2", use_sliding_window=False, sliding_window=64))
-    read_config(make_config("qwen2", sliding_window=64))
-    with pytest.raises(ModelError, match="sliding_window=64"):
-        read_config(make_config("mistral", sliding_window=64))
+    def spans(family, **overrides):
+        layers = read_config(make_config(family, sliding_window=64, **overrides)).layers
+        return [layer.mixer.span for layer in layers]
+
+    assert spans("qwen2", use_sliding_window=False) == spans("qwen2") == [0, 0]
+    assert spans("qwen2", use_sliding_window=True, max_window_layers=1) == [0, 64]
+    assert spans("qwen2", use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]) == [64, 0]
+    assert spans("mistral") == [64, 64]
 
 
 @pytest.mark.parametrize(

@@ -7,31 +7,40 @@ import pytest
 
 from rootcellar.errors import ConfigError
 from rootcellar.ops import attention
-from rootcellar.ops.attention import choose_backend, paged_attention, write_pages
+from rootcellar.ops.attention import Reach, choose_backend, paged_attention, write_pages
 
 NATIVE = attention._native_library() is not None
 BACKENDS = ["xla", pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="built without a compiler"))]
 
 
-def reference(q, keys, values, position):
-    """One query [heads, d] over positions [0, position] of keys, values [length, kv_heads, d], in float64."""
+def reference(q, keys, values, position, reach=None, sinks=None):
+    """One query [heads, d] over what it sees of keys, values [length, kv_heads, d], in float64."""
     group = q.shape[0] // keys.shape[1]
+    reach = reach or Reach(scale=q.shape[1] ** -0.5)
+    seen = [p for p in range(position + 1) if sees(reach, position, p)]
     out = np.empty(q.shape)
     for head in range(q.shape[0]):
-        k = keys[: position + 1, head // group].astype(np.float64)
-        s = k @ q[head] / np.sqrt(q.shape[1])
-        w = np.exp(s - s.max())
-        out[head] = (w / w.sum()) @ values[: position + 1, head // group]
+        k = keys[seen, head // group].astype(np.float64)
+        w = np.exp(k @ q[head] * reach.scale)
+        sink = 0.0 if sinks is None else np.exp(float(sinks[head]))
+        out[head] = (w / (w.sum() + sink)) @ values[seen, head // group]
     return out
 
 
-def make_case(rng, *, lengths, new, tile, page_size, kv_heads, group, head_dim, dtype):
+def sees(reach, query, key):
+    """The rules in words: the last ``span`` tokens, itself included; those of its own chunk; all."""
+    if reach.rule == "sliding_window":
+        return query - key < reach.span
+    return reach.rule == "full" or query // reach.span == key // reach.span
+
+
+def make_case(rng, *, lengths, new, tile, page_size, kv_heads, group, head_dim, dtype, reach=None):
     """Rows of `lengths` tokens, of which the last `new` are in the batch; the others lie in the pool already."""
     width = -(-max(lengths) // page_size) + 2
     need = [-(-n // page_size) for n in lengths]
     pages = rng.permutation(np.arange(1, sum(need) + 4))
     tables = np.zeros((len(lengths) + 1, width), np.int32)
-    pool = np.full((sum(need) + 4, 2, kv_heads, page_size, head_dim), np.nan, np.float32)
+    pool = np.full((sum(need) + 5, 2, kv_heads, page_size, head_dim), np.nan, np.float32)
     pool[0] = 0
     keys = [rng.standard_normal((n, kv_heads, head_dim)).astype(np.float32) for n in lengths]
     values = [rng.standard_normal((n, kv_heads, head_dim)).astype(np.float32) for n in lengths]
@@ -46,6 +55,9 @@ def make_case(rng, *, lengths, new, tile, page_size, kv_heads, group, head_dim, 
         for t in range(length - fresh):
             pool[tables[r + 1, t // page_size], 0, :, t % page_size] = keys[r][t]
             pool[tables[r + 1, t // page_size], 1, :, t % page_size] = values[r][t]
+        if reach is not None:  # pages that no query sees are somebody else's, and hold what ruins every sum
+            gone = next(p for p in range(length) if sees(reach, length - fresh, p)) // page_size
+            tables[r + 1, :gone] = len(pool) - 1
         for start in range(length - fresh, length, tile):
             rows.append(r + 1)
             part = list(range(start, min(start + tile, length)))
@@ -83,8 +95,9 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
         rng, lengths=lengths, new=new, tile=tile, page_size=page_size, kv_heads=kv_heads, group=group,
         head_dim=head_dim, dtype=dtype,
     )  # fmt: skip
-    step = jax.jit(paged_attention(backend), donate_argnums=0)
-    out, pool = step(jnp.asarray(pool, dtype), *batch)
+    step = jax.jit(paged_attention(backend, Reach(scale=head_dim**-0.5)), donate_argnums=0)
+    q, k, v, *where = batch
+    out, pool = step(jnp.asarray(pool, dtype), q, k, v, jnp.full(q.shape[1], -jnp.inf), *where)
     assert np.isfinite(np.asarray(pool[0], np.float32)).all()
     for i, s in enumerate(source):
         if s is not None:
@@ -93,20 +106,49 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reach", [Reach(), Reach("sliding_window", 128)], ids=["full", "window"])
 @pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (2, 16)])
-def test_step_memory_does_not_grow_with_the_pool(backend, tiles, tile):
+def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
     """The trap of XLA on CPUs: a pool that is scattered to and gathered from may be copied in every step."""
 
     def temporary(pages):
         pool = jax.ShapeDtypeStruct((pages, 2, 2, 16, 64), jnp.float32)
         t = tiles * tile
         args = [((t, 4, 64), "f4"), ((t, 2, 64), "f4"), ((t, 2, 64), "f4")]
-        args += [((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
+        args += [((4,), "f4"), ((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
         shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
-        step = jax.jit(paged_attention(backend), donate_argnums=0)
+        step = jax.jit(paged_attention(backend, reach), donate_argnums=0)
         return step.lower(pool, *shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= temporary(256) + 4096
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    ("lengths", "new", "tile"),
+    [([1500], [1], 1), ([1, 37, 300, 64, 129], [1, 1, 1, 1, 1], 1), ([90, 33, 420], [90, 5, 200], 16)],
+)
+@pytest.mark.parametrize(
+    ("rule", "span"),
+    [("sliding_window", 1), ("sliding_window", 24), ("sliding_window", 600), ("chunked_local", 64), ("full", 0)],
+)
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sinks"])
+def test_windows_chunks_and_sinks_match_reference(backend, page_size, lengths, new, tile, rule, span, sink):
+    rng = np.random.default_rng(11)
+    reach = Reach(rule, span, scale=0.3)
+    pool, batch, keys, values, source = make_case(
+        rng, lengths=lengths, new=new, tile=tile, page_size=page_size, kv_heads=2, group=2, head_dim=32,
+        dtype="float32", reach=reach,
+    )  # fmt: skip
+    sinks = rng.normal(0, 2, 4).astype(np.float32) if sink else np.full(4, -np.inf, np.float32)
+    q, k, v, *where = batch
+    step = jax.jit(paged_attention(backend, reach), donate_argnums=0)
+    out, pool = step(jnp.asarray(pool), q, k, v, jnp.asarray(sinks), *where)
+    for i, s in enumerate(source):
+        if s is not None:
+            expected = reference(np.asarray(q[i]), keys[s[0]], values[s[0]], s[1], reach, sinks)
+            np.testing.assert_allclose(out[i], expected, atol=3e-6, rtol=3e-5)
 
 
 def test_write_pages_leaves_other_slots_alone():
@@ -121,8 +163,8 @@ def test_write_pages_leaves_other_slots_alone():
 
 def test_native_backend_that_cannot_run_says_why():
     with pytest.raises(ConfigError, match="float16"):
-        choose_backend("native", 64, jnp.float16, "cpu")
+        choose_backend("native", [64], jnp.float16, "cpu")
     with pytest.raises(ConfigError, match="gpu"):
-        choose_backend("native", 64, jnp.float32, "gpu")
-    assert choose_backend("auto", 64, jnp.float32, "gpu") == "xla"
-    assert choose_backend("auto", 7, jnp.float32, "cpu") == "xla"
+        choose_backend("native", [64], jnp.float32, "gpu")
+    assert choose_backend("auto", [64], jnp.float32, "gpu") == "xla"
+    assert choose_backend("auto", [64, 7], jnp.float32, "cpu") == "xla"

@@ -21,6 +21,7 @@ def cases(draw):
         swa_full_tokens_ratio=draw(st.sampled_from([0.01, 0.3, 0.8, 1.0])),
         mamba_full_memory_ratio=draw(st.sampled_from([0.1, 0.9, 3.0])),
         max_total_tokens=draw(st.none() | st.integers(16, 600)),
+        inflight=draw(st.sampled_from([1, 8, 100])),
     )
     return costs, rules, draw(st.integers(0, 8000))
 
@@ -34,7 +35,10 @@ def obvious_bytes(costs, rules, pages, states):
         if cost.kind.rule == "recurrent":
             count = states
         elif cost.kind.rule != "full" and has_full:
-            one_request = (cost.kind.span + rules.page_size - 1) // rules.page_size + 1
+            tokens = cost.kind.span + rules.inflight - (cost.kind.rule == "sliding_window")
+            tokens = min(tokens, pages * rules.page_size)
+            aligned = cost.kind.rule == "chunked_local" and cost.kind.span % rules.page_size == 0
+            one_request = (tokens + rules.page_size - 1) // rules.page_size + (not aligned)
             count = min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
         total += (count + 1) * cost.page_bytes
     return total

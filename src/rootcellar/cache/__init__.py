@@ -8,20 +8,19 @@ cache.commit(lease, key)               # computed pages become shareable
 cache.close(lease)                     # finished, aborted, retracted
 """
 
+from rootcellar.cache.choose import CORE, Hit, Lease, RadixCache, digests
 from rootcellar.cache.control import Prefetch, prefetch_verdict
-from rootcellar.cache.digest import digests
 from rootcellar.cache.explain import Explanation
 from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
-from rootcellar.cache.lease import Lease, ReqToTokenPool
-from rootcellar.cache.match import Hit
+from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
-from rootcellar.cache.radix import RadixCache
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
 
 __all__ = [
+    "CORE",
     "AllBlocksCleared",
     "BlockRemoved",
     "BlockStored",

@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from heapq import heapify, heappop, heappush
 from math import isqrt
+from sys import getsizeof
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,11 +71,11 @@ class Shadow:
         # prefix -> (volume at last use, history: FRESH, CONTINUES, or 1 + how often it returned); oldest use first
         self.seen: dict[int, tuple[int, int]] = {}
         self._weights = np.cumprod(np.full(self.stride, _ODD, np.uint64), dtype=np.uint64)
-        self._returns = np.zeros((CLASSES, BUCKETS))
-        self._gone = np.zeros((CLASSES, BUCKETS))
-        self._sample = 1 << 64  # prefixes with a hash below this are sampled
-        self._news = 0  # observations since the last fit
-        self._faded = 0
+        self.returns = np.zeros((CLASSES, BUCKETS))
+        self.gone = np.zeros((CLASSES, BUCKETS))
+        self.sample = 1 << 64  # prefixes with a hash below this are sampled
+        self.news = 0  # observations since the last fit
+        self.faded = 0
 
     def bucket(self, age: int) -> int:
         """The age bucket of an age in tokens."""
@@ -98,15 +99,15 @@ class Shadow:
         """
         classes: list[int] = []
         now = -1
-        self._news += len(prefixes)
+        self.news += len(prefixes)
         for prefix in prefixes:
-            if prefix < self._sample:
+            if prefix < self.sample:
                 known = self.seen.pop(prefix, None)
                 if known is None:
                     history = now = CONTINUES if -1 < above < POPULAR else FRESH
                 else:
                     when, history = known
-                    self._returns[group_of(history), self.bucket(self.volume - when)] += 1
+                    self.returns[group_of(history), self.bucket(self.volume - when)] += 1
                     history = max(CONTINUES, history) + 1
                     now = above = group_of(history)
                 self.seen[prefix] = (self.volume, history)
@@ -127,20 +128,20 @@ class Shadow:
             if when >= oldest:
                 break
             del self.seen[prefix]
-            self._gone[group_of(history), self.bucket(self.volume - when)] += 1
+            self.gone[group_of(history), self.bucket(self.volume - when)] += 1
         if len(self.seen) > MAX_SHADOW:
             self._thin()
         # A fit costs as much as some hundred observations and some of all that is remembered: this keeps it a fraction.
-        if self._news >= 256 + len(self.seen) // 8:
-            self._news = 0
+        if self.news >= 256 + len(self.seen) // 8:
+            self.news = 0
             self._fit()
 
     def _thin(self) -> None:
         """Sample half as many prefixes from now on."""
-        self._sample >>= 1
-        self.seen = {prefix: known for prefix, known in self.seen.items() if prefix < self._sample}
-        self._returns /= 2
-        self._gone /= 2
+        self.sample >>= 1
+        self.seen = {prefix: known for prefix, known in self.seen.items() if prefix < self.sample}
+        self.returns /= 2
+        self.gone /= 2
 
     def _fit(self) -> None:
         """Learn ``worth`` from the returns seen, what has not returned yet counted as long as it was watched."""
@@ -152,15 +153,15 @@ class Shadow:
             doublings = np.frexp(np.maximum(histories - 1, 1))[1]  # the bit length
             groups = np.where(histories <= CONTINUES, histories, np.minimum(CLASSES - 1, 1 + doublings))
             np.add.at(waiting, (groups, buckets), 1)
-        left = self._returns + self._gone + waiting
-        at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self._gone + waiting) / 2
-        hazard = np.divide(self._returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)
+        left = self.returns + self.gone + waiting
+        at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self.gone + waiting) / 2
+        hazard = np.divide(self.returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)
         for group in range(CLASSES):
             self.worth[group] = _gittins(hazard[group], _WIDTHS)
-        if self.volume - self._faded >= self.window:
-            self._faded = self.volume
-            self._returns /= 2
-            self._gone /= 2
+        if self.volume - self.faded >= self.window:
+            self.faded = self.volume
+            self.returns /= 2
+            self.gone /= 2
 
 
 def _gittins(hazard: NDArray[np.float64], width: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -193,7 +194,7 @@ class LearnedOrder:
         self._moved = -1  # volume at which the heads were last moved on
 
     def push(self, node: Node, entry: Entry, key: tuple[float, ...]) -> None:
-        """File an entry under ``key = (damage, class, volume at last use, node id)``."""
+        """File an entry under ``key = (damage, class, volume at last use, node id, shelf index)``."""
         if entry.item is None:
             self._live += 1
         elif entry.item[0] == key:
@@ -205,7 +206,7 @@ class LearnedOrder:
             self._compact()
 
     def _file(self, item: Item) -> None:
-        damage, group, used, _ = item[0]
+        damage, group, used, *_ = item[0]
         bucket = self._shadow.bucket(int(self._shadow.volume - used))
         heappush(self._heaps.setdefault((int(damage), int(group), bucket), []), item)
 
@@ -221,6 +222,10 @@ class LearnedOrder:
         if entry.item is not None:
             entry.item = None
             self._live -= 1
+
+    def memory_bytes(self) -> int:
+        """Bytes of the heaps, the items of entries not counted."""
+        return getsizeof(self._heaps) + sum(map(getsizeof, self._heaps.values()))
 
     def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""
@@ -258,8 +263,8 @@ class LearnedOrder:
             while heap and heap[0][3].item is not heap[0]:
                 heappop(heap)
             if heap:
-                _, _, used, ident = heap[0][0]
-                head = (damage, worth[group, bucket], used, ident)
+                _, _, *last = heap[0][0]
+                head = (damage, worth[group, bucket], *last)
                 if best is None or head < rank:
                     best, rank = heap, head
         return best

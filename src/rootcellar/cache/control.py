@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 from typing import Literal
 
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
+from rootcellar.cache.evict import make_room as make_room_in
 from rootcellar.cache.flights import flying_to, missing, plan, sources
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
@@ -105,6 +106,15 @@ def forget_tier(desk: Desk, tier: Tier) -> None:
             if shelf is not None:
                 forget_entry(tree, shelf, node)
         prune(tree, node)
+
+
+def make_room(desk: Desk, kind: str, tokens: int, tier: Tier) -> bool:
+    """Evict until ``tokens`` of a kind are free on a tier."""
+    for shelf in desk.tree.shelves:
+        if shelf.kind.name == kind and shelf.tier is tier:
+            size = 1 if kind in (state.kind.name for state in desk.states) else desk.tree.page_size
+            return make_room_in(desk.tree, shelf.arena, -(-tokens // size))
+    raise KeyError(f"{kind}: no such kind on this tier")
 
 
 # ---- copies on request --------------------------------------------------------------------------------------------

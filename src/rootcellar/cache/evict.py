@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rootcellar.cache import words
 from rootcellar.cache.journal import Eviction
 from rootcellar.cache.node import Arena, Entry, Node, Shelf
 from rootcellar.cache.tree import Tree
-from rootcellar.errors import CacheBroken
 
 
 def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
@@ -20,7 +20,7 @@ def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
     while slots.free_pages < pages:
         found = arena.order.pop(tree)
         if found is None:
-            raise CacheBroken(f"{arena.name}: {arena.evictable} pages are counted evictable, none is filed")
+            raise words.nothing_filed(arena.name, arena.evictable)
         node, entry = found
         if entry.shelf.full:
             _drop_tail(tree, entry.shelf, node, pages - slots.free_pages)
@@ -34,17 +34,24 @@ def make_room_for(tree: Tree, needs: Iterable[tuple[Shelf, int]]) -> bool:
 
     False, and nothing changed, when that cannot be.
     """
-    sums: dict[int, int] = {}
-    arenas: dict[int, Arena] = {}
-    for shelf, pages in needs:
-        ident = id(shelf.arena)
-        arenas[ident] = shelf.arena
-        sums[ident] = sums.get(ident, 0) + pages
-    if any(arena.room < sums[ident] for ident, arena in arenas.items()):
+    sums = _by_arena(needs)
+    if any(arena.room < pages for arena, pages in sums.items()):
         return False
-    for ident, arena in arenas.items():
-        make_room(tree, arena, sums[ident])
+    for arena, pages in sums.items():
+        make_room(tree, arena, pages)
     return True
+
+
+def fits(needs: Iterable[tuple[Shelf, int]]) -> bool:
+    """Whether :func:`make_room_for` would succeed."""
+    return all(arena.room >= pages for arena, pages in _by_arena(needs).items())
+
+
+def _by_arena(needs: Iterable[tuple[Shelf, int]]) -> dict[Arena, int]:
+    sums: dict[Arena, int] = {}
+    for shelf, pages in needs:
+        sums[shelf.arena] = sums.get(shelf.arena, 0) + pages
+    return sums
 
 
 def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:

@@ -28,7 +28,6 @@ from rootcellar.cache.tree import Tree
 class Traffic:
     """Moves planned and not yet handed out, and flights not yet reported."""
 
-    fingerprint: bytes = b""
     outbox: list[Move] = field(default_factory=list)
     flights: dict[int, Flight] = field(default_factory=dict)
     serial: int = 0
@@ -76,7 +75,7 @@ def plan(
             src_slots=entry.pages[start - node.start - entry.lo :].copy(),
             dst_slots=flight.slots,
             first=start,
-            digests=tuple(page_digests(tree, node, traffic.fingerprint)[start - node.start :]) if named else (),
+            digests=tuple(page_digests(tree, node)[start - node.start :]) if named else (),
         )
     )
     return flight

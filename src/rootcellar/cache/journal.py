@@ -52,9 +52,8 @@ KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
 class Journal:
     """Writes KV events of one kind (the first that is full attention, else the first) as the tree changes."""
 
-    def __init__(self, tree: Tree, fingerprint: bytes) -> None:
+    def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._fingerprint = fingerprint
         self._kind_index = tree.fulls[0] if tree.fulls else 0
         self.events: list[KVEvent] = []
 
@@ -63,7 +62,7 @@ class Journal:
         if shelf.kind_index != self._kind_index:
             return
         tree = self._tree
-        digests = page_digests(tree, node, self._fingerprint)
+        digests = page_digests(tree, node)
         assert node.parent is not None
         if lo:
             above = digests[lo - 1]
@@ -87,7 +86,7 @@ class Journal:
     def left(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
         """Pages ``[lo, lo + count)`` of a node are about to leave a shelf."""
         if shelf.kind_index == self._kind_index:
-            digests = page_digests(self._tree, node, self._fingerprint)
+            digests = page_digests(self._tree, node)
             self.events.append(BlockRemoved(tuple(digests[lo : lo + count]), MEDIUM[shelf.tier]))
 
 
@@ -113,6 +112,10 @@ class Evictions:
         self._last.move_to_end((where, what))
         if len(self._last) > REMEMBERED:
             self._last.popitem(last=False)
+
+    def notes(self) -> list[tuple[int, bytes, Eviction]]:
+        """All that is remembered, the oldest first."""
+        return [(where, what, eviction) for (where, what), eviction in self._last.items()]
 
     def find(self, where: int, what: bytes) -> Eviction | None:
         """The last eviction noted there, if it is remembered."""

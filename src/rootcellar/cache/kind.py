@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 from rootcellar.errors import ConfigError
 
 Rule = Literal["full", "sliding_window", "chunked_local", "recurrent"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class Tier(IntEnum):
@@ -46,6 +47,17 @@ class Kind:
         if self.rule == "chunked_local":
             return n - n % self.span
         return max(0, n - 1)
+
+    def held(self, n: int, step: int) -> int:
+        """Most tokens that a request holds at once while ``n`` more of it are computed, ``step`` at a time.
+
+        Whole pages may add one to each end of the range. 0 for a recurrent kind, which holds states.
+        """
+        if self.rule == "recurrent":
+            return 0
+        if self.rule == "full":
+            return n
+        return min(n, self.span - (self.rule == "sliding_window") + step)
 
     @property
     def reset(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.cache import words
 from rootcellar.cache.node import Node
 
 
@@ -53,8 +54,7 @@ class Lease:
         return not self.waits and not self.lost
 
     def __repr__(self) -> str:
-        state = "lost" if self.lost else "ready" if not self.waits else f"waits for {len(self.waits)} copies"
-        return f"Lease(row={self.row}, cached={self.cached}, length={self.length}, {state})"
+        return words.lease(self.row, self.cached, self.length, self.lost, len(self.waits))
 
 
 class ReqToTokenPool:
@@ -66,27 +66,11 @@ class ReqToTokenPool:
     padded batch rows.
     """
 
-    __slots__ = ("_free", "_tables", "by_kind")
+    __slots__ = ("_tables", "by_kind")
 
     def __init__(self, names: Sequence[str], widths: Sequence[int], max_leases: int) -> None:
         self.by_kind = [np.zeros((max_leases + 1, width), np.int32) for width in widths]
         self._tables = dict(zip(names, self.by_kind, strict=True))
-        self._free = list(range(max_leases, 0, -1))
 
     def __getitem__(self, kind: str) -> NDArray[np.int32]:
         return self._tables[kind]
-
-    @property
-    def free_rows(self) -> int:
-        """Leases that could still be opened."""
-        return len(self._free)
-
-    def take_row(self) -> int:
-        """A row of zeros; the caller has seen to it that one is free."""
-        return self._free.pop()
-
-    def give_row(self, row: int, pages: int) -> None:
-        """Return a row of which at most ``pages`` entries are not zero."""
-        for table in self.by_kind:
-            table[row, :pages] = 0
-        self._free.append(row)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from rootcellar.cache import words
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.node import Node
+from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 from rootcellar.errors import RequestError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Hit:
     """What the cache holds of a key, in tokens.
 
@@ -33,6 +37,9 @@ class Hit:
     def reach(self, tier: Tier) -> int:
         """Tokens that can be resumed once entries on ``tier`` and nearer ones are loaded."""
         return self.reaches[tier]
+
+    def __repr__(self) -> str:
+        return words.hit(self.key, self.reaches, self.branch)
 
 
 def find(tree: Tree, key: Key) -> Hit:
@@ -131,3 +138,20 @@ def touch(tree: Tree, hit: Hit) -> None:
         if node.start < pages:
             tree.use(node, [kind.start(pages * tree.page_size) // tree.page_size for kind in tree.kinds])
             return
+
+
+def slots(tree: Tree, hit: Hit, kind: str) -> Pages:
+    """Where the device holds a hit's tokens, for a paged kind: int32 ``[hit.length]``, slots of page 0 where it does not."""
+    shelves = {s.kind.name: s for s in tree.shelves if s.tier is Tier.DEVICE and s.kind.rule != "recurrent"}
+    if kind not in shelves:
+        raise KeyError(f"{kind}: no paged kind has this name")
+    if hit.version != tree.version:
+        hit = find(tree, hit.key)
+    table = np.zeros(hit.length // tree.page_size, np.int32)
+    for node in hit.path:
+        entry = node.entries[shelves[kind].index]
+        if entry is not None:
+            part = table[node.start + entry.lo : node.end]
+            part[:] = entry.pages[: len(part)]
+    offsets = np.arange(tree.page_size)
+    return (table[:, None] * tree.page_size + offsets).astype(np.int32).ravel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
+from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from rootcellar.errors import ConfigError
@@ -49,6 +50,10 @@ class Order:
         if entry.item is not None:
             entry.item = None
             self._live -= 1
+
+    def memory_bytes(self) -> int:
+        """Bytes of the heap, the items of entries not counted."""
+        return getsizeof(self._heap)
 
     def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""

@@ -1,4 +1,4 @@
-"""``RadixCache``: the cache as a scheduler sees it."""
+"""The cache as a scheduler sees it, in Python: ``RadixCache`` where there is no native core, and its specification."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control
 from rootcellar.cache.check import check
+from rootcellar.cache.evict import fits
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
+from rootcellar.cache.glimpse import State, memory_bytes, state
 from rootcellar.cache.journal import AllBlocksCleared, Journal, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
-from rootcellar.cache.match import Hit, find, touch
+from rootcellar.cache.match import Hit, find, slots, touch
 from rootcellar.cache.moves import Event, Found, Move
+from rootcellar.cache.settings import Capacity, settings
+from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, open_lease
-from rootcellar.errors import CacheBusy, ConfigError
-
-Capacity = Mapping[tuple[str, Tier], int]
-WRITE_POLICIES = ("write_through", "write_through_selective", "write_back")
+from rootcellar.errors import CacheBusy
 
 
-class RadixCache:
+class PyRadixCache:
     """A prefix cache over the kinds and tiers it is given. Pure logic: it decides and never copies, waits or sleeps.
 
     Args:
@@ -48,6 +49,7 @@ class RadixCache:
         min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
         fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
         events: record KV events, for ``take_events`` (costs one SHA-256 a page).
+        digests: name every page by its digest when it is committed, rather than when something first asks for it.
         reuse: False makes it SGLang's ``ChunkCache``: nothing is ever shared, the verbs stay.
 
     Raises:
@@ -70,32 +72,34 @@ class RadixCache:
         min_load: Mapping[Tier, int] | None = None,
         fingerprint: bytes = b"",
         events: bool = False,
+        digests: bool = False,
     ) -> None:
-        self.kinds = tuple(kinds)
-        self.page_size = page_size
-        shared = _shared(self.kinds, arenas or {}, capacity)
-        sizes = _sizes(self.kinds, page_size, capacity, shared)
-        self._tree = Tree(self.kinds, page_size, sizes, shared, policy)
-        row = -(-max_length // page_size)
-        widths = [2 if kind.rule == "recurrent" else row for kind in self.kinds]
-        self.tables = ReqToTokenPool([kind.name for kind in self.kinds], widths, max_leases)
-        self._traffic = Traffic(fingerprint)
-        if write_policy not in WRITE_POLICIES:
-            raise ConfigError(f"write_policy={write_policy!r} is unknown; choose one of {', '.join(WRITE_POLICIES)}")
-        host = Tier.HOST in self._tree.tiers
-        hits = {"write_through": 0, "write_through_selective": write_hits}.get(write_policy) if host else None
-        if host and write_policy == "write_back":
-            self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
-        self._desk = Desk(
-            self._tree,
-            self.tables,
-            self._traffic,
+        given = settings(
+            kinds,
+            page_size=page_size,
+            capacity=capacity,
+            arenas=arenas,
+            max_leases=max_leases,
             max_length=max_length,
+            policy=policy,
             reuse=reuse,
-            write_hits=hits,
-            min_load=dict(min_load or {}),
+            write_policy=write_policy,
+            write_hits=write_hits,
+            min_load=min_load,
+            fingerprint=fingerprint,
+            events=events,
+            digests=digests,
         )
-        self._tree.journal = Journal(self._tree, fingerprint) if events else None
+        self.kinds = given.kinds
+        self.page_size = page_size
+        self._tree = Tree(given.kinds, page_size, given.sizes, given.shared, policy)
+        self._tree.fingerprint = fingerprint
+        self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, max_leases)
+        self._desk = Desk(self._tree, self.tables, Traffic(), given)
+        self._traffic = self._desk.traffic
+        if given.write_back:
+            self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
+        self._tree.journal = Journal(self._tree) if events else None
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)
@@ -136,8 +140,11 @@ class RadixCache:
         """
         return grow(self._desk, lease, tokens)
 
-    def grow_many(self, leases: Sequence[Lease], tokens: int = 1) -> list[bool]:
-        """:meth:`grow` for each lease of a decode batch, in order; False for those that found no room."""
+    def grow_many(self, leases: Sequence[Lease], tokens: int | Sequence[int] = 1) -> list[bool]:
+        """:meth:`grow` for each lease of a batch, in order; False for those that found no room.
+
+        ``tokens`` is the same for all, or one number for each.
+        """
         return grow_many(self._desk, leases, tokens)
 
     def commit(self, lease: Lease, key: Key, *, snapshot: bool = True) -> None:
@@ -150,12 +157,38 @@ class RadixCache:
         """
         commit(self._desk, lease, key, snapshot)
 
+    def commit_many(self, leases: Sequence[Lease], keys: Sequence[Key], *, snapshot: bool = True) -> None:
+        """:meth:`commit` for each lease of a batch, in order."""
+        for lease, key in zip(leases, keys, strict=True):
+            commit(self._desk, lease, key, snapshot)
+
     def close(self, lease: Lease, keep: bool = True) -> None:
         """End a lease: finished, aborted and retracted alike. What was not committed is freed.
 
         ``keep=False`` also throws away what this request added to the tree and nobody else uses.
         """
         close(self._desk, lease, keep)
+
+    def close_many(self, leases: Sequence[Lease], keep: bool = True) -> None:
+        """:meth:`close` for each lease of a batch, in order."""
+        for lease in leases:
+            close(self._desk, lease, keep)
+
+    def slots(self, hit: Hit, kind: str) -> NDArray[np.int32]:
+        """Where the device holds the ``hit.length`` tokens of a hit, for a paged kind: int32 ``[hit.length]``.
+
+        A token's slot is ``page * page_size + position % page_size``; slots of page 0 stand for what the kind does not
+        hold (any more). A stale hit is looked up again. Nothing is pinned: ask a lease's row for what must stay.
+        Raises ``KeyError`` for a kind that is not there or not paged.
+        """
+        return slots(self._tree, hit, kind)
+
+    def make_room(self, kind: str, tokens: int, tier: Tier = Tier.DEVICE) -> bool:
+        """Evict until ``tokens`` of a kind are free on a tier. False, and nothing changed, when that cannot be.
+
+        ``grow`` and ``open`` do this by themselves. Raises ``KeyError`` for a kind that is not on that tier.
+        """
+        return control.make_room(self._desk, kind, tokens, tier)
 
     def flush(self) -> None:
         """Forget everything. Raises ``CacheBusy`` while leases or copies are live."""
@@ -233,21 +266,26 @@ class RadixCache:
         sharers = Counter(shelf.arena for shelf in self._desk.paged)
         return min((arena.room // count for arena, count in sharers.items()), default=0) * self.page_size
 
+    def has_room(self, tokens: Mapping[str, int]) -> bool:
+        """Whether so many more tokens of each kind could be grown now, all together. Changes nothing. O(kinds).
+
+        ``tokens`` by the name of a paged kind; each is rounded up to whole pages.
+        """
+        pages = [(shelf, -(-tokens[shelf.kind.name] // self.page_size)) for shelf in self._desk.paged]
+        return fits(pages)
+
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages).
 
         Where kinds share an arena, the pages of all of them: they lie in the same buffers.
         """
-        (slots,) = (s.arena.slots for s in self._tree.shelves if s.kind.name == kind and s.tier is tier)
-        used = np.ones(slots.pages + 1, np.bool_)
-        used[0] = False
-        used[slots.free_list()] = False
-        return np.flatnonzero(used).astype(np.int32)
+        (pool,) = (s.arena.slots for s in self._tree.shelves if s.kind.name == kind and s.tier is tier)
+        return not_free(pool.pages, pool.free_list())
 
     def stats(self) -> CacheStats:
         """Counts per kind and tier and running totals. O(kinds * tiers)."""
         return CacheStats(
-            shelves={(s.kind.name, s.tier): shelf_stats(self._tree, s) for s in self._tree.shelves},
+            shelves={(s.kind.name, s.tier): shelf_stats(s, self.page_size) for s in self._tree.shelves},
             leases=len(self._desk.leases),
             nodes=self._tree.nodes,
             ticks=self._tree.tick,
@@ -276,45 +314,14 @@ class RadixCache:
         """Recount every invariant, O(cache). Raises ``CacheBroken`` with the evidence."""
         check(self._desk)
 
+    def memory_bytes(self) -> int:
+        """Bytes that the tree, the orders of leaving and the allocators take, page tables not counted. O(cache)."""
+        return memory_bytes(self._desk)
 
-def _shared(kinds: tuple[Kind, ...], arenas: Mapping[str, Sequence[str]], capacity: Capacity) -> dict[int, str]:
-    """The arena of each kind that shares one, by index of kind, checked."""
-    names = [kind.name for kind in kinds]
-    shared: dict[int, str] = {}
-    for arena, members in arenas.items():
-        if arena in names or (arena, Tier.DEVICE) not in capacity:
-            raise ConfigError(
-                f"arenas names {arena!r}: give it a name that no kind has, and capacity[{arena!r}, Tier.DEVICE]"
-            )
-        for name in members:
-            if name not in names or names.index(name) in shared or (name, Tier.DEVICE) in capacity:
-                raise ConfigError(
-                    f"arenas[{arena!r}] names {name!r}: name kinds of {names}, each in one arena, and leave "
-                    f"({name!r}, Tier.DEVICE) out of capacity"
-                )
-            shared[names.index(name)] = arena
-    return shared
+    def _inside(self) -> Desk:
+        """The cache's insides, to read."""
+        return self._desk
 
-
-def _sizes(
-    kinds: tuple[Kind, ...], page_size: int, capacity: Capacity, shared: Mapping[int, str]
-) -> dict[tuple[int, Tier], int]:
-    """The capacity by index of kind, checked; a kind that shares an arena has the arena's."""
-    if page_size < 1:
-        raise ConfigError(f"page_size={page_size}: a page has at least 1 token")
-    names = [kind.name for kind in kinds]
-    if not kinds or len(set(names)) != len(names):
-        raise ConfigError(f"kinds={names}: give at least one kind, each with a name of its own")
-    sizes: dict[tuple[int, Tier], int] = {}
-    for (name, tier), size in capacity.items():
-        members = [k for k, arena in shared.items() if arena == name]
-        if name not in names and not (members and tier == Tier.DEVICE):
-            raise ConfigError(f"capacity names the kind {name!r}; the kinds are {names}")
-        if size < 0:
-            raise ConfigError(f"capacity[{name!r}, {Tier(tier).name}]={size}: give a number of tokens, at least 0")
-        for k in members or [names.index(name)]:
-            sizes[k, Tier(tier)] = size
-    for k, name in enumerate(names):
-        if (k, Tier.DEVICE) not in sizes:
-            raise ConfigError(f"capacity lacks ({name!r}, Tier.DEVICE): every kind needs room on the device")
-    return sizes
+    def _state(self) -> State:
+        """Everything, as plain values that equal those of the native core in the same state."""
+        return state(self._desk, self._requests, self._input_tokens)

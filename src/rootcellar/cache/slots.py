@@ -38,6 +38,20 @@ class SlotAllocator:
         self.free_pages += len(pages)
         self._stack[self._top : top] = pages
 
+    def reset(self, free: Pages) -> None:
+        """Make exactly these pages free, the first to be taken next."""
+        self.free_pages = len(free)
+        self._top = self.pages - len(free)
+        self._stack[self._top :] = free
+
     def free_list(self) -> Pages:
         """A copy of the free pages, next to be taken first (for ``check``)."""
         return self._stack[self._top :].copy()
+
+
+def not_free(pages: int, free: Pages) -> Pages:
+    """The pages 1 to ``pages`` that are not in ``free``, ascending."""
+    used = np.ones(pages + 1, np.bool_)
+    used[0] = False
+    used[free] = False
+    return np.flatnonzero(used).astype(np.int32)

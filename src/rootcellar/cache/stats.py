@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.node import Shelf
-from rootcellar.cache.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +47,33 @@ class CacheStats:
         return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
 
 
-def shelf_stats(tree: Tree, shelf: Shelf) -> ShelfStats:
+def shelf_stats(shelf: Shelf, page_size: int) -> ShelfStats:
     """Count one shelf, O(1)."""
-    unit = 1 if shelf.kind.rule == "recurrent" else tree.page_size
     slots = shelf.arena.slots
+    return count_shelf(
+        1 if shelf.kind.rule == "recurrent" else page_size,
+        slots.pages,
+        slots.free_pages,
+        shelf.used,
+        shelf.cached,
+        shelf.evictable,
+        shelf.in_flight,
+        shelf.evicted,
+    )
+
+
+def count_shelf(
+    unit: int, pages: int, free: int, used: int, cached: int, evictable: int, in_flight: int, evicted: int
+) -> ShelfStats:
+    """The numbers of a shelf, given in pages, in tokens (``unit`` of them a page)."""
     return ShelfStats(
-        size=slots.pages * unit,
-        free=slots.free_pages * unit,
-        used=shelf.used * unit,
-        cached=shelf.cached * unit,
-        pinned=(shelf.cached - shelf.evictable) * unit,
-        evictable=shelf.evictable * unit,
-        leased=(shelf.used - shelf.cached - shelf.in_flight) * unit,
-        in_flight=shelf.in_flight * unit,
-        evicted=shelf.evicted * unit,
+        size=pages * unit,
+        free=free * unit,
+        used=used * unit,
+        cached=cached * unit,
+        pinned=(cached - evictable) * unit,
+        evictable=evictable * unit,
+        leased=(used - cached - in_flight) * unit,
+        in_flight=in_flight * unit,
+        evicted=evicted * unit,
     )

@@ -43,13 +43,14 @@ class Tree:
         first = next((size for (_, tier), size in capacity.items() if tier is Tier.DEVICE), 0)
         self.shadow = Shadow(first, page_size) if policy == "adaptive" else None
         self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
+        self.fingerprint = b""  # of the digests of its pages
         self.journal: Journal | None = None  # told of pages that come and go, when KV events are wanted
         self.evictions = Evictions()
         self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
         self.tick = 0
         self.version = 0  # counts structural changes: a Hit is fresh while it has not moved
         self.nodes = 0
-        self._next_id = 0
+        self.last_id = 0
         self.roots: dict[str, Node] = {}
         self.shelves: list[Shelf] = []
         self.tiers: list[Tier] = sorted({tier for _, tier in capacity})
@@ -85,8 +86,8 @@ class Tree:
         return node
 
     def _blank(self, parent: Node | None, tokens: NDArray[np.int64], start: int, size: int) -> Node:
-        self._next_id += 1
-        node = Node(self._next_id, parent, tokens, start, size)
+        self.last_id += 1
+        node = Node(self.last_id, parent, tokens, start, size)
         node.entries = [None] * len(self.shelves)
         node.kids = [0] * len(self.shelves)
         node.covers = [0] * len(self.kinds)
@@ -369,7 +370,7 @@ class Tree:
         The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
         2 serves a node's end, where requests stopped or parted before.
         """
-        return (self.damage(node, shelf, entry), *self.standing(node, shelf.kind_index), node.id)
+        return (self.damage(node, shelf, entry), *self.standing(node, shelf.kind_index), node.id, shelf.index)
 
     def damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """How much the next page to leave hurts: see :meth:`key`."""

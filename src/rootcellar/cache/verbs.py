@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.cache import words
 from rootcellar.cache.adaptive import mix
+from rootcellar.cache.digest import page_digests
 from rootcellar.cache.evict import drop_subtree, make_room_for, prune
 from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
@@ -17,34 +19,26 @@ from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, place_of
 from rootcellar.cache.moves import Flight
 from rootcellar.cache.node import Node, Shelf
+from rootcellar.cache.settings import Settings
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
-from rootcellar.errors import RequestError, RequestTooLarge
 
 
 class Desk:
     """The leases of one cache, and what their verbs need at hand: the tree, the page tables, the device's shelves."""
 
-    def __init__(
-        self,
-        tree: Tree,
-        tables: ReqToTokenPool,
-        traffic: Traffic,
-        *,
-        max_length: int,
-        reuse: bool,
-        write_hits: int | None,
-        min_load: Mapping[Tier, int],
-    ) -> None:
+    def __init__(self, tree: Tree, tables: ReqToTokenPool, traffic: Traffic, given: Settings) -> None:
         self.tree = tree
         self.traffic = traffic
-        self.write_hits = write_hits  # hits before a node is written through to HOST; None: only as it is evicted
-        self.min_load = min_load
+        self.write_hits = given.write_hits
+        self.min_load = given.min_load
+        self.max_length = given.max_length
+        self.reuse = given.reuse
+        self.digests = given.digests
         self.pins: dict[int, Lease] = {}  # pinned prefixes, by serial
         self.expiries: list[tuple[int, int]] = []  # heap of (tick, serial of a pin)
         self.tables = tables
-        self.max_length = max_length
-        self.reuse = reuse
+        self.free_rows = list(range(given.max_leases, 0, -1))  # the last is taken next
         self.leases: dict[int, Lease] = {}  # by row
         self.serial = 0
         device = [shelf for shelf in tree.by_tier[Tier.DEVICE] if shelf is not None]
@@ -86,6 +80,12 @@ class Desk:
         return self.tree.kinds[k].start(tokens) // self.tree.page_size
 
 
+def must_be_open(desk: Desk, lease: Lease) -> None:
+    """Raises ``RequestError`` for a lease that is closed, or of another cache."""
+    if desk.leases.get(lease.row) is not lease:
+        raise words.closed(repr(lease))
+
+
 # ---- open ---------------------------------------------------------------------------------------------------------
 
 
@@ -95,12 +95,10 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     None, and nothing planned, when a row or room is lacking.
     """
     tree, tables = desk.tree, desk.tables
-    if tables.free_rows == 0:
+    if not desk.free_rows:
         return None
     if len(hit.key) > desk.max_length:
-        raise RequestTooLarge(
-            f"the key has {len(hit.key)} tokens, a page table row holds max_length={desk.max_length}; raise max_length"
-        )
+        raise words.key_too_long(len(hit.key), desk.max_length)
     if hit.version != tree.version:
         hit = find(tree, hit.key)
     boundary = desk.boundary(hit, tier)
@@ -115,7 +113,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     tree.tick += 1
     tree.use(node, lease.starts)
     desk.serial += 1
-    lease.row = tables.take_row()
+    lease.row = desk.free_rows.pop()
     desk.leases[lease.row] = lease
     fill_rows(desk, lease)
     for shelf in desk.states:
@@ -123,7 +121,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
     _count_hit(node, priority)
     if tree.shadow is not None and desk.reuse:
         tree.shadow.advance(len(hit.key))
-        lease.trail = (0, mix(crc32(hit.key.namespace.encode())), -1)
+        lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
         _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
     return lease
 
@@ -233,16 +231,14 @@ def _observe(desk: Desk, lease: Lease, key: Key, first: int, pages: int) -> None
 
 def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
     """Slots for ``tokens`` more tokens, for one step. False, and nothing changed, when there is no room."""
+    must_be_open(desk, lease)
     if tokens < 0:
-        raise RequestError(f"grow by {tokens} tokens: a lease only grows; close it to give tokens back")
+        raise words.only_grows(tokens)
     size = desk.tree.page_size
     old = -(-lease.length // size)
     new = -(-(lease.length + tokens) // size)
     if lease.length + tokens > desk.max_length:
-        raise RequestTooLarge(
-            f"{lease.length} + {tokens} tokens do not fit a page table row of max_length={desk.max_length}; "
-            f"raise max_length"
-        )
+        raise words.row_full(lease.length, tokens, desk.max_length)
     if new > old:
         if not make_room_for(desk.tree, [(shelf, new - old) for shelf in desk.paged]):
             return False
@@ -254,14 +250,22 @@ def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
     return True
 
 
-def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int) -> list[bool]:
-    """:func:`grow` for each lease of a batch, in order; one allocation per kind when all of them fit."""
+def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int | Sequence[int]) -> list[bool]:
+    """:func:`grow` for each lease of a batch, in order; one allocation per kind when one token for each fits."""
     size = desk.tree.page_size
-    if tokens != 1 or any(lease.length >= desk.max_length for lease in leases):
-        return [grow(desk, lease, tokens) for lease in leases]
+    for lease in leases:
+        must_be_open(desk, lease)
+    counts = [tokens] * len(leases) if isinstance(tokens, int) else [int(count) for count in tokens]
+    if len(counts) != len(leases):
+        raise ValueError("give as many numbers of tokens as leases")
     short = [lease for lease in leases if lease.length % size == 0]
-    if short and not make_room_for(desk.tree, [(shelf, len(short)) for shelf in desk.paged]):
-        return [grow(desk, lease, tokens) for lease in leases]
+    together = (
+        all(count == 1 for count in counts)
+        and all(lease.length < desk.max_length for lease in leases)
+        and len({lease.row for lease in leases}) == len(leases)
+    )
+    if not together or (short and not make_room_for(desk.tree, [(shelf, len(short)) for shelf in desk.paged])):
+        return [grow(desk, lease, count) for lease, count in zip(leases, counts, strict=True)]
     if short:
         rows = [lease.row for lease in short]
         columns = [lease.length // size for lease in short]
@@ -312,13 +316,11 @@ def _pin_windows(desk: Desk, lease: Lease, count: int) -> None:
 
 def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
     """Make the whole pages of ``key`` shareable, and release what is out of the rule's reach."""
+    must_be_open(desk, lease)
     tree = desk.tree
     size = tree.page_size
     if len(key) > lease.length or key.namespace != lease.namespace:
-        raise RequestError(
-            f"commit of {len(key)} tokens in namespace {key.namespace!r}: the lease has slots for {lease.length} "
-            f"tokens in {lease.namespace!r}; grow the lease first and commit only what was computed"
-        )
+        raise words.commit_too_long(len(key), key.namespace, lease.length, lease.namespace)
     if desk.reuse:
         _pin_windows(desk, lease, -1)
         done, pages = lease.committed // size, len(key) // size
@@ -333,6 +335,8 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
             lease.committed = pages * size
             if tree.shadow is not None:
                 _observe(desk, lease, key, done, pages)
+            if desk.digests:
+                page_digests(tree, lease.node)
     for shelf in desk.windows:
         _release_passed(desk, lease, shelf, len(key))
     if desk.reuse:
@@ -443,8 +447,7 @@ def _take_snapshot(desk: Desk, lease: Lease) -> None:
 def close(desk: Desk, lease: Lease, keep: bool) -> None:
     """Give back everything the lease owns and pins; with ``keep`` false also what it alone added to the tree."""
     tree = desk.tree
-    if desk.leases.get(lease.row) is not lease:
-        raise RequestError(f"{lease!r} is closed already; a lease is closed once")
+    must_be_open(desk, lease)
     del desk.leases[lease.row]
     committed, pages = lease.committed // tree.page_size, -(-lease.length // tree.page_size)
     for shelf in desk.paged:
@@ -452,7 +455,9 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
         shelf.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])
     for shelf in desk.states:
         shelf.give(desk.tables.by_kind[shelf.kind_index][lease.row, 1:])
-    desk.tables.give_row(lease.row, max(pages, 2))
+    for table in desk.tables.by_kind:
+        table[lease.row, : max(pages, 2)] = 0
+    desk.free_rows.append(lease.row)
     tree.use(lease.node, lease.starts)
     if keep and desk.write_hits is not None:
         write_through(tree, desk.traffic, lease.node, desk.write_hits)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,26 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar import demo
-from rootcellar.cache import Kind, RadixCache, Tier, full
+from rootcellar.cache import RadixCache, Tier
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
-from rootcellar.models.config import ModelConfig, load_config
+from rootcellar.models.config import load_config
+from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import load_params
-from rootcellar.models.params import Params, check_params, init_params
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.params import check_params, init_params, path_name
+from rootcellar.models.spec import Params
 from rootcellar.ops.attention import choose_backend
-from rootcellar.pools import PagedKV, Pool
+from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
 from rootcellar.scheduler import Scheduler
+from rootcellar.sim.arena import group
+from rootcellar.sim.sizing import ARENA
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
@@ -64,9 +69,16 @@ def load_weights(folder: Path, parts: Parts) -> Params:
     """The weights of another folder, in the dtype of the engine's own; the folder's config must be the same model."""
     model = load_config(folder)
     if model != parts.model:
-        differs = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(parts.model, f.name)]
+        theirs, ours = (_settings(cfg) for cfg in (model, parts.model))
+        differs = sorted({name.split(".")[-1] for name, _ in theirs.items() ^ ours.items()})
         raise ModelError(f"{folder} holds another model: its {', '.join(differs)} differ; start a new engine for it")
     return load_params(folder, model, parts.dtype)
+
+
+def _settings(model: ModelConfig) -> dict[str, object]:
+    """Every setting of a model by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(model), is_leaf=lambda x: x is None)
+    return {path_name(path): value for path, value in leaves}
 
 
 def build(config: EngineConfig, params: Params | None = None) -> Parts:
@@ -87,34 +99,41 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     if params is not None:
         check_params(model, params)
     placement = Placement(model, config.tp_size)
-    kinds = (full("full", tuple(range(model.num_layers))),)
-    programs = _programs(config, placement, _weights_dtype(params, dtype), _kv_dtype(config, dtype), kinds)
+    programs = _programs(config, placement, _weights_dtype(params, dtype), _kv_dtype(config, dtype))
+    kinds = programs.kinds
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
     sizing = memory.size(config, programs, context, params)
     total, running = sizing.division.tokens, sizing.max_running_requests
     weights = params if reload is None else reload()
 
-    page_size = config.page_size
+    pools = {
+        name: _pool(layout, layers, sizing.division.pages[name], programs)
+        for name, (layout, layers) in programs.pools.items()
+    }
     cache = RadixCache(
         kinds,
-        page_size=page_size,
-        capacity={("full", Tier.DEVICE): total},
+        page_size=config.page_size,
+        capacity={(name, Tier.DEVICE): pool.pages * pool.page_size for name, pool in pools.items()},
+        arenas={ARENA: programs.arena} if programs.arena else None,
         max_leases=running,
-        max_length=programs.table_width * page_size,
+        max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
         reuse=not config.disable_radix_cache,
     )
-    pools = {
-        kind.name: Pool(programs.layouts[kind.name], len(kind.layers), total, page_size, placement.pool_sharding)
-        for kind in kinds
-    }
     log.info(
         "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
     )
     shapes = Shapes.of(config.chunked_prefill_size, running)
     runner = Runner(
-        placement, weights, kinds, pools, backend=programs.backend, shapes=shapes, table_width=programs.table_width
+        placement,
+        weights,
+        kinds,
+        pools,
+        backend=programs.backend,
+        shapes=shapes,
+        widths=programs.widths,
+        pool_of=programs.pool_of,
     )
     scheduler = Scheduler(
         cache,
@@ -142,23 +161,32 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     )
 
 
-def _programs(
-    config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: jnp.dtype, kinds: Sequence[Kind]
-) -> Programs:
+def _pool(layout: Layout, layers: int, pages: int, programs: Programs) -> Pool:
+    page_size = 1 if isinstance(layout, States) else programs.page_size
+    return Pool(layout, layers, pages * page_size, page_size, programs.placement.pool_shardings(layout))
+
+
+def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> Programs:
     """What will run, at the largest shapes that it may have."""
-    model = placement.model
-    context = _context_length(config.context_length, model)
-    layout = PagedKV(placement.served.num_kv_heads, model.head_dim, kv_dtype)
-    most = memory.running_requests(config, config.max_total_tokens)
+    context = _context_length(config.context_length, placement.model)
+    kinds, layouts = kinds_of(placement.served, kv_dtype)
+    sharing = None if config.disable_kv_arena else group(kinds, layouts)
+    if sharing is not None:
+        alike = next(layouts[kind.name] for kind in kinds if kind.rule != "recurrent")
+        kinds = sharing.kinds
+        layouts = {kind.name: alike if kind.name in sharing.members else layouts[kind.name] for kind in kinds}
+    head_dims = {layer.mixer.kernel_head_dim for layer in placement.served.layers} - {None}
     return Programs(
         placement,
         dtype,
         kinds,
-        {kind.name: layout for kind in kinds},
-        choose_backend(config.attention_backend, model.head_dim, kv_dtype, jax.default_backend()),
-        Shapes.of(config.chunked_prefill_size, most),
+        layouts,
+        choose_backend(config.attention_backend, head_dims, kv_dtype, jax.default_backend()),
+        Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
         config.page_size,
         -(-context // config.page_size),
+        () if sharing is None else sharing.members,
+        0 if sharing is None else sharing.layers,
     )
 
 

@@ -116,7 +116,8 @@ class Lifecycle:
         return {"buffers": buffers, "bytes": nbytes}
 
     def _save(self, name: str, pool: Pool) -> Saved:
-        return Saved.take(self.scheduler.cache.used_pages(name), pool)
+        kind = self.runner.kind_in(name)
+        return Saved.take(self.scheduler.cache.used_pages(kind), pool)
 
     def flush(self) -> None:
         """Forget every cached prefix, those saved on the host too; no request runs."""

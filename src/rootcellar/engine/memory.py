@@ -21,10 +21,10 @@ import jax.numpy as jnp
 
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
-from rootcellar.models.params import Params
+from rootcellar.models.spec import Params
 from rootcellar.runner import Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
-from rootcellar.sim.sizing import Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
+from rootcellar.sim.sizing import ARENA, Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
 from rootcellar.units import gb, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -192,21 +192,31 @@ class _Demand:
 
     @property
     def costs(self) -> tuple[Cost, ...]:
-        """Bytes of a page of each kind on one device, in all its layers, as the pools will shard it."""
-        sharding = self.programs.placement.pool_sharding
+        """Bytes of a page of each kind on one device, in all layers of its pool, as the pools will shard it."""
         costs = []
+        pools, pool_of = self.programs.pools, self.programs.pool_of
         for kind in self.programs.kinds:
-            layout = self.programs.layouts[kind.name]
-            page = math.prod(sharding.shard_shape(layout.shape(1, self.programs.page_size))) * layout.dtype.itemsize
-            costs.append(Cost(kind, len(kind.layers) * page))
+            layout, layers = pools[pool_of[kind.name]]
+            placed = zip(
+                layout.arrays(1, self.programs.page_size),
+                self.programs.placement.pool_shardings(layout),
+                strict=True,
+            )
+            page = sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
+            costs.append(Cost(kind, layers * page))
         return tuple(costs)
 
     def rules(self, max_total_tokens: int | None) -> Rules:
         """The settings that divide the budget."""
         config = self.config
         return Rules(
-            config.page_size, config.swa_full_tokens_ratio, config.mamba_full_memory_ratio, max_total_tokens
-        )  # fmt: skip
+            config.page_size,
+            config.swa_full_tokens_ratio,
+            config.mamba_full_memory_ratio,
+            max_total_tokens,
+            inflight=config.chunked_prefill_size,
+            arena=self.programs.arena,
+        )
 
     def available(self, reserve: int) -> int:
         """Bytes for the KV cache; less than nothing when weights and reserve alone are too much."""
@@ -238,12 +248,14 @@ def estimate_reserve(programs: Programs) -> int:
     model, shapes = programs.placement.served, programs.shapes
     sizes = shapes.all()
     prefill, rows = max(tiles for tiles, tile in sizes if tile == shapes.tile), max(t for t, tile in sizes if tile == 1)
+    # The widest of each: a bound, whichever layer is the widest.
+    heads, kv_heads, head_dim = (max(w) for w in zip(*(layer.mixer.widths for layer in model.layers), strict=True))
     widths = Widths(
         hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.num_heads,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        intermediate=max(layer.feed_forward.width for layer in model.layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab=model.vocab_size,
     )
     nbytes = activation_bytes(widths, prefill * shapes.tile, prefill, rows)
@@ -341,10 +353,11 @@ def report(sizing: Sizing) -> dict[str, Any]:
     """Every figure of the sizing by name, and under ``"derivation"`` how each came about. Bytes are of one device."""
     config, division = sizing.config, sizing.division
     page = config.page_size
+    costs = {c.kind.name if c.kind.name in division.pages else ARENA: c for c in sizing.costs}
     pools = {
-        c.kind.name: {"tokens": division.pages[c.kind.name] * (1 if c.recurrent else page),
-                      "bytes": (division.pages[c.kind.name] + 1) * c.page_bytes}
-        for c in sizing.costs
+        name: {"tokens": division.pages[name] * (1 if c.recurrent else page),
+               "bytes": (division.pages[name] + 1) * c.page_bytes}
+        for name, c in costs.items()
     }  # fmt: skip
     figures: dict[str, tuple[Any, str]] = {
         "usable_bytes": (sizing.usable.nbytes, sizing.usable.how),
@@ -360,7 +373,7 @@ def report(sizing: Sizing) -> dict[str, Any]:
         "cell_size_bytes": (sizing.cell_size, "bytes of one token in all layers: " + _cells(sizing)),
         "max_tokens": (sizing.fitting_tokens, f"whole pages of {page} tokens that fit, beside one of padding"),
         "max_total_num_tokens": (division.tokens, sizing.capped_by or "all that fit"),
-        "pools": (pools, "tokens of each kind (states, where it is recurrent); bytes with the page of padding"),
+        "pools": (pools, "tokens of each pool (states, where they are recurrent); bytes with the page of padding"),
         "kv_cache_bytes": (division.nbytes, " + ".join(f"{p['bytes']} ({name})" for name, p in pools.items())),
         "kv_cache_bytes_all_devices": (division.nbytes * sizing.devices, f"x {sizing.devices} device(s)"),
         "page_size": (page, "setting"),

@@ -1,4 +1,4 @@
-"""Attention without a cache: the slow, obvious form that everything else is compared with, and that training uses."""
+"""Mixing without a cache: the slow, obvious form that everything else is compared with, and that training uses."""
 
 from __future__ import annotations
 
@@ -8,35 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rootcellar.models.decoder import Attend
+from rootcellar.models.decoder import Mix
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.spec import Params
 
 
-def make_attend_dense(lengths: Sequence[int]) -> Attend:
-    """Plain causal attention over packed rows: sequence ``i`` owns the next ``lengths[i]`` of the ``T`` tokens.
+def make_mix_dense(cfg: ModelConfig, lengths: Sequence[int]) -> Mix:
+    """Plain mixing over packed rows: sequence ``i``, whole, owns the next ``lengths[i]`` of the ``T`` tokens.
 
     The result fits ``decoder.forward``; ``sum(lengths)`` must be ``T``. Memory grows with the square of each length.
     Equal lengths run as one batch, others one after another.
     """
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        del layer  # every layer attends alike
-        if sum(lengths) != q.shape[0]:
-            raise ValueError(f"the lengths sum to {sum(lengths)}, but there are {q.shape[0]} tokens")
+    def mix(layer: int, params: Params, x: jax.Array) -> jax.Array:
+        if sum(lengths) != x.shape[0]:
+            raise ValueError(f"the lengths sum to {sum(lengths)}, but there are {x.shape[0]} tokens")
+        plain = cfg.layers[layer].mixer.plain
         if len(set(lengths)) == 1:
-            batch = tuple(x.reshape(len(lengths), -1, *x.shape[1:]) for x in (q, k, v))
-            return jax.vmap(causal_attention)(*batch).reshape(q.shape)
-        ends = np.cumsum(lengths)[:-1]
-        parts = zip(*(jnp.split(x, ends) for x in (q, k, v)), strict=True)
-        return jnp.concatenate([causal_attention(*part) for part in parts])
+            rows = x.reshape(len(lengths), -1, x.shape[-1])
+            return jax.vmap(plain, in_axes=(None, 0))(params, rows).reshape(x.shape)
+        return jnp.concatenate([plain(params, part) for part in jnp.split(x, np.cumsum(lengths)[:-1])])
 
-    return attend
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One sequence's attention: q ``[T, H, D]``, k and v ``[T, K, D]`` -> ``[T, H, D]``; softmax in float32."""
-    length, heads, dim = q.shape
-    grouped = q.reshape(length, k.shape[1], -1, dim)
-    scores = jnp.einsum("tkgd,skd->kgts", grouped, k, preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("kgts,skd->tkgd", weights, v).reshape(length, heads, dim)
+    return mix

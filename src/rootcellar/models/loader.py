@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rootcellar.errors import ModelError
-from rootcellar.models.config import ModelConfig
-from rootcellar.models.packing import Array, pack, source_shapes, unpack
-from rootcellar.models.params import Params, ParamSpec, check_params, declare
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.packing import pack, source_shapes, unpack
+from rootcellar.models.params import check_params, declare
+from rootcellar.models.spec import Array, Params, ParamSpec
 
 logger = logging.getLogger(__name__)
 

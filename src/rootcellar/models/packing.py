@@ -2,6 +2,8 @@
 
 A checkpoint stores a linear layer as ``[out, in]``; ours are ``[in, out]``, with what runs together stored together
 (see ``params``). The dtype changes on the way, so no copy in the checkpoint's dtype is made.
+
+A *packing* gives the views of a parameter that are the checkpoint's tensors: a new one is one small function.
 """
 
 from __future__ import annotations
@@ -12,45 +14,110 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.models.params import ParamSpec
+from rootcellar.models.spec import Array, ParamSpec
 
-Array = np.ndarray[Any, Any]
+Views = list[tuple[Array, tuple[int, ...]]]
 
-INPUT_AXES = {"same": 0, "transposed": 1, "qkv": 1, "qkv_bias": 0, "o": 2, "gate_up": 1, "gate_up_bias": 0}
-"""How many leading axes of a parameter are the inputs, which a checkpoint stores last."""
+
+def same(packed: Array) -> Views:
+    """One tensor, stored as it is here."""
+    return [(packed, packed.shape)]
+
+
+def transposed(packed: Array) -> Views:
+    """One linear layer ``[in, out]``."""
+    return [_linear(packed, 1)]
+
+
+def qkv(packed: Array) -> Views:
+    """Queries, keys and values ``[in, K, G + 2, D]``: three linear layers."""
+    return [_linear(part, 1) for part in _by_group(packed)]
+
+
+def qkv_bias(packed: Array) -> Views:
+    """The biases of ``qkv``: ``[K, G + 2, D]``."""
+    return [_linear(part, 0) for part in _by_group(packed)]
+
+
+def heads_in(packed: Array) -> Views:
+    """One linear layer whose inputs are heads: ``[H, D, out]``."""
+    return [_linear(packed, 2)]
+
+
+def gate_up(packed: Array) -> Views:
+    """Gate and up ``[in, 2, I]``: two linear layers."""
+    return [_linear(packed[:, i], 1) for i in range(2)]
+
+
+def gate_up_bias(packed: Array) -> Views:
+    """The biases of ``gate_up``: ``[2, I]``."""
+    return [_linear(packed[i], 0) for i in range(2)]
+
+
+def outputs_first(packed: Array) -> Views:
+    """One linear layer ``[..., in]``, stored as it is here."""
+    return [(packed, (prod(packed.shape[:-1]), packed.shape[-1]))]
+
+
+# Experts: gate and up ``[N, in, 2, I]``, down ``[N, I, out]``.
+
+
+def each_gate_up(packed: Array) -> Views:
+    """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
+    return [view for expert in packed for view in gate_up(expert)]
+
+
+def each_transposed(packed: Array) -> Views:
+    """Experts' ``[N, in, out]``, each a linear layer of its own."""
+    return [view for expert in packed for view in transposed(expert)]
+
+
+def all_gate_up(packed: Array) -> Views:
+    """All in one tensor ``[N, 2 * I, in]``, an expert's gate before its up."""
+    count, inputs, _, inner = packed.shape
+    return [(packed.transpose(0, 2, 3, 1), (count, 2 * inner, inputs))]
+
+
+def all_transposed(packed: Array) -> Views:
+    """``[N, in, out]`` in one tensor ``[N, out, in]``."""
+    view = packed.transpose(0, 2, 1)
+    return [(view, view.shape)]
+
+
+def halves(packed: Array) -> Views:
+    """``[..., 2, I]`` as ``[..., 2 * I]``: gates before ups."""
+    return [(packed, (*packed.shape[:-2], 2 * packed.shape[-1]))]
+
+
+def interleaved(packed: Array) -> Views:
+    """``[..., 2, I]`` as ``[..., 2 * I]``: gates and ups take turns."""
+    return [(packed.swapaxes(-1, -2), (*packed.shape[:-2], 2 * packed.shape[-1]))]
+
+
+def _by_group(packed: Array) -> list[Array]:
+    return [packed[..., :-2, :], packed[..., -2, :], packed[..., -1, :]]
+
+
+def _linear(part: Array, inputs: int) -> tuple[Array, tuple[int, ...]]:
+    """A linear layer's view and shape: outputs first, inputs (the ``inputs`` leading axes here) last."""
+    view = part.transpose(*range(inputs, part.ndim), *range(inputs))
+    outputs = prod(part.shape[inputs:])
+    return view, (outputs, prod(part.shape[:inputs])) if inputs else (outputs,)
 
 
 def source_shapes(spec: ParamSpec) -> list[tuple[int, ...]]:
     """The shape of each tensor in ``spec.sources``, as the checkpoint stores it."""
-    if spec.packing == "same":
-        return [spec.shape]
-    inputs = INPUT_AXES[spec.packing]
-    views = (view.shape for view in _views(spec, np.broadcast_to(np.uint8(0), spec.shape)))
-    return [(prod(s[: len(s) - inputs]), *([prod(s[-inputs:])] if inputs else [])) for s in views]
+    return [shape for _, shape in spec.packing(np.broadcast_to(np.uint8(0), spec.shape))]
 
 
 def pack(spec: ParamSpec, sources: Sequence[Callable[[], Array]], dtype: Any) -> Array:
     """One parameter in ``dtype``, from functions that read its sources; they are called one at a time."""
     packed = np.empty(spec.shape, dtype)
-    for view, source in zip(_views(spec, packed), sources, strict=True):
+    for (view, _), source in zip(spec.packing(packed), sources, strict=True):
         view[...] = source().reshape(view.shape)
     return packed
 
 
 def unpack(spec: ParamSpec, packed: Array) -> list[Array]:
     """The checkpoint's tensors of one parameter, in its dtype: the inverse of ``pack``."""
-    views = zip(_views(spec, packed), source_shapes(spec), strict=True)
-    return [np.ascontiguousarray(view).reshape(shape) for view, shape in views]
-
-
-def _views(spec: ParamSpec, packed: Array) -> list[Array]:
-    """The parts of a parameter that belong to each of its sources, outputs first as there: views, not copies."""
-    match spec.packing:
-        case "gate_up" | "gate_up_bias":
-            parts = [packed[..., 0, :], packed[..., 1, :]]
-        case "qkv" | "qkv_bias":
-            parts = [packed[..., :-2, :], packed[..., -2, :], packed[..., -1, :]]
-        case _:
-            parts = [packed]
-    inputs = INPUT_AXES[spec.packing]
-    return [part.transpose(*range(inputs, part.ndim), *range(inputs)) for part in parts]
+    return [np.ascontiguousarray(view).reshape(shape) for view, shape in spec.packing(packed)]

@@ -3,88 +3,73 @@
 A params pytree is plain::
 
     {"embed": [V, E], "norm": [E], "head": [E, V] (absent when tied),
-     "layers": [{"attn_norm": [E], "qkv": [E, K, G + 2, D], "o": [H, D, E],
-                 "mlp_norm": [E], "gate_up": [E, 2, I], "down": [I, E],
-                 and where the model has them: "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "q_norm", "k_norm"}]}
+     "layers": [{"attn_norm": [E], "mlp_norm": [E] ("attn_post_norm", "mlp_post_norm" where the layer has them),
+                 what its mixer declares: for attention "qkv": [E, K, G + 2, D], "o": [H, D, E], ...
+                 what its feed-forward declares: for a dense one "gate_up": [E, 2, I], "down": [I, E], ...}]}
 
 with V vocabulary, E hidden, H query heads, K key/value heads, G = H / K, D head dimension, I intermediate. Inputs come
 first: ``x @ w`` reads such weights at memory speed for one token and beats ``x @ w.T`` by a third for sixteen (XLA on
 CPU). q, k and v are one matrix, gate and up another: fewer, longer products were 1.1 to 1.2 times faster. The axes that
-tensor parallelism will split stay whole axes: key/value head ``k`` owns the row ``[its G query heads, its key, its
+tensor parallelism splits stay whole axes: key/value head ``k`` owns the row ``[its G query heads, its key, its
 value]``, and ``I`` is split under gate and up alike.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rootcellar.errors import ModelError
-from rootcellar.models.config import ModelConfig
+from rootcellar.models import packing
 from rootcellar.models.families import FAMILIES
+from rootcellar.models.model import LayerConfig, ModelConfig
+from rootcellar.models.spec import Axis, Declare, Init, Packing, Params, ParamSpec
 
-Params = dict[str, Any]
-Axis = Literal["embed", "heads", "kv_heads", "mlp", "vocab"] | None
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One parameter. ``axes`` names what may be sharded; ``sources`` are the checkpoint's tensors it is packed from."""
-
-    shape: tuple[int, ...]
-    axes: tuple[Axis, ...]
-    init: Literal["random", "ones", "zeros"]
-    packing: Literal["same", "transposed", "qkv", "qkv_bias", "o", "gate_up", "gate_up_bias"]
-    sources: tuple[str, ...]
+__all__ = ["ParamSpec", "Params", "abstract_params", "check_params", "count_bytes", "declare", "init_params"]
 
 
 def declare(cfg: ModelConfig) -> Params:
     """The params pytree of ``cfg`` with a ``ParamSpec`` at every leaf: the one declaration all else follows from."""
-    names = FAMILIES[cfg.architecture].names
-
-    def spec(name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Any, packing: Any = "same") -> ParamSpec:
-        return ParamSpec(shape, axes, init, packing, names[name])
-
+    spec = _declaring(cfg.architecture, None)
     vocab, embed = cfg.vocab_size, cfg.hidden_size
     top: Params = {
         "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "random"),
-        "norm": spec("norm", (embed,), (None,), "ones"),
+        "norm": spec("norm", (embed,), (None,), cfg.norm.init),
     }
     if not cfg.tie_word_embeddings:
-        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "random", "transposed")
-    heads, kv, group, dim, mlp = cfg.num_heads, cfg.num_kv_heads, cfg.group_size, cfg.head_dim, cfg.intermediate_size
-    layer: Params = {
-        "attn_norm": spec("attn_norm", (embed,), (None,), "ones"),
-        "qkv": spec("qkv", (embed, kv, group + 2, dim), ("embed", "kv_heads", None, None), "random", "qkv"),
-        "o": spec("o", (heads, dim, embed), ("heads", None, "embed"), "random", "o"),
-        "mlp_norm": spec("mlp_norm", (embed,), (None,), "ones"),
-        "gate_up": spec("gate_up", (embed, 2, mlp), ("embed", None, "mlp"), "random", "gate_up"),
-        "down": spec("down", (mlp, embed), ("mlp", "embed"), "random", "transposed"),
-    }
-    if cfg.qkv_bias:
-        layer["qkv_bias"] = spec("qkv_bias", (kv, group + 2, dim), ("kv_heads", None, None), "zeros", "qkv_bias")
-    if cfg.o_bias:
-        layer["o_bias"] = spec("o_bias", (embed,), (None,), "zeros")
-    if cfg.mlp_bias:
-        layer["gate_up_bias"] = spec("gate_up_bias", (2, mlp), (None, "mlp"), "zeros", "gate_up_bias")
-        layer["down_bias"] = spec("down_bias", (embed,), (None,), "zeros")
-    if cfg.qk_norm:
-        layer["q_norm"] = spec("q_norm", (dim,), (None,), "ones")
-        layer["k_norm"] = spec("k_norm", (dim,), (None,), "ones")
-    return {**top, "layers": [_of_layer(layer, index) for index in range(cfg.num_layers)]}
+        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "random", packing.transposed)
+    return {**top, "layers": [_declare_layer(cfg, index, layer) for index, layer in enumerate(cfg.layers)]}
 
 
-def _of_layer(layer: Params, index: int) -> Params:
-    return {
-        name: ParamSpec(s.shape, s.axes, s.init, s.packing, tuple(x.format(layer=index) for x in s.sources))
-        for name, s in layer.items()
-    }
+def _declare_layer(cfg: ModelConfig, index: int, layer: LayerConfig) -> Params:
+    spec = _declaring(cfg.architecture, index)
+    norms = ("attn_norm", "mlp_norm", *(("attn_post_norm", "mlp_post_norm") if layer.post_norms else ()))
+    parts: list[Params] = [
+        {name: spec(name, (cfg.hidden_size,), (None,), cfg.norm.init) for name in norms},
+        layer.mixer.declare(spec, cfg.hidden_size),
+        layer.feed_forward.declare(spec, cfg.hidden_size),
+    ]
+    whole: Params = {name: value for part in parts for name, value in part.items()}
+    assert len(whole) == sum(map(len, parts)), "two parts of a layer declare one name"
+    return whole
+
+
+def _declaring(architecture: str, layer: int | None) -> Declare:
+    """Makes specs with the sources that the family's name table has for the layer (None: outside of any)."""
+    names = FAMILIES[architecture].names
+
+    def spec(
+        name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Init, packing: Packing = packing.same
+    ) -> ParamSpec:
+        sources = tuple(source.replace("{layer}", str(layer)) for source in names[name])
+        return ParamSpec(shape, axes, init, packing, sources)
+
+    return spec
 
 
 def path_name(path: tuple[Any, ...]) -> str:

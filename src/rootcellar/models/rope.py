@@ -38,6 +38,8 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     """Multiplies cos and sin (yarn)."""
+    interleaved: bool = False
+    """The pairs are neighbours (0, 1), (2, 3) ...; otherwise the halves: (0, D / 2), (1, D / 2 + 1) ..."""
 
 
 def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
@@ -81,16 +83,17 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
 
 
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature (Peng et al. 2023, eq. 15), or DeepSeek's two-part form when both mscales are given."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
+    """YaRN's temperature, or DeepSeek's two-part form when both mscales are given."""
     if fields.get("attention_factor") is not None:
         return float(fields["attention_factor"])
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return mscale(float(fields["mscale"])) / mscale(float(fields["mscale_all_dim"]))
-    return mscale(1.0)
+        return yarn_mscale(factor, float(fields["mscale"])) / yarn_mscale(factor, float(fields["mscale_all_dim"]))
+    return yarn_mscale(factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """How much sharper attention becomes where a context is stretched by ``factor`` (Peng et al. 2023, eq. 15)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float32]:
@@ -153,8 +156,22 @@ def _dynamic(rope: RopeConfig, head_dim: int, at: jax.Array) -> jax.Array:
     return 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn ``x`` ``[T, heads, D]`` by cos and sin ``[T, D / 2]``: the halves are the pairs; float32 inside."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def turn(rope: RopeConfig, positions: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
+    """Each of ``parts`` ``[T, heads, D]`` turned by ``positions`` int32 ``[T]``."""
+    cos, sin = rotations(rope, parts[0].shape[-1], positions)
+    return tuple(rotate(part, cos, sin, rope.interleaved) for part in parts)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Turn ``x`` ``[T, heads, D]`` by cos and sin ``[T, D / 2]``; float32 inside.
+
+    The pairs are the halves, or, ``interleaved``, neighbours.
+    """
+    wide = x.astype(jnp.float32)
     cos, sin = cos[:, None, :], sin[:, None, :]
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return pairs.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

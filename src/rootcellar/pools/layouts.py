@@ -13,10 +13,17 @@ import jax.numpy as jnp
 
 
 class Layout(Protocol):
-    """What a pool needs of a layout."""
+    """What a pool needs of a layout; ``dtype`` is that of the KV cache."""
+
+    dtype: jnp.dtype
 
     def arrays(self, pages: int, page_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of one layer's buffers, addressed by page in their first axis."""
+        ...
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """For each buffer the logical axes that tensor parallelism may split; what is not named is whole everywhere."""
         ...
 
 
@@ -41,6 +48,11 @@ class PagedKV:
         return (jax.ShapeDtypeStruct(self.shape(pages, page_size), self.dtype),)
 
     @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """Each device holds its own KV heads."""
+        return ((None, None, "kv_heads"),)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
@@ -57,6 +69,11 @@ class PagedLatent:
     def arrays(self, pages: int, page_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """One buffer ``[pages, page_size, kv_lora_rank + rope_dim]``."""
         return (jax.ShapeDtypeStruct((pages, page_size, self.kv_lora_rank + self.rope_dim), self.dtype),)
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """Every device needs the whole latent."""
+        return ((),)
 
 
 @dataclass(frozen=True)
@@ -77,3 +94,8 @@ class States:
             jax.ShapeDtypeStruct((pages, *self.conv), self.dtype),
             jax.ShapeDtypeStruct((pages, *self.state), jnp.float32),
         )
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """States are whole on every device."""
+        return ((), ())

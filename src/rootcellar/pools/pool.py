@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,18 @@ def _allocator(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> 
 
 
 class Pool:
-    """The buffers of the layers of one kind.
+    """The buffers of so many layers: those of one kind, or of several that share them.
 
     ``buffers`` is donated to a step and must be replaced by what the step gives back.
     """
 
     def __init__(
-        self, layout: Layout, layers: int, tokens: int, page_size: int, sharding: Sharding | None = None
+        self,
+        layout: Layout,
+        layers: int,
+        tokens: int,
+        page_size: int,
+        shardings: Sequence[Sharding] | None = None,
     ) -> None:
         """Allocate the buffers of ``layers`` layers for ``tokens`` tokens and the padding page.
 
@@ -45,11 +50,14 @@ class Pool:
             layers: how many layers there are.
             tokens: a multiple of ``page_size``.
             page_size: tokens in a page; 1 for recurrent states.
-            sharding: where the buffers lie; None: on the first device.
+            shardings: where each of a layer's buffers lies; None: on the first device.
         """
         self.layout = layout
-        self.sharding = sharding if sharding is not None else SingleDeviceSharding(jax.devices()[0])
-        self._arrays = layout.arrays(tokens // page_size + 1, page_size) * layers
+        arrays = layout.arrays(tokens // page_size + 1, page_size)
+        here = SingleDeviceSharding(jax.devices()[0])
+        self._arrays = arrays * layers
+        self._shardings = (tuple(shardings) if shardings is not None else (here,) * len(arrays)) * layers
+        self.pages = tokens // page_size
         self.page_size = page_size
         self._buffers: list[Array] | None = None
         self.allocate()
@@ -77,7 +85,10 @@ class Pool:
     def allocate(self) -> None:
         """Allocate the buffers, zeroed. Does nothing when they are there; compiles nothing the second time."""
         if self._buffers is None:
-            new = [_allocator(a.shape, a.dtype, self.sharding)() for a in self._arrays]
+            new = [
+                _allocator(a.shape, a.dtype, sharding)()
+                for a, sharding in zip(self._arrays, self._shardings, strict=True)
+            ]
             # Waited for, so that too little memory is an error here and not in somebody's first step.
             self._buffers = jax.block_until_ready(new)
 

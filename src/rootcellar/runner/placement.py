@@ -8,20 +8,22 @@ heads that shared it are divided among the copies.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from rootcellar.errors import ConfigError
-from rootcellar.models.config import ModelConfig
-from rootcellar.models.params import Params, ParamSpec, declare
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.params import declare
+from rootcellar.models.spec import Params, ParamSpec
+from rootcellar.pools import Layout
 
 AXIS = "tensor"
 # Logical axes of parameters that are split over the devices.
@@ -46,30 +48,27 @@ class Placement:
         return None if self.tp_size == 1 else Mesh(np.array(jax.devices()[: self.tp_size]), (AXIS,))
 
     @cached_property
-    def copies(self) -> int:
-        """How often each KV head is repeated."""
-        kv, tp = self.model.num_kv_heads, self.tp_size
-        if kv >= tp or tp % kv or self.model.group_size % (tp // kv):
-            return 1
-        return tp // kv
-
-    @cached_property
     def served(self) -> ModelConfig:
-        """The model as it is computed: with its KV heads repeated."""
-        return replace(self.model, num_kv_heads=self.model.num_kv_heads * self.copies)
+        """The model as it is computed: with its KV heads repeated.
+
+        Raises ``ConfigError`` when a layer cannot run on so many devices.
+        """
+        layers = tuple(replace(layer, mixer=layer.mixer.served(self.tp_size)) for layer in self.model.layers)
+        return self.model if self.tp_size == 1 else replace(self.model, layers=layers)
 
     @cached_property
     def splits_heads(self) -> bool:
         """Whether attention is split; otherwise every device computes all of it."""
-        return self.tp_size > 1 and self.served.num_kv_heads % self.tp_size == 0
+        return self.tp_size > 1 and all(layer.mixer.splits(self.tp_size) for layer in self.model.layers)
 
     def place(self, params: Params) -> Params:
         """Parameters of ``model`` where they are computed; what lies there already is not copied.
 
         The place is said outright: an array that left it open would make a step that knew another compile again.
         """
-        if self.copies > 1:
-            params = {**params, "layers": [self._repeat_kv_heads(layer) for layer in params["layers"]]}
+        if self.tp_size > 1:
+            layers = zip(self.model.layers, params["layers"], strict=True)
+            params = {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
         placed: Params = jax.tree.map(
             lambda spec, array: jax.device_put(array, self._sharding(spec)), declare(self.served), params
         )
@@ -83,40 +82,37 @@ class Placement:
         return shapes
 
     def _sharding(self, spec: ParamSpec) -> Sharding:
-        if self.mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
+        return self._placed(self._spec(spec.axes, spec.shape))
+
+    def _placed(self, spec: P) -> Sharding:
+        return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
+
+    def _spec(self, names: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
+        """How an array with these logical axes is split; ``shape``, if given: axes that do not divide stay whole."""
         axes: list[str | None] = []
-        for name, size in zip(spec.axes, spec.shape, strict=True):
-            split = name in _SPLIT and size % self.tp_size == 0 and AXIS not in axes
+        for i, name in enumerate(names):
+            split = name in _SPLIT and AXIS not in axes and (shape is None or shape[i] % self.tp_size == 0)
             axes.append(AXIS if split and (self.splits_heads or name not in ("heads", "kv_heads")) else None)
-        return NamedSharding(self.mesh, P(*axes))
+        return P(*axes)
 
-    def _repeat_kv_heads(self, layer: Params) -> Params:
-        """``[.., K, G + 2, D]`` to ``[.., K * copies, G / copies + 2, D]``: queries divided, key and value repeated."""
-        new = dict(layer)
-        for name in ("qkv", "qkv_bias"):
-            if name in layer:
-                new[name] = _repeat(layer[name], self.copies)
-        return new
+    def pool_shardings(self, layout: Layout) -> tuple[Sharding, ...]:
+        """Where each buffer of a layer lies."""
+        return tuple(self._placed(self._spec(axes)) for axes in layout.axes)
 
-    @property
-    def pool_sharding(self) -> Sharding:
-        """Of a pool's buffers ``[pages, 2, kv_heads, page_size, head_dim]``: by KV head."""
+    def local(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Sequence[str | None]],
+        outputs: Sequence[Sequence[str | None]],
+    ) -> Callable[..., Any]:
+        """``function`` as each device runs it on its part of the arguments; see ``models.step.Local``."""
         if self.mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
-        return NamedSharding(self.mesh, P(None, None, AXIS if self.splits_heads else None))
-
-    def local(self, attend):  # type: ignore[no-untyped-def]
-        """An attention function (``ops.attention``) that each device runs over the heads it has."""
-        if self.mesh is None:
-            return attend
-        heads = AXIS if self.splits_heads else None
-        pool, rows = P(None, None, heads), P(None, heads)
+            return function
         return jax.shard_map(
-            attend,
+            function,
             mesh=self.mesh,
-            in_specs=(pool, rows, rows, rows, P(), P(), P()),
-            out_specs=(rows, pool),
+            in_specs=tuple(self._spec(axes) for axes in inputs),
+            out_specs=tuple(self._spec(axes) for axes in outputs),
             check_vma=False,
         )
 
@@ -134,11 +130,3 @@ class Placement:
         if self.mesh is None:
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, P()))
-
-
-def _repeat(array: Array, copies: int) -> Array:
-    *lead, kv, rows, dim = array.shape
-    group = rows - 2
-    queries = array[..., :group, :].reshape(*lead, kv * copies, group // copies, dim)
-    pairs = jnp.repeat(array[..., group:, :], copies, axis=len(lead))
-    return jnp.concatenate([queries, pairs], axis=-2)

@@ -11,28 +11,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from rootcellar.cache import Kind
-from rootcellar.pools import PagedKV
+from rootcellar.pools import Layout
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.runner import compiled_step, scorer
+from rootcellar.sim.sizing import ARENA
 
 
 @dataclass(frozen=True)
 class Programs:
     """What a reserve is measured for: the model's placement and dtype, its kinds and layouts, and the steps' shapes.
 
-    ``table_width``: pages in a row of a page table.
+    ``table_width``: pages in a row of a page table. ``arena``: the kinds that share one pool, whose pages have
+    ``arena_layers`` layers.
     """
 
     placement: Placement
     dtype: jnp.dtype
     kinds: Sequence[Kind]
-    layouts: Mapping[str, PagedKV]
+    layouts: Mapping[str, Layout]
     backend: str
     shapes: Shapes
     page_size: int
     table_width: int
+    arena: tuple[str, ...] = ()
+    arena_layers: int = 0
+
+    @property
+    def pool_of(self) -> dict[str, str]:
+        """The name of the pool that each kind's layers lie in: its own, or the arena."""
+        return {kind.name: ARENA if kind.name in self.arena else kind.name for kind in self.kinds}
+
+    @property
+    def pools(self) -> dict[str, tuple[Layout, int]]:
+        """Each pool's layout and how many layers it has."""
+        pools = {}
+        for kind in self.kinds:
+            shared = kind.name in self.arena
+            layers = self.arena_layers if shared else len(kind.layers)
+            pools[ARENA if shared else kind.name] = (self.layouts[kind.name], layers)
+        return pools
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Entries in a row of each kind's page table: a recurrent kind has a state to read and one to write."""
+        return {kind.name: 2 if kind.rule == "recurrent" else self.table_width for kind in self.kinds}
 
 
 def weight_bytes(placement: Placement, dtype: Any) -> int:
@@ -52,7 +76,7 @@ def reserve_bytes(programs: Programs) -> dict[str, int]:
     """
     largest = {tile: tiles for tiles, tile in programs.shapes.all()}  # shapes come in growing order
     decode, prefill = largest[1], largest[programs.shapes.tile]
-    step = compiled_step(programs.placement, programs.kinds, programs.backend)
+    step = compiled_step(programs.placement, programs.kinds, programs.backend, programs.pool_of)
     return {
         "prefill": _beside(step.lower(*_arguments(programs, prefill, programs.shapes.tile))),
         "decode": _beside(step.lower(*_arguments(programs, decode, 1))),
@@ -63,20 +87,16 @@ def reserve_bytes(programs: Programs) -> dict[str, int]:
 
 def _arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
     """The arguments of a step as shapes. The pools are small: a step's memory does not depend on theirs."""
-    sharding = programs.placement.pool_sharding
-    pages = programs.table_width + 1
-    buffers = {
-        kind.name: [
-            jax.ShapeDtypeStruct(layout.shape(pages, programs.page_size), layout.dtype, sharding=sharding)
-            for _ in kind.layers
-        ]
-        for kind in programs.kinds
-        for layout in (programs.layouts[kind.name],)
-    }
+    placement, pages = programs.placement, programs.table_width + 1
+    buffers = {}
+    for name, (layout, layers) in programs.pools.items():
+        placed = zip(layout.arrays(pages, programs.page_size), placement.pool_shardings(layout), strict=True)
+        of_layer = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=at) for array, at in placed]
+        buffers[name] = of_layer * layers
     ints = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)
     rows = jax.ShapeDtypeStruct((tiles,), jnp.int32)
-    tables = {kind.name: jax.ShapeDtypeStruct((tiles, programs.table_width), jnp.int32) for kind in programs.kinds}
-    return programs.placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows
+    tables = {name: jax.ShapeDtypeStruct((tiles, width), jnp.int32) for name, width in programs.widths.items()}
+    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows
 
 
 def _sampling(rows: int, vocab: int) -> int:

@@ -7,7 +7,7 @@ memory back. Dataflow orders a step's reads before the next step's writes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ import numpy as np
 from jax import Array
 
 from rootcellar.cache import Kind
-from rootcellar.models.config import ModelConfig
 from rootcellar.models.decoder import forward, logits
-from rootcellar.models.params import Params
-from rootcellar.ops.attention import paged_attention
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.spec import Params
+from rootcellar.models.step import Step
 from rootcellar.pools import Pool
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
@@ -29,26 +29,29 @@ from rootcellar.runner.placement import Placement
 _SCORED = 64
 
 
-def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str) -> Any:
+def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str, pool_of: Mapping[str, str]) -> Any:
     """The jitted step of a model over its pools, which are its second argument and donated.
 
-    Arguments: params as placed, ``{kind: [buffer of each layer]}``, then the arrays of a ``Batch``.
+    Arguments: params as placed, ``{pool: [buffers of each layer]}``, then the arrays of a ``Batch``. ``pool_of``: the
+    pool of each kind; layer ``i`` of a kind has the buffers of the pool's layer ``i``, whoever else shares them.
     """
     cfg = placement.served
-    attend = placement.local(paged_attention(backend))
     where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
+    each = [len(layer.mixer.layout(jnp.dtype(jnp.float32)).axes) for layer in cfg.layers]
 
     def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
         """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
         buffers = {name: list(arrays) for name, arrays in buffers.items()}
+        steps = {kind.name: Step(positions, rows, tables[kind.name], backend, placement.local) for kind in kinds}
 
-        def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+        def mix(layer: int, weights: Params, x: Array) -> Array:
             name, i = where[layer]
-            out, buffers[name][i] = attend(buffers[name][i], q, k, v, tables[name], rows, positions)
-            return out.astype(q.dtype)
+            held = buffers[pool_of[name]]
+            own = slice(i * each[layer], (i + 1) * each[layer])
+            out, held[own] = cfg.layers[layer].mixer.run(weights, x, steps[name], held[own])
+            return out
 
-        hidden = forward(params, cfg, tokens, jnp.maximum(positions, 0), attend_layer)
-        hidden = placement.everywhere(hidden)
+        hidden = placement.everywhere(forward(params, cfg, tokens, mix))
         scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
         return buffers, placement.everywhere(scores), hidden
 
@@ -63,8 +66,8 @@ def scorer(cfg: ModelConfig) -> Any:
 class Runner:
     """Runs batches of one model over its pools.
 
-    ``pools`` holds for each kind the pool of its layers. Programs are compiled when a shape first runs, or all of them
-    by :meth:`warm_up`; later steps compile nothing.
+    ``pools`` are by name, ``pool_of`` names that of each kind, ``widths`` the entries in a row of its page table.
+    Programs are compiled when a shape first runs, or all of them by :meth:`warm_up`; later steps compile nothing.
     """
 
     def __init__(
@@ -76,18 +79,24 @@ class Runner:
         *,
         backend: str,
         shapes: Shapes,
-        table_width: int,
+        widths: Mapping[str, int],
+        pool_of: Mapping[str, str],
     ) -> None:
         cfg = self.cfg = placement.served
         self.placement = placement
         self.params = placement.place(params)
         self.pools = pools
         self.shapes = shapes
-        self.table_width = table_width
-        self._step = compiled_step(placement, kinds, backend)
+        self._widths = widths
+        self._pool_of = pool_of
+        self._step = compiled_step(placement, kinds, backend, pool_of)
         self._sample = jax.jit(sampler.sample)
         self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
         self._score = scorer(cfg)
+
+    def kind_in(self, pool: str) -> str:
+        """A kind whose layers lie in the pool of this name."""
+        return next(kind for kind, name in self._pool_of.items() if name == pool)
 
     def step(self, batch: Batch) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.
@@ -134,7 +143,7 @@ class Runner:
         for tiles, tile in self.shapes.all():
             size = tiles * tile
             zeros = np.zeros(tiles, np.int32)
-            tables = {name: np.zeros((tiles, self.table_width), np.int32) for name in self.pools}
+            tables = {name: np.zeros((tiles, width), np.int32) for name, width in self._widths.items()}
             padding = Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros)
             scores, _ = self.step(padding)
             for settings in sampler.every_program(tiles, self.cfg.vocab_size):

@@ -304,9 +304,10 @@ class Scheduler:
         lease = self.cache.open(hit, priority=request.priority)
         if lease is None:
             return False
-        pending = request.length - lease.cached + sum(r.remaining for r in self.running)
-        reserve = self.cache.page_size * (len(self.running) + 1)
-        if self.running and self.cache.available_tokens() < pending + reserve:
+        pending = [request.length - lease.cached, *(r.remaining for r in self.running)]
+        reserve = self.cache.page_size * len(pending)
+        needs = {kind.name: sum(kind.held(n, self._chunk) for n in pending) + reserve for kind in self.cache.kinds}
+        if self.running and not self.cache.has_room(needs):
             self.cache.close(lease)
             return False
         request.lease = lease

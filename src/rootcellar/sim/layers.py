@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rootcellar.cache.kind import Kind, chunked_local, full, recurrent, sliding_window
+from rootcellar.cache.kind import RULES, Kind, Rule, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import ConfigError
 
 Raw = Mapping[str, Any]
@@ -156,31 +156,37 @@ def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
     Raises ``ConfigError`` for a config whose layers it does not understand.
     """
     text: Raw = {**raw, **(raw.get("text_config") or {})}
-    count = int(need(text, "num_hidden_layers"))
-    rules = _rules(text, count)
+    rules = layer_rules(text, window=window)
     groups = []
-    for rule in dict.fromkeys(rules):
-        layers = tuple(i for i, r in enumerate(rules) if r == rule)
+    for rule, span in dict.fromkeys(rules):
+        layers = tuple(i for i, r in enumerate(rules) if r == (rule, span))
         if rule == "recurrent":
             groups.append(Group(recurrent("recurrent", layers), _state(text)))
-            continue
-        layout = _attention(text)
-        if rule == "sliding_window":
-            kind = sliding_window("window", layers, window or int(need(text, "sliding_window")))
+        elif rule == "sliding_window":
+            groups.append(Group(sliding_window("window", layers, span), _attention(text)))
         elif rule == "chunked_local":
-            kind = chunked_local("chunk", layers, window or int(need(text, "attention_chunk_size")))
+            groups.append(Group(chunked_local("chunk", layers, span), _attention(text)))
         else:
-            kind = full("full", layers)
-        groups.append(Group(kind, layout))
+            groups.append(Group(full("full", layers), _attention(text)))
     if all(group.kind.rule == "recurrent" for group in groups):
         raise ConfigError("this model has no attention layers: a request costs the same whatever its length")
-    groups.sort(key=lambda group: ("full", "sliding_window", "chunked_local", "recurrent").index(group.kind.rule))
+    groups.sort(key=lambda group: RULES.index(group.kind.rule))
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     context = text.get("max_position_embeddings")
     return Architecture(tuple(groups), text, dtype, None if context is None else int(context))
 
 
-_LAYER_TYPES = {
+def layer_rules(text: Raw, *, window: int | None = None) -> list[tuple[Rule, int]]:
+    """Rule and span (tokens; 0 where there is none) of each layer of a model; ``window`` replaces its window or chunk.
+
+    The engine reads configs with this too. Raises ``ConfigError`` for layers that it does not understand.
+    """
+    spans = {"sliding_window": "sliding_window", "chunked_local": "attention_chunk_size"}
+    rules = _rules(text, int(need(text, "num_hidden_layers")))
+    return [(rule, (window or int(need(text, spans[rule]))) if rule in spans else 0) for rule in rules]
+
+
+_LAYER_TYPES: Mapping[str, Rule] = {
     "full_attention": "full",
     "attention": "full",
     "sliding_attention": "sliding_window",
@@ -194,7 +200,7 @@ _LAYER_TYPES = {
 _PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4))
 
 
-def _rules(text: Raw, count: int) -> list[str]:
+def _rules(text: Raw, count: int) -> list[Rule]:
     """The rule of each of ``count`` layers."""
     named = text.get("layer_types") or text.get("layers_block_type")
     if named:
@@ -225,10 +231,11 @@ def _rules(text: Raw, count: int) -> list[str]:
     return _windowed(text, count)
 
 
-def _windowed(text: Raw, count: int) -> list[str]:
-    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
-        return ["full"] * count
+def _windowed(text: Raw, count: int) -> list[Rule]:
     model_type = str(text.get("model_type") or "")
+    # Qwen writes a window into every config, and switches it on apart.
+    if not text.get("sliding_window") or not text.get("use_sliding_window", not model_type.startswith("qwen")):
+        return ["full"] * count
     pattern = next((n for prefix, n in _PATTERNS if model_type.startswith(prefix)), 0)
     pattern = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or pattern)
     if pattern:
@@ -239,19 +246,19 @@ def _windowed(text: Raw, count: int) -> list[str]:
     return ["sliding_window"] * count
 
 
-def _unless_switched_off(text: Raw, rules: list[str]) -> list[str]:
+def _unless_switched_off(text: Raw, rules: list[Rule]) -> list[Rule]:
     """Sliding layers without a window see everything."""
     if text.get("sliding_window"):
         return rules
     return ["full" if rule == "sliding_window" else rule for rule in rules]
 
 
-def _every(n: int, count: int, other: str) -> list[str]:
+def _every(n: int, count: int, other: Rule) -> list[Rule]:
     """Layers n, 2n, ... (counted from 1) are full."""
     return ["full" if (i + 1) % n == 0 else other for i in range(count)]
 
 
-def _full_where(count: int, other: str, indices: Sequence[int]) -> list[str]:
+def _full_where(count: int, other: Rule, indices: Sequence[int]) -> list[Rule]:
     wanted = set(indices)
     return ["full" if i in wanted else other for i in range(count)]
 

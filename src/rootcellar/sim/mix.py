@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rootcellar.cache import Key, Kind, RadixCache, Tier
-from rootcellar.sim.arena import ARENA, divide_shared, group
-from rootcellar.sim.sizing import Cost, Division, Rules, divide
+from rootcellar.sim.arena import group
+from rootcellar.sim.sizing import ARENA, Cost, Division, Rules, divide
 
 Wave = Sequence[int]
 _MOST = 1024  # requests in a wave
@@ -57,11 +57,11 @@ def split_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
 
 def arena_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
     """A cache whose kinds share an arena; None when they cannot, or when it would not fit."""
-    grouping = group(budget.kinds, {kind.name: budget.layer_bytes for kind in budget.kinds})
+    grouping = group(budget.kinds, dict.fromkeys((kind.name for kind in budget.kinds), budget.layer_bytes))
     if grouping is None:
         return None
     costs = [Cost(kind, grouping.layers * budget.layer_bytes) for kind in grouping.kinds]
-    division = divide_shared(costs, grouping.members, budget.rules, budget.nbytes)
+    division = divide(costs, replace(budget.rules, arena=grouping.members), budget.nbytes)
     if division is None:
         return None
     page = budget.rules.page_size

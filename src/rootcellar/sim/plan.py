@@ -13,9 +13,10 @@ from typing import Any
 
 from rootcellar.cache.kind import Kind
 from rootcellar.errors import ConfigError
-from rootcellar.sim.arena import ARENA, divide_shared, group
+from rootcellar.sim.arena import group
 from rootcellar.sim.layers import Architecture, Group, Latent, head_dim, need
 from rootcellar.sim.sizing import (
+    ARENA,
     Cost,
     Division,
     Rules,
@@ -310,14 +311,13 @@ def _pools(ask: Ask, costs: Sequence[Cost], division: Division, formulas: dict[s
 
 def _arena(ask: Ask, costs: Sequence[Cost], budget: int, formulas: dict[str, str]) -> dict[str, Any]:
     """What an arena would hold of the same budget; nothing where the kinds cannot share one."""
-    layer_bytes = {c.kind.name: c.page_bytes // len(c.kind.layers) for c in costs}
-    grouping = group([c.kind for c in costs], layer_bytes)
+    grouping = group([c.kind for c in costs], {g.kind.name: g.layout for g in ask.model.groups})
     if grouping is None:
         return {}
-    page = grouping.layers * layer_bytes[costs[0].kind.name]
+    page = next(grouping.layers * c.page_bytes // len(c.kind.layers) for c in costs if not c.recurrent)
     states = {c.kind.name: c.page_bytes for c in costs if c.recurrent}
     cut = [Cost(kind, states.get(kind.name, page)) for kind in grouping.kinds]
-    division = divide_shared(cut, grouping.members, ask.rules, budget)
+    division = divide(cut, replace(ask.rules, arena=grouping.members), budget)
     if division is None:
         return {}
     formulas["arena_groups"] = f"layers by page table; a page is one of {grouping.layers} layers, {page} bytes"

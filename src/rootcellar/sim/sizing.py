@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from rootcellar.cache.kind import Kind
 
+ARENA = "arena"
+"""What the pool that several kinds share is called, in capacities and divisions."""
 MIN_STATES = 2
 """Fewest recurrent states: one request reads one and writes another."""
 
@@ -36,7 +38,9 @@ class Rules:
         swa_full_tokens_ratio: tokens of the windowed kinds for each token of the full kind, 0 to 1.
         mamba_full_memory_ratio: bytes of recurrent states for each byte of the other kinds.
         max_total_tokens: take so many tokens and no more; None takes what fits.
-        inflight: tokens of a request that may be in computation (``chunked_prefill_size``); counts for arenas.
+        inflight: tokens of a request that may be in computation (``chunked_prefill_size``); see
+            :func:`split_pages`, and arenas.
+        arena: names of the kinds that share one pool, all with pages of the same bytes (see ``sim.arena``).
     """
 
     page_size: int
@@ -44,13 +48,15 @@ class Rules:
     mamba_full_memory_ratio: float = 0.9
     max_total_tokens: int | None = None
     inflight: int = 1
+    arena: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Pages of each kind by name (padding not counted), the tokens of the largest, and the bytes of all with padding.
+    """Pages of each pool (padding not counted), tokens, and the bytes of all pools with padding.
 
-    ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the full kind, or of all kinds where none is full.
+    A pool is named after its kind, or ``ARENA``. ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the
+    full kind, or of all kinds where none is full; for an arena those of the longest request (``longest_request``).
     """
 
     pages: Mapping[str, int]
@@ -62,9 +68,13 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     """The largest pools that fit into ``budget`` bytes; None when not even the smallest do (see :func:`smallest`).
 
     The full kind gets ``f`` pages and the windowed ones ``f * swa_full_tokens_ratio``, but never less than one request
-    needs (or ``f``, when that is less). Recurrent kinds get the share ``ratio / (1 + ratio)`` of the budget in whole
-    states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given, tokens come first and states get what is left.
+    needs, its next chunk of prefill included (or ``f``, when that is less). Recurrent kinds get the share
+    ``ratio / (1 + ratio)`` of the budget in whole states, ``MIN_STATES`` at least; when ``max_total_tokens`` is given,
+    tokens come first and states get what is left. An arena gets all that is left, or the pages that its kinds would
+    have had for ``max_total_tokens``.
     """
+    if rules.arena:
+        return _divide_arena(costs, rules, budget)
     wanted = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     states = state_pages(costs, rules, budget, token_bytes(costs, rules, wanted))
     if states is None or wanted < 1:
@@ -101,6 +111,9 @@ def state_pages(costs: Sequence[Cost], rules: Rules, budget: int, least: int) ->
 
 def smallest(costs: Sequence[Cost], rules: Rules) -> int:
     """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and two states."""
+    if rules.arena:
+        page, pages = _arena_pages(costs, rules)
+        return (pages + 1) * page + state_bytes(costs, MIN_STATES if any(cost.recurrent for cost in costs) else 0)
     pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     states = MIN_STATES if any(cost.recurrent for cost in costs) else 0
     return _division(costs, rules, max(1, pages), states).nbytes
@@ -115,7 +128,7 @@ def split_pages(cost: Cost, costs: Sequence[Cost], rules: Rules, pages: int) -> 
     """Pages that a kind which is not recurrent gets when the full kind has ``pages``."""
     if cost.kind.rule == "full" or not any(other.kind.rule == "full" for other in costs):
         return pages
-    one_request = -(-cost.kind.span // rules.page_size) + 1
+    one_request = request_pages(cost.kind, rules.page_size, pages * rules.page_size, rules.inflight)
     return min(pages, max(int(pages * rules.swa_full_tokens_ratio), one_request))
 
 
@@ -123,6 +136,47 @@ def _division(costs: Sequence[Cost], rules: Rules, pages: int, states: int) -> D
     counts = {c.kind.name: states if c.recurrent else split_pages(c, costs, rules, pages) for c in costs}
     nbytes = sum((counts[cost.kind.name] + 1) * cost.page_bytes for cost in costs)
     return Division(counts, pages * rules.page_size, nbytes)
+
+
+def _arena_pages(costs: Sequence[Cost], rules: Rules) -> tuple[int, int]:
+    """Bytes of an arena's page, and the fewest pages of it: one of each kind, or for ``max_total_tokens``."""
+    sharing = [cost for cost in costs if cost.kind.name in rules.arena]
+    if rules.max_total_tokens is None:
+        return sharing[0].page_bytes, len(sharing)
+    full = rules.max_total_tokens // rules.page_size
+    return sharing[0].page_bytes, sum(split_pages(cost, sharing, rules, full) for cost in sharing)
+
+
+def _divide_arena(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
+    page, pages = _arena_pages(costs, rules)
+    states = state_pages(costs, rules, budget, page * (pages + 1))
+    if states is None or pages < 1:
+        return None
+    if rules.max_total_tokens is None:
+        pages = (budget - state_bytes(costs, states)) // page - 1
+    tokens = longest_request([cost.kind for cost in costs if cost.kind.name in rules.arena], pages, rules)
+    if rules.max_total_tokens is not None:
+        tokens = min(tokens, rules.max_total_tokens // rules.page_size * rules.page_size)
+    counts = {ARENA: pages} | {cost.kind.name: states for cost in costs if cost.recurrent}
+    return Division(counts, tokens, (pages + 1) * page + state_bytes(costs, states))
+
+
+def longest_request(kinds: Sequence[Kind], pages: int, rules: Rules) -> int:
+    """Tokens, in whole pages, to which one request can grow in an arena of ``pages`` that it has for itself.
+
+    It is computed ``rules.inflight`` tokens at a time: while tokens ``[m, n)`` are, a kind holds ``[start(m), n)``.
+    Exact, and walked step by step, because what a chunked kind holds falls at each chunk's end: all steps before the
+    answer fit. O(pages of the answer).
+    """
+    size = rules.page_size
+    step = -(-rules.inflight // size)
+    done = 0
+    while True:
+        held = sum(done - kind.start(done * size) // size for kind in kinds)
+        more = (pages - held) // len(kinds)
+        if more < step:
+            return (done + more) * size
+        done += step
 
 
 def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
@@ -142,16 +196,13 @@ def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
 def request_pages(kind: Kind, page_size: int, length: int, inflight: int) -> int:
     """Pages of ``kind`` that one request of ``length`` tokens holds while ``inflight`` of its tokens are computed.
 
-    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window's pages may begin anywhere in it, hence
-    one more; a chunk begins on a page.
+    vLLM's formulas (``max_memory_usage_bytes`` of its KV cache specs): a window may begin inside a page, hence one
+    more; a chunk begins on a page (one more for chunks that are no multiple of it).
     """
     if kind.rule == "recurrent":
         return 1
-    if kind.rule == "sliding_window":
-        return -(-min(kind.span - 1 + inflight, length) // page_size) + 1
-    if kind.rule == "chunked_local":
-        return -(-min(kind.span + inflight, length) // page_size)
-    return -(-length // page_size)
+    inside = kind.rule == "sliding_window" or kind.span % page_size > 0
+    return -(-kind.held(length, inflight) // page_size) + inside
 
 
 def concurrency(costs: Sequence[Cost], page_size: int, length: int, inflight: int, budget: int) -> float:

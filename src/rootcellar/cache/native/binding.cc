@@ -549,7 +549,7 @@ NB_MODULE(_core, module) {
         .def("_counts", &Core::counts)
         .def("_take_events", &Core::take_events)
         .def("_find_eviction", &Core::find_eviction)
-        .def("_state", &Core::state)
+        .def("_frozen", &Core::state)
         .def("_nodes", &Core::nodes)
         .def("_nodes_on_the_way", &Core::nodes_on_the_way)
         .def("memory_bytes", &Core::memory_bytes)

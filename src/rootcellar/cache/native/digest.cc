@@ -1,6 +1,7 @@
 #include "digest.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -15,7 +16,6 @@ namespace rootcellar {
 namespace {
 
 using State = std::array<std::uint32_t, 8>;
-using Block = std::array<std::uint8_t, 64>;
 
 constexpr State INITIAL = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                            0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
@@ -163,30 +163,66 @@ void big_endian(std::uint64_t value, std::uint8_t* into) {
 
 Digest digest_of(const State& state) {
     Digest digest;
-    for (int i = 0; i < 8; ++i)
-        for (int byte = 0; byte < 4; ++byte)
-            digest[4 * i + byte] = static_cast<std::uint8_t>(state[i] >> (24 - 8 * byte));
+    for (int i = 0; i < 8; ++i) {
+        const std::uint32_t word = state[i];
+        digest[4 * i] = static_cast<std::uint8_t>(word >> 24);
+        digest[4 * i + 1] = static_cast<std::uint8_t>(word >> 16);
+        digest[4 * i + 2] = static_cast<std::uint8_t>(word >> 8);
+        digest[4 * i + 3] = static_cast<std::uint8_t>(word);
+    }
     return digest;
 }
 
-// The bytes of a page's tokens: little-endian, 4 bytes each when all of them fit, else 8.
-void page_bytes(const std::int64_t* tokens, std::int64_t count, std::vector<std::uint8_t>& into) {
-    std::uint64_t all = 0;
-    for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
-    const int width = all >> 32 == 0 ? 4 : 8;
-    into.resize(count * width);
-    std::uint8_t* at = into.data();
-    for (std::int64_t i = 0; i < count; ++i, at += width)
-        for (int byte = 0; byte < width; ++byte)
-            at[byte] = static_cast<std::uint8_t>(static_cast<std::uint64_t>(tokens[i]) >> (8 * byte));
+// A token's low bytes, little-endian.
+template <class Word>
+void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint8_t* into) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        auto word = static_cast<Word>(tokens[i]);
+        if constexpr (std::endian::native == std::endian::little) {
+            std::memcpy(into + sizeof word * i, &word, sizeof word);
+        } else {
+            for (std::size_t byte = 0; byte < sizeof word; ++byte, word >>= 8)
+                into[sizeof word * i + byte] = static_cast<std::uint8_t>(word);
+        }
+    }
 }
 
-// The message of a page, all but the parent's digest filled in: whole blocks of tokens are compressed already.
-struct Page {
-    State state;
-    std::array<std::uint8_t, 128> tail;
-    std::size_t blocks;  // of the tail, 1 or 2
-    std::size_t parent;  // where in the tail the parent's digest goes
+// SHA-256 of a page's tokens and its parent's digest, as far as it goes without the parent.
+struct Message {
+    State state;                         // after all whole blocks of tokens but the last
+    std::vector<std::uint8_t> bytes;     // of the tokens: 4 each when all of them fit, else 8
+    std::size_t size = 0, blocks = 0;    // bytes, whole blocks of them
+    std::array<std::uint8_t, 128> tail;  // the rest of them, the parent (to be put in), the padding
+    std::size_t tail_size = 0;
+
+    explicit Message(std::int64_t page_size) : bytes(8 * page_size) {}
+
+    void begin(const std::int64_t* tokens, std::int64_t count) {
+        std::uint64_t all = 0;
+        for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
+        const bool narrow = all >> 32 == 0;
+        if (narrow)
+            put_tokens<std::uint32_t>(tokens, count, bytes.data());
+        else
+            put_tokens<std::uint64_t>(tokens, count, bytes.data());
+        if (const std::size_t now = count * (narrow ? 4 : 8); size != now) pad(now);
+        state = INITIAL;
+        for (std::size_t i = 0; i + 1 < blocks; ++i) compress(state, bytes.data() + 64 * i);
+        std::memcpy(tail.data(), bytes.data() + 64 * blocks, size - 64 * blocks);
+    }
+    const std::uint8_t* last_block() const { return bytes.data() + 64 * (blocks - 1); }
+    std::uint8_t* parent() { return tail.data() + (size - 64 * blocks); }
+
+  private:
+    void pad(std::size_t bytes_of_tokens) {
+        size = bytes_of_tokens;
+        blocks = size / 64;
+        tail.fill(0);
+        const std::size_t end = size % 64 + 32;
+        tail[end] = 0x80;
+        tail_size = end < 56 ? 64 : 128;
+        big_endian(8 * (size + 32), tail.data() + tail_size - 8);
+    }
 };
 
 }  // namespace
@@ -214,13 +250,24 @@ Digest seed_digest(const std::string& fingerprint, const std::string& name, std:
 }
 
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into) {
-    std::vector<std::uint8_t> bytes;
-    Digest above = parent;
-    // TODO
+    if (pages == 0) return;
+    Message messages[2] = {Message(page_size), Message(page_size)};
+    messages[0].begin(tokens, page_size);
+    if (messages[0].blocks != 0) compress(messages[0].state, messages[0].last_block());
+    const Digest* above = &parent;
     for (std::int64_t i = 0; i < pages; ++i) {
-        page_bytes(tokens + i * page_size, page_size, bytes);
-        bytes.insert(bytes.end(), above.begin(), above.end());
-        above = into[i] = sha256(bytes.data(), bytes.size());
+        Message &now = messages[i % 2], &next = messages[(i + 1) % 2];
+        std::memcpy(now.parent(), above->data(), above->size());
+        if (now.tail_size == 128) compress(now.state, now.tail.data());
+        const std::uint8_t* last = now.tail.data() + now.tail_size - 64;
+        const bool more = i + 1 < pages;
+        if (more) next.begin(tokens + (i + 1) * page_size, page_size);
+        if (more && next.blocks != 0)
+            compress2(now.state, last, next.state, next.last_block());
+        else
+            compress(now.state, last);
+        into[i] = digest_of(now.state);
+        above = &into[i];
     }
 }
 

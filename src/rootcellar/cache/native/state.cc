@@ -43,7 +43,8 @@ nb::tuple record(Cache& cache, Node* node) {
         entries.append(entry_of(shelf, entry));
     }
     if (node->flights)
-        for (const Flight* flight : *node->flights) flights.append(flight->id);
+        for (const Flight* flight : *node->flights)
+            flights.append(nb::make_tuple(flight->id, flight->k, static_cast<int>(flight->src), static_cast<int>(flight->dst)));
     for (std::uint32_t i = 0; i < node->digests.size(); ++i) digests.append(python_digest(node->digests[i]));
     nb::object name = nb::none();
     if (node->parent == nullptr) name = python_name(node->name->text);

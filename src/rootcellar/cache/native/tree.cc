@@ -7,7 +7,7 @@
 namespace rootcellar {
 
 namespace {
-constexpr std::size_t NODES_IN_SLAB = 256;
+constexpr std::size_t MOST_NODES_IN_SLAB = 1024;  // a slab has as many nodes as all before it, up to this
 
 std::vector<std::pair<std::int64_t, std::int32_t>>& starts_of(Pins& pins) {
     if (!pins.starts) pins.starts = std::make_unique<std::vector<std::pair<std::int64_t, std::int32_t>>>();
@@ -93,12 +93,13 @@ Node* Tree::blank(Node* parent, Run<std::int64_t> tokens, std::int32_t start, st
         memory = reinterpret_cast<std::byte*>(free_nodes_);
         free_nodes_ = free_nodes_->next;
     } else {
-        if (slabs_.empty() || in_slab_ == NODES_IN_SLAB) {
-            slabs_.push_back(std::make_unique_for_overwrite<std::byte[]>(NODES_IN_SLAB * stride_));
-            ledger.bytes += NODES_IN_SLAB * stride_;
-            in_slab_ = 0;
+        if (left_in_slab_ == 0) {
+            left_in_slab_ = std::clamp<std::size_t>(in_slabs_, 16, MOST_NODES_IN_SLAB);
+            in_slabs_ += left_in_slab_;
+            slabs_.push_back(std::make_unique_for_overwrite<std::byte[]>(left_in_slab_ * stride_));
+            ledger.bytes += left_in_slab_ * stride_;
         }
-        memory = slabs_.back().get() + stride_ * in_slab_++;
+        memory = slabs_.back().get() + stride_ * --left_in_slab_;
     }
     Node* node = new (memory) Node;
     node->shelves = static_cast<std::uint16_t>(shelves.size());
@@ -546,7 +547,6 @@ const Digest* Tree::page_digests(Node* node) {
     for (Node* climb = node; climb->parent != nullptr && static_cast<std::int32_t>(climb->digests.size()) < climb->size;
          climb = climb->parent)
         path.push_back(climb);
-    std::vector<Digest> fresh;
     for (auto step = path.rbegin(); step != path.rend(); ++step) {
         Node* at = *step;
         const auto known = at->digests.size();
@@ -557,9 +557,10 @@ const Digest* Tree::page_digests(Node* node) {
             above = seed_digest(fingerprint, at->parent->name->text, page_size);
         else
             above = at->parent->digests[at->parent->digests.size() - 1];
-        fresh.resize(at->size - known);
-        chain(above, at->tokens.data() + known * page_size, at->size - known, page_size, fresh.data());
-        at->digests.append(ledger, fresh.data(), static_cast<std::uint32_t>(fresh.size()));
+        const auto lacking = static_cast<std::uint32_t>(at->size) - known;
+        if (digests_.size() < lacking) digests_.resize(lacking);
+        chain(above, at->tokens.data() + known * page_size, lacking, page_size, digests_.data());
+        at->digests.append(ledger, digests_.data(), lacking);
     }
     return node->digests.data();
 }

@@ -153,9 +153,10 @@ struct Tree {
     std::size_t sweep_at_ = 64;  // names at which those that nobody uses are dropped
     std::size_t stride_;         // bytes of a node with its entries and pins
     std::vector<std::unique_ptr<std::byte[]>> slabs_;
-    std::size_t in_slab_ = 0;
+    std::size_t in_slabs_ = 0, left_in_slab_ = 0;
     Node* free_nodes_ = nullptr;  // by `next`
     std::vector<Node*> graveyard_;
+    std::vector<Digest> digests_;  // reused by each call
     // Reused by each match: by kind, and by tier and kind.
     std::vector<std::int64_t> heads_, runs_, starts_;
 

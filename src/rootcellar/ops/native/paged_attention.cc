@@ -56,10 +56,10 @@ struct Span {
   }
 };
 
-// `rows` queries, already scaled by log2(e)/sqrt(head_dim); query r sees the positions <= last[r].
+// `rows` queries, already scaled (log2(e) included); query r sees the positions from first[r] to last[r].
 struct Query {
   const float* data;
-  const int32_t* last;
+  const int32_t *first, *last;
   int rows;
 };
 
@@ -154,11 +154,13 @@ void write_row<bf16>(bf16* to, const float* from, int n) {
 }
 
 struct Batch {
-  const float *q, *k, *v;
+  const float *q, *k, *v, *sinks;
   const int32_t *tables, *rows, *positions;
   void* pool;
   float* out;
   int64_t tokens, heads, kv_heads, head_dim, page_size, width, tiles, tile;
+  float scale;
+  int64_t window, chunk;  // 0: none
 
   int64_t page_stride() const { return 2 * kv_heads * page_size * head_dim; }
 
@@ -175,6 +177,12 @@ struct Batch {
         write_row(to + (kv_heads + h) * page_size * head_dim, v + (j * kv_heads + h) * head_dim, head_dim);
       }
     }
+  }
+
+  // The first position that a query at `position` sees.
+  int64_t first(int64_t position) const {
+    if (window > 0) return std::max<int64_t>(0, position - window + 1);
+    return chunk > 0 ? position / chunk * chunk : 0;
   }
 
   // The tokens of a tile are consecutive positions of one row, padding (-1) last.
@@ -205,7 +213,7 @@ void attend(ffi::ThreadPool& threads, const Batch& b, Kernel kernel) {
     const int64_t c = b.count(n);
     if (c == 0) continue;
     live++;
-    longest = std::max<int64_t>(longest, b.positions[n * b.tile + c - 1] + 1);
+    longest = std::max<int64_t>(longest, b.positions[n * b.tile + c - 1] + 1 - b.first(b.positions[n * b.tile]));
   }
   std::memset(b.out, 0, b.tokens * b.heads * d * sizeof(float));
   if (live == 0) return;
@@ -216,17 +224,19 @@ void attend(ffi::ThreadPool& threads, const Batch& b, Kernel kernel) {
   std::vector<float> parts(splits > 1 ? b.tiles * b.kv_heads * splits * state : 0);
   std::vector<std::atomic<int32_t>> left(splits > 1 ? b.tiles * b.kv_heads : 0);
   for (auto& x : left) x.store(static_cast<int32_t>(splits), std::memory_order_relaxed);
-  const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(d));
+  const float scale = kLog2e * b.scale;
 
   parallel_for(threads, b.tiles * b.kv_heads * splits, [&](int64_t item) {
     const int64_t part = item % splits, h = item / splits % b.kv_heads, n = item / splits / b.kv_heads;
     const int64_t count = b.count(n);
     if (count == 0) return;
-    const int64_t rows = count * group, length = b.positions[n * b.tile + count - 1] + 1;
+    const int64_t rows = count * group, begin = b.first(b.positions[n * b.tile]);
+    const int64_t length = b.positions[n * b.tile + count - 1] + 1 - begin;
     const int64_t rounded = rows > 16 ? (rows + 3) / 4 * 4 : rows;
     thread_local std::vector<float> scratch;
-    thread_local std::vector<int32_t> last;
+    thread_local std::vector<int32_t> first, last;
     scratch.assign(rounded * d + state, 0.0f);
+    first.assign(rounded, 0);
     last.assign(rounded, -1);
     float* x = scratch.data();
     for (int64_t j = 0; j < count; j++) {
@@ -234,15 +244,29 @@ void attend(ffi::ThreadPool& threads, const Batch& b, Kernel kernel) {
         const float* from = b.q + ((n * b.tile + j) * b.heads + h * group + g) * d;
         for (int64_t i = 0; i < d; i++) x[(j * group + g) * d + i] = from[i] * scale;
         last[j * group + g] = b.positions[n * b.tile + j];
+        first[j * group + g] = static_cast<int32_t>(b.first(b.positions[n * b.tile + j]));
       }
     }
     float* m = splits > 1 ? parts.data() + item * state : x + rounded * d;
     float *l = m + padded, *o = l + padded;
     std::fill(m, m + padded, kMasked);
-    Span span{b.pool,      b.tables + b.rows[n] * b.width,       static_cast<int>(length * part / splits),
-              static_cast<int>(length * (part + 1) / splits),    static_cast<int>(b.page_size),
-              b.page_stride(), b.kv_heads * b.page_size * d, h * b.page_size * d, static_cast<int>(d)};
-    kernel(span, Query{x, last.data(), static_cast<int>(rounded)}, m, l, o);
+    for (int64_t r = 0; r < rows && part == 0; r++) {  // a sink is a score without a value
+      const float sink = b.sinks[h * group + r % group];
+      if (sink > kMasked) {
+        m[r] = sink * kLog2e;
+        l[r] = 1.0f;
+      }
+    }
+    Span span{b.pool,
+              b.tables + b.rows[n] * b.width,
+              static_cast<int>(begin + length * part / splits),
+              static_cast<int>(begin + length * (part + 1) / splits),
+              static_cast<int>(b.page_size),
+              b.page_stride(),
+              b.kv_heads * b.page_size * d,
+              h * b.page_size * d,
+              static_cast<int>(d)};
+    kernel(span, Query{x, first.data(), last.data(), static_cast<int>(rounded)}, m, l, o);
     if (splits == 1) {
       finish(b, n, h, count, l, o);
     } else if (left[n * b.kv_heads + h].fetch_sub(1, std::memory_order_acq_rel) == 1) {
@@ -266,10 +290,12 @@ void attend(ffi::ThreadPool& threads, const Batch& b, Kernel kernel) {
   });
 }
 
-// q [T, heads, head_dim], k and v [T, kv_heads, head_dim] float32; tables [rows, width], rows [tiles], positions [T]
-// int32 (-1: padding); pool [pages, 2, kv_heads, page_size, head_dim] float32 or bfloat16, updated in place.
+// q [T, heads, head_dim], k and v [T, kv_heads, head_dim], sinks [heads] float32 (-inf: none); tables [rows, width],
+// rows [tiles], positions [T] int32 (-1: padding); pool [pages, 2, kv_heads, page_size, head_dim] float32 or bfloat16,
+// updated in place. `scale` of the scores; `window` or `chunk` in tokens, 0 for none.
 ffi::Error paged_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                           ffi::AnyBuffer tables, ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool,
+                           ffi::AnyBuffer sinks, ffi::AnyBuffer tables, ffi::AnyBuffer rows, ffi::AnyBuffer positions,
+                           ffi::AnyBuffer pool, float scale, int64_t window, int64_t chunk,
                            ffi::Result<ffi::AnyBuffer> pool_out, ffi::Result<ffi::AnyBuffer> out) {
   const auto qd = q.dimensions(), kd = k.dimensions(), pd = pool.dimensions(), td = tables.dimensions();
   if (qd.size() != 3 || kd.size() != 3 || pd.size() != 5 || td.size() != 2 || rows.dimensions().size() != 1)
@@ -279,14 +305,30 @@ ffi::Error paged_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBu
   const bool is_bf16 = pool.element_type() == ffi::DataType::BF16;
   if (!is_bf16 && pool.element_type() != ffi::DataType::F32)
     return ffi::Error::InvalidArgument("paged_attention: the pool must be float32 or bfloat16");
-  Batch b{q.typed_data<float>(),        k.typed_data<float>(),      v.typed_data<float>(),
-          tables.typed_data<int32_t>(), rows.typed_data<int32_t>(), positions.typed_data<int32_t>(),
-          pool.untyped_data(),          (*out).typed_data<float>(), qd[0],
-          qd[1],                        kd[1],                      qd[2],
-          pd[3],                        td[1],                      rows.dimensions()[0],
-          0};
+  Batch b{q.typed_data<float>(),
+          k.typed_data<float>(),
+          v.typed_data<float>(),
+          sinks.typed_data<float>(),
+          tables.typed_data<int32_t>(),
+          rows.typed_data<int32_t>(),
+          positions.typed_data<int32_t>(),
+          pool.untyped_data(),
+          (*out).typed_data<float>(),
+          qd[0],
+          qd[1],
+          kd[1],
+          qd[2],
+          pd[3],
+          td[1],
+          rows.dimensions()[0],
+          0,
+          scale,
+          window,
+          chunk};
   if (b.tiles == 0 || b.tokens % b.tiles != 0 || b.heads % b.kv_heads != 0)
     return ffi::Error::InvalidArgument("paged_attention: tokens must be a multiple of tiles, heads of kv_heads");
+  if (sinks.element_count() != static_cast<size_t>(b.heads))
+    return ffi::Error::InvalidArgument("paged_attention: one sink for each head");
   b.tile = b.tokens / b.tiles;
   const Kernel kernel = choose_kernel(is_bf16, static_cast<int>(b.head_dim));
   if (kernel == nullptr) return ffi::Error::InvalidArgument("paged_attention: head_dim has no kernel");
@@ -311,6 +353,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarPagedAttention, paged_attention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootcellar.cache.kind import chunked_local, full, recurrent, sliding_window
-from rootcellar.sim.arena import ARENA, MOST_GROUPS, divide_shared, group, longest_request
+from rootcellar.sim.arena import MOST_GROUPS, group
 from rootcellar.sim.layers import read_architecture
 from rootcellar.sim.mix import Budget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
 from rootcellar.sim.plan import Ask, plan
 from rootcellar.sim.presets import PRESETS
-from rootcellar.sim.sizing import Cost, Rules
+from rootcellar.sim.sizing import ARENA, Cost, Rules, divide, longest_request, smallest
 
 unhurried = settings(deadline=None, max_examples=200)
 BYTES = 1000
@@ -86,11 +86,11 @@ def test_kinds_whose_pages_differ_do_not_share():
 def test_an_arena_takes_no_more_than_the_budget_and_leaves_no_page(page_size, budget, most, states):
     kinds = [full("full", (0,)), sliding_window("window", (1,), window=40)]
     costs = [Cost(kind, 10) for kind in kinds] + [Cost(recurrent("state", (2,)), 7)] * states
-    rules = Rules(page_size, max_total_tokens=most, inflight=8)
-    division = divide_shared(costs, ["full", "window"], rules, budget)
+    rules = Rules(page_size, max_total_tokens=most, inflight=8, arena=("full", "window"))
+    division = divide(costs, rules, budget)
     if division is None:
-        least = 2 if most is None else 2 * (most // page_size)
-        assert least < 2 or budget < (least + 1) * 10 + 3 * 7 * states
+        pages = 2 if most is None else 2 * (most // page_size)
+        assert pages == 0 or budget < (pages + 1) * 10 + 3 * 7 * states == smallest(costs, rules)
         return
     taken = (division.pages[ARENA] + 1) * 10 + (division.pages.get("state", -1) + 1) * 7
     assert division.nbytes == taken <= budget

@@ -1,0 +1,69 @@
+"""The native cache core under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
+
+Builds the core with both in ``build/sanitize`` and lets it run in lockstep with the Python core, which any bad access
+and any undefined behaviour ends with a report. Needs GCC or Clang with their sanitizer runtimes. The interpreter's own
+leaks would drown ours, so leaks are not looked for here; ``tests/cache/test_native.py`` accounts for every byte instead.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "sanitize"
+
+
+def build() -> None:
+    tools = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).with_name('ninja')}"]
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DROOTCELLAR_SANITIZE=ON", "--log-level=NOTICE"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "ROOTCELLAR_NO_NATIVE"} | {"PATH": path}
+    for command in ([*configure, *tools], ["cmake", "--build", BUILD, "--", "--quiet"]):
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def package() -> Path:
+    """A copy of the cache alone beside the sanitized core, so that no installed core can be taken for it."""
+    source, copy = ROOT / "src" / "rootcellar", BUILD / "package" / "rootcellar"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "types.py"):
+        shutil.copy(source / name, copy)
+    shutil.copytree(source / "cache", copy / "cache", ignore=shutil.ignore_patterns("__pycache__", "native"))
+    for core in BUILD.glob("_core*.so"):
+        shutil.copy(core, copy / "cache")
+    return copy.parent
+
+
+def runtime() -> str:
+    """The sanitizers' library, to be loaded before the interpreter, which was built without."""
+    compiler = os.environ.get("CXX", "c++")
+    for name in ("libasan.so", "libclang_rt.asan.so"):
+        done = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        if os.sep in done.stdout.strip():
+            return done.stdout.strip()
+    sys.exit(f"{compiler} has no AddressSanitizer runtime; install it, or choose a compiler with CXX=...")
+
+
+def main() -> None:
+    steps, seed = [*sys.argv[1:], *("20000", "0")[len(sys.argv) - 1 :]]
+    build()
+    environment = os.environ | {
+        "LD_PRELOAD": runtime(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": os.pathsep.join([str(package()), str(Path(numpy.__file__).parents[1])]),
+    }
+    environment.pop("ROOTCELLAR_NO_NATIVE", None)
+    # -S: an editable install would put its own finder first, and the sanitized core would never be imported.
+    command = [sys.executable, "-S", ROOT / "tests" / "cache" / "fuzz.py", steps, seed, "lockstep"]
+    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()

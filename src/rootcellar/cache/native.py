@@ -1,0 +1,200 @@
+"""The native core as a ``RadixCache``: the verbs are C++ (``native/``), what is said in words is Python.
+
+The hot verbs are inherited from the C++ object, so a call enters it at once; here is what happens seldom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache import _core
+from rootcellar.cache.adaptive import EDGES
+from rootcellar.cache.check import check
+from rootcellar.cache.control import Prefetch
+from rootcellar.cache.explain import Explanation, explain, pretty_print
+from rootcellar.cache.glimpse import State, thaw, thaw_desk
+from rootcellar.cache.journal import MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored, Eviction, Evictions, KVEvent
+from rootcellar.cache.key import Key
+from rootcellar.cache.kind import Kind, Tier
+from rootcellar.cache.lease import ReqToTokenPool
+from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
+from rootcellar.cache.order import POLICIES
+from rootcellar.cache.settings import settings
+from rootcellar.cache.slots import not_free
+from rootcellar.cache.stats import CacheStats, count_shelf
+from rootcellar.cache.tree import Tree
+from rootcellar.cache.verbs import Desk
+from rootcellar.errors import CacheBusy
+
+RULES = ("full", "sliding_window", "chunked_local", "recurrent")
+
+
+class NativeRadixCache(_core.Core):
+    """The same cache as ``PyRadixCache``, call by call: arguments, results, errors and state. See there."""
+
+    def __init__(self, kinds: Sequence[Kind], **options: Any) -> None:
+        given = self._given = settings(kinds, **options)
+        # Shelves, arenas and tiers are laid out in one place, by the twin's constructor.
+        plan = thaw(given, (), full=False)
+        self.kinds = given.kinds
+        self.page_size = given.page_size
+        self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
+        self._tiers = plan.tiers
+        self._shelves = [(shelf.kind, shelf.tier) for shelf in plan.shelves]
+        arenas = list(plan.arenas)
+        sizes = {shelf.arena.name: given.sizes[shelf.kind_index, shelf.tier] for shelf in plan.shelves}
+        super().__init__(
+            [(kind.name, RULES.index(kind.rule), kind.span) for kind in given.kinds],
+            [(shelf.kind_index, int(shelf.tier), arenas.index(shelf.arena)) for shelf in plan.shelves],
+            [(arena.name, sizes[arena.name] // arena.slots.page_size) for arena in arenas],
+            given.page_size,
+            next((size for (_, tier), size in given.sizes.items() if tier is Tier.DEVICE), 0),
+            list(POLICIES).index(given.policy),
+            EDGES,
+            given.max_length,
+            given.max_leases,
+            given.reuse,
+            given.digests,
+            -1 if given.write_hits is None else given.write_hits,
+            given.write_back,
+            [given.min_load.get(tier, 1) for tier in Tier],
+            given.fingerprint,
+            given.events,
+            self.tables.by_kind,
+        )
+
+    # ---- tiers and control ------------------------------------------------------------------------------------------
+
+    def moves(self) -> list[Move]:
+        """See ``PyRadixCache.moves``."""
+        return [
+            Move(ident, self.kinds[k].name, Tier(src), Tier(dst), src_slots, dst_slots, first, digests)
+            for ident, k, src, dst, src_slots, dst_slots, first, digests in self._moves()
+        ]
+
+    def learn(self, event: Event) -> None:
+        """See ``PyRadixCache.learn``."""
+        if isinstance(event, Done):
+            self._done(event.move)
+        elif isinstance(event, Failed):
+            self._failed(event.move)
+        elif isinstance(event, Found):
+            self._found(event.key, event.tier, event.kind, event.start)
+        elif isinstance(event, Lost):
+            self._lost(event.key, event.tier, event.kind, event.start)
+
+    def forget_tier(self, tier: Tier) -> None:
+        """See ``PyRadixCache.forget_tier``."""
+        leases, flights = self._busy()
+        if leases or flights:
+            raise CacheBusy(
+                f"{tier.name} cannot be emptied with {leases} live leases and {flights} copies "
+                f"under way; close the leases and report the copies first"
+            )
+        self._forget_tier(tier)
+
+    def prefetch(self, hit: _core.Hit, tier: Tier = Tier.STORAGE) -> Prefetch | None:
+        """See ``PyRadixCache.prefetch``."""
+        found = self._prefetch(hit, tier)
+        return None if found is None else Prefetch(frozenset(found[0]), found[1])
+
+    def pending(self, prefetch: Prefetch) -> int:
+        """See ``PyRadixCache.pending``."""
+        return sum(map(self._flies, prefetch.moves))
+
+    def flush(self) -> None:
+        """See ``PyRadixCache.flush``."""
+        leases, flights = self._busy()
+        if leases or flights:
+            raise CacheBusy(
+                f"flush with {leases} live leases and {flights} copies under way; close the leases (finish or abort) "
+                f"and report the copies first"
+            )
+        self._flush()
+
+    def _busy(self) -> tuple[int, int]:
+        _, leases, *_, flights = self._counts()
+        return leases, flights
+
+    # ---- sight ------------------------------------------------------------------------------------------------------
+
+    def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
+        """See ``PyRadixCache.used_pages``."""
+        (shelf,) = (i for i, (its, at) in enumerate(self._shelves) if its.name == kind and at is tier)
+        return not_free(self._counts()[0][shelf][0], self._free_pages(shelf))
+
+    def stats(self) -> CacheStats:
+        """See ``PyRadixCache.stats``."""
+        shelves, leases, nodes, ticks, requests, input_tokens, hits, _ = self._counts()
+        return CacheStats(
+            shelves={
+                (kind.name, tier): count_shelf(1 if kind.rule == "recurrent" else self.page_size, *numbers)
+                for (kind, tier), numbers in zip(self._shelves, shelves, strict=True)
+            },
+            leases=leases,
+            nodes=nodes,
+            ticks=ticks,
+            requests=requests,
+            input_tokens=input_tokens,
+            hit_tokens=sum(hits),
+            hit_tokens_by_tier=dict(zip(self._tiers, hits, strict=True)),
+        )
+
+    def take_events(self) -> list[KVEvent]:
+        """See ``PyRadixCache.take_events``."""
+        events: list[KVEvent] = []
+        for what, digests, parent, tokens, medium, namespace in self._take_events():
+            if what == 0:
+                medium = MEDIUM[Tier(medium)]
+                events.append(BlockStored(digests, parent, tokens, self.page_size, medium, namespace))
+            elif what == 1:
+                events.append(BlockRemoved(digests, MEDIUM[Tier(medium)]))
+            else:
+                events.append(AllBlocksCleared())
+        return events
+
+    def explain(self, key: Key) -> Explanation:
+        """See ``PyRadixCache.explain``. O(nodes on the way and beside its end)."""
+        return explain(self._part(self._nodes_on_the_way(key)), key)
+
+    def pretty_print(self, limit: int = 100) -> str:
+        """See ``PyRadixCache.pretty_print``."""
+        return pretty_print(self._part(self._nodes(limit + 1)), limit)
+
+    def _part(self, records: list[tuple[Any, ...]]) -> Tree:
+        """Some nodes as the twin's, in a tree that knows what it must for its words."""
+        tree = thaw(self._given, records, full=False)
+        _, _, tree.nodes, tree.tick, *_ = self._counts()
+        tree.evictions = _NativeEvictions(self)
+        return tree
+
+    def check(self) -> None:
+        """See ``PyRadixCache.check``: the Python code recounts a copy of the native state."""
+        check(self._inside())
+
+    def _inside(self) -> Desk:
+        """The cache's insides, to read: a copy, but for the page tables."""
+        return thaw_desk(self._given, self._state(), self.tables)
+
+    def _state(self) -> State:
+        """Everything, as plain values that equal those of the Python cache in the same state."""
+        return self._frozen()
+
+
+class _NativeEvictions(Evictions):
+    """The evictions that the native core remembers."""
+
+    def __init__(self, cache: NativeRadixCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def find(self, where: int, what: bytes) -> Eviction | None:
+        found = self._cache._find_eviction(where, what)
+        if found is None:
+            return None
+        tick, k, tier, tokens = found
+        return Eviction(tick, self._cache.kinds[k].name, Tier(tier), tokens)

@@ -1,0 +1,54 @@
+"""What both cores say of the same things: errors and the looks of hits and leases, worded in one place."""
+
+from __future__ import annotations
+
+from rootcellar.cache.key import Key
+from rootcellar.errors import CacheBroken, RequestError, RequestTooLarge
+
+
+def lease(row: int, cached: int, length: int, lost: bool, waits: int) -> str:
+    """A lease; ``waits`` copies are under way for it."""
+    state = "lost" if lost else "ready" if not waits else f"waits for {waits} copies"
+    return f"Lease(row={row}, cached={cached}, length={length}, {state})"
+
+
+def hit(key: Key, reaches: tuple[int, int, int, int], branch: int) -> str:
+    """A hit; ``reaches`` by tier, in tokens like ``branch``."""
+    return f"Hit({key!r}, reaches={reaches}, branch={branch})"
+
+
+def key_too_long(tokens: int, max_length: int) -> RequestTooLarge:
+    """A key that no row holds."""
+    return RequestTooLarge(
+        f"the key has {tokens} tokens, a page table row holds max_length={max_length}; raise max_length"
+    )
+
+
+def only_grows(tokens: int) -> RequestError:
+    """A lease asked to grow by less than nothing."""
+    return RequestError(f"grow by {tokens} tokens: a lease only grows; close it to give tokens back")
+
+
+def row_full(length: int, tokens: int, max_length: int) -> RequestTooLarge:
+    """A row without room for ``tokens`` more."""
+    return RequestTooLarge(
+        f"{length} + {tokens} tokens do not fit a page table row of max_length={max_length}; raise max_length"
+    )
+
+
+def commit_too_long(tokens: int, namespace: str, length: int, of: str) -> RequestError:
+    """A key to commit that is longer than its lease, or of another namespace (``of`` is the lease's)."""
+    return RequestError(
+        f"commit of {tokens} tokens in namespace {namespace!r}: the lease has slots for {length} "
+        f"tokens in {of!r}; grow the lease first and commit only what was computed"
+    )
+
+
+def closed(of: str) -> RequestError:
+    """A lease (in words) that is not open in this cache."""
+    return RequestError(f"{of} is closed already; a lease serves until it is closed, and is closed once")
+
+
+def nothing_filed(arena: str, evictable: int) -> CacheBroken:
+    """An arena whose order of leaving lacks what its counts promise."""
+    return CacheBroken(f"{arena}: {evictable} pages are counted evictable, none is filed")

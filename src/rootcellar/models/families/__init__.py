@@ -1,0 +1,20 @@
+"""The known architectures: a row each in ``FAMILIES``, a small file for each group of relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rootcellar.errors import ModelError
+from rootcellar.models.families import deepseek, llama
+from rootcellar.models.families.family import Family, Raw
+
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*llama.FAMILIES, *deepseek.FAMILIES)}
+
+
+def family_of(raw: Raw) -> Family:
+    """The family that ``config.json`` names under ``architectures``; ``ModelError`` lists the known ones."""
+    named = raw.get("architectures") or []
+    for architecture in named:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    raise ModelError(f"unknown architecture {named or '(none given)'}; known: {', '.join(sorted(FAMILIES))}")

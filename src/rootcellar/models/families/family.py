@@ -1,0 +1,120 @@
+"""What a family is, and what families have in common: reading fields, and the names most checkpoints use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rootcellar.cache.kind import Rule
+from rootcellar.errors import ConfigError, ModelError
+from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.sim.layers import layer_rules
+
+Raw = Mapping[str, Any]
+Names = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    ``read``: from ``config.json`` the fields of ``ModelConfig`` that are the family's own, ``layers`` at least.
+    ``names``: parameter (see ``params.declare``) to the checkpoint's tensors that it is packed from, in order;
+    ``{layer}`` stands for the layer's index.
+    """
+
+    architecture: str
+    read: Callable[[Raw], dict[str, Any]]
+    names: Names
+
+
+def layer_names(**suffixes: str | tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """A name table's rows for tensors of a layer: ``o="self_attn.o_proj.weight"``."""
+    return {
+        name: tuple(f"model.layers.{{layer}}.{x}" for x in ((given,) if isinstance(given, str) else given))
+        for name, given in suffixes.items()
+    }
+
+
+TOP_NAMES: Names = {
+    "embed": ("model.embed_tokens.weight",),
+    "norm": ("model.norm.weight",),
+    "head": ("lm_head.weight",),
+}
+NORM_NAMES: Names = layer_names(
+    attn_norm="input_layernorm.weight",
+    mlp_norm="post_attention_layernorm.weight",
+)
+ATTENTION_NAMES: Names = layer_names(
+    qkv=tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    qkv_bias=tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    q_norm="self_attn.q_norm.weight",
+    k_norm="self_attn.k_norm.weight",
+    o="self_attn.o_proj.weight",
+    o_bias="self_attn.o_proj.bias",
+)
+DENSE_NAMES: Names = layer_names(
+    gate_up=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    gate_up_bias=("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    down="mlp.down_proj.weight",
+    down_bias="mlp.down_proj.bias",
+)
+
+
+def need(raw: Raw, name: str) -> Any:
+    """A field that must be there; ``ModelError`` names it when it is not."""
+    if raw.get(name) is None:
+        raise ModelError(f"the field {name!r} is missing")
+    return raw[name]
+
+
+def given(raw: Raw, name: str, default: Any) -> Any:
+    """A field that may be absent or null."""
+    value = raw.get(name)
+    return default if value is None else value
+
+
+def size(raw: Raw, name: str, default: int | None = None) -> int:
+    """A field that is a whole number of at least 1; ``default`` where it may be absent or null."""
+    value = need(raw, name) if default is None else given(raw, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def heads_of(raw: Raw, head_dim: int | None = None) -> dict[str, int]:
+    """``num_heads``, ``num_kv_heads`` and ``head_dim`` of ordinary attention.
+
+    ``head_dim``: the architecture's own default; None: hidden_size / num_attention_heads.
+    """
+    heads = size(raw, "num_attention_heads")
+    return {
+        "num_heads": heads,
+        "num_kv_heads": size(raw, "num_key_value_heads", heads),
+        "head_dim": size(raw, "head_dim", head_dim or max(1, size(raw, "hidden_size") // heads)),
+    }
+
+
+def activation_of(raw: Raw, field: str = "hidden_act", default: str = "silu") -> str:
+    """The name of the activation function; ``ModelError`` for one that is not known."""
+    name = str(given(raw, field, default))
+    if name not in ACTIVATIONS:
+        raise ModelError(f"{field}={name!r} is not supported; known: {', '.join(map(repr, ACTIVATIONS))}")
+    return name
+
+
+def rules_of(raw: Raw) -> list[tuple[Rule, int]]:
+    """Rule and span of each layer, as the planner reads them."""
+    size(raw, "num_hidden_layers")
+    try:
+        return layer_rules(raw)
+    except ConfigError as error:
+        raise ModelError(str(error)) from None
+
+
+def refuse(raw: Raw, *names: str) -> None:
+    """Raise ``ModelError`` for fields that are set, and that this implementation would leave out of account."""
+    for name in names:
+        if raw.get(name):
+            raise ModelError(f"{name}={raw[name]!r} is not supported")

@@ -1,0 +1,48 @@
+"""The gated feed-forward: down(activation(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar.models import packing
+from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.models.spec import Declare, Params
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gate, up and down, each with a bias or none. ``activation``: a name in ``ACTIVATIONS``."""
+
+    intermediate_size: int
+    bias: bool = False
+    activation: str = "silu"
+
+    @property
+    def width(self) -> int:
+        """Elements of one token's inner activations."""
+        return self.intermediate_size
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """``gate_up`` [E, 2, I], ``down`` [I, E], and their biases where there are any."""
+        inner = self.intermediate_size
+        params: Params = {
+            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.gate_up),
+            "down": declare("down", (inner, embed), ("mlp", "embed"), "random", packing.transposed),
+        }
+        if self.bias:
+            params["gate_up_bias"] = declare(
+                "gate_up_bias", (2, inner), (None, "mlp"), "zeros", packing.gate_up_bias
+            )  # fmt: skip
+            params["down_bias"] = declare("down_bias", (embed,), (None,), "zeros")
+        return params
+
+    def apply(self, params: Params, x: jax.Array) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E]."""
+        rows = jnp.einsum("te,eci->tci", x, params["gate_up"])
+        if self.bias:
+            rows = rows + params["gate_up_bias"]
+        out = jnp.einsum("ti,ie->te", ACTIVATIONS[self.activation](rows[:, 0]) * rows[:, 1], params["down"])
+        return out + params["down_bias"] if self.bias else out

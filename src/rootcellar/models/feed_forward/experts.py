@@ -1,0 +1,156 @@
+"""A mixture of experts: each token goes through the few experts that a router chooses, and through a shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar.errors import ModelError
+from rootcellar.models import packing
+from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.models.feed_forward.dense import Dense
+from rootcellar.models.spec import Axis, Declare, Init, Packing, Params, ParamSpec
+from rootcellar.ops.experts import Router, grouped, route
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """gpt-oss' gate: ``min(g, limit) * sigmoid(alpha * min(g, limit)) * (clip(u, -limit, limit) + 1)``."""
+
+    limit: float
+    alpha: float
+
+
+STORED: Mapping[str, tuple[Packing, Packing]] = {
+    "apart": (packing.each_gate_up, packing.each_transposed),
+    "linear": (packing.all_gate_up, packing.all_transposed),
+    "halves": (packing.halves, packing.same),
+    "interleaved": (packing.interleaved, packing.same),
+}
+"""How checkpoints store experts (packing of gate and up, of down): tensors of each expert apart, under names with
+``{expert}`` in them (DeepSeek, Qwen); all experts in one, as linear layers ``[N, out, in]`` (Granite); as ``[N, in,
+out]`` with gates before ups (Llama 4), or with gates and ups taking turns (gpt-oss)."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``router.experts`` experts of ``intermediate_size``, of which each token uses ``router.top_k``.
+
+    Attributes:
+        stored: how the checkpoint stores them: a name in ``STORED``.
+        bias: gate, up and down have biases.
+        router_bias: the router's scores have one.
+        activation: a name in ``ACTIVATIONS``; ``clamp``, where given, stands in its place.
+        weigh: whether the router's weights multiply what experts give, or what they are given (Llama 4).
+        shared: the expert that every token goes through; ``shared_gate``: multiplied by a learned sigmoid.
+    """
+
+    router: Router
+    intermediate_size: int
+    stored: Literal["apart", "linear", "halves", "interleaved"]
+    bias: bool = False
+    router_bias: bool = False
+    activation: str = "silu"
+    clamp: Clamp | None = None
+    weigh: Literal["outputs", "inputs"] = "outputs"
+    shared: Dense | None = None
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bias and self.stored not in ("halves", "interleaved"):
+            raise ModelError(f"experts stored {self.stored!r} with biases are not known")
+
+    @property
+    def width(self) -> int:
+        """Elements of one token's inner activations."""
+        return self.router.top_k * self.intermediate_size + (0 if self.shared is None else self.shared.width)
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """``router`` [E, N], ``experts_gate_up`` [N, E, 2, I], ``experts_down`` [N, I, E]; where there are any:
+        ``router_bias`` and ``correction`` [N], the experts' biases, ``shared_gate`` [E, 1], and the shared expert's
+        parameters under ``shared``.
+        """  # fmt: skip
+        count, inner = self.router.experts, self.intermediate_size
+        gate_up_packing, down_packing = STORED[self.stored]
+        gate_up: tuple[Axis, ...] = (None, "embed", None, "mlp")
+        params: Params = {
+            "router": declare("router", (embed, count), ("embed", None), "random", packing.transposed),
+            "experts_gate_up": _of_each(
+                declare("experts_gate_up", (count, embed, 2, inner), gate_up, "random", gate_up_packing)
+            ),
+            "experts_down": _of_each(
+                declare("experts_down", (count, inner, embed), (None, "mlp", "embed"), "random", down_packing)
+            ),
+        }
+        if self.router_bias:
+            params["router_bias"] = declare("router_bias", (count,), (None,), "zeros")
+        if self.router.correction:
+            params["correction"] = declare("correction", (count,), (None,), "zeros")
+        if self.bias:
+            axes: tuple[Axis, ...] = (None, None, "mlp")
+            params["experts_gate_up_bias"] = declare(
+                "experts_gate_up_bias", (count, 2, inner), axes, "zeros", gate_up_packing
+            )
+            params["experts_down_bias"] = declare("experts_down_bias", (count, embed), (None, None), "zeros")
+        if self.shared is not None:
+            params["shared"] = self.shared.declare(_shared(declare), embed)
+        if self.shared_gate:
+            params["shared_gate"] = declare("shared_gate", (embed, 1), ("embed", None), "random", packing.transposed)
+        return params
+
+    def apply(self, params: Params, x: jax.Array) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E]."""
+        scores = jnp.einsum("te,en->tn", x, params["router"], preferred_element_type=jnp.float32)
+        if self.router_bias:
+            scores = scores + params["router_bias"]
+        correction = params["correction"].astype(jnp.float32) if self.router.correction else None
+        chosen, weights = route(self.router, scores, correction)
+        weights = weights.astype(x.dtype)
+
+        def middle(rows: jax.Array, expert: jax.Array) -> jax.Array:
+            return self._activate(rows + params["experts_gate_up_bias"][expert] if self.bias else rows)
+
+        rows = x
+        if self.weigh == "inputs":
+            rows = (x[:, None] * weights[:, :, None]).reshape(-1, x.shape[1])
+        out = grouped(rows, chosen, params["experts_gate_up"], middle, params["experts_down"])
+        if self.bias:
+            out = out + params["experts_down_bias"][chosen]
+        out = jnp.sum(out, axis=1) if self.weigh == "inputs" else jnp.einsum("tke,tk->te", out, weights)
+        if self.shared is None:
+            return out
+        common = self.shared.apply(params["shared"], x)
+        if self.shared_gate:
+            common = common * jax.nn.sigmoid(x @ params["shared_gate"])
+        return out + common
+
+    def _activate(self, rows: jax.Array) -> jax.Array:
+        gate, up = rows[:, 0], rows[:, 1]
+        if self.clamp is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        gate = jnp.minimum(gate, self.clamp.limit)
+        up = jnp.clip(up, -self.clamp.limit, self.clamp.limit)
+        return gate * jax.nn.sigmoid(self.clamp.alpha * gate) * (up + 1)
+
+
+def _of_each(spec: ParamSpec) -> ParamSpec:
+    """``spec`` with ``{expert}`` in its sources replaced by the index of each expert in turn."""
+    if not any("{expert}" in source for source in spec.sources):
+        return spec
+    each = (source.replace("{expert}", str(e)) for e in range(spec.shape[0]) for source in spec.sources)
+    return replace(spec, sources=tuple(each))
+
+
+def _shared(declare: Declare) -> Declare:
+    """Names the shared expert's parameters ``shared_...`` in the family's table."""
+
+    def prefixed(
+        name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Init, packing: Packing = packing.same
+    ) -> ParamSpec:
+        return declare(f"shared_{name}", shape, axes, init, packing)
+
+    return prefixed

@@ -1,0 +1,210 @@
+"""Attention with keys and values by head (MHA, GQA, MQA): full, sliding-window or chunked local."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar.errors import ModelError
+from rootcellar.models import packing
+from rootcellar.models.norms import Norm, scaled
+from rootcellar.models.rope import RopeConfig, turn
+from rootcellar.models.spec import Axis, Declare, Params
+from rootcellar.models.step import Step
+from rootcellar.ops.attention import Reach, paged_attention
+from rootcellar.pools import PagedKV
+
+_POOL: tuple[Axis, ...] = (None, None, "kv_heads")
+_ROWS: tuple[Axis, ...] = (None, "heads")
+_KV_ROWS: tuple[Axis, ...] = (None, "kv_heads")
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position (Llama 4's layers without rotary embeddings).
+
+    The query at position ``p`` is multiplied by ``1 + scale * log(1 + floor((p + 1) / floor))``.
+    """
+
+    floor: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one layer.
+
+    ``num_heads`` query heads share ``num_kv_heads`` key/value heads, each of ``head_dim``; query head ``h`` reads
+    key/value head ``h // (num_heads // num_kv_heads)``.
+
+    Attributes:
+        rule, span: what a token sees: everything before it, a window of ``span`` tokens (itself included), or the part
+            before it of its own chunk of ``span`` tokens.
+        rope: None: positions are not told (NoPE).
+        scale: of the scores; None: ``head_dim ** -0.5``.
+        qk_norm: of queries and keys by head, before they are turned.
+        qk_unit: queries and keys are divided by their root mean square after they are turned; the epsilon. None: not.
+        sinks: each head has a learned score that takes weight and gives nothing (gpt-oss).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rule: Literal["full", "sliding_window", "chunked_local"] = "full"
+    span: int = 0
+    rope: RopeConfig | None = None
+    scale: float | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Norm | None = None
+    qk_unit: float | None = None
+    sinks: bool = False
+    temperature: Temperature | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}; "
+                "every key/value head must serve the same number of query heads"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """See ``Mixer``."""
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def kernel_head_dim(self) -> int | None:
+        """See ``Mixer``."""
+        return self.head_dim
+
+    @property
+    def reach(self) -> Reach:
+        """What a query sees, for the attention backends."""
+        return Reach(self.rule, self.span, self.head_dim**-0.5 if self.scale is None else self.scale)
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """``qkv`` [E, K, G + 2, D], ``o`` [H, D, E]; biases, norms by head and sinks where there are any."""
+        heads, kv, group, dim = self.num_heads, self.num_kv_heads, self.group_size, self.head_dim
+        by_group: tuple[Axis, ...] = ("kv_heads", None, None)
+        params: Params = {
+            "qkv": declare("qkv", (embed, kv, group + 2, dim), ("embed", *by_group), "random", packing.qkv),
+            "o": declare("o", (heads, dim, embed), ("heads", None, "embed"), "random", packing.heads_in),
+        }
+        if self.qkv_bias:
+            params["qkv_bias"] = declare("qkv_bias", (kv, group + 2, dim), by_group, "zeros", packing.qkv_bias)
+        if self.o_bias:
+            params["o_bias"] = declare("o_bias", (embed,), (None,), "zeros")
+        if self.qk_norm is not None:
+            for name in ("q_norm", "k_norm"):
+                params[name] = declare(name, (dim,), (None,), self.qk_norm.init)
+        if self.sinks:
+            params["sinks"] = declare("sinks", (heads,), ("heads",), "random")
+        return params
+
+    def layout(self, dtype: jnp.dtype) -> PagedKV:
+        """See ``Mixer``."""
+        return PagedKV(self.num_kv_heads, self.head_dim, dtype)
+
+    def run(
+        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """See ``Mixer``."""
+        q, k, v = self.project(params, x, jnp.maximum(step.positions, 0))
+        attend = step.local(
+            paged_attention(step.backend, self.reach),
+            (_POOL, _ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), ()),
+            (_ROWS, _POOL),
+        )
+        sinks = self._sinks(params)
+        out, buffer = attend(buffers[0], q, k, v, sinks, step.table, step.rows, step.positions)
+        return self.merge(params, out.astype(x.dtype)), [buffer]
+
+    def plain(self, params: Params, x: jax.Array) -> jax.Array:
+        """See ``Mixer``: scores of every pair, masked; softmax in float32."""
+        at = jnp.arange(x.shape[0], dtype=jnp.int32)
+        return self.merge(params, self.attend_plain(params, *self.project(params, x, at), self.sees(at, at)))
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Whether positions ``query`` [T] see positions ``key`` [S]: bool [T, S]."""
+        return self.reach.sees(query[:, None], key[None, :])
+
+    def attend_plain(self, params: Params, q: jax.Array, k: jax.Array, v: jax.Array, sees: jax.Array) -> jax.Array:
+        """q ``[T, H, D]``, k and v ``[S, K, D]``, ``sees`` bool ``[T, S]`` -> ``[T, H, D]``."""
+        grouped = q.reshape(q.shape[0], self.num_kv_heads, self.group_size, self.head_dim)
+        scores = jnp.einsum("tkgd,skd->kgts", grouped, k, preferred_element_type=jnp.float32) * self.reach.scale
+        scores = jnp.where(sees, scores, -jnp.inf)
+        sinks = self._sinks(params).reshape(self.num_kv_heads, self.group_size, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :-1].astype(v.dtype)
+        return jnp.einsum("kgts,skd->tkgd", weights, v).reshape(q.shape)
+
+    def project(self, params: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned."""
+        rows = jnp.einsum("te,ekgd->tkgd", x, params["qkv"])
+        if self.qkv_bias:
+            rows = rows + params["qkv_bias"]
+        q = rows[:, :, : self.group_size].reshape(-1, self.num_heads, self.head_dim)
+        k, v = rows[:, :, self.group_size], rows[:, :, self.group_size + 1]
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, params["q_norm"]), self.qk_norm(k, params["k_norm"])
+        if self.rope is not None:
+            q, k = turn(self.rope, positions, q, k)
+        if self.qk_unit is not None:
+            q, k = (scaled(part, self.qk_unit).astype(part.dtype) for part in (q, k))
+        if self.temperature is not None:
+            grown = jnp.floor((positions.astype(jnp.float32) + 1) / self.temperature.floor)
+            q = (q * (1 + self.temperature.scale * jnp.log1p(grown))[:, None, None]).astype(q.dtype)
+        return q, k, v
+
+    def merge(self, params: Params, out: jax.Array) -> jax.Array:
+        """``[T, E]`` of the heads' outputs ``[T, H, D]``."""
+        mixed = jnp.einsum("thd,hde->te", out, params["o"])
+        return mixed + params["o_bias"] if self.o_bias else mixed
+
+    def _sinks(self, params: Params) -> jax.Array:
+        """Float32 ``[H]``; minus infinity takes no weight."""
+        return params["sinks"].astype(jnp.float32) if self.sinks else jnp.full(self.num_heads, -jnp.inf, jnp.float32)
+
+    # -- tensor parallelism ---------------------------------------------------------------------------------------
+
+    def copies(self, tp_size: int) -> int:
+        """How often each KV head is repeated on ``tp_size`` devices."""
+        kv = self.num_kv_heads
+        if kv >= tp_size or tp_size % kv or self.group_size % (tp_size // kv):
+            return 1
+        return tp_size // kv
+
+    def served(self, tp_size: int) -> Self:
+        """See ``Mixer``: fewer KV heads than devices are repeated, and their query heads divided among the copies."""
+        return replace(self, num_kv_heads=self.num_kv_heads * self.copies(tp_size))
+
+    def splits(self, tp_size: int) -> bool:
+        """See ``Mixer``."""
+        return self.served(tp_size).num_kv_heads % tp_size == 0
+
+    def repeat(self, params: Params, tp_size: int) -> Params:
+        """See ``Mixer``: ``[.., K, G + 2, D]`` to ``[.., K * copies, G / copies + 2, D]``."""
+        copies = self.copies(tp_size)
+        if copies == 1:
+            return params
+        packed = ("qkv", "qkv_bias") if self.qkv_bias else ("qkv",)
+        return {**params, **{name: _repeat(params[name], copies) for name in packed}}
+
+
+def _repeat(array: Any, copies: int) -> jax.Array:
+    *lead, kv, rows, dim = array.shape
+    group = rows - 2
+    queries = array[..., :group, :].reshape(*lead, kv * copies, group // copies, dim)
+    pairs = jnp.repeat(array[..., group:, :], copies, axis=len(lead))
+    return jnp.concatenate([queries, pairs], axis=-2)

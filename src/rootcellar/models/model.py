@@ -1,0 +1,160 @@
+"""What a model is: global sizes, and for each layer a mixer of tokens and a feed-forward.
+
+Everything is frozen and hashable, so that a ``ModelConfig`` can be a static argument of a jitted function. A *mixer*
+(``mixers/``) is attention or what stands in its place; a *feed-forward* (``feed_forward/``) works on each token alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from rootcellar.cache.kind import Rule
+from rootcellar.errors import ModelError
+from rootcellar.models.norms import Norm
+from rootcellar.models.rope import RopeConfig
+from rootcellar.models.spec import Declare, Params
+from rootcellar.models.step import Step
+from rootcellar.pools import Layout
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Mixer(Protocol):
+    """What mixes tokens in a layer: attention, or a recurrence. One frozen dataclass each."""
+
+    @property
+    def rule(self) -> Rule:
+        """Which cached positions are needed to resume: the rule of the cache's ``Kind``."""
+        ...
+
+    @property
+    def span(self) -> int:
+        """Tokens of the window or chunk; 0 where the rule has none."""
+        ...
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """(heads, key/value heads, elements of a head) that an upper bound of a step's memory is counted from."""
+        ...
+
+    @property
+    def kernel_head_dim(self) -> int | None:
+        """The head dimension that is asked of the native attention kernel; None: it does not use one."""
+        ...
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """Its parameters: a ``ParamSpec`` for each name."""
+        ...
+
+    def layout(self, dtype: jnp.dtype) -> Layout:
+        """How one layer's cached bytes lie; ``dtype`` is that of the KV cache."""
+        ...
+
+    def run(
+        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """``x`` [T, E] of a packed batch mixed through the layer's ``buffers`` (its layout's arrays, donated).
+
+        Returns ``[T, E]`` in the dtype of ``x`` and the buffers with what the batch added. Rows of padding come out as
+        anything.
+        """
+        ...
+
+    def plain(self, params: Params, x: jax.Array) -> jax.Array:
+        """One whole sequence ``x`` [T, E] from position 0, without a cache: slow, obvious, differentiable."""
+        ...
+
+    def served(self, tp_size: int) -> Self:
+        """Itself as ``tp_size`` devices compute it: with key/value heads repeated, where there are too few.
+
+        Raises ``ConfigError`` when it cannot run on so many.
+        """
+        ...
+
+    def repeat(self, params: Params, tp_size: int) -> Params:
+        """A layer's parameters as ``served(tp_size)`` declares them."""
+        ...
+
+    def splits(self, tp_size: int) -> bool:
+        """Whether its heads can be divided among ``tp_size`` devices; otherwise each computes all of them."""
+        ...
+
+
+class FeedForward(Protocol):
+    """What works on each token alone. One frozen dataclass each."""
+
+    @property
+    def width(self) -> int:
+        """Elements of its inner activations of one token, for an upper bound of a step's memory."""
+        ...
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """Its parameters: a ``ParamSpec`` for each name."""
+        ...
+
+    def apply(self, params: Params, x: jax.Array) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E], in its dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer. ``post_norms``: what mixer and feed-forward give is normed before it is added (Gemma)."""
+
+    mixer: Mixer
+    feed_forward: FeedForward
+    post_norms: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: its layers, and what is global to it."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm: Norm
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    embed_scale: float = 1.0
+    """Multiplies embeddings (Gemma: the root of ``hidden_size``)."""
+    logit_softcap: float | None = None
+    """Scores are squashed to within this by tanh."""
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    dtype: str = "float32"
+    """The dtype that the checkpoint was saved in, as ``config.json`` says (one of ``DTYPES``); loading may differ."""
+    rope: RopeConfig | None = None
+    """The rotary embedding whose scaling says how long a sequence may be."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ModelError("num_hidden_layers must be at least 1")
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype={self.dtype!r} is not supported; known: {', '.join(DTYPES)}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have: ``max_position_embeddings``, stretched where rope scaling stretches it.
+
+        ``linear`` and ``dynamic`` count from ``max_position_embeddings``, ``yarn`` from the original context; in
+        ``llama3`` configs ``max_position_embeddings`` is the stretched context already.
+        """
+        rope = self.rope
+        if rope is None:
+            return self.max_position_embeddings
+        if rope.type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * rope.factor)
+        if rope.type == "yarn":
+            return max(self.max_position_embeddings, int(rope.original_max * rope.factor))
+        return self.max_position_embeddings

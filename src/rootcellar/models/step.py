@@ -1,0 +1,36 @@
+"""What a layer's mixer is told of the packed batch that it runs for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from rootcellar.models.spec import Axis
+
+Local = Callable[[Callable[..., Any], Sequence[tuple[Axis, ...]], Sequence[tuple[Axis, ...]]], Callable[..., Any]]
+"""``local(function, inputs, outputs)``: ``function`` as each device of a tensor-parallel mesh runs it on its part of
+the arguments. ``inputs`` and ``outputs`` name the logical axes of each argument and result, as ``ParamSpec.axes`` does;
+what is not named is whole on every device. On one device: ``function`` itself."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One packed batch, as the layers of one kind see it (see ``runner.batch``).
+
+    Attributes:
+        positions: int32 [T], -1 for padding; consecutive within a tile, padding last.
+        rows: int32 [tiles], the row of ``table`` that each tile belongs to; T is a multiple of ``tiles``.
+        table: int32 [R, W], the kind's page table: pages of the row's positions, 0 where there is none. For a
+            recurrent kind [R, 2]: the state to read (0: begin from zeros) and the state to write.
+        backend: of attention, ``"xla"`` or ``"native"``.
+        local: runs a function on each device's own heads.
+    """
+
+    positions: jax.Array
+    rows: jax.Array
+    table: jax.Array
+    backend: str
+    local: Local
