@@ -1,166 +1,250 @@
-"""SGLang's Python ``RadixCache`` and allocators, run on a trace's first requests: a peer for ``cache_core.py``.
-
-    python benchmarks/peer_sglang.py WHEEL_FOLDER TRACE PAGE_SIZE REQUESTS CAPACITY
-
-``WHEEL_FOLDER`` is an unpacked wheel (``pip download --no-deps sglang==0.5.23``, then unzip); the interpreter needs
-torch only. Of SGLang just the cache's own modules are loaded; what else they import (kernels, servers, metrics) is
-replaced by objects that do nothing, which can only make the peer faster. Prints one JSON object.
-"""
+"""SGLang's Python ``RadixCache`` and its slot allocators: a side of ``cache_core.py``."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import json
-import sys
-import time
-import types
-from array import array
+from itertools import cycle
 
-REAL = ("radix_cache", "base_prefix_cache", "evict_policy", "cache_init_params", "allocation_sizing")
-
-
-class Nothing:
-    """Does nothing, is false, and has every attribute."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_args, **_options):
-        return self
-
-    def __bool__(self) -> bool:
-        return False
-
-
-NOTHING = Nothing()
+import torch
+from core_tasks import (
+    DECODE,
+    DECODE_PREFIX,
+    ENTRY,
+    EXTEND,
+    EXTEND_PREFIX,
+    EXTEND_TOKENS,
+    KEY,
+    POOL,
+    Rows,
+    Task,
+    branches,
+    cached,
+    hot,
+    leaf,
+    prompts,
+    resident_bytes,
+    serials,
+    tokens,
+)
+from peer_sglang_load import CountingAllocator, allocator, key_of, python_module, take
 
 
-class Stub(types.ModuleType):
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return STANDINS.get(name, NOTHING)
+class Tree:
+    """A ``RadixCache`` with the few calls that the rows make, as SGLang's own callers make them."""
+
+    def __init__(self, page_size: int, pool=None) -> None:
+        self.page_size = page_size
+        self.pool = pool or CountingAllocator(POOL, page_size)
+        params = python_module("cache_init_params").CacheInitParams
+        self.base = python_module("base_prefix_cache")
+        self.cache = python_module("radix_cache").RadixCache(
+            params(
+                disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.pool, page_size=page_size
+            )
+        )
+
+    def match(self, tokens):
+        found = self.cache.match_prefix(self.base.MatchPrefixParams(key=key_of(tokens, 1)))
+        return found.device_prefix_len, found.last_device_node
+
+    def slots(self, node):
+        return self.cache.path_device_indices(node)
+
+    def insert(self, tokens, slots) -> int:
+        return self.cache.insert(self.base.InsertParams(key=key_of(tokens, self.page_size), value=slots)).prefix_len
+
+    def lock(self, node):
+        self.cache.inc_lock_ref(node)
+        return node
+
+    def unlock(self, node) -> None:
+        self.cache.dec_lock_ref(node)
+
+    def evict(self, count: int) -> None:
+        self.cache.evict(self.base.EvictParams(num_tokens=count))
 
 
-class Recorder(Nothing):
-    def __init__(self, **_options) -> None: ...
+def put(tree, keys) -> None:
+    """Fill a tree with keys of whole pages."""
+    for tokens_ in keys:
+        tree.insert(tokens_, torch.arange(len(tokens_), dtype=torch.int64))
 
 
-def get_num_new_pages(seq_lens, page_size, prefix_lens=None, decode=False):
-    after = (seq_lens + page_size - 1) // page_size
-    before = (seq_lens - 1 + page_size - 1) // page_size if decode else (prefix_lens + page_size - 1) // page_size
-    return int((after - before).sum().item())
+# ---- rows over a tree, for both of SGLang's cores -------------------------------------------------------------------
 
 
-STANDINS = {
-    "KVCacheEventRecorder": Recorder,
-    "KvEventLoraNames": Recorder,
-    "LoRANameTable": Recorder,
-    "get_num_new_pages": get_num_new_pages,
-    "ceil_align": lambda value, step: -(-value // step) * step,
-    "is_hip": lambda: False,
-    "get_bool_env_var": lambda *_: False,
-}
+def match(tree, nodes: int) -> Task:
+    key = tokens(1, KEY)
+    put(tree, [key, *branches(key, nodes, tree.page_size)])
+
+    def action(_):
+        _, node = tree.match(key)
+        return tree.slots(node)
+
+    assert len(action(None)) == KEY
+    return Task(action)
 
 
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for every module of SGLang but the cache's own, and for triton."""
+def insert(tree, twice: bool) -> Task:
+    """Half of the key is in the tree. The slots that ``twice`` exposes as duplicates are not freed here."""
+    head, slots, fresh = tokens(1, KEY // 2), torch.arange(KEY, dtype=torch.int64), serials()
+    tree.insert(head, slots[: KEY // 2])
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def find_spec(self, name, *_):
-        parts = name.split(".")
-        if parts[0] not in ("sglang", "triton"):
-            return None
-        own = parts[:3] == ["sglang", "srt", "mem_cache"] and len(parts) > 3
-        if own and (parts[3] in REAL or parts[3:] in (["utils"], ["allocator"]) or parts[3] == "allocator"):
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        module = Stub(spec.name)
-        module.__path__ = [f"{self.folder}/{spec.name.replace('.', '/')}"]
-        return module
-
-    def exec_module(self, module) -> None: ...
-
-
-def load(folder: str):
-    sys.meta_path.insert(0, Stubs(folder))
-    import torch
-
-    def module(name: str):
-        return importlib.import_module(f"sglang.srt.mem_cache.{name}")
-
-    return torch, module
-
-
-def prompts(trace: str, count: int) -> list[array]:
-    found = []
-    with open(trace, encoding="utf-8") as lines:
-        for line in lines:
-            if len(found) == count:
-                break
-            request = json.loads(line)
-            tokens = array("q")
-            for ident in request["hash_ids"]:
-                tokens.extend(range(ident * 512, ident * 512 + 512))
-            found.append(tokens[: request["input_length"]])
-    return found
-
-
-def main(folder: str, trace: str, page_size: int, count: int, capacity: int) -> None:
-    torch, module = load(folder)
-    base, radix = module("base_prefix_cache"), module("radix_cache")
-    torch.set_num_threads(1)
-    if page_size == 1:
-        pool = module("allocator.token").TokenToKVPoolAllocator(capacity, torch.float16, "cpu", None, False)
-    else:
-        paged = module("allocator.paged").PagedTokenToKVPoolAllocator
-        pool = paged(capacity, page_size, torch.float16, "cpu", None, False)
-    params = module("cache_init_params").CacheInitParams
-    cache = radix.RadixCache(
-        params(disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=pool, page_size=page_size)
-    )
-    keys = prompts(trace, count)
-    hit = asked = 0
-    begin = time.perf_counter()
-    for tokens in keys:
-        key = radix.RadixKey(tokens, None)
-        found = cache.match_prefix(base.MatchPrefixParams(key=key))
-        node = found.last_device_node
-        known = found.device_prefix_len
-        held = cache.path_device_indices(node)
-        cache.inc_lock_ref(node)
-        hit += known
-        asked += len(tokens)
-        need = len(tokens) - known
-        room = pool.available_size()
-        if room < need + page_size:
-            cache.evict(base.EvictParams(num_tokens=need + page_size - room))
-        if page_size == 1:
-            new = pool.alloc(need)
+    def before():
+        if twice:
+            tree.evict(KEY)  # all there is
+            tree.insert(head, slots[: KEY // 2])
         else:
-            before, after = torch.tensor([known]), torch.tensor([len(tokens)])
-            last = held[-1:] if known else torch.tensor([-1])
-            new = pool.alloc_extend(before, before, after, after, last, need) if need else held[:0]
-        assert new is not None, "the pool is full"
-        slots = torch.cat([held, new])
-        whole = len(tokens) // page_size * page_size
-        result = cache.insert(base.InsertParams(key=key.page_aligned(page_size), value=slots[:whole].clone()))
-        if result.prefix_len > known:
-            pool.free(slots[known : result.prefix_len])
-        if whole < len(tokens):
-            pool.free(slots[max(whole, known) :])
-        cache.dec_lock_ref(node)
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"requests_per_second": count / seconds, "hit_rate": hit / asked, "page_size": page_size}))
+            tree.evict(1)  # the tail of the sample before; of the first, the head
+            tree.insert(head, slots[: KEY // 2])
+        return head + tokens(fresh(), KEY // 2)
+
+    def action(key):
+        assert tree.insert(key, slots) == KEY // 2
+
+    return Task(action, before)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))
+def evict(tree, leaves: int) -> Task:
+    """There are ``leaves`` leaves again before each sample."""
+    put(tree, (leaf(i, tree.page_size) for i in range(leaves - 1)))
+    fresh = serials(leaves)
+    return Task(lambda _: tree.evict(1), lambda: put(tree, [leaf(fresh(), tree.page_size)]))
+
+
+def trace(make, path: str, page_size: int, slots: bool) -> Task:
+    """What SGLang does for a request, one at a time: match and lock, evict, allocate, write the row of the page table,
+    and when it is finished insert what the row has and unlock. Without ``slots`` nothing is allocated."""
+    keys = prompts(path)
+    row = torch.zeros(max(map(len, keys)), dtype=torch.int32)  # of ReqToTokenPool.req_to_token
+    facts = {"requests": len(keys)}
+
+    def before():
+        return make(page_size, allocator(POOL, page_size) if slots else CountingAllocator(POOL, page_size))
+
+    def action(tree):
+        pool, hit = tree.pool, 0
+        for key in keys:
+            length = len(key)
+            known, node = tree.match(key)
+            held = tree.slots(node)
+            lock = tree.lock(node)
+            hit += known
+            short = length - known + page_size - pool.available_size()
+            if short > 0:
+                tree.evict(short)
+            row[:known] = held
+            row[known:length] = take(pool, held, known, length)
+            whole = length // page_size * page_size
+            shared = tree.insert(key, row[:whole].to(torch.int64, copy=True))
+            if shared > known:
+                pool.free_segment(row[known:shared], start_pos=known)
+            if whole < length:
+                pool.free_segment(row[whole:length].to(torch.int64), start_pos=whole)
+            tree.unlock(lock)
+        facts["hit_rate"] = hit / sum(map(len, keys))
+
+    return Task(action, before, once=True, facts=facts)
+
+
+def scaling(tree, what: str, tokens_cached: int) -> Task:
+    keys = cached(tokens_cached)
+    put(tree, keys)
+    if what == "evict":
+        fresh = serials(len(keys))
+        return Task(lambda _: tree.evict(1), lambda: put(tree, [leaf(fresh(), ENTRY)]))
+    chosen, fresh = cycle(hot(keys)).__next__, serials()
+    if what == "match":
+        return Task(lambda key: tree.slots(tree.match(key)[1]), chosen)
+    slots = torch.arange(ENTRY, dtype=torch.int64)
+    half = ENTRY // 2
+    return Task(lambda key: tree.insert(key, slots), lambda: chosen()[:half] + tokens(fresh(), half))
+
+
+def memory(tree, tokens_cached: int, entry: int) -> Task:
+    """Resident bytes that the cached tokens took."""
+    begin = resident_bytes()
+    # Each entry's slots are a tensor of its own, as they are when requests come one by one.
+    for i in range(tokens_cached // entry):
+        tree.insert(leaf(i, entry), torch.arange(entry, dtype=torch.int64))
+    facts = {"bytes": resident_bytes() - begin, "nodes": tokens_cached // entry}
+    return Task(lambda _: tree, once=True, facts=facts)
+
+
+def tree_rows(make) -> Rows:
+    """The rows of a core, given ``make(page_size, pool)``."""
+    return {
+        "match": lambda page_size, nodes: match(make(page_size), nodes),
+        "insert": lambda page_size, twice: insert(make(page_size), twice),
+        "evict": lambda page_size, leaves: evict(make(page_size), leaves),
+        "trace": lambda path, page_size, slots: trace(make, path, page_size, slots),
+        "scaling": lambda page_size, **what: scaling(make(page_size), **what),
+        "memory": lambda page_size, **sizes: memory(make(page_size), **sizes),
+    }
+
+
+# ---- rows of the allocator ------------------------------------------------------------------------------------------
+
+
+def take_and_give(page_size: int, count: int) -> Task:
+    pool = allocator(POOL, page_size)
+
+    def action(_):
+        pool.free_segment(pool.alloc(count), start_pos=0)
+
+    return Task(action)
+
+
+def give_one(page_size: int) -> Task:
+    """One slot, or one page where pages are longer."""
+    pool = allocator(POOL, page_size)
+    return Task(lambda slots: pool.free_segment(slots, start_pos=0), lambda: pool.alloc(page_size))
+
+
+def extend(page_size: int) -> Task:
+    pool = allocator(POOL, page_size)
+    before = torch.full((EXTEND,), EXTEND_PREFIX)
+    after = before + EXTEND_TOKENS
+    last = torch.arange(1, EXTEND + 1) * EXTEND_PREFIX - 1  # each prefix ends at the end of a page
+    held = []
+
+    def action(_):
+        if page_size == 1:
+            held.append(pool.alloc(EXTEND * EXTEND_TOKENS))
+        else:
+            held.append(pool.alloc_extend(before, before, after, after, last, EXTEND * EXTEND_TOKENS))
+
+    def give_back():
+        while held:
+            pool.free_segment(held.pop(), start_pos=0)
+
+    return Task(action, give_back)
+
+
+def decode(page_size: int) -> Task:
+    """Lengths of all phases within a page; the slots stay taken, as they do while requests run."""
+    pool = allocator(POOL, page_size)
+    lengths = torch.arange(DECODE) + DECODE_PREFIX
+    last = pool.alloc(DECODE * page_size)[::page_size] + (lengths - 1) % page_size
+
+    def action(_):
+        nonlocal last
+        if page_size == 1:
+            return pool.alloc(DECODE)
+        last = pool.alloc_decode(lengths, lengths, last)
+        return last
+
+    def before():
+        nonlocal pool, last
+        lengths.add_(1)
+        if pool.available_size() < 2 * DECODE * page_size:
+            pool = allocator(POOL, page_size)
+
+    return Task(action, before)
+
+
+ROWS: Rows = tree_rows(Tree) | {
+    "slots": take_and_give,
+    "give one": give_one,
+    "extend": extend,
+    "decode": decode,
+}

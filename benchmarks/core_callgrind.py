@@ -1,0 +1,71 @@
+"""Instructions of fixed workloads of the core: a figure that no other process on the machine can change.
+
+    python benchmarks/cache_core.py --callgrind      (needs valgrind)
+
+Each workload runs twice under ``valgrind --tool=callgrind``, once with more repeats; the difference is what the repeats
+cost, the interpreter's share of them included, start-up and filling left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Of core_ours.py, with what makes a sample ready where it is not free: an insert is a whole request.
+WORKLOADS = {
+    "match 8,192 tokens, 1 node": ("match", {"page_size": 16, "nodes": 1}, 50),
+    "match 8,192 tokens, 64 nodes": ("match", {"page_size": 16, "nodes": 64}, 50),
+    "serve a request of 8,192 tokens, half shared": ("insert", {"page_size": 16, "twice": False}, 20),
+    "evict one leaf of 500": ("evict", {"page_size": 16, "leaves": 500}, 20),
+    "allocate and free 4,096 slots": ("slots", {"page_size": 16, "count": 4096}, 50),
+    "extend 32 requests by 256 tokens": ("extend", {"page_size": 16}, 10),
+    "decode 256 requests": ("decode", {"page_size": 16}, 20),
+}
+
+
+def repeat(name: str, times: int) -> None:
+    """Run a workload, in this process."""
+    from core_ours import ROWS
+
+    row, arguments, _ = WORKLOADS[name]
+    task = ROWS[row](**arguments)
+    for _ in range(times):
+        task.action(task.before())
+
+
+def instructions(name: str, times: int) -> int:
+    """Instructions of a process that runs a workload."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, __file__]
+        done = subprocess.run(
+            [*command, name, str(times)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        if done.returncode:
+            raise SystemExit(f"{name} failed under valgrind:\n{done.stderr[-2000:]}")
+        found = re.search(r"^summary: (\d+)", Path(folder, "out").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def count_all() -> dict[str, int]:
+    """Instructions of one repeat of each workload."""
+    if shutil.which("valgrind") is None:
+        raise SystemExit("valgrind is not installed (Debian: apt install valgrind)")
+    counts = {}
+    for name, (_, _, times) in WORKLOADS.items():
+        counts[name] = (instructions(name, 3 * times) - instructions(name, times)) // (2 * times)
+        print(f"{name}: {counts[name]:,}", file=sys.stderr)
+    return counts
+
+
+if __name__ == "__main__":
+    repeat(sys.argv[1], int(sys.argv[2]))
