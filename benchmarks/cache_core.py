@@ -92,7 +92,9 @@ def micro(pages: list[int], quick: bool) -> Iterator[Row]:
     for page in pages:
         at = {"page_size": page}
         for nodes in (1, 64):
-            yield Row(f"match 8,192 tokens over {nodes} node{'s'[: nodes > 1]}, with slots", "match", at | {"nodes": nodes})
+            yield Row(
+                f"match 8,192 tokens over {nodes} node{'s'[: nodes > 1]}, with slots", "match", at | {"nodes": nodes}
+            )
         yield Row("insert 8,192 tokens, half shared", "insert", at | {"twice": False})
         yield Row("insert 8,192 tokens, half computed twice", "insert", at | {"twice": True})
         for leaves in (500, 20_000) if quick or page > 1 else (500, 20_000, 1_000_000):
@@ -198,7 +200,9 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", default=os.environ.get("ROOTCELLAR_TRACE"), help="Mooncake's conversation trace")
     parser.add_argument("--peer-python", help="an interpreter that has the peers' wheels")
-    parser.add_argument("--sides", default="", help="only these, by comma: rootcellar,rootcellar python,sglang-rust,...")
+    parser.add_argument(
+        "--sides", default="", help="only these, by comma: rootcellar,rootcellar python,sglang-rust,..."
+    )
     parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--pages", default="1,16,64", help="page sizes of the micro and trace rows")
     parser.add_argument("--rounds", type=int, default=5, help="visits to each side per row")

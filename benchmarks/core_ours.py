@@ -30,6 +30,7 @@ from core_tasks import (
 )
 
 from rootcellar.cache import Key, RadixCache, Tier, full
+
 NativeRadixCache = None  # TEMP
 
 

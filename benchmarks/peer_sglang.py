@@ -37,9 +37,7 @@ class Tree:
         params = python_module("cache_init_params").CacheInitParams
         self.base = python_module("base_prefix_cache")
         self.cache = python_module("radix_cache").RadixCache(
-            params(
-                disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.pool, page_size=page_size
-            )
+            params(disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.pool, page_size=page_size)
         )
 
     def match(self, tokens):
