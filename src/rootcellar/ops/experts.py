@@ -160,7 +160,7 @@ def _ragged(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array
     wide = gate_up.reshape(*gate_up.shape[:2], -1)
     inner = lax.ragged_dot(pairs.rows(x, pairs.order), wide, pairs.counts)
     out = lax.ragged_dot(middle(inner.reshape(len(inner), 2, -1), pairs.expert), down, pairs.counts)
-    return out[jnp.argsort(pairs.order)]
+    return out[jnp.argsort(pairs.order)].astype(x.dtype)
 
 
 def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
@@ -183,7 +183,7 @@ def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array
         first, second = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_up, down))
         rows = pairs.rows(x, jnp.minimum(member, count - 1))
         # Gate and up stay apart, or tensor parallelism, which splits I, would gather all experts first.
-        return middle(jnp.einsum("me,eci->mci", rows, first), expert) @ second
+        return (middle(jnp.einsum("me,eci->mci", rows, first), expert) @ second).astype(x.dtype)
 
     def body(out: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         rows = lax.cond(block[0] < experts, one, lambda *_: jnp.zeros((size, x.shape[1]), x.dtype), *block)

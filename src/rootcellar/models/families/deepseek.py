@@ -82,7 +82,7 @@ def _latent(raw: Raw, rope: RopeConfig) -> Latent:
         q_rank=None if "q_lora_rank" in raw and raw["q_lora_rank"] is None else size(raw, "q_lora_rank", 1536),
         rope=rope,
         scale=(straight + turned) ** -0.5 * sharper**2,
-        norm=Norm(1e-6),  # whatever rms_norm_eps says
+        norm=Norm(1e-6),  # whatever rms_norm_eps says, as in DeepSeek's own code
         bias=bool(raw.get("attention_bias")),
     )
 
