@@ -31,6 +31,8 @@ CASES = {
     "mistral-window": "sliding window in all layers",
     "gemma3": "5 windows : 1 full",
     "gpt-oss": "window : full, sinks, experts",
+    "bamba": "Mamba-2 : full",
+    "qwen3-next": "3 gated delta : 1 full, experts",
     "llama4": "3 chunks : 1 full, experts",
     "deepseek2": "latent, experts in groups",
     "deepseek3": "latent, experts",

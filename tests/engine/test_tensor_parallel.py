@@ -52,6 +52,18 @@ def test_answers_equal_transformers(name, tp_size, heads_on_each, tmp_path):
     assert result["pool"][2] == tp_size * heads_on_each
 
 
+@pytest.mark.parametrize("name", ["bamba", pytest.param("qwen3-next", marks=pytest.mark.long)])
+def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split(name, tmp_path):
+    case = golden(name)
+    case.make(tmp_path)
+    result = run(tmp_path, 2, case.prompts)
+    for answers in result["output_ids"]:
+        assert answers == case.tokens
+    assert result["cached"][-1] == 96
+    assert [s[2] for s in result["on_each_device"]] == [1]
+    assert result["compiled_by_rebuild"] == 0
+
+
 def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(tmp_path):
     case = golden("deepseek3")
     case.make(tmp_path)

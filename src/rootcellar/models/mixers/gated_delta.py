@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -85,8 +85,8 @@ class GatedDelta:
                 "delta_rates", (embed, self.key_heads, 2 * by_key), ("embed", None, None), "random", linear
             ),
             "delta_conv": declare("delta_conv", (self.taps, self.channels), (None, None), "random", packing.depthwise),
-            "delta_dt_bias": declare("delta_dt_bias", (self.heads,), (None,), "ones"),
-            "delta_a_log": declare("delta_a_log", (self.heads,), (None,), "ones"),
+            "delta_dt_bias": replace(declare("delta_dt_bias", (self.heads,), (None,), "ones"), wide=True),
+            "delta_a_log": replace(declare("delta_a_log", (self.heads,), (None,), "ones"), wide=True),
             "delta_norm": declare("delta_norm", (self.value_dim,), (None,), "ones"),
             "delta_out": declare("delta_out", (inner, embed), (None, "embed"), "random", linear),
         }
@@ -148,6 +148,6 @@ class GatedDelta:
         """See ``Mixer``."""
         return params
 
-    def splits(self, tp_size: int) -> bool:
-        """See ``Mixer``."""
-        return tp_size == 1
+    def splits(self, tp_size: int) -> bool:  # noqa: ARG002
+        """See ``Mixer``: no parameter of it names an axis that is split, so the other layers' heads may be."""
+        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -79,8 +79,8 @@ class Mamba2:
         params: Params = {
             "mamba_in": declare("mamba_in", (embed, wide), ("embed", None), "random", packing.transposed),
             "mamba_conv": declare("mamba_conv", (self.taps, self.channels), (None, None), "random", packing.depthwise),
-            "mamba_dt_bias": declare("mamba_dt_bias", (self.heads,), (None,), "ones"),
-            "mamba_a_log": declare("mamba_a_log", (self.heads,), (None,), "ones"),
+            "mamba_dt_bias": replace(declare("mamba_dt_bias", (self.heads,), (None,), "ones"), wide=True),
+            "mamba_a_log": replace(declare("mamba_a_log", (self.heads,), (None,), "ones"), wide=True),
             "mamba_d": declare("mamba_d", (self.heads,), (None,), "ones"),
             "mamba_norm": declare("mamba_norm", (self.inner,), (None,), "ones"),
             "mamba_out": declare("mamba_out", (self.inner, embed), (None, "embed"), "random", packing.transposed),
@@ -155,6 +155,6 @@ class Mamba2:
         """See ``Mixer``."""
         return params
 
-    def splits(self, tp_size: int) -> bool:
-        """See ``Mixer``."""
-        return tp_size == 1
+    def splits(self, tp_size: int) -> bool:  # noqa: ARG002
+        """See ``Mixer``: no parameter of it names an axis that is split, so the other layers' heads may be."""
+        return True
