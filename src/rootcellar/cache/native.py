@@ -30,6 +30,7 @@ from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
 from rootcellar.errors import CacheBusy
 
+
 class NativeRadixCache(_core.Core):
     """The same cache as ``PyRadixCache``, call by call: arguments, results, errors and state. See there."""
 
