@@ -79,7 +79,7 @@ def forward_pass(steps: int) -> float:
         Placement(cfg), init_params(cfg, 0, np.float32), kinds,
         {"full": Pool(layout, cfg.num_layers, 2 * BATCH * context, page)},
         backend=choose_backend("auto", [layout.head_dim], layout.dtype, "cpu"),
-        shapes=Shapes(BATCH, 1, BATCH), widths={"full": context // page},
+        shapes=Shapes(BATCH, 1, BATCH), widths={"full": context // page}, pool_of={"full": "full"},
     )  # fmt: skip
     table = np.zeros((BATCH + 1, context // page), np.int32)
     table[1:] = 1 + np.arange(BATCH * context // page).reshape(BATCH, -1)
