@@ -143,8 +143,8 @@ def test_openmetrics_is_spoken_to_those_who_ask(engine):
     assert response.text.endswith("# EOF\n")
 
 
-def test_a_scrape_does_not_wait_for_an_engine_that_is_busy(engine, monkeypatch):
-    monkeypatch.setattr(observer, "PATIENCE", 0.2)
+def scrapes_of_a_busy_engine(engine, *, before: int) -> list[httpx.Response]:
+    """So many scrapes before the engine becomes busy for a long time, and one while it is."""
     app = create_app(engine, ServerConfig())
     go_on, began = threading.Event(), threading.Event()
 
@@ -152,20 +152,32 @@ def test_a_scrape_does_not_wait_for_an_engine_that_is_busy(engine, monkeypatch):
         began.set()
         assert go_on.wait(20)
 
-    async def scrape_twice() -> list[httpx.Response]:
+    async def scrape() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            first = await client.get("/metrics")
+            responses = [await client.get("/metrics") for _ in range(before)]
             busy = threading.Thread(target=lambda: engine._loop.call(block))
             busy.start()
             await asyncio.to_thread(began.wait)
             try:
-                return [first, await asyncio.wait_for(client.get("/metrics"), 10)]
+                return [*responses, await asyncio.wait_for(client.get("/metrics"), 10)]
             finally:
                 go_on.set()
                 busy.join()
 
-    first, second = asyncio.run(scrape_twice())
-    assert samples(second)["rootcellar_generated_tokens_total",] == samples(first)["rootcellar_generated_tokens_total",]
+    return asyncio.run(scrape())
+
+
+def test_a_scrape_does_not_wait_for_an_engine_that_is_busy(engine, monkeypatch):
+    monkeypatch.setattr(observer, "PATIENCE", 0.2)
+    first, second = map(samples, scrapes_of_a_busy_engine(engine, before=1))
+    assert second["rootcellar_generated_tokens_total",] == first["rootcellar_generated_tokens_total",]
+
+
+def test_a_first_scrape_of_an_engine_that_stays_busy_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(observer, "MOST_PATIENCE", 0.2)
+    (refused,) = scrapes_of_a_busy_engine(engine, before=0)
+    assert refused.status_code == 503
+    assert "busy" in refused.json()["error"]["message"]
 
 
 # -- what refers to the metrics ---------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import CacheStats, Key, Kind, NodeView, ShelfStats, Tier
+from rootcellar.cache import CacheStats, Kind, NodeView, ShelfStats, Tier
 from rootcellar.engine.build import Parts
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.telemetry import Distribution
-from rootcellar.engine.trace import RequestRecord, chrome_trace
-from rootcellar.scheduler import Request, Stage
+from rootcellar.engine.trace import RequestRecord, StepRecord, chrome_trace
+from rootcellar.scheduler import Stage
 
 SHOWN_REQUESTS = 64
 # What a page of a pool is now: free, cached and unused, shared and used by a request, or a request's own.
@@ -66,7 +66,8 @@ class Sight:
 
     def trace(self, limit: int = 256) -> dict[str, Any]:
         """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto."""
-        return self._loop.call(lambda: self._trace(limit))
+        records, steps, now = self._loop.call(lambda: self._newest(limit))
+        return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
 
     def tree(self, limit: int = 200) -> dict[str, Any]:
         """The ``limit`` most important nodes of the radix tree, and which requests go through them.
@@ -158,21 +159,19 @@ class Sight:
             "steps": loop.steps,
         }
 
-    def _trace(self, limit: int) -> dict[str, Any]:
+    def _newest(self, limit: int) -> tuple[list[RequestRecord], list[StepRecord], float]:
+        """The newest requests, the steps since the first of them came, and the time."""
         trace, now = self._loop.recorder.trace, time.perf_counter()
         alive = [RequestRecord.of(t, end=None) for t in self._loop.trackers.values()]
-        records = [*trace.requests, *alive][-limit:] if limit else []
-        steps = list(trace.steps)
-        if records:
-            first = min(record.stages[0][1] for record in records)
-            steps = [step for step in steps if step.ended >= first]
-        return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
+        records = [*trace.requests, *alive][-limit:]
+        first = min((record.stages[0][1] for record in records), default=now)
+        return records, [step for step in trace.steps if step.ended >= first], now
 
     def _tree(self, limit: int) -> dict[str, Any]:
         view, now = self._cache.tree(limit), time.perf_counter()
         nodes = [self._node(node, now) for node in view.nodes]
-        alive = [(t.request, _key(t.request)) for t in self._loop.trackers.values()][:SHOWN_REQUESTS]
-        requests = [(r.rid, r.stage.value, key) for r, key in alive]
+        alive = [t.request for t in self._loop.trackers.values()][:SHOWN_REQUESTS]
+        requests = [(r.rid, r.stage.value, r.key(r.length)) for r in alive]
         requests += [(rid, Stage.FINISHED.value, key) for rid, key in self._loop.recorder.trace.keys]
         return {
             "page_size": self._cache.page_size,
@@ -251,10 +250,6 @@ def _share(room: list[tuple[float, list[ShelfStats]]], taken: list[int]) -> floa
     whole = sum(weight for weight, _ in room)
     parts = [weight * n / s[0].size for (weight, s), n in zip(room, taken, strict=True) if s[0].size]
     return sum(parts) / whole if whole else 0.0
-
-
-def _key(request: Request) -> Key:
-    return request.key(request.length)
 
 
 def _cells(state: NDArray[np.uint8], most: int) -> dict[str, Any]:

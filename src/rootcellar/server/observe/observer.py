@@ -1,4 +1,4 @@
-"""The routes that show what goes on; ``Observer(...).router`` is included by the app."""
+"""The routes that show what goes on; the app includes the routers of one ``Observer``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.observe.feed import Feed
 from rootcellar.server.observe.metrics import Source
 
-# A scrape waits so long for the step under way (it may be compiling) before it gets the reading before.
-PATIENCE = 2.0
+# Seconds that a scrape waits for the step under way (it may be compiling) before it gets the reading before, and
+# before it is refused when there is none.
+PATIENCE, MOST_PATIENCE = 2.0, 30.0
 Limit = Annotated[int, Query(ge=1, le=2000, description="At most so many.")]
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _PAGE_HEADERS = {
@@ -60,14 +61,18 @@ class Observer:
         await self.feed.close()
 
     async def read(self) -> Reading:
-        """The engine's numbers now, or the last ones when a step takes longer than ``PATIENCE``."""
+        """The engine's numbers now, or the last ones when a step takes longer than ``PATIENCE``.
+
+        ``ApiError`` (503) when there are none and the engine does not come to rest.
+        """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(asyncio.to_thread(self._sight.reading))
         reading = self._reading
-        done, _ = await asyncio.wait({reading}, timeout=PATIENCE if self._source.reading else None)
+        done, _ = await asyncio.wait({reading}, timeout=PATIENCE if self._source.reading else MOST_PATIENCE)
         if done:
             self._source.reading = reading.result()
-        assert self._source.reading is not None
+        if self._source.reading is None:
+            raise ApiError(503, f"the engine has been busy for {MOST_PATIENCE:g} seconds", code="busy")
         return self._source.reading
 
     def _add_numbers(self, router: APIRouter) -> None:
