@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,25 +116,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         name: _pool(layout, layers, sizing.division.pages[name], programs)
         for name, (layout, layers) in programs.pools.items()
     }
-    cache = RadixCache(
-        kinds,
-        page_size=config.page_size,
-        capacity={(name, Tier.DEVICE): pool.pages * pool.page_size for name, pool in pools.items()},
-        arenas={ARENA: programs.arena} if programs.arena else None,
-        max_leases=running,
-        max_length=programs.table_width * config.page_size,
-        policy=config.radix_eviction_policy,
-        reuse=not config.disable_radix_cache,
-    )
-    log.info(
-        "Fused KV cache allocated. #tokens: %d, size: %s GB", total, gb(sum(pool.nbytes for pool in pools.values()))
-    )
-    if len(kinds) > 1:
-        for name, pool in pools.items():
-            within = [
-                f"{kind.name} of {len(kind.layers)} layers" for kind in kinds if programs.pool_of[kind.name] == name
-            ]
-            log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
+    _log_pools(pools, programs, total)
     shapes = Shapes.of(config.chunked_prefill_size, running)
     runner = Runner(
         placement,
@@ -146,18 +128,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         widths=programs.widths,
         pool_of=programs.pool_of,
     )
-    scheduler = Scheduler(
-        cache,
-        chunked_prefill_size=config.chunked_prefill_size,
-        max_running_requests=running,
-        schedule_policy=config.schedule_policy,
-        reuse=not config.disable_radix_cache,
-        tiles_of=shapes.tiles_of,
-        max_tiles=shapes.prefill_tiles,
-        snapshots=Snapshots(config.page_size, config.mamba_track_interval)
-        if any(kind.rule == "recurrent" for kind in kinds)
-        else None,
-    )
+    scheduler = _scheduler(config, programs, pools, shapes, running)
     return Parts(
         model,
         tokenizer,
@@ -173,6 +144,43 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         None if tokenizer is None else Grammars(tokenizer, model.vocab_size, tuple(model.eos_token_ids)),
         sizing,
     )
+
+
+def _scheduler(
+    config: EngineConfig, programs: Programs, pools: Mapping[str, Pool], shapes: Shapes, running: int
+) -> Scheduler:
+    """The cache over the pools' pages, and the scheduler over the cache."""
+    cache = RadixCache(
+        programs.kinds,
+        page_size=config.page_size,
+        capacity={(name, Tier.DEVICE): pool.pages * pool.page_size for name, pool in pools.items()},
+        arenas={ARENA: programs.arena} if programs.arena else None,
+        max_leases=running,
+        max_length=programs.table_width * config.page_size,
+        policy=config.radix_eviction_policy,
+        reuse=not config.disable_radix_cache,
+    )
+    recurrent = any(kind.rule == "recurrent" for kind in programs.kinds)
+    return Scheduler(
+        cache,
+        chunked_prefill_size=config.chunked_prefill_size,
+        max_running_requests=running,
+        schedule_policy=config.schedule_policy,
+        reuse=not config.disable_radix_cache,
+        tiles_of=shapes.tiles_of,
+        max_tiles=shapes.prefill_tiles,
+        snapshots=Snapshots(config.page_size, config.mamba_track_interval) if recurrent else None,
+    )
+
+
+def _log_pools(pools: Mapping[str, Pool], programs: Programs, tokens: int) -> None:
+    nbytes = sum(pool.nbytes for pool in pools.values())
+    log.info("Fused KV cache allocated. #tokens: %d, size: %s GB", tokens, gb(nbytes))
+    if len(programs.kinds) == 1:
+        return
+    for name, pool in pools.items():
+        within = [f"{k.name} of {len(k.layers)} layers" for k in programs.kinds if programs.pool_of[k.name] == name]
+        log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
 
 
 def _pool(layout: Layout, layers: int, pages: int, programs: Programs) -> Pool:
