@@ -63,11 +63,11 @@ def test_a_latent_is_not_split():
     assert figures.bytes_per_token_per_device == 70_272
 
 
-def test_a_state_does_not_follow_the_dtype_of_the_kv_cache_and_is_split_but_for_shared_channels():
+def test_a_state_does_not_follow_the_dtype_of_the_kv_cache_and_is_not_split():
     model = preset("bamba-9b")
     assert plan(Ask(model, kv_cache_dtype="fp8_e4m3")).constant_bytes_per_request == 123_104_768
     (cost,) = (c for c in Ask(model, tp=4, devices=4).costs() if c.recurrent)
-    assert cost.page_bytes == 29 * ((2048 + 256) * 3 * 2 + 32 * 64 * 128 * 4)
+    assert cost.page_bytes == 29 * ((8192 + 256) * 3 * 2 + 128 * 64 * 128 * 4)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -71,33 +71,27 @@ class Latent:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a recurrent layer keeps of one request: the last inputs of its convolution, and its state.
+    """What a recurrent layer keeps of one request, whole on each device: the last inputs of its convolution, its state.
 
     Attributes:
-        channels: of the convolution that are split over devices.
-        group_channels: of the convolution, for each of ``groups``, which replicate when fewer than devices.
-        groups: see above.
+        channels: of the convolution.
         taps: inputs kept of each channel (the kernel's width less one).
-        elements: of the recurrent state, split over devices, in float32.
+        elements: of the recurrent state, in float32.
     """
 
     channels: int
-    group_channels: int
-    groups: int
     taps: int
     elements: int
 
-    def request_bytes(self, itemsize: int, tp: int) -> int:
-        """Bytes that one device of ``tp`` stores of one request in one layer; ``itemsize``: the activations'."""
-        if self.channels % tp or self.elements % tp:
-            raise ConfigError(f"tp={tp} does not divide the recurrent layers' {self.channels} channels")
-        conv = self.channels // tp + self.group_channels * max(1, -(-self.groups // tp))
-        return conv * self.taps * itemsize + self.elements // tp * STATE_ITEMSIZE
+    def request_bytes(self, itemsize: int) -> int:
+        """Bytes that each device stores of one request in one layer; ``itemsize``: the activations'."""
+        return self.channels * self.taps * itemsize + self.elements * STATE_ITEMSIZE
 
     def formula(self) -> str:
         """How the bytes of one request in one layer are counted."""
-        conv = self.channels + self.groups * self.group_channels
-        return f"({conv} conv channels x {self.taps} taps x itemsize + {self.elements} state x {STATE_ITEMSIZE})"
+        return (
+            f"({self.channels} conv channels x {self.taps} taps x itemsize + {self.elements} state x {STATE_ITEMSIZE})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +107,14 @@ class Group:
             return 0
         return len(self.kind.layers) * self.layout.token_elements(tp) * itemsize
 
-    def state_bytes(self, itemsize: int, tp: int = 1) -> int:
-        """Bytes that one device stores of one request in all layers, if they are recurrent; else 0.
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes that each device stores of one request in all layers, if they are recurrent; else 0.
 
         ``itemsize`` is the activations': a recurrent state does not follow the KV cache's dtype.
         """
         if not isinstance(self.layout, State):
             return 0
-        return len(self.kind.layers) * self.layout.request_bytes(itemsize, tp)
+        return len(self.kind.layers) * self.layout.request_bytes(itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,15 +277,15 @@ def _state(text: Raw) -> State:
         keys = int(need(text, "linear_num_key_heads")) * int(need(text, "linear_key_head_dim"))
         heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
         elements = heads * width * int(need(text, "linear_key_head_dim"))
-        return State(heads * width + 2 * keys, 0, 0, int(need(text, "linear_conv_kernel_dim")) - 1, elements)
+        return State(heads * width + 2 * keys, int(need(text, "linear_conv_kernel_dim")) - 1, elements)
     inner = int(need(text, "hidden_size")) * int(need(text, "mamba_expand"))
     size, taps = int(need(text, "mamba_d_state")), int(need(text, "mamba_d_conv")) - 1
     if text.get("mamba_n_heads"):
         heads = int(text["mamba_n_heads"])
         given = text.get("mamba_d_head")
         inner = inner if given in (None, "auto") else heads * int(given or 0)
-        return State(inner, 2 * size, int(text.get("mamba_n_groups") or 1), taps, inner * size)
-    return State(inner, 0, 0, taps, inner * size)
+        return State(inner + 2 * size * int(text.get("mamba_n_groups") or 1), taps, inner * size)
+    return State(inner, taps, inner * size)
 
 
 def need(text: Raw, name: str) -> Any:

@@ -127,7 +127,7 @@ class Ask:
         """What a page of each kind takes on one device."""
         wide = self.model.itemsize
         return [
-            Cost(g.kind, g.token_bytes(self.itemsize, self.tp) * self.page_size + g.state_bytes(wide, self.tp))
+            Cost(g.kind, g.token_bytes(self.itemsize, self.tp) * self.page_size + g.state_bytes(wide))
             for g in self.model.groups
         ]
 

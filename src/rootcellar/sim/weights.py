@@ -35,9 +35,8 @@ def _mixer(group: Group, text: Raw) -> int:
         if text.get("linear_num_value_heads"):  # in: q, k, v, gate, two numbers for each head; out
             heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
             return hidden * (group.layout.channels + 2 * heads * width + 2 * heads)
-        inner = group.layout.channels
-        shared = group.layout.groups * group.layout.group_channels
-        return hidden * (3 * inner + shared + int(text.get("mamba_n_heads") or 0))
+        inner = group.layout.elements // int(need(text, "mamba_d_state"))
+        return hidden * (group.layout.channels + 2 * inner + int(text.get("mamba_n_heads") or 0))
     heads = int(need(text, "num_attention_heads"))
     if isinstance(group.layout, Latent):
         rank, rope = group.layout.rank, group.layout.rope_dim
