@@ -65,16 +65,21 @@ class Transformers:
         self.cache, self.first, self.context = out.past_key_values, out.logits[:, -1:], prompts.shape[1]
 
     def decode(self, steps: int) -> tuple[float, list[list[int]]]:
+        if grown := self.cache.get_seq_length() - self.context:
+            self.cache.crop(-grown)  # transformers 5: what to take off the end
+        return self.go_on(steps)
+
+    def go_on(self, steps: int) -> tuple[float, list[list[int]]]:
         import torch
 
         with torch.inference_mode():
-            if grown := self.cache.get_seq_length() - self.context:
-                self.cache.crop(-grown)  # transformers 5: what to take off the end
             token = self.first.argmax(-1)
             chosen = [token]
             begin = time.perf_counter()
-            for _ in range(steps):
-                out = self.model(token, past_key_values=self.cache, use_cache=True)
+            for at in range(self.context, self.context + steps):
+                # The position outright: models whose first layer is recurrent would count from zero.
+                position = torch.full_like(token, at)
+                out = self.model(token, past_key_values=self.cache, use_cache=True, position_ids=position)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 chosen.append(token)
             seconds = time.perf_counter() - begin

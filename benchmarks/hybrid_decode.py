@@ -84,7 +84,7 @@ def compare(theirs: Transformers, ours: Rootcellar, batch: int, args: argparse.N
     ours.fill(prompts)
     for turn in range(args.rounds + 1):
         theirs.fill(prompts)  # its windows and states cannot be taken back to where they were
-        a, tokens_a = theirs.decode(args.steps)
+        a, tokens_a = theirs.go_on(args.steps)
         b, tokens_b = ours.decode(args.steps)
         agree = np.mean(np.asarray(tokens_a) == np.asarray(tokens_b))
         if agree < 0.9:  # random weights have near ties; two different programs may part there

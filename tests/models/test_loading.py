@@ -29,8 +29,8 @@ def small(family="qwen2", **overrides):
     [*((f, {}) for f in FAMILIES), ("llama2", BIASED), ("qwen3", {"tie_word_embeddings": True})],
 )
 def test_the_declaration_names_every_tensor_of_the_checkpoint(family, overrides):
-    raw, cfg = small(family, **overrides)
-    specs = jax.tree.leaves(declare(cfg))
+    raw = make_config(family, **overrides)
+    specs = jax.tree.leaves(declare(read_config(raw)))
     declared = {n: s for spec in specs for n, s in zip(spec.sources, source_shapes(spec), strict=True)}
     assert declared == tensor_shapes(raw)
     assert all(len(spec.axes) == len(spec.shape) for spec in specs)

@@ -130,10 +130,15 @@ def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
     [([1500], [1], 1), ([1, 37, 300, 64, 129], [1, 1, 1, 1, 1], 1), ([90, 33, 420], [90, 5, 200], 16)],
 )
 @pytest.mark.parametrize(
-    ("rule", "span"),
-    [("sliding_window", 1), ("sliding_window", 24), ("sliding_window", 600), ("chunked_local", 64), ("full", 0)],
+    ("rule", "span", "sink"),
+    [
+        ("sliding_window", 1, False),
+        ("sliding_window", 24, True),
+        ("sliding_window", 600, False),
+        ("chunked_local", 64, True),
+        ("full", 0, True),
+    ],
 )
-@pytest.mark.parametrize("sink", [False, True], ids=["", "sinks"])
 def test_windows_chunks_and_sinks_match_reference(backend, page_size, lengths, new, tile, rule, span, sink):
     rng = np.random.default_rng(11)
     reach = Reach(rule, span, scale=0.3)
