@@ -12,6 +12,7 @@ from test_openai import events
 
 import rootcellar
 from rootcellar import demo
+from rootcellar.errors import CacheBroken
 from serving import on_thread, wait_until
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -403,13 +404,16 @@ def test_a_flush_ends_pins(own):
     assert post(own, "/cache/pin", text="Another.", ttl=60)["pins"] <= 1
 
 
-def test_check(own):
+def test_check(own, monkeypatch):
     assert own.post("/cache/check").json()["success"] is True
-    own.engine._cache._tree.shelves[0].cached += 1
-    broken = own.post("/cache/check")
-    assert broken.status_code == 500
-    assert broken.json()["error"]["code"] == "cache_broken"
-    own.engine._cache._tree.shelves[0].cached -= 1
+
+    def broken():
+        raise CacheBroken("page 7 has two owners")
+
+    monkeypatch.setattr(own.engine, "check", broken)
+    response = own.post("/cache/check")
+    assert response.status_code == 500
+    assert response.json()["error"].items() >= {"code": "cache_broken", "message": "page 7 has two owners"}.items()
 
 
 def test_every_answer_is_json(client):

@@ -52,8 +52,8 @@ async def crowd(url, clients, expected):
     await asyncio.wait_for(asyncio.gather(*map(one, range(clients))), 240)
 
 
-@pytest.mark.parametrize("clients", [60, pytest.param(200, marks=pytest.mark.long)])
-def test_a_crowd_of_clients_of_which_a_third_goes_away(clients):
+@pytest.mark.parametrize(("clients", "rounds"), [(48, 1), pytest.param(200, 4, marks=pytest.mark.long)])
+def test_a_crowd_of_clients_of_which_a_third_goes_away(clients, rounds):
     with Server("--max-running-requests", "32", max_total_tokens=1536) as server, server.client() as client:
         expected = {}
         for prompt in PROMPTS:
@@ -61,7 +61,7 @@ def test_a_crowd_of_clients_of_which_a_third_goes_away(clients):
             expected[prompt] = answer.json()["choices"][0]["text"]
         asyncio.run(crowd(server.url, clients, expected))  # compiles, and fills what only grows once
         before = resident(server.pid)
-        for _ in range(2):
+        for _ in range(rounds):
             asyncio.run(crowd(server.url, clients, expected))
         wait_until(lambda: client.get("/v1/loads").json()["loads"][0]["num_total_reqs"] == 0)
         grown = resident(server.pid) - before
@@ -84,8 +84,10 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(clients):
         async def load():
             sizes = [3000 if i < 4 else 16 for i in range(clients)]
             bodies = [{"prompt": PROMPTS[i % 6], "ignore_eos": True, "max_tokens": n} for i, n in enumerate(sizes)]
+            httpx.post(f"{server.url}/pause_generation", json={"mode": "in_place"})  # until all are there
             tasks = [asyncio.create_task(stream(server.url, body)) for body in bodies]
             await asyncio.to_thread(wait_until, lambda: _active(server) == clients, 60)
+            httpx.post(f"{server.url}/continue_generation")
             began = time.monotonic()
             server.stop()
             await asyncio.sleep(0.3)
@@ -103,8 +105,7 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(clients):
     ended = [o for o in outcomes if o.error is not None and o.error["code"] == "shutdown"]
     assert len(finished) + len(ended) == clients
     assert all(o.done for o in outcomes if o.status == 200)
-    assert finished
-    assert len(ended) >= 1
+    assert ended
     assert "no new requests" in server.log()
     assert "Traceback" not in server.log()
 
