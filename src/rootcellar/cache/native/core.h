@@ -92,15 +92,14 @@ class Core {
 
     nb::list grow_many(nb::handle leases, nb::handle tokens) {
         const Verb verb(cache_.tree);
-        take_batch(leases);
-        const std::size_t count = batch_.size();
-        if (PyLong_Check(tokens.ptr())) {
-            counts_.assign(count, integer(tokens));
-        } else {
-            counts_.clear();
+        const bool same = PyLong_Check(tokens.ptr());
+        counts_.clear();
+        if (!same)
             for (const nb::handle item : nb::iter(tokens)) counts_.push_back(integer(item));
-            if (counts_.size() != count) throw nb::value_error("give as many numbers of tokens as leases");
-        }
+        const nb::list held = take_batch(leases);
+        const std::size_t count = batch_.size();
+        if (same) counts_.assign(count, integer(tokens));
+        if (counts_.size() != count) throw nb::value_error("give as many numbers of tokens as leases");
         answers_.assign(count, 0);
         cache_.grow_many(batch_, counts_.data(), reinterpret_cast<bool*>(answers_.data()));
         PyObject* list = PyList_New(static_cast<Py_ssize_t>(count));
@@ -117,14 +116,15 @@ class Core {
     }
 
     void commit_many(nb::handle leases, nb::handle keys, bool snapshot) {
-        take_batch(leases);
-        std::size_t i = 0;
+        const nb::list held = take_batch(leases);
         if (nb::len(keys) != batch_.size()) throw nb::value_error("give as many keys as leases");
+        const std::vector<Lease*> batch = batch_;
+        std::size_t i = 0;
         // Each commit is complete before the next: what one throws away no other can name.
         for (const nb::handle key : nb::iter(keys)) {
             const Verb verb(cache_.tree);
             const KeyView tokens = view(key);
-            cache_.commit(*batch_[i++], tokens.key, snapshot);
+            cache_.commit(*batch.at(i++), tokens.key, snapshot);
         }
     }
 
@@ -134,7 +134,7 @@ class Core {
     }
 
     void close_many(nb::handle leases, bool keep) {
-        take_batch(leases);
+        const nb::list held = take_batch(leases);
         for (Lease* lease : batch_) {
             const Verb verb(cache_.tree);
             cache_.close(*lease, keep);
@@ -384,15 +384,18 @@ class Core {
         return Key{hit.view.key.tokens, hit.view.key.count, cache_.tree.name(hit.view.key.name->text)};
     }
 
-    void take_batch(nb::handle leases) {
+    // The leases of a call, all of them open; what keeps them alive is returned.
+    nb::list take_batch(nb::handle leases) {
+        nb::list held;
+        if (PyList_Check(leases.ptr()))
+            held = nb::borrow<nb::list>(leases);
+        else
+            held = nb::list(leases);
         batch_.clear();
-        if (PyList_Check(leases.ptr())) {
-            const Py_ssize_t count = PyList_Size(leases.ptr());
-            for (Py_ssize_t i = 0; i < count; ++i) batch_.push_back(&lease_of(PyList_GetItem(leases.ptr(), i)));
-        } else {
-            for (const nb::handle item : nb::iter(leases)) batch_.push_back(&lease_of(item));
-        }
+        const Py_ssize_t count = PyList_Size(held.ptr());
+        for (Py_ssize_t i = 0; i < count; ++i) batch_.push_back(&lease_of(PyList_GetItem(held.ptr(), i)));
         for (const Lease* lease : batch_) cache_.must_be_open(*lease);
+        return held;
     }
 
     int kind_index(const std::string& name) const {
