@@ -149,6 +149,15 @@ return seen.size;
 """
 
 
+def _forked(nodes: list[dict]) -> dict | None:
+    """The block that three requests share, when at least two smaller ones are drawn to the right of it."""
+    for node in nodes:
+        right = [n for n in nodes if n["left"] >= node["left"] + node["width"] - 1]
+        if node["sharers"] >= 3 and len(right) >= 2 and all(n["height"] < node["height"] for n in right):
+            return node
+    return None
+
+
 def test_two_chats_share_the_system_message_and_the_tree_shows_it(page, engine):
     engine.flush_cache()
     first = page.ask("What is a KV cache?")
@@ -159,16 +168,9 @@ def test_two_chats_share_the_system_message_and_the_tree_shows_it(page, engine):
     other = page.ask("What is eviction?")
     shared = int(other.split(" of ")[0])
     assert shared >= 48  # whole pages of the system message
-    node = page.wait(
-        lambda: next((n for n in page.nodes() if n["sharers"] >= 3 and n["width"] > 20), None),
-        "the tree does not show what the chats share",
-    )
-    tokens = engine.sight.tree()["nodes"]
-    drawn = next(n for n in tokens if str(n["id"]) == node["id"])
+    node = page.wait(lambda: _forked(page.nodes()), "the tree does not show what the chats share")
+    drawn = next(n for n in engine.sight.tree()["nodes"] if str(n["id"]) == node["id"])
     assert (drawn["start"], drawn["length"]) == (0, shared)
-    right = [n for n in page.nodes() if n["left"] >= node["left"] + node["width"] - 1]
-    assert len(right) >= 2
-    assert all(n["height"] < node["height"] for n in right)
     page.driver.find_element("css selector", f'#tree g[data-node="{node["id"]}"]').click()
     panel = page.wait(lambda: page.text("node"), "choosing a block says nothing")
     for turn in ("chat 1, turn 1", "chat 1, turn 2", "chat 2, turn 1"):

@@ -171,7 +171,7 @@ class NativeRadixCache(_core.Core):
     def tree(self, limit: int = 200) -> TreeView:
         """See ``PyRadixCache.tree``."""
         _, _, total, tick, *_ = self._counts()
-        return TreeView(tuple(self._view(*record) for record in self._tree(limit)), total, tick)
+        return TreeView(tuple(self._view(*record) for record in self._top_nodes(limit)), total, tick)
 
     def _view(
         self, ident: int, parent: int, namespace: str, start: int, size: int, head: tuple[int, ...],

@@ -159,7 +159,7 @@ NB_MODULE(_core, module) {
         .def("_find_eviction", &Core::find_eviction)
         .def("_take_evictions", &Core::take_evictions)
         .def_prop_ro("tick", &Core::tick)
-        .def("_tree", &Core::tree)
+        .def("_top_nodes", &Core::tree)
         .def("trail", &Core::trail, "key"_a)
         .def("_frozen", &Core::state)
         .def("_nodes", &Core::nodes)
