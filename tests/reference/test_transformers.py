@@ -260,7 +260,8 @@ def test_the_engine_equals_transformers_cold_and_cached(folder, prompts, answers
         scored = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
         for result, (_, _, own) in zip(scored, answers, strict=True):
             values = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
-            np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=0)
+            # Float32 alone: states summed in another order than transformers' move a logprob of -14 by 1.3e-4.
+            np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
