@@ -3,10 +3,10 @@
     python benchmarks/cache_core.py [--trace TRACE] [--peer-python PYTHON] [--groups micro,trace,...] [--json]
     python benchmarks/cache_core.py --callgrind
 
-Each side runs in a process of its own (``core_worker.py``): rootcellar with its native core, rootcellar with its Python
-core, and where ``--peer-python`` has their wheels SGLang's Rust core, SGLang's Python core with its allocator, and vLLM's
-manager. For each row all sides get ready, then they are measured in turn, some samples a round, so that all see the same
-load of the machine. Medians. docs/cache.md says how to install the peers and what each row includes.
+Each side runs in a process of its own (``core_worker.py``): rootcellar with its native core, rootcellar with its
+Python core, and where ``--peer-python`` has their wheels SGLang's Rust core, SGLang's Python core with its allocator,
+and vLLM's manager. For each row all sides get ready, then they are measured in turn, some samples a round, so that all
+see the same load of the machine. Medians. docs/cache.md says how to install the peers and what each row includes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def micro(pages: list[int], quick: bool) -> Iterator[Row]:
     for page in pages:
         at = {"page_size": page}
         for nodes in (1, 64):
-            yield Row(f"match 8,192 tokens over {nodes} node{'s'[: nodes > 1]}, with slots", "match", at | {"nodes": nodes})
+            yield Row(
+                f"match 8,192 tokens over {nodes} node{'s'[: nodes > 1]}, with slots", "match", at | {"nodes": nodes}
+            )
         yield Row("insert 8,192 tokens, half shared", "insert", at | {"twice": False})
         yield Row("insert 8,192 tokens, half computed twice", "insert", at | {"twice": True})
         for leaves in (500, 20_000) if quick or page > 1 else (500, 20_000, 1_000_000):
@@ -112,7 +114,7 @@ def trace(pages: list[int], path: str | None) -> Iterator[Row]:
         yield Row("trace", "trace", at | {"slots": True})
         yield Row("trace, SGLang without its allocator", "trace", at | {"slots": False})
         if page > 1:
-            yield Row("trace, digests on", "trace", at | {"events": True})
+            yield Row("trace, digests of all pages", "trace", at | {"names": True})
 
 
 def scaling(page: int, quick: bool) -> Iterator[Row]:
@@ -198,7 +200,9 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", default=os.environ.get("ROOTCELLAR_TRACE"), help="Mooncake's conversation trace")
     parser.add_argument("--peer-python", help="an interpreter that has the peers' wheels")
-    parser.add_argument("--sides", default="", help="only these, by comma: rootcellar,rootcellar python,sglang-rust,...")
+    parser.add_argument(
+        "--sides", default="", help="only these, by comma: rootcellar,rootcellar python,sglang-rust,..."
+    )
     parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--pages", default="1,16,64", help="page sizes of the micro and trace rows")
     parser.add_argument("--rounds", type=int, default=5, help="visits to each side per row")

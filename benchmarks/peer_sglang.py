@@ -15,6 +15,7 @@ from core_tasks import (
     KEY,
     POOL,
     Rows,
+    Skip,
     Task,
     branches,
     cached,
@@ -37,9 +38,7 @@ class Tree:
         params = python_module("cache_init_params").CacheInitParams
         self.base = python_module("base_prefix_cache")
         self.cache = python_module("radix_cache").RadixCache(
-            params(
-                disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.pool, page_size=page_size
-            )
+            params(disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.pool, page_size=page_size)
         )
 
     def match(self, tokens):
@@ -111,9 +110,11 @@ def evict(tree, leaves: int) -> Task:
     return Task(lambda _: tree.evict(1), lambda: put(tree, [leaf(fresh(), tree.page_size)]))
 
 
-def trace(make, path: str, page_size: int, slots: bool) -> Task:
+def trace(make, path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
     """What SGLang does for a request, one at a time: match and lock, evict, allocate, write the row of the page table,
     and when it is finished insert what the row has and unlock. Without ``slots`` nothing is allocated."""
+    if names:
+        raise Skip("SGLang hashes where a storage backend asks for it; see vLLM")
     keys = prompts(path)
     row = torch.zeros(max(map(len, keys)), dtype=torch.int32)  # of ReqToTokenPool.req_to_token
     facts = {"requests": len(keys)}
@@ -176,7 +177,7 @@ def tree_rows(make) -> Rows:
         "match": lambda page_size, nodes: match(make(page_size), nodes),
         "insert": lambda page_size, twice: insert(make(page_size), twice),
         "evict": lambda page_size, leaves: evict(make(page_size), leaves),
-        "trace": lambda path, page_size, slots: trace(make, path, page_size, slots),
+        "trace": lambda **what: trace(make, **what),
         "scaling": lambda page_size, **what: scaling(make(page_size), **what),
         "memory": lambda page_size, **sizes: memory(make(page_size), **sizes),
     }

@@ -35,7 +35,9 @@ class Tree:
         if whole < len(tokens):
             tokens = tokens[:whole]
         # prev_prefix_len: the caller frees duplicates itself, as it does with the Python core.
-        return self.tree.insert(self.core.InsertParamsBinding(key=tokens, value=slots, prev_prefix_len=whole)).prefix_len
+        return self.tree.insert(
+            self.core.InsertParamsBinding(key=tokens, value=slots, prev_prefix_len=whole)
+        ).prefix_len
 
     def lock(self, node):
         return node, self.tree.inc_lock_ref(node)

@@ -187,7 +187,9 @@ def test_litellm_completes_streams_and_counts(base):
 
 def evaluate(url: str, folder: Path) -> tuple[float, list]:
     """The score of the multiple-choice task in lm_eval/, and each sample's log-likelihoods, one request at a time."""
-    model = f"model=demo,base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer=src/rootcellar/demo/model"
+    model = (
+        f"model=demo,base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer=src/rootcellar/demo/model"
+    )
     words = ["run", "--model", "local-completions", "--model_args", model, "--tasks", "cache_facts"]
     words += ["--include_path", "tests/server/lm_eval", "--log_samples", "--output_path", str(folder)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
