@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-# Torch and transformers live apart, so that the default suite proves itself without them.
+# Torch, transformers and other people's clients live apart, so that the default suite proves itself without them.
 REFERENCE_VENV := .venv-reference
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -15,7 +15,7 @@ BUILD_INPUTS := requirements/lock.txt pyproject.toml CMakeLists.txt $(shell find
 RUN := $(VENV)/bin/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reference fuzz sanitize lint format docs golden bench lock clean
+.PHONY: help demo test test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -28,6 +28,9 @@ test: $(VENV)/.stamp  ## Run the test suite (ARGS="tests/cache -x" for a part of
 
 test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m reference $(ARGS)
+
+test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
+	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)
 
 fuzz: $(VENV)/.stamp  ## Run the long, nightly tests.
 	@$(RUN)python -m pytest -m long --timeout 0 $(ARGS)
@@ -61,7 +64,7 @@ lock:  ## Pin the newest versions that pyproject.toml allows (with the oldest Py
 	@.venv-lock/bin/python $(PIP_INSTALL) pip-tools==7.6.2
 	@rm -f requirements/lock.txt requirements/reference.txt
 	@$(PIP_COMPILE) --extra dev --extra figure --output-file requirements/lock.txt pyproject.toml
-	@$(PIP_COMPILE) --extra reference --constraint requirements/lock.txt \
+	@$(PIP_COMPILE) --extra reference --extra clients --constraint requirements/lock.txt \
 		--output-file requirements/reference.txt pyproject.toml
 	@sed -i.orig 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/reference.txt  # any build of that version will do
 	@rm -rf requirements/*.orig .venv-lock

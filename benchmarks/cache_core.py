@@ -3,10 +3,10 @@
     python benchmarks/cache_core.py [--trace TRACE] [--peer-python PYTHON] [--groups micro,trace,...] [--json]
     python benchmarks/cache_core.py --callgrind
 
-Each side runs in a process of its own (``core_worker.py``): rootcellar with its native core, rootcellar with its Python
-core, and where ``--peer-python`` has their wheels SGLang's Rust core, SGLang's Python core with its allocator, and vLLM's
-manager. For each row all sides get ready, then they are measured in turn, some samples a round, so that all see the same
-load of the machine. Medians. docs/cache.md says how to install the peers and what each row includes.
+Each side runs in a process of its own (``core_worker.py``): rootcellar with its native core, rootcellar with its
+Python core, and where ``--peer-python`` has their wheels SGLang's Rust core, SGLang's Python core with its allocator,
+and vLLM's manager. For each row all sides get ready, then they are measured in turn, some samples a round, so that all
+see the same load of the machine. Medians. docs/cache.md says how to install the peers and what each row includes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def trace(pages: list[int], path: str | None) -> Iterator[Row]:
         yield Row("trace", "trace", at | {"slots": True})
         yield Row("trace, SGLang without its allocator", "trace", at | {"slots": False})
         if page > 1:
-            yield Row("trace, digests on", "trace", at | {"events": True})
+            yield Row("trace, digests of all pages", "trace", at | {"names": True})
 
 
 def scaling(page: int, quick: bool) -> Iterator[Row]:

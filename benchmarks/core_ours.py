@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import cycle
 
 from core_tasks import (
@@ -29,12 +30,10 @@ from core_tasks import (
     tokens,
 )
 
-from rootcellar.cache import Key, RadixCache, Tier, full
-
-NativeRadixCache = None  # TEMP
+from rootcellar.cache import CORE, Key, RadixCache, Tier, digests, full
 
 
-def core(page_size: int, size: int = POOL, *, leases: int = 256, length: int = KEY, events: bool = False) -> RadixCache:
+def core(page_size: int, size: int = POOL, *, leases: int = 256, length: int = KEY) -> RadixCache:
     """A cache of one kind on one tier."""
     size = -(-size // page_size) * page_size
     return RadixCache(
@@ -43,7 +42,6 @@ def core(page_size: int, size: int = POOL, *, leases: int = 256, length: int = K
         capacity={("full", Tier.DEVICE): size},
         max_leases=leases,
         max_length=length,
-        events=events,
     )
 
 
@@ -70,8 +68,8 @@ def match(page_size: int, nodes: int) -> Task:
     put(cache, [key.tokens, *(branches(tokens(1, KEY), nodes, page_size))])
     # A branch at each cut: without them, the path's own nodes are left.
     assert cache.stats().nodes - (nodes - 1) == nodes
-    action = lambda _: cache.match(key)  # noqa: E731
-    return Task(action)
+    assert len(cache.slots(cache.match(key), "full")) == KEY
+    return Task(lambda _: cache.slots(cache.match(key), "full"), facts={"bytes": 4 * KEY})
 
 
 def insert(page_size: int, twice: bool) -> Task:
@@ -98,35 +96,18 @@ def insert(page_size: int, twice: bool) -> Task:
     return Task(lambda given: cache.commit(*given), before)
 
 
-def evict(page_size: int, leaves: int) -> Task:
-    """Grow by a page in a full cache: evict one leaf, allocate its page, write the page table."""
-    return starved(page_size, leaves, page_size)
+def evict(page_size: int, leaves: int, size: int | None = None) -> Task:
+    """Make room for a leaf's tokens in a full cache of such leaves; one is put back before each sample."""
+    size = size or page_size
+    cache = core(page_size, leaves * size, length=size)
+    put(cache, (leaf(i, size) for i in range(leaves)))
+    fresh = serials(leaves)
 
+    def action(_):
+        assert cache.make_room("full", size)
 
-def starved(page_size: int, leaves: int, step: int) -> Task:
-    """A lease that can only grow, ``step`` tokens a time, at the expense of a tree of so many leaves of ``step``.
-
-    When it has taken a tenth of them it is closed and they are put back.
-    """
-    cache = core(page_size, leaves * step, length=(most := max(leaves // 10, 1) * step))
-    put(cache, (leaf(i, step) for i in range(leaves)))
-    lease, fresh = None, serials(leaves)
-
-    def before():
-        nonlocal lease
-        if lease is not None and lease.length + step > most:
-            count = lease.length // step
-            cache.close(lease)
-            put(cache, (leaf(fresh(), step) for _ in range(count)))
-            lease = None
-        if lease is None:
-            lease = cache.open(cache.match(Key([])))
-        return lease
-
-    def action(lease):
-        assert cache.grow(lease, step)
-
-    return Task(action, before)
+    action(None)
+    return Task(action, lambda: put(cache, [leaf(fresh(), size)]))
 
 
 def take_and_give(page_size: int, count: int) -> Task:
@@ -189,13 +170,13 @@ def decode(page_size: int) -> Task:
             steps = 1
         return leases
 
-    return Task(lambda leases: cache.grow_many(leases), before)
+    return Task(cache.grow_many, before)
 
 
-def trace(path: str, page_size: int, slots: bool = True, events: bool = False) -> Task:
-    """Match, open, grow (which evicts), commit and close, a request at a time; ``events``: digests of all pages too.
+def trace(path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
+    """Match, open, grow (which evicts), commit and close, a request at a time.
 
-    Slots are always allocated: the core has no other way.
+    ``names``: also the digest of every page of every prompt. Slots are always allocated: the core has no other way.
     """
     del slots
     keys = [Key(prompt) for prompt in prompts(path)]
@@ -203,7 +184,7 @@ def trace(path: str, page_size: int, slots: bool = True, events: bool = False) -
     facts: dict = {"requests": len(keys)}
 
     def before():
-        return core(page_size, leases=1, length=longest, events=events)
+        return core(page_size, leases=1, length=longest)
 
     def action(cache):
         for key in keys:
@@ -211,8 +192,8 @@ def trace(path: str, page_size: int, slots: bool = True, events: bool = False) -
             cache.grow(lease, len(key) - lease.length)
             cache.commit(lease, key)
             cache.close(lease)
-            if events:
-                cache.take_events()
+            if names:
+                digests(key, page_size)
         facts["hit_rate"] = cache.stats().hit_rate
 
     return Task(action, before, once=True, facts=facts)
@@ -220,18 +201,18 @@ def trace(path: str, page_size: int, slots: bool = True, events: bool = False) -
 
 def scaling(page_size: int, what: str, tokens_cached: int) -> Task:
     if what == "evict":
-        return starved(page_size, tokens_cached // ENTRY, ENTRY)
+        return evict(page_size, tokens_cached // ENTRY, ENTRY)
     keys = cached(tokens_cached)
     cache = core(page_size, tokens_cached + POOL, length=ENTRY)
     put(cache, keys)
     chosen, fresh, leases = cycle([Key(key) for key in hot(keys)]).__next__, serials(), []
     if what == "match":
-        return Task(lambda key: cache.match(key), chosen)
+        return Task(lambda key: cache.slots(cache.match(key), "full"), chosen)
 
     def before():
         while leases:
             cache.close(leases.pop(), keep=False)
-        key = Key([*chosen().tokens[: ENTRY // 2], *tokens(fresh(), ENTRY // 2)])
+        key = Key(array("q", chosen().tokens[: ENTRY // 2]) + tokens(fresh(), ENTRY // 2))
         leases.append(start(cache, key))
         return leases[0], key
 
@@ -243,13 +224,13 @@ def memory(page_size: int, tokens_cached: int, entry: int) -> Task:
     cache = core(page_size, leases=1, length=entry)
     begin = resident_bytes()
     put(cache, (leaf(i, entry) for i in range(tokens_cached // entry)))
-    facts = {"bytes": resident_bytes() - begin, "nodes": cache.stats().nodes}
+    facts = {"bytes": resident_bytes() - begin, "nodes": cache.stats().nodes, "own": cache.memory_bytes()}
     return Task(lambda _: cache, once=True, facts=facts)
 
 
 def native() -> Task:
     """Nothing to measure: skipped where the Python core is what there is."""
-    if RadixCache is not NativeRadixCache:
+    if CORE != "native":
         raise Skip("the native core is not built")
     return Task(lambda _: None)
 

@@ -86,7 +86,8 @@ def summary(results: list[Result]) -> None:
         few, many = (result["sides"][side] for result in rows)
         if "bytes" not in few or "bytes" not in many:
             continue
-        node = (many["bytes"] - few["bytes"]) / (many["nodes"] - few["nodes"])
+        apart = many["nodes"] - few["nodes"]  # of blocks there are as many whatever the entries
+        node = (many["bytes"] - few["bytes"]) / apart if apart else 0.0
         token = (few["bytes"] - node * few["nodes"]) / rows[0]["tokens_cached"]
         own = f"; by its own account {many['own'] / 2**20:.1f} MiB" if "own" in many else ""
         print(f"memory, {side}: {token:.1f} bytes per cached token, {node:.0f} per node{own}")
@@ -105,8 +106,8 @@ def floor(results: list[Result]) -> None:
             compare, copy = compare - call, copy - call  # both were timed inside an empty function
             print(
                 f"floor, page {result['page_size']}: memcmp {compare:.2f} us, memcpy {copy:.2f} us, an empty call "
-                f"{call:.3f} us; {ours}'s match of one node {mine:.2f} us = {(mine - call) / (compare + copy):.2f} times "
-                "the two, plus the call"
+                f"{call:.3f} us; {ours}'s match of one node {mine:.2f} us = "
+                f"{(mine - call) / (compare + copy):.2f} times the two, plus the call"
             )
 
 

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 
 from core_tasks import Rows, Skip, Task, measure
 
@@ -55,7 +54,6 @@ def main(side: str) -> None:
             rows = rows or importlib.import_module(MODULES[side]).ROWS
             reply, task = answer(request, rows, task)
         except Exception as error:  # the parent reports it and goes on with the other sides
-            traceback.print_exc()
             reply, task = {"error": f"{type(error).__name__}: {error}"}, None
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

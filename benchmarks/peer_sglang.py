@@ -15,6 +15,7 @@ from core_tasks import (
     KEY,
     POOL,
     Rows,
+    Skip,
     Task,
     branches,
     cached,
@@ -109,9 +110,11 @@ def evict(tree, leaves: int) -> Task:
     return Task(lambda _: tree.evict(1), lambda: put(tree, [leaf(fresh(), tree.page_size)]))
 
 
-def trace(make, path: str, page_size: int, slots: bool) -> Task:
+def trace(make, path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
     """What SGLang does for a request, one at a time: match and lock, evict, allocate, write the row of the page table,
     and when it is finished insert what the row has and unlock. Without ``slots`` nothing is allocated."""
+    if names:
+        raise Skip("SGLang hashes where a storage backend asks for it; see vLLM")
     keys = prompts(path)
     row = torch.zeros(max(map(len, keys)), dtype=torch.int32)  # of ReqToTokenPool.req_to_token
     facts = {"requests": len(keys)}
@@ -174,7 +177,7 @@ def tree_rows(make) -> Rows:
         "match": lambda page_size, nodes: match(make(page_size), nodes),
         "insert": lambda page_size, twice: insert(make(page_size), twice),
         "evict": lambda page_size, leaves: evict(make(page_size), leaves),
-        "trace": lambda path, page_size, slots: trace(make, path, page_size, slots),
+        "trace": lambda **what: trace(make, **what),
         "scaling": lambda page_size, **what: scaling(make(page_size), **what),
         "memory": lambda page_size, **sizes: memory(make(page_size), **sizes),
     }

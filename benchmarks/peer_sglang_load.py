@@ -1,7 +1,7 @@
 """Loads SGLang's cache modules, and nothing else of it, from an installed wheel: torch and NumPy are enough.
 
-What these modules import besides (kernels, servers, metrics) is replaced by objects that do nothing, which can only make
-the peer faster. Its Rust core is loaded from the extension in the wheel, without the adapter around it.
+What these modules import besides (kernels, servers, metrics) is replaced by objects that do nothing, which can only
+make the peer faster. Its Rust core is loaded from the extension in the wheel, without the adapter around it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class CountingAllocator:
         self.room -= -(-count // self.page_size) * self.page_size
         return self.slots[:count]
 
-    def free_segment(self, values, start_pos: int = 0) -> None:
+    def free_segment(self, values, *, start_pos: int) -> None:
+        del start_pos
         self.room += -(-len(values) // self.page_size) * self.page_size
 
 

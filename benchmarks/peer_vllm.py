@@ -192,9 +192,9 @@ def decode(page_size: int) -> Task:
     return Task(action, before)
 
 
-def trace(path: str, page_size: int, slots: bool = True, events: bool = False) -> Task:
+def trace(path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
     """Hash, look up, allocate (which evicts) and free, a request at a time. Hashing is how vLLM looks things up."""
-    del slots, events
+    del slots, names
     Manager(page_size)  # or Skip
     keys = [list(prompt) for prompt in prompts(path)]
     facts: dict = {"requests": len(keys)}

@@ -39,7 +39,8 @@ with rootcellar.Engine(
     engine.release_memory_occupation("kv_cache")
     engine.resume_memory_occupation()
     again = engine.generate(input_ids=prompts, sampling_params=settings)
-    pool = engine._parts.runner.pools["full"].buffers[0]
+    runner = engine._parts.runner
+    pool = runner.pools[runner.pool_of[runner.kinds[0].name]].buffers[0]
     json.dump(
         {
             "devices": jax.device_count(),
