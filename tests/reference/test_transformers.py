@@ -260,7 +260,7 @@ def test_the_engine_equals_transformers_cold_and_cached(folder, prompts, answers
         scored = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
         for result, (_, _, own) in zip(scored, answers, strict=True):
             values = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
-            # Relative as well: one logprob of Qwen3-Next, -13.628, is 1.3e-4 from what transformers' chunked form gives.
+            # Relative as well: one logprob of Qwen3-Next, -13.628, is 1.3e-4 from transformers' chunked form.
             np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=1e-5)
 
 
