@@ -195,7 +195,7 @@ not allowed raises `RequestError`; the engine goes on. `seed` may also be writte
 
 | variable | meaning |
 |---|---|
-| `ROOTCELLAR_NO_NATIVE` | `1` at install time leaves the C++ part out; at run time, does not use it. |
+| `ROOTCELLAR_NO_NATIVE` | `1` at install time leaves the C++ parts out; at run time, does not use them. |
 | `XDG_CACHE_HOME` | the user's cache folder; holds compiled programs when `compilation_cache_dir` is None. |
 """
 

@@ -20,6 +20,7 @@ from rootcellar.cache import (
     recurrent,
     sliding_window,
 )
+from rootcellar.cache.check import walk
 
 pytestmark = pytest.mark.usefixtures("core")
 
@@ -140,6 +141,15 @@ def test_events_chain_through_their_parents():
     cache.flush()
     assert cache.take_events() == [AllBlocksCleared()]
     assert make().take_events() == []
+
+
+def test_digests_are_there_from_the_commit_on_when_asked_for():
+    key = Key(tokens((0, 20)))
+    for wanted in (False, True):
+        cache = make(digests=wanted, fingerprint=b"m")
+        serve(cache, key.tokens, chunk=8)
+        (node,) = walk(cache._inside().tree)
+        assert node.digests == (digests(key, 4, b"m") if wanted else [])
 
 
 def test_stats_add_up():

@@ -70,6 +70,87 @@ def test_grow_many_answers_in_order_and_takes_whole_pages_once():
     cache.check()
 
 
+def test_grow_many_takes_a_number_for_each_and_names_a_lease_twice():
+    cache = make(size=64)
+    leases = [cache.open(cache.match(Key([i]))) for i in range(3)]
+    assert cache.grow_many(leases, [5, 0, 60]) == [True, True, False]
+    assert [lease.length for lease in leases] == [5, 0, 0]
+    assert cache.grow_many([leases[1]] * 2) == [True, True]
+    assert leases[1].length == 2
+    assert cache.grow_many(tuple(leases), np.array([1, 1, 1])) == [True] * 3
+    with pytest.raises(ValueError, match="as many"):
+        cache.grow_many(leases, [1])
+    cache.check()
+
+
+def test_a_batch_commits_and_closes_as_one_by_one_would():
+    cache = make()
+    keys = [Key(tokens((100 * i, 9))) for i in range(4)]
+    leases = [cache.open(cache.match(key)) for key in keys]
+    assert all(cache.grow_many(leases, 9))
+    cache.commit_many(leases, keys)
+    assert [lease.committed for lease in leases] == [8] * 4
+    with pytest.raises(ValueError, match="as many"):
+        cache.commit_many(leases, keys[:2])
+    cache.close_many(leases)
+    assert all(cache.match(key).length == 8 for key in keys)
+    cache.check()
+
+
+def test_a_batch_with_a_closed_lease_is_refused_whole():
+    cache = make()
+    leases = [cache.open(cache.match(Key([i]))) for i in range(2)]
+    cache.close(leases[1])
+    for call in (
+        lambda: cache.grow_many(leases),
+        lambda: cache.commit_many(leases, [Key([]), Key([])]),
+        lambda: cache.close_many(leases),
+        lambda: cache.grow(leases[1], 1),
+        lambda: cache.commit(leases[1], Key([])),
+    ):
+        with pytest.raises(RequestError, match="closed already"):
+            call()
+    assert cache.stats().leases == 1
+    assert leases[0].length == 0
+    cache.check()
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_slots_of_a_hit_are_those_that_the_request_wrote(page_size):
+    kinds = (full("full"), sliding_window("window", window=5), recurrent("state"))
+    cache = make(kinds, page_size=page_size)
+    lease = start(cache, tokens((0, 24)), chunk=8)
+    written = cache.tables["full"][lease.row]
+    cache.close(lease)
+    hit = cache.match(Key(tokens((0, 30))))
+    at = np.arange(24)
+    serve(cache, tokens((0, 11), (70, 9)))  # cuts the edge: the hit is stale now
+    slots = cache.slots(hit, "full")
+    assert slots.dtype == np.int32
+    lease = cache.open(cache.match(Key(tokens((0, 30)))))
+    written = cache.tables["full"][lease.row]
+    assert slots.tolist() == (written[at // page_size] * page_size + at % page_size).tolist()
+    window = cache.slots(hit, "window")
+    assert window[-4:].min() >= page_size, "what the window needs is there"
+    with pytest.raises(KeyError, match="state"):
+        cache.slots(hit, "state")
+
+
+def test_make_room_evicts_the_least_or_nothing():
+    cache = make(size=32)
+    serve(cache, tokens((0, 16)))
+    lease = start(cache, tokens((100, 12)))
+    assert cache.make_room("full", 4)
+    assert cache.stats().shelves[DEVICE].evicted == 0
+    assert not cache.make_room("full", 24)
+    assert cache.make_room("full", 20)
+    assert cache.stats().shelves[DEVICE].evicted == 16
+    with pytest.raises(KeyError, match="full"):
+        cache.make_room("full", 1, Tier.PEER)
+    cache.close(lease)
+    cache.check()
+
+
 def test_eviction_takes_the_tail_of_a_long_node_and_keeps_its_head():
     cache = make(size=64)
     serve(cache, tokens((0, 64)))

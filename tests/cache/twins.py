@@ -72,9 +72,14 @@ class Twins:
         self.compare()
         self._both("take_events")
         self._steps += 1
+        self._both("has_room", {kind.name: self._steps % 40 for kind in self.kinds})
         if self._steps % CHECK_EVERY == 0:
             self._both("check")
             self._both("pretty_print", self._steps % 20)
+            for kind, tier in self.python.stats().shelves:
+                self._both("used_pages", kind, tier)
+                if self._steps % (3 * CHECK_EVERY) == 0:
+                    self._both("make_room", kind, self._steps % 9, tier)
 
     def match(self, key: Key) -> Hit:
         hit = self._both("match", key)
@@ -83,8 +88,22 @@ class Twins:
                 self._both("slots", hit, kind.name)
         return hit
 
+    def grow(self, lease: Lease, tokens: int) -> bool:
+        """By itself or as a batch of one, in turns."""
+        if self._steps % 2:
+            return self._both("grow", lease, tokens)
+        return self._both("grow_many", [lease], [tokens])[0]
+
+    def commit(self, lease: Lease, key: Key, *, snapshot: bool = True) -> None:
+        if self._steps % 2:
+            return self._both("commit", lease, key, snapshot=snapshot)
+        return self._both("commit_many", [lease], [key], snapshot=snapshot)
+
     def close(self, lease: Lease, keep: bool = True) -> None:
-        self._both("close", lease, keep)
+        if self._steps % 2:
+            self._both("close", lease, keep)
+        else:
+            self._both("close_many", [lease], keep)
         same(lease, self._native_of(lease), "closed lease")
         del self._pairs[id(lease)]
 

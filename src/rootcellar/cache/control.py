@@ -17,6 +17,7 @@ from rootcellar.cache.node import Node
 from rootcellar.cache.verbs import Desk, pin_place, unpin_place
 from rootcellar.errors import CacheBusy
 
+FOREVER = 1 << 62  # ticks
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 
 
@@ -33,7 +34,7 @@ def pin(desk: Desk, key: Key, ttl: int) -> int:
     lease = Lease(0, desk.serial, place_of(tree, hit, hit.length // tree.page_size), key.namespace, hit.length, 0)
     pin_place(desk, lease)
     desk.pins[lease.serial] = lease
-    heappush(desk.expiries, (tree.tick + ttl, lease.serial))
+    heappush(desk.expiries, (tree.tick + min(ttl, FOREVER), lease.serial))
     return hit.length
 
 

@@ -5,7 +5,7 @@ The hot verbs are inherited from the C++ object, so a call enters it at once; he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
 from rootcellar.cache.journal import MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored, Eviction, Evictions, KVEvent
 from rootcellar.cache.key import Key
-from rootcellar.cache.kind import Kind, Tier
+from rootcellar.cache.kind import RULES, Kind, Tier
 from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
 from rootcellar.cache.order import POLICIES
@@ -29,8 +29,6 @@ from rootcellar.cache.stats import CacheStats, count_shelf
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
 from rootcellar.errors import CacheBusy
-
-RULES = ("full", "sliding_window", "chunked_local", "recurrent")
 
 
 class NativeRadixCache(_core.Core):
@@ -44,6 +42,7 @@ class NativeRadixCache(_core.Core):
         self.page_size = given.page_size
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
         self._tiers = plan.tiers
+        self._paged = [kind.name for kind in given.kinds if kind.rule != "recurrent"]
         self._shelves = [(shelf.kind, shelf.tier) for shelf in plan.shelves]
         arenas = list(plan.arenas)
         sizes = {shelf.arena.name: given.sizes[shelf.kind_index, shelf.tier] for shelf in plan.shelves}
@@ -121,6 +120,10 @@ class NativeRadixCache(_core.Core):
         return leases, flights
 
     # ---- sight ------------------------------------------------------------------------------------------------------
+
+    def has_room(self, tokens: Mapping[str, int]) -> bool:
+        """See ``PyRadixCache.has_room``."""
+        return self._has_room([tokens[name] for name in self._paged])
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         """See ``PyRadixCache.used_pages``."""

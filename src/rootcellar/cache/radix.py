@@ -24,7 +24,7 @@ from rootcellar.cache.settings import Capacity, settings
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, open_lease
+from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
 from rootcellar.errors import CacheBusy
 
 
@@ -159,6 +159,9 @@ class PyRadixCache:
 
     def commit_many(self, leases: Sequence[Lease], keys: Sequence[Key], *, snapshot: bool = True) -> None:
         """:meth:`commit` for each lease of a batch, in order."""
+        must_be_open(self._desk, *leases)
+        if len(keys) != len(leases):
+            raise ValueError("give as many keys as leases")
         for lease, key in zip(leases, keys, strict=True):
             commit(self._desk, lease, key, snapshot)
 
@@ -171,6 +174,7 @@ class PyRadixCache:
 
     def close_many(self, leases: Sequence[Lease], keep: bool = True) -> None:
         """:meth:`close` for each lease of a batch, in order."""
+        must_be_open(self._desk, *leases)
         for lease in leases:
             close(self._desk, lease, keep)
 

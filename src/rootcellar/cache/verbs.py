@@ -80,10 +80,11 @@ class Desk:
         return self.tree.kinds[k].start(tokens) // self.tree.page_size
 
 
-def must_be_open(desk: Desk, lease: Lease) -> None:
+def must_be_open(desk: Desk, *leases: Lease) -> None:
     """Raises ``RequestError`` for a lease that is closed, or of another cache."""
-    if desk.leases.get(lease.row) is not lease:
-        raise words.closed(repr(lease))
+    for lease in leases:
+        if desk.leases.get(lease.row) is not lease:
+            raise words.closed(repr(lease))
 
 
 # ---- open ---------------------------------------------------------------------------------------------------------
@@ -253,8 +254,7 @@ def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
 def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int | Sequence[int]) -> list[bool]:
     """:func:`grow` for each lease of a batch, in order; one allocation per kind when one token for each fits."""
     size = desk.tree.page_size
-    for lease in leases:
-        must_be_open(desk, lease)
+    must_be_open(desk, *leases)
     counts = [tokens] * len(leases) if isinstance(tokens, int) else [int(count) for count in tokens]
     if len(counts) != len(leases):
         raise ValueError("give as many numbers of tokens as leases")

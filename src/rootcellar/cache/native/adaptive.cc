@@ -37,7 +37,9 @@ std::uint32_t crc32(const std::string& bytes) {
 
 Seen::Seen() : table_(64, -1) {}
 
-std::size_t Seen::bytes() const { return known_.capacity() * sizeof(Known) + table_.capacity() * sizeof(std::int32_t); }
+std::size_t Seen::bytes() const {
+    return known_.capacity() * sizeof(Known) + table_.capacity() * sizeof(std::int32_t);
+}
 
 std::size_t Seen::slot_of(std::uint64_t prefix) const {
     const std::size_t mask = table_.size() - 1;
@@ -174,9 +176,7 @@ void Shadow::thin() {
 
 void Shadow::fit() {
     Histogram waiting{};
-    seen.each([&](const Seen::Known& known) {
-        waiting[group_of(known.history)][bucket(volume - known.volume)] += 1;
-    });
+    seen.each([&](const Seen::Known& known) { waiting[group_of(known.history)][bucket(volume - known.volume)] += 1; });
     for (int group = 0; group < CLASSES; ++group) {
         std::array<double, BUCKETS> hazard, left;
         for (int b = 0; b < BUCKETS; ++b) left[b] = returns[group][b] + gone[group][b] + waiting[group][b];

@@ -57,7 +57,8 @@ class Shadow {
 
     int bucket(std::int64_t age) const;
     // Hashes of the prefixes that end with each whole stride of the tokens, which follow a prefix `trail`.
-    void hashes(std::uint64_t trail, const std::int64_t* tokens, std::int64_t count, std::vector<std::uint64_t>& into) const;
+    void hashes(std::uint64_t trail, const std::int64_t* tokens, std::int64_t count,
+                std::vector<std::uint64_t>& into) const;
     // A request used these prefixes; gives the class of each now and moves `above` to the last that was known.
     void observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& above, std::vector<std::int32_t>& classes);
     void advance(std::int64_t tokens);

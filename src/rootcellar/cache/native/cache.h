@@ -62,6 +62,7 @@ class Cache {
     // verbs.cc
     Ref<Lease> open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority);
     bool grow(Lease& lease, std::int64_t tokens);
+    bool has_room(const std::vector<std::int64_t>& tokens);  // by paged kind
     void grow_many(const std::vector<Lease*>& leases, const std::int64_t* tokens, bool* answers);
     void commit(Lease& lease, const Key& key, bool snapshot);
     void close(Lease& lease, bool keep);
@@ -90,7 +91,7 @@ class Cache {
     std::vector<Ref<Lease>> leases;  // by row; empty where no lease is live
     std::int64_t live = 0;
     std::vector<std::int32_t> free_rows;
-    std::map<std::int64_t, Ref<Lease>> pins;  // by serial
+    std::map<std::int64_t, Ref<Lease>> pins;               // by serial
     using Expiry = std::pair<std::int64_t, std::int64_t>;  // tick, serial of a pin
     std::priority_queue<Expiry, std::vector<Expiry>, std::greater<>> expiries;
     std::int64_t serial = 0;
@@ -121,7 +122,8 @@ class Cache {
     void read_own_states(Lease& lease);
     void release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens);
     Node* insert(Lease& lease, const Key& key, std::int64_t page, std::int64_t pages);
-    Node* insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page, std::int64_t pages);
+    Node* insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page,
+                      std::int64_t pages);
     bool may_lengthen(const Lease& lease, Node* node) const;
     void merge(const Lease& lease, Shelf& shelf, Node* node);
     void take_snapshot(Lease& lease);
@@ -143,10 +145,11 @@ class Cache {
     void expire();
     void drop_pin(std::int64_t serial);
 
+    std::int64_t batches_ = 0;
     // Reused by each call.
     std::vector<std::uint64_t> prefixes_;
     std::vector<std::int32_t> classes_, fresh_pages_;
-    std::vector<std::pair<Shelf*, std::int64_t>> needs_;
+    Needs needs_;
     std::vector<const std::int32_t*> new_pages_;
 };
 

@@ -1,9 +1,14 @@
-// What an operator asks of the cache: pin a prefix, drop a namespace, save or send, empty a tier. The twin of control.py.
+// What an operator asks of the cache: pin a prefix, drop a namespace, save or send, empty a tier. The twin of
+// control.py.
 #include <algorithm>
 
 #include "cache.h"
 
 namespace rootcellar {
+
+namespace {
+constexpr std::int64_t FOREVER = std::int64_t{1} << 62;  // ticks; more could not be added to the tick of now
+}
 
 // ---- pins --------------------------------------------------------------------------------------------------------
 
@@ -19,7 +24,7 @@ std::int64_t Cache::pin(const Key& key, std::int64_t ttl) {
     lease->cached = lease->length = lease->committed = length;
     pin_place(*lease);
     pins.emplace(lease->serial, lease);
-    expiries.emplace(tree.tick + ttl, lease->serial);
+    expiries.emplace(tree.tick + std::min(ttl, FOREVER), lease->serial);
     return length;
 }
 

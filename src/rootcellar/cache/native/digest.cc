@@ -30,7 +30,9 @@ alignas(16) constexpr std::uint32_t K[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-std::uint32_t rotate(std::uint32_t value, int by) { return value >> by | value << (32 - by); }
+std::uint32_t rotate(std::uint32_t value, int by) {
+    return value >> by | value << (32 - by);
+}
 
 // FIPS 180-4, section 6.2.2: one block of 64 bytes into the state.
 void compress_portable(State& state, const std::uint8_t* block) {
@@ -148,14 +150,22 @@ bool has_sha_ni() {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
 }
 
-const bool SHA_NI_HERE = has_sha_ni();
-const auto compress = SHA_NI_HERE ? compress_native : compress_portable;
-const auto compress2 = SHA_NI_HERE ? compress2_native : compress2_portable;
-
-#else
-const auto compress = compress_portable;
-const auto compress2 = compress2_portable;
 #endif
+
+// How blocks are compressed here.
+struct Engine {
+    void (*one)(State&, const std::uint8_t*) = compress_portable;
+    void (*two)(State&, const std::uint8_t*, State&, const std::uint8_t*) = compress2_portable;
+};
+
+Engine engine_of(bool portable) {
+#ifdef ROOTCELLAR_SHA_NI
+    static const bool native = has_sha_ni();
+    if (native && !portable) return {compress_native, compress2_native};
+#endif
+    (void)portable;
+    return {};
+}
 
 void big_endian(std::uint64_t value, std::uint8_t* into) {
     for (int i = 7; i >= 0; --i, value >>= 8) into[i] = static_cast<std::uint8_t>(value);
@@ -197,7 +207,7 @@ struct Message {
 
     explicit Message(std::int64_t page_size) : bytes(8 * page_size) {}
 
-    void begin(const std::int64_t* tokens, std::int64_t count) {
+    void begin(const Engine& engine, const std::int64_t* tokens, std::int64_t count) {
         std::uint64_t all = 0;
         for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
         const bool narrow = all >> 32 == 0;
@@ -207,7 +217,7 @@ struct Message {
             put_tokens<std::uint64_t>(tokens, count, bytes.data());
         if (const std::size_t now = count * (narrow ? 4 : 8); size != now) pad(now);
         state = INITIAL;
-        for (std::size_t i = 0; i + 1 < blocks; ++i) compress(state, bytes.data() + 64 * i);
+        for (std::size_t i = 0; i + 1 < blocks; ++i) engine.one(state, bytes.data() + 64 * i);
         std::memcpy(tail.data(), bytes.data() + 64 * blocks, size - 64 * blocks);
     }
     const std::uint8_t* last_block() const { return bytes.data() + 64 * (blocks - 1); }
@@ -229,15 +239,16 @@ struct Message {
 
 Digest sha256(const void* bytes, std::size_t count) {
     const auto* at = static_cast<const std::uint8_t*>(bytes);
+    const Engine engine = engine_of(false);
     State state = INITIAL;
     std::size_t left = count;
-    for (; left >= 64; left -= 64, at += 64) compress(state, at);
+    for (; left >= 64; left -= 64, at += 64) engine.one(state, at);
     std::uint8_t tail[128] = {};
     std::memcpy(tail, at, left);
     tail[left] = 0x80;
     const std::size_t size = left < 56 ? 64 : 128;
     big_endian(8 * count, tail + size - 8);
-    for (std::size_t i = 0; i < size; i += 64) compress(state, tail + i);
+    for (std::size_t i = 0; i < size; i += 64) engine.one(state, tail + i);
     return digest_of(state);
 }
 
@@ -249,23 +260,25 @@ Digest seed_digest(const std::string& fingerprint, const std::string& name, std:
     return sha256(bytes.data(), bytes.size());
 }
 
-void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into) {
+void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
+           bool portable) {
     if (pages == 0) return;
+    const Engine engine = engine_of(portable);
     Message messages[2] = {Message(page_size), Message(page_size)};
-    messages[0].begin(tokens, page_size);
-    if (messages[0].blocks != 0) compress(messages[0].state, messages[0].last_block());
+    messages[0].begin(engine, tokens, page_size);
+    if (messages[0].blocks != 0) engine.one(messages[0].state, messages[0].last_block());
     const Digest* above = &parent;
     for (std::int64_t i = 0; i < pages; ++i) {
         Message &now = messages[i % 2], &next = messages[(i + 1) % 2];
         std::memcpy(now.parent(), above->data(), above->size());
-        if (now.tail_size == 128) compress(now.state, now.tail.data());
+        if (now.tail_size == 128) engine.one(now.state, now.tail.data());
         const std::uint8_t* last = now.tail.data() + now.tail_size - 64;
         const bool more = i + 1 < pages;
-        if (more) next.begin(tokens + (i + 1) * page_size, page_size);
+        if (more) next.begin(engine, tokens + (i + 1) * page_size, page_size);
         if (more && next.blocks != 0)
-            compress2(now.state, last, next.state, next.last_block());
+            engine.two(now.state, last, next.state, next.last_block());
         else
-            compress(now.state, last);
+            engine.one(now.state, last);
         into[i] = digest_of(now.state);
         above = &into[i];
     }

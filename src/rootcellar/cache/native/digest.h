@@ -15,7 +15,9 @@ Digest sha256(const void* bytes, std::size_t count);
 // The parent of a key's first page.
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size);
 
-// Digests of `pages` pages of `page_size` tokens that follow a page with digest `parent`.
-void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into);
+// Digests of `pages` pages of `page_size` tokens that follow a page with digest `parent`. `portable`: without the
+// processor's instructions for SHA-256, which are used where they are.
+void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
+           bool portable = false);
 
 }  // namespace rootcellar

@@ -21,25 +21,29 @@ bool Tree::make_room(Arena& arena, std::int64_t pages) {
     return true;
 }
 
-bool Tree::make_room_for(const std::vector<std::pair<Shelf*, std::int64_t>>& needs) {
-    // By arena, in the order in which they are first named: a few, so a list that is searched will do.
-    std::pair<Arena*, std::int64_t> few[8];
-    std::vector<std::pair<Arena*, std::int64_t>> many;
-    std::pair<Arena*, std::int64_t>* sums = few;
-    if (needs.size() > std::size(few)) {
-        many.resize(needs.size());
-        sums = many.data();
-    }
-    std::size_t count = 0;
+// The sums by arena, in the order in which arenas are first named: a few, so a list that is searched will do.
+const std::vector<std::pair<Arena*, std::int64_t>>& Tree::by_arena(const Needs& needs) {
+    sums_.clear();
     for (const auto& [shelf, pages] : needs) {
-        std::size_t at = 0;
-        while (at < count && sums[at].first != shelf->arena) ++at;
-        if (at == count) sums[count++] = {shelf->arena, 0};
-        sums[at].second += pages;
+        auto at = sums_.begin();
+        while (at != sums_.end() && at->first != shelf->arena) ++at;
+        if (at == sums_.end())
+            sums_.emplace_back(shelf->arena, pages);
+        else
+            at->second += pages;
     }
-    for (std::size_t i = 0; i < count; ++i)
-        if (sums[i].first->room() < sums[i].second) return false;
-    for (std::size_t i = 0; i < count; ++i) make_room(*sums[i].first, sums[i].second);
+    return sums_;
+}
+
+bool Tree::fits(const Needs& needs) {
+    for (const auto& [arena, pages] : by_arena(needs))
+        if (arena->room() < pages) return false;
+    return true;
+}
+
+bool Tree::make_room_for(const Needs& needs) {
+    if (!fits(needs)) return false;
+    for (std::size_t i = 0; i < sums_.size(); ++i) make_room(*sums_[i].first, sums_[i].second);
     return true;
 }
 

@@ -21,8 +21,8 @@ std::vector<Node*> path_nodes(const Flight& flight) {
 
 // Plan to copy pages [start, node.end) from one shelf to another of the same kind. Null: no room there.
 Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start, bool held) {
-    auto made = std::make_unique<Flight>(Flight{++flight_serial, source.k, source.tier, target.tier,
-                                                static_cast<std::int32_t>(start), held, {}, node, {}});
+    auto made = std::make_unique<Flight>(Flight{
+        ++flight_serial, source.k, source.tier, target.tier, static_cast<std::int32_t>(start), held, {}, node, {}});
     Flight* flight = made.get();
     if (!node->flights) node->flights = std::make_unique<std::vector<Flight*>>();
     node->flights->push_back(flight);
@@ -38,8 +38,14 @@ Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start
     const Entry& entry = node->entry(source.index);
     const std::int64_t skipped = start - node->start - entry.lo;
     if (!entry.present() || skipped < 0) broken("what is to be copied left meanwhile");
-    Move move{flight->id, source.k, source.tier, target.tier,
-              {entry.pages.data() + skipped, entry.pages.data() + entry.count()}, flight->slots, start, {}};
+    Move move{flight->id,
+              source.k,
+              source.tier,
+              target.tier,
+              {entry.pages.data() + skipped, entry.pages.data() + entry.count()},
+              flight->slots,
+              start,
+              {}};
     if (std::max(source.tier, target.tier) >= STORAGE) {
         const Digest* digests = tree.page_digests(node);
         move.digests.assign(digests + (start - node->start), digests + node->size);
@@ -123,7 +129,8 @@ void Cache::copy_down(Node* node, Tier src, Tier dst) {
         if (source == nullptr || target == nullptr) continue;
         const Entry& entry = node->entry(source->index);
         if (!entry.present() || node->entry(target->index).present() || flying_to(node, kind, dst) != nullptr) continue;
-        const std::int64_t start = std::max<std::int64_t>(node->start + entry.lo, node->end() - tree.reach(kind, node->end()));
+        const std::int64_t start =
+            std::max<std::int64_t>(node->start + entry.lo, node->end() - tree.reach(kind, node->end()));
         // The device is read before the next step: its pages need not wait for a slow tier.
         if (start < node->end()) plan(node, *source, *target, start, src != DEVICE);
     }
@@ -173,7 +180,8 @@ void Cache::done(std::int64_t move) {
 }
 
 // Give a node pages from absolute page `first` to its end, as far as its entry lacks them; free the others.
-void Cache::attach_missing(Node* node, Shelf& shelf, const std::int32_t* pages, std::int64_t count, std::int64_t first) {
+void Cache::attach_missing(Node* node, Shelf& shelf, const std::int32_t* pages, std::int64_t count,
+                           std::int64_t first) {
     const Entry& entry = node->entry(shelf.index);
     const std::int64_t lo = first - node->start;
     const std::int64_t wanted = !entry.present() ? count : std::max<std::int64_t>(0, entry.lo - lo);
@@ -194,9 +202,10 @@ void Cache::failed(std::int64_t move) {
     Shelf* source = tree.shelf(flight->src, flight->k);
     if (flight->held && flight->src > flight->dst && source != nullptr) {
         for (Node* node : path_nodes(*flight)) {
-            const bool others = node->has_flights() && std::any_of(node->flights->begin(), node->flights->end(), [&](const Flight* other) {
-                return other != flight.get() && other->blocks(flight->k, flight->src);
-            });
+            const bool others = node->has_flights() &&
+                                std::any_of(node->flights->begin(), node->flights->end(), [&](const Flight* other) {
+                                    return other != flight.get() && other->blocks(flight->k, flight->src);
+                                });
             if (!others) tree.forget_entry(*source, node);
         }
     }

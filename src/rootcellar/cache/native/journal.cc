@@ -16,7 +16,13 @@ Journal::Journal(Tree& tree) : tree_(tree), k_(0) {
 void Journal::came(Node* node, const Shelf& shelf, std::int32_t lo, std::int32_t count) {
     if (silent || shelf.k != k_) return;
     const Digest* digests = tree_.page_digests(node);
-    KVEvent event{KVEvent::What::stored, {digests + lo, digests + lo + count}, lo != 0 || node->start != 0, {}, {}, shelf.tier, {}};
+    KVEvent event{KVEvent::What::stored,
+                  {digests + lo, digests + lo + count},
+                  lo != 0 || node->start != 0,
+                  {},
+                  {},
+                  shelf.tier,
+                  {}};
     if (lo != 0)
         event.parent = digests[lo - 1];
     else if (node->start != 0)
@@ -46,7 +52,8 @@ std::size_t Evictions::bytes() const {
 std::size_t Evictions::slot_of(std::int64_t where, std::string_view what) const {
     const std::size_t mask = table_.size() - 1;
     std::size_t at = mix(std::hash<std::string_view>{}(what) + static_cast<std::uint64_t>(where)) & mask;
-    while (table_[at] >= 0 && !(notes_[table_[at]].where == where && notes_[table_[at]].what == what)) at = (at + 1) & mask;
+    while (table_[at] >= 0 && !(notes_[table_[at]].where == where && notes_[table_[at]].what == what))
+        at = (at + 1) & mask;
     return at;
 }
 
@@ -60,7 +67,8 @@ void Evictions::remove_slot(std::size_t hole) {
     const std::size_t mask = table_.size() - 1;
     for (std::size_t at = (hole + 1) & mask; table_[at] >= 0; at = (at + 1) & mask) {
         const Note& note = notes_[table_[at]];
-        const std::size_t home = mix(std::hash<std::string_view>{}(note.what) + static_cast<std::uint64_t>(note.where)) & mask;
+        const std::size_t home =
+            mix(std::hash<std::string_view>{}(note.what) + static_cast<std::uint64_t>(note.where)) & mask;
         if (((at - home) & mask) >= ((at - hole) & mask)) {
             table_[hole] = table_[at];
             hole = at;

@@ -6,6 +6,7 @@
 //   - children are a list in the order in which they came; who begins with a page is found in one table (children.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -53,7 +54,7 @@ struct Entry {
     Run<std::int32_t> pages;
     std::int32_t lo = 0;
     std::int32_t evictable = 0;
-    std::int32_t kids = 0;   // children of the node that hold an entry on this shelf
+    std::int32_t kids = 0;    // children of the node that hold an entry on this shelf
     std::int32_t filed = -1;  // position in a heap of the arena's order; -1: not filed
     std::int32_t heap = 0;    // which heap
 
@@ -63,10 +64,21 @@ struct Entry {
 
 // What is pinned of one kind in a node.
 struct Pins {
-    std::int64_t tick = 0;     // when the node last served the kind
-    std::int32_t covers = 0;   // pins that cover the node from its start
+    std::int64_t tick = 0;    // when the node last served the kind
+    std::int32_t covers = 0;  // pins that cover the node from its start
     // Absolute page where a pin starts inside the node -> how many; most nodes have none.
     std::unique_ptr<std::vector<std::pair<std::int64_t, std::int32_t>>> starts;
+
+    // `count` more pins (fewer, when negative) start at `page`.
+    void add(std::int64_t page, std::int32_t count) {
+        if (!starts) starts = std::make_unique<std::vector<std::pair<std::int64_t, std::int32_t>>>();
+        const auto at =
+            std::find_if(starts->begin(), starts->end(), [page](const auto& item) { return item.first == page; });
+        if (at == starts->end())
+            starts->emplace_back(page, count);
+        else if ((at->second += count) == 0)
+            starts->erase(at);
+    }
 };
 
 struct Node {
@@ -173,6 +185,7 @@ struct Lease {
     std::vector<std::int64_t> waits;
     bool stepped = false;
     bool lost = false;
+    std::int64_t batch = 0;  // the last batch it was in
     // The adaptive policy: strides observed, hash of the prefix, class of the last known prefix above.
     std::int64_t strides = 0;
     std::uint64_t trail = 0;

@@ -73,7 +73,9 @@ inline nb::object python_name(const std::string& text) {
     return nb::steal(name);
 }
 
-inline nb::bytes python_digest(const Digest& digest) { return nb::bytes(digest.data(), digest.size()); }
+inline nb::bytes python_digest(const Digest& digest) {
+    return nb::bytes(digest.data(), digest.size());
+}
 
 template <class Values, class Make>
 nb::object python_tuple(const Values& values, Make make) {

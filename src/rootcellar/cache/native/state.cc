@@ -8,9 +8,13 @@ namespace rootcellar {
 
 namespace {
 
-nb::bytes raw(const void* data, std::size_t size) { return nb::bytes(size == 0 ? "" : data, size); }
+nb::bytes raw(const void* data, std::size_t size) {
+    return nb::bytes(size == 0 ? "" : data, size);
+}
 
-nb::tuple rank_of(const Rank& rank) { return nb::make_tuple(rank.damage, rank.first, rank.second, rank.id, rank.shelf); }
+nb::tuple rank_of(const Rank& rank) {
+    return nb::make_tuple(rank.damage, rank.first, rank.second, rank.id, rank.shelf);
+}
 
 nb::object entry_of(const Shelf& shelf, const Entry& entry) {
     if (!entry.present()) return nb::none();
@@ -44,7 +48,8 @@ nb::tuple record(Cache& cache, Node* node) {
     }
     if (node->flights)
         for (const Flight* flight : *node->flights)
-            flights.append(nb::make_tuple(flight->id, flight->k, static_cast<int>(flight->src), static_cast<int>(flight->dst)));
+            flights.append(
+                nb::make_tuple(flight->id, flight->k, static_cast<int>(flight->src), static_cast<int>(flight->dst)));
     for (std::uint32_t i = 0; i < node->digests.size(); ++i) digests.append(python_digest(node->digests[i]));
     nb::object name = nb::none();
     if (node->parent == nullptr) name = python_name(node->name->text);
@@ -74,18 +79,18 @@ nb::tuple lease_of(const Lease& lease) {
 }
 
 nb::tuple flight_of(const Flight& flight) {
-    return nb::make_tuple(flight.id, flight.k, static_cast<int>(flight.src), static_cast<int>(flight.dst), flight.start,
-                          raw(flight.slots.data(), flight.slots.size() * sizeof(std::int32_t)), flight.held,
-                          flight.node == nullptr ? 0 : flight.node->id,
-                          python_tuple(flight.waiters, [](const Ref<Lease>& lease) { return nb::int_(lease->serial); }));
+    return nb::make_tuple(
+        flight.id, flight.k, static_cast<int>(flight.src), static_cast<int>(flight.dst), flight.start,
+        raw(flight.slots.data(), flight.slots.size() * sizeof(std::int32_t)), flight.held,
+        flight.node == nullptr ? 0 : flight.node->id,
+        python_tuple(flight.waiters, [](const Ref<Lease>& lease) { return nb::int_(lease->serial); }));
 }
 
 nb::object shadow_of(const Shadow* shadow) {
     if (shadow == nullptr) return nb::none();
     nb::list seen;
-    shadow->seen.each([&](const Seen::Known& known) {
-        seen.append(nb::make_tuple(known.prefix, known.volume, known.history));
-    });
+    shadow->seen.each(
+        [&](const Seen::Known& known) { seen.append(nb::make_tuple(known.prefix, known.volume, known.history)); });
     return nb::make_tuple(shadow->stride, shadow->window, shadow->volume, raw(&shadow->worth, sizeof(Histogram)),
                           raw(&shadow->returns, sizeof(Histogram)), raw(&shadow->gone, sizeof(Histogram)),
                           nb::tuple(seen), shadow->last_sampled, shadow->news, shadow->faded);
@@ -127,7 +132,8 @@ nb::list nodes_along(Cache& cache, const Key& key) {
         for (Node* node : hit.path) records.append(record(cache, node));
         if (root->name.get() != key.name.get()) continue;
         const Node* last = hit.path.empty() ? root : hit.path.back();
-        for (Node* child = last->first_child; child != nullptr; child = child->next) records.append(record(cache, child));
+        for (Node* child = last->first_child; child != nullptr; child = child->next)
+            records.append(record(cache, child));
     }
     return records;
 }
@@ -136,11 +142,11 @@ nb::tuple state_of(Cache& cache) {
     Tree& tree = cache.tree;
     nb::list shelves, arenas, leases, pins, expiries, flights;
     for (const Shelf& shelf : tree.shelves)
-        shelves.append(nb::make_tuple(shelf.used, shelf.entries, shelf.cached, shelf.evictable, shelf.in_flight,
-                                      shelf.evicted));
+        shelves.append(
+            nb::make_tuple(shelf.used, shelf.entries, shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
     for (const auto& arena : tree.arenas)
-        arenas.append(nb::make_tuple(
-            arena->evictable, raw(arena->slots.free_list(), arena->slots.free_pages() * sizeof(std::int32_t))));
+        arenas.append(nb::make_tuple(arena->evictable,
+                                     raw(arena->slots.free_list(), arena->slots.free_pages() * sizeof(std::int32_t))));
     for (const Ref<Lease>& lease : cache.leases)
         if (lease) leases.append(lease_of(*lease));
     for (const auto& item : cache.pins) pins.append(lease_of(*item.second));
@@ -150,12 +156,13 @@ nb::tuple state_of(Cache& cache) {
     for (const auto& item : cache.flights) flying.push_back(item.second.get());
     std::sort(flying.begin(), flying.end(), [](const Flight* a, const Flight* b) { return a->id < b->id; });
     for (const Flight* flight : flying) flights.append(flight_of(*flight));
-    const nb::tuple counts = nb::make_tuple(tree.tick, tree.version, tree.nodes, tree.last_id, cache.serial,
-                                            cache.flight_serial, cache.flights_failed, cache.requests, cache.input_tokens);
-    return nb::make_tuple(counts, nb::tuple(nodes_of(cache, -1)), nb::tuple(shelves), nb::tuple(arenas), nb::tuple(leases),
-                          python_tuple(cache.free_rows, [](std::int32_t row) { return nb::int_(row); }), nb::tuple(pins),
-                          nb::tuple(expiries), nb::tuple(flights), shadow_of(tree.shadow.get()),
-                          evictions_of(tree.evictions));
+    const nb::tuple counts =
+        nb::make_tuple(tree.tick, tree.version, tree.nodes, tree.last_id, cache.serial, cache.flight_serial,
+                       cache.flights_failed, cache.requests, cache.input_tokens);
+    return nb::make_tuple(
+        counts, nb::tuple(nodes_of(cache, -1)), nb::tuple(shelves), nb::tuple(arenas), nb::tuple(leases),
+        python_tuple(cache.free_rows, [](std::int32_t row) { return nb::int_(row); }), nb::tuple(pins),
+        nb::tuple(expiries), nb::tuple(flights), shadow_of(tree.shadow.get()), evictions_of(tree.evictions));
 }
 
 }  // namespace rootcellar

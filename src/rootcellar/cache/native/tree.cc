@@ -8,14 +8,11 @@ namespace rootcellar {
 
 namespace {
 constexpr std::size_t MOST_NODES_IN_SLAB = 1024;  // a slab has as many nodes as all before it, up to this
-
-std::vector<std::pair<std::int64_t, std::int32_t>>& starts_of(Pins& pins) {
-    if (!pins.starts) pins.starts = std::make_unique<std::vector<std::pair<std::int64_t, std::int32_t>>>();
-    return *pins.starts;
-}
 }  // namespace
 
-void broken(const std::string& what) { throw std::logic_error("rootcellar's native cache core: " + what); }
+void broken(const std::string& what) {
+    throw std::logic_error("rootcellar's native cache core: " + what);
+}
 
 // ---- arenas ------------------------------------------------------------------------------------------------------
 
@@ -44,8 +41,7 @@ Arena::~Arena() = default;
 
 Tree::Tree(const TreeOptions& options)
     : kinds(options.kinds), page_size(options.page_size), policy(options.policy), children_(options.page_size) {
-    if (policy == Policy::adaptive)
-        shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
+    if (policy == Policy::adaptive) shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
     for (const auto& [name, pages] : options.arenas) {
         std::unique_ptr<Order> order;
         if (shadow)
@@ -140,7 +136,8 @@ std::size_t Tree::bytes() const {
 Ref<Name> Tree::name(std::string_view text) {
     if (const auto found = names_.find(text); found != names_.end()) return found->second;
     if (names_.size() >= sweep_at_) {
-        std::erase_if(names_, [](const auto& item) { return item.second->references == 1 && item.second->root == nullptr; });
+        std::erase_if(names_,
+                      [](const auto& item) { return item.second->references == 1 && item.second->root == nullptr; });
         sweep_at_ = std::max<std::size_t>(64, 2 * names_.size());
     }
     Ref<Name> name(new Name{std::string(text)});
@@ -243,7 +240,7 @@ Node* Tree::split(Node* node, std::int32_t at) {
         std::vector<std::pair<std::int64_t, std::int32_t>> below;
         for (const auto& [page, count] : *lower_pins.starts) {
             if (page <= node->start) lower_pins.covers += count;
-            if (page < node->start) starts_of(upper_pins).emplace_back(page, count);
+            if (page < node->start) upper_pins.add(page, count);
             if (page > node->start) below.emplace_back(page, count);
         }
         *lower_pins.starts = std::move(below);
@@ -387,8 +384,8 @@ bool Tree::holds_any(Node* node, int k) const {
         const Shelf* shelf = by_tier[tier][k];
         if (shelf != nullptr && node->entry(shelf->index).present()) return true;
     }
-    return node->has_flights() &&
-           std::any_of(node->flights->begin(), node->flights->end(), [k](const Flight* flight) { return flight->k == k; });
+    return node->has_flights() && std::any_of(node->flights->begin(), node->flights->end(),
+                                              [k](const Flight* flight) { return flight->k == k; });
 }
 
 bool Tree::dead(Node* node) const {
@@ -431,115 +428,6 @@ std::int32_t Tree::unpinned(Node* node, const Shelf& shelf, const Entry& entry) 
         first -= node->start;
     }
     return static_cast<std::int32_t>(std::clamp<std::int64_t>(first - entry.lo, 0, entry.count()));
-}
-
-// ---- holds and pins ----------------------------------------------------------------------------------------------
-
-void Tree::hold(Node* node) {
-    for (; node != nullptr; node = node->parent) {
-        if (++node->refs > 1) return;
-        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
-    }
-}
-
-void Tree::release(Node* node) {
-    for (; node != nullptr; node = node->parent) {
-        if (--node->refs != 0) return;
-        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
-    }
-}
-
-void Tree::pin(Node* node, int k, std::int64_t start, std::int32_t count) {
-    Shelf& shelf = *by_tier[DEVICE][k];
-    while (start < node->end()) {
-        Pins& pins = node->pins(k);
-        if (start > node->start) {
-            auto& starts = starts_of(pins);
-            auto at = std::find_if(starts.begin(), starts.end(), [start](const auto& item) { return item.first == start; });
-            if (at == starts.end())
-                starts.emplace_back(start, count);
-            else if ((at->second += count) == 0)
-                starts.erase(at);
-            refresh(node, shelf);
-            return;
-        }
-        pins.covers += count;
-        refresh(node, shelf);
-        if (start == node->start) return;
-        node = node->parent;
-    }
-}
-
-void Tree::use(Node* node, const std::vector<std::int64_t>& starts) {
-    const std::int64_t volume = shadow ? shadow->volume : 0;
-    for (; node->parent != nullptr; node = node->parent) {
-        node->used = volume;
-        for (std::size_t k = 0; k < starts.size(); ++k)
-            if (starts[k] < node->end()) node->pins(static_cast<int>(k)).tick = tick;
-        if (policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
-            for (Shelf& shelf : shelves) requeue(node, shelf);
-    }
-}
-
-// ---- the order of leaving ----------------------------------------------------------------------------------------
-
-Rank Tree::rank(Node* node, const Shelf& shelf) {
-    Rank rank{damage(node, shelf), 0, 0, node->id, shelf.index};
-    const std::int64_t last = node->pins(shelf.k).tick;
-    switch (policy) {
-        case Policy::lru: rank.first = last; break;
-        case Policy::lfu: rank.first = node->hits, rank.second = last; break;
-        case Policy::fifo: rank.first = node->created; break;
-        case Policy::filo: rank.first = -node->created; break;
-        case Policy::mru: rank.first = -last; break;
-        case Policy::slru: rank.first = node->hits > 0, rank.second = last; break;
-        case Policy::priority: rank.first = node->priority, rank.second = last; break;
-        case Policy::adaptive: rank.first = node->group, rank.second = node->used; break;
-    }
-    return rank;
-}
-
-int Tree::damage(Node* node, const Shelf& shelf) const {
-    if (shelf.full()) return node->first_child != nullptr || windows.empty() || ends_well(node) ? 2 : 0;
-    if (shelf.recurrent()) return node->first_child != nullptr && node->first_child == node->last_child ? 1 : 2;
-    const std::int64_t needed = std::max<std::int64_t>(0, node->size - reach(shelf.k, node->end()));
-    const std::int64_t lo = node->entry(shelf.index).lo;
-    if (lo == needed) return 2;
-    return lo < needed || node->first_child != nullptr ? 1 : 0;
-}
-
-std::int64_t Tree::reach(int k, std::int64_t page) const { return page - start_page(k, page * page_size); }
-
-bool Tree::ends_well(Node* node) const {
-    for (const int k : windows) {
-        const std::int64_t need = std::min<std::int64_t>(reach(k, node->end()), node->size);
-        if (need == 0) continue;
-        const bool have = std::any_of(tiers.begin(), tiers.end(), [&](Tier tier) {
-            const Shelf* shelf = by_tier[tier][k];
-            if (shelf == nullptr) return false;
-            const Entry& entry = node->entry(shelf->index);
-            return entry.present() && entry.lo <= node->size - need;
-        });
-        if (!have) return false;
-    }
-    return true;
-}
-
-void Tree::restage(Node* node) {
-    if (!windows.empty())
-        for (Shelf& shelf : shelves) requeue(node, shelf);
-}
-
-void Tree::requeue(Node* node, Shelf& shelf) {
-    const Entry& entry = node->entry(shelf.index);
-    if (entry.present() && entry.filed >= 0) shelf.arena->order->push(node, rank(node, shelf));
-}
-
-void Tree::requeue_states(Node* node) {
-    for (Shelf* shelf : window_shelves)
-        if (shelf->recurrent()) requeue(node, *shelf);
-    if (!windows.empty())
-        for (Shelf* shelf : full_shelves) requeue(node, *shelf);
 }
 
 const Digest* Tree::page_digests(Node* node) {

@@ -55,6 +55,9 @@ struct TreeOptions {
     Edges edges{};
 };
 
+// Pages wanted of some shelves.
+using Needs = std::vector<std::pair<Shelf*, std::int64_t>>;
+
 struct Tree {
     explicit Tree(const TreeOptions& options);
     ~Tree();
@@ -72,7 +75,8 @@ struct Tree {
 
     // entries
     void attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo);
-    void extend(Node* node, const std::int64_t* tokens, std::int32_t size, const std::vector<const std::int32_t*>& pages);
+    void extend(Node* node, const std::int64_t* tokens, std::int32_t size,
+                const std::vector<const std::int32_t*>& pages);
     Run<std::int32_t> detach(Node* node, Shelf& shelf, std::int32_t count);
     bool holds_any(Node* node, int k) const;
     bool dead(Node* node) const;
@@ -101,7 +105,8 @@ struct Tree {
     // evict.cc
     bool make_room(Arena& arena, std::int64_t pages);
     // For so many pages of each of some shelves at once; evicts all or nothing.
-    bool make_room_for(const std::vector<std::pair<Shelf*, std::int64_t>>& needs);
+    bool make_room_for(const Needs& needs);
+    bool fits(const Needs& needs);  // whether it would succeed
     void forget_entry(Shelf& shelf, Node* node);
     void prune(Node* node);
     void drop_subtree(Node* top);
@@ -147,6 +152,7 @@ struct Tree {
     void take_off(Shelf& shelf, Node* node, std::int32_t count);
     std::int64_t last_boundary(std::int64_t begin, std::int64_t end, const std::int64_t* runs) const;
     void destroy(Node* node);
+    const std::vector<std::pair<Arena*, std::int64_t>>& by_arena(const Needs& needs);
 
     Children children_;
     std::unordered_map<std::string_view, Ref<Name>> names_;
@@ -156,7 +162,9 @@ struct Tree {
     std::size_t in_slabs_ = 0, left_in_slab_ = 0;
     Node* free_nodes_ = nullptr;  // by `next`
     std::vector<Node*> graveyard_;
-    std::vector<Digest> digests_;  // reused by each call
+    // Reused by each call.
+    std::vector<Digest> digests_;
+    std::vector<std::pair<Arena*, std::int64_t>> sums_;
     // Reused by each match: by kind, and by tier and kind.
     std::vector<std::int64_t> heads_, runs_, starts_;
 

@@ -1,13 +1,16 @@
 // The life of a lease: open, grow, commit, close. The twin of verbs.py.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cache.h"
 
 namespace rootcellar {
 
 namespace {
-std::int64_t pages_of(std::int64_t tokens, std::int64_t size) { return (tokens + size - 1) / size; }
+std::int64_t pages_of(std::int64_t tokens, std::int64_t size) {
+    return (tokens + size - 1) / size;
+}
 }  // namespace
 
 Cache::Cache(const TreeOptions& tree_options, const CacheOptions& its_options, std::vector<Table> its_tables)
@@ -61,7 +64,8 @@ Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t p
 
 Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority) {
     if (free_rows.empty()) return {};
-    if (key.count > options.max_length) throw Refusal{Refusal::Why::key_too_long, key.count, options.max_length, 0, nullptr, {}};
+    if (key.count > options.max_length)
+        throw Refusal{Refusal::Why::key_too_long, key.count, options.max_length, 0, nullptr, {}};
     Hit again;
     const Hit* fresh = &hit;
     if (!tree.is_fresh(hit)) {
@@ -241,12 +245,21 @@ bool Cache::grow(Lease& lease, std::int64_t tokens) {
     return true;
 }
 
+bool Cache::has_room(const std::vector<std::int64_t>& tokens) {
+    needs_.clear();
+    for (std::size_t i = 0; i < paged.size(); ++i)
+        needs_.emplace_back(paged[i], pages_of(tokens.at(i), tree.page_size));
+    return tree.fits(needs_);
+}
+
 void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* tokens, bool* answers) {
     const std::int64_t size = tree.page_size;
     std::int64_t fresh = 0;
-    bool together = true;  // one token for each, in rows that have room
+    bool together = true;  // one token for each of different leases, in rows that have room
+    ++batches_;
     for (std::size_t i = 0; i < batch.size(); ++i) {
-        together = together && tokens[i] == 1 && batch[i]->length < options.max_length;
+        const bool once = std::exchange(batch[i]->batch, batches_) != batches_;
+        together = together && once && tokens[i] == 1 && batch[i]->length < options.max_length;
         fresh += batch[i]->length % size == 0;
     }
     if (together && fresh != 0) {
@@ -429,7 +442,8 @@ Node* Cache::drop_own(const Lease& lease) {
     for (std::size_t i = 0; i + 1 < path.size(); ++i) {
         Node* node = path[i];
         if (node->parent == nullptr) continue;  // it held nothing and went with the node below
-        if (node->owner != lease.serial || node->refs != 0 || node->first_child != nullptr || node->hits != 0) return node;
+        if (node->owner != lease.serial || node->refs != 0 || node->first_child != nullptr || node->hits != 0)
+            return node;
         tree.drop_subtree(node);
     }
     return path.back();

@@ -1,0 +1,115 @@
+// What keeps an entry from leaving, and where it stands in the order of those that may. The twin of tree.py's later
+// half.
+#include <algorithm>
+
+#include "tree.h"
+
+namespace rootcellar {
+
+// ---- holds and pins ----------------------------------------------------------------------------------------------
+
+void Tree::hold(Node* node) {
+    for (; node != nullptr; node = node->parent) {
+        if (++node->refs > 1) return;
+        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
+    }
+}
+
+void Tree::release(Node* node) {
+    for (; node != nullptr; node = node->parent) {
+        if (--node->refs != 0) return;
+        for (Shelf* shelf : full_shelves) refresh(node, *shelf);
+    }
+}
+
+void Tree::pin(Node* node, int k, std::int64_t start, std::int32_t count) {
+    Shelf& shelf = *by_tier[DEVICE][k];
+    while (start < node->end()) {
+        Pins& pins = node->pins(k);
+        if (start > node->start) {
+            pins.add(start, count);
+            refresh(node, shelf);
+            return;
+        }
+        pins.covers += count;
+        refresh(node, shelf);
+        if (start == node->start) return;
+        node = node->parent;
+    }
+}
+
+void Tree::use(Node* node, const std::vector<std::int64_t>& starts) {
+    const std::int64_t volume = shadow ? shadow->volume : 0;
+    for (; node->parent != nullptr; node = node->parent) {
+        node->used = volume;
+        for (std::size_t k = 0; k < starts.size(); ++k)
+            if (starts[k] < node->end()) node->pins(static_cast<int>(k)).tick = tick;
+        if (policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
+            for (Shelf& shelf : shelves) requeue(node, shelf);
+    }
+}
+
+// ---- the order of leaving ----------------------------------------------------------------------------------------
+
+Rank Tree::rank(Node* node, const Shelf& shelf) {
+    Rank rank{damage(node, shelf), 0, 0, node->id, shelf.index};
+    const std::int64_t last = node->pins(shelf.k).tick;
+    switch (policy) {
+        case Policy::lru: rank.first = last; break;
+        case Policy::lfu: rank.first = node->hits, rank.second = last; break;
+        case Policy::fifo: rank.first = node->created; break;
+        case Policy::filo: rank.first = -node->created; break;
+        case Policy::mru: rank.first = -last; break;
+        case Policy::slru: rank.first = node->hits > 0, rank.second = last; break;
+        case Policy::priority: rank.first = node->priority, rank.second = last; break;
+        case Policy::adaptive: rank.first = node->group, rank.second = node->used; break;
+    }
+    return rank;
+}
+
+int Tree::damage(Node* node, const Shelf& shelf) const {
+    if (shelf.full()) return node->first_child != nullptr || windows.empty() || ends_well(node) ? 2 : 0;
+    if (shelf.recurrent()) return node->first_child != nullptr && node->first_child == node->last_child ? 1 : 2;
+    const std::int64_t needed = std::max<std::int64_t>(0, node->size - reach(shelf.k, node->end()));
+    const std::int64_t lo = node->entry(shelf.index).lo;
+    if (lo == needed) return 2;
+    return lo < needed || node->first_child != nullptr ? 1 : 0;
+}
+
+std::int64_t Tree::reach(int k, std::int64_t page) const {
+    return page - start_page(k, page * page_size);
+}
+
+bool Tree::ends_well(Node* node) const {
+    for (const int k : windows) {
+        const std::int64_t need = std::min<std::int64_t>(reach(k, node->end()), node->size);
+        if (need == 0) continue;
+        const bool have = std::any_of(tiers.begin(), tiers.end(), [&](Tier tier) {
+            const Shelf* shelf = by_tier[tier][k];
+            if (shelf == nullptr) return false;
+            const Entry& entry = node->entry(shelf->index);
+            return entry.present() && entry.lo <= node->size - need;
+        });
+        if (!have) return false;
+    }
+    return true;
+}
+
+void Tree::restage(Node* node) {
+    if (!windows.empty())
+        for (Shelf& shelf : shelves) requeue(node, shelf);
+}
+
+void Tree::requeue(Node* node, Shelf& shelf) {
+    const Entry& entry = node->entry(shelf.index);
+    if (entry.present() && entry.filed >= 0) shelf.arena->order->push(node, rank(node, shelf));
+}
+
+void Tree::requeue_states(Node* node) {
+    for (Shelf* shelf : window_shelves)
+        if (shelf->recurrent()) requeue(node, *shelf);
+    if (!windows.empty())
+        for (Shelf* shelf : full_shelves) requeue(node, *shelf);
+}
+
+}  // namespace rootcellar
