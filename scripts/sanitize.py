@@ -2,7 +2,7 @@
 
 Builds the core with both in ``build/sanitize`` and lets it run in lockstep with the Python core, which any bad access
 and any undefined behaviour ends with a report. Needs GCC or Clang with their sanitizer runtimes. The interpreter's own
-leaks would drown ours, so leaks are not looked for here; ``tests/cache/test_native_core.py`` accounts for memory instead.
+leaks would drown ours, so leaks are not looked for here; ``tests/cache/test_native_core.py`` counts memory instead.
 """
 
 import os
