@@ -23,7 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-4  # of a log-probability
-RELATIVE = 1e-5  # beside it: those of random models reach -14, and transformers sums some states in another order
+# Beside it, where transformers sums a recurrence in chunks, in another order: one logprob of -5.87 is 1.05e-4 off.
+RELATIVE = {"qwen3_next": 1e-5}
 COMMON = {
     "vocab_size": 384,
     "hidden_size": 256,
@@ -227,7 +228,7 @@ def assert_same_tokens(got, tokens, gaps):
     assert not differing or gaps[differing[0]] < TOLERANCE, f"differs at {differing[0]}, gap {gaps[differing[0]]}"
 
 
-def test_the_decoder_equals_transformers(folder, prompts, answers):
+def test_the_decoder_equals_transformers(model, folder, prompts, answers):
     cfg = load_config(folder)
     params = load_params(folder, cfg, jnp.float32)
     rows = [prompt + tokens for prompt, (tokens, _, _) in zip(prompts, answers, strict=True)]
@@ -238,11 +239,12 @@ def test_the_decoder_equals_transformers(folder, prompts, answers):
     scores = np.asarray(jax.nn.log_softmax(logits(params, cfg, hidden))).reshape(*tokens.shape, -1)
     for row, prompt, (expected, gaps, own) in zip(scores, prompts, answers, strict=True):
         n = len(prompt)
-        np.testing.assert_allclose(row[np.arange(n - 1), prompt[1:]], own, atol=TOLERANCE, rtol=RELATIVE)
+        relative = RELATIVE.get(model.config.model_type, 0)
+        np.testing.assert_allclose(row[np.arange(n - 1), prompt[1:]], own, atol=TOLERANCE, rtol=relative)
         assert_same_tokens(row[n - 1 : n - 1 + NEW_TOKENS].argmax(-1).tolist(), expected, gaps)
 
 
-def test_the_engine_equals_transformers_cold_and_cached(folder, prompts, answers):
+def test_the_engine_equals_transformers_cold_and_cached(model, folder, prompts, answers):
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     with rootcellar.Engine(
         model_path=str(folder), skip_tokenizer_init=True, max_total_tokens=8192, page_size=16, chunked_prefill_size=64
@@ -261,7 +263,7 @@ def test_the_engine_equals_transformers_cold_and_cached(folder, prompts, answers
         scored = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
         for result, (_, _, own) in zip(scored, answers, strict=True):
             values = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
-            np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=RELATIVE)
+            np.testing.assert_allclose(values, own, atol=TOLERANCE, rtol=RELATIVE.get(model.config.model_type, 0))
 
 
 @pytest.mark.parametrize(
