@@ -14,6 +14,9 @@ class Key:
     ``tokens`` is anything that ``np.asarray`` takes, one-dimensional; it is kept as int64, because an image's
     placeholder ids come from a content hash and a bigram packs two tokens. ``namespace`` isolates what must not be
     shared (LoRA id, tenant salt, weight version; SGLang's ``extra_key``). ``key[:n]`` and ``key[a:b]`` are views.
+
+    A numpy int64 array is not copied. One that is read-only must never change again, by way of another view either: the
+    native core refers to its memory where it would else copy it. What a key made itself (of a list, say) is read-only.
     """
 
     __slots__ = ("namespace", "tokens")
@@ -22,6 +25,8 @@ class Key:
         array = np.ascontiguousarray(tokens, dtype=np.int64)
         if array.ndim != 1:
             raise RequestError(f"a key's tokens have {array.ndim} dimensions; give a flat list of token ids")
+        if array is not tokens and array.base is None:
+            array.flags.writeable = False  # our own
         self.tokens: NDArray[np.int64] = array
         self.namespace = namespace
 

@@ -35,6 +35,10 @@ from rootcellar.errors import CacheBusy
 class NativeRadixCache(_core.Core):
     """The same cache as ``PyRadixCache``, call by call: arguments, results, errors and state. See there."""
 
+    # Tokens from which an edge refers to the memory of a key that never changes (see ``Key``) instead of copying it:
+    # a copy of fewer is smaller than what it takes to hold a numpy array.
+    LEAST_SHARED = 64
+
     def __init__(self, kinds: Sequence[Kind], **options: Any) -> None:
         given = self._given = settings(kinds, **options)
         # Shelves, arenas and tiers are laid out in one place, by the twin's constructor.
@@ -65,6 +69,7 @@ class NativeRadixCache(_core.Core):
             given.fingerprint,
             given.events,
             self.tables.by_kind,
+            self.LEAST_SHARED,
         )
 
     # ---- tiers and control ------------------------------------------------------------------------------------------

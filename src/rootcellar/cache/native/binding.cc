@@ -44,7 +44,8 @@ void construct(Core* self, const std::vector<std::tuple<std::string, int, std::i
                const std::vector<std::pair<std::string, std::int32_t>>& arenas, std::int64_t page_size,
                std::int64_t capacity, int policy, const std::vector<std::int64_t>& edges, std::int64_t max_length,
                std::int32_t max_leases, bool reuse, bool digests, std::int64_t write_hits, bool write_back,
-               const std::vector<std::int64_t>& min_load, nb::bytes fingerprint, bool events, nb::list tables) {
+               const std::vector<std::int64_t>& min_load, nb::bytes fingerprint, bool events, nb::list tables,
+               std::int64_t least_shared) {
     if (edges.size() != BUCKETS || min_load.size() != TIERS || nb::len(tables) != kinds.size())
         throw nb::value_error("edges, min_load or tables have another length than this core was built for");
     TreeOptions tree;
@@ -67,7 +68,8 @@ void construct(Core* self, const std::vector<std::tuple<std::string, int, std::i
         buffers.push_back(std::move(buffer));
     }
     new (self)
-        Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()}, events);
+        Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()}, events,
+             least_shared);
 }
 
 nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, bool portable) {

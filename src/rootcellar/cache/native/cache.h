@@ -122,8 +122,7 @@ class Cache {
     void read_own_states(Lease& lease);
     void release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens);
     Node* insert(Lease& lease, const Key& key, std::int64_t page, std::int64_t pages);
-    Node* insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page,
-                      std::int64_t pages);
+    Node* insert_rest(const Lease& lease, Node* node, const Key& key, std::int64_t page, std::int64_t pages);
     bool may_lengthen(const Lease& lease, Node* node) const;
     void merge(const Lease& lease, Shelf& shelf, Node* node);
     void take_snapshot(Lease& lease);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "hash.h"
 #include "node.h"
 
 namespace rootcellar {
@@ -16,17 +17,7 @@ class Children {
 
     // What a child of `parent` whose edge begins with `page` is filed under.
     std::uint64_t hash(const Node* parent, const std::int64_t* page) const {
-        constexpr std::uint64_t odd = 0x9E3779B97F4A7C15;
-        std::uint64_t lanes[4] = {static_cast<std::uint64_t>(parent->id) * odd, 1, 2, 3};
-        std::int64_t i = 0;
-        for (; i + 4 <= page_size_; i += 4)
-            for (int lane = 0; lane < 4; ++lane) lanes[lane] = step(lanes[lane], page[i + lane]);
-        for (; i < page_size_; ++i) lanes[0] = step(lanes[0], page[i]);
-        std::uint64_t sum = lanes[0] ^ lanes[1] * odd;
-        sum = (sum ^ sum >> 32) * 0xBF58476D1CE4E5B9;
-        sum ^= lanes[2] + lanes[3] * odd;
-        sum = (sum ^ sum >> 29) * 0x94D049BB133111EB;
-        return sum ^ sum >> 32;
+        return hash_of(parent->id, page, page_size_ * sizeof *page);
     }
 
     Node* find(const Node* parent, const std::int64_t* page) const { return find(parent, page, hash(parent, page)); }
@@ -72,11 +63,6 @@ class Children {
         std::uint64_t hash = 0;
         Node* node = nullptr;
     };
-
-    static std::uint64_t step(std::uint64_t lane, std::int64_t token) {
-        lane = (lane ^ static_cast<std::uint64_t>(token)) * 0xD6E8FEB86659FD93;
-        return lane ^ lane >> 31;
-    }
 
     std::size_t mask() const { return table_.size() - 1; }
 

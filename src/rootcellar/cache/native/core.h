@@ -63,9 +63,10 @@ inline Lease& lease_of(nb::handle object) {
 class Core {
   public:
     Core(const TreeOptions& tree_options, const CacheOptions& options, std::vector<Table> tables,
-         std::vector<Buffer> buffers, const std::string& fingerprint, bool events)
+         std::vector<Buffer> buffers, const std::string& fingerprint, bool events, std::int64_t least_shared)
         : cache_(tree_options, options, std::move(tables)), buffers_(std::move(buffers)) {
         cache_.tree.fingerprint = fingerprint;
+        cache_.tree.least_shared = least_shared;
         if (events) cache_.tree.journal = std::make_unique<Journal>(cache_.tree);
     }
 
@@ -111,7 +112,8 @@ class Core {
 
     void commit(nb::handle lease, nb::handle key, bool snapshot) {
         const Verb verb(cache_.tree);
-        const KeyView keys = view(key);
+        KeyView keys = view(key);
+        const ArrayLender lender(keys);
         cache_.commit(lease_of(lease), keys.key, snapshot);
     }
 
@@ -123,7 +125,8 @@ class Core {
         // Each commit is complete before the next: what one throws away no other can name.
         for (const nb::handle key : nb::iter(keys)) {
             const Verb verb(cache_.tree);
-            const KeyView tokens = view(key);
+            KeyView tokens = view(key);
+            const ArrayLender lender(tokens);
             cache_.commit(*batch.at(i++), tokens.key, snapshot);
         }
     }
@@ -160,15 +163,14 @@ class Core {
             const Entry& entry = node->entry(shelf.index);
             const std::int64_t end = std::min<std::int64_t>(node->end(), length / size);
             const std::int64_t begin = entry.present() ? std::min<std::int64_t>(node->start + entry.lo, end) : end;
-            for (std::int64_t page = node->start; page < begin; ++page) into = expand(into, 0, size);
+            for (std::int64_t page = node->start; page < begin; ++page, into += size)
+                count_up(into, 0, size);  // the padding page
             if (!entry.present()) continue;
-            const std::int32_t* pages = entry.pages.data();
-            if (size == 1) {
-                std::memcpy(into, pages, (end - begin) * sizeof *into);
-                into += end - begin;
-            } else {
-                for (std::int64_t i = 0; i < end - begin; ++i) into = expand(into, pages[i], size);
-            }
+            // Slots of consecutive pages are consecutive too.
+            entry.pages.each(0, static_cast<std::int32_t>(end - begin), [&](std::int32_t first, std::int32_t count) {
+                count_up(into, static_cast<std::int32_t>(first * size), count * size);
+                into += count * size;
+            });
         }
         return array;
     }
@@ -180,9 +182,7 @@ class Core {
         for (const Move& move : cache_.outbox)
             list.append(
                 nb::make_tuple(move.id, move.k, static_cast<int>(move.src), static_cast<int>(move.dst),
-                               numpy_pages(move.src_slots.data(), static_cast<std::int64_t>(move.src_slots.size())),
-                               numpy_pages(move.dst_slots.data(), static_cast<std::int64_t>(move.dst_slots.size())),
-                               move.first, python_tuple(move.digests, python_digest)));
+                               numpy_pages(move.src_slots), numpy_pages(move.dst_slots), move.first, python_tuple(move.digests, python_digest)));
         cache_.outbox.clear();
         return list;
     }
@@ -285,8 +285,7 @@ class Core {
     bool has_room(const std::vector<std::int64_t>& tokens) { return cache_.has_room(tokens); }
 
     nb::object free_pages(int shelf) const {
-        const Slots& slots = cache_.tree.shelves.at(shelf).arena->slots;
-        return numpy_pages(slots.free_list(), slots.free_pages());
+        return numpy_pages(cache_.tree.shelves.at(shelf).arena->slots.free_list());
     }
 
     nb::tuple counts() const {
@@ -409,11 +408,6 @@ class Core {
         for (const Shelf* shelf : cache_.paged)
             if (cache_.tree.kinds[shelf->k].name == name) return shelf->k;
         throw nb::key_error((name + ": no paged kind has this name").c_str());
-    }
-
-    static std::int32_t* expand(std::int32_t* into, std::int32_t page, std::int64_t size) {
-        for (std::int64_t i = 0; i < size; ++i) into[i] = static_cast<std::int32_t>(page * size + i);
-        return into + size;
     }
 
     static nb::object identities(const std::set<std::int64_t>& ids) {

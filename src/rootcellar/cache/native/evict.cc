@@ -49,7 +49,7 @@ bool Tree::make_room_for(const Needs& needs) {
 
 // Evict up to `pages` from the end of a full-attention leaf; a longer leaf keeps its upper part.
 void Tree::drop_tail(Shelf& shelf, Node* node, std::int64_t pages) {
-    if (pages < node->size) split(node, static_cast<std::int32_t>(node->size - pages));
+    if (pages < node->size) split(node, static_cast<std::int32_t>(node->size - pages), true);
     if (spill) spill(node, shelf);
     if (node->parent == nullptr) broken("a root has an entry");
     const std::string_view first(reinterpret_cast<const char*>(node->tokens.data()), page_size * sizeof(std::int64_t));
@@ -78,8 +78,8 @@ Eviction Tree::eviction_of(const Shelf& shelf, Node* node, std::int64_t pages) c
 }
 
 void Tree::take_off(Shelf& shelf, Node* node, std::int32_t count) {
-    const Run<std::int32_t> pages = detach(node, shelf, count);
-    shelf.give(pages.data(), static_cast<std::int32_t>(pages.size()));
+    const Pages pages = detach(node, shelf, count);
+    shelf.give(pages);
     shelf.evicted += pages.size();
 }
 

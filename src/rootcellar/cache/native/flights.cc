@@ -42,7 +42,7 @@ Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start
               source.k,
               source.tier,
               target.tier,
-              {entry.pages.data() + skipped, entry.pages.data() + entry.count()},
+              entry.pages.all(static_cast<std::int32_t>(skipped)),
               flight->slots,
               start,
               {}};

@@ -1,5 +1,6 @@
 #include "journal.h"
 
+#include "hash.h"
 #include "tree.h"
 
 namespace rootcellar {
@@ -49,11 +50,14 @@ std::size_t Evictions::bytes() const {
     return sum + untold_.size() * sizeof(Eviction);
 }
 
-std::size_t Evictions::slot_of(std::int64_t where, std::string_view what) const {
+std::size_t Evictions::slot_of(std::uint64_t hash, std::int64_t where, std::string_view what) const {
     const std::size_t mask = table_.size() - 1;
-    std::size_t at = mix(std::hash<std::string_view>{}(what) + static_cast<std::uint64_t>(where)) & mask;
-    while (table_[at] >= 0 && !(notes_[table_[at]].where == where && notes_[table_[at]].what == what))
+    std::size_t at = hash & mask;
+    while (table_[at] >= 0) {
+        const Note& note = notes_[table_[at]];
+        if (note.hash == hash && note.where == where && note.what == what) break;
         at = (at + 1) & mask;
+    }
     return at;
 }
 
@@ -66,9 +70,7 @@ void Evictions::unlink(std::int32_t index) {
 void Evictions::remove_slot(std::size_t hole) {
     const std::size_t mask = table_.size() - 1;
     for (std::size_t at = (hole + 1) & mask; table_[at] >= 0; at = (at + 1) & mask) {
-        const Note& note = notes_[table_[at]];
-        const std::size_t home =
-            mix(std::hash<std::string_view>{}(note.what) + static_cast<std::uint64_t>(note.where)) & mask;
+        const std::size_t home = notes_[table_[at]].hash & mask;
         if (((at - home) & mask) >= ((at - hole) & mask)) {
             table_[hole] = table_[at];
             hole = at;
@@ -82,7 +84,8 @@ std::deque<Eviction> Evictions::take() { return std::exchange(untold_, {}); }
 void Evictions::note(std::int64_t where, std::string_view what, const Eviction& eviction) {
     untold_.push_back(eviction);
     if (untold_.size() > REMEMBERED) untold_.pop_front();
-    std::int32_t index = table_[slot_of(where, what)];
+    const std::uint64_t hash = hash_of(where, what.data(), what.size());
+    std::int32_t index = table_[slot_of(hash, where, what)];
     if (index >= 0) {
         unlink(index);
     } else {
@@ -91,12 +94,13 @@ void Evictions::note(std::int64_t where, std::string_view what, const Eviction& 
             notes_.emplace_back();
         } else {
             index = oldest_;
-            remove_slot(slot_of(notes_[index].where, notes_[index].what));
+            remove_slot(slot_of(notes_[index].hash, notes_[index].where, notes_[index].what));
             unlink(index);
         }
         notes_[index].where = where;
         notes_[index].what.assign(what);
-        table_[slot_of(where, what)] = index;
+        notes_[index].hash = hash;
+        table_[slot_of(hash, where, what)] = index;
     }
     Note& note = notes_[index];
     note.eviction = eviction;
@@ -107,7 +111,7 @@ void Evictions::note(std::int64_t where, std::string_view what, const Eviction& 
 }
 
 const Eviction* Evictions::find(std::int64_t where, std::string_view what) const {
-    const std::int32_t index = table_[slot_of(where, what)];
+    const std::int32_t index = table_[slot_of(hash_of(where, what.data(), what.size()), where, what)];
     return index < 0 ? nullptr : &notes_[index].eviction;
 }
 

@@ -53,6 +53,7 @@ class Evictions {
     struct Note {
         std::int64_t where;
         std::string what;
+        std::uint64_t hash;
         Eviction eviction;
         std::int32_t older, newer;
     };
@@ -67,7 +68,7 @@ class Evictions {
     std::size_t bytes() const;
 
   private:
-    std::size_t slot_of(std::int64_t where, std::string_view what) const;
+    std::size_t slot_of(std::uint64_t hash, std::int64_t where, std::string_view what) const;
     void unlink(std::int32_t index);
     void remove_slot(std::size_t hole);
 

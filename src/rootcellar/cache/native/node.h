@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "digest.h"
+#include "pages.h"
 #include "run.h"
 
 namespace rootcellar {
@@ -51,7 +52,7 @@ struct Name {
 
 // Pages [lo, lo + pages.size()) of a node on one shelf, counted from the node's start; none: no entry.
 struct Entry {
-    Run<std::int32_t> pages;
+    Pages pages;
     std::int32_t lo = 0;
     std::int32_t evictable = 0;
     std::int32_t kids = 0;    // children of the node that hold an entry on this shelf
@@ -59,7 +60,7 @@ struct Entry {
     std::int32_t heap = 0;    // which heap
 
     bool present() const { return !pages.empty(); }
-    std::int32_t count() const { return static_cast<std::int32_t>(pages.size()); }
+    std::int32_t count() const { return pages.size(); }
 };
 
 // What is pinned of one kind in a node.
@@ -116,17 +117,28 @@ struct Node {
 // The free pages of one arena, a stack: slots.py says how it is used.
 class Slots {
   public:
-    Slots(Ledger& ledger, std::int32_t pages);
+    explicit Slots(std::int32_t pages);
 
-    std::int32_t pages() const { return static_cast<std::int32_t>(stack_.size()); }
-    std::int32_t free_pages() const { return pages() - top_; }
+    std::int32_t pages() const { return pages_; }
+    std::int32_t free_pages() const { return free_; }
     void take(std::int32_t* into, std::int32_t count);
+    std::int32_t take_one();
     void give(const std::int32_t* pages, std::int32_t count);
-    const std::int32_t* free_list() const { return stack_.data() + top_; }  // next to be taken first
+    void give(const Pages& pages);
+    std::vector<std::int32_t> free_list() const;  // next to be taken first
+    std::size_t bytes() const { return stack_.capacity() * sizeof(Span); }
 
   private:
-    std::vector<std::int32_t> stack_;
-    std::int32_t top_ = 0;
+    struct Span {
+        std::int32_t first, count;
+    };
+    void push(std::int32_t first, std::int32_t count);
+    void must_hold(std::int32_t count) const;
+    void must_lack(std::int32_t count) const;
+
+    std::int32_t pages_, free_;
+    std::vector<Span> stack_;  // the last is taken first, from its first page on
+    std::vector<Span> given_;  // reused by each call
 };
 
 class Order;
@@ -138,7 +150,7 @@ struct Arena {
     std::string name;
     std::int32_t evictable = 0;
 
-    Arena(Ledger& ledger, std::string its_name, std::int32_t pages, std::unique_ptr<Order> its_order);
+    Arena(std::string its_name, std::int32_t pages, std::unique_ptr<Order> its_order);
     ~Arena();
     std::int32_t room() const { return slots.free_pages() + evictable; }
 };
@@ -163,9 +175,17 @@ struct Shelf {
         arena->slots.take(into, count);
         used += count;
     }
+    std::int32_t take_one() {
+        ++used;
+        return arena->slots.take_one();
+    }
     void give(const std::int32_t* pages, std::int32_t count) {
         arena->slots.give(pages, count);
         used -= count;
+    }
+    void give(const Pages& pages) {
+        arena->slots.give(pages);
+        used -= pages.size();
     }
 };
 
@@ -206,11 +226,19 @@ struct Flight {
     bool blocks(int kind, Tier tier) const { return kind == k && (tier == dst || (held && tier == src)); }
 };
 
+// Lends the memory of a key's tokens, where it can.
+class Lender {
+  public:
+    virtual ~Lender() = default;
+    virtual Loan<std::int64_t> lend() = 0;  // without an owner: it cannot
+};
+
 // A key as a verb sees it: int64 tokens of the caller, alive during the call.
 struct Key {
     const std::int64_t* tokens = nullptr;
     std::int64_t count = 0;
     Ref<Name> name;
+    Lender* lender = nullptr;  // of tokens that never change, which the tree may refer to instead of copying them
 };
 
 }  // namespace rootcellar

@@ -43,6 +43,9 @@ class Buffer {
         return static_cast<T*>(view_.buf);
     }
     std::int64_t extent(int dimension) const { return view_.shape[dimension]; }
+    bool read_only() const { return view_.readonly != 0; }
+    PyObject* object() const { return view_.obj; }
+    const void* data() const { return view_.buf; }
 
   private:
     Py_buffer view_{};
@@ -55,15 +58,57 @@ struct KeyView {
     Key key;
 };
 
+// Lends numpy arrays. Only the memory of plain arrays is taken: holding, measuring and dropping it runs no other code.
+class ArrayLender final : public Lender {
+  public:
+    explicit ArrayLender(KeyView& keys) : buffer_(keys.buffer) {
+        if (buffer_.read_only()) keys.key.lender = this;
+    }
+
+    Loan<std::int64_t> lend() override {
+        static PyObject* plain = nb::object(nb::module_::import_("numpy").attr("ndarray")).release().ptr();
+        static PyObject* base_word = PyUnicode_InternFromString("base");
+        nb::object array = nb::borrow(buffer_.object());
+        while (Py_TYPE(array.ptr()) == reinterpret_cast<PyTypeObject*>(plain)) {
+            const nb::object base = nb::steal(PyObject_GetAttr(array.ptr(), base_word));
+            if (!base.is_valid()) throw nb::python_error();
+            if (base.is_none()) return whole(array);
+            array = base;
+        }
+        return {};
+    }
+
+  private:
+    struct Whole final : Owner {
+        Py_buffer view{};
+        ~Whole() override { PyBuffer_Release(&view); }
+    };
+
+    Loan<std::int64_t> whole(nb::handle array) const {
+        auto owner = std::make_unique<Whole>();
+        if (PyObject_GetBuffer(array.ptr(), &owner->view, PyBUF_ANY_CONTIGUOUS) != 0) {
+            PyErr_Clear();
+            return {};
+        }
+        const auto* begin = static_cast<const char*>(owner->view.buf);
+        const auto count = static_cast<std::size_t>(owner->view.len) / sizeof(std::int64_t);
+        const bool aligned = (static_cast<const char*>(buffer_.data()) - begin) % sizeof(std::int64_t) == 0;
+        if (!aligned || count > UINT32_MAX) return {};
+        return {std::move(owner), reinterpret_cast<const std::int64_t*>(begin), count};
+    }
+
+    const Buffer& buffer_;
+};
+
 inline nb::object numpy_empty(std::int64_t count, const char* type) {
     static PyObject* empty = nb::object(nb::module_::import_("numpy").attr("empty")).release().ptr();
     return nb::handle(empty)(count, type);
 }
 
 // An int32 array of its own.
-inline nb::object numpy_pages(const std::int32_t* pages, std::int64_t count) {
-    nb::object array = numpy_empty(count, "i4");
-    if (count != 0) std::memcpy(Buffer(array, true).as<std::int32_t>(1), pages, count * sizeof *pages);
+inline nb::object numpy_pages(const std::vector<std::int32_t>& pages) {
+    nb::object array = numpy_empty(static_cast<std::int64_t>(pages.size()), "i4");
+    if (!pages.empty()) std::memcpy(Buffer(array, true).as<std::int32_t>(1), pages.data(), pages.size() * sizeof(int));
     return array;
 }
 

@@ -2,7 +2,8 @@
 //
 // A run is a window on a block. Blocks are counted by reference and never change where a run looks at them; the unused
 // room behind the last run of a block may be filled (an edge that grows token by token). A part that would keep more
-// than twice its size in memory is a copy instead, so what is left of a long prompt does not hold all of it.
+// than MOST_HELD times its size in memory is a copy instead, so what is left of a long prompt does not hold all of it. A
+// block may also be somebody else's memory, lent for as long as a run looks at it.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +11,34 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace rootcellar {
 
-// Bytes that a cache's structures have allocated now.
+constexpr std::size_t MOST_HELD = 4;
+
+// Holds somebody else's memory as long as it lives.
+class Owner {
+  public:
+    virtual ~Owner() = default;
+};
+
+// Numbers that will not change as long as their owner is held; `count` of them, of which a run wants a part.
+template <class T>
+struct Loan {
+    std::unique_ptr<Owner> owner;
+    const T* begin = nullptr;
+    std::size_t count = 0;
+};
+
+// Bytes that a cache's structures hold now, and what was lent and can go when the verb is over: letting go of it may run
+// anybody's code.
 struct Ledger {
     std::size_t bytes = 0;
+    std::vector<std::unique_ptr<Owner>> returned;
 };
 
 template <class T>
@@ -27,7 +48,10 @@ class Run {
         std::uint32_t references;
         std::uint32_t used;      // elements that some run looks at or looked at
         std::uint32_t capacity;  // elements
-        T* data() { return reinterpret_cast<T*>(this + 1); }
+        bool lent;
+        T* data() { return lent ? const_cast<T*>(loan().begin) : reinterpret_cast<T*>(this + 1); }
+        Loan<T>& loan() { return *reinterpret_cast<Loan<T>*>(this + 1); }
+        std::size_t bytes() const { return sizeof(Block) + (lent ? sizeof(Loan<T>) : 0) + capacity * sizeof(T); }
     };
 
   public:
@@ -39,6 +63,16 @@ class Run {
         block_ = make(ledger, count);
         std::memcpy(block_->data(), from, count * sizeof(T));
         block_->used = count;
+    }
+
+    // A run of the `count` elements from `from` on in memory that is lent.
+    Run(Ledger& ledger, Loan<T> loan, const T* from, std::uint32_t count)
+        : offset_(static_cast<std::uint32_t>(from - loan.begin)), count_(count) {
+        const auto capacity = static_cast<std::uint32_t>(loan.count);
+        void* memory = allocate(sizeof(Block) + sizeof(Loan<T>));
+        block_ = new (memory) Block{&ledger, 1, capacity, capacity, true};
+        new (&block_->loan()) Loan<T>(std::move(loan));
+        ledger.bytes += block_->bytes();
     }
 
     Run(Run&& other) noexcept
@@ -60,7 +94,11 @@ class Run {
 
     void clear() {
         if (block_ != nullptr && --block_->references == 0) {
-            block_->ledger->bytes -= size_of(block_->capacity);
+            block_->ledger->bytes -= block_->bytes();
+            if (block_->lent) {
+                block_->ledger->returned.push_back(std::move(block_->loan().owner));
+                block_->loan().~Loan<T>();
+            }
             std::free(block_);
         }
         block_ = nullptr;
@@ -72,11 +110,15 @@ class Run {
     const T* data() const { return block_ == nullptr ? nullptr : block_->data() + offset_; }
     const T& operator[](std::size_t i) const { return data()[i]; }
 
-    // Elements [begin, end) as a run of their own: of the same block, or copied where that wastes less memory.
-    Run part(std::uint32_t begin, std::uint32_t end) const {
+    // The last element, to be written; null where another run may look at it.
+    T* own_last() { return block_->references == 1 ? block_->data() + offset_ + count_ - 1 : nullptr; }
+
+    // Elements [begin, end) as a run of their own: of the same block, or copied where the block is too much to hold.
+    // `leaving`: the part is thrown away soon, so it is not worth a copy.
+    Run part(std::uint32_t begin, std::uint32_t end, bool leaving = false) const {
         Run result;
         if (begin >= end) return result;
-        if (2 * static_cast<std::uint64_t>(end - begin) < block_->capacity)
+        if (!leaving && MOST_HELD * (end - begin) < block_->capacity)
             return Run(*block_->ledger, data() + begin, end - begin);
         result.block_ = block_;
         result.offset_ = offset_ + begin;
@@ -85,10 +127,17 @@ class Run {
         return result;
     }
 
+    // Whether these elements lie right behind the run in memory that is lent to it: `lengthen` is then all it takes.
+    bool goes_on(const T* from, std::uint32_t count) const {
+        return block_ != nullptr && block_->lent && from == data() + count_ &&
+               count <= block_->capacity - offset_ - count_;
+    }
+    void lengthen(std::uint32_t count) { count_ += count; }
+
     // Add elements behind; in place where the block has room, else in a block with room for half as many again.
     void append(Ledger& ledger, const T* from, std::uint32_t count) {
         if (count == 0) return;
-        if (block_ != nullptr && block_->references == 1) block_->used = offset_ + count_;
+        if (block_ != nullptr && block_->references == 1 && !block_->lent) block_->used = offset_ + count_;
         if (block_ == nullptr || block_->used != offset_ + count_ || block_->capacity - block_->used < count) {
             const std::uint32_t wanted = count_ + count;
             Block* larger = make(ledger, block_ == nullptr ? wanted : wanted + wanted / 2);
@@ -115,13 +164,17 @@ class Run {
     }
 
   private:
-    static std::size_t size_of(std::uint32_t capacity) { return sizeof(Block) + capacity * sizeof(T); }
+    static void* allocate(std::size_t bytes) {
+        void* memory = std::malloc(bytes);
+        if (memory == nullptr) throw std::bad_alloc();
+        return memory;
+    }
 
     static Block* make(Ledger& ledger, std::uint32_t capacity) {
-        void* memory = std::malloc(size_of(capacity));
-        if (memory == nullptr) throw std::bad_alloc();
-        ledger.bytes += size_of(capacity);
-        return new (memory) Block{&ledger, 1, 0, capacity};
+        void* memory = allocate(sizeof(Block) + capacity * sizeof(T));
+        Block* block = new (memory) Block{&ledger, 1, 0, capacity, false};
+        ledger.bytes += block->bytes();
+        return block;
     }
 
     Block* block_ = nullptr;

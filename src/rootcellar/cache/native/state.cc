@@ -12,6 +12,10 @@ nb::bytes raw(const void* data, std::size_t size) {
     return nb::bytes(size == 0 ? "" : data, size);
 }
 
+nb::bytes raw(const std::vector<std::int32_t>& pages) {
+    return raw(pages.data(), pages.size() * sizeof(std::int32_t));
+}
+
 nb::tuple rank_of(const Rank& rank) {
     return nb::make_tuple(rank.damage, rank.first, rank.second, rank.id, rank.shelf);
 }
@@ -21,8 +25,7 @@ nb::object entry_of(const Shelf& shelf, const Entry& entry) {
     const Rank* rank = shelf.arena->order->filed(entry);
     nb::object filed = nb::none();
     if (rank != nullptr) filed = rank_of(*rank);
-    return nb::make_tuple(raw(entry.pages.data(), entry.pages.size() * sizeof(std::int32_t)), entry.lo, entry.evictable,
-                          filed);
+    return nb::make_tuple(raw(entry.pages.all()), entry.lo, entry.evictable, filed);
 }
 
 nb::object starts_of(const Pins& pins) {
@@ -81,7 +84,7 @@ nb::tuple lease_of(const Lease& lease) {
 nb::tuple flight_of(const Flight& flight) {
     return nb::make_tuple(
         flight.id, flight.k, static_cast<int>(flight.src), static_cast<int>(flight.dst), flight.start,
-        raw(flight.slots.data(), flight.slots.size() * sizeof(std::int32_t)), flight.held,
+        raw(flight.slots), flight.held,
         flight.node == nullptr ? 0 : flight.node->id,
         python_tuple(flight.waiters, [](const Ref<Lease>& lease) { return nb::int_(lease->serial); }));
 }
@@ -145,8 +148,7 @@ nb::tuple state_of(Cache& cache) {
         shelves.append(
             nb::make_tuple(shelf.used, shelf.entries, shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
     for (const auto& arena : tree.arenas)
-        arenas.append(nb::make_tuple(arena->evictable,
-                                     raw(arena->slots.free_list(), arena->slots.free_pages() * sizeof(std::int32_t))));
+        arenas.append(nb::make_tuple(arena->evictable, raw(arena->slots.free_list())));
     for (const Ref<Lease>& lease : cache.leases)
         if (lease) leases.append(lease_of(*lease));
     for (const auto& item : cache.pins) pins.append(lease_of(*item.second));

@@ -16,25 +16,76 @@ void broken(const std::string& what) {
 
 // ---- arenas ------------------------------------------------------------------------------------------------------
 
-Slots::Slots(Ledger& ledger, std::int32_t pages) : stack_(pages) {
-    std::iota(stack_.begin(), stack_.end(), 1);
-    ledger.bytes += stack_.capacity() * sizeof(std::int32_t);
+Slots::Slots(std::int32_t pages) : pages_(pages), free_(0) {
+    if (pages > 0) push(1, pages);
+}
+
+void Slots::must_hold(std::int32_t count) const {
+    if (count > free_) broken("more pages are taken than are free");
+}
+
+void Slots::must_lack(std::int32_t count) const {
+    if (count > pages_ - free_) broken("more pages are given back than were taken");
+}
+
+void Slots::push(std::int32_t first, std::int32_t count) {
+    free_ += count;
+    if (!stack_.empty() && first + count == stack_.back().first)
+        stack_.back() = {first, stack_.back().count + count};
+    else
+        stack_.push_back({first, count});
 }
 
 void Slots::take(std::int32_t* into, std::int32_t count) {
-    if (count > free_pages()) broken("more pages are taken than are free");
-    if (count != 0) std::memcpy(into, stack_.data() + top_, count * sizeof(std::int32_t));
-    top_ += count;
+    must_hold(count);
+    free_ -= count;
+    while (count > 0) {
+        Span& top = stack_.back();
+        const std::int32_t taken = std::min(top.count, count);
+        count_up(into, top.first, taken);
+        into += taken;
+        count -= taken;
+        top = {top.first + taken, top.count - taken};
+        if (top.count == 0) stack_.pop_back();
+    }
+}
+
+std::int32_t Slots::take_one() {
+    must_hold(1);
+    --free_;
+    Span& top = stack_.back();
+    const std::int32_t page = top.first++;
+    if (--top.count == 0) stack_.pop_back();
+    return page;
 }
 
 void Slots::give(const std::int32_t* pages, std::int32_t count) {
-    if (count > top_) broken("more pages are given back than were taken");
-    top_ -= count;
-    if (count != 0) std::memcpy(stack_.data() + top_, pages, count * sizeof(std::int32_t));
+    must_lack(count);
+    given_.clear();
+    while (count > 0) {
+        const std::int32_t given = consecutive(pages, count);
+        given_.push_back({*pages, given});
+        pages += given;
+        count -= given;
+    }
+    for (auto span = given_.rbegin(); span != given_.rend(); ++span) push(span->first, span->count);
 }
 
-Arena::Arena(Ledger& ledger, std::string its_name, std::int32_t pages, std::unique_ptr<Order> its_order)
-    : slots(ledger, pages), order(std::move(its_order)), name(std::move(its_name)) {}
+void Slots::give(const Pages& pages) {
+    must_lack(pages.size());
+    pages.each_back([this](std::int32_t first, std::int32_t count) { push(first, count); });
+}
+
+std::vector<std::int32_t> Slots::free_list() const {
+    std::vector<std::int32_t> pages(free_);
+    std::int32_t* into = pages.data();
+    for (auto span = stack_.rbegin(); span != stack_.rend(); into += span->count, ++span)
+        count_up(into, span->first, span->count);
+    return pages;
+}
+
+Arena::Arena(std::string its_name, std::int32_t pages, std::unique_ptr<Order> its_order)
+    : slots(pages), order(std::move(its_order)), name(std::move(its_name)) {}
 Arena::~Arena() = default;
 
 // ---- making and unmaking -----------------------------------------------------------------------------------------
@@ -48,7 +99,7 @@ Tree::Tree(const TreeOptions& options)
             order = std::make_unique<LearnedOrder>(*shadow);
         else
             order = std::make_unique<FixedOrder>();
-        arenas.push_back(std::make_unique<Arena>(ledger, name, pages, std::move(order)));
+        arenas.push_back(std::make_unique<Arena>(name, pages, std::move(order)));
     }
     for (auto& row : by_tier) row.assign(kinds.size(), nullptr);
     for (const ShelfSize& size : options.shelves) {
@@ -124,11 +175,13 @@ void Tree::bury() {
         free_nodes_ = unused;
     }
     graveyard_.clear();
+    // Last, and apart: it may call back into this cache.
+    if (!ledger.returned.empty()) std::exchange(ledger.returned, {}).clear();
 }
 
 std::size_t Tree::bytes() const {
     std::size_t sum = ledger.bytes + children_.bytes() + evictions.bytes();
-    for (const auto& arena : arenas) sum += arena->order->bytes();
+    for (const auto& arena : arenas) sum += arena->order->bytes() + arena->slots.bytes();
     if (shadow) sum += shadow->bytes();
     return sum;
 }
@@ -166,8 +219,18 @@ void Tree::unlist(Node* root) {
     root->name->root = nullptr;
 }
 
-Node* Tree::add(Node* parent, const std::int64_t* tokens, std::int32_t size) {
-    Node* node = blank(parent, Run(ledger, tokens, static_cast<std::uint32_t>(size * page_size)), parent->end(), size);
+// An edge refers to its key's memory rather than copy it where that never changes and is not too much to hold.
+Run<std::int64_t> Tree::edge(const std::int64_t* tokens, std::int64_t count, Lender* lender) {
+    if (lender != nullptr && count >= least_shared) {
+        Loan<std::int64_t> loan = lender->lend();
+        if (loan.owner && loan.count <= MOST_HELD * static_cast<std::size_t>(count))
+            return Run<std::int64_t>(ledger, std::move(loan), tokens, static_cast<std::uint32_t>(count));
+    }
+    return Run<std::int64_t>(ledger, tokens, static_cast<std::uint32_t>(count));
+}
+
+Node* Tree::add(Node* parent, const std::int64_t* tokens, std::int32_t size, Lender* lender) {
+    Node* node = blank(parent, edge(tokens, size * page_size, lender), parent->end(), size);
     node->hash = children_.hash(parent, tokens);
     children_.add(node);
     node->previous = parent->last_child;
@@ -195,7 +258,7 @@ std::int32_t Tree::common(const Node* node, const std::int64_t* tokens, std::int
     return static_cast<std::int32_t>(pages);
 }
 
-Node* Tree::split(Node* node, std::int32_t at) {
+Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     Node* parent = node->parent;
     if (parent == nullptr || at <= 0 || at >= node->size) broken("an edge is split outside itself");
     const auto cut = static_cast<std::uint32_t>(at * page_size);
@@ -218,7 +281,7 @@ Node* Tree::split(Node* node, std::int32_t at) {
     upper->next = node->next;
     (upper->previous == nullptr ? parent->first_child : upper->previous->next) = upper;
     (upper->next == nullptr ? parent->last_child : upper->next->previous) = upper;
-    node->tokens = node->tokens.part(cut, node->tokens.size());
+    node->tokens = node->tokens.part(cut, node->tokens.size(), leaving);
     node->start += at;
     node->size -= at;
     node->parent = upper;
@@ -261,7 +324,7 @@ void Tree::split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at
             entry.lo -= at;
             --parent->entry(shelf.index).kids;
         } else {
-            const auto cut = static_cast<std::uint32_t>(at - entry.lo);
+            const std::int32_t cut = at - entry.lo;
             above.pages = entry.pages.part(0, cut);
             above.lo = entry.lo;
             entry.pages = entry.pages.part(cut, entry.pages.size());
@@ -320,12 +383,12 @@ void Tree::forget_detached() {
 void Tree::attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo) {
     Entry& entry = node->entry(shelf.index);
     if (!entry.present()) {
-        entry.pages = Run(ledger, pages, static_cast<std::uint32_t>(count));
+        entry.pages = Pages(ledger, pages, count);
         ++shelf.entries;
         if (node->parent != nullptr) ++node->parent->entry(shelf.index).kids;
     } else {
         if (lo + count != entry.lo) broken("pages are attached apart from the entry");
-        entry.pages.prepend(ledger, pages, static_cast<std::uint32_t>(count));
+        entry.pages.prepend(ledger, pages, count);
     }
     entry.lo = lo;
     shelf.cached += count;
@@ -335,13 +398,18 @@ void Tree::attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int3
     if (journal) journal->came(node, shelf, lo, count);
 }
 
+// `lasting`: the tokens never change where they are.
 void Tree::extend(Node* node, const std::int64_t* tokens, std::int32_t size,
-                  const std::vector<const std::int32_t*>& pages) {
-    node->tokens.append(ledger, tokens, static_cast<std::uint32_t>(size * page_size));
+                  const std::vector<const std::int32_t*>& pages, bool lasting) {
+    const auto count = static_cast<std::uint32_t>(size * page_size);
+    if (lasting && node->tokens.goes_on(tokens, count))
+        node->tokens.lengthen(count);
+    else
+        node->tokens.append(ledger, tokens, count);
     node->size += size;
     for (Shelf* shelf : by_tier[DEVICE]) {
         if (shelf == nullptr || shelf->recurrent()) continue;
-        node->entry(shelf->index).pages.append(ledger, pages[shelf->k], static_cast<std::uint32_t>(size));
+        node->entry(shelf->index).pages.append(ledger, pages[shelf->k], size);
         shelf->cached += size;
         refresh(node, *shelf);
         if (journal) journal->came(node, *shelf, node->size - size, size);
@@ -349,30 +417,28 @@ void Tree::extend(Node* node, const std::int64_t* tokens, std::int32_t size,
     ++version;
 }
 
-Run<std::int32_t> Tree::detach(Node* node, Shelf& shelf, std::int32_t count) {
+Pages Tree::detach(Node* node, Shelf& shelf, std::int32_t count) {
     Entry& entry = node->entry(shelf.index);
     if (!entry.present()) broken("an entry that is not there is taken off its shelf");
     count = std::min(count, entry.count());
     if (journal) journal->left(node, shelf, entry.lo, count);
     shelf.cached -= count;
     ++version;
-    Run<std::int32_t> pages;
+    Pages pages;
     if (count == entry.count()) {
         shelf.evictable -= entry.evictable;
         shelf.arena->evictable -= entry.evictable;
         --shelf.entries;
         shelf.arena->order->forget(entry);
         pages = std::move(entry.pages);
-        entry.pages.clear();
         entry.evictable = entry.lo = 0;
         if (node->parent != nullptr) {
             --node->parent->entry(shelf.index).kids;
             refresh(node->parent, shelf);
         }
     } else {
-        const auto cut = static_cast<std::uint32_t>(count);
-        pages = entry.pages.part(0, cut);
-        entry.pages = entry.pages.part(cut, entry.pages.size());
+        pages = entry.pages.part(0, count);
+        entry.pages = entry.pages.part(count, entry.pages.size());
         entry.lo += count;
         refresh(node, shelf);
     }

@@ -66,9 +66,9 @@ struct Tree {
 
     // structure
     Node* root(const Ref<Name>& name);
-    Node* add(Node* parent, const std::int64_t* tokens, std::int32_t size);
+    Node* add(Node* parent, const std::int64_t* tokens, std::int32_t size, Lender* lender = nullptr);
     std::int32_t common(const Node* node, const std::int64_t* tokens, std::int64_t limit) const;
-    Node* split(Node* node, std::int32_t at);
+    Node* split(Node* node, std::int32_t at, bool leaving = false);  // `leaving`: the lower part
     void discard(Node* node);
     void bury();  // free what was thrown away: at the end of a verb, when nothing points to it any more
     Ref<Name> name(std::string_view text);
@@ -76,8 +76,8 @@ struct Tree {
     // entries
     void attach(Node* node, Shelf& shelf, const std::int32_t* pages, std::int32_t count, std::int32_t lo);
     void extend(Node* node, const std::int64_t* tokens, std::int32_t size,
-                const std::vector<const std::int32_t*>& pages);
-    Run<std::int32_t> detach(Node* node, Shelf& shelf, std::int32_t count);
+                const std::vector<const std::int32_t*>& pages, bool lasting);
+    Pages detach(Node* node, Shelf& shelf, std::int32_t count);
     bool holds_any(Node* node, int k) const;
     bool dead(Node* node) const;
     void refresh(Node* node, Shelf& shelf);
@@ -126,6 +126,7 @@ struct Tree {
     std::unique_ptr<Journal> journal;
     Evictions evictions;
     std::string fingerprint;
+    std::int64_t least_shared = 0;  // tokens of an edge that may refer to its key's memory
     std::function<void(Node*, Shelf&)> spill;  // told of an entry about to be evicted (write-back)
     std::int64_t tick = 0;
     std::int64_t version = 0;  // counts structural changes: a hit is fresh while it has not moved
@@ -143,6 +144,7 @@ struct Tree {
     std::vector<Node*> detached;
 
   private:
+    Run<std::int64_t> edge(const std::int64_t* tokens, std::int64_t count, Lender* lender);
     Node* blank(Node* parent, Run<std::int64_t> tokens, std::int32_t start, std::int32_t size);
     void split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at);
     void forget_root(Node* root);

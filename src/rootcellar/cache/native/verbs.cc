@@ -186,7 +186,7 @@ void Cache::fill_rows(const Lease& lease) {
         Node* source = lease.sources[shelf->k];
         if (source == nullptr || source->parent == nullptr) continue;
         const Entry& entry = source->entry(shelf->index);
-        if (entry.present()) tables[shelf->k].row(lease)[0] = entry.pages[0];
+        if (entry.present()) tables[shelf->k].row(lease)[0] = entry.pages.front();
     }
 }
 
@@ -197,8 +197,7 @@ void Cache::fill_row(const Lease& lease, const Shelf& shelf) {
         const Entry& entry = climb->entry(shelf.index);
         if (!entry.present()) continue;
         const std::int64_t first = std::max<std::int64_t>(start, climb->start + entry.lo);
-        std::memcpy(row + first, entry.pages.data() + (first - climb->start - entry.lo),
-                    (climb->end() - first) * sizeof *row);
+        entry.pages.copy(static_cast<std::int32_t>(first - climb->start - entry.lo), entry.count(), row + first);
     }
 }
 
@@ -274,7 +273,7 @@ void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* toke
     for (Shelf* shelf : paged) {
         const Table& table = tables[shelf->k];
         for (const Lease* lease : batch)
-            if (lease->length % size == 0) shelf->take(table.row(*lease) + lease->length / size, 1);
+            if (lease->length % size == 0) table.row(*lease)[lease->length / size] = shelf->take_one();
     }
     for (std::size_t i = 0; i < batch.size(); ++i) {
         if (!states.empty()) step_states(*batch[i]);
@@ -341,7 +340,7 @@ Node* Cache::insert(Lease& lease, const Key& key, std::int64_t page, std::int64_
     while (page < pages) {
         const std::int64_t* tokens = key.tokens + page * tree.page_size;
         Node* child = tree.children().find(node, tokens);
-        if (child == nullptr) return insert_rest(lease, node, tokens, page, pages);
+        if (child == nullptr) return insert_rest(lease, node, key, page, pages);
         const std::int32_t matched = tree.common(child, tokens, pages - page);
         if (matched < child->size) child = tree.split(child, matched);
         for (Shelf* shelf : paged) merge(lease, *shelf, child);
@@ -353,15 +352,15 @@ Node* Cache::insert(Lease& lease, const Key& key, std::int64_t page, std::int64_
     return node;
 }
 
-Node* Cache::insert_rest(const Lease& lease, Node* node, const std::int64_t* tokens, std::int64_t page,
-                         std::int64_t pages) {
+Node* Cache::insert_rest(const Lease& lease, Node* node, const Key& key, std::int64_t page, std::int64_t pages) {
     const auto size = static_cast<std::int32_t>(pages - page);
+    const std::int64_t* tokens = key.tokens + page * tree.page_size;
     for (const Shelf* shelf : paged) new_pages_[shelf->k] = tables[shelf->k].row(lease) + page;
     if (node == lease.node && may_lengthen(lease, node)) {
-        tree.extend(node, tokens, size, new_pages_);
+        tree.extend(node, tokens, size, new_pages_, key.lender != nullptr);
         return node;
     }
-    Node* leaf = tree.add(node, tokens, size);
+    Node* leaf = tree.add(node, tokens, size, key.lender);
     leaf->owner = lease.serial;
     leaf->priority = lease.priority;
     for (Shelf* shelf : paged) tree.attach(leaf, *shelf, new_pages_[shelf->k], size, 0);
@@ -387,7 +386,7 @@ void Cache::merge(const Lease& lease, Shelf& shelf, Node* node) {
     }
     const std::int32_t lo = entry.lo;
     shelf.give(row + lo, node->size - lo);
-    std::memcpy(row + lo, entry.pages.data(), (node->size - lo) * sizeof *row);
+    entry.pages.copy(0, entry.count(), row + lo);
     if (lo != 0) tree.attach(node, shelf, row, lo, 0);
 }
 
@@ -406,7 +405,7 @@ void Cache::take_snapshot(Lease& lease) {
         tree.attach(node, *shelf, row + 1, 1, node->size - 1);
         shelf->take(row + 1, 1);
     }
-    for (const Shelf* shelf : states) tables[shelf->k].row(lease)[0] = node->entry(shelf->index).pages[0];
+    for (const Shelf* shelf : states) tables[shelf->k].row(lease)[0] = node->entry(shelf->index).pages.front();
     pin_sources(lease, node);
     lease.stepped = false;
 }
