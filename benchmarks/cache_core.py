@@ -101,8 +101,9 @@ def micro(pages: list[int], quick: bool) -> Iterator[Row]:
             yield Row(f"evict one leaf of {leaves:,}", "evict", at | {"leaves": leaves})
         yield Row("allocate and free 4,096 slots", "slots", at | {"count": 4096})
         yield Row("free one slot (page) of a 2M pool", "give one", at)
-        yield Row("extend 32 requests by 256 tokens", "extend", at)
-        yield Row("decode 256 requests", "decode", at)
+        for title, table in (("", True), (", SGLang's allocator alone", False)):
+            yield Row(f"extend 32 requests by 256 tokens{title}", "extend", at | {"table": table})
+            yield Row(f"decode 256 requests{title}", "decode", at | {"table": table})
 
 
 def trace(pages: list[int], path: str | None) -> Iterator[Row]:

@@ -24,8 +24,8 @@ WORKLOADS = {
     "two requests of 4,096 and 8,192 tokens": ("insert", {"page_size": 16, "twice": False}, 20),
     "evict one leaf of 500": ("evict", {"page_size": 16, "leaves": 500}, 20),
     "allocate and free 4,096 slots": ("slots", {"page_size": 16, "count": 4096}, 50),
-    "extend 32 requests by 256 tokens": ("extend", {"page_size": 16}, 10),
-    "decode 256 requests": ("decode", {"page_size": 16}, 20),
+    "extend 32 requests by 256 tokens": ("extend", {"page_size": 16, "table": True}, 10),
+    "decode 256 requests": ("decode", {"page_size": 16, "table": True}, 20),
 }
 
 

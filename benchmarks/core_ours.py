@@ -11,6 +11,7 @@ from itertools import cycle
 from core_tasks import (
     DECODE,
     DECODE_PREFIX,
+    DECODE_ROOM,
     ENTRY,
     EXTEND,
     EXTEND_PREFIX,
@@ -30,10 +31,12 @@ from core_tasks import (
     tokens,
 )
 
-from rootcellar.cache import CORE, Key, RadixCache, Tier, digests, full
+from rootcellar.cache import CORE, Key, RadixCache, Tier, full
 
 
-def core(page_size: int, size: int = POOL, *, leases: int = 256, length: int = KEY) -> RadixCache:
+def core(
+    page_size: int, size: int = POOL, *, leases: int = 256, length: int = KEY, digests: bool = False
+) -> RadixCache:
     """A cache of one kind on one tier."""
     size = -(-size // page_size) * page_size
     return RadixCache(
@@ -42,6 +45,7 @@ def core(page_size: int, size: int = POOL, *, leases: int = 256, length: int = K
         capacity={("full", Tier.DEVICE): size},
         max_leases=leases,
         max_length=length,
+        digests=digests,
     )
 
 
@@ -113,6 +117,7 @@ def evict(page_size: int, leaves: int, size: int | None = None) -> Task:
 def take_and_give(page_size: int, count: int) -> Task:
     """Open, grow, close: the slots come and go with a lease."""
     cache = core(page_size)
+    put(cache, [leaf(0, page_size)])
     hit = cache.match(Key([]))
 
     def action(_):
@@ -124,8 +129,9 @@ def take_and_give(page_size: int, count: int) -> Task:
 
 
 def give_one(page_size: int) -> Task:
-    """Close a lease that owns one page."""
+    """Close a lease that owns one page, in a cache that holds something."""
     cache = core(page_size)
+    put(cache, [leaf(0, page_size)])
 
     def before():
         lease = cache.open(cache.match(Key([])))
@@ -152,20 +158,21 @@ def running(page_size: int, lengths: list[int], room: int):
     return cache, renew
 
 
-def extend(page_size: int) -> Task:
+def extend(page_size: int, table: bool) -> Task:
+    del table  # is always written
     cache, renew = running(page_size, [EXTEND_PREFIX] * EXTEND, EXTEND_TOKENS)
     return Task(lambda leases: cache.grow_many(leases, EXTEND_TOKENS), renew)
 
 
-def decode(page_size: int) -> Task:
-    room = 1024
-    cache, renew = running(page_size, [DECODE_PREFIX + i for i in range(DECODE)], room)
+def decode(page_size: int, table: bool) -> Task:
+    del table  # is always written
+    cache, renew = running(page_size, [DECODE_PREFIX + i for i in range(DECODE)], DECODE_ROOM)
     leases, steps = renew(), 0
 
     def before():
         nonlocal steps
         steps += 1
-        if steps > room:
+        if steps > DECODE_ROOM:
             renew()
             steps = 1
         return leases
@@ -173,18 +180,19 @@ def decode(page_size: int) -> Task:
     return Task(cache.grow_many, before)
 
 
-def trace(path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
+def trace(path: str, page_size: int, slots: bool = True, names: bool = False, frozen: bool = True) -> Task:
     """Match, open, grow (which evicts), commit and close, a request at a time.
 
-    ``names``: also the digest of every page of every prompt. Slots are always allocated: the core has no other way.
+    ``names``: every page of every prompt has its digest when the prompt is committed. Slots are always allocated: the
+    core has no other way. ``frozen``: the prompts never change, so the tree may refer to them; else it copies.
     """
     del slots
-    keys = [Key(prompt) for prompt in prompts(path)]
+    keys = [Key(prompt.tolist() if frozen else prompt) for prompt in prompts(path)]
     longest = max(map(len, keys))
     facts: dict = {"requests": len(keys)}
 
     def before():
-        return core(page_size, leases=1, length=longest)
+        return core(page_size, leases=1, length=longest, digests=names)
 
     def action(cache):
         for key in keys:
@@ -192,8 +200,6 @@ def trace(path: str, page_size: int, slots: bool = True, names: bool = False) ->
             cache.grow(lease, len(key) - lease.length)
             cache.commit(lease, key)
             cache.close(lease)
-            if names:
-                digests(key, page_size)
         facts["hit_rate"] = cache.stats().hit_rate
 
     return Task(action, before, once=True, facts=facts)

@@ -20,6 +20,7 @@ POOL = 2_000_000  # tokens, wherever a row says nothing else
 KEY = 8192  # tokens of the key that is matched and inserted
 EXTEND, EXTEND_TOKENS, EXTEND_PREFIX = 32, 256, 1024  # requests; 32 * 256 is one chunk of 8,192 tokens
 DECODE, DECODE_PREFIX = 256, 1000  # requests; request i has DECODE_PREFIX + i tokens
+DECODE_ROOM = 1024  # steps that a row of the page table has room for
 ENTRY = 1024  # tokens of an entry of the scaling rows
 HOT = 8  # entries that the scaling rows match in turn
 REQUESTS = 3000  # of the trace
@@ -33,7 +34,7 @@ class Skip(Exception):
 class Task:
     """A row made ready: ``action(before())`` is one sample, of which only ``action`` is timed.
 
-    ``inner`` repeats of an action (which then takes None) make one sample where a single one is too short to time.
+    What the clock costs is taken off. ``inner`` repeats of an action (which then takes None) make one sample where a single one is too short to time.
     ``once`` samples are seconds, not microseconds: one is taken per visit, in CPU time of the process, which other work
     on the machine does not stretch as it does wall time (a side has one thread and waits for nothing). ``facts`` is
     read after measuring.
@@ -49,6 +50,15 @@ class Task:
 Rows = dict[str, Callable[..., Task]]
 
 
+def price_of(clock: Callable[[], int]) -> int:
+    """Nanoseconds that a sample of nothing takes: the median of many."""
+    found = []
+    for _ in range(1001):
+        begin = clock()
+        found.append(clock() - begin)
+    return sorted(found)[500]
+
+
 def measure(task: Task, seconds: float, most: int) -> list[float]:
     """Microseconds of each action, for ``seconds`` of wall time and at most ``most`` samples, at least one.
 
@@ -56,7 +66,7 @@ def measure(task: Task, seconds: float, most: int) -> list[float]:
     """
     before, action, inner = task.before, task.action, task.inner
     clock = time.process_time_ns if task.once else time.perf_counter_ns
-    samples = []
+    samples, nothing = [], price_of(clock)
     gc.collect()
     gc.disable()
     try:
@@ -72,7 +82,7 @@ def measure(task: Task, seconds: float, most: int) -> list[float]:
                 for _ in range(inner):
                     action(given)
                 took = clock() - begin
-            samples.append(took / inner / 1000)
+            samples.append(max(took - nothing, 0) / inner / 1000)
     finally:
         gc.enable()
     return samples

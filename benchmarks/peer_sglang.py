@@ -8,6 +8,7 @@ import torch
 from core_tasks import (
     DECODE,
     DECODE_PREFIX,
+    DECODE_ROOM,
     ENTRY,
     EXTEND,
     EXTEND_PREFIX,
@@ -201,18 +202,24 @@ def give_one(page_size: int) -> Task:
     return Task(lambda slots: pool.free_segment(slots, start_pos=0), lambda: pool.alloc(page_size))
 
 
-def extend(page_size: int) -> Task:
+def extend(page_size: int, table: bool) -> Task:
+    """Slots, and with ``table`` what ``write_cache_indices`` does on the CPU with those of the new tokens."""
     pool = allocator(POOL, page_size)
     before = torch.full((EXTEND,), EXTEND_PREFIX)
     after = before + EXTEND_TOKENS
     last = torch.arange(1, EXTEND + 1) * EXTEND_PREFIX - 1  # each prefix ends at the end of a page
-    held = []
+    rows, held = page_table(EXTEND, EXTEND_PREFIX + EXTEND_TOKENS), []
 
     def action(_):
         if page_size == 1:
-            held.append(pool.alloc(EXTEND * EXTEND_TOKENS))
+            slots = pool.alloc(EXTEND * EXTEND_TOKENS)
         else:
-            held.append(pool.alloc_extend(before, before, after, after, last, EXTEND * EXTEND_TOKENS))
+            slots = pool.alloc_extend(before, before, after, after, last, EXTEND * EXTEND_TOKENS)
+        held.append(slots)
+        if table:
+            for i in range(EXTEND):
+                begin, end = before[i].item(), after[i].item()
+                rows[i + 1, begin:end] = slots[i * EXTEND_TOKENS : (i + 1) * EXTEND_TOKENS]
 
     def give_back():
         while held:
@@ -221,22 +228,38 @@ def extend(page_size: int) -> Task:
     return Task(action, give_back)
 
 
-def decode(page_size: int) -> Task:
-    """Lengths of all phases within a page; the slots stay taken, as they do while requests run."""
+def page_table(requests: int, longest: int) -> torch.Tensor:
+    """``ReqToTokenPool.req_to_token``: row 0 is padding."""
+    return torch.zeros((requests + 1, longest), dtype=torch.int32)
+
+
+def decode(page_size: int, table: bool) -> Task:
+    """Lengths of all phases within a page; the slots stay taken, as they do while requests run.
+
+    ``table``: also the rest of ``alloc_for_decode`` on tensors: the last slots are read from the page table, the new
+    ones written to it. (Its loop over the requests, in Python, is left out.)
+    """
     pool = allocator(POOL, page_size)
     lengths = torch.arange(DECODE) + DECODE_PREFIX
     last = pool.alloc(DECODE * page_size)[::page_size] + (lengths - 1) % page_size
+    rows, indices = page_table(DECODE, DECODE_PREFIX + DECODE + DECODE_ROOM), torch.arange(1, DECODE + 1)
+    rows[indices, lengths - 1] = last.to(torch.int32)
 
     def action(_):
         nonlocal last
         if page_size == 1:
-            return pool.alloc(DECODE)
-        last = pool.alloc_decode(lengths, lengths, last)
-        return last
+            slots = pool.alloc(DECODE)
+        else:
+            if table:
+                last = rows[indices, lengths - 2]
+            slots = last = pool.alloc_decode(lengths, lengths, last)
+        if table:
+            rows[indices, lengths - 1] = slots.to(torch.int32)
+        return slots
 
     def before():
         nonlocal pool, last
-        lengths.add_(1)
+        lengths.add_(1 if lengths[-1] < rows.shape[1] else 1 - DECODE_ROOM)
         if pool.available_size() < 2 * DECODE * page_size:
             pool = allocator(POOL, page_size)
 

@@ -158,7 +158,9 @@ def give_one(page_size: int) -> Task:
     return Task(pool.free_blocks, lambda: pool.get_new_blocks(1))
 
 
-def extend(page_size: int) -> Task:
+def extend(page_size: int, table: bool) -> Task:
+    if not table:
+        raise Skip("vLLM's page tables are its workers'")
     manager, running = Manager(page_size), []
 
     def before():
@@ -175,7 +177,9 @@ def extend(page_size: int) -> Task:
     return Task(action, before)
 
 
-def decode(page_size: int) -> Task:
+def decode(page_size: int, table: bool) -> Task:
+    if not table:
+        raise Skip("vLLM's page tables are its workers'")
     manager = Manager(page_size)
     running = [manager.request(leaf(i, DECODE_PREFIX + i)) for i in range(DECODE)]
     for request in running:

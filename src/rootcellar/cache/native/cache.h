@@ -64,9 +64,14 @@ class Cache {
     bool grow(Lease& lease, std::int64_t tokens);
     bool has_room(const std::vector<std::int64_t>& tokens);  // by paged kind
     void grow_many(const std::vector<Lease*>& leases, const std::int64_t* tokens, bool* answers);
+    // One token more for each lease. False, and nothing changed, where they cannot be grown in one go.
+    bool step(const std::vector<Lease*>& leases);
     void commit(Lease& lease, const Key& key, bool snapshot);
     void close(Lease& lease, bool keep);
-    void must_be_open(const Lease& lease) const;
+    void must_be_open(const Lease& lease) const {
+        if (lease.row <= 0 || lease.row > options.max_leases || leases[lease.row].get() != &lease)
+            throw Refusal{Refusal::Why::closed, 0, 0, 0, &lease, {}};
+    }
 
     // flights.cc
     void done(std::int64_t move);

@@ -103,11 +103,15 @@ class Core {
         if (counts_.size() != count) throw nb::value_error("give as many numbers of tokens as leases");
         answers_.assign(count, 0);
         cache_.grow_many(batch_, counts_.data(), reinterpret_cast<bool*>(answers_.data()));
-        PyObject* list = PyList_New(static_cast<Py_ssize_t>(count));
-        if (list == nullptr) throw nb::python_error();
-        for (std::size_t i = 0; i < count; ++i)
-            PyList_SetItem(list, static_cast<Py_ssize_t>(i), PyBool_FromLong(answers_[i]));
-        return nb::steal<nb::list>(list);
+        nb::list all;
+        if (std::find(answers_.begin(), answers_.end(), 0) == answers_.end()) {  // nearly always
+            all.append(true);
+            PyObject* many = PySequence_Repeat(all.ptr(), static_cast<Py_ssize_t>(count));
+            if (many == nullptr) throw nb::python_error();
+            return nb::steal<nb::list>(many);
+        }
+        for (const char answer : answers_) all.append(answer != 0);
+        return all;
     }
 
     void commit(nb::handle lease, nb::handle key, bool snapshot) {
@@ -391,8 +395,8 @@ class Core {
         else
             held = nb::list(leases);
         batch_.clear();
-        const Py_ssize_t count = PyList_Size(held.ptr());
-        for (Py_ssize_t i = 0; i < count; ++i) batch_.push_back(&lease_of(PyList_GetItem(held.ptr(), i)));
+        const std::size_t count = nb::len(held);
+        for (std::size_t i = 0; i < count; ++i) batch_.push_back(&lease_of(list_item(held, i)));
         for (const Lease* lease : batch_) cache_.must_be_open(*lease);
         return held;
     }

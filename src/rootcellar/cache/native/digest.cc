@@ -57,6 +57,10 @@ void compress_portable(State& state, const std::uint8_t* block) {
     for (int i = 0; i < 8; ++i) state[i] += sums[i];
 }
 
+void big_endian_portable(const State& state, Digest& digest) {
+    for (int i = 0; i < 32; ++i) digest[i] = static_cast<std::uint8_t>(state[i / 4] >> (24 - 8 * (i % 4)));
+}
+
 void compress2_portable(State& first, const std::uint8_t* block, State& second, const std::uint8_t* other) {
     compress_portable(first, block);
     compress_portable(second, other);
@@ -77,21 +81,34 @@ SHA_NI Pair load(const State& state) {
     return {_mm_alignr_epi8(low, high, 8), _mm_blend_epi16(high, low, 0xF0)};
 }
 
-SHA_NI void store(const Pair& pair, State& state) {
+// The state's words in order: the first and the last four.
+struct Halves {
+    __m128i low, high;
+};
+
+SHA_NI Halves halves(const Pair& pair) {
     const __m128i feba = _mm_shuffle_epi32(pair.abef, 0x1B), dchg = _mm_shuffle_epi32(pair.cdgh, 0xB1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[0]), _mm_blend_epi16(feba, dchg, 0xF0));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[4]), _mm_alignr_epi8(dchg, feba, 8));
+    return {_mm_blend_epi16(feba, dchg, 0xF0), _mm_alignr_epi8(dchg, feba, 8)};
+}
+
+SHA_NI void store(const Pair& pair, State& state) {
+    const Halves words = halves(pair);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[0]), words.low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&state[4]), words.high);
 }
 
 struct Words {
     __m128i w[4];
 };
 
-SHA_NI Words words(const std::uint8_t* block) {
-    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL);
+// Four bytes and four bytes, each the other way round.
+SHA_NI __m128i swapped(__m128i bytes) {
+    return _mm_shuffle_epi8(bytes, _mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL));
+}
+
+SHA_NI Words words(const void* block) {
     Words result;
-    for (int i = 0; i < 4; ++i)
-        result.w[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + i), swap);
+    for (int i = 0; i < 4; ++i) result.w[i] = swapped(_mm_loadu_si128(static_cast<const __m128i*>(block) + i));
     return result;
 }
 
@@ -125,23 +142,112 @@ SHA_NI void all_rounds_of_two(Pair& pair, Words& words, Pair& other, Words& othe
     }
 }
 
-__attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const std::uint8_t* block) {
-    const Pair before = load(state);
-    Pair pair = before;
-    Words w = words(block);
-    all_rounds<0>(pair, w);
-    store({_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)}, state);
+SHA_NI void compress(Pair& pair, Words block) {
+    const Pair before = pair;
+    all_rounds<0>(pair, block);
+    pair = {_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)};
 }
 
 // Two blocks of two states at once: each hides the other's latency.
+SHA_NI void compress_two(Pair& pair, Words block, Pair& other, Words others) {
+    const Pair before = pair, before2 = other;
+    all_rounds_of_two<0>(pair, block, other, others);
+    pair = {_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)};
+    other = {_mm_add_epi32(other.abef, before2.abef), _mm_add_epi32(other.cdgh, before2.cdgh)};
+}
+
+__attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const std::uint8_t* block) {
+    Pair pair = load(state);
+    compress(pair, words(block));
+    store(pair, state);
+}
+
 __attribute__((target("sha,sse4.1,ssse3"))) void compress2_native(State& first, const std::uint8_t* block,
                                                                   State& second, const std::uint8_t* other) {
-    const Pair before = load(first), before2 = load(second);
-    Pair pair = before, pair2 = before2;
-    Words w = words(block), w2 = words(other);
-    all_rounds_of_two<0>(pair, w, pair2, w2);
-    store({_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)}, first);
-    store({_mm_add_epi32(pair2.abef, before2.abef), _mm_add_epi32(pair2.cdgh, before2.cdgh)}, second);
+    Pair pair = load(first), pair2 = load(second);
+    compress_two(pair, words(block), pair2, words(other));
+    store(pair, first);
+    store(pair2, second);
+}
+
+__attribute__((target("sha,sse4.1,ssse3"))) void big_endian_native(const State& state, Digest& digest) {
+    for (int i = 0; i < 2; ++i) {
+        const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state.data()) + i);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(digest.data()) + i, swapped(words));
+    }
+}
+
+// A page whose tokens fill whole blocks.
+struct WholePage {
+    const std::int64_t* tokens;
+    std::int64_t blocks;
+    bool narrow;  // all tokens fit 32 bits: 4 bytes each, else 8
+    Pair state;
+
+    SHA_NI void begin(const std::int64_t* its_tokens, std::int64_t count) {
+        std::uint64_t all = 0;
+        for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(its_tokens[i]);
+        tokens = its_tokens;
+        narrow = all >> 32 == 0;
+        blocks = count / (narrow ? 16 : 8);
+        state = load(INITIAL);
+    }
+    SHA_NI Words block(std::int64_t index) const {
+        if (!narrow) return words(tokens + 8 * index);
+        Words result;
+        for (int i = 0; i < 4; ++i) {
+            const auto* at = reinterpret_cast<const float*>(tokens + 16 * index + 4 * i);
+            const __m128 low = _mm_loadu_ps(at), high = _mm_loadu_ps(at + 4);
+            result.w[i] = swapped(_mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0))));
+        }
+        return result;
+    }
+    // The block behind the tokens: the parent and the padding.
+    SHA_NI Words end(const Halves& parent) const {
+        return {{parent.low, parent.high, _mm_set_epi32(0, 0, 0, static_cast<int>(0x80000000)),
+                 _mm_set_epi32(static_cast<int>(8 * (64 * blocks + 32)), 0, 0, 0)}};
+    }
+};
+
+// `chain` for pages of whole blocks. A page's last block waits for its parent's digest, so it goes beside the last block
+// of the next page's tokens; the blocks before that go beside those of the page after it.
+__attribute__((target("sha,sse4.1,ssse3"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
+                                                              std::int64_t pages, std::int64_t page_size,
+                                                              Digest* into) {
+    const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
+    Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
+    WholePage ahead[2];
+    const auto absorb = [&](WholePage& page, std::int64_t from, std::int64_t to)
+        __attribute__((target("sha,sse4.1,ssse3"))) {
+        for (; from < to; ++from) compress(page.state, page.block(from));
+    };
+    ahead[0].begin(tokens, page_size);
+    absorb(ahead[0], 0, ahead[0].blocks);
+    WholePage now = ahead[0];
+    for (std::int64_t i = 0; i < pages; ++i) {
+        const std::int64_t left = pages - i - 1;
+        if (i % 2 == 0 && left > 0) {
+            ahead[0].begin(tokens + (i + 1) * page_size, page_size);
+            std::int64_t both = 0;
+            if (left > 1) {
+                ahead[1].begin(tokens + (i + 2) * page_size, page_size);
+                both = std::min(ahead[0].blocks, ahead[1].blocks) - 1;
+                for (std::int64_t b = 0; b < both; ++b)
+                    compress_two(ahead[0].state, ahead[0].block(b), ahead[1].state, ahead[1].block(b));
+                absorb(ahead[1], both, ahead[1].blocks - 1);
+            }
+            absorb(ahead[0], both, ahead[0].blocks - 1);
+        }
+        WholePage& next = ahead[i % 2];
+        if (left > 0)
+            compress_two(now.state, now.end(above), next.state, next.block(next.blocks - 1));
+        else
+            compress(now.state, now.end(above));
+        above = halves(now.state);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(into[i].data()), swapped(above.low));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(into[i].data()) + 1, swapped(above.high));
+        now = next;
+    }
 }
 
 bool has_sha_ni() {
@@ -156,12 +262,14 @@ bool has_sha_ni() {
 struct Engine {
     void (*one)(State&, const std::uint8_t*) = compress_portable;
     void (*two)(State&, const std::uint8_t*, State&, const std::uint8_t*) = compress2_portable;
+    void (*end)(const State&, Digest&) = big_endian_portable;
+    void (*whole_pages)(const Digest&, const std::int64_t*, std::int64_t, std::int64_t, Digest*) = nullptr;  // `chain`, for pages of a multiple of 16 tokens
 };
 
 Engine engine_of(bool portable) {
 #ifdef ROOTCELLAR_SHA_NI
     static const bool native = has_sha_ni();
-    if (native && !portable) return {compress_native, compress2_native};
+    if (native && !portable) return {compress_native, compress2_native, big_endian_native, chain_native};
 #endif
     (void)portable;
     return {};
@@ -169,18 +277,6 @@ Engine engine_of(bool portable) {
 
 void big_endian(std::uint64_t value, std::uint8_t* into) {
     for (int i = 7; i >= 0; --i, value >>= 8) into[i] = static_cast<std::uint8_t>(value);
-}
-
-Digest digest_of(const State& state) {
-    Digest digest;
-    for (int i = 0; i < 8; ++i) {
-        const std::uint32_t word = state[i];
-        digest[4 * i] = static_cast<std::uint8_t>(word >> 24);
-        digest[4 * i + 1] = static_cast<std::uint8_t>(word >> 16);
-        digest[4 * i + 2] = static_cast<std::uint8_t>(word >> 8);
-        digest[4 * i + 3] = static_cast<std::uint8_t>(word);
-    }
-    return digest;
 }
 
 // A token's low bytes, little-endian.
@@ -249,7 +345,9 @@ Digest sha256(const void* bytes, std::size_t count) {
     const std::size_t size = left < 56 ? 64 : 128;
     big_endian(8 * count, tail + size - 8);
     for (std::size_t i = 0; i < size; i += 64) engine.one(state, tail + i);
-    return digest_of(state);
+    Digest digest;
+    engine.end(state, digest);
+    return digest;
 }
 
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size) {
@@ -264,6 +362,8 @@ void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages,
            bool portable) {
     if (pages == 0) return;
     const Engine engine = engine_of(portable);
+    if (engine.whole_pages != nullptr && page_size % 16 == 0)
+        return engine.whole_pages(parent, tokens, pages, page_size, into);
     Message messages[2] = {Message(page_size), Message(page_size)};
     messages[0].begin(engine, tokens, page_size);
     if (messages[0].blocks != 0) engine.one(messages[0].state, messages[0].last_block());
@@ -279,7 +379,7 @@ void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages,
             engine.two(now.state, last, next.state, next.last_block());
         else
             engine.one(now.state, last);
-        into[i] = digest_of(now.state);
+        engine.end(now.state, into[i]);
         above = &into[i];
     }
 }

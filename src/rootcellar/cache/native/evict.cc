@@ -49,7 +49,7 @@ bool Tree::make_room_for(const Needs& needs) {
 
 // Evict up to `pages` from the end of a full-attention leaf; a longer leaf keeps its upper part.
 void Tree::drop_tail(Shelf& shelf, Node* node, std::int64_t pages) {
-    if (pages < node->size) split(node, static_cast<std::int32_t>(node->size - pages), true);
+    if (pages < node->size) split(node, static_cast<std::int32_t>(node->size - pages), !spill && keeps(node, shelf));
     if (spill) spill(node, shelf);
     if (node->parent == nullptr) broken("a root has an entry");
     const std::string_view first(reinterpret_cast<const char*>(node->tokens.data()), page_size * sizeof(std::int64_t));

@@ -104,6 +104,7 @@ struct Node {
     Run<Digest> digests;  // of the first pages of the edge, as far as they were asked for
     Ref<Name> name;       // of a root
     std::uint16_t shelves = 0;
+    bool hidden = false;    // about to be thrown away, and not found by its first page any more
     bool listed = false;    // a root that can be found by its name
     bool detached = false;  // a root that was dropped and is still held
 
@@ -193,19 +194,19 @@ struct Shelf {
 struct Lease {
     std::uint32_t references = 0;
     std::int32_t row = 0;
+    std::int64_t length = 0;  // tokens
+    std::int64_t batch = 0;   // the last batch it was in
+    std::int64_t committed = 0;
     std::int64_t serial = 0;
     Node* node = nullptr;
     Ref<Name> name;
-    std::int64_t cached = 0;  // tokens
-    std::int64_t length = 0;
-    std::int64_t committed = 0;
+    std::int64_t cached = 0;
     std::int64_t priority = 0;
     std::vector<std::int64_t> starts;  // by kind: absolute page at which the pin begins
     std::vector<Node*> sources;        // by kind: the node whose recurrent snapshot is being read
     std::vector<std::int64_t> waits;
     bool stepped = false;
     bool lost = false;
-    std::int64_t batch = 0;  // the last batch it was in
     // The adaptive policy: strides observed, hash of the prefix, class of the last known prefix above.
     std::int64_t strides = 0;
     std::uint64_t trail = 0;

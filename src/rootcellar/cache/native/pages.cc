@@ -14,7 +14,7 @@ __attribute__((always_inline)) inline void write_counting(std::int32_t* into, st
 }
 
 __attribute__((always_inline)) inline std::int32_t count_counting(const std::int32_t* pages, std::int32_t count) {
-    constexpr std::int32_t STEP = 128;
+    constexpr std::int32_t STEP = 64;
     const std::int32_t first = pages[0];
     std::int32_t i = 0;
     for (; i + STEP <= count; i += STEP) {

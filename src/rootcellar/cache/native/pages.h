@@ -18,13 +18,13 @@ inline void count_up(std::int32_t* into, std::int32_t first, std::int64_t count)
     for (std::int64_t i = 0; i < count; ++i) into[i] = first + static_cast<std::int32_t>(i);
 }
 
-// How many of the pages count up by one from the first of them; at least 1.
+// How many of the pages count up by one from the first of them; at least 1. The work is in proportion to the answer.
 std::int32_t consecutive_of_many(const std::int32_t* pages, std::int32_t count);
 inline std::int32_t consecutive(const std::int32_t* pages, std::int32_t count) {
-    if (count >= 32) return consecutive_of_many(pages, count);
+    const std::int32_t few = std::min(count, 16);
     std::int32_t i = 1;
-    while (i < count && pages[i] == pages[0] + i) ++i;
-    return i;
+    while (i < few && pages[i] == pages[0] + i) ++i;
+    return i < 16 ? i : consecutive_of_many(pages, count);
 }
 
 // A list of pages. Parts of it share its memory.

@@ -100,6 +100,15 @@ class ArrayLender final : public Lender {
     const Buffer& buffer_;
 };
 
+// Borrowed; faster than the stable interface's where that is not asked for.
+inline nb::handle list_item(nb::handle list, std::size_t index) {
+#ifdef Py_LIMITED_API
+    return PyList_GetItem(list.ptr(), static_cast<Py_ssize_t>(index));
+#else
+    return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(index));
+#endif
+}
+
 inline nb::object numpy_empty(std::int64_t count, const char* type) {
     static PyObject* empty = nb::object(nb::module_::import_("numpy").attr("empty")).release().ptr();
     return nb::handle(empty)(count, type);

@@ -18,7 +18,7 @@
 
 namespace rootcellar {
 
-constexpr std::size_t MOST_HELD = 4;
+constexpr std::size_t MOST_HELD = 8;
 
 // Holds somebody else's memory as long as it lives.
 class Owner {
@@ -134,9 +134,14 @@ class Run {
     }
     void lengthen(std::uint32_t count) { count_ += count; }
 
-    // Add elements behind; in place where the block has room, else in a block with room for half as many again.
+    // Add elements behind.
     void append(Ledger& ledger, const T* from, std::uint32_t count) {
-        if (count == 0) return;
+        if (count != 0) std::memcpy(grow(ledger, count), from, count * sizeof(T));
+    }
+
+    // Room for elements behind, to be written: in the block where it has room, else in one with room for half as many
+    // again.
+    T* grow(Ledger& ledger, std::uint32_t count) {
         if (block_ != nullptr && block_->references == 1 && !block_->lent) block_->used = offset_ + count_;
         if (block_ == nullptr || block_->used != offset_ + count_ || block_->capacity - block_->used < count) {
             const std::uint32_t wanted = count_ + count;
@@ -148,19 +153,10 @@ class Run {
             count_ = kept;
             block_->used = kept;
         }
-        std::memcpy(block_->data() + block_->used, from, count * sizeof(T));
+        T* room = block_->data() + block_->used;
         block_->used += count;
         count_ += count;
-    }
-
-    // Add elements in front.
-    void prepend(Ledger& ledger, const T* from, std::uint32_t count) {
-        Run whole;
-        whole.block_ = make(ledger, count + count_);
-        std::memcpy(whole.block_->data(), from, count * sizeof(T));
-        if (count_ != 0) std::memcpy(whole.block_->data() + count, data(), count_ * sizeof(T));
-        whole.count_ = whole.block_->used = count + count_;
-        *this = std::move(whole);
+        return room;
     }
 
   private:

@@ -1,6 +1,7 @@
 #include "tree.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
 
@@ -61,6 +62,7 @@ std::int32_t Slots::take_one() {
 
 void Slots::give(const std::int32_t* pages, std::int32_t count) {
     must_lack(count);
+    if (count == 1) return push(*pages, 1);
     given_.clear();
     while (count > 0) {
         const std::int32_t given = consecutive(pages, count);
@@ -91,7 +93,11 @@ Arena::~Arena() = default;
 // ---- making and unmaking -----------------------------------------------------------------------------------------
 
 Tree::Tree(const TreeOptions& options)
-    : kinds(options.kinds), page_size(options.page_size), policy(options.policy), children_(options.page_size) {
+    : kinds(options.kinds),
+      page_size(options.page_size),
+      policy(options.policy),
+      shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size)) ? std::countr_zero(static_cast<std::uint64_t>(page_size)) : -1),
+      children_(options.page_size) {
     if (policy == Policy::adaptive) shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
     for (const auto& [name, pages] : options.arenas) {
         std::unique_ptr<Order> order;
@@ -248,7 +254,7 @@ std::int32_t Tree::common(const Node* node, const std::int64_t* tokens, std::int
     constexpr std::int64_t step = 256;
     const std::int64_t span = pages * page_size;
     const std::int64_t* edge = node->tokens.data();
-    for (std::int64_t at = 0; at < span; at += step) {
+    for (std::int64_t at = page_size; at < span; at += step) {  // the first page is what it was found by
         const std::int64_t count = std::min(step, span - at);
         if (std::memcmp(edge + at, tokens + at, count * sizeof *edge) == 0) continue;
         std::int64_t i = at;
@@ -287,8 +293,11 @@ Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     node->parent = upper;
     node->previous = node->next = nullptr;
     upper->first_child = upper->last_child = node;
-    node->hash = children_.hash(upper, node->tokens.data());
-    children_.add(node);
+    node->hidden = leaving;
+    if (!leaving) {
+        node->hash = children_.hash(upper, node->tokens.data());
+        children_.add(node);
+    }
     if (node->has_flights()) {
         auto above = std::make_unique<std::vector<Flight*>>();
         for (Flight* flight : *node->flights)
@@ -346,7 +355,7 @@ void Tree::discard(Node* node) {
             forget_root(node);
             return;
         }
-        children_.remove(node);
+        if (!node->hidden) children_.remove(node);
         (node->previous == nullptr ? parent->first_child : node->previous->next) = node->next;
         (node->next == nullptr ? parent->last_child : node->next->previous) = node->previous;
         node->previous = node->next = node->parent = nullptr;
@@ -454,6 +463,14 @@ bool Tree::holds_any(Node* node, int k) const {
                                               [k](const Flight* flight) { return flight->k == k; });
 }
 
+// Whether an entry on this shelf is all that keeps a node.
+bool Tree::keeps(const Node* node, const Shelf& shelf) const {
+    if (node->refs != 0 || node->first_child != nullptr || node->has_flights()) return false;
+    return std::all_of(shelves.begin(), shelves.end(), [&](const Shelf& other) {
+        return other.index == shelf.index || !node->entry(other.index).present();
+    });
+}
+
 bool Tree::dead(Node* node) const {
     return std::any_of(full_shelves.begin(), full_shelves.end(), [&](const Shelf* shelf) {
         return !node->entry(shelf->index).present() && !holds_any(node, shelf->k);
@@ -512,9 +529,7 @@ const Digest* Tree::page_digests(Node* node) {
         else
             above = at->parent->digests[at->parent->digests.size() - 1];
         const auto lacking = static_cast<std::uint32_t>(at->size) - known;
-        if (digests_.size() < lacking) digests_.resize(lacking);
-        chain(above, at->tokens.data() + known * page_size, lacking, page_size, digests_.data());
-        at->digests.append(ledger, digests_.data(), lacking);
+        chain(above, at->tokens.data() + known * page_size, lacking, page_size, at->digests.grow(ledger, lacking));
     }
     return node->digests.data();
 }

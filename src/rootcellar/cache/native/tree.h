@@ -68,7 +68,8 @@ struct Tree {
     Node* root(const Ref<Name>& name);
     Node* add(Node* parent, const std::int64_t* tokens, std::int32_t size, Lender* lender = nullptr);
     std::int32_t common(const Node* node, const std::int64_t* tokens, std::int64_t limit) const;
-    Node* split(Node* node, std::int32_t at, bool leaving = false);  // `leaving`: the lower part
+    // `leaving`: the lower part is about to be thrown away.
+    Node* split(Node* node, std::int32_t at, bool leaving = false);
     void discard(Node* node);
     void bury();  // free what was thrown away: at the end of a verb, when nothing points to it any more
     Ref<Name> name(std::string_view text);
@@ -79,6 +80,7 @@ struct Tree {
                 const std::vector<const std::int32_t*>& pages, bool lasting);
     Pages detach(Node* node, Shelf& shelf, std::int32_t count);
     bool holds_any(Node* node, int k) const;
+    bool keeps(const Node* node, const Shelf& shelf) const;
     bool dead(Node* node) const;
     void refresh(Node* node, Shelf& shelf);
     std::int32_t unpinned(Node* node, const Shelf& shelf, const Entry& entry) const;
@@ -112,6 +114,9 @@ struct Tree {
     void drop_subtree(Node* top);
 
     const Digest* page_digests(Node* node);
+    // Whether a page begins at this position (tokens), and which.
+    bool begins_page(std::int64_t at) const { return shift_ >= 0 ? (at & (page_size - 1)) == 0 : at % page_size == 0; }
+    std::int64_t page_at(std::int64_t at) const { return shift_ >= 0 ? at >> shift_ : at / page_size; }
     std::int64_t start_page(int k, std::int64_t tokens) const { return kinds[k].start(tokens) / page_size; }
     Shelf* shelf(Tier tier, int k) const { return by_tier[tier][k]; }
     bool is_fresh(const Hit& hit) const { return hit.tree == this && hit.version == version; }
@@ -157,6 +162,7 @@ struct Tree {
     void destroy(Node* node);
     const std::vector<std::pair<Arena*, std::int64_t>>& by_arena(const Needs& needs);
 
+    int shift_;  // of a page size that is a power of two, its logarithm; else -1
     Children children_;
     std::unordered_map<std::string_view, Ref<Name>> names_;
     std::size_t sweep_at_ = 64;  // names at which those that nobody uses are dropped
@@ -166,7 +172,6 @@ struct Tree {
     Node* free_nodes_ = nullptr;  // by `next`
     std::vector<Node*> graveyard_;
     // Reused by each call.
-    std::vector<Digest> digests_;
     std::vector<std::pair<Arena*, std::int64_t>> sums_;
     // Reused by each match: by kind, and by tier and kind.
     std::vector<std::int64_t> heads_, runs_, starts_;

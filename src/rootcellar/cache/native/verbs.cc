@@ -25,11 +25,6 @@ Cache::Cache(const TreeOptions& tree_options, const CacheOptions& its_options, s
     new_pages_.resize(tree.kinds.size());
 }
 
-void Cache::must_be_open(const Lease& lease) const {
-    if (lease.row <= 0 || lease.row > options.max_leases || leases[lease.row].get() != &lease)
-        throw Refusal{Refusal::Why::closed, 0, 0, 0, &lease, {}};
-}
-
 std::int64_t Cache::boundary(const Hit& hit, Tier tier) const {
     std::int64_t reach = hit.reaches[DEVICE];
     for (const Tier farther : tree.tiers)
@@ -252,34 +247,42 @@ bool Cache::has_room(const std::vector<std::int64_t>& tokens) {
 }
 
 void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* tokens, bool* answers) {
-    const std::int64_t size = tree.page_size;
-    std::int64_t fresh = 0;
-    bool together = true;  // one token for each of different leases, in rows that have room
-    ++batches_;
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-        const bool once = std::exchange(batch[i]->batch, batches_) != batches_;
-        together = together && once && tokens[i] == 1 && batch[i]->length < options.max_length;
-        fresh += batch[i]->length % size == 0;
-    }
-    if (together && fresh != 0) {
-        needs_.clear();
-        for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
-        together = tree.make_room_for(needs_);
-    }
-    if (!together) {
-        for (std::size_t i = 0; i < batch.size(); ++i) answers[i] = grow(*batch[i], tokens[i]);
+    if (std::all_of(tokens, tokens + batch.size(), [](std::int64_t count) { return count == 1; }) && step(batch)) {
+        std::fill(answers, answers + batch.size(), true);
         return;
     }
-    for (Shelf* shelf : paged) {
-        const Table& table = tables[shelf->k];
-        for (const Lease* lease : batch)
-            if (lease->length % size == 0) table.row(*lease)[lease->length / size] = shelf->take_one();
+    for (std::size_t i = 0; i < batch.size(); ++i) answers[i] = grow(*batch[i], tokens[i]);
+}
+
+bool Cache::step(const std::vector<Lease*>& batch) {
+    std::int64_t fresh = 0;
+    bool together = true;  // different leases, in rows that have room
+    ++batches_;
+    for (Lease* lease : batch) {
+        const bool once = std::exchange(lease->batch, batches_) != batches_;
+        together = together && once && lease->length < options.max_length;
+        if (!tree.begins_page(lease->length)) continue;
+        ++fresh;
+        // Rows lie far apart: fetch them all before the first is written.
+        for (const Shelf* shelf : paged)
+            __builtin_prefetch(tables[shelf->k].row(*lease) + tree.page_at(lease->length), 1);
     }
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-        if (!states.empty()) step_states(*batch[i]);
-        ++batch[i]->length;
-        answers[i] = true;
+    if (!together) return false;
+    if (fresh != 0) {
+        needs_.clear();
+        for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
+        if (!tree.make_room_for(needs_)) return false;
+        for (Shelf* shelf : paged) {
+            const Table& table = tables[shelf->k];
+            for (const Lease* lease : batch)
+                if (tree.begins_page(lease->length)) table.row(*lease)[tree.page_at(lease->length)] = shelf->take_one();
+        }
     }
+    for (Lease* lease : batch) {
+        if (!states.empty()) step_states(*lease);
+        ++lease->length;
+    }
+    return true;
 }
 
 void Cache::step_states(Lease& lease) {
