@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from array import array
 
 import numpy as np
 import pytest
@@ -22,6 +25,11 @@ KINDS = (full("full"), sliding_window("window", window=8), recurrent("state"))
 def native(kinds=KINDS, size=256, page_size=4, **options):
     capacity = {(k.name, tier): size for k in kinds for tier in (Tier.DEVICE, Tier.HOST)}
     return CORES["native"](kinds, page_size=page_size, capacity=capacity, max_length=512, **options)
+
+
+def device(size=1024):
+    """Pages of one token, full attention on the device alone."""
+    return CORES["native"]([full("full")], page_size=1, capacity={("full", Tier.DEVICE): size}, max_length=512)
 
 
 @pytest.mark.parametrize(("value", "core"), [("1", "python"), ("0", "native")])
@@ -65,14 +73,120 @@ def test_what_comes_and_goes_takes_no_memory_in_the_end():
     assert taken[1] == taken[2] == taken[3], "blocks are given back, slabs of nodes are used again"
 
 
-def test_memory_is_a_token_id_and_a_page_number_a_token():
-    cache = native((full("full"),), size=100_000, page_size=1)
+@pytest.mark.parametrize("lasting", [False, True])
+def test_memory_is_a_token_id_a_token(lasting):
+    """Pages that count up take nothing, whoever has the token ids."""
+    cache = device(size=100_000)
     empty = cache.memory_bytes()
     for first in range(0, 90_000, 500):
-        serve(cache, np.arange(first, first + 500))
-    nodes = cache.stats().nodes
-    assert nodes == 180
-    assert 8 + 4 < (cache.memory_bytes() - empty) / 90_000 < 8 + 4 + 3 * cache._node_bytes() / 500
+        prompt = np.arange(first, first + 500)
+        prompt.flags.writeable = not lasting
+        serve(cache, prompt)
+    assert cache.stats().nodes == 180
+    assert 8 < (cache.memory_bytes() - empty) / 90_000 < 8 + 3 * cache._node_bytes() / 500
+
+
+def test_memory_is_two_numbers_more_a_token_where_pages_never_count_up():
+    cache = device(size=2048)
+    empty = cache.memory_bytes()
+    leases = [cache.open(cache.match(Key([i]))) for i in range(4)]
+    for _ in range(500):
+        assert all(cache.grow_many(leases))
+    for i, lease in enumerate(leases):
+        cache.commit(lease, Key(np.arange(1000 * i, 1000 * i + 500)))
+    cache.close_many(leases)
+    assert cache.slots(cache.match(Key(range(500))), "full").tolist() == list(range(1, 2001, 4))
+    assert (cache.memory_bytes() - empty) / 2000 < 8 + 8 + 3
+    cache.check()
+
+
+# ---- keys that never change -------------------------------------------------------------------------------------------
+
+
+def lasting(count: int, first: int = 0) -> np.ndarray:
+    prompt = np.arange(first, first + count)
+    prompt.flags.writeable = False
+    return prompt
+
+
+def test_a_prompt_that_never_changes_is_not_copied_and_is_held_as_long_as_it_is_cached():
+    cache = device()
+    prompt = lasting(200)
+    memory = weakref.ref(prompt)
+    serve(cache, prompt)
+    held = cache._ledger_bytes()
+    del prompt
+    gc.collect()
+    assert memory() is not None
+    assert cache.match(Key(range(200))).length == 200
+    cache.flush()
+    gc.collect()
+    assert memory() is None, "the cache let go of it"
+    assert cache._ledger_bytes() < held - 8 * 200
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_a_prompt_that_may_change_is_copied(chunk):
+    cache = device()
+    prompt = np.arange(200)
+    serve(cache, prompt, chunk=chunk)
+    prompt[:] = 7
+    assert cache.match(Key(range(200))).length == 200
+    cache.check()
+
+
+def test_chunks_of_one_prompt_stay_one_piece_of_its_memory():
+    cache = device()
+    prompt = lasting(250)
+    serve(cache, prompt[:100])
+    few = cache._ledger_bytes()
+    cache.flush()
+    serve(cache, prompt, chunk=80)
+    assert cache.stats().nodes == 1
+    assert cache._ledger_bytes() == few, "the whole array is held either way, once"
+    assert cache.match(Key(range(250))).length == 250
+
+
+def test_a_small_part_of_a_large_array_is_copied():
+    cache = device()
+    memory = lasting(100_000)
+    serve(cache, memory[50_000:50_200])
+    assert cache._ledger_bytes() < 100_000
+    assert cache.match(Key(range(50_000, 50_200))).length == 200
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        np.arange(200).view(type("Array", (np.ndarray,), {})),
+        np.frombuffer(np.arange(200).tobytes(), np.int64),
+        np.frombuffer(b"0123" + np.arange(200).tobytes() + b"4567", np.uint8)[4:-4].view(np.int64),
+        np.asarray(array("q", range(200))),
+        np.arange(400).reshape(200, 2).T.copy(order="F")[0, :].astype(np.int64),
+    ],
+    ids=["subclass", "bytes", "unaligned", "array", "Fortran"],
+)
+def test_memory_that_is_not_an_array_of_numpys_own_is_copied(odd):
+    cache = device()
+    prompt = odd[:]
+    prompt.flags.writeable = False
+    serve(cache, prompt)
+    assert cache.match(Key(odd.tolist())).length == 200
+    cache.check()
+
+
+def test_what_runs_when_memory_is_let_go_may_use_the_cache():
+    cache = device(size=400)
+    seen = []
+    for i in range(6):
+        prompt = lasting(200, 1000 * i)
+        weakref.finalize(prompt, lambda: seen.append(serve(cache, range(9000, 9020)).length))
+        serve(cache, prompt)
+        del prompt
+        gc.collect()
+    assert len(seen) >= 2, "two prompts fit"
+    assert set(seen) == {20}
+    cache.check()
 
 
 def test_hits_and_leases_of_another_cache_or_of_one_that_is_gone():

@@ -19,6 +19,12 @@ class Differ(AssertionError):
     """The cores differ."""
 
 
+class Sharer(NativeRadixCache):
+    """Refers to keys' memory wherever it may, however short they are."""
+
+    LEAST_SHARED = 1
+
+
 class Twins:
     """A Python and a native cache that are asked the same; answers are the Python core's.
 
@@ -29,7 +35,7 @@ class Twins:
         # Some worlds record events, some name their pages early; both change no choice that a world makes.
         options |= {"events": options["max_leases"] % 3 == 0, "digests": options["max_leases"] % 2 == 0}
         self.python = PyRadixCache(*arguments, **options)
-        self.native = NativeRadixCache(*arguments, **options)
+        self.native = Sharer(*arguments, **options)
         self.kinds, self.page_size, self.tables = self.python.kinds, self.python.page_size, self.python.tables
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self._steps = 0

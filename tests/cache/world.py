@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rootcellar.cache import (
     Done,
     Failed,
@@ -57,6 +60,18 @@ class Running:
     tokens: list[int]
     computed: int
     committed: int = 0
+    memory: NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_LENGTH, np.int64))
+
+    def key(self, length: int) -> Key:
+        """The first tokens: in memory of their own, in memory that will be written, or in memory that only grows."""
+        tokens: Any = self.tokens[:length]
+        if self.lease.serial % 3 == 1:
+            tokens = np.array(tokens, np.int64)
+        elif self.lease.serial % 3 == 2:
+            self.memory[:length] = tokens
+            tokens = self.memory[:length]
+            tokens.flags.writeable = False
+        return Key(tokens, self.lease.namespace)
 
 
 @dataclass
@@ -272,8 +287,10 @@ class World:
         if run is None or not run.lease.ready:
             return
         length = run.computed if self.pick(3) else run.computed - self.pick(run.computed + 1)
-        key = Key(run.tokens[:length], run.lease.namespace)
+        key = run.key(length)
         self.cache.commit(run.lease, key, snapshot=self.pick(4) > 0)
+        if key.tokens.flags.writeable:
+            key.tokens[:] = -1
         self.look(run)
 
     def close(self) -> None:

@@ -135,8 +135,10 @@ class Request:
         return self.ids[self.prompt_length : self.length]
 
     def key(self, n: int) -> Key:
-        """The cache key of the first ``n`` tokens."""
-        return Key(self.ids[:n], f"{self.epoch}/{self.namespace}")
+        """The cache key of the first ``n`` tokens. They never change, so the tree may refer to them where they are."""
+        ids = self.ids[:n]
+        ids.flags.writeable = False
+        return Key(ids, f"{self.epoch}/{self.namespace}")
 
     @property
     def matchable(self) -> int:

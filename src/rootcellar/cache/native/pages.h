@@ -31,7 +31,19 @@ inline std::int32_t consecutive(const std::int32_t* pages, std::int32_t count) {
 class Pages {
   public:
     Pages() = default;
-    Pages(Ledger& ledger, const std::int32_t* from, std::int32_t count) { append(ledger, from, count); }
+    Pages(Ledger& ledger, const std::int32_t* from, std::int32_t count) : count_(count) {
+        const std::int32_t first = count == 0 ? 0 : consecutive(from, count);
+        if (first == count) {
+            if (count != 0) origin_ = from[0];
+            return;
+        }
+        std::vector<Span> spans = {{first, from[first - 1]}};
+        for (std::int32_t at = first, next; at < count; at = next) {
+            next = at + consecutive(from + at, count - at);
+            spans.push_back({next, from[next - 1]});
+        }
+        spans_ = Run<Span>(ledger, spans.data(), static_cast<std::uint32_t>(spans.size()));
+    }
     Pages(Pages&& other) noexcept
         : spans_(std::move(other.spans_)), origin_(other.origin_), count_(std::exchange(other.count_, 0)) {}
     Pages& operator=(Pages&& other) noexcept {
