@@ -34,10 +34,10 @@ class Skip(Exception):
 class Task:
     """A row made ready: ``action(before())`` is one sample, of which only ``action`` is timed.
 
-    What the clock costs is taken off. ``inner`` repeats of an action (which then takes None) make one sample where a single one is too short to time.
-    ``once`` samples are seconds, not microseconds: one is taken per visit, in CPU time of the process, which other work
-    on the machine does not stretch as it does wall time (a side has one thread and waits for nothing). ``facts`` is
-    read after measuring.
+    What reading the clock takes is not counted. ``inner`` repeats of an action (which then takes None) make one sample
+    where a single one is too short to time. ``once`` samples are seconds, not microseconds: one is taken per visit, in
+    CPU time of the process, which other work on the machine does not stretch as it does wall time (a side has one
+    thread and waits for nothing). ``facts`` is read after measuring.
     """
 
     action: Callable[[Any], object]

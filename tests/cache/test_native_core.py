@@ -100,7 +100,7 @@ def test_memory_is_two_numbers_more_a_token_where_pages_never_count_up():
     cache.check()
 
 
-# ---- keys that never change -------------------------------------------------------------------------------------------
+# ---- keys that never change ----------------------------------------------------------------------------------------
 
 
 def lasting(count: int, first: int = 0) -> np.ndarray:

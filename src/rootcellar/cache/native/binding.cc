@@ -67,9 +67,8 @@ void construct(Core* self, const std::vector<std::tuple<std::string, int, std::i
         pointers.push_back({pages, buffer.extent(1)});
         buffers.push_back(std::move(buffer));
     }
-    new (self)
-        Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()}, events,
-             least_shared);
+    new (self) Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()},
+                    events, least_shared);
 }
 
 nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, bool portable) {

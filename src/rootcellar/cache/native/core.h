@@ -124,7 +124,7 @@ class Core {
     void commit_many(nb::handle leases, nb::handle keys, bool snapshot) {
         const nb::list held = take_batch(leases);
         if (nb::len(keys) != batch_.size()) throw nb::value_error("give as many keys as leases");
-        const std::vector<Lease*> batch = batch_;
+        const std::vector<Ref<Lease>> batch = own_batch();
         std::size_t i = 0;
         // Each commit is complete before the next: what one throws away no other can name.
         for (const nb::handle key : nb::iter(keys)) {
@@ -142,7 +142,7 @@ class Core {
 
     void close_many(nb::handle leases, bool keep) {
         const nb::list held = take_batch(leases);
-        for (Lease* lease : batch_) {
+        for (const Ref<Lease>& lease : own_batch()) {
             const Verb verb(cache_.tree);
             cache_.close(*lease, keep);
         }
@@ -184,9 +184,9 @@ class Core {
     nb::list moves() {
         nb::list list;
         for (const Move& move : cache_.outbox)
-            list.append(
-                nb::make_tuple(move.id, move.k, static_cast<int>(move.src), static_cast<int>(move.dst),
-                               numpy_pages(move.src_slots), numpy_pages(move.dst_slots), move.first, python_tuple(move.digests, python_digest)));
+            list.append(nb::make_tuple(move.id, move.k, static_cast<int>(move.src), static_cast<int>(move.dst),
+                                       numpy_pages(move.src_slots), numpy_pages(move.dst_slots), move.first,
+                                       python_tuple(move.digests, python_digest)));
         cache_.outbox.clear();
         return list;
     }
@@ -400,6 +400,9 @@ class Core {
         for (const Lease* lease : batch_) cache_.must_be_open(*lease);
         return held;
     }
+
+    // The batch for a call of several verbs: between two of them other code may run, and call this cache.
+    std::vector<Ref<Lease>> own_batch() const { return {batch_.begin(), batch_.end()}; }
 
     int kind_index(const std::string& name) const {
         if (name.empty()) return ALL;

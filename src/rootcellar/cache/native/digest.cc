@@ -209,15 +209,15 @@ struct WholePage {
     }
 };
 
-// `chain` for pages of whole blocks. A page's last block waits for its parent's digest, so it goes beside the last block
-// of the next page's tokens; the blocks before that go beside those of the page after it.
+// `chain` for pages of whole blocks. A page's last block waits for its parent's digest, so it goes beside the last
+// block of the next page's tokens; the blocks before that go beside those of the page after it.
 __attribute__((target("sha,sse4.1,ssse3"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
                                                               std::int64_t pages, std::int64_t page_size,
                                                               Digest* into) {
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
     WholePage ahead[2];
-    const auto absorb = [&](WholePage& page, std::int64_t from, std::int64_t to)
+    const auto absorb = [&](WholePage & page, std::int64_t from, std::int64_t to)
         __attribute__((target("sha,sse4.1,ssse3"))) {
         for (; from < to; ++from) compress(page.state, page.block(from));
     };
@@ -263,7 +263,8 @@ struct Engine {
     void (*one)(State&, const std::uint8_t*) = compress_portable;
     void (*two)(State&, const std::uint8_t*, State&, const std::uint8_t*) = compress2_portable;
     void (*end)(const State&, Digest&) = big_endian_portable;
-    void (*whole_pages)(const Digest&, const std::int64_t*, std::int64_t, std::int64_t, Digest*) = nullptr;  // `chain`, for pages of a multiple of 16 tokens
+    void (*whole_pages)(const Digest&, const std::int64_t*, std::int64_t, std::int64_t,
+                        Digest*) = nullptr;  // `chain`, for pages of a multiple of 16 tokens
 };
 
 Engine engine_of(bool portable) {

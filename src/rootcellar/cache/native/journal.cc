@@ -79,7 +79,9 @@ void Evictions::remove_slot(std::size_t hole) {
     table_[hole] = -1;
 }
 
-std::deque<Eviction> Evictions::take() { return std::exchange(untold_, {}); }
+std::deque<Eviction> Evictions::take() {
+    return std::exchange(untold_, {});
+}
 
 void Evictions::note(std::int64_t where, std::string_view what, const Eviction& eviction) {
     untold_.push_back(eviction);

@@ -9,7 +9,7 @@ void Tree::find(const Key& key, Hit& hit) {
     hit.tree = this;
     hit.version = version;
     hit.path.clear();
-    const std::int64_t total = key.count / page_size;
+    const std::int64_t total = page_at(key.count);
     const std::size_t count = kinds.size();
     std::fill(runs_.begin(), runs_.end(), 0);
     std::int64_t best[TIERS] = {};
@@ -89,7 +89,7 @@ Node* Tree::place_of(const Hit& hit, const Ref<Name>& name, std::int64_t pages) 
 }
 
 void Tree::touch(const Hit& hit) {
-    const std::int64_t pages = hit.reaches[PEER] / page_size;  // the farthest
+    const std::int64_t pages = page_at(hit.reaches[PEER]);  // the farthest
     for (auto node = hit.path.rbegin(); node != hit.path.rend(); ++node) {
         if ((*node)->start >= pages) continue;
         for (std::size_t k = 0; k < kinds.size(); ++k) starts_[k] = start_page(static_cast<int>(k), pages * page_size);

@@ -2,8 +2,8 @@
 //
 // A run is a window on a block. Blocks are counted by reference and never change where a run looks at them; the unused
 // room behind the last run of a block may be filled (an edge that grows token by token). A part that would keep more
-// than MOST_HELD times its size in memory is a copy instead, so what is left of a long prompt does not hold all of it. A
-// block may also be somebody else's memory, lent for as long as a run looks at it.
+// than MOST_HELD times its size in memory is a copy instead, so what is left of a long prompt does not hold all of it.
+// A block may also be somebody else's memory, lent for as long as a run looks at it.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,8 @@ struct Loan {
     std::size_t count = 0;
 };
 
-// Bytes that a cache's structures hold now, and what was lent and can go when the verb is over: letting go of it may run
-// anybody's code.
+// Bytes that a cache's structures hold now, and what was lent and can go when the verb is over: letting go of it may
+// run anybody's code.
 struct Ledger {
     std::size_t bytes = 0;
     std::vector<std::unique_ptr<Owner>> returned;

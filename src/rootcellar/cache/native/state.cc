@@ -84,8 +84,7 @@ nb::tuple lease_of(const Lease& lease) {
 nb::tuple flight_of(const Flight& flight) {
     return nb::make_tuple(
         flight.id, flight.k, static_cast<int>(flight.src), static_cast<int>(flight.dst), flight.start,
-        raw(flight.slots), flight.held,
-        flight.node == nullptr ? 0 : flight.node->id,
+        raw(flight.slots), flight.held, flight.node == nullptr ? 0 : flight.node->id,
         python_tuple(flight.waiters, [](const Ref<Lease>& lease) { return nb::int_(lease->serial); }));
 }
 

@@ -96,7 +96,9 @@ Tree::Tree(const TreeOptions& options)
     : kinds(options.kinds),
       page_size(options.page_size),
       policy(options.policy),
-      shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size)) ? std::countr_zero(static_cast<std::uint64_t>(page_size)) : -1),
+      shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size))
+                 ? std::countr_zero(static_cast<std::uint64_t>(page_size))
+                 : -1),
       children_(options.page_size) {
     if (policy == Policy::adaptive) shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
     for (const auto& [name, pages] : options.arenas) {

@@ -114,10 +114,11 @@ struct Tree {
     void drop_subtree(Node* top);
 
     const Digest* page_digests(Node* node);
-    // Whether a page begins at this position (tokens), and which.
+    // Positions and lengths in tokens, in pages: whether a page begins there, which has it, how many it takes.
     bool begins_page(std::int64_t at) const { return shift_ >= 0 ? (at & (page_size - 1)) == 0 : at % page_size == 0; }
     std::int64_t page_at(std::int64_t at) const { return shift_ >= 0 ? at >> shift_ : at / page_size; }
-    std::int64_t start_page(int k, std::int64_t tokens) const { return kinds[k].start(tokens) / page_size; }
+    std::int64_t pages_of(std::int64_t tokens) const { return page_at(tokens + page_size - 1); }
+    std::int64_t start_page(int k, std::int64_t tokens) const { return page_at(kinds[k].start(tokens)); }
     Shelf* shelf(Tier tier, int k) const { return by_tier[tier][k]; }
     bool is_fresh(const Hit& hit) const { return hit.tree == this && hit.version == version; }
     std::size_t node_bytes() const { return stride_; }
@@ -131,7 +132,7 @@ struct Tree {
     std::unique_ptr<Journal> journal;
     Evictions evictions;
     std::string fingerprint;
-    std::int64_t least_shared = 0;  // tokens of an edge that may refer to its key's memory
+    std::int64_t least_shared = 0;             // tokens of an edge that may refer to its key's memory
     std::function<void(Node*, Shelf&)> spill;  // told of an entry about to be evicted (write-back)
     std::int64_t tick = 0;
     std::int64_t version = 0;  // counts structural changes: a hit is fresh while it has not moved

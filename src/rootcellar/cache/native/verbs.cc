@@ -7,12 +7,6 @@
 
 namespace rootcellar {
 
-namespace {
-std::int64_t pages_of(std::int64_t tokens, std::int64_t size) {
-    return (tokens + size - 1) / size;
-}
-}  // namespace
-
 Cache::Cache(const TreeOptions& tree_options, const CacheOptions& its_options, std::vector<Table> its_tables)
     : tree(tree_options), options(its_options), tables(std::move(its_tables)), leases(options.max_leases + 1) {
     for (std::int32_t row = options.max_leases; row > 0; --row) free_rows.push_back(row);
@@ -68,7 +62,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
         fresh = &again;
     }
     const std::int64_t reach = boundary(*fresh, tier);
-    Node* node = tree.place_of(*fresh, key.name, reach / tree.page_size);
+    Node* node = tree.place_of(*fresh, key.name, tree.page_at(reach));
     const Ref<Lease> lease(new Lease);
     lease->serial = serial + 1;
     lease->node = node;
@@ -98,7 +92,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
     if (tree.shadow && options.reuse) {
         tree.shadow->advance(key.count);
         lease->trail = mix(crc32(key.name->text));
-        observe(*lease, key, 0, reach / tree.page_size);
+        observe(*lease, key, 0, tree.page_at(reach));
     }
     return lease;
 }
@@ -226,8 +220,8 @@ bool Cache::grow(Lease& lease, std::int64_t tokens) {
     if (tokens < 0) throw Refusal{Refusal::Why::only_grows, tokens, 0, 0, nullptr, {}};
     if (tokens > options.max_length - lease.length)
         throw Refusal{Refusal::Why::row_full, lease.length, tokens, options.max_length, nullptr, {}};
-    const std::int64_t old = pages_of(lease.length, tree.page_size);
-    const std::int64_t fresh = pages_of(lease.length + tokens, tree.page_size) - old;
+    const std::int64_t old = tree.pages_of(lease.length);
+    const std::int64_t fresh = tree.pages_of(lease.length + tokens) - old;
     if (fresh > 0) {
         needs_.clear();
         for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
@@ -241,8 +235,7 @@ bool Cache::grow(Lease& lease, std::int64_t tokens) {
 
 bool Cache::has_room(const std::vector<std::int64_t>& tokens) {
     needs_.clear();
-    for (std::size_t i = 0; i < paged.size(); ++i)
-        needs_.emplace_back(paged[i], pages_of(tokens.at(i), tree.page_size));
+    for (std::size_t i = 0; i < paged.size(); ++i) needs_.emplace_back(paged[i], tree.pages_of(tokens.at(i)));
     return tree.fits(needs_);
 }
 
@@ -307,7 +300,7 @@ void Cache::commit(Lease& lease, const Key& key, bool snapshot) {
         throw Refusal{Refusal::Why::commit_too_long, key.count, 0, 0, &lease, key.name->text};
     if (options.reuse) {
         pin_windows(lease, -1);
-        const std::int64_t done = lease.committed / size, pages = key.count / size;
+        const std::int64_t done = tree.page_at(lease.committed), pages = tree.page_at(key.count);
         if (pages > done) {
             Node* place = insert(lease, key, done, pages);
             if (place != lease.node) {
@@ -332,7 +325,7 @@ void Cache::release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens) {
     const std::int64_t old = lease.starts[shelf.k], start = tree.start_page(shelf.k, tokens);
     if (start <= old) return;
     std::int32_t* row = tables[shelf.k].row(lease);
-    const std::int64_t owned = std::max(old, lease.committed / tree.page_size);
+    const std::int64_t owned = std::max(old, tree.page_at(lease.committed));
     if (owned < start) shelf.give(row + owned, static_cast<std::int32_t>(start - owned));
     std::fill(row + old, row + start, 0);
     lease.starts[shelf.k] = start;
@@ -420,7 +413,7 @@ void Cache::close(Lease& lease, bool keep) {
     const Ref<Lease> still(&lease);
     leases[lease.row] = {};
     --live;
-    const std::int64_t committed = lease.committed / tree.page_size, pages = pages_of(lease.length, tree.page_size);
+    const std::int64_t committed = tree.page_at(lease.committed), pages = tree.pages_of(lease.length);
     for (Shelf* shelf : paged) {
         const std::int64_t owned = std::max(committed, lease.starts[shelf->k]);
         if (owned < pages) shelf->give(tables[shelf->k].row(lease) + owned, static_cast<std::int32_t>(pages - owned));
