@@ -114,6 +114,7 @@ def trace(pages: list[int], path: str | None) -> Iterator[Row]:
         at = {"page_size": page, "path": path}
         yield Row("trace", "trace", at | {"slots": True})
         yield Row("trace, SGLang without its allocator", "trace", at | {"slots": False})
+        yield Row("trace, prompts that may change, so copied", "trace", at | {"frozen": False})
         if page > 1:
             yield Row("trace, digests of all pages", "trace", at | {"names": True})
 

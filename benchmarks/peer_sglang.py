@@ -111,11 +111,13 @@ def evict(tree, leaves: int) -> Task:
     return Task(lambda _: tree.evict(1), lambda: put(tree, [leaf(fresh(), tree.page_size)]))
 
 
-def trace(make, path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
+def trace(make, path: str, page_size: int, slots: bool = True, names: bool = False, frozen: bool = True) -> Task:
     """What SGLang does for a request, one at a time: match and lock, evict, allocate, write the row of the page table,
     and when it is finished insert what the row has and unlock. Without ``slots`` nothing is allocated."""
     if names:
         raise Skip("SGLang hashes where a storage backend asks for it; see vLLM")
+    if not frozen:
+        raise Skip("SGLang copies tokens in any case")
     keys = prompts(path)
     row = torch.zeros(max(map(len, keys)), dtype=torch.int32)  # of ReqToTokenPool.req_to_token
     facts = {"requests": len(keys)}

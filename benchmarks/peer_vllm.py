@@ -196,9 +196,11 @@ def decode(page_size: int, table: bool) -> Task:
     return Task(action, before)
 
 
-def trace(path: str, page_size: int, slots: bool = True, names: bool = False) -> Task:
+def trace(path: str, page_size: int, slots: bool = True, names: bool = False, frozen: bool = True) -> Task:
     """Hash, look up, allocate (which evicts) and free, a request at a time. Hashing is how vLLM looks things up."""
     del slots, names
+    if not frozen:
+        raise Skip("vLLM keeps no tokens")
     Manager(page_size)  # or Skip
     keys = [list(prompt) for prompt in prompts(path)]
     facts: dict = {"requests": len(keys)}

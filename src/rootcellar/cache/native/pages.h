@@ -165,8 +165,8 @@ class Pages {
         }
         const std::int32_t end = origin_ + count_;
         Span* last = spans_.own_last();
-        if (const std::int32_t beyond = spans_[spans_.size() - 1].end - end;
-            beyond != 0) {  // shared with a cut-off part
+        const std::int32_t beyond = spans_[spans_.size() - 1].end - end;
+        if (beyond != 0) {  // the last span goes on in a part that was cut off
             if (last == nullptr) {
                 spans_ = Run<Span>(ledger, spans_.data(), spans_.size());
                 last = spans_.own_last();
