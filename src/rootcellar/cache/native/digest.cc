@@ -68,7 +68,7 @@ void compress2_portable(State& first, const std::uint8_t* block, State& second, 
 
 #ifdef ROOTCELLAR_SHA_NI
 
-#define SHA_NI __attribute__((target("sha,sse4.1,ssse3"), always_inline)) inline
+#define SHA_NI __attribute__((target("sha,avx"), always_inline)) inline
 
 // A state in the two registers that the instructions work on: ABEF and CDGH.
 struct Pair {
@@ -156,21 +156,21 @@ SHA_NI void compress_two(Pair& pair, Words block, Pair& other, Words others) {
     other = {_mm_add_epi32(other.abef, before2.abef), _mm_add_epi32(other.cdgh, before2.cdgh)};
 }
 
-__attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const std::uint8_t* block) {
+__attribute__((target("sha,avx"))) void compress_native(State& state, const std::uint8_t* block) {
     Pair pair = load(state);
     compress(pair, words(block));
     store(pair, state);
 }
 
-__attribute__((target("sha,sse4.1,ssse3"))) void compress2_native(State& first, const std::uint8_t* block,
-                                                                  State& second, const std::uint8_t* other) {
+__attribute__((target("sha,avx"))) void compress2_native(State& first, const std::uint8_t* block, State& second,
+                                                         const std::uint8_t* other) {
     Pair pair = load(first), pair2 = load(second);
     compress_two(pair, words(block), pair2, words(other));
     store(pair, first);
     store(pair2, second);
 }
 
-__attribute__((target("sha,sse4.1,ssse3"))) void big_endian_native(const State& state, Digest& digest) {
+__attribute__((target("sha,avx"))) void big_endian_native(const State& state, Digest& digest) {
     for (int i = 0; i < 2; ++i) {
         const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state.data()) + i);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(digest.data()) + i, swapped(words));
@@ -179,6 +179,7 @@ __attribute__((target("sha,sse4.1,ssse3"))) void big_endian_native(const State& 
 
 // A page whose tokens fill whole blocks.
 struct WholePage {
+    static constexpr std::int64_t AHEAD = 384;
     const std::int64_t* tokens;
     std::int64_t blocks;
     bool narrow;  // all tokens fit 32 bits: 4 bytes each, else 8
@@ -187,6 +188,8 @@ struct WholePage {
     SHA_NI void begin(const std::int64_t* its_tokens, std::int64_t count) {
         std::uint64_t all = 0;
         for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(its_tokens[i]);
+        // A prompt that was not read for a while is fetched ahead: the processor by itself stops at every 4,096 bytes.
+        for (std::int64_t i = 0; i < count; i += 8) __builtin_prefetch(its_tokens + AHEAD + i);
         tokens = its_tokens;
         narrow = all >> 32 == 0;
         blocks = count / (narrow ? 16 : 8);
@@ -211,14 +214,12 @@ struct WholePage {
 
 // `chain` for pages of whole blocks. A page's last block waits for its parent's digest, so it goes beside the last
 // block of the next page's tokens; the blocks before that go beside those of the page after it.
-__attribute__((target("sha,sse4.1,ssse3"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
-                                                              std::int64_t pages, std::int64_t page_size,
-                                                              Digest* into) {
+__attribute__((target("sha,avx"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
+                                                     std::int64_t pages, std::int64_t page_size, Digest* into) {
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
     WholePage ahead[2];
-    const auto absorb = [&](WholePage & page, std::int64_t from, std::int64_t to)
-        __attribute__((target("sha,sse4.1,ssse3"))) {
+    const auto absorb = [&](WholePage & page, std::int64_t from, std::int64_t to) __attribute__((target("sha,avx"))) {
         for (; from < to; ++from) compress(page.state, page.block(from));
     };
     ahead[0].begin(tokens, page_size);
@@ -252,8 +253,8 @@ __attribute__((target("sha,sse4.1,ssse3"))) void chain_native(const Digest& pare
 
 bool has_sha_ni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_SSSE3) || !(c & bit_SSE4_1)) return false;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
 }
 
 #endif

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,6 +48,7 @@ struct Flight;
 struct Name {
     std::string text;  // UTF-8
     Node* root = nullptr;
+    std::optional<Digest> seed = {};  // computed when it is first asked for
     std::uint32_t references = 0;
 };
 

@@ -281,7 +281,7 @@ Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     upper->refs = node->refs != 0 ? 1 : 0;
     const std::uint32_t named = std::min<std::uint32_t>(node->digests.size(), at);
     upper->digests = node->digests.part(0, named);
-    node->digests = node->digests.part(named, node->digests.size());
+    node->digests = node->digests.part(named, node->digests.size(), leaving);
     // The upper part takes the node's place among its siblings and in the table.
     upper->hash = node->hash;
     children_.replace(node, upper);
@@ -515,6 +515,11 @@ std::int32_t Tree::unpinned(Node* node, const Shelf& shelf, const Entry& entry) 
     return static_cast<std::int32_t>(std::clamp<std::int64_t>(first - entry.lo, 0, entry.count()));
 }
 
+const Digest& Tree::seed(Name& name) const {
+    if (!name.seed) name.seed = seed_digest(fingerprint, name.text, page_size);
+    return *name.seed;
+}
+
 const Digest* Tree::page_digests(Node* node) {
     std::vector<Node*> path;
     for (Node* climb = node; climb->parent != nullptr && static_cast<std::int32_t>(climb->digests.size()) < climb->size;
@@ -527,7 +532,7 @@ const Digest* Tree::page_digests(Node* node) {
         if (known != 0)
             above = at->digests[known - 1];
         else if (at->parent->parent == nullptr)
-            above = seed_digest(fingerprint, at->parent->name->text, page_size);
+            above = seed(*at->parent->name);
         else
             above = at->parent->digests[at->parent->digests.size() - 1];
         const auto lacking = static_cast<std::uint32_t>(at->size) - known;

@@ -121,6 +121,7 @@ struct Tree {
     std::int64_t start_page(int k, std::int64_t tokens) const { return page_at(kinds[k].start(tokens)); }
     Shelf* shelf(Tier tier, int k) const { return by_tier[tier][k]; }
     bool is_fresh(const Hit& hit) const { return hit.tree == this && hit.version == version; }
+    const Digest& seed(Name& name) const;  // the parent of a namespace's first pages
     std::size_t node_bytes() const { return stride_; }
     std::size_t bytes() const;
 
