@@ -6,6 +6,7 @@ What is right was answered by transformers on torch (``tests/golden``); every co
 import random
 
 import pytest
+from idle import check_idle
 
 import rootcellar
 from checkpoints import golden
@@ -27,16 +28,6 @@ def case(tmp_path_factory):
 def engine(folder, **options):
     options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
     return rootcellar.Engine(model_path=folder, **options)
-
-
-def check_idle(engine):
-    """When idle, free and cached make up everything; after a flush everything is free."""
-    engine.check()
-    shelf = engine.stats()["cache"]["full"]["DEVICE"]
-    assert shelf["free"] + shelf["cached"] == shelf["size"]
-    assert shelf["pinned"] == shelf["leased"] == 0
-    engine.flush_cache()
-    assert engine.stats()["cache"]["full"]["DEVICE"]["free"] == shelf["size"]
 
 
 def run_twice(engine, case, batch):

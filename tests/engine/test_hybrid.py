@@ -8,6 +8,7 @@ or states are evicted. The other two combinations run at night.
 import itertools
 
 import pytest
+from idle import check_idle
 
 import rootcellar
 from checkpoints import golden
@@ -42,17 +43,6 @@ def ask(engine, case, batch, which):
             assert answer["output_ids"] == case.tokens[i], f"prompt {i}"
             cached[i] = answer["meta_info"]["cached_tokens"]
     return cached
-
-
-def check_idle(engine):
-    """When idle, every page of every kind is free or cached; after a flush all are free."""
-    engine.check()
-    for tiers in engine.stats()["cache"].values():
-        shelf = tiers["DEVICE"]
-        assert shelf["used"] == shelf["cached"]
-        assert shelf["pinned"] == shelf["leased"] == 0
-    engine.flush_cache()
-    assert all(t["DEVICE"]["free"] == t["DEVICE"]["size"] for t in engine.stats()["cache"].values())
 
 
 def whole_pages(case, i, page_size):

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from idle import check_idle
 
 import rootcellar
 from checkpoints import golden
@@ -56,17 +57,6 @@ def evict_states(engine, vocab):
     assert shelf(engine)["evicted"] - before["evicted"] >= before["cached"]
     assert shelf(engine, "full")["evicted"] == full["evicted"]
     assert shelf(engine, "full")["cached"] > full["cached"]
-
-
-def check_idle(engine):
-    """When idle, free and cached make up everything; after a flush everything is free."""
-    engine.check()
-    for kind in ("full", "recurrent"):
-        found = shelf(engine, kind)
-        assert found["free"] + found["cached"] == found["size"]
-        assert found["pinned"] == found["leased"] == 0
-    engine.flush_cache()
-    assert shelf(engine)["free"] == shelf(engine)["size"]
 
 
 def drop_and_rebuild(engine, case):
