@@ -137,7 +137,7 @@ def test_shutdown_twice_and_then_no_more(tiny_folder):
 def test_no_compilation_in_steady_state(tiny_folder):
     """After warm-up a mixed workload compiles nothing: all batch sizes, chunks, samplers, retraction and eviction."""
     with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=512, max_running_requests=8, chunked_prefill_size=64, page_size=4
+        model_path=tiny_folder, max_total_tokens=384, max_running_requests=4, chunked_prefill_size=32, page_size=4
     ) as engine:
         assert engine.warm_up() > 0
         before = engine.stats()["compilations"]

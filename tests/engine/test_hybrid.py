@@ -18,7 +18,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
+    options = {"max_total_tokens": 4096, "max_running_requests": 4, "skip_tokenizer_init": True, **options}
     return rootcellar.Engine(model_path=folder, **options)
 
 
@@ -122,8 +122,15 @@ def test_after_only_windows_chunks_or_states_were_evicted(case):
         check_idle(e)
 
 
-@pytest.mark.parametrize(("page_size", "chunk", "reuse"), [(16, 64, False), (1, 16, True)])
-@pytest.mark.parametrize("name", ["gpt-oss", "llama4"])
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk", "reuse"),
+    [
+        ("gpt-oss", 1, 16, True),
+        ("llama4", 16, 64, False),
+        pytest.param("gpt-oss", 16, 64, False, marks=pytest.mark.long),
+        pytest.param("llama4", 1, 16, True, marks=pytest.mark.long),
+    ],
+)
 def test_a_window_or_chunk_holds_what_its_rule_says(name, page_size, chunk, reuse, tmp_path):
     """A prompt of 150 tokens, then 20 windows' length: read from the allocator while each step has its slots.
 
