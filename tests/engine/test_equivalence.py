@@ -52,11 +52,12 @@ def run_twice(engine, case, batch):
         (1, 256, 16, "auto"),
         (1, 16, 1, "auto"),
         (16, 256, 16, "auto"),
-        (16, 16, 16, "auto"),
+        (16, 7, 16, "auto"),
         (64, 256, 1, "auto"),
         (64, 16, 16, "auto"),
-        (16, 7, 16, "xla"),
         (1, 256, 16, "xla"),
+        pytest.param(16, 7, 16, "xla", marks=pytest.mark.long),
+        pytest.param(16, 16, 16, "auto", marks=pytest.mark.long),
     ],
 )
 def test_page_size_chunk_and_batch(case, page_size, chunk, batch, backend):

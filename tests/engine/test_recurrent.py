@@ -89,9 +89,10 @@ def retract(engine, case):
 @pytest.mark.parametrize(
     ("name", "page_size", "chunk", "batches"),
     [
-        ("bamba", 1, 16, [16]),
         ("bamba", 16, 128, [16, 1]),
-        ("qwen3-next", 16, 16, [16, 1]),
+        ("qwen3-next", 1, 16, [16, 1]),
+        pytest.param("bamba", 1, 16, [16], marks=pytest.mark.long),
+        pytest.param("qwen3-next", 16, 16, [16, 1], marks=pytest.mark.long),
         pytest.param("qwen3-next", 1, 256, [16, 1], marks=pytest.mark.long),
         pytest.param("bamba", 1, 256, [1], marks=pytest.mark.long),
     ],

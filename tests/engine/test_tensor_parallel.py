@@ -37,9 +37,9 @@ def expected(case):
     [
         ("qwen2-4kv", 2, 2),
         ("qwen3-tied-1kv-d128", 4, 1),
-        ("llama2", 4, 1),
         ("gpt-oss", 4, 1),
         pytest.param("qwen2-4kv", 4, 1, marks=pytest.mark.long),
+        pytest.param("llama2", 4, 1, marks=pytest.mark.long),
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
         pytest.param("llama4", 2, 1, marks=pytest.mark.long),
     ],
