@@ -108,6 +108,15 @@ def wait_until(condition, seconds: float = 10.0) -> None:  # type: ignore[no-unt
         time.sleep(0.01)
 
 
+def idle(engine: Engine) -> None:
+    """Wait for the engine to come to rest, and see that nothing leaked."""
+    wait_until(lambda: not (engine.stats()["running"] or engine.stats()["waiting"]))
+    engine.check()
+    shelf = engine.stats()["cache"]["full"]["DEVICE"]
+    assert shelf["free"] + shelf["cached"] == shelf["size"]
+    assert shelf["pinned"] == shelf["leased"] == 0
+
+
 @dataclass
 class Outcome:
     """What one streaming client saw: the status, its events, and whether the stream ended as it should."""

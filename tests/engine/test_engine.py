@@ -1,40 +1,19 @@
-"""The engine's interface: results, streams, stops, logprobs, control, errors."""
+"""The engine's interface: results, streams, stops, logprobs, sampling."""
 
 import asyncio
 import itertools
-import threading
-import time
 
-import numpy as np
 import pytest
-from test_equivalence import check_idle
 
 import rootcellar
 from checkpoints import make_checkpoint
-from rootcellar.engine.output import Tracker
-from rootcellar.errors import ConfigError, EngineError, ModelError, QueueFull, RequestError, RequestTooLarge
+from rootcellar.errors import ModelError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_folder):
-    with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
-    ) as engine:
-        yield engine
-
-
-@pytest.fixture(autouse=True)
-def _checked(request):
-    """Whatever a test does, the engine is whole and idle after it."""
-    yield
-    if "engine" in request.fixturenames:
-        check_idle(request.getfixturevalue("engine"))
-
-
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def test_one_prompt_gives_a_dict_and_a_list_gives_a_list(engine):
@@ -114,7 +93,7 @@ def test_no_new_tokens_computes_the_prompt_only(engine):
     assert len(result["meta_info"]["input_token_logprobs"]) == len(PROMPT)
 
 
-# -- streams ----------------------------------------------------------------------------------------------------------
+# -- streams -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_grows_to_the_result(engine):
@@ -189,7 +168,7 @@ def test_cancelling_a_task_aborts(engine):
     asyncio.run(main())
 
 
-# -- where it ends ----------------------------------------------------------------------------------------------------
+# -- where it ends -----------------------------------------------------------------------------------------------------
 
 
 def test_stop_token_ids(engine):
@@ -230,7 +209,7 @@ def test_eos_of_the_model_ends_unless_ignored(tmp_path):
         assert result["output_ids"] == whole[: whole.index(whole[3]) + 1]
 
 
-# -- logprobs ---------------------------------------------------------------------------------------------------------
+# -- logprobs ----------------------------------------------------------------------------------------------------------
 
 
 def test_logprobs_of_prompt_and_answer_do_not_depend_on_the_cache(engine):
@@ -271,7 +250,7 @@ def test_an_answers_logprobs_are_those_of_the_same_tokens_in_a_prompt(engine):
     )
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_seed_makes_an_answer_reproducible_whatever_runs_beside_it(engine):
@@ -289,239 +268,3 @@ def test_penalties_change_the_answer(engine):
     settings = {**GREEDY, "max_new_tokens": 60, "presence_penalty": 2.0, "frequency_penalty": 2.0}
     penalised = engine.generate(input_ids=PROMPT, sampling_params=settings)["output_ids"]
     assert len(set(penalised)) > len(set(plain))
-
-
-# -- control ----------------------------------------------------------------------------------------------------------
-
-
-def test_abort_gives_what_there_was(engine):
-    results = []
-    settings = {**GREEDY, "max_new_tokens": 900}
-    caller = threading.Thread(
-        target=lambda: results.append(engine.generate(prompt="hello", sampling_params=settings, rid="mine"))
-    )
-    caller.start()
-    while engine.stats()["running"] == 0:
-        time.sleep(0.001)
-    assert engine.abort_request("mine") is True
-    caller.join(timeout=10)
-    assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
-    assert engine.abort_request("mine") is False
-
-
-def test_flush_is_refused_while_requests_run(engine):
-    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
-    next(stream)
-    with pytest.raises(EngineError, match="1 requests run and 0 wait"):
-        engine.flush_cache()
-    stream.close()
-    engine.flush_cache()
-
-
-def test_many_callers_at_once(engine):
-    alone = [engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"] for i in range(8)]
-    results = {}
-
-    def call(i):
-        results[i] = engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"]
-
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(8)]
-    for c in callers:
-        c.start()
-    for c in callers:
-        c.join(timeout=60)
-    assert [results[i] for i in range(8)] == alone
-
-
-def test_a_deadline_ends_a_request_with_the_reason(tiny_folder):
-    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=2048, request_timeout=0.2) as engine:
-        result = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 1500})
-        reason = result["meta_info"]["finish_reason"]
-        assert reason["type"] == "abort"
-        assert "request_timeout" in reason["message"]
-        check_idle(engine)
-
-
-def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypatch):
-    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
-    runner = engine._parts.runner
-    step = runner.step
-
-    def broken(batch):
-        step(batch)
-        raise RuntimeError("the device is on fire")
-
-    monkeypatch.setattr(runner, "step", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert "the device is on fire" in result["meta_info"]["finish_reason"]["message"]
-    monkeypatch.setattr(runner, "step", step)
-    again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert again["output_ids"] == expected
-    assert again["meta_info"]["cached_tokens"] == 0  # nothing from before the failure is trusted
-
-
-def test_output_that_cannot_be_made_ends_its_request_alone(engine, monkeypatch):
-    """One of two requests meets a tokenizer that fails; the other gets its answer, and no caller waits for ever."""
-    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
-    take = Tracker.take_token
-
-    def broken(tracker, version):
-        if tracker.request.rid == "cursed" and tracker.request.generated > 3:
-            raise ValueError("no such character")
-        return take(tracker, version)
-
-    monkeypatch.setattr(Tracker, "take_token", broken)
-    cursed, other = engine.generate(input_ids=[[3, 4], PROMPT], rid=["cursed", "other"], sampling_params=GREEDY)
-    assert "no such character" in cursed["meta_info"]["finish_reason"]["message"]
-    assert other["output_ids"] == expected
-
-
-def test_a_final_update_that_fails_is_still_an_end(engine, monkeypatch):
-    def broken(tracker):
-        raise ValueError("no such character")
-
-    monkeypatch.setattr(Tracker, "close", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert "no such character" in result["meta_info"]["finish_reason"]["message"]
-
-
-def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_folder, monkeypatch):
-    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
-
-    def broken(*_):
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(engine._parts.runner, "step", broken)
-    monkeypatch.setattr(engine._loop, "_recover", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert result["meta_info"]["finish_reason"]["type"] == "abort"
-    with pytest.raises(EngineError, match="shut down"):
-        engine.generate(input_ids=PROMPT)
-    engine.shutdown()
-
-
-def test_shutdown_twice_and_then_no_more(tiny_folder):
-    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
-    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
-    next(stream)
-    engine.shutdown()
-    engine.shutdown()
-    *_, last = stream
-    assert last["meta_info"]["finish_reason"]["type"] == "abort"
-    for call in (lambda: engine.generate(prompt="hello"), engine.flush_cache, engine.stats):
-        with pytest.raises(EngineError, match="shut down"):
-            call()
-
-
-def test_no_compilation_in_steady_state(tiny_folder):
-    """After warm-up a mixed workload compiles nothing: all batch sizes, chunks, samplers, retraction and eviction."""
-    with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=512, max_running_requests=8, chunked_prefill_size=64, page_size=4
-    ) as engine:
-        assert engine.warm_up() > 0
-        before = engine.stats()["compilations"]
-        rng = np.random.default_rng(0)
-        settings = [
-            GREEDY,
-            {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "max_new_tokens": 30},
-            {"temperature": 1.0, "presence_penalty": 1.0, "max_new_tokens": 7, "min_p": 0.1},
-            {"min_new_tokens": 5, "max_new_tokens": 60, "repetition_penalty": 1.2},
-        ]
-        for _ in range(4):
-            n = int(rng.integers(1, 14))
-            prompts = [rng.integers(0, 500, int(rng.integers(1, 150))).tolist() for _ in range(n)]
-            engine.generate(input_ids=prompts, sampling_params=[settings[int(rng.integers(4))] for _ in range(n)])
-        stats = engine.stats()
-        assert stats["compilations"] == before
-        assert stats["retractions"] + stats["cache"]["full"]["DEVICE"]["evicted"] > 0
-        check_idle(engine)
-
-
-# -- bad input: a clear error, and the engine goes on ------------------------------------------------------------------
-
-BAD_REQUESTS = [
-    ({"prompt": ""}, RequestError, "empty"),
-    ({"input_ids": []}, RequestError, "empty"),
-    ({"input_ids": [[1], []]}, RequestError, "prompt 1.*empty"),
-    ({"prompt": []}, RequestError, "at least one"),
-    ({}, RequestError, "either prompt"),
-    ({"prompt": "a", "input_ids": [1]}, RequestError, "not both"),
-    ({"input_ids": [1, 512]}, RequestError, "token 1 is 512, out of range: .*0 to 511"),
-    ({"input_ids": [-1]}, RequestError, "out of range"),
-    ({"input_ids": [1.5]}, RequestError, "no integer|list"),
-    ({"input_ids": ["a"]}, RequestError, "list"),
-    ({"input_ids": [1] * 5000}, RequestTooLarge, "context_length"),
-    ({"input_ids": [1] * 1500}, RequestTooLarge, "max_total_tokens"),
-    ({"input_ids": [1] * 1000, "sampling_params": {"max_new_tokens": 100}}, RequestTooLarge, "max_total_tokens"),
-    ({"input_ids": [1], "sampling_params": {"max_new_tokens": 4000}}, RequestTooLarge, "context"),
-    ({"prompt": "a", "sampling_params": {"temperature": -1}}, RequestError, "temperature"),
-    ({"prompt": "a", "sampling_params": {"temperatur": 1}}, RequestError, "temperature"),
-    ({"prompt": "a", "sampling_params": {"top_p": float("nan")}}, RequestError, "top_p"),
-    ({"prompt": "a", "sampling_params": [{}, {}]}, RequestError, "sampling_params"),
-    ({"prompt": "a", "sampling_params": {"stop_token_ids": [512]}}, RequestError, "stop_token_ids"),
-    ({"prompt": ["a", "b"], "rid": "x"}, RequestError, "rid"),
-    ({"prompt": ["a", "b"], "rid": ["x", "x"]}, RequestError, "'x' is in use"),
-    ({"prompt": "a", "return_logprob": True, "logprob_start_len": 9}, RequestError, "beyond the prompt"),
-    ({"prompt": "a", "top_logprobs_num": -1}, RequestError, "top_logprobs_num"),
-    ({"prompt": "a\ud800"}, RequestError, "valid text"),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "says"), BAD_REQUESTS)
-def test_bad_requests(engine, call, error, says):
-    with pytest.raises(error, match=says):
-        engine.generate(**call)
-    assert len(engine.generate(prompt="hello", sampling_params=GREEDY)["output_ids"]) == 12
-
-
-def test_bad_settings(tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="page_size"):
-        rootcellar.Engine(model_path=tiny_folder, pagesize=16)
-    with pytest.raises(ConfigError, match="max_position_embeddings"):
-        rootcellar.Engine(model_path=tiny_folder, context_length=10**6)
-    with pytest.raises(ModelError, match="no model folder"):
-        rootcellar.Engine(model_path=tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="max_total_tokens"):
-        rootcellar.Engine(model_path=tiny_folder, max_total_tokens=8, page_size=16)
-    folder = make_checkpoint("qwen2", tmp_path / "strange", architectures=["StrangeForCausalLM"])
-    with pytest.raises(ModelError, match=r"StrangeForCausalLM.*Qwen2ForCausalLM"):
-        rootcellar.Engine(model_path=folder, skip_tokenizer_init=True)
-
-
-def test_a_missing_tensor_is_named(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    folder = make_checkpoint("qwen2", tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        rootcellar.Engine(model_path=folder, skip_tokenizer_init=True)
-
-
-def test_prompts_without_a_tokenizer(tmp_path):
-    folder = make_checkpoint("qwen2", tmp_path)
-    with pytest.raises(ModelError, match="skip_tokenizer_init"):
-        rootcellar.Engine(model_path=folder)
-    with rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, max_total_tokens=256) as engine:
-        with pytest.raises(RequestError, match="input_ids"):
-            engine.generate(prompt="hello")
-        with pytest.raises(RequestError, match="stop_token_ids"):
-            engine.generate(input_ids=[1], sampling_params={"stop": "x"})
-        with pytest.raises(RequestError, match="skip_tokenizer_init"):
-            engine.chat_prompt([{"role": "user", "content": "hi"}])
-
-
-def test_the_queue_has_a_limit(tiny_folder):
-    with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=256, max_running_requests=2, max_queued_requests=1
-    ) as engine:
-        with pytest.raises(RequestTooLarge, match="max_queued_requests"):
-            engine.generate(input_ids=[[1], [2], [3], [4]], sampling_params=GREEDY)
-        engine.pause_generation("in_place")
-        waiting = engine.generate(input_ids=[[1], [2], [3]], sampling_params=GREEDY, stream=True)
-        with pytest.raises(QueueFull, match="3 wait and max_queued_requests is 1"):
-            engine.generate(input_ids=[4], sampling_params=GREEDY)
-        engine.continue_generation()
-        assert sum(r["meta_info"]["finish_reason"] is not None for r in waiting) == 3
-        check_idle(engine)

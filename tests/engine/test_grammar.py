@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_equivalence import check_idle
+from idle import check_idle
 
 import rootcellar
 from rootcellar.engine.grammar import Grammar

@@ -5,12 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pairs import combinations
 from rootcellar.errors import ConfigError
 from rootcellar.ops import attention
 from rootcellar.ops.attention import Reach, choose_backend, paged_attention, write_pages
 
 NATIVE = attention._native_library() is not None
-BACKENDS = ["xla", pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="built without a compiler"))]
+NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
+BACKENDS = ["xla", pytest.param("native", marks=NATIVE_ONLY)]
+
+
+def on_both(*axes):
+    """Every combination on the native backend; on XLA's, where each is a second of compiling, all pairs by day."""
+    params = []
+    for by_day, values in combinations(*axes):
+        params.append(pytest.param("native", *values, marks=NATIVE_ONLY))
+        params.append(pytest.param("xla", *values, marks=[] if by_day else pytest.mark.long))
+    return params
 
 
 def reference(q, keys, values, position, reach=None, sinks=None):
@@ -74,20 +85,18 @@ def make_case(rng, *, lengths, new, tile, page_size, kv_heads, group, head_dim, 
     return pool, batch, keys, values, source
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize(
-    ("lengths", "new", "tile"),
-    [
-        ([700], [1], 1),  # one row: the native backend splits the context
-        ([1, 37, 300, 64, 16], [1, 1, 1, 1, 1], 1),
-        ([90, 33, 260], [90, 5, 100], 16),
-        ([640], [64], 16),
-    ],
-)
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "dtype"),
-    [(2, 3, 32, "float32"), (4, 1, 128, "float32"), (1, 6, 64, "bfloat16")],
+    ("backend", "page_size", "lengths", "new", "tile", "kv_heads", "group", "head_dim", "dtype"),
+    on_both(
+        [(1,), (16,), (64,)],
+        [
+            ([700], [1], 1),  # one row: the native backend splits the context
+            ([1, 37, 300, 64, 16], [1, 1, 1, 1, 1], 1),
+            ([90, 33, 260], [90, 5, 100], 16),
+            ([640], [64], 16),
+        ],
+        [(2, 3, 32, "float32"), (4, 1, 128, "float32"), (1, 6, 64, "bfloat16")],
+    ),
 )
 def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, group, head_dim, dtype):
     rng = np.random.default_rng(7)
@@ -123,21 +132,19 @@ def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
     assert temporary(4096) <= temporary(256) + 4096
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize(
-    ("lengths", "new", "tile"),
-    [([1500], [1], 1), ([1, 37, 300, 64, 129], [1, 1, 1, 1, 1], 1), ([90, 33, 420], [90, 5, 200], 16)],
-)
-@pytest.mark.parametrize(
-    ("rule", "span", "sink"),
-    [
-        ("sliding_window", 1, False),
-        ("sliding_window", 24, True),
-        ("sliding_window", 600, False),
-        ("chunked_local", 64, True),
-        ("full", 0, True),
-    ],
+    ("backend", "page_size", "lengths", "new", "tile", "rule", "span", "sink"),
+    on_both(
+        [(1,), (16,)],
+        [([1500], [1], 1), ([1, 37, 300, 64, 129], [1, 1, 1, 1, 1], 1), ([90, 33, 420], [90, 5, 200], 16)],
+        [
+            ("sliding_window", 1, False),
+            ("sliding_window", 24, True),
+            ("sliding_window", 600, False),
+            ("chunked_local", 64, True),
+            ("full", 0, True),
+        ],
+    ),
 )
 def test_windows_chunks_and_sinks_match_reference(backend, page_size, lengths, new, tile, rule, span, sink):
     rng = np.random.default_rng(11)

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 import rootcellar
-from serving import on_thread, wait_until
+from serving import idle, on_thread
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +27,3 @@ def client(url, engine):
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
     idle(engine)
-
-
-def idle(engine) -> None:
-    """Wait for the engine to come to rest, and see that nothing leaked."""
-    wait_until(lambda: not (engine.stats()["running"] or engine.stats()["waiting"]))
-    engine.check()
-    shelf = engine.stats()["cache"]["full"]["DEVICE"]
-    assert shelf["free"] + shelf["cached"] == shelf["size"]
-    assert shelf["pinned"] == shelf["leased"] == 0

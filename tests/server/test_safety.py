@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 import rootcellar
-from conftest import idle
 from rootcellar.server import run
 from rootcellar.server.app import create_app
 from rootcellar.server.gate import Access
 from rootcellar.server_config import ServerConfig
-from serving import on_thread, wait_until
+from serving import idle, on_thread, wait_until
 
 ADMIN = (
     "/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/resume_memory_occupation", "/sleep",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from rootcellar.cache.kind import Rule
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
+from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
 from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
@@ -20,7 +19,7 @@ from rootcellar.pools import States
 
 
 @dataclass(frozen=True)
-class GatedDelta:
+class GatedDelta(Recurrent):
     """One layer of ``heads`` value heads, each with a state ``[key_dim, value_dim]``.
 
     Value head ``h`` uses the query and the key of head ``h // (heads // key_heads)``.
@@ -44,24 +43,9 @@ class GatedDelta:
             )
 
     @property
-    def rule(self) -> Rule:
-        """See ``Mixer``."""
-        return "recurrent"
-
-    @property
-    def span(self) -> int:
-        """See ``Mixer``."""
-        return 0
-
-    @property
     def widths(self) -> tuple[int, int, int]:
         """See ``Mixer``."""
         return self.heads, self.heads, max(self.key_dim, self.value_dim)
-
-    @property
-    def kernel_head_dim(self) -> int | None:
-        """See ``Mixer``."""
-        return None
 
     @property
     def channels(self) -> int:
@@ -137,17 +121,3 @@ class GatedDelta:
         y = scaled(y, self.eps) * params["delta_norm"].astype(jnp.float32)
         y = (y * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
         return y.reshape(len(y), -1) @ params["delta_out"]
-
-    # -- tensor parallelism: every device computes all of it ------------------------------------------------------
-
-    def served(self, tp_size: int) -> Self:  # noqa: ARG002
-        """See ``Mixer``."""
-        return self
-
-    def repeat(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002
-        """See ``Mixer``."""
-        return params
-
-    def splits(self, tp_size: int) -> bool:  # noqa: ARG002
-        """See ``Mixer``: no parameter of it names an axis that is split, so the other layers' heads may be."""
-        return True

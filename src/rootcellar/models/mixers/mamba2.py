@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from rootcellar.cache.kind import Rule
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
+from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
 from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
@@ -20,7 +19,7 @@ from rootcellar.pools import States
 
 
 @dataclass(frozen=True)
-class Mamba2:
+class Mamba2(Recurrent):
     """One layer of ``heads`` heads of ``head_dim``, each with a state ``[head_dim, state_size]``.
 
     Head ``h`` shares what it writes and reads by with its group, ``h // (heads // groups)``.
@@ -44,24 +43,9 @@ class Mamba2:
             raise ModelError(f"mamba_n_heads={self.heads} is no multiple of mamba_n_groups={self.groups}")
 
     @property
-    def rule(self) -> Rule:
-        """See ``Mixer``."""
-        return "recurrent"
-
-    @property
-    def span(self) -> int:
-        """See ``Mixer``."""
-        return 0
-
-    @property
     def widths(self) -> tuple[int, int, int]:
         """See ``Mixer``."""
         return self.heads, self.heads, self.head_dim
-
-    @property
-    def kernel_head_dim(self) -> int | None:
-        """See ``Mixer``."""
-        return None
 
     @property
     def inner(self) -> int:
@@ -144,17 +128,3 @@ class Mamba2:
     @staticmethod
     def _decay(params: Params) -> jax.Array:
         return -jnp.exp(params["mamba_a_log"].astype(jnp.float32))
-
-    # -- tensor parallelism: every device computes all of it ------------------------------------------------------
-
-    def served(self, tp_size: int) -> Self:  # noqa: ARG002
-        """See ``Mixer``."""
-        return self
-
-    def repeat(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002
-        """See ``Mixer``."""
-        return params
-
-    def splits(self, tp_size: int) -> bool:  # noqa: ARG002
-        """See ``Mixer``: no parameter of it names an axis that is split, so the other layers' heads may be."""
-        return True

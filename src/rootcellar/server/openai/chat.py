@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,11 +10,11 @@ from starlette.responses import Response
 
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
-from rootcellar.server.errors import invalid, json_response
-from rootcellar.server.openai.choices import Sent, extension, finish, usage
+from rootcellar.server.answer import Result
+from rootcellar.server.errors import invalid
+from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
-from rootcellar.server.openai.protocol import ChatRequest, StreamOptions
+from rootcellar.server.openai.protocol import ChatRequest
 from rootcellar.server.parsing import OrjsonRoute
 from rootcellar.server.prompts import Prompts, read_prompts
 from rootcellar.server.state import State, state_of
@@ -30,12 +28,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     state.require_model(body.model)
     with openai_names(max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
-        job = await _Job.of(body, state)
-        if body.stream:
-            stream = await begin(request, state, **job.arguments)
-            return EventStream(stream, job.events(stream, body.stream_options or StreamOptions()))
-        results = await whole(request, state, **job.arguments)
-    return json_response(job.answer(results))
+        job = await _Chat.of(body, state)
+        return await job.answer(request, state, body)
 
 
 def chat_text(
@@ -63,21 +57,15 @@ async def chat_tokens(state: State, body: ChatRequest) -> Prompts:
     return await read_prompts(state, text, None, body.n or 1)
 
 
-@dataclass
-class _Job:
-    """One request: what it asks of the engine, and how its answer is written."""
+@dataclass(kw_only=True)
+class _Chat(Job):
+    object_name = "chat.completion"
+    event_name = "chat.completion.chunk"
 
-    id: str
-    model: str
-    created: int
-    n: int
-    top: int | None
     tokenizer: Tokenizer
-    arguments: dict[str, Any]
-    _sent: dict[int, Sent] = field(default_factory=dict)
 
     @classmethod
-    async def of(cls, body: ChatRequest, state: State) -> _Job:
+    async def of(cls, body: ChatRequest, state: State) -> _Chat:
         _refuse_tools(body)
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
@@ -86,66 +74,27 @@ class _Job:
         limit = body.limit()
         most = max(1, state.engine.longest_prompt + 1 - len(prompts.input_ids)) if limit is None else limit
         name = body.name("chatcmpl")
-        arguments = {
-            "input_ids": prompts.input_ids,
-            "sampling_params": body.sampling_params(most),
-            "rid": name,
-            "return_logprob": top is not None,
-            "top_logprobs_num": top or 0,
-            "priority": body.priority or 0,
-            "extra_key": body.namespace(),
-        }
-        created = int(time.time())
-        return cls(name, state.model_name, created, body.n or 1, top, state.engine.tokenizer, arguments)
+        return cls(
+            id=name,
+            model=state.model_name,
+            n=body.n or 1,
+            top=top,
+            arguments={"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top)},
+            tokenizer=state.engine.tokenizer,
+        )
 
-    def answer(self, results: list[Result]) -> dict[str, Any]:
-        """The whole answer."""
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": result["text"], "refusal": None},
-                "logprobs": self._new_logprobs(i, result),
-                **finish(result),
-            }
-            for i, result in enumerate(results)
-        ]
-        head = {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return {**head, "choices": choices, "usage": usage(results, self.n), "sglext": extension(results, self.n)}
+    async def choice(self, i: int, text: str) -> dict[str, Any]:  # noqa: ARG002
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    async def events(self, stream: Stream, options: StreamOptions) -> AsyncGenerator[bytes]:
-        """The answer in pieces: the role, then text, then why it ended."""
-        newest: dict[int, Result] = {}
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
-        async for result in stream.results():
-            i = result.get("index", 0)
-            delta: dict[str, Any] = {} if i in newest else {"role": "assistant", "content": ""}
-            newest[i] = result
-            text = self._sent_of(i).text(result)
-            if text:
-                delta["content"] = text
-            logprobs = self._new_logprobs(i, result)
-            if not (delta or logprobs or result["meta_info"]["finish_reason"]):
-                continue
-            event = {**head, "choices": [{"index": i, "delta": delta, "logprobs": logprobs, **finish(result)}]}
-            if options.continuous_usage_stats:
-                event["usage"] = usage([result], 1)
-            yield event_of(event)
-        if options.include_usage:
-            results = [newest[i] for i in sorted(newest)]
-            end = {"choices": [], "usage": usage(results, self.n), "sglext": extension(results, self.n)}
-            yield event_of({**head, **end})
+    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:  # noqa: ARG002
+        """The role, then text."""
+        delta = {"role": "assistant", "content": ""} if first else {}
+        return {"delta": {**delta, "content": text} if text else delta}
 
-    def _sent_of(self, i: int) -> Sent:
-        return self._sent.setdefault(i, Sent())
-
-    def _new_logprobs(self, i: int, result: Result) -> dict[str, Any] | None:
-        """Logprobs that were not sent before; None when there are none or none were asked for."""
-        if self.top is None:
-            return None
-        tokens, others = self._sent_of(i).logprobs(result, self.top)
+    def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
         content = [
             {**self._entry(token), "top_logprobs": [self._entry(each) for each in row]}
-            for token, row in zip(tokens, others, strict=True)
+            for token, row in zip(*self.sent(i).logprobs(result, top), strict=True)
         ]
         return {"content": content} if content else None
 

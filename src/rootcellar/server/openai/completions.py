@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
-from rootcellar.server.errors import invalid, json_response
-from rootcellar.server.openai.choices import Sent, extension, finish, usage
+from rootcellar.server.answer import Result
+from rootcellar.server.errors import invalid
+from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
-from rootcellar.server.openai.protocol import CompletionRequest, StreamOptions
+from rootcellar.server.openai.protocol import CompletionRequest
 from rootcellar.server.parsing import OrjsonRoute
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
 from rootcellar.server.state import State, state_of
@@ -28,34 +26,24 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     state.require_model(body.model)
     with openai_names(max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
-        job = await _Job.of(body, state)
-        if body.stream:
-            stream = await begin(request, state, **job.arguments)
-            return EventStream(stream, job.events(stream, body.stream_options or StreamOptions(), state))
-        results = await whole(request, state, **job.arguments)
-        await job.read_back(state)
-    return json_response(job.answer(results))
+        job = await _Completion.of(body, state)
+        return await job.answer(request, state, body)
 
 
-@dataclass
-class _Job:
-    """One request: what it asks of the engine, and how its answer is written."""
+@dataclass(kw_only=True)
+class _Completion(Job):
+    """``echo``: the answer begins with its prompt."""
 
-    id: str
-    model: str
-    created: int
-    n: int
-    echo: bool
-    top: int | None
+    object_name = event_name = "text_completion"
+
+    state: State
     prompts: Prompts
-    arguments: dict[str, Any]
-    echoes: list[str] = field(default_factory=list)
-    """The prompts as text, for ``echo``."""
-    _sent: dict[int, Sent] = field(default_factory=dict)
-    _offsets: dict[int, int] = field(default_factory=dict)
+    echo: bool
+    _echoes: list[str] = field(default_factory=list, init=False)
+    _offsets: dict[int, int] = field(default_factory=dict, init=False)
 
     @classmethod
-    async def of(cls, body: CompletionRequest, state: State) -> _Job:
+    async def of(cls, body: CompletionRequest, state: State) -> _Completion:
         n = body.n or 1
         if body.suffix:
             raise invalid("suffix is not supported: this server continues a prompt and inserts nothing", "suffix")
@@ -69,75 +57,29 @@ class _Job:
         name = body.name("cmpl")
         arguments = {
             "input_ids": prompts.input_ids,
-            "sampling_params": body.sampling_params(16 if body.max_tokens is None else body.max_tokens),
             "rid": name if prompts.one else [f"{name}-{i}" for i in range(len(prompts.ids))],
-            "return_logprob": top is not None,
             "logprob_start_len": 0 if echo and top is not None else -1,
-            "top_logprobs_num": top or 0,
-            "priority": body.priority or 0,
-            "extra_key": body.namespace(),
+            **body.arguments(16 if body.max_tokens is None else body.max_tokens, top),
         }
-        return cls(name, state.model_name, int(time.time()), n, echo, top, prompts, arguments)
+        model = state.model_name
+        return cls(id=name, model=model, n=n, top=top, arguments=arguments, state=state, prompts=prompts, echo=echo)
 
-    async def read_back(self, state: State) -> None:
-        """Have the prompts as text, if the answer repeats them; the engine has taken them by now."""
-        if self.echo:
-            self.echoes = await texts_of(state, self.prompts)
+    async def choice(self, i: int, text: str) -> dict[str, Any]:
+        return await self.delta(i, text, first=True)
 
-    def answer(self, results: list[Result]) -> dict[str, Any]:
-        """The whole answer."""
-        choices = []
-        for i, result in enumerate(results):
-            text = (self.echoes[i // self.n] if self.echo else "") + result["text"]
-            choices.append({"index": i, "text": text, "logprobs": self._new_logprobs(i, result), **finish(result)})
-        return {
-            **self._head(),
-            "choices": choices,
-            "usage": usage(results, self.n),
-            "sglext": extension(results, self.n),
-        }
+    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:
+        if not (self.echo and first):
+            return {"text": text}
+        # The engine has taken the prompts by now, so their ids can be read.
+        self._echoes = self._echoes or await texts_of(self.state, self.prompts)
+        return {"text": self._echoes[i // self.n] + text}
 
-    async def events(self, stream: Stream, options: StreamOptions, state: State) -> AsyncGenerator[bytes]:
-        """The answer in pieces."""
-        await self.read_back(state)
-        newest: dict[int, Result] = {}
-        async for result in stream.results():
-            i = result.get("index", 0)
-            first = i not in newest
-            newest[i] = result
-            text = self._sent_of(i).text(result)
-            if self.echo and first:
-                text = self.echoes[i // self.n] + text
-            done = result["meta_info"]["finish_reason"] is not None
-            logprobs = self._new_logprobs(i, result)
-            if not (text or done or logprobs):
-                continue
-            event = {**self._head(), "choices": [{"index": i, "text": text, "logprobs": logprobs, **finish(result)}]}
-            if options.continuous_usage_stats:
-                event["usage"] = usage([result], 1)
-            yield event_of(event)
-        if options.include_usage:
-            results = [newest[i] for i in sorted(newest)]
-            end = {"choices": [], "usage": usage(results, self.n), "sglext": extension(results, self.n)}
-            yield event_of({**self._head(), **end})
-
-    def _head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
-
-    def _sent_of(self, i: int) -> Sent:
-        return self._sent.setdefault(i, Sent())
-
-    def _new_logprobs(self, i: int, result: Result) -> dict[str, Any] | None:
-        """Logprobs that were not sent before; None when there are none or none were asked for."""
-        if self.top is None:
-            return None
-        sent = self._sent_of(i)
-        first = sent.tokens == 0 and i not in self._offsets
-        tokens, others = sent.logprobs(result, self.top)
-        if self.echo and first:
+    def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
+        tokens, others = self.sent(i).logprobs(result, top)
+        if self.echo and i not in self._offsets:
             meta = result["meta_info"]
             tokens = meta["input_token_logprobs"] + tokens
-            others = (meta["input_top_logprobs"] if self.top else [[] for _ in meta["input_token_logprobs"]]) + others
+            others = (meta["input_top_logprobs"] if top else [[] for _ in meta["input_token_logprobs"]]) + others
         if not tokens:
             return None
         at = self._offsets.get(i, 0)

@@ -95,8 +95,20 @@ class Sampling(BaseModel):
     cache_salt: str | None = None
     extra_key: str | None = None
 
-    def sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
-        """The engine's sampling parameters. Raises ``ApiError`` for what is not supported."""
+    def arguments(self, max_new_tokens: int, top: int | None) -> dict[str, Any]:
+        """What ``Engine.generate`` is asked, beyond the prompts. Raises ``ApiError`` for what is not supported.
+
+        ``top``: how many of the likeliest tokens are shown beside each; None: no logprobs.
+        """
+        return {
+            "sampling_params": self._sampling_params(max_new_tokens),
+            "return_logprob": top is not None,
+            "top_logprobs_num": top or 0,
+            "priority": self.priority or 0,
+            "extra_key": namespace(self.cache_salt, self.extra_key),
+        }
+
+    def _sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
         if self.logit_bias:
             raise invalid("logit_bias is not supported: leave it out", "logit_bias")
         given = {
@@ -124,10 +136,6 @@ class Sampling(BaseModel):
     def name(self, prefix: str) -> str:
         """The request's id."""
         return self.rid or f"{prefix}-{uuid.uuid4().hex}"
-
-    def namespace(self) -> str:
-        """Whose cache it may share."""
-        return namespace(self.cache_salt, self.extra_key)
 
 
 _SAME_NAME = (

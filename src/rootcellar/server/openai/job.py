@@ -1,0 +1,92 @@
+"""One request to OpenAI's routes: from the engine's results to the answer, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fastapi import Request
+from starlette.responses import Response
+
+from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
+from rootcellar.server.errors import json_response
+from rootcellar.server.openai.choices import Sent, extension, finish, usage
+from rootcellar.server.openai.protocol import Sampling, StreamOptions
+from rootcellar.server.state import State
+
+
+@dataclass(kw_only=True)
+class Job(ABC):
+    """What one request asks of the engine, and how its answer is written; each route says what its choices hold.
+
+    Attributes:
+        arguments: of ``Engine.generate``.
+        top: how many of the likeliest tokens are shown beside each; None: no logprobs at all.
+    """
+
+    object_name: ClassVar[str]
+    event_name: ClassVar[str]
+
+    id: str
+    model: str
+    n: int
+    top: int | None
+    arguments: dict[str, Any]
+    _created: int = field(default_factory=lambda: int(time.time()), init=False)
+    _sent: dict[int, Sent] = field(default_factory=dict, init=False)
+
+    @abstractmethod
+    async def choice(self, i: int, text: str) -> dict[str, Any]:
+        """What choice ``i`` of a whole answer holds."""
+
+    @abstractmethod
+    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:
+        """What choice ``i`` of an event holds, of which ``text`` is new: empty when nothing is."""
+
+    @abstractmethod
+    def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
+        """Logprobs of choice ``i`` that were not sent before, with ``top`` of the likeliest; None: none."""
+
+    async def answer(self, request: Request, state: State, body: Sampling) -> Response:
+        """Ask the engine, and answer as ``body`` wants it."""
+        if body.stream:
+            stream = await begin(request, state, **self.arguments)
+            return EventStream(stream, self._events(stream, body.stream_options or StreamOptions()))
+        results = await whole(request, state, **self.arguments)
+        choices = [self._choice(i, await self.choice(i, result["text"]), result) for i, result in enumerate(results)]
+        return json_response({**self._head(self.object_name), "choices": choices, **self._used(results)})
+
+    async def _events(self, stream: Stream, options: StreamOptions) -> AsyncGenerator[bytes]:
+        """The answer in pieces: what is new, then why it ended, then what it used."""
+        head = self._head(self.event_name)
+        newest: dict[int, Result] = {}
+        async for result in stream.results():
+            i = result.get("index", 0)
+            delta = await self.delta(i, self.sent(i).text(result), i not in newest)
+            newest[i] = result
+            choice = self._choice(i, delta, result)
+            if not (any(delta.values()) or choice["logprobs"] or choice["finish_reason"]):
+                continue
+            event = {**head, "choices": [choice]}
+            if options.continuous_usage_stats:
+                event["usage"] = usage([result], 1)
+            yield event_of(event)
+        if options.include_usage:
+            yield event_of({**head, "choices": [], **self._used([newest[i] for i in sorted(newest)])})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+
+    def _used(self, results: list[Result]) -> dict[str, Any]:
+        return {"usage": usage(results, self.n), "sglext": extension(results, self.n)}
+
+    def _choice(self, i: int, content: dict[str, Any], result: Result) -> dict[str, Any]:
+        logprobs = None if self.top is None else self.logprobs(i, result, self.top)
+        return {"index": i, **content, "logprobs": logprobs, **finish(result)}
+
+    def sent(self, i: int) -> Sent:
+        """How much of choice ``i`` was sent."""
+        return self._sent.setdefault(i, Sent())

@@ -1,0 +1,12 @@
+"""What is true of every engine at rest."""
+
+
+def check_idle(engine):
+    """When idle, what is not free is cached, and nobody holds it, for every kind; after a flush everything is free."""
+    engine.check()
+    for tiers in engine.stats()["cache"].values():
+        shelf = tiers["DEVICE"]
+        assert shelf["used"] == shelf["cached"]
+        assert shelf["pinned"] == shelf["leased"] == 0
+    engine.flush_cache()
+    assert all(tiers["DEVICE"]["free"] == tiers["DEVICE"]["size"] for tiers in engine.stats()["cache"].values())

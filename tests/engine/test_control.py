@@ -1,0 +1,158 @@
+"""An engine under way: aborts, deadlines, failures, many callers, its end; and what is compiled by then."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from idle import check_idle
+
+import rootcellar
+from rootcellar.engine.output import Tracker
+from rootcellar.errors import EngineError
+
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+PROMPT = list(range(5, 45))
+
+
+def test_abort_gives_what_there_was(engine):
+    results = []
+    settings = {**GREEDY, "max_new_tokens": 900}
+    caller = threading.Thread(
+        target=lambda: results.append(engine.generate(prompt="hello", sampling_params=settings, rid="mine"))
+    )
+    caller.start()
+    while engine.stats()["running"] == 0:
+        time.sleep(0.001)
+    assert engine.abort_request("mine") is True
+    caller.join(timeout=10)
+    assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert engine.abort_request("mine") is False
+
+
+def test_flush_is_refused_while_requests_run(engine):
+    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
+    next(stream)
+    with pytest.raises(EngineError, match="1 requests run and 0 wait"):
+        engine.flush_cache()
+    stream.close()
+    engine.flush_cache()
+
+
+def test_many_callers_at_once(engine):
+    alone = [engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"] for i in range(8)]
+    results = {}
+
+    def call(i):
+        results[i] = engine.generate(input_ids=[i, i + 1, i + 2], sampling_params=GREEDY)["output_ids"]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for c in callers:
+        c.start()
+    for c in callers:
+        c.join(timeout=60)
+    assert [results[i] for i in range(8)] == alone
+
+
+def test_a_deadline_ends_a_request_with_the_reason(tiny_folder):
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=2048, request_timeout=0.2) as engine:
+        result = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 1500})
+        reason = result["meta_info"]["finish_reason"]
+        assert reason["type"] == "abort"
+        assert "request_timeout" in reason["message"]
+        check_idle(engine)
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypatch):
+    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    runner = engine._parts.runner
+    step = runner.step
+
+    def broken(batch):
+        step(batch)
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(runner, "step", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert "the device is on fire" in result["meta_info"]["finish_reason"]["message"]
+    monkeypatch.setattr(runner, "step", step)
+    again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert again["output_ids"] == expected
+    assert again["meta_info"]["cached_tokens"] == 0  # nothing from before the failure is trusted
+
+
+def test_output_that_cannot_be_made_ends_its_request_alone(engine, monkeypatch):
+    """One of two requests meets a tokenizer that fails; the other gets its answer, and no caller waits for ever."""
+    expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    take = Tracker.take_token
+
+    def broken(tracker, version):
+        if tracker.request.rid == "cursed" and tracker.request.generated > 3:
+            raise ValueError("no such character")
+        return take(tracker, version)
+
+    monkeypatch.setattr(Tracker, "take_token", broken)
+    cursed, other = engine.generate(input_ids=[[3, 4], PROMPT], rid=["cursed", "other"], sampling_params=GREEDY)
+    assert "no such character" in cursed["meta_info"]["finish_reason"]["message"]
+    assert other["output_ids"] == expected
+
+
+def test_a_final_update_that_fails_is_still_an_end(engine, monkeypatch):
+    def broken(tracker):
+        raise ValueError("no such character")
+
+    monkeypatch.setattr(Tracker, "close", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert "no such character" in result["meta_info"]["finish_reason"]["message"]
+
+
+def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_folder, monkeypatch):
+    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
+
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine._parts.runner, "step", broken)
+    monkeypatch.setattr(engine._loop, "_recover", broken)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert result["meta_info"]["finish_reason"]["type"] == "abort"
+    with pytest.raises(EngineError, match="shut down"):
+        engine.generate(input_ids=PROMPT)
+    engine.shutdown()
+
+
+def test_shutdown_twice_and_then_no_more(tiny_folder):
+    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
+    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
+    next(stream)
+    engine.shutdown()
+    engine.shutdown()
+    *_, last = stream
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    for call in (lambda: engine.generate(prompt="hello"), engine.flush_cache, engine.stats):
+        with pytest.raises(EngineError, match="shut down"):
+            call()
+
+
+def test_no_compilation_in_steady_state(tiny_folder):
+    """After warm-up a mixed workload compiles nothing: all batch sizes, chunks, samplers, retraction and eviction."""
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=384, max_running_requests=4, chunked_prefill_size=32, page_size=4
+    ) as engine:
+        assert engine.warm_up() > 0
+        before = engine.stats()["compilations"]
+        rng = np.random.default_rng(0)
+        settings = [
+            GREEDY,
+            {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "max_new_tokens": 30},
+            {"temperature": 1.0, "presence_penalty": 1.0, "max_new_tokens": 7, "min_p": 0.1},
+            {"min_new_tokens": 5, "max_new_tokens": 60, "repetition_penalty": 1.2},
+        ]
+        for _ in range(4):
+            n = int(rng.integers(1, 14))
+            prompts = [rng.integers(0, 500, int(rng.integers(1, 150))).tolist() for _ in range(n)]
+            engine.generate(input_ids=prompts, sampling_params=[settings[int(rng.integers(4))] for _ in range(n)])
+        stats = engine.stats()
+        assert stats["compilations"] == before
+        assert stats["retractions"] + stats["cache"]["full"]["DEVICE"]["evicted"] > 0
+        check_idle(engine)
