@@ -179,7 +179,6 @@ __attribute__((target("sha,avx"))) void big_endian_native(const State& state, Di
 
 // A page whose tokens fill whole blocks.
 struct WholePage {
-    static constexpr std::int64_t AHEAD = 384;
     const std::int64_t* tokens;
     std::int64_t blocks;
     bool narrow;  // all tokens fit 32 bits: 4 bytes each, else 8
@@ -188,8 +187,6 @@ struct WholePage {
     SHA_NI void begin(const std::int64_t* its_tokens, std::int64_t count) {
         std::uint64_t all = 0;
         for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(its_tokens[i]);
-        // A prompt that was not read for a while is fetched ahead: the processor by itself stops at every 4,096 bytes.
-        for (std::int64_t i = 0; i < count; i += 8) __builtin_prefetch(its_tokens + AHEAD + i);
         tokens = its_tokens;
         narrow = all >> 32 == 0;
         blocks = count / (narrow ? 16 : 8);
