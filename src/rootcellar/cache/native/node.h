@@ -58,7 +58,7 @@ struct Entry {
     std::int32_t lo = 0;
     std::int32_t evictable = 0;
     std::int32_t kids = 0;    // children of the node that hold an entry on this shelf
-    std::int32_t filed = -1;  // position in a heap of the arena's order; -1: not filed
+    std::int32_t filed = -1;  // ticket of a heap of the arena's order; -1: not filed
     std::int32_t heap = 0;    // which heap
 
     bool present() const { return !pages.empty(); }

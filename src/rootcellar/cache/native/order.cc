@@ -1,7 +1,9 @@
 #include "order.h"
 
 #include <bit>
+#include <cstddef>
 #include <tuple>
+#include <utility>
 
 #include "adaptive.h"
 #include "tree.h"
@@ -17,7 +19,7 @@ constexpr int DAMAGES = 3;
 
 void Heap::put(std::size_t position, const Item& item) {
     items_[position] = item;
-    item.entry().filed = static_cast<std::int32_t>(position);
+    positions_[item.ticket] = static_cast<std::int32_t>(position);
 }
 
 void Heap::up(std::size_t hole, const Item& item) {
@@ -46,25 +48,46 @@ void Heap::down(std::size_t hole, const Item& item) {
     put(hole, item);
 }
 
-void Heap::push(const Item& item, std::int32_t heap) {
+void Heap::push(const Rank& rank, Node* node, std::int32_t heap) {
+    Item item{rank, node, free_};
+    if (free_ >= 0) {
+        free_ = positions_[free_];
+    } else {
+        item.ticket = static_cast<std::int32_t>(positions_.size());
+        positions_.push_back(-1);
+    }
+    item.entry().filed = item.ticket;
     item.entry().heap = heap;
     items_.push_back(item);
     up(items_.size() - 1, item);
 }
 
-void Heap::remove(std::int32_t position) {
+void Heap::remove(std::int32_t ticket) {
+    const auto position = static_cast<std::size_t>(positions_[ticket]);
     const Item gone = items_[position];
     const Item last = items_.back();
     items_.pop_back();
     gone.entry().filed = -1;
-    if (static_cast<std::size_t>(position) == items_.size()) return;
+    positions_[ticket] = std::exchange(free_, ticket);
+    if (position == items_.size()) return;
     if (last.rank < gone.rank)
         up(position, last);
     else
         down(position, last);
 }
 
-void Heap::refile(std::int32_t position, const Rank& rank) {
+Item Heap::pop() {
+    const Item least = items_.front();
+    remove(least.ticket);
+    // What leaves next was not touched for long: fetch it while this one goes.
+    if (!items_.empty())
+        for (std::size_t at = 0; at < sizeof(Node) + sizeof(Entry); at += 64)
+            __builtin_prefetch(reinterpret_cast<const std::byte*>(items_.front().node) + at);
+    return least;
+}
+
+void Heap::refile(std::int32_t ticket, const Rank& rank) {
+    const auto position = static_cast<std::size_t>(positions_[ticket]);
     Item item = items_[position];
     const bool smaller = rank < item.rank;
     item.rank = rank;
@@ -94,8 +117,8 @@ Item Order::pop(Tree& tree) {
 void FixedOrder::push(Node* node, const Rank& rank) {
     const Entry& entry = node->entry(rank.shelf);
     if (entry.filed < 0)
-        heap_.push(Item{rank, node}, 0);
-    else if (heap_.at(entry.filed).rank != rank)
+        heap_.push(rank, node, 0);
+    else if (heap_.rank(entry.filed) != rank)
         heap_.refile(entry.filed, rank);
 }
 
@@ -104,13 +127,12 @@ void FixedOrder::forget(Entry& entry) {
 }
 
 const Rank* FixedOrder::filed(const Entry& entry) const {
-    return entry.filed < 0 ? nullptr : &heap_.at(entry.filed).rank;
+    return entry.filed < 0 ? nullptr : &heap_.rank(entry.filed);
 }
 
 bool FixedOrder::take(Item& least) {
     if (heap_.empty()) return false;
-    least = heap_.least();
-    heap_.remove(0);
+    least = heap_.pop();
     return true;
 }
 
@@ -122,16 +144,16 @@ LearnedOrder::LearnedOrder(const Shadow& shadow)
 void LearnedOrder::push(Node* node, const Rank& rank) {
     const Entry& entry = node->entry(rank.shelf);
     if (entry.filed >= 0) {
-        if (heaps_[entry.heap].at(entry.filed).rank == rank) return;
+        if (heaps_[entry.heap].rank(entry.filed) == rank) return;
         heaps_[entry.heap].remove(entry.filed);
     }
-    file(Item{rank, node});
+    file(rank, node);
 }
 
-void LearnedOrder::file(const Item& item) {
-    const int bucket = shadow_.bucket(shadow_.volume - item.rank.second);
-    const auto heap = static_cast<std::int32_t>((item.rank.damage * CLASSES + item.rank.first) * BUCKETS + bucket);
-    heaps_[heap].push(item, heap);
+void LearnedOrder::file(const Rank& rank, Node* node) {
+    const int bucket = shadow_.bucket(shadow_.volume - rank.second);
+    const auto heap = static_cast<std::int32_t>((rank.damage * CLASSES + rank.first) * BUCKETS + bucket);
+    heaps_[heap].push(rank, node, heap);
     filled_[heap / 64] |= std::uint64_t{1} << (heap % 64);
 }
 
@@ -140,7 +162,7 @@ void LearnedOrder::forget(Entry& entry) {
 }
 
 const Rank* LearnedOrder::filed(const Entry& entry) const {
-    return entry.filed < 0 ? nullptr : &heaps_[entry.heap].at(entry.filed).rank;
+    return entry.filed < 0 ? nullptr : &heaps_[entry.heap].rank(entry.filed);
 }
 
 std::size_t LearnedOrder::bytes() const {
@@ -166,9 +188,8 @@ void LearnedOrder::age() {
     moved_ = shadow_.volume;
     each_heap([this](int index, Heap& heap) {
         while (!heap.empty() && shadow_.bucket(moved_ - heap.least().rank.second) != index % BUCKETS) {
-            const Item item = heap.least();
-            heap.remove(0);
-            file(item);
+            const Item item = heap.pop();
+            file(item.rank, item.node);
         }
     });
 }
@@ -188,8 +209,7 @@ bool LearnedOrder::take(Item& least) {
         }
     });
     if (best == nullptr) return false;
-    least = best->least();
-    best->remove(0);
+    least = best->pop();
     return true;
 }
 

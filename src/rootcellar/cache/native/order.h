@@ -4,7 +4,6 @@
 // place in its heap, so an item that died is taken out at once; what comes up, and when, is the same.
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -18,28 +17,43 @@ class Shadow;
 
 // Where an entry stands: the least leaves first.
 struct Rank {
-    std::int64_t damage, first, second, id;
-    int shelf;
-    auto operator<=>(const Rank&) const = default;
+    std::int32_t damage;
+    std::int32_t shelf;
+    std::int64_t first, second, id;
+
+    bool operator==(const Rank&) const = default;
+    bool operator<(const Rank& other) const {
+        if (damage != other.damage) return damage < other.damage;
+        if (first != other.first) return first < other.first;
+        if (second != other.second) return second < other.second;
+        return id != other.id ? id < other.id : shelf < other.shelf;
+    }
 };
 
 struct Item {
     Rank rank;
     Node* node;
+    std::int32_t ticket = -1;
 
     Entry& entry() const { return node->entry(rank.shelf); }
 };
 
-// A heap of items, each of which knows its position. O(log n) for everything.
+// A heap of items. O(log n) for everything.
+//
+// An entry knows its item by a ticket. Where the item of a ticket stands is kept in an array of its own, because items
+// move at every step of every operation and the entries lie all over the memory.
 class Heap {
   public:
     bool empty() const { return items_.empty(); }
     const Item& least() const { return items_.front(); }
-    const Item& at(std::int32_t position) const { return items_[position]; }
-    void push(const Item& item, std::int32_t heap);
-    void remove(std::int32_t position);
-    void refile(std::int32_t position, const Rank& rank);
-    std::size_t bytes() const { return items_.capacity() * sizeof(Item); }
+    const Rank& rank(std::int32_t ticket) const { return items_[positions_[ticket]].rank; }
+    void push(const Rank& rank, Node* node, std::int32_t heap);
+    void remove(std::int32_t ticket);
+    Item pop();
+    void refile(std::int32_t ticket, const Rank& rank);
+    std::size_t bytes() const {
+        return items_.capacity() * sizeof(Item) + positions_.capacity() * sizeof(std::int32_t);
+    }
 
   private:
     void up(std::size_t hole, const Item& item);
@@ -47,6 +61,8 @@ class Heap {
     void put(std::size_t position, const Item& item);
 
     std::vector<Item> items_;
+    std::vector<std::int32_t> positions_;  // by ticket; of a free ticket: the next free one, -1 at the end
+    std::int32_t free_ = -1;
 };
 
 class Order {
@@ -94,7 +110,7 @@ class LearnedOrder final : public Order {
     bool take(Item& least) override;
 
   private:
-    void file(const Item& item);
+    void file(const Rank& rank, Node* node);
     void age();
     template <class Visit>
     void each_heap(Visit visit);

@@ -52,7 +52,7 @@ void Tree::use(Node* node, const std::vector<std::int64_t>& starts) {
 // ---- the order of leaving ----------------------------------------------------------------------------------------
 
 Rank Tree::rank(Node* node, const Shelf& shelf) {
-    Rank rank{damage(node, shelf), 0, 0, node->id, shelf.index};
+    Rank rank{damage(node, shelf), shelf.index, 0, 0, node->id};
     const std::int64_t last = node->pins(shelf.k).tick;
     switch (policy) {
         case Policy::lru: rank.first = last; break;
