@@ -29,6 +29,8 @@ WORKER = Path(__file__).with_name("core_worker.py")
 GROUPS = ("micro", "trace", "scaling", "memory")
 PEERS = ("sglang-rust", "sglang-python", "vllm")
 MOST = 2000  # samples of a visit
+# No side needs more, and threads that wait for work by spinning slow down whoever is measured next.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | self.variables,
+            env=os.environ | ONE_THREAD | self.variables,
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
