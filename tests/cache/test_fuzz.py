@@ -18,7 +18,7 @@ def test_random_worlds_shrunk_by_hypothesis(data):
         world.step()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_tens_of_thousands_of_steps_by_seed(seed):
     fuzz.run(steps=20_000, seed=seed)
 

@@ -1,6 +1,6 @@
 """Run by test_tensor_parallel.py in a process with four virtual devices: answers of one checkpoint at one tp_size.
 
-python tensor_parallel.py FOLDER TP_SIZE TOKENS  <  prompts as JSON   >  {"output_ids", "shards", ...} as JSON
+python tensor_parallel.py FOLDER TP_SIZE  <  prompts as JSON   >  {"output_ids", "shards", ...} as JSON
 """
 
 import json
@@ -26,12 +26,12 @@ def gathered(runner):
     return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
 
 
-folder, tp_size, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, tp_size = sys.argv[1], int(sys.argv[2])
 prompts = json.load(sys.stdin)
-settings = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
+settings = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 with rootcellar.Engine(
-    model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=16,
-    max_running_requests=4, compilation_cache_dir="off",
+    model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=64,
+    max_running_requests=16, compilation_cache_dir="off",
 ) as engine:  # fmt: skip
     answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
     engine.check()

@@ -27,7 +27,7 @@ def case(tmp_path_factory):
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 4096, "max_running_requests": 8, "skip_tokenizer_init": True, **options}
+    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
     return rootcellar.Engine(model_path=folder, **options)
 
 

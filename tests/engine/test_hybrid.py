@@ -18,7 +18,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 4096, "max_running_requests": 4, "skip_tokenizer_init": True, **options}
+    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
     return rootcellar.Engine(model_path=folder, **options)
 
 

@@ -33,7 +33,7 @@ def groups_of_two():
 def engine(folder, **options):
     options = {
         "max_total_tokens": 2048,
-        "max_running_requests": 4,
+        "max_running_requests": 8,
         "page_size": 4,
         "chunked_prefill_size": 32,
     } | options
@@ -91,7 +91,7 @@ def test_one_buffer_for_each_layer_of_a_page_and_the_bytes_that_were_planned(fol
 
 
 def test_scarce_memory_evicts_and_retracts_and_answers_the_same(folder, expected):
-    with engine(folder, max_total_tokens=220) as e:
+    with engine(folder, max_total_tokens=220, max_running_requests=8) as e:
         assert answers(e) == expected
         found = shelves(e)
         assert sum(shelf["evicted"] for shelf in found.values()) > 0

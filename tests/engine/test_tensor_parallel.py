@@ -15,31 +15,26 @@ from rootcellar.models.config import read_config
 from rootcellar.runner import Placement
 
 SCRIPT = Path(__file__).with_name("tensor_parallel.py")
-NEW = 24
 
 
 def run(folder, tp_size, prompts):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
-        [sys.executable, SCRIPT, folder, str(tp_size), str(NEW)],
+        [sys.executable, SCRIPT, folder, str(tp_size)],
         input=json.dumps(prompts), env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def expected(case):
-    return [tokens[:NEW] for tokens in case.tokens]
-
-
 @pytest.mark.parametrize(
     ("name", "tp_size", "heads_on_each"),
     [
         ("qwen2-4kv", 2, 2),
+        ("qwen2-4kv", 4, 1),
         ("qwen3-tied-1kv-d128", 4, 1),
+        ("llama2", 4, 1),
         ("gpt-oss", 4, 1),
-        pytest.param("qwen2-4kv", 4, 1, marks=pytest.mark.long),
-        pytest.param("llama2", 4, 1, marks=pytest.mark.long),
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
         pytest.param("llama4", 2, 1, marks=pytest.mark.long),
     ],
@@ -50,7 +45,7 @@ def test_answers_equal_transformers(name, tp_size, heads_on_each, tmp_path):
     result = run(tmp_path, tp_size, case.prompts)
     assert result["devices"] == 4
     for answers in result["output_ids"]:  # cold, from the cache, and after dropping it
-        assert answers == expected(case)
+        assert answers == case.tokens
     assert result["cached"] == [(len(p) - 1) // 16 * 16 for p in case.prompts]
     shards = result["on_each_device"]
     assert [s[2] for s in shards] == [heads_on_each]
@@ -63,7 +58,7 @@ def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_
     case.make(tmp_path)
     result = run(tmp_path, 2, case.prompts)
     for answers in result["output_ids"]:
-        assert answers == expected(case)
+        assert answers == case.tokens
     assert result["cached"][-1] == 96
     assert [s[2] for s in result["on_each_device"]] == [1]
     assert result["compiled_by_rebuild"] == 0
@@ -73,9 +68,9 @@ def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(tmp_path):
     case = golden("deepseek3")
     case.make(tmp_path)
     result = run(tmp_path, 2, case.prompts)
-    assert all(answers == expected(case) for answers in result["output_ids"])
+    assert all(answers == case.tokens for answers in result["output_ids"])
     assert result["on_each_device"] == [result["pool"]]
-    logits = 4 * 512  # the largest decode step's
+    logits = 16 * 512  # the largest decode step's
     assert 0 < result["gathered"] <= logits
 
 

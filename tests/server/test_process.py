@@ -52,7 +52,7 @@ async def crowd(url, clients, expected):
     await asyncio.wait_for(asyncio.gather(*map(one, range(clients))), 240)
 
 
-@pytest.mark.parametrize(("clients", "rounds"), [(24, 1), pytest.param(200, 4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("clients", "rounds"), [(48, 1), pytest.param(200, 4, marks=pytest.mark.long)])
 def test_a_crowd_of_clients_of_which_a_third_goes_away(clients, rounds):
     with Server("--max-running-requests", "32", max_total_tokens=1536) as server, server.client() as client:
         expected = {}
