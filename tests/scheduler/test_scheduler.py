@@ -1,5 +1,6 @@
 """The scheduler over the real cache and a simulated model: tokens, fairness, memory, order."""
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,14 @@ def test_prefill_is_cut_into_chunks_that_end_on_pages():
         spans += [(c.start, c.stop) for c in plan.chunks]
     assert spans == [(0, 8), (8, 16), (16, 24), (24, 30)]
     world.verify()
+
+
+def test_the_tree_may_refer_to_a_requests_tokens_and_not_write_them():
+    request = World().add(prompt(1, 30), 1)
+    tokens = request.key(20).tokens
+    assert np.shares_memory(tokens, request.ids)
+    assert not tokens.flags.writeable
+    assert request.ids.flags.writeable
 
 
 def test_chunks_of_several_requests_share_a_step():

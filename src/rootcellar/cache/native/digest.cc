@@ -57,15 +57,6 @@ void compress_portable(State& state, const std::uint8_t* block) {
     for (int i = 0; i < 8; ++i) state[i] += sums[i];
 }
 
-void big_endian_portable(const State& state, Digest& digest) {
-    for (int i = 0; i < 32; ++i) digest[i] = static_cast<std::uint8_t>(state[i / 4] >> (24 - 8 * (i % 4)));
-}
-
-void compress2_portable(State& first, const std::uint8_t* block, State& second, const std::uint8_t* other) {
-    compress_portable(first, block);
-    compress_portable(second, other);
-}
-
 #ifdef ROOTCELLAR_SHA_NI
 
 #define SHA_NI __attribute__((target("sha,avx"), always_inline)) inline
@@ -162,21 +153,6 @@ __attribute__((target("sha,avx"))) void compress_native(State& state, const std:
     store(pair, state);
 }
 
-__attribute__((target("sha,avx"))) void compress2_native(State& first, const std::uint8_t* block, State& second,
-                                                         const std::uint8_t* other) {
-    Pair pair = load(first), pair2 = load(second);
-    compress_two(pair, words(block), pair2, words(other));
-    store(pair, first);
-    store(pair2, second);
-}
-
-__attribute__((target("sha,avx"))) void big_endian_native(const State& state, Digest& digest) {
-    for (int i = 0; i < 2; ++i) {
-        const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state.data()) + i);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(digest.data()) + i, swapped(words));
-    }
-}
-
 // A page whose tokens fill whole blocks.
 struct WholePage {
     const std::int64_t* tokens;
@@ -213,6 +189,7 @@ struct WholePage {
 // block of the next page's tokens; the blocks before that go beside those of the page after it.
 __attribute__((target("sha,avx"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
                                                      std::int64_t pages, std::int64_t page_size, Digest* into) {
+    if (pages == 0) return;
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
     WholePage ahead[2];
@@ -256,26 +233,38 @@ bool has_sha_ni() {
 
 #endif
 
-// How blocks are compressed here.
-struct Engine {
-    void (*one)(State&, const std::uint8_t*) = compress_portable;
-    void (*two)(State&, const std::uint8_t*, State&, const std::uint8_t*) = compress2_portable;
-    void (*end)(const State&, Digest&) = big_endian_portable;
-    void (*whole_pages)(const Digest&, const std::int64_t*, std::int64_t, std::int64_t,
-                        Digest*) = nullptr;  // `chain`, for pages of a multiple of 16 tokens
-};
-
-Engine engine_of(bool portable) {
+// Whether to use the processor's instructions for SHA-256.
+bool use_sha_ni(bool portable) {
 #ifdef ROOTCELLAR_SHA_NI
-    static const bool native = has_sha_ni();
-    if (native && !portable) return {compress_native, compress2_native, big_endian_native, chain_native};
-#endif
+    static const bool there = has_sha_ni();
+    return there && !portable;
+#else
     (void)portable;
-    return {};
+    return false;
+#endif
 }
 
-void big_endian(std::uint64_t value, std::uint8_t* into) {
-    for (int i = 7; i >= 0; --i, value >>= 8) into[i] = static_cast<std::uint8_t>(value);
+void big_endian(std::uint64_t value, std::size_t size, std::uint8_t* into) {
+    for (std::size_t i = size; i-- > 0; value >>= 8) into[i] = static_cast<std::uint8_t>(value);
+}
+
+Digest hash(const std::uint8_t* bytes, std::size_t count, bool portable) {
+    auto compress_one = compress_portable;
+#ifdef ROOTCELLAR_SHA_NI
+    if (use_sha_ni(portable)) compress_one = compress_native;
+#endif
+    State state = INITIAL;
+    std::size_t left = count;
+    for (; left >= 64; left -= 64, bytes += 64) compress_one(state, bytes);
+    std::uint8_t tail[128] = {};
+    std::memcpy(tail, bytes, left);
+    tail[left] = 0x80;
+    const std::size_t size = left < 56 ? 64 : 128;
+    big_endian(8 * count, 8, tail + size - 8);
+    for (std::size_t i = 0; i < size; i += 64) compress_one(state, tail + i);
+    Digest digest;
+    for (int i = 0; i < 8; ++i) big_endian(state[i], 4, digest.data() + 4 * i);
+    return digest;
 }
 
 // A token's low bytes, little-endian.
@@ -292,93 +281,34 @@ void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint8_t* in
     }
 }
 
-// SHA-256 of a page's tokens and its parent's digest, as far as it goes without the parent.
-struct Message {
-    State state;                         // after all whole blocks of tokens but the last
-    std::vector<std::uint8_t> bytes;     // of the tokens: 4 each when all of them fit, else 8
-    std::size_t size = 0, blocks = 0;    // bytes, whole blocks of them
-    std::array<std::uint8_t, 128> tail;  // the rest of them, the parent (to be put in), the padding
-    std::size_t tail_size = 0;
-
-    explicit Message(std::int64_t page_size) : bytes(8 * page_size) {}
-
-    void begin(const Engine& engine, const std::int64_t* tokens, std::int64_t count) {
-        std::uint64_t all = 0;
-        for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
-        const bool narrow = all >> 32 == 0;
-        if (narrow)
-            put_tokens<std::uint32_t>(tokens, count, bytes.data());
-        else
-            put_tokens<std::uint64_t>(tokens, count, bytes.data());
-        if (const std::size_t now = count * (narrow ? 4 : 8); size != now) pad(now);
-        state = INITIAL;
-        for (std::size_t i = 0; i + 1 < blocks; ++i) engine.one(state, bytes.data() + 64 * i);
-        std::memcpy(tail.data(), bytes.data() + 64 * blocks, size - 64 * blocks);
-    }
-    const std::uint8_t* last_block() const { return bytes.data() + 64 * (blocks - 1); }
-    std::uint8_t* parent() { return tail.data() + (size - 64 * blocks); }
-
-  private:
-    void pad(std::size_t bytes_of_tokens) {
-        size = bytes_of_tokens;
-        blocks = size / 64;
-        tail.fill(0);
-        const std::size_t end = size % 64 + 32;
-        tail[end] = 0x80;
-        tail_size = end < 56 ? 64 : 128;
-        big_endian(8 * (size + 32), tail.data() + tail_size - 8);
-    }
-};
-
 }  // namespace
-
-Digest sha256(const void* bytes, std::size_t count) {
-    const auto* at = static_cast<const std::uint8_t*>(bytes);
-    const Engine engine = engine_of(false);
-    State state = INITIAL;
-    std::size_t left = count;
-    for (; left >= 64; left -= 64, at += 64) engine.one(state, at);
-    std::uint8_t tail[128] = {};
-    std::memcpy(tail, at, left);
-    tail[left] = 0x80;
-    const std::size_t size = left < 56 ? 64 : 128;
-    big_endian(8 * count, tail + size - 8);
-    for (std::size_t i = 0; i < size; i += 64) engine.one(state, tail + i);
-    Digest digest;
-    engine.end(state, digest);
-    return digest;
-}
 
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size) {
     std::string bytes = "rootcellar.page.v2";
     for (const std::uint64_t number : {static_cast<std::uint64_t>(page_size), std::uint64_t{fingerprint.size()}})
         for (int byte = 0; byte < 8; ++byte) bytes += static_cast<char>(number >> (8 * byte));
     bytes += fingerprint + name;
-    return sha256(bytes.data(), bytes.size());
+    return hash(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size(), false);
 }
 
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
            bool portable) {
-    if (pages == 0) return;
-    const Engine engine = engine_of(portable);
-    if (engine.whole_pages != nullptr && page_size % 16 == 0)
-        return engine.whole_pages(parent, tokens, pages, page_size, into);
-    Message messages[2] = {Message(page_size), Message(page_size)};
-    messages[0].begin(engine, tokens, page_size);
-    if (messages[0].blocks != 0) engine.one(messages[0].state, messages[0].last_block());
+#ifdef ROOTCELLAR_SHA_NI
+    if (use_sha_ni(portable) && page_size % 16 == 0) return chain_native(parent, tokens, pages, page_size, into);
+#endif
+    std::vector<std::uint8_t> message(8 * page_size + sizeof(Digest));
     const Digest* above = &parent;
-    for (std::int64_t i = 0; i < pages; ++i) {
-        Message &now = messages[i % 2], &next = messages[(i + 1) % 2];
-        std::memcpy(now.parent(), above->data(), above->size());
-        if (now.tail_size == 128) engine.one(now.state, now.tail.data());
-        const std::uint8_t* last = now.tail.data() + now.tail_size - 64;
-        const bool more = i + 1 < pages;
-        if (more) next.begin(engine, tokens + (i + 1) * page_size, page_size);
-        if (more && next.blocks != 0)
-            engine.two(now.state, last, next.state, next.last_block());
+    for (std::int64_t i = 0; i < pages; ++i, tokens += page_size) {
+        std::uint64_t all = 0;
+        for (std::int64_t j = 0; j < page_size; ++j) all |= static_cast<std::uint64_t>(tokens[j]);
+        const bool narrow = all >> 32 == 0;
+        if (narrow)
+            put_tokens<std::uint32_t>(tokens, page_size, message.data());
         else
-            engine.one(now.state, last);
-        engine.end(now.state, into[i]);
+            put_tokens<std::uint64_t>(tokens, page_size, message.data());
+        const std::size_t size = page_size * (narrow ? 4 : 8);
+        std::memcpy(message.data() + size, above->data(), above->size());
+        into[i] = hash(message.data(), size + above->size(), portable);
         above = &into[i];
     }
 }

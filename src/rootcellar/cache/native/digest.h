@@ -10,8 +10,6 @@ namespace rootcellar {
 
 using Digest = std::array<std::uint8_t, 32>;
 
-Digest sha256(const void* bytes, std::size_t count);
-
 // The parent of a key's first page.
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size);
 

@@ -38,8 +38,14 @@ Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start
     const Entry& entry = node->entry(source.index);
     const std::int64_t skipped = start - node->start - entry.lo;
     if (!entry.present() || skipped < 0) broken("what is to be copied left meanwhile");
-    Move move{flight->id,    source.k, source.tier, target.tier, entry.pages.all(static_cast<std::int32_t>(skipped)),
-              flight->slots, start,    {}};
+    Move move{.id = flight->id,
+              .k = source.k,
+              .src = source.tier,
+              .dst = target.tier,
+              .src_slots = entry.pages.all(static_cast<std::int32_t>(skipped)),
+              .dst_slots = flight->slots,
+              .first = start,
+              .digests = {}};
     if (std::max(source.tier, target.tier) >= STORAGE) {
         const Digest* digests = tree.page_digests(node);
         move.digests.assign(digests + (start - node->start), digests + node->size);
