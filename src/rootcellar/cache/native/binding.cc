@@ -6,7 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include "core.h"
+#include "enter.h"
 
 using namespace nanobind::literals;
 
@@ -126,15 +126,21 @@ NB_MODULE(_core, module) {
                      })
         .def("__repr__", [](const PyLease& self) { return lease_words(*self.lease); });
 
-    nb::class_<Core>(module, "Core")
+    nb::class_<Core>(module, "Core", nb::type_slots(ENTRANCES))
         .def("__init__", construct)
-        .def("match", &Core::match, "key"_a)
-        .def("open", &Core::open, "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0)
-        .def("grow", &Core::grow, "lease"_a, "tokens"_a)
+        .def("_match", &Core::match, "key"_a)
+        .def(
+            "_open",
+            [](Core& core, nb::handle hit, nb::handle tier, nb::handle priority) {
+                return core.open(hit_of(hit), tier_of(tier), integer(priority));
+            },
+            "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0)
+        .def("_grow", &Core::grow, "lease"_a, "tokens"_a)
         .def("grow_many", &Core::grow_many, "leases"_a, "tokens"_a = 1)
-        .def("commit", &Core::commit, "lease"_a, "key"_a, nb::kw_only(), "snapshot"_a = true)
+        .def("_commit", &Core::commit, "lease"_a, "key"_a, nb::kw_only(), "snapshot"_a = true)
+        .def("_close", &Core::close, "lease"_a, "keep"_a = true)
+        .def("_rethrow", &Core::rethrow)
         .def("commit_many", &Core::commit_many, "leases"_a, "keys"_a, nb::kw_only(), "snapshot"_a = true)
-        .def("close", &Core::close, "lease"_a, "keep"_a = true)
         .def("close_many", &Core::close_many, "leases"_a, "keep"_a = true)
         .def("slots", &Core::slots, "hit"_a, "kind"_a)
         .def("_moves", &Core::moves)

@@ -53,11 +53,19 @@ inline Tier tier_of(nb::handle value) {
     return static_cast<Tier>(tier);
 }
 
+template <class T>
+T& instance(nb::handle object, const char* otherwise) {
+    static PyObject* type = nb::type<T>().ptr();
+    if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(type)) throw nb::type_error(otherwise);
+    return *nb::inst_ptr<T>(object);
+}
+
 inline Lease& lease_of(nb::handle object) {
-    static PyObject* type = nb::type<PyLease>().ptr();
-    if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(type))
-        throw nb::type_error("give a Lease that this cache opened");
-    return *nb::inst_ptr<PyLease>(object)->lease;
+    return *instance<PyLease>(object, "give a Lease that this cache opened").lease;
+}
+
+inline const PyHit& hit_of(nb::handle object) {
+    return instance<PyHit>(object, "give a Hit that this cache found");
 }
 
 class Core {
@@ -70,6 +78,9 @@ class Core {
         if (events) cache_.tree.journal = std::make_unique<Journal>(cache_.tree);
     }
 
+    std::exception_ptr failure;  // of the verb entered last
+    void rethrow() { std::rethrow_exception(std::exchange(failure, {})); }
+
     // ---- the verbs
 
     PyHit match(nb::handle key) {
@@ -79,9 +90,9 @@ class Core {
         return hit;
     }
 
-    nb::object open(const PyHit& hit, nb::handle tier, nb::handle priority) {
+    nb::object open(const PyHit& hit, Tier tier, std::int64_t priority) {
         const Verb verb(cache_.tree);
-        Ref<Lease> lease = cache_.open(key_of(hit), hit.hit, tier_of(tier), integer(priority));
+        Ref<Lease> lease = cache_.open(key_of(hit), hit.hit, tier, priority);
         if (!lease) return nb::none();
         return nb::cast(PyLease{std::move(lease)});
     }

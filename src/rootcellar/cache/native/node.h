@@ -126,7 +126,13 @@ class Slots {
     std::int32_t free_pages() const { return free_; }
     void take(std::int32_t* into, std::int32_t count);
     std::int32_t take_one();
-    void give(const std::int32_t* pages, std::int32_t count);
+    void give(const std::int32_t* pages, std::int32_t count) {
+        must_lack(count);
+        if (count == 1)
+            push(*pages, 1);
+        else
+            give_many(pages, count);
+    }
     void give(const Pages& pages);
     std::vector<std::int32_t> free_list() const;  // next to be taken first
     std::size_t bytes() const { return stack_.capacity() * sizeof(Span); }
@@ -135,9 +141,19 @@ class Slots {
     struct Span {
         std::int32_t first, count;
     };
-    void push(std::int32_t first, std::int32_t count);
+    void push(std::int32_t first, std::int32_t count) {
+        free_ += count;
+        if (!stack_.empty() && first + count == stack_.back().first)
+            stack_.back() = {first, stack_.back().count + count};
+        else
+            stack_.push_back({first, count});
+    }
+    void give_many(const std::int32_t* pages, std::int32_t count);
     void must_hold(std::int32_t count) const;
-    void must_lack(std::int32_t count) const;
+    void must_lack(std::int32_t count) const {
+        if (count > pages_ - free_) too_many();
+    }
+    [[noreturn]] static void too_many();
 
     std::int32_t pages_, free_;
     std::vector<Span> stack_;  // the last is taken first, from its first page on

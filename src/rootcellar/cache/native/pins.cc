@@ -10,14 +10,14 @@ namespace rootcellar {
 
 void Tree::hold(Node* node) {
     for (; node != nullptr; node = node->parent) {
-        if (++node->refs > 1) return;
+        if (++node->refs > 1 || node->parent == nullptr) return;  // a root has no entries
         for (Shelf* shelf : full_shelves) refresh(node, *shelf);
     }
 }
 
 void Tree::release(Node* node) {
     for (; node != nullptr; node = node->parent) {
-        if (--node->refs != 0) return;
+        if (--node->refs != 0 || node->parent == nullptr) return;
         for (Shelf* shelf : full_shelves) refresh(node, *shelf);
     }
 }
@@ -38,7 +38,7 @@ void Tree::pin(Node* node, int k, std::int64_t start, std::int32_t count) {
     }
 }
 
-void Tree::use(Node* node, const std::vector<std::int64_t>& starts) {
+void Tree::use_way(Node* node, const std::vector<std::int64_t>& starts) {
     const std::int64_t volume = shadow ? shadow->volume : 0;
     for (; node->parent != nullptr; node = node->parent) {
         node->used = volume;

@@ -25,16 +25,8 @@ void Slots::must_hold(std::int32_t count) const {
     if (count > free_) broken("more pages are taken than are free");
 }
 
-void Slots::must_lack(std::int32_t count) const {
-    if (count > pages_ - free_) broken("more pages are given back than were taken");
-}
-
-void Slots::push(std::int32_t first, std::int32_t count) {
-    free_ += count;
-    if (!stack_.empty() && first + count == stack_.back().first)
-        stack_.back() = {first, stack_.back().count + count};
-    else
-        stack_.push_back({first, count});
+void Slots::too_many() {
+    broken("more pages are given back than were taken");
 }
 
 void Slots::take(std::int32_t* into, std::int32_t count) {
@@ -60,9 +52,7 @@ std::int32_t Slots::take_one() {
     return page;
 }
 
-void Slots::give(const std::int32_t* pages, std::int32_t count) {
-    must_lack(count);
-    if (count == 1) return push(*pages, 1);
+void Slots::give_many(const std::int32_t* pages, std::int32_t count) {
     given_.clear();
     while (count > 0) {
         const std::int32_t given = consecutive(pages, count);
@@ -175,7 +165,7 @@ void Tree::destroy(Node* node) {
     node->~Node();
 }
 
-void Tree::bury() {
+void Tree::bury_all() {
     for (Node* node : graveyard_) {
         destroy(node);
         Node* unused = new (node) Node;  // the free list runs through `next`
@@ -347,7 +337,7 @@ void Tree::split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at
     }
 }
 
-void Tree::discard(Node* node) {
+void Tree::discard_way(Node* node) {
     while (true) {
         if (node->refs != 0 || node->first_child != nullptr || node->has_flights()) return;
         for (const Shelf& shelf : shelves)

@@ -70,8 +70,14 @@ struct Tree {
     std::int32_t common(const Node* node, const std::int64_t* tokens, std::int64_t limit) const;
     // `leaving`: the lower part is about to be thrown away.
     Node* split(Node* node, std::int32_t at, bool leaving = false);
-    void discard(Node* node);
-    void bury();  // free what was thrown away: at the end of a verb, when nothing points to it any more
+    // Throw away a node that nothing needs, and those above that nothing needs then.
+    void discard(Node* node) {
+        if (node->refs == 0 && node->first_child == nullptr) discard_way(node);
+    }
+    // Free what was thrown away: at the end of a verb, when nothing points to it any more.
+    void bury() {
+        if (!graveyard_.empty() || !ledger.returned.empty()) bury_all();
+    }
     Ref<Name> name(std::string_view text);
 
     // entries
@@ -89,7 +95,9 @@ struct Tree {
     void hold(Node* node);
     void release(Node* node);
     void pin(Node* node, int k, std::int64_t start, std::int32_t count);
-    void use(Node* node, const std::vector<std::int64_t>& starts);
+    void use(Node* node, const std::vector<std::int64_t>& starts) {
+        if (node->parent != nullptr) use_way(node, starts);
+    }
 
     // the order of leaving
     Rank rank(Node* node, const Shelf& shelf);
@@ -161,7 +169,10 @@ struct Tree {
     Eviction eviction_of(const Shelf& shelf, Node* node, std::int64_t pages) const;
     void take_off(Shelf& shelf, Node* node, std::int32_t count);
     std::int64_t last_boundary(std::int64_t begin, std::int64_t end, const std::int64_t* runs) const;
+    void discard_way(Node* node);
+    void use_way(Node* node, const std::vector<std::int64_t>& starts);
     void destroy(Node* node);
+    void bury_all();
     const std::vector<std::pair<Arena*, std::int64_t>>& by_arena(const Needs& needs);
 
     int shift_;  // of a page size that is a power of two, its logarithm; else -1
