@@ -68,6 +68,11 @@ MUTATIONS = {
         "    if lease.stepped:\n        read_own_states",
         "    if True:\n        read_own_states",
     ),
+    "5: the second page of a pair is named without the first": (
+        "digest.py",
+        "        odd = page % 2  #",
+        "        odd = 0  #",
+    ),
     "6: ties are broken by a hash that differs between processes": (
         "tree.py",
         "shelf.kind_index), node.id, shelf.index)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -49,11 +50,12 @@ def test_digests_are_those_of_hashlib(portable):
 
     rng = np.random.default_rng(0)
     for page_size in (*range(1, 40), 64, 256):
-        narrow = rng.integers(0, 1 << 32, 7 * page_size + 3)
+        narrow = rng.integers(0, 1 << 32, 13 * page_size + 3)
         mixed = narrow.copy()
         mixed[3 * page_size], mixed[5 * page_size] = -7, 1 << 32
-        parts = [narrow[: pages * page_size] for pages in (1, 2, 4)]
-        for ids in (narrow, mixed, -narrow, narrow[: page_size - 1], *parts):
+        one_wide = [np.where(np.arange(len(narrow)) == at, 1 << 40, narrow) for at in range(0, len(narrow), page_size)]
+        parts = [narrow[: pages * page_size] for pages in range(14)]
+        for ids in (narrow, mixed, -narrow, narrow[: page_size - 1], *parts, *one_wide):
             parent = rng.bytes(32)
             assert _core.chain(parent, ids, page_size, portable) == chain(parent, ids, page_size)
 
@@ -264,6 +266,53 @@ def test_what_is_not_int64_or_not_a_lease_is_refused():
             call()
     cache.close(lease)
     cache.check()
+
+
+def test_verbs_are_entered_in_any_way_of_calling():
+    """The usual calls and the others go through different doors."""
+    cache = native()
+    key = Key(tokens((0, 8)))
+    lease = cache.open(hit=cache.match(key=key), tier=Tier.DEVICE, priority=3)
+    assert lease.priority == 3
+    assert cache.grow(lease=lease, tokens=4)
+    assert cache.grow(lease, tokens=4)
+    cache.commit(lease, key=key, snapshot=False)
+    cache.close(lease, False)
+    cache.check()
+    lease = cache.open(cache.match(key))
+    assert cache.grow(lease, 8 - lease.length)
+    cache.commit(lease, key)
+    cache.close(lease)
+    cache.check()
+    for wrong in (
+        lambda: cache.match(),
+        lambda: cache.match(key, key),
+        lambda: cache.open(cache.match(key), Tier.DEVICE, 3),
+        lambda: cache.grow(lease),
+        lambda: cache.commit(lease, key, False),
+        lambda: cache.close(),
+        lambda: cache.close(lease, kept=True),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(RequestError, match="closed already"):
+        cache.close(lease)
+    with pytest.raises(RequestError, match="closed already"):
+        cache.close(lease, False)
+    for verb in ("match", "open", "grow", "commit", "close"):
+        ours, theirs = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(getattr(core, verb)).parameters.values()][1:]
+            for core in (CORES["native"], CORES["python"])
+        )
+        assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:nanobind")
+def test_a_cache_that_was_not_made_is_refused():
+    blank = CORES["native"].__new__(CORES["native"])
+    for call in (lambda: blank.match(Key([1])), lambda: blank.open(None), lambda: blank.close(None)):
+        with pytest.raises(TypeError):
+            call()
 
 
 def test_lone_surrogates_are_a_namespace_like_any_other():

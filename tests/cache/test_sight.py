@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from hashlib import sha256
 
+import numpy as np
 import pytest
 from helpers import make, serve, start, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rootcellar.cache import (
     AllBlocksCleared,
@@ -150,6 +154,47 @@ def test_digests_are_there_from_the_commit_on_when_asked_for():
         serve(cache, key.tokens, chunk=8)
         (node,) = walk(cache._inside().tree)
         assert node.digests == (digests(key, 4, b"m") if wanted else [])
+
+
+def test_digests_are_those_of_the_definition():
+    for page_size in (1, 4, 16, 48):
+        ids = np.arange(8 * page_size - 1) * 1000
+        ids[3 * page_size] = 1 << 40  # page 3 does not fit 4 bytes a token
+
+        def name(i, page_size=page_size, ids=ids):
+            """Page ``i``'s, as digest.py says it."""
+            if i < 0:
+                head = page_size.to_bytes(8, "little") + (5).to_bytes(8, "little")
+                return sha256(b"rootcellar.page.v3" + head + b"model" + b"tenant").digest()
+            first = i - i % 2
+            pages = [ids[page * page_size : (page + 1) * page_size].tolist() for page in range(first, i + 1)]
+            widths = [4 if max(page) < 1 << 32 else 8 for page in pages]
+            text = b"".join(
+                token.to_bytes(width, "little") for page, width in zip(pages, widths, strict=True) for token in page
+            )
+            return sha256(text + name(first - 1) + bytes([widths[0] + 16 * sum(widths[1:])])).digest()
+
+        assert digests(Key(ids, "tenant"), page_size, b"model") == [name(i) for i in range(7)]
+
+
+def test_equal_bytes_in_pages_of_other_widths_have_other_digests():
+    two_narrow, one_wide = [1, 5, 2, 0], [1 + (5 << 32), 2]
+    narrow_wide, wide_narrow = [1, 5, 2 + (6 << 32), 7], [1 + (5 << 32), 2 + (6 << 32), 7, 0]
+    for one, other in ((two_narrow, one_wide), (narrow_wide, wide_narrow)):
+        assert digests(Key(one), 2)[-1] != digests(Key(other), 2)[-1]
+
+
+@given(data=st.data())
+def test_digests_do_not_depend_on_how_the_tree_grew(data):
+    """Edges begin at odd pages and are cut there; check() hashes each way at once."""
+    page_size = data.draw(st.sampled_from([1, 4, 16]))
+    cache = make(page_size=page_size, digests=True, size=128 * page_size)
+    for _ in range(data.draw(st.integers(1, 6))):
+        pages = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=12))
+        prompt = [page for page in pages for _ in range(page_size)]
+        serve(cache, prompt, chunk=data.draw(st.integers(1, 5 * page_size)))
+        assert all(len(node.digests) == node.size for node in walk(cache._inside().tree))
+    cache.check()
 
 
 def test_stats_add_up():

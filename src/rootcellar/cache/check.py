@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rootcellar.cache.digest import chain, seed_digest
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
 from rootcellar.cache.node import Arena, Entry, Node, Shelf
@@ -26,12 +27,13 @@ def walk(tree: Tree) -> Iterator[Node]:
 
 
 def check(desk: Desk) -> None:
-    """Recount everything in O(nodes + pages). Raises ``CacheBroken`` with the first thing that does not add up."""
+    """Recount everything in O(nodes + pages), and hash the way to each node that has digests. Raises ``CacheBroken`` with the first thing that does not add up."""
     nodes = list(walk(desk.tree))
     if len(nodes) != desk.tree.nodes:
         raise CacheBroken(f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")
     for node in nodes:
         _check_node(desk.tree, node)
+        _check_digests(desk.tree, node)
     _check_holds(desk, nodes)
     for shelf in desk.tree.shelves:
         _check_counts(desk, shelf, nodes)
@@ -74,6 +76,22 @@ def _check_node(tree: Tree, node: Node) -> None:
         entry = node.entries[shelf.index]
         if entry is not None:
             _check_shape(node, shelf, entry)
+
+
+def _check_digests(tree: Tree, node: Node) -> None:
+    """Those that a node has are what one gets by hashing its whole way at once."""
+    if not node.digests:
+        return
+    way = [node.tokens]
+    root = node
+    while root.parent is not None and root.parent.parent is not None:
+        root = root.parent
+        way.append(root.tokens)
+    assert root.parent is not None
+    first = seed_digest(tree.fingerprint, root.parent.namespace, tree.page_size)
+    names = chain(first, np.concatenate(way[::-1]), tree.page_size)
+    if node.digests != names[node.start : node.start + len(node.digests)]:
+        raise CacheBroken(f"{_name(node)} is not called by its digests")
 
 
 def _check_shape(node: Node, shelf: Shelf, entry: Entry) -> None:

@@ -57,6 +57,13 @@ void compress_portable(State& state, const std::uint8_t* block) {
     for (int i = 0; i < 8; ++i) state[i] += sums[i];
 }
 
+// Bytes that each token of a page is written with.
+std::uint32_t width_of(const std::int64_t* tokens, std::int64_t count) {
+    std::uint64_t all = 0;
+    for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(tokens[i]);
+    return all >> 32 == 0 ? 4 : 8;
+}
+
 #ifdef ROOTCELLAR_SHA_NI
 
 #define SHA_NI __attribute__((target("sha,avx"), always_inline)) inline
@@ -92,7 +99,7 @@ struct Words {
     __m128i w[4];
 };
 
-// Four bytes and four bytes, each the other way round.
+// Words of four bytes, each the other way round.
 SHA_NI __m128i swapped(__m128i bytes) {
     return _mm_shuffle_epi8(bytes, _mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL));
 }
@@ -101,6 +108,12 @@ SHA_NI Words words(const void* block) {
     Words result;
     for (int i = 0; i < 4; ++i) result.w[i] = swapped(_mm_loadu_si128(static_cast<const __m128i*>(block) + i));
     return result;
+}
+
+SHA_NI void put(const Halves& words, Digest& into) {
+    auto* bytes = reinterpret_cast<__m128i*>(into.data());
+    _mm_storeu_si128(bytes, swapped(words.low));
+    _mm_storeu_si128(bytes + 1, swapped(words.high));
 }
 
 // Rounds 4i to 4i + 3, and the message schedule four words ahead.
@@ -153,76 +166,74 @@ __attribute__((target("sha,avx"))) void compress_native(State& state, const std:
     store(pair, state);
 }
 
-// A page whose tokens fill whole blocks.
-struct WholePage {
-    const std::int64_t* tokens;
-    std::int64_t blocks;
-    bool narrow;  // all tokens fit 32 bits: 4 bytes each, else 8
-    Pair state;
+// 16 tokens as a block of 4 bytes each; what is above those 4 bytes goes into `rest`. Tokens further on are fetched
+// meanwhile: two pages are read in turn, and the processor's own guesses end where 4096 bytes do.
+SHA_NI Words words(const std::int64_t* tokens, __m128i& rest) {
+    Words result;
+    for (int line = 0; line < 2; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(tokens + 8 * line) + 4096, _MM_HINT_T0);
+    for (int i = 0; i < 4; ++i) {
+        const auto* four = reinterpret_cast<const float*>(tokens + 4 * i);
+        const __m128 low = _mm_loadu_ps(four), high = _mm_loadu_ps(four + 4);
+        result.w[i] = swapped(_mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0))));
+        rest = _mm_or_si128(rest, _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1))));
+    }
+    return result;
+}
 
-    SHA_NI void begin(const std::int64_t* its_tokens, std::int64_t count) {
-        std::uint64_t all = 0;
-        for (std::int64_t i = 0; i < count; ++i) all |= static_cast<std::uint64_t>(its_tokens[i]);
-        tokens = its_tokens;
-        narrow = all >> 32 == 0;
-        blocks = count / (narrow ? 16 : 8);
-        state = load(INITIAL);
-    }
-    SHA_NI Words block(std::int64_t index) const {
-        if (!narrow) return words(tokens + 8 * index);
-        Words result;
-        for (int i = 0; i < 4; ++i) {
-            const auto* at = reinterpret_cast<const float*>(tokens + 16 * index + 4 * i);
-            const __m128 low = _mm_loadu_ps(at), high = _mm_loadu_ps(at + 4);
-            result.w[i] = swapped(_mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0))));
-        }
-        return result;
-    }
-    // The block behind the tokens: the parent and the padding.
-    SHA_NI Words end(const Halves& parent) const {
-        return {{parent.low, parent.high, _mm_set_epi32(0, 0, 0, static_cast<int>(0x80000000)),
-                 _mm_set_epi32(static_cast<int>(8 * (64 * blocks + 32)), 0, 0, 0)}};
-    }
-};
+// What a state is after so many blocks of tokens.
+SHA_NI Pair absorbed(Pair state, const std::int64_t* tokens, std::int64_t blocks, __m128i& rest) {
+    for (std::int64_t b = 0; b < blocks; ++b) compress(state, words(tokens + 16 * b, rest));
+    return state;
+}
 
-// `chain` for pages of whole blocks. A page's last block waits for its parent's digest, so it goes beside the last
-// block of the next page's tokens; the blocks before that go beside those of the page after it.
-__attribute__((target("sha,avx"))) void chain_native(const Digest& parent, const std::int64_t* tokens,
-                                                     std::int64_t pages, std::int64_t page_size, Digest* into) {
-    if (pages == 0) return;
+// The block behind so many blocks of tokens.
+SHA_NI Words end(const Halves& parent, std::int64_t blocks, int widths) {
+    return {{parent.low, parent.high, _mm_set_epi32(0, 0, 0, widths << 24 | 0x800000),
+             _mm_set_epi32(static_cast<int>(8 * (64 * blocks + 33)), 0, 0, 0)}};
+}
+
+// `chain` for pairs of pages of so many blocks each, as long as no token needs more than 4 bytes; returns how many.
+//
+// Only the last block of a pair waits for the pair before. While the last blocks of a pair's two digests are under way,
+// so are blocks of the pairs two and three ahead (of itself, where those do not exist): four that do not wait for each
+// other keep the processor's unit busy. `one`: a page is one block, a loop less.
+template <bool one>
+__attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& parent, const std::int64_t* tokens,
+                                                             std::int64_t pairs, std::int64_t blocks, Digest* into) {
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
-    WholePage ahead[2];
-    const auto absorb = [&](WholePage & page, std::int64_t from, std::int64_t to) __attribute__((target("sha,avx"))) {
-        for (; from < to; ++from) compress(page.state, page.block(from));
-    };
-    ahead[0].begin(tokens, page_size);
-    absorb(ahead[0], 0, ahead[0].blocks);
-    WholePage now = ahead[0];
-    for (std::int64_t i = 0; i < pages; ++i) {
-        const std::int64_t left = pages - i - 1;
-        if (i % 2 == 0 && left > 0) {
-            ahead[0].begin(tokens + (i + 1) * page_size, page_size);
-            std::int64_t both = 0;
-            if (left > 1) {
-                ahead[1].begin(tokens + (i + 2) * page_size, page_size);
-                both = std::min(ahead[0].blocks, ahead[1].blocks) - 1;
-                for (std::int64_t b = 0; b < both; ++b)
-                    compress_two(ahead[0].state, ahead[0].block(b), ahead[1].state, ahead[1].block(b));
-                absorb(ahead[1], both, ahead[1].blocks - 1);
-            }
-            absorb(ahead[0], both, ahead[0].blocks - 1);
-        }
-        WholePage& next = ahead[i % 2];
-        if (left > 0)
-            compress_two(now.state, now.end(above), next.state, next.block(next.blocks - 1));
-        else
-            compress(now.state, now.end(above));
-        above = halves(now.state);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(into[i].data()), swapped(above.low));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(into[i].data()) + 1, swapped(above.high));
-        now = next;
+    __m128i rest = _mm_setzero_si128();
+    Pair firsts[4], seconds[4];  // of pair i at i % 4, when its first page is in it, and when both are
+    const auto page = [&](std::int64_t number) { return tokens + number * blocks * 16; };
+    for (std::int64_t i = 0; i < std::min<std::int64_t>(pairs, 3); ++i) {
+        firsts[i] = absorbed(load(INITIAL), page(2 * i), blocks, rest);
+        if (i < 2) seconds[i] = absorbed(firsts[i], page(2 * i + 1), blocks, rest);
+        if (_mm_testz_si128(rest, rest) == 0) return 0;
     }
+    std::int64_t i = 0;
+    for (; i < pairs && _mm_testz_si128(rest, rest) != 0; ++i) {
+        const Halves its_parent = above;
+        Pair first_two = seconds[i % 4], first = firsts[i % 4];
+        const std::int64_t* third = page(2 * (i + 3 < pairs ? i + 3 : i));
+        const std::int64_t* second = page(2 * (i + 2 < pairs ? i + 2 : i) + 1);
+        Pair ahead = load(INITIAL);
+        if constexpr (!one) {
+            Pair behind = firsts[(i + 2) % 4];
+            for (std::int64_t b = 1; b < blocks; ++b, third += 16, second += 16)
+                compress_two(ahead, words(third, rest), behind, words(second, rest));
+            seconds[(i + 2) % 4] = behind;
+        }
+        compress_two(first_two, end(its_parent, 2 * blocks, 0x44), ahead, words(third, rest));
+        above = halves(first_two);
+        put(above, into[2 * i + 1]);
+        Pair behind = one ? firsts[(i + 2) % 4] : seconds[(i + 2) % 4];
+        compress_two(first, end(its_parent, blocks, 4), behind, words(second, rest));
+        put(halves(first), into[2 * i]);
+        firsts[(i + 3) % 4] = ahead;
+        seconds[(i + 2) % 4] = behind;
+    }
+    return i;
 }
 
 bool has_sha_ni() {
@@ -267,24 +278,16 @@ Digest hash(const std::uint8_t* bytes, std::size_t count, bool portable) {
     return digest;
 }
 
-// A token's low bytes, little-endian.
-template <class Word>
-void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint8_t* into) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        auto word = static_cast<Word>(tokens[i]);
-        if constexpr (std::endian::native == std::endian::little) {
-            std::memcpy(into + sizeof word * i, &word, sizeof word);
-        } else {
-            for (std::size_t byte = 0; byte < sizeof word; ++byte, word >>= 8)
-                into[sizeof word * i + byte] = static_cast<std::uint8_t>(word);
-        }
-    }
+// The tokens' low bytes, little-endian.
+void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint32_t width, std::uint8_t* into) {
+    for (std::int64_t i = 0; i < count; ++i)
+        for (std::uint32_t byte = 0; byte < width; ++byte) *into++ = static_cast<std::uint8_t>(tokens[i] >> (8 * byte));
 }
 
 }  // namespace
 
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size) {
-    std::string bytes = "rootcellar.page.v2";
+    std::string bytes = "rootcellar.page.v3";
     for (const std::uint64_t number : {static_cast<std::uint64_t>(page_size), std::uint64_t{fingerprint.size()}})
         for (int byte = 0; byte < 8; ++byte) bytes += static_cast<char>(number >> (8 * byte));
     bytes += fingerprint + name;
@@ -293,23 +296,31 @@ Digest seed_digest(const std::string& fingerprint, const std::string& name, std:
 
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
            bool portable) {
+    std::vector<std::uint8_t> message(16 * page_size + sizeof(Digest) + 1);
+    Digest above = parent;
+    for (std::int64_t pair = 0; pair < pages; pair += 2) {
 #ifdef ROOTCELLAR_SHA_NI
-    if (use_sha_ni(portable) && page_size % 16 == 0) return chain_native(parent, tokens, pages, page_size, into);
+        if (use_sha_ni(portable) && page_size % 16 == 0) {
+            const std::int64_t left = (pages - pair) / 2;
+            const auto native = page_size == 16 ? chain_native<true> : chain_native<false>;
+            pair += 2 * native(above, tokens + pair * page_size, left, page_size / 16, into + pair);
+            if (pair >= pages) break;
+            if (pair != 0) above = into[pair - 1];
+        }
 #endif
-    std::vector<std::uint8_t> message(8 * page_size + sizeof(Digest));
-    const Digest* above = &parent;
-    for (std::int64_t i = 0; i < pages; ++i, tokens += page_size) {
-        std::uint64_t all = 0;
-        for (std::int64_t j = 0; j < page_size; ++j) all |= static_cast<std::uint64_t>(tokens[j]);
-        const bool narrow = all >> 32 == 0;
-        if (narrow)
-            put_tokens<std::uint32_t>(tokens, page_size, message.data());
-        else
-            put_tokens<std::uint64_t>(tokens, page_size, message.data());
-        const std::size_t size = page_size * (narrow ? 4 : 8);
-        std::memcpy(message.data() + size, above->data(), above->size());
-        into[i] = hash(message.data(), size + above->size(), portable);
-        above = &into[i];
+        std::size_t size = 0;
+        std::uint32_t widths = 0;
+        for (std::int64_t i = 0; i < std::min<std::int64_t>(pages - pair, 2); ++i) {
+            const std::int64_t* page = tokens + (pair + i) * page_size;
+            const std::uint32_t width = width_of(page, page_size);
+            put_tokens(page, page_size, width, message.data() + size);
+            size += page_size * width;
+            widths |= width << (4 * i);
+            std::memcpy(message.data() + size, above.data(), above.size());
+            message[size + above.size()] = static_cast<std::uint8_t>(widths);
+            into[pair + i] = hash(message.data(), size + above.size() + 1, portable);
+        }
+        if (pair + 1 < pages) above = into[pair + 1];
     }
 }
 

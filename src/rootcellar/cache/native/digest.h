@@ -1,4 +1,4 @@
-// Names of pages: SHA-256 chained page by page. digest.py defines the scheme; this computes the same values.
+// Names of pages: SHA-256 chained through pairs of pages. digest.py defines the scheme; this computes the same values.
 #pragma once
 
 #include <array>
@@ -13,8 +13,8 @@ using Digest = std::array<std::uint8_t, 32>;
 // The parent of a key's first page.
 Digest seed_digest(const std::string& fingerprint, const std::string& name, std::int64_t page_size);
 
-// Digests of `pages` pages of `page_size` tokens that follow a page with digest `parent`. `portable`: without the
-// processor's instructions for SHA-256, which are used where they are.
+// Digests of `pages` pages of `page_size` tokens. They begin with a pair of pages; the page before it has the digest
+// `parent`. `portable`: without the processor's instructions for SHA-256, which are used where they are.
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
            bool portable = false);
 

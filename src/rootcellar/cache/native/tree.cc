@@ -510,6 +510,11 @@ const Digest& Tree::seed(Name& name) const {
     return *name.seed;
 }
 
+const Digest& Tree::digest_before(const Node* node, std::int32_t page) const {
+    while (node->parent != nullptr && node->start >= page) node = node->parent;
+    return node->parent == nullptr ? seed(*node->name) : node->digests[page - 1 - node->start];
+}
+
 const Digest* Tree::page_digests(Node* node) {
     std::vector<Node*> path;
     for (Node* climb = node; climb->parent != nullptr && static_cast<std::int32_t>(climb->digests.size()) < climb->size;
@@ -517,16 +522,19 @@ const Digest* Tree::page_digests(Node* node) {
         path.push_back(climb);
     for (auto step = path.rbegin(); step != path.rend(); ++step) {
         Node* at = *step;
-        const auto known = at->digests.size();
-        Digest above;
-        if (known != 0)
-            above = at->digests[known - 1];
-        else if (at->parent->parent == nullptr)
-            above = seed(*at->parent->name);
-        else
-            above = at->parent->digests[at->parent->digests.size() - 1];
-        const auto lacking = static_cast<std::uint32_t>(at->size) - known;
-        chain(above, at->tokens.data() + known * page_size, lacking, page_size, at->digests.grow(ledger, lacking));
+        const auto known = static_cast<std::int32_t>(at->digests.size());
+        std::int32_t page = at->start + known;
+        const std::int64_t* tokens = at->tokens.data() + known * page_size;
+        Digest* into = at->digests.grow(ledger, at->size - known);
+        if (page % 2 != 0) {  // the first page of its pair may lie in the node above
+            const std::int64_t* before = known != 0 ? tokens : at->parent->tokens.data() + at->parent->size * page_size;
+            pair_.assign(before - page_size, before);
+            pair_.insert(pair_.end(), tokens, tokens + page_size);
+            Digest both[2];
+            chain(digest_before(at, page - 1), pair_.data(), 2, page_size, both);
+            *into++ = both[1], tokens += page_size, ++page;
+        }
+        chain(digest_before(at, page), tokens, at->end() - page, page_size, into);
     }
     return node->digests.data();
 }

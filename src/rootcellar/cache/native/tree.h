@@ -122,6 +122,8 @@ struct Tree {
     void drop_subtree(Node* top);
 
     const Digest* page_digests(Node* node);
+    // Of the page before one on the way to a node; of a key's first page the namespace's.
+    const Digest& digest_before(const Node* node, std::int32_t page) const;
     // Positions and lengths in tokens, in pages: whether a page begins there, which has it, how many it takes.
     bool begins_page(std::int64_t at) const { return shift_ >= 0 ? (at & (page_size - 1)) == 0 : at % page_size == 0; }
     std::int64_t page_at(std::int64_t at) const { return shift_ >= 0 ? at >> shift_ : at / page_size; }
@@ -185,6 +187,7 @@ struct Tree {
     Node* free_nodes_ = nullptr;  // by `next`
     std::vector<Node*> graveyard_;
     // Reused by each call.
+    std::vector<std::int64_t> pair_;  // tokens of two pages
     std::vector<std::pair<Arena*, std::int64_t>> sums_;
     // Reused by each match: by kind, and by tier and kind.
     std::vector<std::int64_t> heads_, runs_, starts_;
