@@ -285,12 +285,12 @@ def test_verbs_are_entered_in_any_way_of_calling():
     cache.close(lease)
     cache.check()
     for wrong in (
-        lambda: cache.match(),
+        cache.match,
         lambda: cache.match(key, key),
         lambda: cache.open(cache.match(key), Tier.DEVICE, 3),
         lambda: cache.grow(lease),
         lambda: cache.commit(lease, key, False),
-        lambda: cache.close(),
+        cache.close,
         lambda: cache.close(lease, kept=True),
     ):
         with pytest.raises(TypeError):

@@ -105,12 +105,12 @@ class Twins:
 
     def commit(self, lease: Lease, key: Key, *, snapshot: bool = True) -> None:
         if self._steps % 2:
-            return self._both("commit", lease, key, snapshot=snapshot)
+            return self._both("commit", lease, key, **({} if snapshot else {"snapshot": False}))
         return self._both("commit_many", [lease], [key], snapshot=snapshot)
 
     def close(self, lease: Lease, keep: bool = True) -> None:
         if self._steps % 2:
-            self._both("close", lease, keep)
+            self._both("close", lease, *([] if keep else [False]))
         else:
             self._both("close_many", [lease], keep)
         same(lease, self._native_of(lease), "closed lease")

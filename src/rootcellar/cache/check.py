@@ -27,7 +27,10 @@ def walk(tree: Tree) -> Iterator[Node]:
 
 
 def check(desk: Desk) -> None:
-    """Recount everything in O(nodes + pages), and hash the way to each node that has digests. Raises ``CacheBroken`` with the first thing that does not add up."""
+    """Recount everything in O(nodes + pages), and hash the way to each node that has digests.
+
+    Raises ``CacheBroken`` with the first thing that does not add up.
+    """
     nodes = list(walk(desk.tree))
     if len(nodes) != desk.tree.nodes:
         raise CacheBroken(f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")

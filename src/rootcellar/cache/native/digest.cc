@@ -196,9 +196,10 @@ SHA_NI Words end(const Halves& parent, std::int64_t blocks, int widths) {
 // `chain` for pairs of pages of so many blocks each, as long as no token needs more than 4 bytes; returns how many.
 //
 // Only the last block of a pair waits for the pair before. While the last blocks of a pair's two digests are under way,
-// so are blocks of the pairs two and three ahead (of itself, where those do not exist): four that do not wait for each
-// other keep the processor's unit busy. `one`: a page is one block, a loop less.
-template <bool one>
+// so are the first page of a pair far ahead (by three) and the second of one near (by two): four that do not wait for
+// each other keep the processor's unit busy. Towards the end the pair itself stands in for those that do not exist.
+// `single`: a page is one block, a loop less.
+template <bool single>
 __attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& parent, const std::int64_t* tokens,
                                                              std::int64_t pairs, std::int64_t blocks, Digest* into) {
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
@@ -214,24 +215,24 @@ __attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& paren
     std::int64_t i = 0;
     for (; i < pairs && _mm_testz_si128(rest, rest) != 0; ++i) {
         const Halves its_parent = above;
-        Pair first_two = seconds[i % 4], first = firsts[i % 4];
-        const std::int64_t* third = page(2 * (i + 3 < pairs ? i + 3 : i));
-        const std::int64_t* second = page(2 * (i + 2 < pairs ? i + 2 : i) + 1);
-        Pair ahead = load(INITIAL);
-        if constexpr (!one) {
-            Pair behind = firsts[(i + 2) % 4];
-            for (std::int64_t b = 1; b < blocks; ++b, third += 16, second += 16)
-                compress_two(ahead, words(third, rest), behind, words(second, rest));
-            seconds[(i + 2) % 4] = behind;
+        Pair second = seconds[i % 4], first = firsts[i % 4];
+        const std::int64_t* far_page = page(2 * (i + 3 < pairs ? i + 3 : i));
+        const std::int64_t* near_page = page(2 * (i + 2 < pairs ? i + 2 : i) + 1);
+        Pair far = load(INITIAL);
+        if constexpr (!single) {
+            Pair near = firsts[(i + 2) % 4];
+            for (std::int64_t b = 1; b < blocks; ++b, far_page += 16, near_page += 16)
+                compress_two(far, words(far_page, rest), near, words(near_page, rest));
+            seconds[(i + 2) % 4] = near;
         }
-        compress_two(first_two, end(its_parent, 2 * blocks, 0x44), ahead, words(third, rest));
-        above = halves(first_two);
+        compress_two(second, end(its_parent, 2 * blocks, 0x44), far, words(far_page, rest));
+        above = halves(second);
         put(above, into[2 * i + 1]);
-        Pair behind = one ? firsts[(i + 2) % 4] : seconds[(i + 2) % 4];
-        compress_two(first, end(its_parent, blocks, 4), behind, words(second, rest));
+        Pair near = single ? firsts[(i + 2) % 4] : seconds[(i + 2) % 4];
+        compress_two(first, end(its_parent, blocks, 4), near, words(near_page, rest));
         put(halves(first), into[2 * i]);
-        firsts[(i + 3) % 4] = ahead;
-        seconds[(i + 2) % 4] = behind;
+        firsts[(i + 3) % 4] = far;
+        seconds[(i + 2) % 4] = near;
     }
     return i;
 }
@@ -279,9 +280,16 @@ Digest hash(const std::uint8_t* bytes, std::size_t count, bool portable) {
 }
 
 // The tokens' low bytes, little-endian.
-void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint32_t width, std::uint8_t* into) {
-    for (std::int64_t i = 0; i < count; ++i)
-        for (std::uint32_t byte = 0; byte < width; ++byte) *into++ = static_cast<std::uint8_t>(tokens[i] >> (8 * byte));
+template <class Word>
+void put_tokens(const std::int64_t* tokens, std::int64_t count, std::uint8_t* into) {
+    for (std::int64_t i = 0; i < count; ++i, into += sizeof(Word)) {
+        auto word = static_cast<Word>(tokens[i]);
+        if constexpr (std::endian::native == std::endian::little)
+            std::memcpy(into, &word, sizeof word);
+        else
+            for (std::size_t byte = 0; byte < sizeof word; ++byte, word >>= 8)
+                into[byte] = static_cast<std::uint8_t>(word);
+    }
 }
 
 }  // namespace
@@ -296,7 +304,7 @@ Digest seed_digest(const std::string& fingerprint, const std::string& name, std:
 
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
            bool portable) {
-    std::vector<std::uint8_t> message(16 * page_size + sizeof(Digest) + 1);
+    std::vector<std::uint8_t> message;
     Digest above = parent;
     for (std::int64_t pair = 0; pair < pages; pair += 2) {
 #ifdef ROOTCELLAR_SHA_NI
@@ -308,12 +316,16 @@ void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages,
             if (pair != 0) above = into[pair - 1];
         }
 #endif
+        message.resize(16 * page_size + sizeof(Digest) + 1);
         std::size_t size = 0;
         std::uint32_t widths = 0;
         for (std::int64_t i = 0; i < std::min<std::int64_t>(pages - pair, 2); ++i) {
             const std::int64_t* page = tokens + (pair + i) * page_size;
             const std::uint32_t width = width_of(page, page_size);
-            put_tokens(page, page_size, width, message.data() + size);
+            if (width == 4)
+                put_tokens<std::uint32_t>(page, page_size, message.data() + size);
+            else
+                put_tokens<std::uint64_t>(page, page_size, message.data() + size);
             size += page_size * width;
             widths |= width << (4 * i);
             std::memcpy(message.data() + size, above.data(), above.size());

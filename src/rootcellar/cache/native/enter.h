@@ -45,23 +45,21 @@ PyMethodDef method(const char* doc) {
     return {entrance.name, function, METH_FASTCALL | METH_KEYWORDS, doc};
 }
 
-inline constexpr Entrance MATCH = {"match", 1, [](Core& core, PyObject* const* given) {
-                                    return nb::cast(core.match(given[0]));
-                                }};
-inline constexpr Entrance OPEN = {"open", 1, [](Core& core, PyObject* const* given) {
-                                   return core.open(hit_of(given[0]), DEVICE, 0);
-                               }};
+inline constexpr Entrance MATCH = {"match", 1,
+                                   [](Core& core, PyObject* const* given) { return nb::cast(core.match(given[0])); }};
+inline constexpr Entrance OPEN = {
+    "open", 1, [](Core& core, PyObject* const* given) { return core.open(hit_of(given[0]), DEVICE, 0); }};
 inline constexpr Entrance GROW = {"grow", 2, [](Core& core, PyObject* const* given) -> nb::object {
-                                   return nb::bool_(core.grow(given[0], given[1]));
-                               }};
+                                      return nb::bool_(core.grow(given[0], given[1]));
+                                  }};
 inline constexpr Entrance COMMIT = {"commit", 2, [](Core& core, PyObject* const* given) -> nb::object {
-                                     core.commit(given[0], given[1], true);
-                                     return nb::none();
-                                 }};
+                                        core.commit(given[0], given[1], true);
+                                        return nb::none();
+                                    }};
 inline constexpr Entrance CLOSE = {"close", 1, [](Core& core, PyObject* const* given) -> nb::object {
-                                    core.close(given[0], true);
-                                    return nb::none();
-                                }};
+                                       core.close(given[0], true);
+                                       return nb::none();
+                                   }};
 
 // The signatures are for `help` and `inspect`.
 inline PyMethodDef METHODS[] = {
