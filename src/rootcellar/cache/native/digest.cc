@@ -129,40 +129,28 @@ SHA_NI void rounds(Pair& pair, Words& words) {
     }
 }
 
-template <int I>
-SHA_NI void all_rounds(Pair& pair, Words& words) {
+template <int I, int N>
+SHA_NI void rounds_from(Pair* states, Words* blocks) {
     if constexpr (I < 16) {
-        rounds<I>(pair, words);
-        all_rounds<I + 1>(pair, words);
+        for (int i = 0; i < N; ++i) rounds<I>(states[i], blocks[i]);
+        rounds_from<I + 1, N>(states, blocks);
     }
 }
 
-template <int I>
-SHA_NI void all_rounds_of_two(Pair& pair, Words& words, Pair& other, Words& others) {
-    if constexpr (I < 16) {
-        rounds<I>(pair, words);
-        rounds<I>(other, others);
-        all_rounds_of_two<I + 1>(pair, words, other, others);
-    }
-}
-
-SHA_NI void compress(Pair& pair, Words block) {
-    const Pair before = pair;
-    all_rounds<0>(pair, block);
-    pair = {_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)};
-}
-
-// Two blocks of two states at once: each hides the other's latency.
-SHA_NI void compress_two(Pair& pair, Words block, Pair& other, Words others) {
-    const Pair before = pair, before2 = other;
-    all_rounds_of_two<0>(pair, block, other, others);
-    pair = {_mm_add_epi32(pair.abef, before.abef), _mm_add_epi32(pair.cdgh, before.cdgh)};
-    other = {_mm_add_epi32(other.abef, before2.abef), _mm_add_epi32(other.cdgh, before2.cdgh)};
+// N blocks into as many states at once: each hides the others' latency.
+template <int N>
+SHA_NI void compress(Pair* states, Words* blocks) {
+    Pair before[N];
+    for (int i = 0; i < N; ++i) before[i] = states[i];
+    rounds_from<0, N>(states, blocks);
+    for (int i = 0; i < N; ++i)
+        states[i] = {_mm_add_epi32(states[i].abef, before[i].abef), _mm_add_epi32(states[i].cdgh, before[i].cdgh)};
 }
 
 __attribute__((target("sha,avx"))) void compress_native(State& state, const std::uint8_t* block) {
     Pair pair = load(state);
-    compress(pair, words(block));
+    Words its_words = words(block);
+    compress<1>(&pair, &its_words);
     store(pair, state);
 }
 
@@ -183,7 +171,10 @@ SHA_NI Words words(const std::int64_t* tokens, __m128i& rest) {
 
 // What a state is after so many blocks of tokens.
 SHA_NI Pair absorbed(Pair state, const std::int64_t* tokens, std::int64_t blocks, __m128i& rest) {
-    for (std::int64_t b = 0; b < blocks; ++b) compress(state, words(tokens + 16 * b, rest));
+    for (std::int64_t b = 0; b < blocks; ++b) {
+        Words block = words(tokens + 16 * b, rest);
+        compress<1>(&state, &block);
+    }
     return state;
 }
 
@@ -195,13 +186,13 @@ SHA_NI Words end(const Halves& parent, std::int64_t blocks, int widths) {
 
 // `chain` for pairs of pages of so many blocks each, as long as no token needs more than 4 bytes; returns how many.
 //
-// Only the last block of a pair waits for the pair before. While the last blocks of a pair's two digests are under way,
-// so are the first page of a pair far ahead (by three) and the second of one near (by two): four that do not wait for
-// each other keep the processor's unit busy. Towards the end the pair itself stands in for those that do not exist.
-// `single`: a page is one block, a loop less.
+// Only the last block of a pair waits for the pair before. Four blocks that do not wait for each other keep the
+// processor's unit busy: the last ones of a pair's two digests, the first page of a pair far ahead (by three) and the
+// second page of one near (by two). Towards the end the pair itself stands in for those that do not exist. `single`: a
+// page is one block, a loop less.
 template <bool single>
-__attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& parent, const std::int64_t* tokens,
-                                                             std::int64_t pairs, std::int64_t blocks, Digest* into) {
+SHA_NI std::int64_t chain_pairs(const Digest& parent, const std::int64_t* tokens, std::int64_t pairs,
+                                std::int64_t blocks, Digest* into) {
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
     __m128i rest = _mm_setzero_si128();
@@ -214,33 +205,51 @@ __attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& paren
     }
     std::int64_t i = 0;
     for (; i < pairs && _mm_testz_si128(rest, rest) != 0; ++i) {
-        const Halves its_parent = above;
-        Pair second = seconds[i % 4], first = firsts[i % 4];
-        const std::int64_t* far_page = page(2 * (i + 3 < pairs ? i + 3 : i));
-        const std::int64_t* near_page = page(2 * (i + 2 < pairs ? i + 2 : i) + 1);
-        Pair far = load(INITIAL);
+        const std::int64_t* far = page(2 * (i + 3 < pairs ? i + 3 : i));
+        const std::int64_t* near = page(2 * (i + 2 < pairs ? i + 2 : i) + 1);
+        Pair states[4] = {seconds[i % 4], firsts[i % 4], load(INITIAL), firsts[(i + 2) % 4]};
         if constexpr (!single) {
-            Pair near = firsts[(i + 2) % 4];
-            for (std::int64_t b = 1; b < blocks; ++b, far_page += 16, near_page += 16)
-                compress_two(far, words(far_page, rest), near, words(near_page, rest));
-            seconds[(i + 2) % 4] = near;
+            for (std::int64_t b = 1; b < blocks; ++b, far += 16, near += 16) {
+                Words ahead[2] = {words(far, rest), words(near, rest)};
+                compress<2>(states + 2, ahead);
+            }
         }
-        compress_two(second, end(its_parent, 2 * blocks, 0x44), far, words(far_page, rest));
-        above = halves(second);
+        Words last[4] = {end(above, 2 * blocks, 0x44), end(above, blocks, 4), words(far, rest), words(near, rest)};
+        compress<4>(states, last);
+        above = halves(states[0]);
         put(above, into[2 * i + 1]);
-        Pair near = single ? firsts[(i + 2) % 4] : seconds[(i + 2) % 4];
-        compress_two(first, end(its_parent, blocks, 4), near, words(near_page, rest));
-        put(halves(first), into[2 * i]);
-        firsts[(i + 3) % 4] = far;
-        seconds[(i + 2) % 4] = near;
+        put(halves(states[1]), into[2 * i]);
+        firsts[(i + 3) % 4] = states[2];
+        seconds[(i + 2) % 4] = states[3];
     }
     return i;
+}
+
+template <bool single>
+__attribute__((target("sha,avx"))) std::int64_t chain_native(const Digest& parent, const std::int64_t* tokens,
+                                                             std::int64_t pairs, std::int64_t blocks, Digest* into) {
+    return chain_pairs<single>(parent, tokens, pairs, blocks, into);
+}
+
+// The same with 32 registers, which four states and their blocks need.
+template <bool single>
+__attribute__((target("sha,avx512vl,avx512bw"))) std::int64_t chain_wide(const Digest& parent,
+                                                                         const std::int64_t* tokens, std::int64_t pairs,
+                                                                         std::int64_t blocks, Digest* into) {
+    return chain_pairs<single>(parent, tokens, pairs, blocks, into);
 }
 
 bool has_sha_ni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
+}
+
+// The fastest that this processor has, for pages of so many blocks.
+auto chain_of(std::int64_t blocks) {
+    static const bool wide = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+    if (blocks == 1) return wide ? chain_wide<true> : chain_native<true>;
+    return wide ? chain_wide<false> : chain_native<false>;
 }
 
 #endif
@@ -309,9 +318,8 @@ void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages,
     for (std::int64_t pair = 0; pair < pages; pair += 2) {
 #ifdef ROOTCELLAR_SHA_NI
         if (use_sha_ni(portable) && page_size % 16 == 0) {
-            const std::int64_t left = (pages - pair) / 2;
-            const auto native = page_size == 16 ? chain_native<true> : chain_native<false>;
-            pair += 2 * native(above, tokens + pair * page_size, left, page_size / 16, into + pair);
+            const std::int64_t blocks = page_size / 16;
+            pair += 2 * chain_of(blocks)(above, tokens + pair * page_size, (pages - pair) / 2, blocks, into + pair);
             if (pair >= pages) break;
             if (pair != 0) above = into[pair - 1];
         }
