@@ -71,15 +71,16 @@ void construct(Core* self, const std::vector<std::tuple<std::string, int, std::i
                     events, least_shared);
 }
 
-nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, bool portable) {
+nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, int most) {
     const Buffer buffer(tokens, false);
     const auto* at = buffer.as<std::int64_t>(1);
     Digest above;
     if (parent.size() != above.size() || page_size < 1)
         throw nb::value_error("a parent has 32 bytes, a page 1 token or more");
+    if (most < 0 || most > static_cast<int>(Means::wide)) throw nb::value_error("give 0, 1 or 2 for most");
     std::memcpy(above.data(), parent.c_str(), above.size());
     std::vector<Digest> names(buffer.extent(0) / page_size);
-    chain(above, at, static_cast<std::int64_t>(names.size()), page_size, names.data(), portable);
+    chain(above, at, static_cast<std::int64_t>(names.size()), page_size, names.data(), static_cast<Means>(most));
     nb::list list;
     for (const Digest& name : names) list.append(python_digest(name));
     return list;
@@ -175,7 +176,7 @@ NB_MODULE(_core, module) {
         .def("_ledger_bytes", &Core::ledger_bytes)
         .def("_node_bytes", &Core::node_bytes);
 
-    module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a, "portable"_a = false);
+    module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a, "most"_a = static_cast<int>(Means::wide));
 }
 
 }  // namespace rootcellar

@@ -245,23 +245,24 @@ bool has_sha_ni() {
     return __builtin_cpu_supports("avx") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 29) != 0;
 }
 
-// The fastest that this processor has, for pages of so many blocks.
-auto chain_of(std::int64_t blocks) {
-    static const bool wide = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    if (blocks == 1) return wide ? chain_wide<true> : chain_native<true>;
-    return wide ? chain_wide<false> : chain_native<false>;
+bool has_wide_registers() {
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+}
+
+auto chain_of(Means means, std::int64_t blocks) {
+    if (blocks == 1) return means == Means::wide ? chain_wide<true> : chain_native<true>;
+    return means == Means::wide ? chain_wide<false> : chain_native<false>;
 }
 
 #endif
 
-// Whether to use the processor's instructions for SHA-256.
-bool use_sha_ni(bool portable) {
+// What this processor offers.
+Means offered() {
 #ifdef ROOTCELLAR_SHA_NI
-    static const bool there = has_sha_ni();
-    return there && !portable;
+    static const Means means = !has_sha_ni() ? Means::portable : has_wide_registers() ? Means::wide : Means::sha;
+    return means;
 #else
-    (void)portable;
-    return false;
+    return Means::portable;
 #endif
 }
 
@@ -269,10 +270,10 @@ void big_endian(std::uint64_t value, std::size_t size, std::uint8_t* into) {
     for (std::size_t i = size; i-- > 0; value >>= 8) into[i] = static_cast<std::uint8_t>(value);
 }
 
-Digest hash(const std::uint8_t* bytes, std::size_t count, bool portable) {
+Digest hash(const std::uint8_t* bytes, std::size_t count, Means means) {
     auto compress_one = compress_portable;
 #ifdef ROOTCELLAR_SHA_NI
-    if (use_sha_ni(portable)) compress_one = compress_native;
+    if (means != Means::portable) compress_one = compress_native;
 #endif
     State state = INITIAL;
     std::size_t left = count;
@@ -308,18 +309,20 @@ Digest seed_digest(const std::string& fingerprint, const std::string& name, std:
     for (const std::uint64_t number : {static_cast<std::uint64_t>(page_size), std::uint64_t{fingerprint.size()}})
         for (int byte = 0; byte < 8; ++byte) bytes += static_cast<char>(number >> (8 * byte));
     bytes += fingerprint + name;
-    return hash(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size(), false);
+    return hash(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size(), offered());
 }
 
 void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages, std::int64_t page_size, Digest* into,
-           bool portable) {
+           Means most) {
+    const Means means = std::min(most, offered());
     std::vector<std::uint8_t> message;
     Digest above = parent;
     for (std::int64_t pair = 0; pair < pages; pair += 2) {
 #ifdef ROOTCELLAR_SHA_NI
-        if (use_sha_ni(portable) && page_size % 16 == 0) {
+        if (means != Means::portable && page_size % 16 == 0) {
             const std::int64_t blocks = page_size / 16;
-            pair += 2 * chain_of(blocks)(above, tokens + pair * page_size, (pages - pair) / 2, blocks, into + pair);
+            pair +=
+                2 * chain_of(means, blocks)(above, tokens + pair * page_size, (pages - pair) / 2, blocks, into + pair);
             if (pair >= pages) break;
             if (pair != 0) above = into[pair - 1];
         }
@@ -338,7 +341,7 @@ void chain(const Digest& parent, const std::int64_t* tokens, std::int64_t pages,
             widths |= width << (4 * i);
             std::memcpy(message.data() + size, above.data(), above.size());
             message[size + above.size()] = static_cast<std::uint8_t>(widths);
-            into[pair + i] = hash(message.data(), size + above.size() + 1, portable);
+            into[pair + i] = hash(message.data(), size + above.size() + 1, means);
         }
         if (pair + 1 < pages) above = into[pair + 1];
     }
