@@ -196,7 +196,8 @@ SHA_NI std::int64_t chain_pairs(const Digest& parent, const std::int64_t* tokens
     const auto* bytes = reinterpret_cast<const __m128i*>(parent.data());
     Halves above = {swapped(_mm_loadu_si128(bytes)), swapped(_mm_loadu_si128(bytes + 1))};
     __m128i rest = _mm_setzero_si128();
-    Pair firsts[4], seconds[4];  // of pair i at i % 4, when its first page is in it, and when both are
+    // Of pair i at i % 4: when its first page is in it, and when both are. Stand-ins read what no pair has written.
+    Pair firsts[4] = {}, seconds[4] = {};
     const auto page = [&](std::int64_t number) { return tokens + number * blocks * 16; };
     for (std::int64_t i = 0; i < std::min<std::int64_t>(pairs, 3); ++i) {
         firsts[i] = absorbed(load(INITIAL), page(2 * i), blocks, rest);
