@@ -74,6 +74,7 @@ class Engine:
         self._last_post: Post | None = None
         self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
         self._numbers = itertools.count()
+        self._calls = itertools.count()
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
             self._parts.model.architecture,
@@ -132,6 +133,7 @@ class Engine:
         rid: str | Sequence[str] | None = None,
         priority: int = 0,
         extra_key: str = "",
+        tenant: str = "",
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
 
@@ -149,6 +151,7 @@ class Engine:
             rid: a name for the request (one for each prompt), for :meth:`abort_request`.
             priority: higher goes first.
             extra_key: requests with different keys share no cache (a tenant, an adapter).
+            tenant: on whose behalf. Tenants get equal shares, and within them so do their calls.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in the order of the prompts (and within a prompt its ``n``
@@ -172,6 +175,7 @@ class Engine:
             logprobs=_logprob_options(return_logprob, logprob_start_len, top_logprobs_num),
             priority=priority,
             extra_key=extra_key,
+            tenant=tenant,
         )
         updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
         trackers = self._trackers(inputs, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
@@ -251,6 +255,7 @@ class Engine:
     def _trackers(self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Deliver]) -> list[Tracker]:
         timeout = self.config.request_timeout
         deadline = None if timeout is None else time.perf_counter() + timeout
+        call = next(self._calls)
         trackers = []
         for i, item in enumerate(inputs.items):
             request = Request.new(
@@ -262,6 +267,8 @@ class Engine:
                 priority=item.priority,
                 score_from=None if item.logprobs is None or item.logprobs.start is None
                 else max(item.logprobs.start - 1, 0),
+                tenant=inputs.tenant,
+                call=call,
             )  # fmt: skip
             seed = item.seed if item.seed is not None else self._draw_seed()
             trackers.append(

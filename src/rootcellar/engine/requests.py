@@ -39,11 +39,13 @@ class Inputs:
     """All sequences of one call.
 
     ``several``: the caller gets a list. ``received``: when it came, in seconds of ``time.perf_counter``.
+    ``tenant``: who asks.
     """
 
     items: list[Item]
     several: bool
     received: float
+    tenant: str = ""
 
 
 def read_inputs(
@@ -56,6 +58,7 @@ def read_inputs(
     logprobs: LogprobOptions | None = None,
     priority: int = 0,
     extra_key: str = "",
+    tenant: str = "",
 ) -> Inputs:
     """The sequences of one ``generate`` call; arguments as there.
 
@@ -66,8 +69,8 @@ def read_inputs(
     received = time.perf_counter()
     if (prompt is None) == (input_ids is None):
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
-    if not isinstance(priority, int) or not isinstance(extra_key, str):
-        raise RequestError("priority must be an integer and extra_key a string")
+    if not isinstance(priority, int) or not isinstance(extra_key, str) or not isinstance(tenant, str):
+        raise RequestError("priority must be an integer, extra_key and tenant strings")
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
     rids = _spread(rid, len(prompts), "rid", str) if rid is not None else [None] * len(prompts)
@@ -88,7 +91,7 @@ def read_inputs(
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
             follow = grammar if grammar is None or j == 0 else grammar.copy()
             items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key, follow))
-    return Inputs(items, not one or len(items) > 1, received)
+    return Inputs(items, not one or len(items) > 1, received, tenant)
 
 
 def _spread(value: Any, n: int, name: str, kind: type) -> list[Any]:

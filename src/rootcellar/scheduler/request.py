@@ -65,6 +65,8 @@ class Request:
         sampling: its sampling parameters.
         stop_ids: token ids that end it.
         namespace: requests of different namespaces share nothing.
+        tenant: who asks (the name of an API key): for fairness alone, ``namespace`` says what is shared.
+        call: which of the tenant's calls asks: one HTTP request or ``generate()``, whatever its prompts and ``n``.
         epoch: the version of the weights that its KV is computed with; requests of different epochs share nothing.
         priority: higher goes first.
         score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
@@ -89,6 +91,8 @@ class Request:
     namespace: str = ""
     priority: int = 0
     score_from: int | None = None
+    tenant: str = ""
+    call: int = 0
     epoch: str = ""
     order: int = 0
     lease: Lease | None = None
@@ -113,11 +117,15 @@ class Request:
         namespace: str = "",
         priority: int = 0,
         score_from: int | None = None,
+        tenant: str = "",
+        call: int = 0,
     ) -> Request:
         """A request for the continuation of ``prompt`` (token ids, at least one)."""
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
         ids[: len(prompt)] = prompt
-        return cls(rid, ids, len(prompt), len(prompt), sampling, stop_ids, namespace, priority, score_from)
+        return cls(
+            rid, ids, len(prompt), len(prompt), sampling, stop_ids, namespace, priority, score_from, tenant, call
+        )
 
     @property
     def remaining(self) -> int:
