@@ -15,10 +15,10 @@ import math
 from dataclasses import replace
 
 from rootcellar.cache.kind import full
-from rootcellar.sim.layers import read_architecture
+from rootcellar.plan.layers import read_architecture
+from rootcellar.plan.presets import PRESETS
+from rootcellar.plan.sizing import Rules
 from rootcellar.sim.mix import Budget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
-from rootcellar.sim.presets import PRESETS
-from rootcellar.sim.sizing import Rules
 
 PAGE = 64
 # Preset -> tokens that an all-full cache would hold, the step in tokens.

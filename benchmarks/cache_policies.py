@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from rootcellar.sim.cli import parse_tokens
+from rootcellar.commands.replay import parse_tokens
 from rootcellar.sim.replay import replay
 from rootcellar.sim.trace import BLOCK, TraceRequest, parse
 

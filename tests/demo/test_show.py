@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from rootcellar.demo import show
+from rootcellar.commands import demo
 
 
 class PretendEngine:
@@ -52,7 +52,7 @@ class PretendEngine:
 
 def shown(engine: PretendEngine) -> tuple[int, str]:
     out = io.StringIO()
-    code = show.run(lambda: engine, Console(file=out, width=120, highlight=False))
+    code = demo.show(lambda: engine, Console(file=out, width=120, highlight=False))
     return code, out.getvalue()
 
 

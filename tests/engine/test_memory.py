@@ -25,13 +25,13 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.kinds import kinds_of
 from rootcellar.models.params import count_bytes
+from rootcellar.plan.capacity import Ask, plan
+from rootcellar.plan.layers import read_architecture
+from rootcellar.plan.presets import PRESETS
+from rootcellar.plan.sizing import divide
 from rootcellar.pools import PagedKV, PagedLatent, Pool, States
 from rootcellar.runner import Placement, Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
-from rootcellar.sim.layers import read_architecture
-from rootcellar.sim.plan import Ask, plan
-from rootcellar.sim.presets import PRESETS
-from rootcellar.sim.sizing import divide
 
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],

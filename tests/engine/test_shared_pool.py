@@ -7,7 +7,7 @@ import pytest
 
 import rootcellar
 from checkpoints import make_checkpoint
-from rootcellar.sim.sizing import ARENA
+from rootcellar.plan.sizing import ARENA
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def groups_of_two():
     """Layers in groups of two although that leaves a sixth unused: so that one group has fewer layers than a page."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rootcellar.sim.arena.UNUSED", 0.2)
+        patch.setattr("rootcellar.plan.arena.UNUSED", 0.2)
         yield
 
 

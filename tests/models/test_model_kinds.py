@@ -14,8 +14,8 @@ from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import params_from_tensors, tensors_from_params
 from rootcellar.models.model import LayerConfig
 from rootcellar.models.params import init_params
-from rootcellar.sim.layers import read_architecture
-from rootcellar.sim.presets import PRESETS
+from rootcellar.plan.layers import read_architecture
+from rootcellar.plan.presets import PRESETS
 
 BF16 = jnp.dtype(jnp.bfloat16)
 

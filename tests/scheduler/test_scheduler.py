@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from simulated import World, expected_answer
 
 from rootcellar.cache import chunked_local, sliding_window
+from rootcellar.plan.sizing import request_pages
 from rootcellar.scheduler import Finish, Stage
-from rootcellar.sim.sizing import request_pages
 
 
 def prompt(seed, length):

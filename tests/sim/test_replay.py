@@ -11,8 +11,8 @@ import pytest
 
 from checkpoints import make_config
 from rootcellar.cli import main
+from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
-from rootcellar.sim import figure
 from rootcellar.sim.replay import Outcome, optimal, replay
 from rootcellar.sim.trace import TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, agents, workload

@@ -28,12 +28,12 @@ from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops.attention import choose_backend
+from rootcellar.plan.arena import group
+from rootcellar.plan.sizing import ARENA
 from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
 from rootcellar.scheduler import Scheduler, Snapshots
-from rootcellar.sim.arena import group
-from rootcellar.sim.sizing import ARENA
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """How large the KV cache becomes, and why: usable bytes, less weights and activations, divided among the kinds.
 
-Sizes are bytes on one device. The division itself is :mod:`rootcellar.sim.sizing`, which the planner uses too. Nothing
+Sizes are bytes on one device. The division itself is :mod:`rootcellar.plan.sizing`, which the planner uses too. Nothing
 is allocated here: weights are counted from their shapes, and activations are asked of the compiler, or bounded from
 above where that bound is enough to know that everything fits.
 """
@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.models.spec import Params
+from rootcellar.plan.sizing import ARENA, Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
 from rootcellar.runner import Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
-from rootcellar.sim.sizing import ARENA, Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
 from rootcellar.units import gb, parse_bytes
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rootcellar.cache import Kind
+from rootcellar.plan.sizing import ARENA
 from rootcellar.pools import Layout
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.runner import compiled_step, scorer
-from rootcellar.sim.sizing import ARENA
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rootcellar.cache import Key, Kind, RadixCache, Tier
-from rootcellar.sim.arena import group
-from rootcellar.sim.sizing import ARENA, Cost, Division, Rules, divide
+from rootcellar.plan.arena import group
+from rootcellar.plan.sizing import ARENA, Cost, Division, Rules, divide
 
 Wave = Sequence[int]
 _MOST = 1024  # requests in a wave

@@ -6,10 +6,10 @@ import pytest
 
 from rootcellar import cli
 from rootcellar.errors import ConfigError
-from rootcellar.sim.layers import read_architecture
-from rootcellar.sim.plan import Ask, plan, what_if
-from rootcellar.sim.presets import PRESETS
-from rootcellar.sim.weights import weight_bytes
+from rootcellar.plan.capacity import Ask, plan, what_if
+from rootcellar.plan.layers import read_architecture
+from rootcellar.plan.presets import PRESETS
+from rootcellar.plan.weights import weight_bytes
 from rootcellar.units import gb, parse_bytes
 
 SCOUT_KV = parse_bytes("89.71GiB", "kv_bytes_per_device")

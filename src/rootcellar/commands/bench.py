@@ -18,14 +18,14 @@ from rich.table import Table
 from rootcellar.config import EngineConfig
 from rootcellar.engine.engine import Engine
 from rootcellar.errors import RequestError
-from rootcellar.options import given
+from rootcellar.options import add_arguments, given
 
 # Of the long prompt, so many tokens at the end are new when its cached time to first token is measured.
 _FRESH = 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``rootcellar bench`` beside the engine's own."""
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``rootcellar bench``."""
     group = parser.add_argument_group("bench")
     group.add_argument("--batch-sizes", default="1,16", help="Batch sizes, separated by commas (default: 1,16).")
     group.add_argument("--input-len", type=int, default=128, help="Prompt tokens of a request (default: 128).")
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--repeat", type=int, default=3, help="Runs, of which the median counts (default: 3).")
     group.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
+    add_arguments(parser, EngineConfig, "engine")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +73,7 @@ class _Prompts:
         self._vocab = vocab
 
     def take(self, n: int, length: int) -> list[list[int]]:
-        return self._rng.integers(0, self._vocab, (n, length)).tolist()
+        return [self._rng.integers(0, self._vocab, length).tolist() for _ in range(n)]
 
 
 def measure(

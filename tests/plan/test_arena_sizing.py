@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootcellar.cache.kind import chunked_local, full, recurrent, sliding_window
-from rootcellar.sim.arena import MOST_GROUPS, group
-from rootcellar.sim.layers import read_architecture
+from rootcellar.plan.arena import MOST_GROUPS, group
+from rootcellar.plan.capacity import Ask, plan
+from rootcellar.plan.layers import read_architecture
+from rootcellar.plan.presets import PRESETS
+from rootcellar.plan.sizing import ARENA, Cost, Rules, divide, longest_request, smallest
 from rootcellar.sim.mix import Budget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
-from rootcellar.sim.plan import Ask, plan
-from rootcellar.sim.presets import PRESETS
-from rootcellar.sim.sizing import ARENA, Cost, Rules, divide, longest_request, smallest
 
 unhurried = settings(deadline=None, max_examples=200)
 BYTES = 1000

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootcellar.cache.kind import chunked_local, full, recurrent, sliding_window
-from rootcellar.sim.sizing import MIN_STATES, Cost, Rules, concurrency, divide, largest, request_pages, smallest
+from rootcellar.plan.sizing import MIN_STATES, Cost, Rules, concurrency, divide, largest, request_pages, smallest
 
 unhurried = settings(deadline=None, max_examples=300)
 

@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ConfigError
-from rootcellar.sim.layers import Architecture, read_architecture
-from rootcellar.sim.plan import KV_DTYPES, Ask, Plan, plan, what_if
-from rootcellar.sim.presets import PRESETS
+from rootcellar.plan.capacity import KV_DTYPES, Ask, Plan, plan, what_if
+from rootcellar.plan.layers import Architecture, read_architecture
+from rootcellar.plan.presets import PRESETS
 from rootcellar.units import gb, parse_bytes
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the ``plan`` command to an argparse collection of subcommands."""
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``rootcellar plan``."""
     presets = ", ".join(PRESETS)
-    parser = subparsers.add_parser(
-        "plan",
-        help="how many tokens and requests fit, from a model's config and the hardware",
-        usage="rootcellar plan MODEL [options]",
-        description="Capacity of the KV cache from first principles, each figure with its formula. Without --hbm, "
-        "--kv-bytes-per-device or --max-total-tokens: the bytes per token and per request alone.",
+    parser.usage = "rootcellar plan MODEL [options]"
+    parser.description = (
+        "Capacity of the KV cache from first principles, each figure with its formula. Without --hbm, "
+        "--kv-bytes-per-device or --max-total-tokens: the bytes per token and per request alone."
     )
     parser.add_argument("model", metavar="MODEL", help=f"A config.json, a model folder, or one of {presets}.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")

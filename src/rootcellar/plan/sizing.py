@@ -44,7 +44,7 @@ class Rules:
         inflight: tokens of a request that may be in computation (``chunked_prefill_size``); see
             :func:`split_pages`, and arenas.
         running: requests that may run at the same time; counts when ``max_total_tokens`` is given.
-        arena: names of the kinds that share one pool, all with pages of the same bytes (see ``sim.arena``).
+        arena: names of the kinds that share one pool, all with pages of the same bytes (see ``plan.arena``).
     """
 
     page_size: int

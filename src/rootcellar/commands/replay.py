@@ -8,14 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from timeit import default_timer  # the one clock of this room: it only says how long a row took
-from typing import Any
+from time import perf_counter
 
 from rootcellar.cache.order import POLICIES
+from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
-from rootcellar.sim import figure
-from rootcellar.sim.layers import read_architecture
-from rootcellar.sim.plan import KV_DTYPES, Ask, plan
+from rootcellar.plan.capacity import KV_DTYPES, Ask, plan
+from rootcellar.plan.layers import read_architecture
 from rootcellar.sim.replay import Outcome, Progress, optimal, replay
 from rootcellar.sim.trace import BLOCK, BadLine, TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, workload
@@ -24,13 +23,10 @@ GENERATED = "generated:"
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the ``replay`` command to an argparse collection of subcommands."""
-    parser = subparsers.add_parser(
-        "replay",
-        help="replay a trace of requests through the cache, without a model",
-        description="Replay a trace through the real cache without the bytes, beside the offline optimum.",
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``rootcellar replay``."""
+    parser.usage = "rootcellar replay TRACE [options]"
+    parser.description = "Replay a trace through the real cache without the bytes, beside the offline optimum."
     generated = ", ".join(GENERATED + name for name in WORKLOADS)
     parser.add_argument("trace", metavar="TRACE", help=f"Mooncake-format JSON lines, or one of {generated}.")
     parser.add_argument(
@@ -81,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     with _progress(len(capacities) * len(policies) * len(requests)) as tell:
         for capacity in capacities:
             for policy in policies:
-                begin = default_timer()
+                begin = perf_counter()
                 outcome = _row(args, requests, capacity, policy, output, tell)
-                rows.append((outcome, default_timer() - begin))
+                rows.append((outcome, perf_counter() - begin))
     _report(args, rows, bad, len(requests), token_bytes)
     if args.figure:
         _draw(args, [outcome for outcome, _ in rows], token_bytes)

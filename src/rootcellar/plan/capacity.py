@@ -13,9 +13,9 @@ from typing import Any
 
 from rootcellar.cache.kind import Kind
 from rootcellar.errors import ConfigError
-from rootcellar.sim.arena import group
-from rootcellar.sim.layers import Architecture, Group, Latent, head_dim, need
-from rootcellar.sim.sizing import (
+from rootcellar.plan.arena import group
+from rootcellar.plan.layers import Architecture, Group, Latent, head_dim, need
+from rootcellar.plan.sizing import (
     ARENA,
     Cost,
     Division,
@@ -28,7 +28,7 @@ from rootcellar.sim.sizing import (
     request_pages,
     smallest,
 )
-from rootcellar.sim.weights import weight_bytes
+from rootcellar.plan.weights import weight_bytes
 from rootcellar.units import gb
 
 KV_DTYPES = {

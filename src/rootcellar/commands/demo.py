@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,8 @@ from rootcellar.demo import load_facts, manual
 
 if TYPE_CHECKING:
     from rootcellar import Engine
+
+Answer = dict[str, Any]
 
 FACTS_IN_MANUAL = 30
 LONG_QUESTION = "What is chunked prefill?"
@@ -53,7 +56,16 @@ class Report:
     moments: list[tuple[str, Mapping[str, int]]] = field(default_factory=list)
 
 
-def run(engine_factory: Callable[[], Engine] | None = None, console: Console | None = None) -> int:
+def configure(_parser: argparse.ArgumentParser) -> None:
+    """It has no options."""
+
+
+def run(_args: argparse.Namespace) -> int:
+    """Show it with the embedded model; see :func:`show`."""
+    return show()
+
+
+def show(engine_factory: Callable[[], Engine] | None = None, console: Console | None = None) -> int:
     """Show a long prompt twice and a two-turn chat: text, times, cached tokens and the pool's occupancy.
 
     Args:
@@ -123,10 +135,11 @@ def _answer(
 ) -> str:
     """Stream one answer and note what it cost; with `watch`, also how full the pool is while it runs."""
     console.print(Text("answer: ", style="bold"), end="")
-    text, meta = "", {}
+    text = ""
+    meta: Answer = {}
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
     with _flushed_lines(console):
-        for part in engine.generate(prompt=prompt, sampling_params=sampling, stream=True):
+        for part in cast("Iterator[Answer]", engine.generate(prompt=prompt, sampling_params=sampling, stream=True)):
             console.out(part["text"][len(text) :], end="", highlight=False, style="cyan")
             text, meta = part["text"], part["meta_info"]
             if watch and meta["finish_reason"] is None:
@@ -153,7 +166,7 @@ def _flushed_lines(console: Console) -> Iterator[None]:
 
 def _shelf(engine: Engine) -> Mapping[str, int]:
     """The occupancy of the device's pool, in tokens."""
-    return engine.stats()["cache"]["full"]["DEVICE"]
+    return cast("Mapping[str, int]", engine.stats()["cache"]["full"]["DEVICE"])
 
 
 def _user(content: str) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""The commands of ``rootcellar``, a module each: ``configure(parser)`` declares its options, ``run(args)`` does it."""

@@ -1,1 +1,0 @@
-"""Values that more than one room speaks of: attention kinds' rule, tiers, keys."""
