@@ -31,7 +31,7 @@ def package() -> Path:
     source, copy = ROOT / "src" / "rootcellar", BUILD / "package" / "rootcellar"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "types.py"):
+    for name in ("__init__.py", "errors.py"):
         shutil.copy(source / name, copy)
     shutil.copytree(source / "cache", copy / "cache", ignore=shutil.ignore_patterns("__pycache__", "native"))
     for core in BUILD.glob("_core*.so"):
