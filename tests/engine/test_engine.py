@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 
 import pytest
 
@@ -207,6 +208,29 @@ def test_eos_of_the_model_ends_unless_ignored(tmp_path):
     with rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, max_total_tokens=256) as engine:
         result = engine.generate(input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 12})
         assert result["output_ids"] == whole[: whole.index(whole[3]) + 1]
+
+
+def test_the_end_that_only_the_tokenizer_names_ends_too(tmp_path):
+    """Its configs name another token, as a base model's do whose chat template came later."""
+    folder = make_checkpoint("qwen2", tmp_path, tokenizer=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    last = config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    options = {"temperature": 0, "max_new_tokens": 8}
+    with rootcellar.Engine(model_path=folder, max_total_tokens=256) as engine:
+        whole = engine.generate(input_ids=PROMPT, sampling_params={**options, "ignore_eos": True})["output_ids"]
+        assert len(whole) == 8
+    assert last not in whole
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    word = next(text for text, id in vocabulary.items() if id == whole[3])
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": word}))
+    with rootcellar.Engine(model_path=folder, max_total_tokens=256) as engine:
+        result = engine.generate(input_ids=PROMPT, sampling_params=options)
+        assert result["output_ids"] == whole[: whole.index(whole[3]) + 1]
+        assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": whole[3]}
+        assert engine.generate(input_ids=PROMPT, sampling_params={**options, "ignore_eos": True})["output_ids"] == whole
 
 
 # -- logprobs ----------------------------------------------------------------------------------------------------------

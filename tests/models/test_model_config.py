@@ -42,13 +42,25 @@ def test_absent_fields_take_the_architecture_defaults():
 
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
-    [(5, {}, (5,)), ([5, 6], {}, (5, 6)), (None, {}, ()), (5, {"eos_token_id": [7, 8]}, (7, 8)), (0, None, (0,))],
+    [(5, {}, (5,)), ([5, 6], {}, (5, 6)), (None, {}, ()), (5, {"eos_token_id": [8, 7]}, (5, 7, 8)), (0, None, (0,))],
 )
 def test_end_of_text_ids(tmp_path, config, generation, expected):
     (tmp_path / "config.json").write_text(json.dumps(make_config("qwen2", eos_token_id=config)))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_config(tmp_path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("outer", "nested", "expected"),
+    [([1, 106], None, (1, 106)), ([1, 106], 1, (1, 106)), (None, 1, (1,)), (106, [1], (1, 106)), (None, None, ())],
+)
+def test_a_nested_config_hides_no_end_of_text(outer, nested, expected):
+    raw = make_config("gemma3", eos_token_id=nested)
+    assert (
+        read_config({"architectures": raw["architectures"], "eos_token_id": outer, "text_config": raw}).eos_token_ids
+        == expected
+    )
 
 
 def test_switches_of_the_families():

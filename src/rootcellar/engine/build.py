@@ -49,6 +49,8 @@ class Parts:
 
     model: ModelConfig
     tokenizer: Tokenizer | None
+    stop_ids: frozenset[int]
+    """Tokens that end an answer unless it ignores them: the configs' ends of text, and the tokenizer's."""
     scheduler: Scheduler
     runner: Runner
     compiles: CompileCounter
@@ -129,9 +131,11 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         pool_of=programs.pool_of,
     )
     scheduler = _scheduler(config, programs, pools, shapes, running)
+    stop_ids = _stop_ids(model, tokenizer)
     return Parts(
         model,
         tokenizer,
+        stop_ids,
         scheduler,
         runner,
         compiles,
@@ -141,9 +145,15 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         running,
         programs.backend,
         reload,
-        None if tokenizer is None else Grammars(tokenizer, model.vocab_size, tuple(model.eos_token_ids)),
+        None if tokenizer is None else Grammars(tokenizer, model.vocab_size, tuple(sorted(stop_ids))),
         sizing,
     )
+
+
+def _stop_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """A chat model's end of turn may be known to its tokenizer alone."""
+    last = None if tokenizer is None else tokenizer.eos_token_id
+    return frozenset(id for id in (*model.eos_token_ids, last) if id is not None and 0 <= id < model.vocab_size)
 
 
 def _scheduler(

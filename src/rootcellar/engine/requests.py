@@ -82,9 +82,7 @@ def read_inputs(
         sampling = _fit(parts, ids, given, where)
         if logprobs is not None and logprobs.start is not None and logprobs.start >= len(ids):
             raise RequestError(f"{where}logprob_start_len={logprobs.start} is beyond the prompt of {len(ids)} tokens")
-        stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(parts.model.eos_token_ids)
-        )
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else parts.stop_ids)
         grammar = None if parts.grammars is None else parts.grammars.start(sampling)
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**32

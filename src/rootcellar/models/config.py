@@ -19,8 +19,8 @@ __all__ = ["LayerConfig", "ModelConfig", "load_config", "read_config", "read_jso
 def load_config(folder: str | Path) -> ModelConfig:
     """Read ``config.json``, and ``generation_config.json`` where there is one, of a Hugging Face model folder.
 
-    End-of-text ids come from ``generation_config.json`` where it names any, else from ``config.json``: what
-    transformers' ``generate`` stops at. Raises ``ModelError`` for a missing folder or file, an unknown architecture,
+    End-of-text ids are those of both files together, the nested ``text_config`` included: a checkpoint may name the end
+    of a turn in any one of them. Raises ``ModelError`` for a missing folder or file, an unknown architecture,
     a missing field, and for features that would silently give other results (quantised weights).
     """
     folder = Path(folder)
@@ -43,18 +43,20 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
     from 5 on (``rope_parameters``, ``dtype``). Raises ``ModelError`` as ``load_config`` does.
     """
     family = family_of(raw)
-    raw = {**family.defaults, **raw, **(raw.get("text_config") or {})}  # a multimodal model's language model is nested
+    nested = raw.get("text_config") or {}  # a multimodal model's language model
+    named = (each.get("eos_token_id") for each in (generation or {}, raw, nested))
+    eos = {id for each in named for id in _ids(each)}
+    raw = {**family.defaults, **raw, **nested}
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise ModelError(f"quantised weights ({method}) are not supported; use the float checkpoint of this model")
-    eos = (generation or {}).get("eos_token_id")
     common: dict[str, Any] = {
         "vocab_size": size(raw, "vocab_size"),
         "hidden_size": size(raw, "hidden_size"),
         "norm": Norm(float(given(raw, "rms_norm_eps", 1e-6))),
         "max_position_embeddings": size(raw, "max_position_embeddings"),
         "tie_word_embeddings": bool(given(raw, "tie_word_embeddings", False)),
-        "eos_token_ids": _ids(raw.get("eos_token_id") if eos is None else eos),
+        "eos_token_ids": tuple(sorted(eos)),
         "bos_token_id": next(iter(_ids(raw.get("bos_token_id"))), None),
         "dtype": str(given(raw, "dtype", given(raw, "torch_dtype", "float32"))).removeprefix("torch."),
     }

@@ -125,6 +125,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Scores are squashed to within this by tanh."""
     eos_token_ids: tuple[int, ...] = ()
+    """Every id that the checkpoint's configs name as an end of text, ascending; the tokenizer may know another."""
     bos_token_id: int | None = None
     dtype: str = "float32"
     """The dtype that the checkpoint was saved in, as ``config.json`` says (one of ``DTYPES``); loading may differ."""
