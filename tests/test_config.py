@@ -128,6 +128,22 @@ def test_an_unknown_key_brings_the_closest():
         SamplingParams.from_dict({"temprature": 1})
 
 
+def test_a_bias_is_stored_once_for_each_token():
+    assert SamplingParams.from_dict({"logit_bias": {"7": 1, 3: -100}}).logit_bias == ((3, -100.0), (7, 1.0))
+    assert SamplingParams.from_dict({"logit_bias": None}).logit_bias == ()
+    assert SamplingParams.from_dict({"logit_bias": {}}).logit_bias == ()
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [5, "x", [1], [[1, 2]], {"a": 1}, {"-1": 1}, {-1: 1}, {True: 1}, {2**31: 1}, {"9" * 11: 1}, {"1": 1, 1: 2},
+     {1: "2"}, {1: True}, {1: None}, {1: 100.5}, {1: -101}, {1: float("nan")}, {1: 10**400}, {1.5: 1}, {"\u0661": 1}],
+)  # fmt: skip
+def test_a_bias_that_is_none_is_refused(bias):
+    with pytest.raises(RequestError, match=r"logit_bias=.* a mapping of token ids to numbers in \[-100, 100\]"):
+        SamplingParams.from_dict({"logit_bias": bias})
+
+
 @pytest.mark.parametrize("params", [[], "greedy", 5, SamplingParams()])
 def test_only_a_mapping_is_taken(params):
     with pytest.raises(RequestError, match="must be a dict"):

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import os
 import reprlib
@@ -25,6 +26,9 @@ from rootcellar.errors import RootcellarError
 
 _METADATA_KEY = "rootcellar.option"
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty string"}
+
+Weights = tuple[tuple[int, float], ...]
+"""A number for each of some token ids: given as a mapping, whose keys may be text as in JSON, and stored as pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ class Option:
 
     def allowed(self) -> str:
         """The allowed values in words, as error messages and the documentation say them."""
+        if self.kind is tuple:
+            return f"a mapping of token ids to numbers {self.limits.describe()}, or None"
         if self.limits.choices:
             text = "one of " + ", ".join(map(repr, self.limits.choices))
         else:
@@ -86,6 +92,8 @@ class Option:
         """The value in the option's own type, or `error` naming the option, the value and what is allowed."""
         if value is None and self.optional:
             return None
+        if self.kind is tuple:
+            return self._accept_weights(value, error)
         if not self.many:
             return self._accept_one(value, value, error)
         if value is None:
@@ -114,6 +122,26 @@ class Option:
                 return number
         raise self._refusal(given, error)
 
+    def _accept_weights(self, value: object, error: type[RootcellarError]) -> Weights:
+        """``Weights`` in the order of their ids; each id once, from 0 on and within 32 bits."""
+        pairs = value.items() if isinstance(value, Mapping) else () if value is None else value
+        weights: dict[int, float] = {}
+        for pair in pairs if isinstance(pairs, Iterable) and not isinstance(pairs, str) else [None]:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise self._refusal(value, error)
+            id, number = pair
+            if isinstance(id, str) and id.isascii() and id.isdecimal() and len(id) <= 10:
+                id = int(id)
+            if not isinstance(id, Integral) or isinstance(id, bool) or not 0 <= int(id) < 2**31 or int(id) in weights:
+                raise self._refusal(value, error)
+            if not isinstance(number, Real) or isinstance(number, bool):
+                raise self._refusal(value, error)
+            real = self._as_number(number)
+            if real is None or not self.limits.contain(real):
+                raise self._refusal(value, error)
+            weights[int(id)] = real
+        return tuple(sorted(weights.items()))
+
     def _as_number(self, item: Any) -> int | float | None:
         """The number in this option's kind, or None for one that is not finite or that 64 bits cannot hold."""
         if self.kind is int:
@@ -134,6 +162,11 @@ class Option:
         if self.kind in (int, float):
             try:
                 return self.kind(text)
+            except ValueError:
+                return text
+        if self.kind is tuple:
+            try:
+                return json.loads(text)
             except ValueError:
                 return text
         return text
@@ -236,6 +269,8 @@ def _read_annotation(hint: Any) -> tuple[type, bool, bool]:
         (inner,) = (arm for arm in typing.get_args(hint) if arm is not types.NoneType)
         kind, _, many = _read_annotation(inner)
         return kind, True, many
+    if hint == Weights:
+        return tuple, False, False
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], False, True
     return hint, False, False
@@ -244,7 +279,7 @@ def _read_annotation(hint: Any) -> tuple[type, bool, bool]:
 def _metavar(declared: Option) -> str:
     if declared.limits.choices:
         return "{" + ",".join(declared.limits.choices) + "}"
-    return {int: "N", float: "X", str: "PATH" if declared.limits.path else "TEXT"}[declared.kind]
+    return {int: "N", float: "X", str: "PATH" if declared.limits.path else "TEXT", tuple: "JSON"}[declared.kind]
 
 
 def _default_text(declared: Option) -> str:

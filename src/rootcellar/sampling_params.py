@@ -46,10 +46,17 @@ class SamplingParams:
         low=0.01,
         high=2,
     )
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (), "Added to the logits of these tokens after the penalties; 100 nearly forces a token, -100 bans it.",
+        low=-100, high=100,
+    )  # fmt: skip
     stop: tuple[str, ...] = option((), "Strings that end the answer.")
     stop_token_ids: tuple[int, ...] = option((), "Token ids that end the answer, beside the model's own.", low=0)
     ignore_eos: bool = option(False, "Go on past the model's end-of-sequence token.")
     skip_special_tokens: bool = option(True, "Leave special tokens out of the text.")
+    spaces_between_special_tokens: bool = option(
+        True, "Changes nothing: the tokenizers here put no spaces between special tokens, as SGLang's fast ones."
+    )
     no_stop_trim: bool = option(False, "Keep the stop string or stop token at the end of the text.")
     n: int = option(1, "Answers to generate; they share the prompt's KV cache.", low=1, high=128)
     seed: int | None = option(

@@ -8,7 +8,7 @@ import pytest
 
 import rootcellar
 from checkpoints import make_checkpoint
-from rootcellar.errors import ModelError
+from rootcellar.errors import ModelError, RequestError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -292,3 +292,20 @@ def test_penalties_change_the_answer(engine):
     settings = {**GREEDY, "max_new_tokens": 60, "presence_penalty": 2.0, "frequency_penalty": 2.0}
     penalised = engine.generate(input_ids=PROMPT, sampling_params=settings)["output_ids"]
     assert len(set(penalised)) > len(set(plain))
+
+
+def test_a_bias_forces_and_bans_and_compiles_nothing_new(engine):
+    engine.warm_up()
+    plain = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    before = engine.stats()["compilations"]
+    forced, banned, beside = engine.generate(
+        input_ids=[PROMPT] * 3,
+        sampling_params=[{**GREEDY, "logit_bias": {"7": 100}}, {**GREEDY, "logit_bias": {plain[0]: -100}}, GREEDY],
+        return_logprob=True,
+    )
+    assert set(forced["output_ids"]) == {7}
+    assert plain[0] not in banned["output_ids"]
+    assert beside["output_ids"] == plain
+    assert engine.stats()["compilations"] == before
+    with pytest.raises(RequestError, match="logit_bias: ids of this model are 0 to"):
+        engine.generate(input_ids=PROMPT, sampling_params={"logit_bias": {10**6: 1}})

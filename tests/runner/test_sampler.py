@@ -102,13 +102,46 @@ def test_penalties_are_what_their_definitions_say():
     prompt, output = np.array([1, 2]), np.array([2, 3, 3])
     params = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.5, "temperature": 0}
     settings = sampler.build([row(prompt=prompt, output=output, **params)], 1, VOCAB)
-    got = np.asarray(sampler._penalise(jnp.asarray(logits), settings))[0]
+    got = np.asarray(sampler._adjust(jnp.asarray(logits), settings))[0]
     expected = logits[0].copy()
     for token in (1, 2, 3):
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
     expected[2] -= 0.5 * 1 + 0.25
     expected[3] -= 0.5 * 2 + 0.25
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_bias_is_added_after_the_penalties_and_before_bans_and_the_choice():
+    logits = np.random.default_rng(7).standard_normal((4, VOCAB)).astype(np.float32)
+    best, second = np.argsort(-logits[0])[:2]
+    gap = float(logits[0, best] - logits[0, second])
+    rows = [
+        row(temperature=0, logit_bias={int(second): gap + 0.01}),
+        row(temperature=0, logit_bias={int(second): 100}, banned=(int(second),)),
+        row(temperature=1.0, seed=1, logit_bias={"7": 100}),
+        row(temperature=0),  # beside the others, untouched
+    ]
+    logits[1:] = logits[0]
+    tokens, logprobs = draw(logits, rows)
+    assert tokens.tolist() == [second, best, 7, best]
+    expected = logits[0] - np.log(np.exp(logits[0]).sum())
+    np.testing.assert_allclose(logprobs, expected[tokens], atol=1e-5)  # the model's own, without the bias
+    penalised = row(temperature=0, output=np.array([best]), frequency_penalty=2.0, logit_bias={int(best): 2.0})
+    np.testing.assert_allclose(
+        np.asarray(sampler._adjust(jnp.asarray(logits[:1]), sampler.build([penalised], 1, VOCAB)))[0], logits[0],
+        atol=1e-6,
+    )  # fmt: skip
+
+
+def test_a_bias_is_no_program_of_its_own():
+    programs = [
+        {name for name, value in vars(p).items() if value is not None} if p else None
+        for p in sampler.every_program(2, VOCAB)
+    ]
+    for params in ({"logit_bias": {1: 1.0}}, {"presence_penalty": 1.0}, {"temperature": 0, "logit_bias": {1: 1, 2: 2}}):
+        made = sampler.build([row(**params)], 2, VOCAB)
+        assert {name for name, value in vars(made).items() if value is not None} in programs
+        assert made.banned.shape == (2, 8)
 
 
 def test_top_logprobs():

@@ -95,7 +95,7 @@ def test_what_asks_for_nothing_is_accepted(client):
         ({"text": "a", "sampling_params": {"n": 100}}, "max_n"),
         ({"text": "a", "sampling_params": {"n": "2"}}, "n='2'"),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params must be"),
-        ({"text": "a", "sampling_params": {"logit_bias": {"1": 2}}}, "logit_bias"),
+        ({"text": "a", "sampling_params": {"logit_bias": {"1": 200}}}, "logit_bias"),
         ({"text": "a", "sampling_params": {"regex": "("}}, "regex is not understood"),
         ({"text": "a", "lora_path": "x"}, "lora_path is not supported"),
         ({"text": "a", "logprob_start_len": 100, "return_logprob": True}, "beyond the prompt"),

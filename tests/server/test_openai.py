@@ -193,7 +193,7 @@ def test_stop_strings(client):
         ({"prompt": "a", "temperature": -1}, "temperature", "temperature"),
         ({"prompt": "a", "top_p": 0}, "top_p", "top_p"),
         ({"prompt": "a", "seed": -1}, "seed", "seed"),
-        ({"prompt": "a", "logit_bias": {"1": 5}}, "logit_bias is not supported", "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"1": 101}}, "in [-100, 100]", "logit_bias"),
         ({"prompt": "word " * 5000}, "tokens", None),
     ],
 )

@@ -163,6 +163,8 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
         raise RequestError(f"{where}stop strings need the tokenizer: use stop_token_ids instead")
     if any(t >= parts.model.vocab_size for t in sampling.stop_token_ids):
         raise RequestError(f"{where}stop_token_ids: ids of this model are 0 to {parts.model.vocab_size - 1}")
+    if any(token >= parts.model.vocab_size for token, _ in sampling.logit_bias):
+        raise RequestError(f"{where}logit_bias: ids of this model are 0 to {parts.model.vocab_size - 1}")
     n = len(ids)
     if n >= parts.context_length:
         raise RequestTooLarge(

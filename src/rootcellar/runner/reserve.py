@@ -71,8 +71,8 @@ def reserve_bytes(programs: Programs) -> dict[str, int]:
     """Bytes on one device that the largest programs need beside weights and pools, by name. Compiles them.
 
     ``prefill`` and ``decode``: temporaries and results of the largest step of each; ``sample``: choosing the tokens of
-    the largest batch, with penalties; ``score``: logprobs of a prompt's tokens. A step and the sampling or scoring
-    after it may be in flight together.
+    the largest batch, with penalties and biases; ``score``: logprobs of a prompt's tokens. A step and the sampling or
+    scoring after it may be in flight together.
     """
     largest = {tile: tiles for tiles, tile in programs.shapes.all()}  # shapes come in growing order
     decode, prefill = largest[1], largest[programs.shapes.tile]
@@ -101,8 +101,8 @@ def _arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
 
 def _sampling(rows: int, vocab: int) -> int:
     scores = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
-    penalised = sampler.every_program(rows, vocab)[-1]
-    settings = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), penalised)
+    adjusted = sampler.every_program(rows, vocab)[-1]
+    settings = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), adjusted)
     lowered = jax.jit(sampler.sample).lower(scores, settings)
     return _beside(lowered) + sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(settings))
 

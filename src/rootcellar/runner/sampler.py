@@ -31,8 +31,9 @@ _NEVER = -1e30
 class SamplingBatch:
     """The sampling settings of a batch, one row for each row of logits.
 
-    ``counts``, how often each token was generated, and ``seen``, whether it stands in the prompt or the answer, are
-    None unless a request of the batch has a penalty: they are as wide as the vocabulary.
+    ``counts``, how often each token was generated, ``seen``, whether it stands in the prompt or the answer, and
+    ``bias``, what is added to its logit, are as wide as the vocabulary. So they are None unless a request of the batch
+    has a penalty or a bias, and all there when one has either: one more program, not three.
     """
 
     temperature: NDArray[np.float32] | Array
@@ -50,6 +51,7 @@ class SamplingBatch:
     repetition: NDArray[np.float32] | Array | None = None
     counts: NDArray[np.int32] | Array | None = None
     seen: NDArray[np.bool_] | Array | None = None
+    bias: NDArray[np.float32] | Array | None = None
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,15 @@ class Sampled:
     allowed: NDArray[np.int32] | None = None
 
     @property
-    def penalised(self) -> bool:
-        """Whether any penalty changes its logits."""
+    def adjusted(self) -> bool:
+        """Whether a penalty or a bias changes its logits."""
         p = self.params
-        return p.frequency_penalty != 0 or p.presence_penalty != 0 or p.repetition_penalty != 1
+        return p.frequency_penalty != 0 or p.presence_penalty != 0 or p.repetition_penalty != 1 or len(p.logit_bias) > 0
 
 
 def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | None:
     """The settings of ``rows``, padded to ``size`` rows; None when every row is plain greedy."""
-    if all(r.params.greedy and not r.banned and not r.penalised and r.allowed is None for r in rows):
+    if all(r.params.greedy and not r.banned and not r.adjusted and r.allowed is None for r in rows):
         return None
     width = 1 << (max(8, *(len(r.banned) for r in rows)) - 1).bit_length()
     banned = np.full((size, width), vocab, np.int32)
@@ -104,11 +106,14 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         banned=banned,
         allowed=_allowed(rows, size, vocab),
     )
-    if not any(r.penalised for r in rows):
+    if not any(r.adjusted for r in rows):
         return common
     counts = np.zeros((size, vocab), np.int32)
     seen = np.zeros((size, vocab), np.bool_)
+    bias = np.zeros((size, vocab), np.float32)
     for i, r in enumerate(rows):
+        for token, value in r.params.logit_bias:
+            bias[i, token] = value
         np.add.at(counts[i], r.output, 1)
         seen[i, r.prompt] = True
         seen[i, r.output] = True
@@ -119,6 +124,7 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         "repetition": column(lambda r: r.params.repetition_penalty, 1.0, np.float32),
         "counts": counts,
         "seen": seen,
+        "bias": bias,
     }
     return SamplingBatch(**values)
 
@@ -139,7 +145,7 @@ def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
     Returns:
         tokens int32 [N], and the logprob float32 [N] of each under the model's own distribution.
     """
-    adjusted = logits if batch is None else _penalise(logits, batch)
+    adjusted = logits if batch is None else _adjust(logits, batch)
     tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     if batch is not None:
         # Greedy rows take part with temperature 1 and are chosen away: a batch mixes both in one program.
@@ -152,12 +158,13 @@ def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _penalise(logits: Array, batch: SamplingBatch) -> Array:
-    """Repetition penalty as in CTRL (Keskar et al., 2019), the other two as in OpenAI's interface; then all bans."""
+def _adjust(logits: Array, batch: SamplingBatch) -> Array:
+    """Repetition penalty as in CTRL (Keskar et al., 2019), the other two as at OpenAI; then bias and bans."""
     if batch.counts is not None:
         factor = jnp.where(batch.seen, batch.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / factor, logits * factor)
         logits = logits - batch.frequency[:, None] * batch.counts - batch.presence[:, None] * (batch.counts > 0)
+        logits = logits + batch.bias
     rows = jnp.arange(logits.shape[0])[:, None]
     logits = logits.at[rows, batch.banned].set(_NEVER, mode="drop")
     if batch.allowed is None:
@@ -212,7 +219,7 @@ def top_logprobs(logits: Array, k: int) -> tuple[Array, Array]:
 def every_program(size: int, vocab: int) -> list[SamplingBatch | None]:
     """Settings that make :func:`sample` compile each of its programs for ``size`` rows.
 
-    Greedy; drawn and penalised, both with any token allowed and with some.
+    Greedy; drawn and adjusted, both with any token allowed and with some.
     """
     empty = np.zeros(0, np.int32)
     settings = [SamplingParams(temperature=1.0), SamplingParams(presence_penalty=1.0)]

@@ -17,10 +17,8 @@ InputIds = Annotated[
 # Parameters of SGLang's that this engine does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_regex": ([],),
-    "logit_bias": ({},),
     "structural_tag": (),
     "custom_params": ({},),
-    "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
 }
 

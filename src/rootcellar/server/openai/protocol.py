@@ -86,6 +86,7 @@ class Sampling(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -109,8 +110,6 @@ class Sampling(BaseModel):
         }
 
     def _sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
-        if self.logit_bias:
-            raise invalid("logit_bias is not supported: leave it out", "logit_bias")
         given = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
@@ -150,8 +149,10 @@ _SAME_NAME = (
     "frequency_penalty",
     "presence_penalty",
     "repetition_penalty",
+    "logit_bias",
     "ignore_eos",
     "skip_special_tokens",
+    "spaces_between_special_tokens",
     "no_stop_trim",
     "regex",
     "ebnf",
