@@ -101,7 +101,7 @@ def test_the_same_calls_give_the_same_states_in_every_process():
 def copy_of_the_cache(folder: Path) -> Path:
     copy = folder / "rootcellar"
     copy.mkdir()
-    for part in ("__init__.py", "errors.py", "types.py"):
+    for part in ("__init__.py", "errors.py"):
         shutil.copy(SOURCE / part, copy)
     shutil.copytree(SOURCE / "cache", copy / "cache", ignore=shutil.ignore_patterns("__pycache__"))
     return copy

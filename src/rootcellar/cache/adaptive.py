@@ -23,15 +23,12 @@ from bisect import bisect_right
 from heapq import heapify, heappop, heappush
 from math import isqrt
 from sys import getsizeof
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from rootcellar.cache.node import Entry, Node
-    from rootcellar.cache.order import Item
-    from rootcellar.cache.tree import Tree
+from rootcellar.cache.node import Entry, Item, Node, Standing
+from rootcellar.cache.order import Now
 
 FRESH, CONTINUES = 0, 1  # classes of what never returned; from 2 on: returned 1, 2 or 3, 4 to 7, ... times
 POPULAR = 4  # what branches off a class from here on is fresh
@@ -193,7 +190,7 @@ class LearnedOrder:
         self._serial = 0
         self._moved = -1  # volume at which the heads were last moved on
 
-    def push(self, node: Node, entry: Entry, key: tuple[float, ...]) -> None:
+    def push(self, node: Node, entry: Entry, key: Standing) -> None:
         """File an entry under ``key = (damage, class, volume at last use, node id, shelf index)``."""
         if entry.item is None:
             self._live += 1
@@ -227,7 +224,7 @@ class LearnedOrder:
         """Bytes of the heaps, the items of entries not counted."""
         return getsizeof(self._heaps) + sum(map(getsizeof, self._heaps.values()))
 
-    def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
+    def pop(self, now: Now) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""
         if self._moved != self._shadow.volume:
             self._age()
@@ -238,12 +235,11 @@ class LearnedOrder:
             key, _, node, entry = heappop(heap)
             entry.item = None
             self._live -= 1
-            if not entry.evictable or (entry.shelf.full and node.kids[entry.shelf.index]):
-                continue
-            true = tree.key(node, entry.shelf, entry)
+            true = now(node, entry)
             if true == key:
                 return node, entry
-            self.push(node, entry, true)
+            if true is not None:
+                self.push(node, entry, true)
 
     def _age(self) -> None:
         """Move heads that have left their bucket on."""
@@ -257,7 +253,7 @@ class LearnedOrder:
     def _least(self) -> list[Item] | None:
         """The heap whose head is worth least; the older of equals."""
         best: list[Item] | None = None
-        rank: tuple[float, ...] = ()
+        rank: Standing = ()
         worth = self._shadow.worth
         for (damage, group, bucket), heap in self._heaps.items():
             while heap and heap[0][3].item is not heap[0]:

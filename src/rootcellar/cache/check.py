@@ -10,7 +10,8 @@ import numpy as np
 from rootcellar.cache.digest import chain, seed_digest
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
-from rootcellar.cache.node import Arena, Entry, Node, Shelf
+from rootcellar.cache.node import Entry, Node
+from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
@@ -91,7 +92,7 @@ def _check_digests(tree: Tree, node: Node) -> None:
         root = root.parent
         way.append(root.tokens)
     assert root.parent is not None
-    first = seed_digest(tree.fingerprint, root.parent.namespace, tree.page_size)
+    first = seed_digest(tree.naming.fingerprint, root.parent.namespace, tree.page_size)
     names = chain(first, np.concatenate(way[::-1]), tree.page_size)
     if node.digests != names[node.start : node.start + len(node.digests)]:
         raise CacheBroken(f"{_name(node)} is not called by its digests")

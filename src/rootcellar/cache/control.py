@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
+from rootcellar.cache import words
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
 from rootcellar.cache.flights import flying_to, missing, plan, sources
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
-from rootcellar.cache.match import Hit, find, place_of
+from rootcellar.cache.match import Hit, find, fresh, place_of
 from rootcellar.cache.node import Node
 from rootcellar.cache.verbs import Desk, pin_place, unpin_place
-from rootcellar.errors import CacheBusy
 
 FOREVER = 1 << 62  # ticks
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
@@ -89,10 +89,7 @@ def drop_namespace(desk: Desk, namespace: str) -> int:
 def forget_tier(desk: Desk, tier: Tier) -> None:
     """Forget all that a tier holds (its memory is about to go). Raises ``CacheBusy`` while anything is in use."""
     if desk.leases or desk.traffic.flights:
-        raise CacheBusy(
-            f"{tier.name} cannot be emptied with {len(desk.leases)} live leases and {len(desk.traffic.flights)} copies "
-            f"under way; close the leases and report the copies first"
-        )
+        raise words.busy(f"{tier.name} cannot be emptied", len(desk.leases), len(desk.traffic.flights))
     tree = desk.tree
     for serial in list(desk.pins):
         _drop_pin(desk, serial)
@@ -130,9 +127,8 @@ def copy(desk: Desk, hit: Hit, boundary: int, dst: Tier) -> set[int]:
     ids: set[int] = set()
     if not boundary:
         return ids
-    if hit.version != tree.version:
-        hit = find(tree, hit.key)
-        boundary = min(boundary, max(hit.reaches))
+    hit = fresh(tree, hit)
+    boundary = min(boundary, max(hit.reaches))
     place = place_of(tree, hit, boundary // tree.page_size)
     tree.hold(place)
     for k in range(len(tree.kinds)):

@@ -13,15 +13,21 @@ hashed once, so a chain waits for one block of SHA-256 in two pages, and four bl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from rootcellar.cache.node import Node
-    from rootcellar.cache.tree import Tree
+from rootcellar.cache.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What the names of a cache's pages begin with; ``fingerprint``: whatever else changes a page's bytes."""
+
+    page_size: int
+    fingerprint: bytes = b""
 
 
 def seed_digest(fingerprint: bytes, namespace: str, page_size: int) -> bytes:
@@ -52,18 +58,18 @@ def chain(parent: bytes, tokens: NDArray[np.int64], page_size: int) -> list[byte
     return digests
 
 
-def digest_before(tree: Tree, node: Node, page: int) -> bytes:
+def digest_before(naming: Naming, node: Node, page: int) -> bytes:
     """The digest of the page before a page on the way to a node, whose digests are known."""
     while node.parent is not None and node.start >= page:
         node = node.parent
     if node.parent is None:
-        return seed_digest(tree.fingerprint, node.namespace, tree.page_size)
+        return seed_digest(naming.fingerprint, node.namespace, naming.page_size)
     return node.digests[page - 1 - node.start]
 
 
-def page_digests(tree: Tree, node: Node) -> list[bytes]:
+def page_digests(naming: Naming, node: Node) -> list[bytes]:
     """The digests of a node's pages, computed once and kept on the nodes of its path."""
-    size = tree.page_size
+    size = naming.page_size
     path: list[Node] = []
     climb = node
     while climb.parent is not None and len(climb.digests) < climb.size:
@@ -78,5 +84,5 @@ def page_digests(tree: Tree, node: Node) -> list[bytes]:
         if odd:
             before = step.tokens[: known * size] if known else above.tokens
             tokens = np.concatenate([before[len(before) - size :], tokens])
-        step.digests = step.digests + chain(digest_before(tree, step, page - odd), tokens, size)[odd:]
+        step.digests = step.digests + chain(digest_before(naming, step, page - odd), tokens, size)[odd:]
     return node.digests

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from rootcellar.cache import words
 from rootcellar.cache.journal import Eviction
-from rootcellar.cache.node import Arena, Entry, Node, Shelf
+from rootcellar.cache.node import Entry, Node
+from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.tree import Tree
 
 
@@ -18,14 +19,15 @@ def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
     if arena.room < pages:
         return False
     while slots.free_pages < pages:
-        found = arena.order.pop(tree)
+        found = arena.order.pop(tree.standing_now)
         if found is None:
             raise words.nothing_filed(arena.name, arena.evictable)
         node, entry = found
-        if entry.shelf.full:
-            _drop_tail(tree, entry.shelf, node, pages - slots.free_pages)
+        shelf = tree.shelves[entry.shelf]
+        if shelf.full:
+            _drop_tail(tree, shelf, node, pages - slots.free_pages)
         else:
-            _drop_head(tree, entry.shelf, node, entry, pages - slots.free_pages)
+            _drop_head(tree, shelf, node, entry, pages - slots.free_pages)
     return True
 
 

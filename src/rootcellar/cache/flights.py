@@ -16,10 +16,10 @@ from rootcellar.cache.digest import page_digests
 from rootcellar.cache.evict import forget_entry, make_room, prune
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
-from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import find
-from rootcellar.cache.moves import Event, Failed, Flight, Found, Lost, Move
-from rootcellar.cache.node import Node, Shelf
+from rootcellar.cache.moves import Event, Failed, Found, Lost, Move
+from rootcellar.cache.node import Flight, Node, Waiter
+from rootcellar.cache.shelf import Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 
@@ -75,7 +75,7 @@ def plan(
             src_slots=entry.pages[start - node.start - entry.lo :].copy(),
             dst_slots=flight.slots,
             first=start,
-            digests=tuple(page_digests(tree, node)[start - node.start :]) if named else (),
+            digests=tuple(page_digests(tree.naming, node)[start - node.start :]) if named else (),
         )
     )
     return flight
@@ -186,7 +186,7 @@ def spill(tree: Tree, traffic: Traffic, node: Node, shelf: Shelf) -> None:
 # ---- learn --------------------------------------------------------------------------------------------------------
 
 
-def learn(tree: Tree, traffic: Traffic, event: Event) -> list[Lease]:
+def learn(tree: Tree, traffic: Traffic, event: Event) -> list[Waiter]:
     """Take in what the movers saw. Returns the leases that waited for a move now done, to have their rows filled."""
     if isinstance(event, Found):
         _found(tree, event)

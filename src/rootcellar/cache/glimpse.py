@@ -16,8 +16,7 @@ import numpy as np
 from rootcellar.cache.flights import Traffic
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
-from rootcellar.cache.moves import Flight
-from rootcellar.cache.node import Entry, Node
+from rootcellar.cache.node import Entry, Flight, Node
 from rootcellar.cache.settings import Settings
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
@@ -171,8 +170,7 @@ def memory_bytes(desk: Desk) -> int:
 def thaw(given: Settings, records: Iterable[Record], *, full: bool) -> Tree:
     """A tree of the nodes in ``records``, each after its parent. Not ``full``: without allocators, for reading only."""
     sizes = given.sizes if full else dict.fromkeys(given.sizes, 0)
-    tree = Tree(given.kinds, given.page_size, sizes, given.shared, given.policy)
-    tree.fingerprint = given.fingerprint
+    tree = Tree(given.kinds, given.page_size, sizes, given.shared, given.policy, given.fingerprint)
     nodes: dict[int, Node] = {}
     for record in records:
         if record[0] not in nodes:
@@ -201,7 +199,7 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
         entry = None
         if held is not None:
             pages, lo, evictable, filed = held
-            entry = Entry(shelf, np.frombuffer(pages, np.int32), lo)
+            entry = Entry(shelf.index, np.frombuffer(pages, np.int32), lo)
             entry.evictable = evictable
             entry.item = (filed, 0, node, entry) if filed is not None else None
         node.entries.append(entry)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from rootcellar.cache.digest import page_digests
+from rootcellar.cache.digest import Naming, page_digests
 from rootcellar.cache.kind import Tier
-
-if TYPE_CHECKING:
-    from rootcellar.cache.node import Node, Shelf
-    from rootcellar.cache.tree import Tree
+from rootcellar.cache.node import Node
+from rootcellar.cache.shelf import Shelf
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.STORAGE: "DISK", Tier.PEER: "EXTERNAL"}
 REMEMBERED = 4096
@@ -50,19 +47,19 @@ KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class Journal:
-    """Writes KV events of one kind (the first that is full attention, else the first) as the tree changes."""
+    """Writes KV events of one kind as the tree changes."""
 
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._kind_index = tree.fulls[0] if tree.fulls else 0
+    def __init__(self, naming: Naming, kind_index: int) -> None:
+        self._naming = naming
+        self._kind_index = kind_index
         self.events: list[KVEvent] = []
 
     def came(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
         """Pages ``[lo, lo + count)`` of a node are on a shelf now."""
         if shelf.kind_index != self._kind_index:
             return
-        tree = self._tree
-        digests = page_digests(tree, node)
+        size = self._naming.page_size
+        digests = page_digests(self._naming, node)
         assert node.parent is not None
         if lo:
             above = digests[lo - 1]
@@ -71,13 +68,13 @@ class Journal:
         root = node
         while root.parent is not None:
             root = root.parent
-        tokens = node.tokens[lo * tree.page_size : (lo + count) * tree.page_size]
+        tokens = node.tokens[lo * size : (lo + count) * size]
         self.events.append(
             BlockStored(
                 block_hashes=tuple(digests[lo : lo + count]),
                 parent_block_hash=above or None,
                 token_ids=tuple(tokens.tolist()),
-                block_size=tree.page_size,
+                block_size=size,
                 medium=MEDIUM[shelf.tier],
                 namespace=root.namespace,
             )
@@ -86,7 +83,7 @@ class Journal:
     def left(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
         """Pages ``[lo, lo + count)`` of a node are about to leave a shelf."""
         if shelf.kind_index == self._kind_index:
-            digests = page_digests(self._tree, node)
+            digests = page_digests(self._naming, node)
             self.events.append(BlockRemoved(tuple(digests[lo : lo + count]), MEDIUM[shelf.tier]))
 
 

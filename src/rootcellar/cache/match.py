@@ -84,6 +84,11 @@ def find(tree: Tree, key: Key) -> Hit:
     return Hit(key, tree.version, (reaches[0], reaches[1], reaches[2], reaches[3]), page * size, tuple(path))
 
 
+def fresh(tree: Tree, hit: Hit) -> Hit:
+    """The hit, looked up again when the tree has changed since."""
+    return hit if hit.version == tree.version else find(tree, hit.key)
+
+
 def _nearer(tree: Tree, node: Node, tier: Tier, heads: list[int]) -> None:
     """Lower ``heads`` (by kind, the first page of the node that is present on the tiers so far) by one more tier."""
     for k, shelf in enumerate(tree.by_tier[tier]):
@@ -145,8 +150,7 @@ def slots(tree: Tree, hit: Hit, kind: str) -> Pages:
     shelves = {s.kind.name: s for s in tree.shelves if s.tier is Tier.DEVICE and s.kind.rule != "recurrent"}
     if kind not in shelves:
         raise KeyError(f"{kind}: no paged kind has this name")
-    if hit.version != tree.version:
-        hit = find(tree, hit.key)
+    hit = fresh(tree, hit)
     table = np.zeros(hit.length // tree.page_size, np.int32)
     for node in hit.path:
         entry = node.entries[shelves[kind].index]

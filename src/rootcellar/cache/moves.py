@@ -8,15 +8,10 @@ until the move is reported.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.slots import Pages
-
-if TYPE_CHECKING:
-    from rootcellar.cache.lease import Lease
-    from rootcellar.cache.node import Node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,29 +70,3 @@ class Lost:
 
 
 Event = Done | Failed | Found | Lost
-
-
-class Flight:
-    """A move under way, as the tree sees it: pages ``[start, node.end)`` of one kind, on the path to ``node``.
-
-    ``node`` is the lowest node; when it is split, the parts above are found by climbing to ``start``. ``held`` says
-    that the flight holds its place and its source; what is written down from the device is read at once and is not.
-    ``node`` is None when the place was thrown away meanwhile.
-    """
-
-    __slots__ = ("dst", "held", "id", "kind_index", "node", "slots", "src", "start", "waiters")
-
-    def __init__(self, ident: int, kind_index: int, src: Tier, dst: Tier, start: int, slots: Pages, held: bool) -> None:
-        self.id = ident
-        self.kind_index = kind_index
-        self.src = src
-        self.dst = dst
-        self.start = start
-        self.slots = slots
-        self.held = held
-        self.node: Node | None = None
-        self.waiters: list[Lease] = []
-
-    def blocks(self, kind_index: int, tier: Tier) -> bool:
-        """Whether entries of this kind on this tier must stay where they are until the flight ends."""
-        return kind_index == self.kind_index and (tier is self.dst or (self.held and tier is self.src))

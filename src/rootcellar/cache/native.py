@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import _core
+from rootcellar.cache import (
+    _core,  # by name: the package itself chooses among the cores
+    words,
+)
 from rootcellar.cache.adaptive import EDGES
 from rootcellar.cache.check import check
 from rootcellar.cache.control import Prefetch
@@ -29,7 +32,6 @@ from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, count_shelf
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk
-from rootcellar.errors import CacheBusy
 
 
 class NativeRadixCache(_core.Core):
@@ -96,10 +98,7 @@ class NativeRadixCache(_core.Core):
         """See ``PyRadixCache.forget_tier``."""
         leases, flights = self._busy()
         if leases or flights:
-            raise CacheBusy(
-                f"{tier.name} cannot be emptied with {leases} live leases and {flights} copies "
-                f"under way; close the leases and report the copies first"
-            )
+            raise words.busy(f"{tier.name} cannot be emptied", leases, flights)
         self._forget_tier(tier)
 
     def prefetch(self, hit: _core.Hit, tier: Tier = Tier.STORAGE) -> Prefetch | None:
@@ -115,10 +114,7 @@ class NativeRadixCache(_core.Core):
         """See ``PyRadixCache.flush``."""
         leases, flights = self._busy()
         if leases or flights:
-            raise CacheBusy(
-                f"flush with {leases} live leases and {flights} copies under way; close the leases (finish or abort) "
-                f"and report the copies first"
-            )
+            raise words.busy("the cache cannot be flushed", leases, flights)
         self._flush()
 
     def _busy(self) -> tuple[int, int]:

@@ -1,5 +1,4 @@
-"""What the radix tree is made of: nodes, the entries they hold, the shelves that entries stand on, and the arenas
-whose pages they take.
+"""What the radix tree is made of: nodes, the entries they hold, and the copies under way to and from them.
 
 A **node** is an edge of whole pages. An **entry** is the contiguous run of pages that a node holds on one **shelf**
 (one kind on one tier). Three shapes occur, and ``check`` insists on them:
@@ -16,26 +15,29 @@ places at the node plus held children, so taking a hold climbs only until it mee
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache.adaptive import LearnedOrder, Shadow
-from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.order import Item, Order
-from rootcellar.cache.slots import Pages, SlotAllocator
+from rootcellar.cache.kind import Tier
+from rootcellar.cache.slots import Pages
 
-if TYPE_CHECKING:
-    from rootcellar.cache.moves import Flight
+Standing = tuple[float, ...]
+"""Where an entry stands in its arena's order of leaving: the smallest leaves first."""
+Item = tuple[Standing, int, "Node", "Entry"]
+"""An entry as an order has it filed: its standing, a serial number, and what it is."""
 
 
 class Entry:
-    """Pages ``[lo, lo + len(pages))`` of a node, counted from the node's start; ``evictable`` of them may leave."""
+    """Pages ``[lo, lo + len(pages))`` of a node, counted from the node's start; ``evictable`` of them may leave.
+
+    ``shelf`` is the index of the shelf that it stands on.
+    """
 
     __slots__ = ("evictable", "item", "lo", "pages", "shelf")
 
-    def __init__(self, shelf: Shelf, pages: Pages, lo: int) -> None:
+    def __init__(self, shelf: int, pages: Pages, lo: int) -> None:
         self.shelf = shelf
         self.pages = pages
         self.lo = lo
@@ -99,72 +101,36 @@ class Node:
         return self.start + self.size
 
 
-class Arena:
-    """Pages that one shelf has for itself or several share, and the one order in which their entries leave.
+class Waiter(Protocol):
+    """Whoever cannot go on before copies are done: a lease."""
 
-    Shared pages belong to whichever kind took them: no split has to be guessed beforehand, and what leaves next is the
-    worst entry of all kinds (Jenga, Zhang et al. 2025, and vLLM's hybrid KV cache manager share pages alike).
+    row: int
+    serial: int
+    waits: set[int]
+    lost: bool
+
+
+class Flight:
+    """A move under way, as the tree sees it: pages ``[start, node.end)`` of one kind, on the path to ``node``.
+
+    ``node`` is the lowest node; when it is split, the parts above are found by climbing to ``start``. ``held`` says
+    that the flight holds its place and its source; what is written down from the device is read at once and is not.
+    ``node`` is None when the place was thrown away meanwhile.
     """
 
-    __slots__ = ("evictable", "name", "order", "slots")
+    __slots__ = ("dst", "held", "id", "kind_index", "node", "slots", "src", "start", "waiters")
 
-    def __init__(self, name: str, slots: SlotAllocator, shadow: Shadow | None) -> None:
-        self.name = name
-        self.slots = slots
-        self.order: Order | LearnedOrder = Order() if shadow is None else LearnedOrder(shadow)
-        self.evictable = 0
-
-    @property
-    def room(self) -> int:
-        """Pages that could be had now: free, or evictable."""
-        return self.slots.free_pages + self.evictable
-
-
-class Shelf:
-    """One kind on one tier: the arena that its pages come from, and its counts (all in pages)."""
-
-    __slots__ = (
-        "arena",
-        "cached",
-        "entries",
-        "evictable",
-        "evicted",
-        "full",
-        "in_flight",
-        "index",
-        "kind",
-        "kind_index",
-        "tier",
-        "used",
-    )
-
-    def __init__(
-        self,
-        index: int,
-        kind: Kind,
-        kind_index: int,
-        tier: Tier,
-        arena: Arena,
-    ) -> None:
-        self.index = index
-        self.kind = kind
+    def __init__(self, ident: int, kind_index: int, src: Tier, dst: Tier, start: int, slots: Pages, held: bool) -> None:
+        self.id = ident
         self.kind_index = kind_index
-        self.tier = tier
-        self.full = kind.rule == "full"
-        self.arena = arena
-        self.used = 0  # taken from the arena and not given back
-        self.entries = 0  # entries in the tree
-        self.cached = 0
-        self.evictable = 0
-        self.in_flight = 0  # destinations of moves
-        self.evicted = 0
+        self.src = src
+        self.dst = dst
+        self.start = start
+        self.slots = slots
+        self.held = held
+        self.node: Node | None = None
+        self.waiters: list[Waiter] = []
 
-    def take(self, count: int) -> Pages:
-        """``count`` free pages; the caller has made room for them."""
-        self.used += count
-        return self.arena.slots.take(count)
-
-    def give(self, pages: Pages) -> None:
-        """Return pages taken before."""
-        self.used -= len(pages)
-        self.arena.slots.give(pages)
+    def blocks(self, kind_index: int, tier: Tier) -> bool:
+        """Whether entries of this kind on this tier must stay where they are until the flight ends."""
+        return kind_index == self.kind_index and (tier is self.dst or (self.held and tier is self.src))

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from sys import getsizeof
-from typing import TYPE_CHECKING
 
+from rootcellar.cache.node import Entry, Item, Node, Standing
 from rootcellar.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rootcellar.cache.node import Entry, Node
-    from rootcellar.cache.tree import Tree
-
-Key = tuple[float, ...]
-Item = tuple[Key, int, "Node", "Entry"]
+Now = Callable[[Node, Entry], Standing | None]
+"""Where an entry stands now; None when it may not leave."""
 
 
 class Order:
@@ -32,7 +28,7 @@ class Order:
         self._live = 0
         self._serial = 0
 
-    def push(self, node: Node, entry: Entry, key: Key) -> None:
+    def push(self, node: Node, entry: Entry, key: Standing) -> None:
         """File an entry under ``key``; an item it had before is dead from now on."""
         if entry.item is None:
             self._live += 1
@@ -55,7 +51,7 @@ class Order:
         """Bytes of the heap, the items of entries not counted."""
         return getsizeof(self._heap)
 
-    def pop(self, tree: Tree) -> tuple[Node, Entry] | None:
+    def pop(self, now: Now) -> tuple[Node, Entry] | None:
         """The entry that should leave next; None when nothing may. It is no longer filed."""
         while self._heap:
             item = heappop(self._heap)
@@ -64,19 +60,18 @@ class Order:
                 continue
             entry.item = None
             self._live -= 1
-            if not entry.evictable or (entry.shelf.full and node.kids[entry.shelf.index]):
-                continue
-            true = tree.key(node, entry.shelf, entry)
+            true = now(node, entry)
             if true == key:
                 return node, entry
-            self.push(node, entry, true)
+            if true is not None:
+                self.push(node, entry, true)
         return None
 
 
-Standing = Callable[["Node", int], tuple[float, ...]]
+Policy = Callable[[Node, int], Standing]
 
 # What each policy says of a node for one kind: the smallest leaves first, ties by the node's age.
-POLICIES: dict[str, Standing] = {
+POLICIES: dict[str, Policy] = {
     # Least recently used.
     "lru": lambda node, k: (node.ticks[k],),
     # Least often opened; among equals the least recent.
@@ -96,7 +91,7 @@ POLICIES: dict[str, Standing] = {
 }
 
 
-def standing(policy: str) -> Standing:
+def policy_named(policy: str) -> Policy:
     """The fixed policy of this name. Raises ``ConfigError`` naming the known ones."""
     if policy not in POLICIES:
         raise ConfigError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}")

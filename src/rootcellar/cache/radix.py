@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import control
+from rootcellar.cache import control, words
 from rootcellar.cache.check import check
 from rootcellar.cache.evict import fits
 from rootcellar.cache.explain import Explanation, explain, pretty_print
@@ -18,7 +18,7 @@ from rootcellar.cache.journal import AllBlocksCleared, Eviction, Journal, KVEven
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
-from rootcellar.cache.match import Hit, find, slots, touch
+from rootcellar.cache.match import Hit, find, fresh, slots, touch
 from rootcellar.cache.moves import Event, Found, Move
 from rootcellar.cache.settings import Capacity, settings
 from rootcellar.cache.sight import TreeView, trail, tree_view
@@ -26,7 +26,6 @@ from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
-from rootcellar.errors import CacheBusy
 
 
 class PyRadixCache:
@@ -93,14 +92,13 @@ class PyRadixCache:
         )
         self.kinds = given.kinds
         self.page_size = page_size
-        self._tree = Tree(given.kinds, page_size, given.sizes, given.shared, policy)
-        self._tree.fingerprint = fingerprint
+        self._tree = Tree(given.kinds, page_size, given.sizes, given.shared, policy, fingerprint)
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, max_leases)
         self._desk = Desk(self._tree, self.tables, Traffic(), given)
         self._traffic = self._desk.traffic
         if given.write_back:
             self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
-        self._tree.journal = Journal(self._tree) if events else None
+        self._tree.journal = Journal(self._tree.naming, self._tree.told_kind) if events else None
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)
@@ -121,8 +119,7 @@ class PyRadixCache:
         """
         if self._desk.expiries:
             control.expire(self._desk)
-        if hit.version != self._tree.version:
-            hit = find(self._tree, hit.key)
+        hit = fresh(self._tree, hit)
         lease = open_lease(self._desk, hit, tier, priority)
         if lease is not None:
             self._requests += 1
@@ -199,10 +196,7 @@ class PyRadixCache:
         """Forget everything. Raises ``CacheBusy`` while leases or copies are live."""
         leases, flights = len(self._desk.leases), len(self._traffic.flights)
         if leases or flights:
-            raise CacheBusy(
-                f"flush with {leases} live leases and {flights} copies under way; close the leases (finish or abort) "
-                f"and report the copies first"
-            )
+            raise words.busy("the cache cannot be flushed", leases, flights)
         journal, self._tree.journal = self._tree.journal, None
         for namespace in list(self._tree.roots):
             control.drop_namespace(self._desk, namespace)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.order import standing
+from rootcellar.cache.order import policy_named
 from rootcellar.errors import ConfigError
 
 Capacity = Mapping[tuple[str, Tier], int]
@@ -64,7 +64,7 @@ def settings(
     kinds = tuple(kinds)
     shared = _shared(kinds, arenas or {}, capacity)
     sizes = _sizes(kinds, page_size, capacity, shared)
-    standing(policy)
+    policy_named(policy)
     if write_policy not in WRITE_POLICIES:
         raise ConfigError(f"write_policy={write_policy!r} is unknown; choose one of {', '.join(WRITE_POLICIES)}")
     host = any(tier is Tier.HOST for _, tier in sizes)

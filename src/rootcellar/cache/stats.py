@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rootcellar.cache.kind import Tier
-from rootcellar.cache.node import Shelf
+from rootcellar.cache.shelf import Shelf
 
 
 @dataclass(frozen=True, slots=True)

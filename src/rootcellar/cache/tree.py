@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache.adaptive import Shadow
+from rootcellar.cache.digest import Naming
 from rootcellar.cache.journal import Evictions, Journal
 from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.node import Arena, Entry, Node, Shelf
-from rootcellar.cache.order import standing
+from rootcellar.cache.node import Entry, Node, Standing
+from rootcellar.cache.order import policy_named
+from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages, SlotAllocator
 
 Part = TypeVar("Part", bound=np.generic)
@@ -35,15 +37,16 @@ class Tree:
         capacity: dict[tuple[int, Tier], int],
         shared: dict[int, str],
         policy: str,
+        fingerprint: bytes = b"",
     ) -> None:
         """``shared``: by index of kind, the arena on DEVICE that it shares; its ``capacity`` is then the arena's."""
         self.kinds = kinds
         self.page_size = page_size
-        self.standing = standing(policy)
+        self.policy = policy_named(policy)
         first = next((size for (_, tier), size in capacity.items() if tier is Tier.DEVICE), 0)
         self.shadow = Shadow(first, page_size) if policy == "adaptive" else None
         self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
-        self.fingerprint = b""  # of the digests of its pages
+        self.naming = Naming(page_size, fingerprint)
         self.journal: Journal | None = None  # told of pages that come and go, when KV events are wanted
         self.evictions = Evictions()
         self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
@@ -71,6 +74,7 @@ class Tree:
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
         self.fulls = [k for k, kind in enumerate(kinds) if kind.rule == "full"]
+        self.told_kind = self.fulls[0] if self.fulls else 0  # the kind whose pages KV events tell of
         self.detached: list[Node] = []  # roots of dropped namespaces that leases or flights still hold
         # Boundaries (in pages) at which a kind needs nothing; 0: none.
         self.resets = [int(np.lcm(kind.reset, page_size)) // page_size if kind.reset else 0 for kind in kinds]
@@ -165,7 +169,7 @@ class Tree:
                 entry.lo -= at
                 parent.kids[s] -= 1
             else:
-                upper.entries[s] = Entry(shelf, _part(entry.pages, 0, at - entry.lo), entry.lo)
+                upper.entries[s] = Entry(s, _part(entry.pages, 0, at - entry.lo), entry.lo)
                 entry.pages = _part(entry.pages, at - entry.lo, len(entry.pages))
                 entry.lo = 0
                 shelf.entries += 1
@@ -201,7 +205,7 @@ class Tree:
         """Give the node ``pages`` at ``lo`` on a shelf; what it holds there already must begin where they end."""
         entry = node.entries[shelf.index]
         if entry is None:
-            node.entries[shelf.index] = Entry(shelf, pages, lo)
+            node.entries[shelf.index] = Entry(shelf.index, pages, lo)
             shelf.entries += 1
             if node.parent is not None:
                 node.parent.kids[shelf.index] += 1
@@ -286,7 +290,7 @@ class Tree:
             shelf.arena.evictable += evictable - entry.evictable
             entry.evictable = evictable
         if ready and entry.item is None:
-            shelf.arena.order.push(node, entry, self.key(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.standing(node, shelf, entry))
 
     def unpinned(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """Leading pages of a window, chunk or recurrent entry that no lease and no move needs."""
@@ -364,16 +368,23 @@ class Tree:
 
     # ---- the order of leaving -----------------------------------------------------------------------------------
 
-    def key(self, node: Node, shelf: Shelf, entry: Entry) -> tuple[float, ...]:
+    def standing_now(self, node: Node, entry: Entry) -> Standing | None:
+        """Where an entry that an order has filed stands by now; None when it may not leave."""
+        shelf = self.shelves[entry.shelf]
+        if not entry.evictable or (shelf.full and node.kids[entry.shelf]):
+            return None
+        return self.standing(node, shelf, entry)
+
+    def standing(self, node: Node, shelf: Shelf, entry: Entry) -> Standing:
         """Where an entry stands in its arena's order: the smallest key leaves first.
 
         The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
         2 serves a node's end, where requests stopped or parted before.
         """
-        return (self.damage(node, shelf, entry), *self.standing(node, shelf.kind_index), node.id, shelf.index)
+        return (self.damage(node, shelf, entry), *self.policy(node, shelf.kind_index), node.id, shelf.index)
 
     def damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:
-        """How much the next page to leave hurts: see :meth:`key`."""
+        """How much the next page to leave hurts: see :meth:`standing`."""
         if shelf.full:
             return 2 if node.children or not self.windows or self.ends_well(node) else 0
         if shelf.kind.rule == "recurrent":
@@ -409,7 +420,7 @@ class Tree:
         """File an entry that is queued already under its present key."""
         entry = node.entries[shelf.index]
         if entry is not None and entry.item is not None:
-            shelf.arena.order.push(node, entry, self.key(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.standing(node, shelf, entry))
 
     def _requeue_states(self, node: Node) -> None:
         for shelf in self.window_shelves:

@@ -16,10 +16,10 @@ from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources,
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
-from rootcellar.cache.match import Hit, find, place_of
-from rootcellar.cache.moves import Flight
-from rootcellar.cache.node import Node, Shelf
+from rootcellar.cache.match import Hit, fresh, place_of
+from rootcellar.cache.node import Flight, Node
 from rootcellar.cache.settings import Settings
+from rootcellar.cache.shelf import Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 
@@ -100,8 +100,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
         return None
     if len(hit.key) > desk.max_length:
         raise words.key_too_long(len(hit.key), desk.max_length)
-    if hit.version != tree.version:
-        hit = find(tree, hit.key)
+    hit = fresh(tree, hit)
     boundary = desk.boundary(hit, tier)
     node = place_of(tree, hit, boundary // tree.page_size)
     lease = Lease(0, desk.serial + 1, node, hit.key.namespace, boundary, priority)
@@ -336,7 +335,7 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
             if tree.shadow is not None:
                 _observe(desk, lease, key, done, pages)
             if desk.digests:
-                page_digests(tree, lease.node)
+                page_digests(tree.naming, lease.node)
     for shelf in desk.windows:
         _release_passed(desk, lease, shelf, len(key))
     if desk.reuse:

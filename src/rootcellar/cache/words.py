@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rootcellar.cache.key import Key
-from rootcellar.errors import CacheBroken, RequestError, RequestTooLarge
+from rootcellar.errors import CacheBroken, CacheBusy, RequestError, RequestTooLarge
 
 
 def lease(row: int, cached: int, length: int, lost: bool, waits: int) -> str:
@@ -47,6 +47,14 @@ def commit_too_long(tokens: int, namespace: str, length: int, of: str) -> Reques
 def closed(of: str) -> RequestError:
     """A lease (in words) that is not open in this cache."""
     return RequestError(f"{of} is closed already; a lease serves until it is closed, and is closed once")
+
+
+def busy(what: str, leases: int, copies: int) -> CacheBusy:
+    """``what`` cannot be done while leases live or copies are under way."""
+    return CacheBusy(
+        f"{what} with {leases} live leases and {copies} copies under way; close the leases (finish or abort) and "
+        "report the copies first"
+    )
 
 
 def nothing_filed(arena: str, evictable: int) -> CacheBroken:
