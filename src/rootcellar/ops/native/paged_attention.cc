@@ -80,16 +80,19 @@ using Kernel = void (*)(const Span&, const Query&, float* m, float* l, float* o)
 #if defined(__x86_64__)
 ROOTCELLAR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
+#define ROOTCELLAR_LANES 16
 #include "kernel.inc"
 }
 ROOTCELLAR_TARGET_END
 ROOTCELLAR_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
+#define ROOTCELLAR_LANES 8
 #include "kernel.inc"
 }
 ROOTCELLAR_TARGET_END
 #else
 namespace baseline {
+#define ROOTCELLAR_LANES 8
 #include "kernel.inc"
 }
 #endif
