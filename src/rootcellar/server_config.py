@@ -22,6 +22,35 @@ class ServerConfig:
     )
     served_model_name: str | None = option(None, "The model's name in answers and in /v1/models. None: model_path.")
     max_body_bytes: int = option(16 * 2**20, "Longest request body in bytes; a longer one is refused (413).", low=1024)
+    max_connections: int = option(
+        1024,
+        "Most connections at a time. Above it the one that has waited longest for its client is closed; where none "
+        "waits, a new one is refused (503).",
+        low=1,
+    )
+    max_header_bytes: int = option(
+        64 * 2**10, "Most bytes of a request's line and headers; more are refused (431).", low=1024
+    )
+    max_headers: int = option(256, "Most header fields of a request; more are refused (431).", low=1)
+    timeout_header: float = option(
+        10.0,
+        "Seconds from the opening of a connection, or a later request's first byte, to the end of its headers.",
+        low=0,
+        above=True,
+    )
+    timeout_body: float = option(
+        60.0,
+        "Seconds from a request's headers to the end of its body; a slower one is refused (408).",
+        low=0,
+        above=True,
+    )
+    timeout_write: float = option(
+        60.0,
+        "Seconds that a client may leave an answer unread, with the socket's buffers full, before it is given up.",
+        low=0,
+        above=True,
+    )
+    timeout_keep_alive: int = option(5, "Seconds that a connection is kept open between two requests.", low=1)
     max_prompt_length: int | None = option(
         None, "Longest prompt in tokens. None takes what the context and the KV cache hold.", low=1
     )

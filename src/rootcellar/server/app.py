@@ -8,6 +8,7 @@ from starlette.routing import Route
 import rootcellar
 from rootcellar.engine import Engine
 from rootcellar.server import errors
+from rootcellar.server.door import Door
 from rootcellar.server.gate import Access, Gate
 from rootcellar.server.native import control, generate, health, info, prefixes
 from rootcellar.server.openai import chat, completions, models
@@ -48,4 +49,5 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         app.include_router(router)
         access.update({route.path: who for route in router.routes if isinstance(route, Route)})
     app.add_middleware(Gate, state=state, access=access)
+    app.add_middleware(Door, max_body_bytes=config.max_body_bytes)
     return app

@@ -1,4 +1,4 @@
-"""What each request passes before its route sees it: keys, the limit on its body, and the end of the server.
+"""What each request passes before its route sees it: keys, and the end of the server.
 
 Written against ASGI itself, so that streams and disconnects pass through untouched.
 """
@@ -12,8 +12,7 @@ from enum import IntEnum
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rootcellar.server.errors import ApiError
 from rootcellar.server.state import State
@@ -32,7 +31,7 @@ class Access(IntEnum):
 
 
 class Gate:
-    """The outermost part of the app."""
+    """The part of the app before its routes."""
 
     def __init__(self, app: ASGIApp, state: State, access: dict[str, Access]) -> None:
         """``access``: by path; what is not named there is for users."""
@@ -59,7 +58,7 @@ class Gate:
             return
         self._state.enter()
         try:
-            await self._app(scope, _Limited(receive, self._state.config.max_body_bytes), send)
+            await self._app(scope, receive, send)
         finally:
             self._state.leave()
 
@@ -78,38 +77,7 @@ class Gate:
             return ApiError(
                 503, "the server is shutting down", code="shutdown", headers={"Retry-After": "5", "Connection": "close"}
             )
-        return self._too_long(headers)
-
-    def _too_long(self, headers: Headers) -> ApiError | None:
-        length = headers.get("content-length", "0")
-        limit = self._state.config.max_body_bytes
-        return too_long(limit) if not length.isdecimal() or int(length) > limit else None
-
-
-class _Limited:
-    """``receive`` of a body whose length nobody announced: raises once it is too long."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._limit = self._left = limit
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                error = too_long(self._limit)
-                # FastAPI lets this class through where it reads bodies, and no other.
-                raise HTTPException(error.status, error.message, dict(error.headers))
-        return message
-
-
-def too_long(limit: int) -> ApiError:
-    """The answer to a body of more than ``limit`` bytes."""
-    return ApiError(
-        413, f"the body is longer than {limit} bytes (max_body_bytes)", code="body_too_large",
-        headers={"Connection": "close"},
-    )  # fmt: skip
+        return None
 
 
 def require_admin(request: Request) -> None:

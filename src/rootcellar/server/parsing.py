@@ -2,17 +2,21 @@
 
 What it reads but cannot write is refused as well: lone surrogates, integers beyond 64 bits, nesting without end. Then
 whatever a client sent can be tokenized, passed on and quoted in an answer.
+
+A body's model is a :class:`Body`: the first thing that is wrong in a list ends the check, as only one is ever told.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 from starlette.responses import Response
 
 
@@ -40,3 +44,28 @@ class OrjsonRoute(APIRoute):
             return await handle(OrjsonRequest(request.scope, request.receive))
 
         return read
+
+
+def _fail_fast(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_fail_fast(part) for part in schema]
+    if isinstance(schema, tuple):
+        return tuple(_fail_fast(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    changed = {name: _fail_fast(part) for name, part in schema.items()}
+    return {**changed, "fail_fast": True} if schema.get("type") in ("list", "dict") else changed
+
+
+class Body(BaseModel):
+    """What a client sends, or a part of it: types are strict, and no list or dict collects one error for each item.
+
+    pydantic would: 200,000 items of a wrong type took two seconds of everybody's time.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler, /) -> CoreSchema:
+        """pydantic's own schema, with ``fail_fast`` wherever there are items."""
+        return cast(CoreSchema, _fail_fast(handler(source)))

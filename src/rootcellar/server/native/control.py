@@ -7,14 +7,13 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from rootcellar.errors import EngineError, ModelError
 from rootcellar.server.answer import on_thread, unless_gone
 from rootcellar.server.errors import ApiError, invalid, json_response
 from rootcellar.server.gate import require_admin
-from rootcellar.server.parsing import OrjsonRoute
+from rootcellar.server.parsing import Body, OrjsonRoute
 from rootcellar.server.state import State, state_of
 
 router = APIRouter(route_class=OrjsonRoute, tags=["Control"])
@@ -22,7 +21,6 @@ router = APIRouter(route_class=OrjsonRoute, tags=["Control"])
 abort_router = APIRouter(route_class=OrjsonRoute, tags=["Control"])
 """For users: they may end their own requests."""
 
-_STRICT = ConfigDict(strict=True)
 Seconds = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
 Mode = Literal["wait", "abort", "retract"]
 
@@ -66,10 +64,8 @@ async def reset_prefix_cache(request: Request) -> Response:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-class MemoryRequest(BaseModel):
+class MemoryRequest(Body):
     """Which memory to give back or to take again: "kv_cache", "weights"; none named: both."""
-
-    model_config = _STRICT
 
     tags: list[str] | None = None
 
@@ -132,10 +128,8 @@ async def is_sleeping(request: Request) -> Response:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-class PauseRequest(BaseModel):
+class PauseRequest(Body):
     """What becomes of the requests that run."""
-
-    model_config = _STRICT
 
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
@@ -154,10 +148,8 @@ async def continue_generation(request: Request) -> Response:
     return _ok("Generation continues.")
 
 
-class AbortRequest(BaseModel):
+class AbortRequest(Body):
     """The request to end, by its ``rid``, or all of them (which needs the admin key)."""
-
-    model_config = _STRICT
 
     rid: str = ""
     abort_all: bool = False
@@ -179,10 +171,8 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-class WeightsRequest(BaseModel):
+class WeightsRequest(Body):
     """Where the new weights are."""
-
-    model_config = _STRICT
 
     model_path: str
     load_format: Literal["auto", "safetensors"] | None = None

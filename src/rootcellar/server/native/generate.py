@@ -6,13 +6,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
 from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import GenerateRequest
-from rootcellar.server.parsing import OrjsonRoute
+from rootcellar.server.parsing import Body, OrjsonRoute
 from rootcellar.server.prompts import read_prompts
 from rootcellar.server.state import state_of
 
@@ -61,19 +60,15 @@ def _shown(result: Result, texts: bool) -> Result:
     return {**result, "meta_info": plain}
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """Texts to tokenize."""
-
-    model_config = ConfigDict(strict=True)
 
     prompt: str | list[str]
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """Token ids to read."""
-
-    model_config = ConfigDict(strict=True)
 
     tokens: list[int] | list[list[int]]
     skip_special_tokens: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from rootcellar.server.answer import on_thread, whole
@@ -13,17 +13,15 @@ from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import InputIds, namespace
 from rootcellar.server.openai.chat import chat_text
 from rootcellar.server.openai.protocol import ChatMessage
-from rootcellar.server.parsing import OrjsonRoute
+from rootcellar.server.parsing import Body, OrjsonRoute
 from rootcellar.server.prompts import read_prompts
 from rootcellar.server.state import State, state_of
 
 router = APIRouter(route_class=OrjsonRoute, tags=["Cache"])
 
 
-class PromptRequest(BaseModel):
+class PromptRequest(Body):
     """One prompt: its text, its token ids, or the messages of a chat; and the namespace it is cached in."""
-
-    model_config = ConfigDict(strict=True)
 
     text: str | None = None
     input_ids: InputIds | None = None

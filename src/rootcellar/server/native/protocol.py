@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
+from rootcellar.server.parsing import Body
 
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 _IDS = {"type": "array", "items": {"type": "integer"}}
@@ -30,10 +31,8 @@ def namespace(cache_salt: str | None, extra_key: str | None) -> str:
     return orjson.dumps([cache_salt, extra_key or ""]).decode()
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """The body of ``POST /generate``; one prompt or several."""
-
-    model_config = ConfigDict(strict=True)
 
     text: str | list[str] | None = None
     input_ids: InputIds | None = None

@@ -10,10 +10,11 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
 from rootcellar.server.native.protocol import Priority, namespace
+from rootcellar.server.parsing import Body
 
 Prompt = Annotated[
     str | list[Any],
@@ -32,38 +33,30 @@ Prompt = Annotated[
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """Whether a stream says what it used: at its end, or with every event."""
-
-    model_config = ConfigDict(strict=True)
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(Body):
     """A named JSON schema."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     """The form that the answer must have."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """What the two kinds of completion have in common; beyond OpenAI's own fields, those of SGLang and vLLM."""
-
-    model_config = ConfigDict(strict=True)
 
     model: str | None = None
     temperature: Number | None = None
@@ -171,10 +164,10 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One message of a conversation; what a model's template knows beyond these fields is passed on."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     role: str
     content: str | list[dict[str, Any]] | None = None
