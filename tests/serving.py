@@ -21,6 +21,7 @@ import uvicorn
 
 from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
+from rootcellar.server.connections import protocol
 from rootcellar.server_config import ServerConfig
 
 COMMAND = [str(Path(sys.executable).with_name("rootcellar")), "serve", "--port", "0"]
@@ -85,8 +86,18 @@ class Server:
 @contextlib.contextmanager
 def on_thread(engine: Engine, **settings: object) -> Iterator[str]:
     """The app over `engine`, listening on a port of its own; gives the URL."""
-    app = create_app(engine, ServerConfig(**settings))
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+    limits = ServerConfig(**settings)
+    app = create_app(engine, limits)
+    config = uvicorn.Config(
+        app,
+        port=0,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
+        http=protocol(limits),
+        timeout_keep_alive=limits.timeout_keep_alive,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

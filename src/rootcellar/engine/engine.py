@@ -463,7 +463,7 @@ class Engine:
         return self.sight.stats()
 
     def status(self) -> dict[str, Any]:
-        """What the engine is doing: ``{"paused", "released" (tags), "weight_version", "steps"}``."""
+        """What it does: ``{"paused", "released" (tags), "weight_version", "steps", "unfinished" (requests)}``."""
         return self.sight.status()
 
     def memory_report(self) -> dict[str, Any]:

@@ -71,9 +71,13 @@ class Loop:
 
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the engine's thread between two steps, and give its result or raise its error."""
+        return self.wait(self.ask(function))
+
+    def ask(self, function: Callable[[], T]) -> Future[T]:
+        """:meth:`call` without waiting: the future has the result or the error."""
         future: Future[T] = Future()
         self._send(_filling(future, function))
-        return self.wait(future)
+        return future
 
     def call_at_rest(self, function: Callable[[], T], mode: str) -> T:
         """Run ``function`` when no request runs. ``mode``: what becomes of those that do.

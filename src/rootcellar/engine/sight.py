@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,17 @@ class Sight:
         """See ``Engine.stats``."""
         return self._loop.call(self._stats)
 
+    def asked_stats(self) -> Future[dict[str, Any]]:
+        """The same without waiting for it."""
+        return self._loop.ask(self._stats)
+
     def status(self) -> dict[str, Any]:
         """See ``Engine.status``."""
         return self._loop.call(self._status)
+
+    def asked_status(self) -> Future[dict[str, Any]]:
+        """The same without waiting for it."""
+        return self._loop.ask(self._status)
 
     def trace(self, limit: int = 256) -> dict[str, Any]:
         """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto."""
@@ -157,6 +166,7 @@ class Sight:
             "released": sorted(loop.life.released),
             "weight_version": loop.life.version,
             "steps": loop.steps,
+            "unfinished": len(loop.trackers),
         }
 
     def _newest(self, limit: int) -> tuple[list[RequestRecord], list[StepRecord], float]:

@@ -25,7 +25,7 @@ _CLIENT_WENT_AWAY = 499  # nginx's number; nobody reads it
 async def whole(request: Request, state: State, **arguments: Any) -> list[Result]:
     """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away."""
     results = await unless_gone(request, state.engine.async_generate(**arguments))
-    return [_counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
+    return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
 
 
 class Stream:
@@ -37,9 +37,9 @@ class Stream:
 
     async def results(self) -> AsyncGenerator[Result]:
         """All of them; raises when one of the requests ends with an error."""
-        yield _counts(self._first)
+        yield counts(self._first)
         async for result in self._rest:
-            yield _counts(result)
+            yield counts(result)
 
     async def aclose(self) -> None:
         """Abort what still runs."""
@@ -54,12 +54,12 @@ async def begin(request: Request, state: State, **arguments: Any) -> Stream:
 
     async def first() -> Stream:
         results = cast(AsyncGenerator[Result], await state.engine.async_generate(stream=True, **arguments))
-        return Stream(_counts(await anext(results)), results)
+        return Stream(counts(await anext(results)), results)
 
     return await unless_gone(request, first())
 
 
-def _counts(result: Result) -> Result:
+def counts(result: Result) -> Result:
     """``result``, unless it ended with an error: that is raised."""
     finish = result["meta_info"]["finish_reason"]
     error = None if finish is None else ended_early(finish)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
@@ -12,6 +14,7 @@ from rootcellar.server.door import Door
 from rootcellar.server.gate import Access, Gate
 from rootcellar.server.native import control, generate, health, info, prefixes
 from rootcellar.server.openai import chat, completions, models
+from rootcellar.server.shared import Shared
 from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
 
@@ -42,6 +45,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         description="An LLM inference server whose heart is its KV cache; see docs/serving.md.",
     )
     state = State(engine, config)
+    state.health = Shared(functools.partial(health.check, state), health.FRESH_SECONDS)
     app.state.server = state
     errors.install(app)
     access: dict[str, Access] = {}

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rootcellar.server.errors import ApiError, invalid
+from rootcellar.server.errors import ApiError, Stopped, invalid
 
 # Digits of a Content-Length beyond which nobody means a length.
 _DIGITS = 32
@@ -73,9 +72,7 @@ class _Body:
         """The next message; for the app."""
         message = await self._next()
         if self._left < 0:
-            error = _too_long(self._limit)
-            # FastAPI lets this class through where it reads bodies, and no other.
-            raise HTTPException(error.status, error.message, dict(error.headers))
+            raise Stopped(_too_long(self._limit))
         return message
 
     async def _next(self) -> Message:

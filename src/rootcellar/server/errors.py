@@ -65,6 +65,14 @@ class ApiError(Exception):
         return json_response(self.body(), self.status, self.headers)
 
 
+class Stopped(HTTPException):
+    """An error found while FastAPI reads a body, where it lets this class through and no other."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message, dict(error.headers))
+        self.error = error
+
+
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """``content`` as JSON."""
     body = orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
@@ -122,6 +130,8 @@ def install(app: FastAPI) -> None:
 
     async def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if isinstance(error, Stopped):
+            return error.error.response()
         return ApiError(error.status_code, str(error.detail), headers=error.headers or {}).response()
 
     async def not_valid(request: Request, error: Exception) -> Response:

@@ -9,13 +9,14 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from rootcellar.engine import Engine
 from rootcellar.errors import ConfigError
 from rootcellar.server.app import create_app
+from rootcellar.server.connections import allow_files, protocol
 from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
 from rootcellar.units import gb
@@ -31,6 +32,7 @@ QUEUED = 1024
 def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    allow_files(config.max_connections)
     listener = _listen(config)  # before the seconds that a model takes
     with listener, Engine(**{"max_queued_requests": QUEUED, "log_level": "info", **engine_options}) as engine:
         if not config.skip_server_warmup:
@@ -46,6 +48,8 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
             lifespan="off",
             ws="none",
             server_header=False,
+            http=cast(Any, protocol(config)),
+            timeout_keep_alive=config.timeout_keep_alive,
             timeout_graceful_shutdown=_LAST_SECONDS,
         )
         Server(settings, state).run(sockets=[listener])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
 from rootcellar.engine import Engine
 from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
+from rootcellar.server.shared import Shared
 from rootcellar.server_config import ServerConfig
 
 
@@ -25,6 +27,7 @@ class State:
         active: POST requests that have no full answer yet.
         started: seconds since 1970.
         observer: shows what goes on.
+        health: the one check that all who ask share.
     """
 
     engine: Engine
@@ -33,6 +36,7 @@ class State:
     active: int = 0
     started: float = field(default_factory=time.time)
     observer: Observer = field(init=False)
+    health: Shared[dict[str, Any]] = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -46,8 +50,8 @@ class State:
         return self.config.served_model_name or self.engine.config.model_path
 
     def require_model(self, name: str | None) -> None:
-        """Refuse a request for another model: 404."""
-        if name not in (None, "", "default", self.model_name, self.engine.config.model_path):
+        """Refuse a request for another model: 404. Routers write "unknown" where their client named none."""
+        if name not in (None, "", "default", "unknown", self.model_name, self.engine.config.model_path):
             raise ApiError(
                 404, f"the model {name!r} is not served here; this is {self.model_name!r}", "model", "model_not_found"
             )

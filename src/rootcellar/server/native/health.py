@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from typing import Any
+import contextlib
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from rootcellar.errors import QueueFull
-from rootcellar.server.answer import on_thread, whole
+from rootcellar.server.answer import Result, counts
 from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.state import State, state_of
 
@@ -18,10 +18,12 @@ router = APIRouter(tags=["Health"])
 
 # A step of a large model on a slow device takes seconds; twenty without any is no progress.
 _SECONDS = 20
+_PAUSE = 0.02
+# Whoever asks again so soon gets the last answer.
+FRESH_SECONDS = 1.0
 _ONE_TOKEN: dict[str, Any] = {
     "input_ids": [0],
     "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
-    "priority": 2**31 - 1,  # before every other request
     "extra_key": "health",
 }
 
@@ -29,32 +31,42 @@ _ONE_TOKEN: dict[str, Any] = {
 @router.get("/health")
 @router.get("/health_generate", include_in_schema=False)
 async def health(request: Request) -> Response:
-    """Generate one token. 503 when none comes and nothing else advances either.
+    """Whether the engine advances: an idle one generates a token, a busy one does a step. 503 when neither comes.
 
-    While generation is paused or memory is released on purpose, an answer from the engine's thread is enough.
+    While generation is paused or memory is released on purpose, an answer from the engine's thread is enough. All who
+    ask within a second share one check.
     """
-    state = state_of(request)
+    return json_response(await state_of(request).health.result())
+
+
+@router.get("/ping")
+@router.post("/ping", include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """``/health`` by the name that SageMaker asks for."""
+    return await health(request)
+
+
+async def check(state: State) -> dict[str, Any]:
+    """What ``/health`` says of this server; ``ApiError`` when it is not well."""
     before = await _status(state)
-    if before["paused"] or before["released"]:
-        return json_response({"status": "asleep", "paused": before["paused"], "released": before["released"]})
     try:
         async with asyncio.timeout(_SECONDS):
-            await whole(request, state, **_ONE_TOKEN)
+            while (now := await _status(state))["steps"] == before["steps"]:
+                if now["paused"] or now["released"]:
+                    return {"status": "asleep", "paused": now["paused"], "released": now["released"]}
+                if not now["unfinished"]:
+                    await _one_token(state)
+                    break
+                await asyncio.sleep(_PAUSE)
     except TimeoutError:
         if (await _status(state))["steps"] == before["steps"]:
-            raise ApiError(503, f"no token in {_SECONDS} seconds", code="unhealthy") from None
-    except QueueFull:
-        await _advances(state, before["steps"])
-    return json_response({"status": "ok"})
+            raise ApiError(503, f"no step in {_SECONDS} seconds", code="unhealthy") from None
+    return {"status": "ok"}
 
 
-async def _advances(state: State, steps: int) -> None:
-    """Wait until the engine has done more than so many steps; 503 when it does none in time."""
-    end = time.monotonic() + _SECONDS
-    while (await _status(state))["steps"] == steps:
-        if time.monotonic() > end:
-            raise ApiError(503, f"the queue is full, and no step in {_SECONDS} seconds", code="unhealthy")
-        await asyncio.sleep(0.05)
+async def _one_token(state: State) -> None:
+    with contextlib.suppress(QueueFull):  # others came first, and the engine has something to do
+        counts(cast(Result, await state.engine.async_generate(**_ONE_TOKEN)))
 
 
 @router.get("/ready")
@@ -73,6 +85,6 @@ async def ready(request: Request) -> Response:
 async def _status(state: State) -> dict[str, Any]:
     """The engine's own word, from its thread."""
     try:
-        return await asyncio.wait_for(on_thread(state.engine.status), _SECONDS)
+        return await asyncio.wait_for(asyncio.wrap_future(state.engine.sight.asked_status()), _SECONDS)
     except TimeoutError:
         raise ApiError(503, f"the engine did not answer in {_SECONDS} seconds", code="unhealthy") from None

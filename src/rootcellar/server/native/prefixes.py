@@ -12,7 +12,7 @@ from rootcellar.server.answer import on_thread, whole
 from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import InputIds, namespace
 from rootcellar.server.openai.chat import chat_text
-from rootcellar.server.openai.protocol import ChatMessage
+from rootcellar.server.openai.protocol import Messages
 from rootcellar.server.parsing import Body, OrjsonRoute
 from rootcellar.server.prompts import read_prompts
 from rootcellar.server.state import State, state_of
@@ -25,7 +25,7 @@ class PromptRequest(Body):
 
     text: str | None = None
     input_ids: InputIds | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool = True
     cache_salt: str | None = None
     extra_key: str | None = None

@@ -185,10 +185,14 @@ def _text(part: dict[str, Any]) -> str:
     return text
 
 
+# Each of them costs the event loop a few microseconds to check, and a template more.
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+
+
 class ChatRequest(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
