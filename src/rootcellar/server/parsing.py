@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 from starlette.responses import Response
 
-from rootcellar.server.errors import Stopped
+from rootcellar.server.errors import Stopped, invalid
 
 # Lists and objects take a hundred times the memory of their two bytes in a body, and the time to make them.
 _BRACKETS = 250_000
