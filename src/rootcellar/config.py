@@ -151,6 +151,27 @@ class EngineConfig:
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )
+    max_grammar_length: int = option(
+        2**17, "Most characters of a json_schema, regex or ebnf; a longer one is refused.", low=1
+    )
+    max_grammar_depth: int = option(
+        512,
+        "Most levels of a json_schema, regex or ebnf: nesting, and chains of references from one definition or rule to "
+        "the next. What is deeper is refused before it is compiled.",
+        low=1,
+    )
+    grammar_compile_timeout: float = option(
+        10.0,
+        "Seconds that compiling the grammars of one request may take, in a process of its own.",
+        low=0,
+        high=3600,
+        above=True,
+    )
+    disable_additional_properties: bool = option(
+        True,
+        "Objects of a json_schema have no properties beyond those that it names, unless it says otherwise with "
+        "additionalProperties; small models do not stop inventing more.",
+    )
     random_seed: int = option(
         0, "Seed of sampling (for requests that bring none of their own) and of dummy weights.", low=0, high=MAX_SEED
     )

@@ -1,5 +1,6 @@
 """How the tokens of one request are chosen, declared once, with SGLang's names."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -66,7 +67,7 @@ class SamplingParams:
         high=MAX_SEED,
     )
 
-    json_schema: str | None = option(None, "A JSON schema that the answer must follow, as text.")
+    json_schema: str | None = option(None, "A JSON schema that the answer must follow, as text or as an object.")
     regex: str | None = option(None, "A regular expression that the whole answer must match.")
     ebnf: str | None = option(None, "A grammar (GBNF, rules of the form 'root ::= ...') that the answer must follow.")
 
@@ -107,5 +108,14 @@ class SamplingParams:
             if "seed" in values:
                 raise RequestError("seed and sampling_seed are two names of one parameter: give one of them.")
             values["seed"] = values.pop("sampling_seed")
+        if isinstance(values.get("json_schema"), Mapping | bool):
+            values["json_schema"] = _json(values["json_schema"])
         check_names(cls, values, "sampling parameter", RequestError)
         return cls(**values)
+
+
+def _json(schema: object) -> str:
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema is no JSON: {error}") from None

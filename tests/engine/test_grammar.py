@@ -1,7 +1,12 @@
 """Answers that follow a JSON schema, a regular expression or a grammar."""
 
+import asyncio
+import contextlib
 import json
 import re
+import threading
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +15,8 @@ from idle import check_idle
 
 import rootcellar
 from rootcellar.engine.grammar import Grammar
-from rootcellar.errors import RequestError
+from rootcellar.errors import EngineError, RequestError
+from rootcellar.grammars.process import Worker
 from rootcellar.runner import sampler
 from rootcellar.sampling_params import SamplingParams
 
@@ -24,6 +30,15 @@ SCHEMA = {
     "required": ["name", "kind", "sizes"],
     "additionalProperties": False,
 }
+
+
+def _chain(n):
+    links = {f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(n)}
+    return json.dumps({"$defs": {**links, f"a{n}": {"type": "integer"}}, "$ref": "#/$defs/a0"})
+
+
+def _rules(n):
+    return "root ::= a0\n" + "\n".join(f'a{i} ::= "x" a{i + 1}' for i in range(n)) + f'\na{n} ::= "y" | "z" a{n}'
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +125,12 @@ def test_logprobs_are_the_models_own(engine):
         ({"json_schema": '{"type": 5}'}, "json_schema is not understood"),
         ({"regex": "("}, "regex is not understood"),
         ({"ebnf": "nonsense"}, "ebnf is not understood"),
+        ({"json_schema": "5"}, "json_schema is not understood"),
+        ({"json_schema": '{"$ref": "#/none"}'}, "json_schema: .*#/none.* leads nowhere"),
+        ({"json_schema": "[" * 100_000}, "json_schema is not understood"),
+        ({"regex": "a" * 200_000}, "regex has 200000 characters: .*max_grammar_length"),
+        ({"json_schema": _chain(2000)}, "json_schema is 4003 levels deep.*max_grammar_depth"),
+        ({"ebnf": _rules(3000)}, "ebnf is 3002 levels deep"),
         ({"regex": "a", "ebnf": 'root ::= "a"'}, "can follow one of them"),
     ],
 )
@@ -166,3 +187,150 @@ def test_only_allowed_tokens_are_chosen(vocab):
     tokens, _ = jax.jit(sampler.sample)(logits, sampler.build(rows, 8, vocab))
     assert all(int(token) in allowed for token, allowed in zip(tokens, sets, strict=False))
     assert int(tokens[4]) == int(logits[4].argmax())
+
+
+# -- where grammars are compiled ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lax(tiny_folder):
+    """An engine whose bounds let through what kills the process that compiles."""
+    with rootcellar.Engine(
+        model_path=tiny_folder,
+        max_total_tokens=256,
+        max_running_requests=2,
+        chunked_prefill_size=16,
+        max_grammar_depth=10**6,
+        max_grammar_length=10**6,
+        grammar_compile_timeout=3,
+    ) as engine:
+        yield engine
+
+
+def _children():
+    """Processes of ours that compile grammars."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                found += [pid] * (b"grammars" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
+def test_a_grammar_that_kills_its_compiler_is_refused_and_the_next_is_served(lax):
+    for grammar in ({"json_schema": _chain(3000)}, {"ebnf": _rules(8000)}):
+        with pytest.raises(RequestError, match=r"ended its process \(SIGSEGV\)"):
+            lax.generate(prompt="x", sampling_params=grammar)
+        assert lax.generate(prompt="x", sampling_params={"regex": "yes"})["text"] == "yes"
+
+
+def test_neither_the_event_loop_nor_other_requests_wait_for_a_grammar(lax):
+    """While one compiles for seconds, others are answered; then it is refused."""
+    slow = json.dumps({"type": "integer", "multipleOf": 999_979})
+    plain = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+
+    async def both():
+        waiting = asyncio.create_task(lax.async_generate(prompt="x", sampling_params={"json_schema": slow}))
+        answered = 0
+        while not waiting.done():
+            await lax.async_generate(prompt="x", sampling_params=plain)
+            answered += 1
+        with pytest.raises(RequestError, match=r"grammar_compile_timeout|ended its process"):
+            await waiting
+        return answered
+
+    assert asyncio.run(both()) > 10
+    assert lax.generate(prompt="x", sampling_params={"regex": "no"})["text"] == "no"
+
+
+def test_a_grammar_is_compiled_once(tiny_folder, monkeypatch):
+    tried = []
+    original = Worker.try_out
+
+    def counted(self, kind, source, seconds):
+        tried.append(source)
+        return original(self, kind, source, seconds)
+
+    monkeypatch.setattr(Worker, "try_out", counted)
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16) as engine:
+        for _ in range(2):
+            engine.generate(prompt=["a", "b"], sampling_params={"regex": "[ab]c", "n": 2})
+        assert tried == ["[ab]c"]
+
+
+def test_nothing_is_started_before_the_first_grammar_and_nothing_is_left_behind(tiny_folder):
+    before = _children()
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16) as engine:
+        engine.generate(prompt="x", sampling_params={"max_new_tokens": 1})
+        assert _children() == before
+        engine.generate(prompt="x", sampling_params={"regex": "a"})
+        assert len(_children()) == len(before) + 1
+    assert _children() == before
+
+
+def test_a_shutdown_ends_what_is_being_compiled(tiny_folder):
+    slow = json.dumps({"type": "integer", "multipleOf": 999_979})
+    said = []
+
+    def ask(engine):
+        try:
+            engine.generate(prompt="x", sampling_params={"json_schema": slow})
+        except Exception as error:
+            said.append(error)
+
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16, grammar_compile_timeout=600
+    ) as engine:
+        engine.generate(prompt="x", sampling_params={"regex": "a"})
+        thread = threading.Thread(target=ask, args=(engine,))
+        thread.start()
+        while not engine._parts.grammars._waiting:
+            time.sleep(0.01)
+    thread.join(timeout=60)
+    assert isinstance(said[0], EngineError)
+
+
+def test_a_compiler_that_does_not_start_is_an_error(tiny_folder, monkeypatch):
+    monkeypatch.setattr("rootcellar.grammars.process._PROGRAM", "raise SystemExit('no such interpreter')")
+    with (
+        rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16) as engine,
+        pytest.raises(EngineError, match="does not start: no such interpreter"),
+    ):
+        engine.generate(prompt="x", sampling_params={"regex": "a"})
+
+
+# -- what they mean -------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_closed_unless_they_say_otherwise(engine):
+    schema = {"type": "object", "properties": {"shared": {"type": "boolean"}}, "required": ["shared"]}
+    for text in _answers(engine, json_schema=schema, temperature=1.5, n=4, seed=1):
+        assert set(json.loads(text)) == {"shared"}
+    grammar = engine._parts.grammars.start([SamplingParams(json_schema=json.dumps(schema))]).result()[0]
+    assert not _follows(engine, grammar, '{"shared":true,"x":1}')
+    schema["additionalProperties"] = True
+    grammar = engine._parts.grammars.start([SamplingParams(json_schema=json.dumps(schema))]).result()[0]
+    assert _follows(engine, grammar, '{"shared":true,"x":1}')
+
+
+def test_digits_of_an_expression_are_ascii(engine):
+    for pattern, text, right in [
+        (r"\d+", "12", True),
+        (r"\d+", "\u0663", False),
+        (r"[\dx]+", "\u0663", False),
+        (r"\w+", "\u00e9", False),
+        (r"\W+", "\u00e9", True),
+        (r"[^\d]+", "\u0663", True),
+        (r"\s", "\u2003", False),
+    ]:
+        grammar = engine._parts.grammars.start([SamplingParams(regex=pattern)]).result()[0]
+        assert _follows(engine, grammar, text) is right, (pattern, text)
+
+
+def _follows(engine, grammar, text):
+    """Whether ``text`` may be, or may begin, an answer."""
+    for token in engine.encode(text):
+        if not grammar.allowed()[token // 32] >> (token % 32) & 1:
+            return False
+        grammar.take(token)
+    return True

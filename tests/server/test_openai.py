@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from rootcellar.server.openai.protocol import ChatRequest
+
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = [{"role": "user", "content": "What is a KV cache?"}]
 
@@ -302,3 +304,19 @@ def test_what_is_wrong_with_a_chat_is_said(client, body, said):
     response = client.post("/v1/chat/completions", json={"messages": CHAT, **body})
     assert response.status_code == 400, response.text
     assert said in response.json()["error"]["message"]
+
+
+def test_a_schema_may_be_an_object_and_a_strict_one_is_closed_whatever_the_setting(client):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    for given in (schema, json.dumps(schema)):
+        assert json.loads(
+            complete(client, prompt="x", json_schema=given, max_tokens=40)["choices"][0]["text"]
+        ).keys() == {"ok"}
+        sampling = {"json_schema": given, "max_new_tokens": 40}
+        answer = client.post("/generate", json={"text": "x", "sampling_params": sampling}).json()
+        assert json.loads(answer["text"]).keys() == {"ok"}
+    for strict in (True, False):
+        form = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
+        body = ChatRequest.model_validate({"messages": CHAT, "response_format": form})
+        asked = json.loads(body.arguments(9, None)["sampling_params"]["json_schema"])
+        assert ("additionalProperties" in asked) is strict

@@ -21,6 +21,7 @@ from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
+from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config
 from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import load_params
@@ -145,9 +146,19 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         running,
         programs.backend,
         reload,
-        None if tokenizer is None else Grammars(tokenizer, model.vocab_size, tuple(sorted(stop_ids))),
+        None if tokenizer is None else _grammars(config, tokenizer, model.vocab_size, stop_ids),
         sizing,
     )
+
+
+def _grammars(config: EngineConfig, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> Grammars:
+    bounds = Bounds(
+        config.max_grammar_length,
+        config.max_grammar_depth,
+        config.grammar_compile_timeout,
+        config.disable_additional_properties,
+    )
+    return Grammars(tokenizer, vocab_size, tuple(sorted(stop_ids)), bounds, config.max_queued_requests)
 
 
 def _stop_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -13,6 +13,7 @@ import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
 
 import numpy as np
@@ -21,24 +22,22 @@ from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, folder_of, load_weights
+from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
-from rootcellar.engine.output import Deliver, LogprobOptions, Snapshot, Tracker
+from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order
 from rootcellar.engine.prefixes import Prefixes
-from rootcellar.engine.requests import Inputs, encode, read_inputs
+from rootcellar.engine.requests import Inputs, encode, logprob_options, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
-from rootcellar.sampling_params import GRAMMARS
 from rootcellar.scheduler import Request
 
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
-# Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
-_LONG_TEXT = 10_000
 
 
 class Engine:
@@ -172,19 +171,21 @@ class Engine:
             input_ids,
             sampling_params,
             rid=rid,
-            logprobs=_logprob_options(return_logprob, logprob_start_len, top_logprobs_num),
+            logprobs=logprob_options(return_logprob, logprob_start_len, top_logprobs_num),
             priority=priority,
             extra_key=extra_key,
             tenant=tenant,
         )
         updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
-        trackers = self._trackers(inputs, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
+        compiling = self._start_grammars(inputs)
+        grammars = None if compiling is None else compiling.result()
+        trackers = self._trackers(inputs, grammars, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several)
         if stream:
             return results
         final = [r for r in results if r["meta_info"]["finish_reason"] is not None]
-        return _in_order(final, several=inputs.several)
+        return in_order(final, several=inputs.several)
 
     def _receive(
         self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool
@@ -213,7 +214,7 @@ class Engine:
         misses steps in between, never text: each result holds all that came before.
         """
         mailbox = Mailbox(self._post())
-        options["logprobs"] = _logprob_options(
+        options["logprobs"] = logprob_options(
             options.pop("return_logprob", False),
             options.pop("logprob_start_len", -1),
             options.pop("top_logprobs_num", 0),
@@ -222,8 +223,10 @@ class Engine:
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
         # What is short is read sooner than a thread is woken.
-        inputs = await asyncio.to_thread(read) if _takes_long(prompt, sampling_params) else read()
-        trackers = self._trackers(inputs, stream, mailbox.deliver)
+        inputs = await asyncio.to_thread(read) if takes_long(prompt) else read()
+        compiling = self._start_grammars(inputs)
+        grammars = None if compiling is None else await asyncio.wrap_future(compiling)
+        trackers = self._trackers(inputs, grammars, stream, mailbox.deliver)
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
         except asyncio.CancelledError:
@@ -243,7 +246,7 @@ class Engine:
         if stream:
             return receive()
         final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
-        return _in_order(final, several=inputs.several)
+        return in_order(final, several=inputs.several)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""
@@ -252,7 +255,17 @@ class Engine:
             self._last_post = Post(loop)
         return self._last_post
 
-    def _trackers(self, inputs: Inputs, stream: bool, deliver_to: Callable[[int], Deliver]) -> list[Tracker]:
+    def _start_grammars(self, inputs: Inputs) -> Future[list[Grammar | None]] | None:
+        made = self._parts.grammars
+        return None if made is None else made.start([item.sampling for item in inputs.items])
+
+    def _trackers(
+        self,
+        inputs: Inputs,
+        grammars: Sequence[Grammar | None] | None,
+        stream: bool,
+        deliver_to: Callable[[int], Deliver],
+    ) -> list[Tracker]:
         timeout = self.config.request_timeout
         deadline = None if timeout is None else time.perf_counter() + timeout
         call = next(self._calls)
@@ -281,7 +294,7 @@ class Engine:
                     deadline=deadline,
                     seed=seed,
                     received=inputs.received,
-                    grammar=item.grammar,
+                    grammar=None if grammars is None else grammars[i],
                 )
             )
         return trackers
@@ -471,30 +484,9 @@ class Engine:
         return memory.report(self._parts.sizing)
 
     def shutdown(self) -> None:
-        """Abort what is left, stop the thread and give the KV cache's memory back. Safe to call twice."""
+        """Abort what is left, stop the threads and give the KV cache's memory back. Safe to call twice."""
+        if self._parts.grammars is not None:
+            self._parts.grammars.close()
         self._loop.stop()
         for pool in self._parts.runner.pools.values():
             pool.free()
-
-
-def _logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:
-    if not isinstance(start, int) or start < -1:
-        raise RequestError(f"logprob_start_len must be -1 (none) or an index into the prompt, not {start!r}")
-    if not isinstance(top, int) or not 0 <= top <= 1024:
-        raise RequestError(f"top_logprobs_num must be from 0 to 1024, not {top!r}")
-    return LogprobOptions(None if start < 0 else start, top) if wanted else None
-
-
-def _takes_long(prompt: object, sampling_params: object) -> bool:
-    """Whether reading the arguments may take longer than an event loop should stand still: long texts, grammars."""
-    texts = prompt if isinstance(prompt, list | tuple) else [prompt]
-    params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params]
-    grammar = any(name in each for each in params if isinstance(each, Mapping) for name in GRAMMARS)
-    return grammar or sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT
-
-
-def _in_order(final: list[Result], *, several: bool) -> Result | list[Result]:
-    if not several:
-        return final[0]
-    ordered = sorted(final, key=lambda r: r["index"])
-    return [{k: v for k, v in r.items() if k != "index"} for r in ordered]

@@ -272,3 +272,11 @@ def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | No
             return {"type": "stop", "matched": finish.matched}
         case _:
             return {"type": "abort", "message": finish.message, "cause": finish.cause}
+
+
+def in_order(final: list[Update], *, several: bool) -> Update | list[Update]:
+    """The final results in the order of the sequences; the one result of a call that has one."""
+    if not several:
+        return final[0]
+    ordered = sorted(final, key=lambda r: r["index"])
+    return [{k: v for k, v in r.items() if k != "index"} for r in ordered]

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.engine.build import Parts
-from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
+
+# Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
+_LONG_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Item:
     logprobs: LogprobOptions | None
     priority: int
     namespace: str
-    grammar: Grammar | None
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,10 @@ def read_inputs(
         if logprobs is not None and logprobs.start is not None and logprobs.start >= len(ids):
             raise RequestError(f"{where}logprob_start_len={logprobs.start} is beyond the prompt of {len(ids)} tokens")
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else parts.stop_ids)
-        grammar = None if parts.grammars is None else parts.grammars.start(sampling)
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**32
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
-            follow = grammar if grammar is None or j == 0 else grammar.copy()
-            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key, follow))
+            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
     return Inputs(items, not one or len(items) > 1, received, tenant)
 
 
@@ -192,3 +191,18 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
             f"max_new_tokens to {room}"
         )
     return sampling
+
+
+def logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:
+    """What ``generate`` was asked to report; ``RequestError`` when that is nothing sensible."""
+    if not isinstance(start, int) or start < -1:
+        raise RequestError(f"logprob_start_len must be -1 (none) or an index into the prompt, not {start!r}")
+    if not isinstance(top, int) or not 0 <= top <= 1024:
+        raise RequestError(f"top_logprobs_num must be from 0 to 1024, not {top!r}")
+    return LogprobOptions(None if start < 0 else start, top) if wanted else None
+
+
+def takes_long(prompt: object) -> bool:
+    """Whether reading the arguments may take longer than an event loop should stand still."""
+    texts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    return sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT

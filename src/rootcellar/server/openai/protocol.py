@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import ConfigDict, Field, WithJsonSchema
 
+from rootcellar.grammars.schemas import closed
 from rootcellar.server.errors import invalid
 from rootcellar.server.native.protocol import Priority, namespace
 from rootcellar.server.parsing import Body
@@ -31,6 +32,10 @@ Prompt = Annotated[
     ),
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+# A schema is closed on the event loop, which must not stand still.
+_LONGEST_STRICT = 2**17
 
 
 class StreamOptions(Body):
@@ -83,7 +88,7 @@ class Sampling(Body):
     no_stop_trim: bool | None = None
     regex: str | None = None
     ebnf: str | None = None
-    json_schema: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     rid: str | None = None
     priority: Priority | None = None
     cache_salt: str | None = None
@@ -123,7 +128,12 @@ class Sampling(Body):
                 'response_format of type json_schema needs {"json_schema": {"name": ..., "schema": {...}}}',
                 "response_format",
             )
-        return {"json_schema": orjson.dumps(schema).decode()}
+        text = orjson.dumps(schema).decode()
+        if form.json_schema is None or not form.json_schema.strict:
+            return {"json_schema": text}
+        if len(text) > _LONGEST_STRICT:
+            raise invalid(f"response_format: a strict schema may have {_LONGEST_STRICT} characters", "response_format")
+        return {"json_schema": orjson.dumps(closed(schema)).decode()}
 
     def name(self, prefix: str) -> str:
         """The request's id."""
