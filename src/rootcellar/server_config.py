@@ -12,13 +12,18 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; '0.0.0.0' is every interface: set api_key then.")
     port: int = option(30000, "Port to listen on; 0 takes a free one and says which.", low=0, high=65535)
-    api_key: str | None = option(
-        None, "Clients must send 'Authorization: Bearer KEY'. None lets everybody in who reaches the port."
+    api_key: tuple[str, ...] = option(
+        (),
+        "Clients must send 'Authorization: Bearer KEY'. None lets everybody in who reaches the port. Several may "
+        "be given, each KEY or name:KEY (or :KEY, when it has a colon in it): each name is a tenant of its own.",
+    )
+    api_key_file: str | None = option(
+        None, "A file with more keys, one 'name:KEY' a line; '#' begins a comment.", path=True
     )
     admin_api_key: str | None = option(
         None,
         "The key for routes that change or show the cache, the weights or the memory; it opens the others too. None: "
-        "api_key opens them.",
+        "a single api_key opens them, and of several none does.",
     )
     served_model_name: str | None = option(None, "The model's name in answers and in /v1/models. None: model_path.")
     max_body_bytes: int = option(16 * 2**20, "Longest request body in bytes; a longer one is refused (413).", low=1024)

@@ -17,72 +17,8 @@ from hypothesis.errors import Unsatisfiable
 import rootcellar
 from rootcellar.server import run
 from rootcellar.server.app import create_app
-from rootcellar.server.gate import Access
 from rootcellar.server_config import ServerConfig
 from serving import idle, on_thread, wait_until
-
-ADMIN = (
-    "/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/resume_memory_occupation", "/sleep",
-    "/wake_up", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/cache/explain",
-    "/cache/pin", "/cache/check",
-)  # fmt: skip
-USER = ("/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize", "/abort_request")
-
-
-def bearer(key):
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-# -- keys -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "key", "user", "admin"),
-    [
-        ({}, None, True, True),
-        ({"api_key": "u"}, None, False, False),
-        ({"api_key": "u"}, "u", True, True),
-        ({"api_key": "u"}, "uu", False, False),
-        ({"api_key": "u", "admin_api_key": "a"}, "u", True, False),
-        ({"api_key": "u", "admin_api_key": "a"}, "a", True, True),
-        ({"api_key": "u", "admin_api_key": "a"}, "ä", False, False),
-        ({"admin_api_key": "a"}, None, True, False),
-        ({"admin_api_key": "a"}, "a", True, True),
-    ],
-)
-def test_who_may_do_what(engine, config, key, user, admin):
-    """Closed routes refuse before they read a body; open ones get as far as finding fault with it."""
-    with on_thread(engine, **config) as url, httpx.Client(base_url=url, headers={}) as client:
-        headers = {name: value.encode() for name, value in bearer(key).items()}
-        for paths, allowed in ((USER, user), (ADMIN, admin)):
-            for path in paths:
-                status = client.post(path, content=b"{", headers=headers).status_code
-                assert (status != 401) is allowed, path
-        assert (client.get("/v1/models", headers=headers).status_code == 200) is user
-        assert (client.get("/no/such/route", headers=headers).status_code == 404) is user
-        assert client.get("/health").status_code == 200
-        assert client.get("/ready").status_code == 200
-
-
-def test_a_refusal_says_what_is_missing(engine):
-    with on_thread(engine, api_key="u", admin_api_key="a") as url:
-        response = httpx.post(f"{url}/flush_cache", headers=bearer("u"))
-        assert response.json()["error"]["type"] == "authentication_error"
-        assert "admin_api_key" in response.json()["error"]["message"]
-        assert response.headers["www-authenticate"] == "Bearer"
-        everything = httpx.post(f"{url}/abort_request", headers=bearer("u"), json={"abort_all": True})
-        assert everything.status_code == 401
-        assert httpx.post(f"{url}/abort_request", headers=bearer("a"), json={"abort_all": True}).status_code == 200
-
-
-def test_every_route_that_changes_or_shows_something_is_for_admins(engine):
-    """A new route is not forgotten: whatever is neither for users by name nor public needs the admin key."""
-    app = create_app(engine, ServerConfig(api_key="u", admin_api_key="a"))
-    (gate,) = (m for m in app.user_middleware if "access" in m.kwargs)
-    access = gate.kwargs["access"]
-    assert {path for path, who in access.items() if who is Access.ADMIN} >= {*ADMIN}
-    assert not {path for path, who in access.items() if who is Access.PUBLIC and path.startswith("/cache")}
-
 
 # -- limits -----------------------------------------------------------------------------------------------------------
 

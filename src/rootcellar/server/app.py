@@ -5,35 +5,36 @@ from __future__ import annotations
 import functools
 
 from fastapi import APIRouter, FastAPI
-from starlette.routing import Route
 
 import rootcellar
 from rootcellar.engine import Engine
-from rootcellar.server import errors
+from rootcellar.server import described, errors
 from rootcellar.server.door import Door
-from rootcellar.server.gate import Access, Gate
+from rootcellar.server.gate import Gate
 from rootcellar.server.native import control, generate, health, info, prefixes
 from rootcellar.server.openai import chat, completions, models
+from rootcellar.server.routes import must_be_checked, unmatched
 from rootcellar.server.shared import Shared
 from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
 
 
-def routers(state: State) -> list[tuple[APIRouter, Access]]:
-    """All routes, and who may call them."""
+def routers(state: State) -> list[APIRouter]:
+    """All routes; each router's ``route_class`` says who may call them."""
     return [
-        (completions.router, Access.USER),
-        (chat.router, Access.USER),
-        (models.router, Access.USER),
-        (generate.router, Access.USER),
-        (info.router, Access.USER),
-        (control.abort_router, Access.USER),
-        (control.router, Access.ADMIN),
-        (prefixes.router, Access.ADMIN),
-        (health.router, Access.PUBLIC),
-        (state.observer.page, Access.PUBLIC),
-        (state.observer.numbers, Access.USER),
-        (state.observer.looks, Access.ADMIN),
+        completions.router,
+        chat.router,
+        models.router,
+        generate.router,
+        info.router,
+        control.abort_router,
+        control.router,
+        prefixes.router,
+        health.router,
+        described.router,
+        state.observer.page,
+        state.observer.numbers,
+        state.observer.looks,
     ]
 
 
@@ -43,15 +44,17 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         title="rootcellar",
         version=rootcellar.__version__,
         description="An LLM inference server whose heart is its KV cache; see docs/serving.md.",
+        openapi_url=None,  # FastAPI's own routes would have no right: described.py has ours
+        redirect_slashes=False,  # one spelling a route; and a redirect would say where by the Host header
+        dependencies=[must_be_checked],
     )
     state = State(engine, config)
     state.health = Shared(functools.partial(health.check, state), health.FRESH_SECONDS)
     app.state.server = state
     errors.install(app)
-    access: dict[str, Access] = {}
-    for router, who in routers(state):
+    for router in routers(state):
         app.include_router(router)
-        access.update({route.path: who for route in router.routes if isinstance(route, Route)})
-    app.add_middleware(Gate, state=state, access=access)
+    app.router.default = unmatched
+    app.add_middleware(Gate, state=state)
     app.add_middleware(Door, max_body_bytes=config.max_body_bytes)
     return app

@@ -16,6 +16,7 @@ import uvicorn
 from rootcellar.engine import Engine
 from rootcellar.errors import ConfigError
 from rootcellar.server.app import create_app
+from rootcellar.server.callers import Callers
 from rootcellar.server.connections import allow_files, protocol
 from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
@@ -33,6 +34,7 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     allow_files(config.max_connections)
+    Callers.of(config)  # what is wrong with a key is said at once
     listener = _listen(config)  # before the seconds that a model takes
     with listener, Engine(**{"max_queued_requests": QUEUED, "log_level": "info", **engine_options}) as engine:
         if not config.skip_server_warmup:
@@ -75,7 +77,7 @@ def banner(state: State, port: int) -> str:
     engine, config = state.engine, state.config
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
-    key = " -H 'Authorization: Bearer $API_KEY'" if config.api_key is not None else ""
+    key = " -H 'Authorization: Bearer $API_KEY'" if not state.callers.open else ""
     kv = engine.stats()["kv_cache_bytes"]
     lines = [
         f"rootcellar serves {state.model_name} at {url}",
@@ -86,7 +88,7 @@ def banner(state: State, port: int) -> str:
         f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         """'{"messages": [{"role": "user", "content": "What is a KV cache?"}]}'""",
     ]
-    if config.api_key is None and not _is_loopback(config.host):
+    if state.callers.open and not _is_loopback(config.host):
         lines.append(
             f"  WARNING  anybody who reaches {config.host}:{port} can use this server, change its weights and read its "
             "cache: set --api-key, and --admin-api-key for the routes that change things, or --host 127.0.0.1"

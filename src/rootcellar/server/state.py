@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from rootcellar.engine import Engine
+from rootcellar.server.callers import Callers
 from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
 from rootcellar.server.shared import Shared
@@ -28,6 +29,7 @@ class State:
         started: seconds since 1970.
         observer: shows what goes on.
         health: the one check that all who ask share.
+        callers: who may call.
     """
 
     engine: Engine
@@ -37,9 +39,11 @@ class State:
     started: float = field(default_factory=time.time)
     observer: Observer = field(init=False)
     health: Shared[dict[str, Any]] = field(init=False)
+    callers: Callers = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.callers = Callers.of(self.config)
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
         )

@@ -11,14 +11,15 @@ from starlette.responses import Response
 
 from rootcellar.errors import EngineError, ModelError
 from rootcellar.server.answer import on_thread, unless_gone
+from rootcellar.server.callers import Access
 from rootcellar.server.errors import ApiError, invalid, json_response
-from rootcellar.server.gate import require_admin
-from rootcellar.server.parsing import Body, OrjsonRoute
+from rootcellar.server.parsing import Body
+from rootcellar.server.routes import AdminRoute, UserRoute, check
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(route_class=OrjsonRoute, tags=["Control"])
+router = APIRouter(route_class=AdminRoute, tags=["Control"])
 """For whoever has the admin key."""
-abort_router = APIRouter(route_class=OrjsonRoute, tags=["Control"])
+abort_router = APIRouter(route_class=UserRoute, tags=["Control"])
 """For users: they may end their own requests."""
 
 Seconds = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
@@ -160,7 +161,7 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
     """End a request: whoever waits for it gets what there is, with finish_reason "abort"."""
     engine = state_of(request).engine
     if body.abort_all:
-        require_admin(request)
+        check(request.scope, Access.ADMIN)
         return _ok("Requests ended.", aborted=await on_thread(engine.abort_all))
     if not body.rid:
         raise invalid("name the request: rid, or abort_all", "rid")

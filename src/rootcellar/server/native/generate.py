@@ -11,11 +11,12 @@ from starlette.responses import Response
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
 from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import GenerateRequest
-from rootcellar.server.parsing import Body, OrjsonRoute
+from rootcellar.server.parsing import Body
 from rootcellar.server.prompts import read_prompts
+from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import state_of
 
-router = APIRouter(route_class=OrjsonRoute, tags=["SGLang"])
+router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
 
 @router.post("/generate")

@@ -12,9 +12,10 @@ from starlette.responses import Response
 from rootcellar.errors import QueueFull
 from rootcellar.server.answer import Result, counts
 from rootcellar.server.errors import ApiError, json_response
+from rootcellar.server.routes import PublicRoute
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(tags=["Health"])
+router = APIRouter(route_class=PublicRoute, tags=["Health"])
 
 # A step of a large model on a slow device takes seconds; twenty without any is no progress.
 _SECONDS = 20

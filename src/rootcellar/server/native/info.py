@@ -10,9 +10,10 @@ from starlette.responses import Response
 import rootcellar
 from rootcellar.server.answer import on_thread
 from rootcellar.server.errors import json_response
+from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import state_of
 
-router = APIRouter(tags=["SGLang"])
+router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
 
 @router.get("/model_info")
@@ -39,11 +40,14 @@ async def server_info(request: Request) -> Response:
     """Every setting (keys left out), what the engine holds, and how its memory was sized."""
     state = state_of(request)
     server = dataclasses.asdict(state.config)
-    hidden = {name: server.pop(name) is not None for name in ("api_key", "admin_api_key")}
+    for name in ("api_key", "admin_api_key"):
+        del server[name]
+    callers = state.callers
+    required = {"api_key": not callers.open, "admin_api_key": callers.admin is not None}
     content = {
         **dataclasses.asdict(state.engine.config),
         **server,
-        "keys_required": hidden,
+        "keys_required": required,
         "version": rootcellar.__version__,
         "max_total_num_tokens": state.engine.total_tokens,
         "internal_states": [await on_thread(state.engine.stats)],

@@ -13,11 +13,12 @@ from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import InputIds, namespace
 from rootcellar.server.openai.chat import chat_text
 from rootcellar.server.openai.protocol import Messages
-from rootcellar.server.parsing import Body, OrjsonRoute
+from rootcellar.server.parsing import Body
 from rootcellar.server.prompts import read_prompts
+from rootcellar.server.routes import AdminRoute
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(route_class=OrjsonRoute, tags=["Cache"])
+router = APIRouter(route_class=AdminRoute, tags=["Cache"])
 
 
 class PromptRequest(Body):

@@ -17,6 +17,7 @@ from rootcellar.engine.sight import Reading
 from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.observe.feed import Feed
 from rootcellar.server.observe.metrics import Source
+from rootcellar.server.routes import AdminRoute, PublicRoute, UserRoute
 
 # Seconds that a scrape waits for the step under way (it may be compiling) before it gets the reading before, and
 # before it is refused when there is none.
@@ -51,8 +52,8 @@ class Observer:
         self._reading: asyncio.Task[Reading] | None = None
         self.feed = Feed(self._sight, self.read, model_name)
         self.page = self._page_router()
-        self.numbers = APIRouter(tags=["observe"])
-        self.looks = APIRouter(tags=["observe"])
+        self.numbers = APIRouter(route_class=UserRoute, tags=["observe"])
+        self.looks = APIRouter(route_class=AdminRoute, tags=["observe"])
         self._add_numbers(self.numbers)
         self._add_looks(self.looks)
 
@@ -103,8 +104,8 @@ class Observer:
             return StreamingResponse(self.feed.watch(), media_type="text/event-stream", headers=headers)
 
     def _page_router(self) -> APIRouter:
-        """A route for each file, as the gate knows routes by their path."""
-        router = APIRouter()
+        """A route for each file."""
+        router = APIRouter(route_class=PublicRoute)
         for name, content in _page_files().items():
             path = "/" if name == "index.html" else f"/page/{name}"
             router.add_api_route(path, _sender(name, content), methods=["GET", "HEAD"], include_in_schema=False)

@@ -13,11 +13,11 @@ from rootcellar.server.errors import invalid
 from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import CompletionRequest
-from rootcellar.server.parsing import OrjsonRoute
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
+from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(route_class=OrjsonRoute, tags=["OpenAI"])
+router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
 
 @router.post("/v1/completions")

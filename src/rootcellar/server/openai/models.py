@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from rootcellar.server.errors import json_response
+from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
 
 @router.get("/v1/models")
