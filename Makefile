@@ -6,6 +6,8 @@ VENV := .venv
 REFERENCE_VENV := .venv-reference
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# Processes that run the tests side by side; each test file stays with one of them.
+WORKERS ?= auto
 # pytest: `make test ARGS="tests/cache -x"`; bench: `make bench ARGS="--json"`.
 ARGS ?=
 
@@ -24,7 +26,7 @@ demo: $(VENV)/.stamp  ## Answer from the embedded model: a long prompt twice, th
 	@$(RUN)rootcellar demo
 
 test: $(VENV)/.stamp  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
-	@$(RUN)python -m pytest $(ARGS)
+	@$(RUN)python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m reference $(ARGS)

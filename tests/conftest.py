@@ -1,4 +1,10 @@
-"""Makes ``tests/checkpoints.py`` importable from every test, offers a tiny model folder to all, sets hypothesis up."""
+"""Makes ``tests/checkpoints.py`` importable from every test, offers a tiny model folder to all, sets up what all use.
+
+Compiling is most of what the suite costs, so compiled programs are kept in ``build/`` between tests, workers, processes
+that tests start, and runs. By day XLA leaves out LLVM's optimisations, as JAX's own tests do: programs are the same to
+the last buffer but for their instructions. At night and beside transformers (``make fuzz``, ``make test-reference``)
+it compiles as it does for users.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +16,36 @@ from hypothesis import settings
 
 from checkpoints import make_checkpoint
 
+COMPILED = Path(__file__).parents[1] / "build" / "tests"
+"""Where compiled programs are kept; ``make clean`` forgets them."""
+KEEP_ALL = {
+    "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
 # A loaded machine is no bug. In CI a change is judged by the same examples every time; new ones are looked for at
 # everybody's desk and at night (make fuzz).
 settings.register_profile("desk", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports JAX: what it reads from the environment, which processes of tests inherit."""
+    for name, value in KEEP_ALL.items():
+        os.environ.setdefault(name, value)
+    if config.option.markexpr not in ("long", "reference", "clients"):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_backend_optimization_level" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share engines, so one worker runs them, in order; a test may name another group."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

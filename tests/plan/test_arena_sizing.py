@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootcellar.cache.kind import chunked_local, full, recurrent, sliding_window
+from rootcellar.cache.kind import Kind, chunked_local, full, recurrent, sliding_window
 from rootcellar.plan.arena import MOST_GROUPS, group
 from rootcellar.plan.capacity import Ask, plan
 from rootcellar.plan.layers import read_architecture
@@ -144,6 +144,41 @@ def test_longest_request_by_trying():
             if done % 8:
                 break
         assert found == done, pages
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from(["full", "chunk", "window"]), min_size=1, max_size=4),
+    st.integers(1, 90), st.sampled_from([1, 4, 16]), st.integers(1, 40), st.integers(4, 3000),
+)  # fmt: skip
+def test_longest_request_is_where_a_walk_from_the_start_ends(rules_of, span, size, inflight, pages):
+    make = {
+        "full": full,
+        "chunk": lambda n: chunked_local(n, chunk=span),
+        "window": lambda n: sliding_window(n, window=span),
+    }
+    kinds = [full("full"), *(make[rule](f"{rule}.{i}") for i, rule in enumerate(rules_of))]
+    step, done = -(-inflight // size), 0
+    while (more := (pages - _held(kinds, done * size, done * size, size)) // len(kinds)) >= step:
+        done += step
+    assert longest_request(kinds, pages, Rules(size, inflight=inflight)) == (done + more) * size
+
+
+def test_longest_request_takes_no_time_that_grows_with_memory_and_ends_without_a_full_kind():
+    calls = []
+
+    class Counting(Kind):
+        def start(self, n):
+            calls.append(n)
+            return super().start(n)
+
+    kinds = [Counting("full", (), "full"), sliding_window("window", window=1024)]
+    found = longest_request(kinds, 10**9, Rules(1, inflight=16))
+    assert 10**9 - 2 * (1024 + 16) <= found < 10**9
+    assert len(calls) < 200
+    windows = [sliding_window("a", window=10), sliding_window("b", window=30)]
+    assert longest_request(windows, 1000, Rules(1, inflight=16)) == 500
+    assert longest_request(windows, 40, Rules(1, inflight=16)) < 40
 
 
 def _held(kinds, done, end, size):

@@ -183,12 +183,18 @@ def longest_request(kinds: Sequence[Kind], pages: int, rules: Rules) -> int:
     """Tokens, in whole pages, to which one request can grow in an arena of ``pages`` that it has for itself.
 
     It is computed ``rules.inflight`` tokens at a time: while tokens ``[m, n)`` are, a kind holds ``[start(m), n)``.
-    Exact, and walked step by step, because what a chunked kind holds falls at each chunk's end: all steps before the
-    answer fit. O(pages of the answer).
+    What a chunked kind holds falls at each chunk's end, so the answer is found by walking from step to step, but only
+    from where the spans could first make a difference: O(spans / inflight), however large the arena is. Where no kind
+    is full, a request that fits at all grows for ever; the answer is then what the kinds hold when they share evenly.
     """
     size = rules.page_size
     step = -(-rules.inflight // size)
-    done = 0
+    fulls = sum(kind.rule == "full" for kind in kinds)
+    spans = sum(-(-(kind.span - 1) // size) for kind in kinds if kind.rule != "full")  # the most that they hold
+    room = pages - step * len(kinds)  # held by at most so many pages, a request takes another step
+    if not fulls and spans <= room:
+        return pages // len(kinds) * size
+    done = max(0, (room - spans) // fulls // step * step) if fulls else 0
     while True:
         held = sum(done - kind.start(done * size) // size for kind in kinds)
         more = (pages - held) // len(kinds)
