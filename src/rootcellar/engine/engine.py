@@ -319,7 +319,7 @@ class Engine:
 
         Args:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
-            **options: as for the template: ``add_generation_prompt=True``, ``tools=None`` and its own variables.
+            **options: ``tools``, ``add_generation_prompt``, ``continue_final_message``, the template's variables.
         """
         return self.tokenizer.apply_chat_template(messages, **options)
 

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
+from rootcellar.engine import conversation
 from rootcellar.errors import ModelError, RequestError
 from rootcellar.models.config import read_json
 
@@ -91,23 +92,34 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt for a conversation (``[{"role": ..., "content": ...}, ...]``), by the model's own template.
 
+        ``add_generation_prompt``: the text ends where the assistant begins to speak; so it does unless
+        ``continue_final_message``: then it ends inside of the last message, whose text the answer goes on with.
         ``variables`` are passed on to the template (``enable_thinking=False``, ...). Encode the result with
         ``add_special_tokens=False``. ``RequestError`` when there is no template or it refuses the messages.
         """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        if continue_final_message:
+            if add_generation_prompt:
+                raise RequestError("continue_final_message=True and add_generation_prompt=True exclude each other")
+            messages = conversation.marked(messages)
+        messages = conversation.known_roles(messages, self._templates.values())
         template = self._template("tool_use" if tools and "tool_use" in self._templates else "default")
         given = {**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt}
         try:
             # None stands for "no tools": templates test for it.
             tools = None if tools is None else list(tools)
-            return str(template.render(messages=list(messages), tools=tools, documents=None, **given))
+            text = str(template.render(messages=list(messages), tools=tools, documents=None, **given))
         except (TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        return conversation.up_to_mark(text) if continue_final_message else text
 
     def _template(self, name: str) -> Template:
         if name not in self._templates:

@@ -12,7 +12,7 @@ from rootcellar.server import described, errors
 from rootcellar.server.door import Door
 from rootcellar.server.gate import Gate
 from rootcellar.server.native import control, generate, health, info, prefixes
-from rootcellar.server.openai import chat, completions, models
+from rootcellar.server.openai import chat, completions, models, render
 from rootcellar.server.routes import must_be_checked, unmatched
 from rootcellar.server.shared import Shared
 from rootcellar.server.state import State
@@ -24,6 +24,7 @@ def routers(state: State) -> list[APIRouter]:
     return [
         completions.router,
         chat.router,
+        render.router,
         models.router,
         generate.router,
         info.router,

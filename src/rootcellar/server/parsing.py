@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar, cast
 
 import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 from starlette.responses import Response
 
 from rootcellar.server.errors import Stopped, invalid
+from rootcellar.server.fields import Refused, known
 
 # Lists and objects take a hundred times the memory of their two bytes in a body, and the time to make them.
 _BRACKETS = 250_000
@@ -78,13 +79,33 @@ def _fail_fast(schema: Any) -> Any:
     return {**changed, "fail_fast": True} if schema.get("type") in ("list", "dict") else changed
 
 
-class Body(BaseModel):
-    """What a client sends, or a part of it: types are strict, and no list or dict collects one error for each item.
+def _tell_ignored(schema: dict[str, Any], body: type[Body]) -> None:
+    for name, reason in body.ignored.items():
+        schema["properties"].setdefault(name, {"description": f"Changes nothing: {reason}."})
 
-    pydantic would: 200,000 items of a wrong type took two seconds of everybody's time.
+
+class Body(BaseModel):
+    """What a client sends, or a part of it: types are strict, and no field is dropped in silence.
+
+    No list or dict collects one error for each item, as pydantic would: 200,000 items of a wrong type took two seconds
+    of everybody's time.
     """
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_tell_ignored)
+
+    ignored: ClassVar[Mapping[str, str]] = {}
+    """Fields that are taken and change nothing, with the reason."""
+    refused: ClassVar[Mapping[str, Refused]] = {}
+    """Fields that would change something and are not supported."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        """Only fields that are declared; ``ApiError`` for the first other one that is neither ignored nor empty."""
+        if not isinstance(given, dict) or cls.model_config.get("extra") == "allow":
+            return given
+        names = [field.alias or name for name, field in cls.model_fields.items()]
+        return known(given, names, cls.ignored, cls.refused)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler, /) -> CoreSchema:

@@ -32,8 +32,15 @@ class Prompts:
         return self.ids[0] if self.one else self.ids
 
 
-async def read_prompts(state: State, texts: str | list[str] | None, ids: list[Any] | None, n: int = 1) -> Prompts:
-    """Tokenize texts, or take token ids; exactly one of them is given.
+async def read_prompts(
+    state: State,
+    texts: str | list[str] | None,
+    ids: list[Any] | None,
+    n: int = 1,
+    *,
+    add_special_tokens: bool = True,
+) -> Prompts:
+    """Tokenize texts, with or without special tokens around them, or take token ids; exactly one of them is given.
 
     Refuses too many prompts, too many answers (``n``) and prompts that are too long. A text that cannot be short enough
     is not tokenized: no token stands for more than ``longest_token`` characters. Ids are checked by the engine.
@@ -55,7 +62,7 @@ async def read_prompts(state: State, texts: str | list[str] | None, ids: list[An
         for i, text in enumerate(given):
             if len(text) > limit:
                 raise RequestTooLarge(f"prompt {i} has {len(text)} characters; none above {limit} can fit this server")
-        tokens = await tokenize(state, given)
+        tokens = await tokenize(state, given, add_special_tokens=add_special_tokens)
     else:
         tokens = given
     for i, each in enumerate(tokens):
@@ -64,11 +71,21 @@ async def read_prompts(state: State, texts: str | list[str] | None, ids: list[An
     return Prompts(tokens, given if ids is None else None, one)
 
 
-async def tokenize(state: State, texts: list[str]) -> list[list[int]]:
+def checked_ids(state: State, ids: list[Any]) -> list[int]:
+    """The token ids of one prompt, which no engine is asked to check; ``ApiError`` when one of them is none."""
+    vocab = state.engine.vocab_size
+    if not all(type(token) is int and 0 <= token < vocab for token in ids):
+        raise invalid(f"input_ids must be integers from 0 to {vocab - 1}", "input_ids")
+    return ids
+
+
+async def tokenize(state: State, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
     """Token ids of each text."""
 
     def encode() -> list[list[int]]:
-        return [state.engine.encode(text) for text in texts]
+        if add_special_tokens:
+            return [state.engine.encode(text) for text in texts]
+        return [state.engine.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     return await asyncio.to_thread(encode) if sum(map(len, texts)) > _SHORT else encode()
 

@@ -12,22 +12,20 @@ from rootcellar.server.answer import on_thread, whole
 from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import InputIds, namespace
 from rootcellar.server.openai.chat import chat_text
-from rootcellar.server.openai.protocol import Messages
-from rootcellar.server.parsing import Body
-from rootcellar.server.prompts import read_prompts
+from rootcellar.server.openai.protocol import Messages, Rendering
+from rootcellar.server.prompts import checked_ids, read_prompts
 from rootcellar.server.routes import AdminRoute
 from rootcellar.server.state import State, state_of
 
 router = APIRouter(route_class=AdminRoute, tags=["Cache"])
 
 
-class PromptRequest(Body):
+class PromptRequest(Rendering):
     """One prompt: its text, its token ids, or the messages of a chat; and the namespace it is cached in."""
 
     text: str | None = None
     input_ids: InputIds | None = None
     messages: Messages | None = None
-    add_generation_prompt: bool = True
     cache_salt: str | None = None
     extra_key: str | None = None
 
@@ -37,16 +35,11 @@ class PromptRequest(Body):
         if self.messages is not None:
             if text is not None or self.input_ids is not None:
                 raise invalid("give one of text, input_ids and messages")
-            messages = [message.for_template() for message in self.messages]
-            text = chat_text(state, messages, add_generation_prompt=self.add_generation_prompt)
+            text = chat_text(state, self.messages, self)
         prompts = await read_prompts(state, text, self.input_ids)
         if not prompts.one:
             raise invalid("give one prompt: a list of token ids", "input_ids")
-        ids = prompts.input_ids
-        vocab = state.engine.vocab_size
-        if not all(type(token) is int and 0 <= token < vocab for token in ids):
-            raise invalid(f"input_ids must be integers from 0 to {vocab - 1}", "input_ids")
-        return ids
+        return checked_ids(state, prompts.input_ids)
 
     def namespace(self) -> str:
         """Whose cache is meant."""

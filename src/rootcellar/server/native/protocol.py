@@ -8,6 +8,7 @@ import orjson
 from pydantic import Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
+from rootcellar.server.fields import IGNORED, REFUSED, known
 from rootcellar.server.parsing import Body
 
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -15,13 +16,6 @@ _IDS = {"type": "array", "items": {"type": "integer"}}
 InputIds = Annotated[
     list[Any], WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS}], "description": "Token ids."})
 ]
-# Parameters of SGLang's that this engine does not have, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stop_regex": ([],),
-    "structural_tag": (),
-    "custom_params": ({},),
-    "stream_interval": (1,),
-}
 
 
 def namespace(cache_salt: str | None, extra_key: str | None) -> str:
@@ -33,6 +27,9 @@ def namespace(cache_salt: str | None, extra_key: str | None) -> str:
 
 class GenerateRequest(Body):
     """The body of ``POST /generate``; one prompt or several."""
+
+    ignored = IGNORED
+    refused = REFUSED
 
     text: str | list[str] | None = None
     input_ids: InputIds | None = None
@@ -46,20 +43,11 @@ class GenerateRequest(Body):
     priority: Priority | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
-    lora_path: Any = None
-    image_data: Any = None
-    audio_data: Any = None
-    video_data: Any = None
-    input_embeds: Any = None
-    token_ids_logprob: Any = None
-    custom_logit_processor: Any = None
-    session_params: Any = None
+    return_prompt_token_ids: bool | None = False
+    model: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``Engine.generate``, but for the prompts."""
-        for name in _UNSUPPORTED:
-            if getattr(self, name):
-                raise invalid(f"{name} is not supported: leave it out", name)
         start = _one(self.logprob_start_len, "logprob_start_len")
         return {
             "sampling_params": self._sampling_params(),
@@ -76,21 +64,10 @@ class GenerateRequest(Body):
         return [_meant(each) for each in given] if isinstance(given, list) else _meant(given or {})
 
 
-_UNSUPPORTED = (
-    "lora_path",
-    "image_data",
-    "audio_data",
-    "video_data",
-    "input_embeds",
-    "token_ids_logprob",
-    "custom_logit_processor",
-    "session_params",
-)
-
-
 def _meant(params: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters without what asks for nothing: null is SGLang's "as usual"."""
-    return {k: v for k, v in params.items() if v is not None and not (k in _NEUTRAL and v in _NEUTRAL[k])}
+    """Sampling parameters without what asks for nothing; null is SGLang's "as usual". The engine knows the rest."""
+    names = params.keys() - REFUSED.keys() - {"stream_interval"}
+    return {k: v for k, v in known(params, names, IGNORED, REFUSED).items() if v is not None}
 
 
 def _one(value: Any, name: str) -> Any:

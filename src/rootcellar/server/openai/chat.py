@@ -12,9 +12,10 @@ from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError
 from rootcellar.server.answer import Result
 from rootcellar.server.errors import invalid
+from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
-from rootcellar.server.openai.protocol import ChatRequest
+from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
 from rootcellar.server.prompts import Prompts, read_prompts
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
@@ -32,19 +33,33 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await job.answer(request, state, body)
 
 
-def chat_text(
-    state: State,
-    messages: list[dict[str, Any]],
-    variables: dict[str, Any] | None = None,
-    *,
-    add_generation_prompt: bool = True,
-) -> str:
-    """The prompt that a conversation becomes by the model's template, ``variables`` of its own included."""
-    reserved = {"messages", "add_generation_prompt", "tools"}.intersection(variables or {})
+# What ``chat_template_kwargs`` cannot name: fields of their own, and what is refused.
+_RESERVED = {"messages", "add_generation_prompt", "continue_final_message", "reasoning_effort", "tools", "documents"}
+
+
+def chat_text(state: State, messages: list[ChatMessage], how: Rendering) -> str:
+    """The prompt that a conversation becomes by the model's template."""
+    variables = dict(how.chat_template_kwargs or {})
+    reserved = _RESERVED.intersection(variables)
     if reserved:
         raise invalid(f"chat_template_kwargs must not name {min(reserved)}", "chat_template_kwargs")
+    going_on = bool(how.continue_final_message)
+    if going_on and how.add_generation_prompt:
+        raise invalid(
+            "continue_final_message and add_generation_prompt exclude each other: the one goes on with the last "
+            "message, the other begins a new one",
+            "continue_final_message",
+        )
+    if going_on and messages[-1].content is None:
+        raise invalid("continue_final_message needs a last message whose content is a text", "continue_final_message")
+    if how.reasoning_effort is not None:
+        variables["reasoning_effort"] = how.reasoning_effort
+    if going_on:
+        variables["continue_final_message"] = True
+    opens = not going_on if how.add_generation_prompt is None else how.add_generation_prompt
+    given = [message.for_template() for message in messages]
     try:
-        return state.engine.chat_prompt(messages, add_generation_prompt=add_generation_prompt, **(variables or {}))
+        return state.engine.chat_prompt(given, add_generation_prompt=opens, **variables)
     except RequestError:
         raise
     except Exception as error:  # a template is a program, and these are its inputs
@@ -53,42 +68,55 @@ def chat_text(
 
 async def chat_tokens(state: State, body: ChatRequest) -> Prompts:
     """The token ids of a conversation."""
-    text = chat_text(state, [message.for_template() for message in body.messages], body.chat_template_kwargs)
-    return await read_prompts(state, text, None, body.n or 1)
+    return await read_prompts(state, chat_text(state, body.messages, body), None, body.n or 1)
+
+
+def answer_limit(state: State, body: ChatRequest, ids: list[int]) -> int:
+    """Most tokens of the answer to a chat of these: what was asked for, or else what is left of the context."""
+    limit = body.limit()
+    return max(1, state.engine.longest_prompt + 1 - len(ids)) if limit is None else limit
 
 
 @dataclass(kw_only=True)
 class _Chat(Job):
     object_name = "chat.completion"
     event_name = "chat.completion.chunk"
+    in_choices = False
 
     tokenizer: Tokenizer
+    echo: str
+    """What every answer begins with."""
 
     @classmethod
     async def of(cls, body: ChatRequest, state: State) -> _Chat:
-        _refuse_tools(body)
+        """Read ``body``."""
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         prompts = await chat_tokens(state, body)
-        limit = body.limit()
-        most = max(1, state.engine.longest_prompt + 1 - len(prompts.input_ids)) if limit is None else limit
+        most = answer_limit(state, body, prompts.input_ids)
         name = body.name("chatcmpl")
+        last = body.messages[-1]
+        shown = last.for_template()["content"] if body.echo and last.role == "assistant" else ""
         return cls(
             id=name,
             model=state.model_name,
             n=body.n or 1,
+            answers=body.n or 1,
             top=top,
+            extras=Extras.of(body, prompts, prompt_ids=bool(body.return_prompt_token_ids)),
             arguments={"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top)},
             tokenizer=state.engine.tokenizer,
+            echo=shown,
         )
 
     async def choice(self, i: int, text: str) -> dict[str, Any]:  # noqa: ARG002
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": self.echo + text, "refusal": None}}
 
     async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:  # noqa: ARG002
         """The role, then text."""
         delta = {"role": "assistant", "content": ""} if first else {}
+        text = self.echo + text if first else text
         return {"delta": {**delta, "content": text} if text else delta}
 
     def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
@@ -101,10 +129,3 @@ class _Chat(Job):
     def _entry(self, token: tuple[float, int, str]) -> dict[str, Any]:
         value, id, text = token
         return {"token": text, "logprob": value, "bytes": list(self.tokenizer.token_bytes(id))}
-
-
-def _refuse_tools(body: ChatRequest) -> None:
-    """An answer that ignored them would look like a model that does not want to call."""
-    for name in ("tools", "functions"):
-        if getattr(body, name):
-            raise invalid(f"{name} are not supported: describe them in a message, and read the answer's text", name)

@@ -41,10 +41,11 @@ def finish(result: Result) -> dict[str, Any]:
 
 @dataclass
 class Sent:
-    """How much of one choice a stream has sent: characters and tokens."""
+    """How much of one choice a stream has sent: characters, tokens as logprobs, tokens as ids."""
 
     characters: int = 0
     tokens: int = 0
+    ids: int = 0
 
     def text(self, result: Result) -> str:
         """The text that is new in ``result``."""
@@ -52,10 +53,17 @@ class Sent:
         self.characters += len(text)
         return text
 
+    def token_ids(self, result: Result) -> list[int]:
+        """The token ids that are new in ``result``."""
+        new: list[int] = result["output_ids"][self.ids :]
+        self.ids += len(new)
+        return new
+
     def logprobs(self, result: Result, top: int) -> tuple[list[Any], list[Any]]:
         """The logprobs that are new in ``result``: of the tokens, and (``top`` > 0) of the likeliest beside each."""
         meta = result["meta_info"]
         tokens = meta["output_token_logprobs"][self.tokens :]
-        others = meta["output_top_logprobs"][self.tokens :] if top else [[] for _ in tokens]
+        # There may be more of them than are shown here: a prompt's are counted apart.
+        others = [row[:top] for row in meta["output_top_logprobs"][self.tokens :]] if top else [[] for _ in tokens]
         self.tokens += len(tokens)
         return tokens, others

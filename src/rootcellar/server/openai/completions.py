@@ -10,9 +10,10 @@ from starlette.responses import Response
 
 from rootcellar.server.answer import Result
 from rootcellar.server.errors import invalid
+from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
-from rootcellar.server.openai.protocol import CompletionRequest
+from rootcellar.server.openai.protocol import MOST_LOGPROBS, CompletionRequest
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
@@ -30,11 +31,18 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return await job.answer(request, state, body)
 
 
+async def completion_prompts(state: State, body: CompletionRequest) -> Prompts:
+    """The prompts of a completion."""
+    texts, ids = _split(body.prompt)
+    return await read_prompts(state, texts, ids, body.n or 1, add_special_tokens=body.add_special_tokens)
+
+
 @dataclass(kw_only=True)
 class _Completion(Job):
     """``echo``: the answer begins with its prompt."""
 
     object_name = event_name = "text_completion"
+    in_choices = True
 
     state: State
     prompts: Prompts
@@ -45,24 +53,30 @@ class _Completion(Job):
     @classmethod
     async def of(cls, body: CompletionRequest, state: State) -> _Completion:
         n = body.n or 1
-        if body.suffix:
-            raise invalid("suffix is not supported: this server continues a prompt and inserts nothing", "suffix")
-        if body.best_of is not None and body.best_of != n:
-            raise invalid("best_of is not supported: leave it out, or equal to n", "best_of")
-        if body.logprobs is not None and not 0 <= body.logprobs <= 20:
-            raise invalid("logprobs must be from 0 to 20", "logprobs")
+        if body.logprobs is not None and not 0 <= body.logprobs <= MOST_LOGPROBS:
+            raise invalid(f"logprobs must be from 0 to {MOST_LOGPROBS}", "logprobs")
         top, echo = body.logprobs, bool(body.echo)
-        texts, ids = _split(body.prompt)
-        prompts = await read_prompts(state, texts, ids, n)
+        prompts = await completion_prompts(state, body)
         name = body.name("cmpl")
         arguments = {
             "input_ids": prompts.input_ids,
             "rid": name if prompts.one else [f"{name}-{i}" for i in range(len(prompts.ids))],
-            "logprob_start_len": 0 if echo and top is not None else -1,
-            **body.arguments(16 if body.max_tokens is None else body.max_tokens, top),
+            **body.arguments(body.limit(), top),
         }
-        model = state.model_name
-        return cls(id=name, model=model, n=n, top=top, arguments=arguments, state=state, prompts=prompts, echo=echo)
+        if echo and top is not None:
+            arguments["logprob_start_len"] = 0
+        return cls(
+            id=name,
+            model=state.model_name,
+            n=n,
+            answers=n * len(prompts.ids),
+            top=top,
+            extras=Extras.of(body, prompts),
+            arguments=arguments,
+            state=state,
+            prompts=prompts,
+            echo=echo,
+        )
 
     async def choice(self, i: int, text: str) -> dict[str, Any]:
         return await self.delta(i, text, first=True)
@@ -79,7 +93,8 @@ class _Completion(Job):
         if self.echo and i not in self._offsets:
             meta = result["meta_info"]
             tokens = meta["input_token_logprobs"] + tokens
-            others = (meta["input_top_logprobs"] if top else [[] for _ in meta["input_token_logprobs"]]) + others
+            rows = meta["input_top_logprobs"] if top else [[] for _ in meta["input_token_logprobs"]]
+            others = [row and row[:top] for row in rows] + others
         if not tokens:
             return None
         at = self._offsets.get(i, 0)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
 from rootcellar.server.errors import json_response
 from rootcellar.server.openai.choices import Sent, extension, finish, usage
+from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.protocol import Sampling, StreamOptions
 from rootcellar.server.state import State
 
@@ -24,16 +25,23 @@ class Job(ABC):
 
     Attributes:
         arguments: of ``Engine.generate``.
+        n: answers to each prompt; ``answers``: to all of them together.
         top: how many of the likeliest tokens are shown beside each; None: no logprobs at all.
+        extras: what else was asked for.
     """
 
     object_name: ClassVar[str]
     event_name: ClassVar[str]
+    in_choices: ClassVar[bool]
+    """Whether what is told of prompts and of the cache stands in choices, or beside them: a completion may have several
+    prompts. SGLang's benchmark looks into the first choice of each of a completion's events, so there must be one."""
 
     id: str
     model: str
     n: int
+    answers: int
     top: int | None
+    extras: Extras
     arguments: dict[str, Any]
     _created: int = field(default_factory=lambda: int(time.time()), init=False)
     _sent: dict[int, Sent] = field(default_factory=dict, init=False)
@@ -57,25 +65,44 @@ class Job(ABC):
             return EventStream(stream, self._events(stream, body.stream_options or StreamOptions()))
         results = await whole(request, state, **self.arguments)
         choices = [self._choice(i, await self.choice(i, result["text"]), result) for i, result in enumerate(results)]
-        return json_response({**self._head(self.object_name), "choices": choices, **self._used(results)})
+        head = self._head(self.object_name)
+        self._tell_prompts(head, choices, results)
+        return json_response({**head, "choices": choices, **self._used(results)})
+
+    def _tell_prompts(self, head: dict[str, Any], choices: list[dict[str, Any]], results: list[Result]) -> None:
+        """Write what was asked for of the prompts of these choices where it belongs."""
+        for choice, result in zip(choices, results, strict=True):
+            (choice if self.in_choices else head).update(self.extras.of_prompt(choice["index"] // self.n, result))
 
     async def _events(self, stream: Stream, options: StreamOptions) -> AsyncGenerator[bytes]:
         """The answer in pieces: what is new, then why it ended, then what it used."""
         head = self._head(self.event_name)
         newest: dict[int, Result] = {}
+        left = self.answers
+        told: set[int] = set()
         async for result in stream.results():
             i = result.get("index", 0)
             delta = await self.delta(i, self.sent(i).text(result), i not in newest)
             newest[i] = result
             choice = self._choice(i, delta, result)
-            if not (any(delta.values()) or choice["logprobs"] or choice["finish_reason"]):
+            if not (any(delta.values()) or choice["logprobs"] or choice["finish_reason"] or choice.get("token_ids")):
                 continue
             event = {**head, "choices": [choice]}
+            about = i if self.in_choices else 0
+            if about not in told:
+                told.add(about)
+                self._tell_prompts(event, [choice], [result])
             if options.continuous_usage_stats:
                 event["usage"] = usage([result], 1)
+            left -= choice["finish_reason"] is not None
+            if not left and self.extras.cached_details and self.in_choices and not options.include_usage:
+                event["sglext"] = self._used([newest[i] for i in sorted(newest)])["sglext"]
             yield event_of(event)
+        used = self._used([newest[i] for i in sorted(newest)])
         if options.include_usage:
-            yield event_of({**head, "choices": [], **self._used([newest[i] for i in sorted(newest)])})
+            yield event_of({**head, "choices": [], **used})
+        elif self.extras.cached_details and not self.in_choices:
+            yield event_of({**head, "choices": [], "sglext": used["sglext"]})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
@@ -85,7 +112,10 @@ class Job(ABC):
 
     def _choice(self, i: int, content: dict[str, Any], result: Result) -> dict[str, Any]:
         logprobs = None if self.top is None else self.logprobs(i, result, self.top)
-        return {"index": i, **content, "logprobs": logprobs, **finish(result)}
+        choice = {"index": i, **content, "logprobs": logprobs, **finish(result)}
+        if self.extras.token_ids:
+            choice["token_ids"] = self.sent(i).token_ids(result)
+        return choice
 
     def sent(self, i: int) -> Sent:
         """How much of choice ``i`` was sent."""

@@ -1,7 +1,6 @@
-"""What OpenAI's clients send. Types are strict; values are checked where they are used, by the engine.
+"""What OpenAI's clients send, with the fields of SGLang and vLLM; which others there are is in ``server/fields.py``.
 
-Fields that this server does not know are ignored, as the other engines do: clients send more than they need. Known
-fields that would change the answer and are not supported are refused.
+Types are strict; values are checked where they are used, by the engine.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import ConfigDict, Field, WithJsonSchema
 
-from rootcellar.grammars.schemas import closed
 from rootcellar.server.errors import invalid
+from rootcellar.server.fields import IGNORED, REFUSED, Refused
 from rootcellar.server.native.protocol import Priority, namespace
+from rootcellar.server.openai.forms import Forms
 from rootcellar.server.parsing import Body
 
 Prompt = Annotated[
@@ -32,10 +31,8 @@ Prompt = Annotated[
     ),
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-# A schema is closed on the event loop, which must not stand still.
-_LONGEST_STRICT = 2**17
+# Of the likeliest tokens beside each, as at OpenAI.
+MOST_LOGPROBS = 20
 
 
 class StreamOptions(Body):
@@ -45,23 +42,11 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class JsonSchemaFormat(Body):
-    """A named JSON schema."""
-
-    name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """The form that the answer must have."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-
-class Sampling(Body):
+class Sampling(Forms):
     """What the two kinds of completion have in common; beyond OpenAI's own fields, those of SGLang and vLLM."""
+
+    ignored = IGNORED
+    refused = REFUSED
 
     model: str | None = None
     temperature: Number | None = None
@@ -74,8 +59,7 @@ class Sampling(Body):
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
     logit_bias: dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
-    user: str | None = None
+    best_of: int | None = None
 
     top_k: int | None = None
     min_p: Number | None = None
@@ -86,10 +70,13 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    json_schema: str | dict[str, Any] | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = False
+    return_token_ids: bool | None = None
+    return_cached_tokens_details: bool | None = None
     rid: str | None = None
+    request_id: str | None = None
     priority: Priority | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
@@ -99,45 +86,40 @@ class Sampling(Body):
 
         ``top``: how many of the likeliest tokens are shown beside each; None: no logprobs.
         """
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise invalid("best_of is not supported: leave it out, or equal to n", "best_of")
+        before = self.prompt_logprobs
+        if before is not None and not 0 <= before <= MOST_LOGPROBS:
+            raise invalid(f"prompt_logprobs must be from 0 to {MOST_LOGPROBS}", "prompt_logprobs")
+        if before is not None and self.stream:
+            raise invalid("prompt_logprobs come with a whole answer: leave out stream", "prompt_logprobs")
         return {
-            "sampling_params": self._sampling_params(max_new_tokens),
-            "return_logprob": top is not None,
-            "top_logprobs_num": top or 0,
+            "sampling_params": self.sampling_params(max_new_tokens),
+            "return_logprob": top is not None or before is not None,
+            "top_logprobs_num": max(top or 0, before or 0),
+            "logprob_start_len": -1 if before is None else 0,
             "priority": self.priority or 0,
             "extra_key": namespace(self.cache_salt, self.extra_key),
         }
 
-    def _sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
+    def sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
+        """The engine's sampling parameters, as far as they were given."""
+        keep = self.include_stop_str_in_output
+        if None not in (keep, self.no_stop_trim) and keep != self.no_stop_trim:
+            name = "include_stop_str_in_output"
+            raise invalid(f"{name} and no_stop_trim are two names of one thing: give one of them", name)
         given = {
+            **{name: getattr(self, name) for name in _SAME_NAME},
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
-            **{name: getattr(self, name) for name in _SAME_NAME},
-            **self._grammar(),
+            "no_stop_trim": self.no_stop_trim if keep is None else keep,
+            **self.grammar(),
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def _grammar(self) -> dict[str, str]:
-        form = self.response_format
-        if form is None or form.type == "text":
-            return {}
-        if form.type == "json_object":
-            return {"json_schema": '{"type": "object"}'}
-        schema = None if form.json_schema is None else form.json_schema.schema_
-        if schema is None:
-            raise invalid(
-                'response_format of type json_schema needs {"json_schema": {"name": ..., "schema": {...}}}',
-                "response_format",
-            )
-        text = orjson.dumps(schema).decode()
-        if form.json_schema is None or not form.json_schema.strict:
-            return {"json_schema": text}
-        if len(text) > _LONGEST_STRICT:
-            raise invalid(f"response_format: a strict schema may have {_LONGEST_STRICT} characters", "response_format")
-        return {"json_schema": orjson.dumps(closed(schema)).decode()}
-
     def name(self, prefix: str) -> str:
         """The request's id."""
-        return self.rid or f"{prefix}-{uuid.uuid4().hex}"
+        return self.rid or self.request_id or f"{prefix}-{uuid.uuid4().hex}"
 
 
 _SAME_NAME = (
@@ -156,10 +138,6 @@ _SAME_NAME = (
     "ignore_eos",
     "skip_special_tokens",
     "spaces_between_special_tokens",
-    "no_stop_trim",
-    "regex",
-    "ebnf",
-    "json_schema",
 )
 
 
@@ -168,10 +146,12 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     max_tokens: int | None = 16
-    echo: bool | None = False
     logprobs: int | None = None
-    best_of: int | None = None
-    suffix: str | None = None
+    add_special_tokens: bool = True
+
+    def limit(self) -> int:
+        """Most tokens of an answer."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
 class ChatMessage(Body):
@@ -179,7 +159,7 @@ class ChatMessage(Body):
 
     model_config = ConfigDict(extra="allow")
 
-    role: str
+    role: Literal["system", "user", "assistant", "tool", "developer"]
     content: str | list[dict[str, Any]] | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -199,18 +179,26 @@ def _text(part: dict[str, Any]) -> str:
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
 
 
-class ChatRequest(Sampling):
+class Rendering(Body):
+    """How the model's template makes a text of messages."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | float | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(Sampling, Rendering):
     """The body of ``POST /v1/chat/completions``."""
+
+    refused = {**REFUSED, "add_special_tokens": Refused("the chat template writes its own", (False,))}  # noqa: RUF012
 
     messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    functions: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    return_prompt_token_ids: bool | None = None
 
     def limit(self) -> int | None:
         """Most tokens of the answer, by its newer name or its older one."""
