@@ -2,11 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_openai import CHAT, chat, complete, events
 
-from rootcellar.server.fields import IGNORED, REFUSED
+from rootcellar.server.fields import IGNORED, REFUSED, markdown
+from rootcellar.server.native.generate import TokenizeRequest
+from rootcellar.server.native.protocol import GenerateRequest
+from rootcellar.server.openai.forms import StructuredOutputs
+from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest
 
 ROUTES = {
     "/v1/completions": {"prompt": "What is a", "max_tokens": 3, "temperature": 0},
@@ -64,8 +69,16 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(client, path, bo
 
 def test_a_field_that_is_near_to_nothing_is_refused_as_well(client):
     error = refused(client, "/v1/completions", {**ROUTES["/v1/completions"], "x" * 3000: 1})
-    assert "docs/serving.md" in error["message"]
+    assert "docs/fields.md" in error["message"]
     assert len(error["message"]) < 300
+
+
+def test_the_documentation_lists_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text(encoding="utf-8")
+    assert markdown() in page
+    for body in (CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, StructuredOutputs):
+        for name, field in body.model_fields.items():
+            assert f"`{field.alias or name}`" in page, name
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -8,6 +8,7 @@ name is refused with the nearest known one.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,39 @@ def known(
         elif name in ignored:
             continue
         elif name not in refused:
+            name = name[:100]
             near = difflib.get_close_matches(name.lower(), names, n=1)
-            told = f"Did you mean {near[0]!r}?" if near else "Leave it out: docs/serving.md lists what there is."
-            raise invalid(f"unknown field {name[:100]!r}. {told}", name[:100])
+            told = f"Did you mean {near[0]!r}?" if near else "Leave it out: docs/fields.md lists what there is."
+            raise invalid(f"unknown field {name!r}. {told}", name)
         elif value is not None and not any(_same(value, nothing) for nothing in refused[name].nothing):
             raise invalid(f"{name} is not supported: {refused[name].instead}", name)
     return kept
+
+
+def markdown() -> str:
+    """Both lists as tables for the documentation, names that share a reason in one row."""
+    refused: dict[str, list[str]] = {}
+    for name, field in REFUSED.items():
+        nothing = f" (but {', '.join(map(_code, field.nothing))})" if field.nothing else ""
+        refused.setdefault(field.instead, []).append(f"`{name}`{nothing}")
+    ignored: dict[str, list[str]] = {}
+    for name, reason in IGNORED.items():
+        ignored.setdefault(reason, []).append(f"`{name}`")
+    return "\n\n".join(
+        (
+            _table("taken, and changes nothing", "because it is", ignored),
+            _table("refused", "instead", refused),
+        )
+    )
+
+
+def _table(names: str, reason: str, rows: Mapping[str, list[str]]) -> str:
+    lines = [f"| {names} | {reason} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {', '.join(each)} | {why} |" for why, each in rows.items())])
+
+
+def _code(value: Any) -> str:
+    return f"`{json.dumps(value)}`"
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -135,7 +163,7 @@ REFUSED: Mapping[str, Refused] = {
     "thinking_token_budget": Refused("reasoning is part of the text: use max_tokens", (-1,)),
     "verbosity": Refused("say it in a message", ("medium",)),
     "reasoning": Refused("send reasoning_effort, which the chat template reads", ({},)),
-    "truncate_prompt_tokens": Refused("cut the prompt before you send it", (-1,)),
+    "truncate_prompt_tokens": Refused("cut the prompt before you send it"),
     "truncation_side": Refused("cut the prompt before you send it"),
     "documents": Refused("put them into a message", ([],)),
     "chat_template": Refused("the model's own is used: a template is a program"),
