@@ -64,7 +64,7 @@ async def over_http(url: str, args: argparse.Namespace, round: int) -> float:
         while bodies:
             body = bodies.pop()
             head = (
-                f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+                f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
             )
             writer.write(f"{head}\r\n\r\n".encode() + body)
             answer = await (_read_stream(reader) if args.stream else _read_whole(reader))

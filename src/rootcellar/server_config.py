@@ -25,6 +25,16 @@ class ServerConfig:
         "The key for routes that change or show the cache, the weights or the memory; it opens the others too. None: "
         "a single api_key opens them, and of several none does.",
     )
+    cors_allow_origin: tuple[str, ...] = option(
+        (),
+        "Origins of web pages that may call the server, such as https://chat.example; '*' is every page. Pages from "
+        "elsewhere are refused (403).",
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Names, without ports, by which the server may be called ('*.example.com' and '*' too), beside those of this "
+        "machine. None: any, but on a loopback host without api_key only this machine's.",
+    )
     served_model_name: str | None = option(None, "The model's name in answers and in /v1/models. None: model_path.")
     max_body_bytes: int = option(16 * 2**20, "Longest request body in bytes; a longer one is refused (413).", low=1024)
     max_connections: int = option(

@@ -86,8 +86,8 @@ def matched(routes, path):
     return None
 
 
-async def ask(app, method, target, headers):
-    """The status of one request, with the path read as uvicorn reads it."""
+async def ask(app, method, target, headers, host=b"127.0.0.1:30000"):
+    """The status of one request, with the path read as uvicorn reads it; ``host`` None: it is among the headers."""
     raw, _, query = target.partition("?")
     sent = []
 
@@ -100,7 +100,7 @@ async def ask(app, method, target, headers):
     scope = {
         "type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(raw),
         "raw_path": raw.encode(), "query_string": query.encode(), "root_path": "", "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 30000), "headers": [(b"host", b"127.0.0.1:30000"), *headers],
+        "server": ("127.0.0.1", 30000), "headers": headers if host is None else [(b"host", host), *headers],
     }  # fmt: skip
     await app(scope, receive, send)
     return sent[0]["status"]

@@ -53,11 +53,11 @@ def served(url):
 def test_connections_that_do_nothing_make_room_for_those_that_ask(client, engine):
     with on_thread(engine, max_connections=8) as url, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connect(url)) for _ in range(8)]
-        idle[3].sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Le")
+        idle[3].sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Le")
         for _ in range(3):
             served(url)
         assert read_all(idle[0]) == b""  # the one that waited longest was closed
-        idle[7].sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        idle[7].sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert read_all(idle[7]).startswith(b"HTTP/1.1 200")
 
 
@@ -88,7 +88,7 @@ def hasty(engine):
         yield url
 
 
-HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_who_does_not_read_is_given_up(client, engine, hasty):
 
 
 def test_many_requests_at_once_on_one_connection(client, url):
-    ask = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    ask = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connect(url) as connection:
         connection.sendall(ask * 3)
         received = b""
@@ -167,11 +167,12 @@ def test_many_requests_at_once_on_one_connection(client, url):
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /" + b"a" * 10_000_000 + b" HTTP/1.1\r\nHost: x\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 10_000_000,
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x%d: " % i + b"y" * 1000 + b"\r\n" for i in range(10_000)),
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 257,
-        b"GET / HTTP/1.1\r\nHost: x\r\nX:" + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 10_000_000 + b" HTTP/1.1\r\nHost: localhost\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 10_000_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        + b"".join(b"x%d: " % i + b"y" * 1000 + b"\r\n" for i in range(10_000)),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 257,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX:" + b"a" * 70_000 + b"\r\n\r\n",
     ],
     ids=["target", "one field", "long fields", "many fields", "whole, and too large"],
 )
@@ -185,7 +186,7 @@ def test_a_head_that_is_too_large_is_cut_off(client, url, head):
 
 def test_a_flood_of_headers_keeps_nobody_waiting(client, url, quiet):
     """96 MB of them: refused at the limit, and what comes behind is not parsed."""
-    flood = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 96 * 2**20
+    flood = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 96 * 2**20
 
     def attack():
         with connect(url) as connection, contextlib.suppress(OSError):

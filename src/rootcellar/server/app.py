@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import rootcellar
 from rootcellar.engine import Engine
@@ -58,4 +59,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     app.router.default = unmatched
     app.add_middleware(Gate, state=state)
     app.add_middleware(Door, max_body_bytes=config.max_body_bytes)
+    if config.cors_allow_origin:  # outermost, so that pages may read errors too; preflights bring no key
+        origins = config.cors_allow_origin
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return app

@@ -1,4 +1,4 @@
-"""What each request passes before its route sees it: who sends it, how its path is written, and the end of the server.
+"""What each request passes before its route sees it: who sends it and from where, and the end of the server.
 
 What a caller may do is the route's own business (``routes.py``). Written against ASGI itself, so that streams and
 disconnects pass through untouched.
@@ -11,8 +11,10 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rootcellar.server.browsers import foreign
 from rootcellar.server.callers import note_caller
 from rootcellar.server.errors import ApiError, invalid
+from rootcellar.server.routes import note_link
 from rootcellar.server.state import State
 
 # No path of ours has one, and who writes one means to be read in two ways.
@@ -29,12 +31,15 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with an error."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         note_caller(scope, self._state.callers.of_token(_token(headers)))
-        refusal = self._refusal(scope)
+        refusal = self._refusal(scope, headers)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
@@ -47,9 +52,17 @@ class Gate:
         finally:
             self._state.leave()
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         if _CONTROL.search(scope["path"]):
             return invalid("the path has a control character in it")
+        refusal = self._state.browsers.refusal(headers)
+        if refusal is not None:
+            return refusal
+        if self._state.browsers.comes_from_elsewhere(headers):
+            # A link may lead to a page here; whatever else another page embeds or sends is none of its business.
+            if scope["method"] not in ("GET", "HEAD") or headers.get("sec-fetch-mode") != "navigate":
+                return foreign("pages from elsewhere")
+            note_link(scope)
         if self._state.draining and scope["method"] == "POST":
             return ApiError(
                 503, "the server is shutting down", code="shutdown", headers={"Retry-After": "5", "Connection": "close"}

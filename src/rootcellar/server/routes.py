@@ -12,11 +12,13 @@ from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from rootcellar.server.browsers import foreign
 from rootcellar.server.callers import Access, noted_caller
 from rootcellar.server.errors import ApiError
 from rootcellar.server.parsing import OrjsonRoute
 
 _CHECKED = "rootcellar.checked"
+_LINK = "rootcellar.link"
 
 
 class _Checked(OrjsonRoute):
@@ -48,11 +50,18 @@ class AdminRoute(_Checked):
     access = Access.ADMIN
 
 
+def note_link(scope: Scope) -> None:
+    """Say that a link on a page from elsewhere led here; the gate does. Such links lead to no admin's route."""
+    scope[_LINK] = True
+
+
 def check(scope: Scope, access: Access) -> None:
     """Raise the ``ApiError`` for a caller who may not call a route of this access."""
     refusal = scope["app"].state.server.callers.refusal(noted_caller(scope), access)
     if refusal is not None:
         raise refusal
+    if access is Access.ADMIN and _LINK in scope:
+        raise foreign("links on pages from elsewhere")
     scope[_CHECKED] = access
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -16,6 +15,7 @@ import uvicorn
 from rootcellar.engine import Engine
 from rootcellar.errors import ConfigError
 from rootcellar.server.app import create_app
+from rootcellar.server.browsers import Browsers, is_loopback
 from rootcellar.server.callers import Callers
 from rootcellar.server.connections import allow_files, protocol
 from rootcellar.server.state import State
@@ -34,7 +34,7 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     allow_files(config.max_connections)
-    Callers.of(config)  # what is wrong with a key is said at once
+    Browsers.of(config, open=Callers.of(config).open)  # what is wrong with a key or a host is said at once
     listener = _listen(config)  # before the seconds that a model takes
     with listener, Engine(**{"max_queued_requests": QUEUED, "log_level": "info", **engine_options}) as engine:
         if not config.skip_server_warmup:
@@ -88,19 +88,12 @@ def banner(state: State, port: int) -> str:
         f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         """'{"messages": [{"role": "user", "content": "What is a KV cache?"}]}'""",
     ]
-    if state.callers.open and not _is_loopback(config.host):
+    if state.callers.open and not is_loopback(config.host):
         lines.append(
             f"  WARNING  anybody who reaches {config.host}:{port} can use this server, change its weights and read its "
             "cache: set --api-key, and --admin-api-key for the routes that change things, or --host 127.0.0.1"
         )
     return "\n".join(lines)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server(uvicorn.Server):

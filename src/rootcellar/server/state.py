@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from rootcellar.engine import Engine
+from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Callers
 from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
@@ -30,6 +31,7 @@ class State:
         observer: shows what goes on.
         health: the one check that all who ask share.
         callers: who may call.
+        browsers: which web pages may.
     """
 
     engine: Engine
@@ -40,10 +42,12 @@ class State:
     observer: Observer = field(init=False)
     health: Shared[dict[str, Any]] = field(init=False)
     callers: Callers = field(init=False)
+    browsers: Browsers = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.callers = Callers.of(self.config)
+        self.browsers = Browsers.of(self.config, open=self.callers.open)
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
         )
