@@ -63,10 +63,8 @@ async def over_http(url: str, args: argparse.Namespace, round: int) -> float:
         reader, writer = await asyncio.open_connection(host, int(port))
         while bodies:
             body = bodies.pop()
-            head = (
-                f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-            )
-            writer.write(f"{head}\r\n\r\n".encode() + body)
+            head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             answer = await (_read_stream(reader) if args.stream else _read_whole(reader))
             assert f'"completion_tokens":{args.output_len}'.encode() in answer, answer[:500]
         writer.close()
