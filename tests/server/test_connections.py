@@ -320,7 +320,7 @@ def test_every_body_checks_so(engine):
     state = create_app(engine, ServerConfig()).state.server
     bodies = {
         route.body_field.field_info.annotation
-        for router, _ in routers(state)
+        for router in routers(state)
         for route in router.routes
         if getattr(route, "body_field", None) is not None
     }
