@@ -151,6 +151,10 @@ class EngineConfig:
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )
+    max_stop_strings: int = option(256, "Most stop strings of one answer; more are refused.", low=1)
+    max_stop_length: int = option(
+        2**12, "Most characters of all stop strings of one request together; more are refused.", low=1
+    )
     max_grammar_length: int = option(
         2**17, "Most characters of a json_schema, regex or ebnf; a longer one is refused.", low=1
     )

@@ -48,6 +48,7 @@ class Parts:
     backend that runs.
     """
 
+    config: EngineConfig
     model: ModelConfig
     tokenizer: Tokenizer | None
     stop_ids: frozenset[int]
@@ -134,6 +135,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     scheduler = _scheduler(config, programs, pools, shapes, running)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
+        config,
         model,
         tokenizer,
         stop_ids,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.stops import Search
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.scheduler import Finish, Request, Stage
 
@@ -105,10 +106,10 @@ class Tracker:
         self._tokenizer = tokenizer
         skip = request.sampling.skip_special_tokens
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip) if tokenizer else None
+        self._search: Search | None = None
         self._text = ""
-        self._hidden = 0
+        self._ended = False
         self._seen = 0
-        self._checked = 0
         self.queued = time.perf_counter()
         self.received = self.queued if received is None else received
         self.started: float | None = None
@@ -146,34 +147,44 @@ class Tracker:
 
     def _read_text(self, *, final: bool) -> Finish | None:
         assert self._detokenizer is not None
+        assert self._tokenizer is not None
         request = self.request
         output = request.output
+        if self._search is None and request.sampling.stop:  # here, so that what waits takes no memory for it
+            skipped = self._tokenizer.skipped if request.sampling.skip_special_tokens else {}
+            self._search = Search(request.sampling.stop, skipped)
         finish = request.finish
         # A stop token is part of output_ids and, unless asked for, not of the text.
         stopped = finish is not None and finish.type == "stop" and isinstance(finish.matched, int)
         if stopped and not request.sampling.no_stop_trim:
             output = output[:-1]
-        if len(output) > self._seen:
-            self._text += self._detokenizer.add(output[self._seen :].tolist())
+        new = output[self._seen :].tolist()
         self._seen = max(self._seen, len(output))
-        if final:
-            self._text += self._detokenizer.finish()
-        return self._find_stop()
-
-    def _find_stop(self) -> Finish | None:
-        stops = self.request.sampling.stop
-        if not stops or self.request.generated < self.request.sampling.min_new_tokens:
+        if self._search is None:
+            self._text += self._detokenizer.add(new)
+            self._text += self._detokenizer.finish() if final else ""
             return None
-        start = max(0, self._checked - max(len(s) for s in stops))
-        found = [(at, s) for s in stops if (at := self._text.find(s, start)) >= 0]
-        self._checked = len(self._text)
-        if found:
-            at, stop = min(found)
-            self._text = self._text[: at + len(stop) if self.request.sampling.no_stop_trim else at]
-            self._hidden = 0
-            return Finish("stop", matched=stop)
-        self._hidden = max((_overlap(self._text, s) for s in stops), default=0)
-        return None
+        for token in new:
+            unseen = self._search.spoken_of.get(token)
+            found = self._show(self._detokenizer.add([token])) if unseen is None else self._search_in(unseen, False)
+            if found is not None:
+                return found
+        return self._show(self._detokenizer.finish()) if final else None
+
+    def _show(self, text: str) -> Finish | None:
+        """Add ``text`` to the answer's, up to a stop string."""
+        self._text += text
+        return self._search_in(text, True)
+
+    def _search_in(self, text: str, shown: bool) -> Finish | None:
+        assert self._search is not None
+        sampling = self.request.sampling
+        found = self._search.read(text, shown=shown, counts=self.request.generated >= sampling.min_new_tokens)
+        if found is None:
+            return None
+        self._text = self._text[: found.end if sampling.no_stop_trim else found.start]
+        self._ended = True
+        return Finish("stop", matched=found.stop)
 
     def publish(self) -> None:
         """Deliver an update if the caller streams."""
@@ -188,7 +199,7 @@ class Tracker:
             found = self._read_text(final=True)
             if found is not None and finish.type != "abort":
                 finish = found
-        self._hidden = 0
+        self._ended = True
         self._deliver(self._snapshot(finish))
 
     def fail(self, cause: str, message: str) -> None:
@@ -198,7 +209,8 @@ class Tracker:
             self._deliver(self._snapshot(Finish.abort(cause, message)))
 
     def _snapshot(self, finish: Finish | None) -> Snapshot:
-        text = self._text[: len(self._text) - self._hidden]
+        held = 0 if self._ended or self._search is None else self._search.held
+        text = self._text[: len(self._text) - held]
         now = time.perf_counter()
         return Snapshot(self, finish, now, self.request.generated, text, len(self.stages), len(self.versions))
 
@@ -252,14 +264,6 @@ class Tracker:
 
     def _entry(self, value: float | None, token: int) -> TokenLogprob:
         return value, token, self._tokenizer.decode([token]) if self._tokenizer else None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for n in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
 
 
 def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | None:

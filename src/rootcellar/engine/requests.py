@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.engine.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def read_inputs(
     rids = _spread(rid, len(prompts), "rid", str) if rid is not None else [None] * len(prompts)
     if len(prompts) > 1 and isinstance(rid, str):
         raise RequestError(f"rid must be a list with a name for each of the {len(prompts)} prompts")
+    _check_stops(parts.config, settings)
     items: list[Item] = []
     for i, (ids, given, name) in enumerate(zip(prompts, settings, rids, strict=True)):
         where = "" if one else f"prompt {i}: "
@@ -89,6 +91,23 @@ def read_inputs(
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
             items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _check_stops(config: EngineConfig, settings: Sequence[Mapping[str, Any] | None]) -> None:
+    """Refuse stop strings without number before anything looks at each of them."""
+    given = [
+        each["stop"] for each in settings if each and isinstance(each.get("stop"), str | list | tuple | set | frozenset)
+    ]
+    together = {id(stop): [stop] if isinstance(stop, str) else stop for stop in given}.values()
+    most = max(map(len, together), default=0)
+    if most > config.max_stop_strings:
+        raise RequestError(f"{most} stop strings: at most {config.max_stop_strings} are allowed (max_stop_strings)")
+    characters = sum(len(each) for stops in together for each in stops if isinstance(each, str))
+    if characters > config.max_stop_length:
+        raise RequestError(
+            f"stop strings of {characters} characters together: at most {config.max_stop_length} are allowed in a "
+            "request (max_stop_length)"
+        )
 
 
 def _spread(value: Any, n: int, name: str, kind: type) -> list[Any]:

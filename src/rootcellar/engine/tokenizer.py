@@ -47,7 +47,7 @@ class Tokenizer:
         self._templates = _read_templates(folder, settings)
         self._compiled: dict[str, Template] = {}
         added = self._fast.get_added_tokens_decoder()
-        self._skipped = frozenset(id for id, token in added.items() if token.special)
+        self.skipped: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
         self._byte_level = _is_byte_level(json.loads(self._fast.to_str())["decoder"])
         if "add_bos_token" in settings or "add_eos_token" in settings:
             self._wrap(bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token")))
@@ -134,7 +134,7 @@ class Tokenizer:
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A new incremental ``decode``, for one streamed answer."""
-        skipped = self._skipped if skip_special_tokens else frozenset()
+        skipped = self.skipped if skip_special_tokens else {}
         if self._byte_level:
             return _ByteDetokenizer(lambda id: b"" if id in skipped else self.token_bytes(id))
         return _WindowDetokenizer(
