@@ -79,7 +79,6 @@ class Twins:
         self._both("take_events")
         self._both("take_evictions")
         self._steps += 1
-        self._both("has_room", {kind.name: self._steps % 40 for kind in self.kinds})
         if self._steps % CHECK_EVERY == 0:
             self._both("check")
             self._both("pretty_print", self._steps % 20)

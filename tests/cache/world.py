@@ -243,16 +243,48 @@ class World:
         self.hits = [*self.hits[-3:], hit]
 
     def open(self) -> None:
-        """Open a hit of now or of a while ago."""
+        """Open a hit of now or of a while ago, sometimes only if there is room for more beside it."""
         if not self.hits or self.pick(3):
             self.match()
         hit = self.hits[self.pick(len(self.hits))]
-        lease = self.cache.open(hit, Tier(self.pick(4)), priority=self.pick(3))
+        tier, priority = Tier(self.pick(4)), self.pick(3)
+        if self.pick(2):
+            lease = self.open_beside(hit, tier, priority)
+        else:
+            lease = self.cache.open(hit, tier, priority=priority)
         if lease is None:
             return
         run = Running(lease, hit.key.tokens.tolist(), lease.cached)
         self.running.append(run)
         self.look(run)
+
+    def open_beside(self, hit: Hit, tier: Tier, priority: int) -> Lease | None:
+        """Open where so much more could then be grown, and only there; a refusal leaves no trace."""
+        room = {kind.name: self.pick(60) for kind in self.paged}
+        desk = self.cache._inside()
+        rows, version = len(desk.free_rows), desk.tree.version
+        lease = self.cache.open(hit, tier, priority=priority, room=room)
+        if lease is not None:
+            assert self.lacks(room) == 0, f"{room} does not fit beside {lease}"
+            return lease
+        before = self.cache._state()
+        assert self.cache.open(hit, tier, priority=priority, room=room) is None
+        assert self.cache._state() == before, "a refused open changed something"
+        if not rows or hit.version != version or desk.traffic.flights:
+            return None  # for want of a row, or because the hit became shorter, or a copy keeps what its end will free
+        lease = self.cache.open(hit, tier, priority=priority)
+        if lease is not None and lease.cached == hit.reach(tier) and lease.ready:
+            assert self.lacks(room) > 0, f"{room} fits beside {lease}"
+        return lease
+
+    def lacks(self, room: dict[str, int]) -> int:
+        """Pages that the device lacks for so many tokens of each paged kind."""
+        wanted: dict[str, int] = {}
+        arenas = {}
+        for shelf in self.cache._inside().paged:
+            arenas[shelf.arena.name] = shelf.arena
+            wanted[shelf.arena.name] = wanted.get(shelf.arena.name, 0) - (-room[shelf.kind.name] // self.page)
+        return sum(max(0, pages - arenas[name].room) for name, pages in wanted.items())
 
     def one(self) -> Running | None:
         return self.running[self.pick(len(self.running))] if self.running else None

@@ -5,7 +5,7 @@ The hot verbs are inherited from the C++ object, so a call enters it at once; he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ class NativeRadixCache(_core.Core):
         self.page_size = given.page_size
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
         self._tiers = plan.tiers
-        self._paged = [kind.name for kind in given.kinds if kind.rule != "recurrent"]
         self._shelves = [(shelf.kind, shelf.tier) for shelf in plan.shelves]
         arenas = list(plan.arenas)
         sizes = {shelf.arena.name: given.sizes[shelf.kind_index, shelf.tier] for shelf in plan.shelves}
@@ -122,10 +121,6 @@ class NativeRadixCache(_core.Core):
         return leases, flights
 
     # ---- sight ------------------------------------------------------------------------------------------------------
-
-    def has_room(self, tokens: Mapping[str, int]) -> bool:
-        """See ``PyRadixCache.has_room``."""
-        return self._has_room([tokens[name] for name in self._paged])
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         """See ``PyRadixCache.used_pages``."""

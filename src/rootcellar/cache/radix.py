@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control, words
 from rootcellar.cache.check import check
-from rootcellar.cache.evict import fits
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
 from rootcellar.cache.glimpse import State, memory_bytes, state
@@ -111,16 +110,24 @@ class PyRadixCache:
         touch(self._tree, hit)
         return hit
 
-    def open(self, hit: Hit, tier: Tier = Tier.DEVICE, *, priority: int = 0) -> Lease | None:
+    def open(
+        self, hit: Hit, tier: Tier = Tier.DEVICE, *, priority: int = 0, room: Mapping[str, int] | None = None
+    ) -> Lease | None:
         """Pin what the rule needs in order to resume at ``hit.reach(tier)``. None when there is no room for it.
 
-        A stale hit (the tree changed since ``match``) is looked up again. Raises ``RequestTooLarge`` when the key
-        is longer than ``max_length``.
+        ``room`` asks for more before anything is opened: None too, and nothing counted or changed, unless so many
+        tokens of each paged kind, by its name and rounded up to whole pages, could then be grown, all together.
+
+        A stale hit (the tree changed since ``match``) is looked up again; with ``room``, which was made for the hit as
+        it was, the answer is None when it has become shorter. Raises ``RequestTooLarge`` when the key is longer than
+        ``max_length``.
         """
         if self._desk.expiries:
             control.expire(self._desk)
-        hit = fresh(self._tree, hit)
-        lease = open_lease(self._desk, hit, tier, priority)
+        seen, hit = hit, fresh(self._tree, hit)
+        if room is not None and self._desk.boundary(hit, tier) < self._desk.boundary(seen, tier):
+            return None
+        lease = open_lease(self._desk, hit, tier, priority, room)
         if lease is not None:
             self._requests += 1
             self._input_tokens += len(hit.key)
@@ -264,14 +271,6 @@ class PyRadixCache:
         """
         sharers = Counter(shelf.arena for shelf in self._desk.paged)
         return min((arena.room // count for arena, count in sharers.items()), default=0) * self.page_size
-
-    def has_room(self, tokens: Mapping[str, int]) -> bool:
-        """Whether so many more tokens of each kind could be grown now, all together. Changes nothing. O(kinds).
-
-        ``tokens`` by the name of a paged kind; each is rounded up to whole pages.
-        """
-        pages = [(shelf, -(-tokens[shelf.kind.name] // self.page_size)) for shelf in self._desk.paged]
-        return fits(pages)
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         """The pages of a kind on a tier that are not free, ascending: whose bytes somebody may want. O(pages).

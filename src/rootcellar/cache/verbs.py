@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rootcellar.cache import words
 from rootcellar.cache.adaptive import mix
 from rootcellar.cache.digest import page_digests
-from rootcellar.cache.evict import drop_subtree, make_room_for, prune
+from rootcellar.cache.evict import drop_subtree, fits, make_room_for, prune
 from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
@@ -90,10 +90,10 @@ def must_be_open(desk: Desk, *leases: Lease) -> None:
 # ---- open ---------------------------------------------------------------------------------------------------------
 
 
-def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
+def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[str, int] | None) -> Lease | None:
     """Pin what the rule needs at the hit's boundary, plan to load what the device lacks, and give the request a row.
 
-    None, and nothing planned, when a row or room is lacking.
+    None, and nothing planned, when a row is lacking, or room for that and for ``room`` more tokens of each paged kind.
     """
     tree, tables = desk.tree, desk.tables
     if not desk.free_rows:
@@ -102,6 +102,8 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
         raise words.key_too_long(len(hit.key), desk.max_length)
     hit = fresh(tree, hit)
     boundary = desk.boundary(hit, tier)
+    if room is not None and not _fits_beside(desk, hit, boundary // tree.page_size, room):
+        return None
     node = place_of(tree, hit, boundary // tree.page_size)
     lease = Lease(0, desk.serial + 1, node, hit.key.namespace, boundary, priority)
     pin_place(desk, lease)
@@ -109,7 +111,8 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
         unpin_place(desk, lease)
         prune(tree, lease.node)
         # What is on the device can still be had when only the copies do not fit together.
-        return open_lease(desk, hit, Tier.DEVICE, priority) if boundary > hit.length else None
+        again = room is None and boundary > hit.length
+        return open_lease(desk, hit, Tier.DEVICE, priority, None) if again else None
     tree.tick += 1
     tree.use(node, lease.starts)
     desk.serial += 1
@@ -124,6 +127,31 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int) -> Lease | None:
         lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
         _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
     return lease
+
+
+def _fits_beside(desk: Desk, hit: Hit, pages: int, room: Mapping[str, int]) -> bool:
+    """Whether a fresh hit can be opened at boundary ``pages`` and ``room`` more of each paged kind then be grown.
+
+    It is counted, not tried: a request that has to wait for room leaves no trace, not even an edge that was split.
+    """
+    tree = desk.tree
+    needs: list[tuple[Shelf, int]] = []
+    for shelf in desk.paged + desk.states:
+        k = shelf.kind_index
+        start = desk.start_page(k, pages * tree.page_size)
+        count = 1 if shelf.kind.rule == "recurrent" else -(-room[shelf.kind.name] // tree.page_size)
+        for node in hit.path:
+            first, end = max(start, node.start), min(pages, node.end)
+            if first >= end:
+                continue
+            entry = node.entries[shelf.index]
+            held = node.start + entry.lo if entry is not None else end
+            if first < held and not flying_to(node, k, Tier.DEVICE):
+                count += min(held, end) - first  # to be loaded
+            if entry is not None:
+                count += max(0, min(held + entry.evictable, end) - max(held, first))  # may leave now, and not then
+        needs.append((shelf, count))
+    return fits(needs)
 
 
 def pin_place(desk: Desk, lease: Lease) -> None:

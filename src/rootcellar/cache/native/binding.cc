@@ -132,10 +132,10 @@ NB_MODULE(_core, module) {
         .def("_match", &Core::match, "key"_a)
         .def(
             "_open",
-            [](Core& core, nb::handle hit, nb::handle tier, nb::handle priority) {
-                return core.open(hit_of(hit), tier_of(tier), integer(priority));
+            [](Core& core, nb::handle hit, nb::handle tier, nb::handle priority, nb::handle room) {
+                return core.open(hit_of(hit), tier_of(tier), integer(priority), room);
             },
-            "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0)
+            "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0, "room"_a.none() = nb::none())
         .def("_grow", &Core::grow, "lease"_a, "tokens"_a)
         .def("grow_many", &Core::grow_many, "leases"_a, "tokens"_a = 1)
         .def("_commit", &Core::commit, "lease"_a, "key"_a, nb::kw_only(), "snapshot"_a = true)
@@ -160,7 +160,6 @@ NB_MODULE(_core, module) {
         .def("_flush", &Core::flush)
         .def("make_room", &Core::make_room, "kind"_a, "tokens"_a, "tier"_a = 0)
         .def("available_tokens", &Core::available_tokens)
-        .def("_has_room", &Core::has_room)
         .def("_free_pages", &Core::free_pages)
         .def("_counts", &Core::counts)
         .def("_take_events", &Core::take_events)

@@ -60,9 +60,10 @@ class Cache {
     Cache(const TreeOptions& tree_options, const CacheOptions& options, std::vector<Table> tables);
 
     // verbs.cc
-    Ref<Lease> open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority);
+    // `room`: tokens by paged kind that must fit beside the lease; null: none are asked for.
+    Ref<Lease> open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
+                    const std::vector<std::int64_t>* room);
     bool grow(Lease& lease, std::int64_t tokens);
-    bool has_room(const std::vector<std::int64_t>& tokens);  // by paged kind
     void grow_many(const std::vector<Lease*>& leases, const std::int64_t* tokens, bool* answers);
     // One token more for each lease. False, and nothing changed, where they cannot be grown in one go.
     bool step(const std::vector<Lease*>& leases);
@@ -114,7 +115,9 @@ class Cache {
         std::int64_t first;
     };
 
-    Ref<Lease> open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority);
+    Ref<Lease> open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
+                          const std::vector<std::int64_t>* room);
+    bool fits_beside(const Hit& hit, std::int64_t pages, const std::vector<std::int64_t>& room);
     void pin_place(Lease& lease);
     void unpin_place(Lease& lease);
     void pin_windows(const Lease& lease, std::int32_t count);

@@ -90,9 +90,13 @@ class Core {
         return hit;
     }
 
-    nb::object open(const PyHit& hit, Tier tier, std::int64_t priority) {
+    nb::object open(const PyHit& hit, Tier tier, std::int64_t priority, nb::handle room) {
         const Verb verb(cache_.tree);
-        Ref<Lease> lease = cache_.open(key_of(hit), hit.hit, tier, priority);
+        counts_.clear();
+        if (!room.is_none())
+            for (const Shelf* shelf : cache_.paged)
+                counts_.push_back(integer(room[cache_.tree.kinds[shelf->k].name.c_str()]));
+        Ref<Lease> lease = cache_.open(key_of(hit), hit.hit, tier, priority, room.is_none() ? nullptr : &counts_);
         if (!lease) return nb::none();
         return nb::cast(PyLease{std::move(lease)});
     }
@@ -296,8 +300,6 @@ class Core {
         }
         return std::max<std::int64_t>(least, 0) * cache_.tree.page_size;
     }
-
-    bool has_room(const std::vector<std::int64_t>& tokens) { return cache_.has_room(tokens); }
 
     nb::object free_pages(int shelf) const {
         return numpy_pages(cache_.tree.shelves.at(shelf).arena->slots.free_list());

@@ -48,7 +48,7 @@ PyMethodDef method(const char* doc) {
 inline constexpr Entrance MATCH = {"match", 1,
                                    [](Core& core, PyObject* const* given) { return nb::cast(core.match(given[0])); }};
 inline constexpr Entrance OPEN = {
-    "open", 1, [](Core& core, PyObject* const* given) { return core.open(hit_of(given[0]), DEVICE, 0); }};
+    "open", 1, [](Core& core, PyObject* const* given) { return core.open(hit_of(given[0]), DEVICE, 0, nb::none()); }};
 inline constexpr Entrance GROW = {"grow", 2, [](Core& core, PyObject* const* given) -> nb::object {
                                       return nb::bool_(core.grow(given[0], given[1]));
                                   }};
@@ -64,7 +64,7 @@ inline constexpr Entrance CLOSE = {"close", 1, [](Core& core, PyObject* const* g
 // The signatures are for `help` and `inspect`.
 inline PyMethodDef METHODS[] = {
     method<MATCH>("match($self, key)\n--\n\n"),
-    method<OPEN>("open($self, hit, tier=0, *, priority=0)\n--\n\n"),
+    method<OPEN>("open($self, hit, tier=0, *, priority=0, room=None)\n--\n\n"),
     method<GROW>("grow($self, lease, tokens)\n--\n\n"),
     method<COMMIT>("commit($self, lease, key, *, snapshot=True)\n--\n\n"),
     method<CLOSE>("close($self, lease, keep=True)\n--\n\n"),

@@ -28,16 +28,18 @@ std::int64_t Cache::boundary(const Hit& hit, Tier tier) const {
 
 // ---- open --------------------------------------------------------------------------------------------------------
 
-Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority) {
+Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
+                       const std::vector<std::int64_t>* room) {
     if (!expiries.empty()) expire();
     Hit again;
     const Hit* fresh = &hit;
     if (!tree.is_fresh(hit)) {
         tree.find(key, again);
         fresh = &again;
+        if (room != nullptr && boundary(again, tier) < boundary(hit, tier)) return {};
     }
     // The reaches are counted as they were seen, whatever opening does to the tree.
-    const Ref<Lease> lease = open_lease(key, *fresh, tier, priority);
+    const Ref<Lease> lease = open_lease(key, *fresh, tier, priority, room);
     if (lease) {
         ++requests;
         input_tokens += key.count;
@@ -51,7 +53,8 @@ Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t p
     return lease;
 }
 
-Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority) {
+Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
+                             const std::vector<std::int64_t>* room) {
     if (free_rows.empty()) return {};
     if (key.count > options.max_length)
         throw Refusal{Refusal::Why::key_too_long, key.count, options.max_length, 0, nullptr, {}};
@@ -62,6 +65,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
         fresh = &again;
     }
     const std::int64_t reach = boundary(*fresh, tier);
+    if (room != nullptr && !fits_beside(*fresh, tree.page_at(reach), *room)) return {};
     Node* node = tree.place_of(*fresh, key.name, tree.page_at(reach));
     const Ref<Lease> lease(new Lease);
     lease->serial = serial + 1;
@@ -74,7 +78,8 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
         unpin_place(*lease);
         tree.prune(lease->node);
         // What is on the device can still be had when only the copies do not fit together.
-        return reach > fresh->reaches[DEVICE] ? open_lease(key, *fresh, DEVICE, priority) : Ref<Lease>();
+        if (room != nullptr || reach <= fresh->reaches[DEVICE]) return {};
+        return open_lease(key, *fresh, DEVICE, priority, nullptr);
     }
     ++tree.tick;
     tree.use(node, lease->starts);
@@ -95,6 +100,30 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
         observe(*lease, key, 0, tree.page_at(reach));
     }
     return lease;
+}
+
+// Whether a fresh hit can be opened at boundary `pages` and `room` more tokens of each paged kind then be grown. It is
+// counted, not tried: a request that has to wait for room leaves no trace, not even an edge that was split.
+bool Cache::fits_beside(const Hit& hit, std::int64_t pages, const std::vector<std::int64_t>& room) {
+    needs_.clear();
+    const auto ask = [&](Shelf* shelf, std::int64_t count) {
+        const std::int64_t start = tree.start_page(shelf->k, pages * tree.page_size);
+        for (const Node* node : hit.path) {
+            const std::int64_t first = std::max<std::int64_t>(start, node->start);
+            const std::int64_t end = std::min<std::int64_t>(pages, node->end());
+            if (first >= end) continue;
+            const Entry& entry = node->entry(shelf->index);
+            const std::int64_t held = entry.present() ? node->start + entry.lo : end;
+            if (first < held && flying_to(node, shelf->k, DEVICE) == nullptr)
+                count += std::min(held, end) - first;  // to be loaded
+            if (entry.present())  // may leave now, and not then
+                count += std::max<std::int64_t>(0, std::min(held + entry.evictable, end) - std::max(held, first));
+        }
+        needs_.emplace_back(shelf, count);
+    };
+    for (std::size_t i = 0; i < paged.size(); ++i) ask(paged[i], tree.pages_of(room.at(i)));
+    for (Shelf* shelf : states) ask(shelf, 1);
+    return tree.fits(needs_);
 }
 
 void Cache::pin_place(Lease& lease) {
@@ -231,12 +260,6 @@ bool Cache::grow(Lease& lease, std::int64_t tokens) {
     if (tokens != 0) step_states(lease);
     lease.length += tokens;
     return true;
-}
-
-bool Cache::has_room(const std::vector<std::int64_t>& tokens) {
-    needs_.clear();
-    for (std::size_t i = 0; i < paged.size(); ++i) needs_.emplace_back(paged[i], tree.pages_of(tokens.at(i)));
-    return tree.fits(needs_);
 }
 
 void Cache::grow_many(const std::vector<Lease*>& batch, const std::int64_t* tokens, bool* answers) {
