@@ -111,7 +111,10 @@ class EngineConfig:
         low=1,
     )
     max_queued_requests: int | None = option(
-        None, "Requests that may wait; one more is refused with an error. None sets no limit.", low=1
+        None,
+        "Requests of one tenant (API key) that may wait; one more is refused with an error. One call takes at most "
+        "three quarters of the places. None sets no limit.",
+        low=1,
     )
     request_timeout: float | None = option(
         None, "Seconds after which an unfinished request is aborted. None sets no limit.", low=0, above=True

@@ -11,7 +11,9 @@ must find the one of everything before its chunk.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +63,8 @@ class World:
     window: Kind | None = None
     """A window or chunk beside the full layers, with room for ``window_tokens``."""
     window_tokens: int = 0
+    core: Callable[..., Any] = RadixCache
+    eviction: str = "lru"
     states: int = 0
     interval: int = 16
     least: int = 4
@@ -76,13 +80,14 @@ class World:
         if self.states:
             kinds.append(recurrent("state", (1,)))
             capacity["state", Tier.DEVICE] = self.states
-        self.cache = RadixCache(
+        self.cache = self.core(
             kinds,
             page_size=self.page_size,
             capacity=capacity,
             max_leases=self.running,
             max_length=total,
             reuse=self.reuse,
+            policy=self.eviction,
         )
         self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
         self.pools = {

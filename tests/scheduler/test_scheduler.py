@@ -207,6 +207,8 @@ class Machine(RuleBasedStateMachine):
         most=st.integers(0, 14),
         namespace=st.sampled_from(["", "", "x"]),
         priority=st.sampled_from([0, 0, 0, 1]),
+        tenant=st.sampled_from(["", "", "x", "y"]),
+        call=st.integers(0, 3),
         score_from=st.one_of(st.none(), st.none(), st.integers(0, 5)),
     )
     def add(self, seed, shared, own, tail, most, **options):

@@ -27,6 +27,7 @@ from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError,
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
+from rootcellar.scheduler.shares import queued
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,7 +60,6 @@ class Loop:
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._when_idle: deque[Callable[[], None]] = deque()
         self._alarms: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
         self._stopped = threading.Event()
@@ -149,10 +149,6 @@ class Loop:
         """Run ``function`` between two steps, once ``time.perf_counter()`` is ``moment``; for the engine's thread."""
         heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
-    def when_idle(self, function: Callable[[], None]) -> None:
-        """Run ``function`` once, when there is nothing else to do; for the engine's thread."""
-        self._when_idle.append(function)
-
     def stop(self) -> None:
         """Abort what is left and end the thread."""
         if not self._stopped.is_set():
@@ -189,7 +185,7 @@ class Loop:
         if self._stopped.is_set():
             raise EngineError("the engine was shut down; make a new Engine")
         self.life.require_memory()
-        self._require_room(len(trackers))
+        self._require_room(trackers[0].request.tenant if trackers else "", len(trackers))
         rids = [t.request.rid for t in trackers]
         taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
         if taken:
@@ -198,19 +194,20 @@ class Loop:
             self.trackers[tracker.request.rid] = tracker
             self.scheduler.add(tracker.request)
 
-    def _require_room(self, new: int) -> None:
+    def _require_room(self, tenant: str, new: int) -> None:
+        """The queue has a limit for each tenant, of which one call takes three quarters at most."""
         if self._max_queued is None:
             return
-        queued = len(self.scheduler.waiting)
         free = max(0, self._max_running - len(self.scheduler.running))
         if new > self._max_queued + self._max_running:
             raise RequestTooLarge(
                 f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
                 "wait: send fewer, or raise max_queued_requests"
             )
-        if queued + new > self._max_queued + free:
+        waiting = queued(self.scheduler.waiting, tenant, self._max_queued - self._max_queued // 4 + free)
+        if waiting + new > self._max_queued + free:
             raise QueueFull(
-                f"too many requests: {queued} wait and max_queued_requests is {self._max_queued}; "
+                f"too many requests: {waiting} wait and max_queued_requests is {self._max_queued}; "
                 "try again later or raise it"
             )
 
@@ -238,12 +235,10 @@ class Loop:
         while not self._stopped.is_set():
             try:
                 runnable = not (self.scheduler.idle or self.paused or self.life.released)
-                self._drain(wait=not runnable and not (self._when_idle and self._able))
+                self._drain(wait=not runnable)
                 self._expire()
-                if runnable and self._able:
+                if runnable and not (self._stopped.is_set() or self.paused or self.life.released):
                     self._step()
-                elif self.scheduler.idle and self._when_idle and self._able:
-                    self._when_idle.popleft()()
                 self._rested()
             except Exception as error:
                 log.exception("a step failed; its requests end with an error")
@@ -258,11 +253,6 @@ class Loop:
         with self._closing:
             self._closed = True
         self._drain(wait=False)
-
-    @property
-    def _able(self) -> bool:
-        """Whether anything may be computed now."""
-        return not (self._stopped.is_set() or self.paused or self.life.released)
 
     def _drain(self, *, wait: bool) -> None:
         """Run what other threads asked for; with ``wait``, sleep until there is something or a deadline passes."""

@@ -72,6 +72,7 @@ class Request:
         score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
             the prompt's tokens are wanted; None once they are there, or when they are not wanted.
         order: the place in the order of arrival.
+        since: how many requests had been started when it arrived.
         lease: its hold on the cache while it runs.
         computed: tokens whose KV is there.
         committed: tokens whose KV is shared.
@@ -80,6 +81,7 @@ class Request:
         resumable: tokens after which it last began from a cached recurrent state, or left its own.
         branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
+        claimed: whether others had to make way for it: once is enough.
     """
 
     rid: str
@@ -95,6 +97,7 @@ class Request:
     call: int = 0
     epoch: str = ""
     order: int = 0
+    since: int = 0
     lease: Lease | None = None
     computed: int = 0
     committed: int = 0
@@ -103,6 +106,7 @@ class Request:
     resumable: int = 0
     branch: int = 0
     retractions: int = 0
+    claimed: bool = False
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None
 

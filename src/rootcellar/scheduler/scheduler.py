@@ -1,11 +1,14 @@
 """Continuous batching with chunked prefill over the cache's verbs.
 
-A request waits, runs, and ends; when memory runs out the youngest running request is *retracted*: it gives its pages
-back (those that were committed stay cached until somebody needs the room) and waits again, first in line, with the
-tokens that it has. The oldest is never retracted for a younger one, so something always advances.
+A request waits, runs, and ends; when memory runs out the youngest running request of whoever has the most of them is
+*retracted*: it gives its pages back (those that were committed stay cached until somebody needs the room) and waits
+again, first in its call's line, with the tokens that it has. One that is left alone is never retracted for want of
+memory, so something always advances.
 
 Steps of prefill and of decode alternate while there is work for both: a long prompt delays running requests by one
-chunk at a time, and a stream of prompts cannot stop them.
+chunk at a time, and a stream of prompts cannot stop them. ``shares.py`` says whose turn it is: rows, and the tokens of
+a prefill step, are shared between tenants and, within a tenant, between calls. Short prompts of those who want little
+get a step of their own, before a large one and never two in a row.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rootcellar.cache import Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.request import Finish, Request, Stage
+from rootcellar.scheduler.shares import Held, Lines, Place, Turns, Waiter, call_of, light, portions
 from rootcellar.scheduler.snapshots import Snapshots
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
@@ -25,6 +29,8 @@ from rootcellar.scheduler.snapshots import Snapshots
 _LPM_LIMIT = 128
 # A waiting request is held back while a running one computes a prefix that would save it at least this many tokens.
 _WORTH_WAITING = 32
+# Waiting requests that are passed over in one plan: the step has no tokens left for them, or they are held back.
+_LOOK = 128
 
 POLICIES: dict[str, Callable[[Request, Hit], tuple[int, ...]]] = {
     "lpm": lambda request, hit: (-hit.length, request.order),
@@ -92,6 +98,8 @@ class Scheduler:
         """Requests that ``plan`` had to end; the engine takes them from here."""
         self.retractions = 0
         self._chunk = chunked_prefill_size
+        # Whoever wants no more tokens than this wants little: an eighth of a step, at least what a tile holds.
+        self._little = min(chunked_prefill_size, max(16, chunked_prefill_size // 8))
         self._max_running = max_running_requests
         self._rank = POLICIES[schedule_policy]
         self._needs_match = schedule_policy == "lpm" and reuse
@@ -100,9 +108,15 @@ class Scheduler:
         self._max_tiles = max_tiles if max_tiles is not None else chunked_prefill_size
         self._snapshots = snapshots
         self._arrivals = 0
-        self._admissions = 0
-        self._admitted: dict[Request, int] = {}
+        self._turns = Turns(max_running_requests)
+        self._admitted: dict[Request, tuple[int, int]] = {}
+        """Of each running request: its place in the order of admission, and the plans made before."""
+        self._plans = 0
         self._decode_next = False
+        self._jumped = False
+        """Whether the last step was one of those that want little."""
+        self._settled = False
+        """Whether all rows are taken and nobody has a claim on one, until a request comes or gives its row back."""
         self._epoch = ""
         self._namespaces: set[str] = set()
         self.admitting = True
@@ -118,8 +132,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let ``request`` wait for its turn."""
         request.order = self._arrivals
+        request.since = self._turns.now
         self._arrivals += 1
         self.waiting.append(request)
+        self._settled = False
 
     def finish(self, request: Request, finish: Finish) -> None:
         """End a waiting or running request; what it computed stays cached. One that ended already stays as it is."""
@@ -166,6 +182,7 @@ class Scheduler:
         request.computed = request.committed = request.resumable = request.branch = 0
         self.running.remove(request)
         del self._admitted[request]
+        self._settled = False
 
     def _retract(self, request: Request) -> None:
         self._commit(request, everything=True)
@@ -193,50 +210,68 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """The next step, with slots for all it writes; None when nothing can be computed."""
+        self._plans += 1
+        started = self._turns.now
         self._admit()
-        order = (self._decode, self._prefill) if self._decode_next else (self._prefill, self._decode)
-        for make in order:
-            plan = make()
+        decoding = [r for r in self.running if r.length - r.computed == 1]
+        prefilling = [r for r in self.running if r.length - r.computed > 1] if len(decoding) < len(self.running) else []
+        if self._turns.now > started and not self._decode_next:
+            # What is all cached but its last token need not wait for the next decode step.
+            prefilling += [r for r in decoding if self._admitted[r][1] == self._plans]
+        prefilling.sort(key=self._admitted.__getitem__)
+        first = self._who_jumps(prefilling, bool(decoding))
+        if first and (plan := self._prefill(first)) is not None:
+            self._jumped = True
+            self._decode_next = self._decode_next or len(first) == len(prefilling)
+            return plan
+        self._jumped = False
+        for decode in (self._decode_next, not self._decode_next):
+            plan = self._decode(decoding) if decode else self._prefill(prefilling)
             if plan is not None:
-                self._decode_next = not plan.decode
+                self._decode_next = not decode
                 return plan
         return None
 
-    def _decode(self) -> Plan | None:
-        ready = [r for r in self.running if r.remaining == 1]
-        if not ready:
+    def _who_jumps(self, prefilling: list[Request], decoding: bool) -> list[Request]:
+        """Requests of those who want little, where they would otherwise wait for a decode step or share a large one."""
+        if self._jumped or not prefilling:
+            return []
+        first = light(prefilling, self._little)
+        rest = sum(r.remaining for r in prefilling) - sum(r.remaining for r in first)
+        return first if (decoding and self._decode_next) or 2 * rest >= self._chunk else []
+
+    def _decode(self, decoding: list[Request]) -> Plan | None:
+        if not decoding:
             return None
-        chunks = [Chunk(r, r.computed, r.length) for r in self._grow(ready, [1] * len(ready))]
+        chunks = [Chunk(r, r.computed, r.length) for r in self._grow(decoding, [1] * len(decoding))]
         for chunk in chunks:
             chunk.request.stage = Stage.DECODE_LOOP
         return Plan(tuple(chunks), decode=True) if chunks else None
 
-    def _prefill(self) -> Plan | None:
-        tokens, tiles = self._chunk, self._max_tiles
-        chosen: list[Request] = []
-        counts: list[int] = []
-        for request in sorted((r for r in self.running if r.remaining > 1), key=self._admitted.__getitem__):
-            n = min(request.remaining, tokens)
-            if n < request.remaining and n > self.cache.page_size:
-                n -= (
-                    request.computed + n
-                ) % self.cache.page_size  # end the chunk on a page, so that all of it is shared
-            if self._snapshots is not None:
-                n = self._snapshots.stop(request, request.computed + n) - request.computed
+    def _prefill(self, prefilling: list[Request]) -> Plan | None:
+        tiles, spare = self._max_tiles, 0
+        counts: dict[Request, int] = {}
+        for request, n in portions(prefilling, self._chunk, self._plans).items():
+            whole = n + spare
+            n = self._end_well(request, min(request.remaining, whole))
             need = self._tiles_of(n)
-            if need > tiles or n <= 0:
-                break
-            tokens, tiles = tokens - n, tiles - need
-            chosen.append(request)
-            counts.append(n)
-        sizes = dict(zip(chosen, counts, strict=True))
-        chunks = [Chunk(r, r.computed, r.computed + sizes[r]) for r in self._grow(chosen, counts)]
+            if n <= 0 or need > tiles:
+                continue
+            tiles, spare = tiles - need, whole - n
+            counts[request] = n
+        chunks = [Chunk(r, r.computed, r.computed + counts[r]) for r in self._grow(list(counts), counts.values())]
         for chunk in chunks:
             chunk.request.stage = Stage.PREFILL_FORWARD if chunk.ends else Stage.PREFILL_CHUNKED_FORWARD
         return Plan(tuple(chunks), decode=False) if chunks else None
 
+    def _end_well(self, request: Request, n: int) -> int:
+        """Of a chunk of up to ``n`` tokens, as many as end on a page, so that all of it is shared, or at a snapshot."""
+        if self.cache.page_size < n < request.remaining:
+            n -= (request.computed + n) % self.cache.page_size
+        return n if self._snapshots is None else self._snapshots.stop(request, request.computed + n) - request.computed
+
     def _grow(self, requests: Sequence[Request], counts: Iterable[int]) -> list[Request]:
-        """Slots for each request's next tokens, retracting the youngest while there is no room.
+        """Slots for each request's next tokens, retracting the youngest of whoever has most while there is no room.
 
         Returns those that got theirs and still run.
         """
@@ -259,9 +294,12 @@ class Scheduler:
                     self.finish(request, Finish.abort("no_room", message))
                     self.failed.append(request)
                     break
-                self._retract(max(self.running, key=self._admitted.__getitem__))
+                self._retract(self._youngest(Held(self.running).largest(self.running)))
         failed = set(waiting).difference(grown)
         return [r for r in requests if r.lease is not None and r not in failed]
+
+    def _youngest(self, requests: Iterable[Request]) -> Request:
+        return max(requests, key=self._admitted.__getitem__)
 
     def _grow_together(self, requests: Sequence[Request]) -> list[Request]:
         """Slots for the next token of each, in one call of the cache; those that it left without."""
@@ -272,39 +310,94 @@ class Scheduler:
     # -- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Start waiting requests while a step's worth of prompt, rows and memory are there."""
-        budget = self._chunk - sum(r.remaining for r in self.running if r.remaining > 1)
-        for request, hit in self._candidates():
-            if len(self.running) >= self._max_running:
-                return
-            if self._shares_with_running(request, hit):
-                continue
-            if budget <= 0 or not self._start(request, hit):
-                return
-            budget -= request.remaining
+        """Start waiting requests, in their turns, while a step's worth of prompt, rows and memory are there.
 
-    def _candidates(self) -> list[tuple[Request, Hit]]:
-        if not self.admitting or not self.waiting or len(self.running) >= self._max_running:
-            return []
+        The first of a tenant that finds no row or no room is waited for: no other of that tenant passes it, and of
+        other tenants only the first of those who have nothing running.
+        """
+        if self._settled or not self.admitting or not self.waiting:
+            return
+        held = Held(self.running)
+        lines = Lines(self._waiters(), held, self._turns)
+        self._settled = len(self.running) >= self._max_running and lines.all_served
+        budget = _Budget(self._chunk, self.running)
+        looks, stuck = _LOOK, False
+        while looks and (waiter := lines.next()) is not None:
+            request, hit = waiter.request, waiter.hit
+            if stuck and held.tenants[request.tenant]:
+                return
+            if hit is None:
+                hit = self.cache.match(request.key(request.matchable))
+            if self._shares_with_running(request, hit) or not budget.allows(request, hit.length):
+                looks -= 1
+                lines.settle(request)
+            elif self._start(request, hit) or self._claim(request, hit, held):
+                held.add(request)
+                budget.take(request)
+                lines.settle(request)
+            else:
+                stuck = True
+                lines.leave(request.tenant)
+
+    def _waiters(self) -> list[Waiter]:
+        """All that wait, with their places; matched only where the policy wants it and somebody may start."""
+        ranked = self._needs_match and len(self.waiting) <= _LPM_LIMIT and len(self.running) < self._max_running
+        waiters = []
         for request in self.waiting:
             request.epoch = self._epoch
-        if not self._needs_match or len(self.waiting) > _LPM_LIMIT:
-            room = self._max_running - len(self.running)
-            first = sorted(self.waiting, key=lambda r: (-r.priority, r.retractions == 0, r.order))[:room]
-            return [(r, self.cache.match(r.key(r.matchable))) for r in first]
-        hits = [(r, self.cache.match(r.key(r.matchable))) for r in self.waiting]
-        return sorted(hits, key=lambda x: (-x[0].priority, x[0].retractions == 0, *self._rank(*x)))
+            hit = self.cache.match(request.key(request.matchable)) if ranked else None
+            rank = (request.order,) if hit is None else self._rank(request, hit)
+            place: Place = (-request.priority, request.retractions == 0, *rank)
+            waiters.append(Waiter(place, request, hit))
+        return waiters
+
+    def _claim(self, request: Request, hit: Hit, held: Held) -> bool:
+        """Start a request of somebody who has nothing running, in place of the youngest of whoever has most.
+
+        False, and nothing changed, when that cannot be enough. Once in a request's life: it is started or waits.
+        """
+        if request.claimed:
+            return False
+        running, after, going = list(self.running), Held(self.running), list[Request]()
+        lacking = max(self._needs(request, hit.length).values(), default=0) + hit.length - self.cache.available_tokens()
+        while not going or len(running) >= self._max_running or lacking > 0:
+            above = after.above(request, running)
+            if not above and not after.tenants[request.tenant]:
+                above = self._had_their_turn(request, hit, running)
+            if not above:
+                return False
+            gone = self._youngest(after.largest(above))
+            running.remove(gone)
+            after.add(gone, -1)
+            going.append(gone)
+            assert gone.lease is not None
+            lacking -= gone.length - gone.lease.cached + self.cache.page_size
+        request.claimed = True
+        for gone in going:
+            self._retract(gone)
+            held.add(gone, -1)
+        return self._start(request, hit)
+
+    def _had_their_turn(self, request: Request, hit: Hit, running: list[Request]) -> list[Request]:
+        """Running requests of other tenants that had as many steps as ``request`` asks for, and may wait as long."""
+        prefill = -(-(request.length - hit.length) // self._chunk)
+        steps = max(1, prefill + request.sampling.max_new_tokens - request.generated - 1)
+        served = (r for r in running if r.tenant != request.tenant and r.stage is not Stage.PREFILL_WAITING)
+        return [r for r in served if self._plans - self._admitted[r][1] >= steps]
 
     def _shares_with_running(self, request: Request, hit: Hit) -> bool:
         """Whether a running request is about to compute a prefix that this one could then take from the cache."""
         if not self._reuse:
             return False
+        little = request.length - hit.length <= self._little
         worth = hit.length + max(_WORTH_WAITING, self.cache.page_size)
         limit = request.matchable
         for other in self.running:
             end = min(limit, other.length)
             if other.remaining <= 1 or end < worth:
                 continue
+            if call_of(other) != call_of(request) and (little or other.tenant != request.tenant):
+                continue  # nobody is kept waiting by others for what is soon computed, or by another tenant at all
             if (other.namespace, other.epoch) != (request.namespace, request.epoch):
                 continue
             if np.array_equal(request.ids[:worth], other.ids[:worth]):
@@ -323,14 +416,11 @@ class Scheduler:
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
-        lease = self.cache.open(hit, priority=request.priority)
-        if lease is None:
+        if len(self.running) >= self._max_running:
             return False
-        pending = [request.length - lease.cached, *(r.remaining for r in self.running)]
-        reserve = self.cache.page_size * len(pending)
-        needs = {kind.name: sum(kind.held(n, self._chunk) for n in pending) + reserve for kind in self.cache.kinds}
-        if self.running and not self.cache.has_room(needs):
-            self.cache.close(lease)
+        room = self._needs(request, hit.length) if self.running else None
+        lease = self.cache.open(hit, priority=request.priority, room=room)
+        if lease is None:
             return False
         request.lease = lease
         self._namespaces.add(lease.namespace)
@@ -341,9 +431,19 @@ class Scheduler:
             request.cached_by_tier = _by_tier(hit, request.cached)
         self.waiting.remove(request)
         self.running.append(request)
-        self._admitted[request] = self._admissions
-        self._admissions += 1
+        self._turns.take(request)
+        self._admitted[request] = self._turns.now, self._plans
         return True
+
+    def _needs(self, request: Request, cached: int) -> dict[str, int]:
+        """Tokens that ``request`` and all that run will hold more of each paged kind until they decode."""
+        pending = [request.length - cached, *(r.remaining for r in self.running)]
+        reserve = self.cache.page_size * len(pending)
+        return {
+            kind.name: sum(kind.held(n, self._chunk) for n in pending) + reserve
+            for kind in self.cache.kinds
+            if kind.rule != "recurrent"
+        }
 
     # -- after the step -------------------------------------------------------------------------------------------
 
@@ -368,6 +468,33 @@ class Scheduler:
             else:
                 self._commit(request, everything=not plan.decode, decode=plan.decode)
         return moved
+
+
+class _Budget:
+    """Prompt tokens that may still be started: a step's worth, and a step's worth of short prompts beside long ones.
+
+    A tenant that has nothing to prefill may always start one request: the step's tokens are then shared anew.
+    """
+
+    def __init__(self, tokens: int, running: Iterable[Request]) -> None:
+        self._left = self._left_for_short = tokens
+        self._short = tokens // 2
+        self._tenants: set[str] = set()
+        for request in running:
+            if request.length - request.computed > 1:
+                self.take(request)
+
+    def take(self, request: Request) -> None:
+        """Count what a running request has to prefill."""
+        n = request.remaining
+        self._left -= n
+        self._left_for_short -= n if n <= self._short else 0
+        self._tenants.add(request.tenant)
+
+    def allows(self, request: Request, cached: int) -> bool:
+        """Whether a request of which ``cached`` tokens are there may start."""
+        n = request.length - cached
+        return self._left > 0 or n <= min(self._short, self._left_for_short) or request.tenant not in self._tenants
 
 
 def _by_tier(hit: Hit, cached: int) -> dict[str, int]:

@@ -13,7 +13,6 @@ from rootcellar.models.families.family import (
     activation_of,
     heads_of,
     layer_names,
-    number,
     rules_of,
     size,
 )
@@ -58,7 +57,7 @@ def _gpt_oss(raw: Raw) -> dict[str, Any]:
         "interleaved",
         bias=True,
         router_bias=True,
-        clamp=Clamp(number(raw, "swiglu_limit"), number(raw, "swiglu_alpha")),
+        clamp=Clamp(float(raw["swiglu_limit"]), float(raw["swiglu_alpha"])),
     )
     heads = heads_of(raw)
     return {
@@ -66,7 +65,7 @@ def _gpt_oss(raw: Raw) -> dict[str, Any]:
             LayerConfig(
                 Attention(**heads, rule=rule, span=span, rope=rope, qkv_bias=bias, o_bias=bias, sinks=True), experts
             )
-            for rule, span in rules_of(raw, "full", "sliding_window")
+            for rule, span in rules_of(raw)
         )
     }
 

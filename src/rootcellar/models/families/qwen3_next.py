@@ -50,6 +50,9 @@ NAMES: Names = {
 
 
 def _layers(raw: Raw) -> dict[str, Any]:
+    raw = {"partial_rotary_factor": 0.25, **raw}  # the architecture's own, whatever the config leaves out
+    if not raw.get("layer_types"):
+        raw = {"full_attention_interval": 4, **raw}
     eps = float(given(raw, "rms_norm_eps", 1e-6))
     norm = Norm(eps, offset=1.0)
     rope = read_rope(raw, size(raw, "max_position_embeddings"))
@@ -67,7 +70,7 @@ def _layers(raw: Raw) -> dict[str, Any]:
     )
     layers = tuple(
         LayerConfig(delta if rule == "recurrent" else attention, _feed_forward(raw, index))
-        for index, (rule, _) in enumerate(rules_of(raw, "full", "recurrent"))
+        for index, (rule, _) in enumerate(rules_of(raw))
     )
     return {"layers": layers, "norm": norm, "rope": rope}
 
@@ -88,5 +91,4 @@ def _feed_forward(raw: Raw, layer: int) -> Dense | Experts:
     )
 
 
-DEFAULTS: Raw = {"full_attention_interval": 4, "partial_rotary_factor": 0.25}
-FAMILIES = (Family("Qwen3NextForCausalLM", _layers, NAMES, DEFAULTS),)
+FAMILIES = (Family("Qwen3NextForCausalLM", _layers, NAMES),)

@@ -1,0 +1,238 @@
+"""Who goes next, and who makes room: equal shares for tenants, and within a tenant for its calls.
+
+A *tenant* is whoever asks (an API key), a *call* one HTTP request or ``generate()`` with all its prompts and answers.
+What is shared is rows of the running batch, and with them memory: whoever holds the fewest rows goes first, and among
+equals whoever got one longest ago. A tenant's requests are ordered by priority, then by call in the same way, then by
+the policy; so one caller, or callers with a request each, are served as if there were no shares. Nothing here measures
+time: what is counted is rows given, *admissions*.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+from rootcellar.cache import Hit
+from rootcellar.scheduler.request import Request
+
+Call = tuple[str, int]
+Place = tuple[int, ...]
+"""A request's place within its call: by priority, then those that lost their memory, then by the policy."""
+
+
+def call_of(request: Request) -> Call:
+    """The call that a request belongs to, with its tenant."""
+    return request.tenant, request.call
+
+
+# Admissions after which a call that never got a row goes before what the policy prefers.
+_PATIENCE = 256
+# Tenants whose last turn is remembered.
+_TENANTS = 4096
+
+
+class Turns:
+    """When each tenant and each waiting call last got a row, in admissions."""
+
+    def __init__(self, rows: int) -> None:
+        """``rows``: most that are held at a time."""
+        self.now = 0
+        self._rows = rows
+        self._tenants: dict[str, int] = {}
+        self._calls: dict[Call, int] = {}
+
+    def take(self, request: Request) -> None:
+        """``request`` got a row."""
+        self.now += 1
+        self._tenants.pop(request.tenant, None)
+        self._tenants[request.tenant] = self.now  # the newest are last
+        if len(self._tenants) > _TENANTS:
+            del self._tenants[next(iter(self._tenants))]
+        self._calls[call_of(request)] = self.now
+
+    def keep(self, calls: Container[Call]) -> None:
+        """Forget calls that wait no more."""
+        if self._calls:
+            self._calls = {call: last for call, last in self._calls.items() if call in calls}
+
+    def tenant(self, tenant: str) -> int:
+        """When ``tenant`` last got a row; 0: never, as far as is known."""
+        return self._tenants.get(tenant, 0)
+
+    def call(self, first: Request) -> int:
+        """The place among its tenant's calls of one that waits with ``first`` in front; the lowest goes first.
+
+        Those that waited too long, the longest first; then those that never got a row, which the policy orders; then
+        the others, who wait as many turns as there are rows.
+        """
+        last = self._calls.get(call_of(first))
+        waited = self.now - max(first.since, last or 0)
+        if waited >= (_PATIENCE if last is None else self._rows):
+            return -waited
+        return 1 if last is None else 2
+
+
+class Held:
+    """How many rows of the running batch each tenant and each call holds."""
+
+    def __init__(self, running: Iterable[Request]) -> None:
+        self.calls: Counter[Call] = Counter(map(call_of, running))
+        self.tenants: Counter[str] = Counter()
+        for (tenant, _), rows in self.calls.items():
+            self.tenants[tenant] += rows
+
+    def add(self, request: Request, rows: int = 1) -> None:
+        """Count a request that started (-1: that runs no more)."""
+        self.calls[call_of(request)] += rows
+        self.tenants[request.tenant] += rows
+
+    def largest(self, requests: Sequence[Request]) -> list[Request]:
+        """Those of ``requests`` (at least one) whose tenant, and in it whose call, holds the most rows."""
+        return _most(_most(requests, lambda r: self.tenants[r.tenant]), lambda r: self.calls[call_of(r)])
+
+    def above(self, claimant: Request, running: Iterable[Request]) -> list[Request]:
+        """Running requests of those who hold so much more than the claimant's that one should make way for it.
+
+        Two rows more, so that who makes way is never in turn the one to claim; nobody makes way for a call that runs.
+        Within a tenant no request makes way for one of lower priority.
+        """
+        if self.calls[call_of(claimant)]:
+            return []
+        own = self.tenants[claimant.tenant]
+        others = [r for r in running if r.tenant != claimant.tenant and self.tenants[r.tenant] >= own + 2]
+        return others or [
+            r
+            for r in running
+            if r.tenant == claimant.tenant and self.calls[call_of(r)] >= 2 and r.priority <= claimant.priority
+        ]
+
+
+class Waiter(NamedTuple):
+    """A waiting request, its place in its call, and what the cache holds of it (None: not looked for yet)."""
+
+    place: Place
+    request: Request
+    hit: Hit | None
+
+
+class Lines:
+    """Waiting requests in the order of their turns, which depends on who has got a row meanwhile."""
+
+    def __init__(self, waiters: Iterable[Waiter], held: Held, turns: Turns) -> None:
+        self._held = held
+        self._turns = turns
+        self._waiters: dict[Call, list[Waiter]] = {}
+        for waiter in waiters:
+            self._waiters.setdefault(call_of(waiter.request), []).append(waiter)
+        self._lines: dict[str, list[tuple[Place, Call]]] = {}
+        for call, line in self._waiters.items():
+            line.sort(reverse=True)  # the first is taken from the end
+            self._lines.setdefault(call[0], []).append((self._standing(call), call))
+        for calls in self._lines.values():
+            heapify(calls)
+        turns.keep(self._waiters)
+
+    @property
+    def all_served(self) -> bool:
+        """Whether every call that waits has something running."""
+        return all(self._held.calls[call] for call in self._waiters)
+
+    def next(self) -> Waiter | None:
+        """Whose turn it is; it leaves the line. Call :meth:`settle` before the next."""
+        if not self._lines:
+            return None
+        tenant = min(self._lines, key=lambda t: (self._held.tenants[t], self._turns.tenant(t)))
+        _, call = heappop(self._lines[tenant])
+        return self._waiters[call].pop()
+
+    def settle(self, request: Request) -> None:
+        """The request that came last has got its row or not: its call is in line again."""
+        call = call_of(request)
+        if call[0] not in self._lines:
+            return
+        if self._waiters[call]:
+            heappush(self._lines[call[0]], (self._standing(call), call))
+        elif not self._lines[call[0]]:
+            del self._lines[call[0]]
+
+    def leave(self, tenant: str) -> None:
+        """No more of this tenant's requests now."""
+        self._lines.pop(tenant, None)
+
+    def _standing(self, call: Call) -> Place:
+        first = self._waiters[call][-1]
+        return (first.place[0], self._held.calls[call], self._turns.call(first.request), *first.place[1:])
+
+
+def queued(waiting: Iterable[Request], tenant: str, most: int) -> int:
+    """How many places of a queue the waiting requests of ``tenant`` take; one call takes ``most`` at the most.
+
+    So no call, however many requests it has, leaves none to the others.
+    """
+    calls = Counter(r.call for r in waiting if r.tenant == tenant)
+    return sum(min(most, n) for n in calls.values())
+
+
+def portions(prefilling: Sequence[Request], tokens: int, turn: int) -> dict[Request, int]:
+    """How many of a step's ``tokens`` each prefilling request gets; ``prefilling``: the oldest first, in its order.
+
+    Equal shares for tenants; what one does not need is the others'. Of a tenant's share half goes to its requests in
+    order of age and half to those that have least left: a short prompt does not wait for a long one, and the long one
+    goes on. ``turn`` counts steps: where there are fewer tokens than tenants they take turns.
+    """
+    given = dict.fromkeys(prefilling, 0)
+    wants: dict[str, int] = {}
+    for request in prefilling:
+        wants[request.tenant] = wants.get(request.tenant, 0) + request.remaining
+    tenants = sorted(wants, key=wants.__getitem__)
+    if tokens < len(tenants):
+        tenants = tenants[turn % len(tenants) :] + tenants[: turn % len(tenants)]
+    for i, tenant in enumerate(tenants):
+        share = min(wants[tenant], -(-tokens // (len(tenants) - i)))
+        tokens -= share
+        own = prefilling if len(tenants) == 1 else [r for r in prefilling if r.tenant == tenant]
+        by_age = _hand_out(own, given, share - share // 2) + share // 2
+        _hand_out(sorted(own, key=lambda r: r.remaining), given, by_age)
+    return given
+
+
+def _hand_out(requests: Iterable[Request], given: dict[Request, int], tokens: int) -> int:
+    """Give each what it still wants while there are tokens; those that are left."""
+    for request in requests:
+        if not tokens:
+            break
+        more = min(tokens, request.remaining - given[request])
+        given[request] += more
+        tokens -= more
+    return tokens
+
+
+def light(prefilling: Sequence[Request], tokens: int) -> list[Request]:
+    """The prefilling requests of those who want little: at most ``tokens`` in all for a tenant.
+
+    Of a tenant that wants more, its calls that want little beside others that do not, up to as many tokens.
+    """
+    tenants: dict[str, int] = {}
+    calls: dict[Call, int] = {}
+    for request in prefilling:
+        tenants[request.tenant] = tenants.get(request.tenant, 0) + request.remaining
+        call = call_of(request)
+        calls[call] = calls.get(call, 0) + request.remaining
+    mixed = {call[0] for call, wanted in calls.items() if wanted > tokens}
+    left = dict.fromkeys(tenants, tokens)
+    chosen = []
+    for request in prefilling:
+        tenant = request.tenant
+        if tenants[tenant] > tokens:
+            if tenant not in mixed or calls[call_of(request)] > tokens or request.remaining > left[tenant]:
+                continue
+            left[tenant] -= request.remaining
+        chosen.append(request)
+    return chosen
+
+
+def _most(requests: Sequence[Request], count: Callable[[Request], int]) -> list[Request]:
+    most = max(map(count, requests))
+    return [r for r in requests if count(r) == most]
