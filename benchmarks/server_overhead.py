@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import httpx
 import numpy as np
 
 import rootcellar
@@ -113,6 +114,8 @@ def main() -> None:
     words = ["--max-running-requests", str(args.concurrency), "--chunked-prefill-size", "512", "--log-level", "warning"]
     with Server(*words, max_total_tokens=SETTINGS["max_total_tokens"], warm=True) as server:
         assert worker.stdout.readline() == "ready\n"
+        while httpx.get(f"{server.url}/server_info").json()["programs_left"]:
+            time.sleep(1)
         ratios, rates = [], []
         for turn in range(args.rounds + 1):  # the first warms up
             worker.stdin.write(f"{2 * turn}\n")

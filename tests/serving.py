@@ -21,7 +21,7 @@ import uvicorn
 
 from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
-from rootcellar.server.connections import protocol
+from rootcellar.server.run import uvicorn_config
 from rootcellar.server_config import ServerConfig
 
 COMMAND = [str(Path(sys.executable).with_name("rootcellar")), "serve", "--port", "0"]
@@ -38,10 +38,14 @@ class Server:
         self.words = [*start, "--max-total-tokens", str(max_total_tokens), *words]
         self._lines: list[str] = []
 
-    def __enter__(self) -> Server:
+    def start(self) -> None:
+        """Start the process; it may still be loading."""
         self.process = subprocess.Popen(self.words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def __enter__(self) -> Server:
+        self.start()
         self.url = self._await_url()
         return self
 
@@ -86,19 +90,9 @@ class Server:
 @contextlib.contextmanager
 def on_thread(engine: Engine, **settings: object) -> Iterator[str]:
     """The app over `engine`, listening on a port of its own; gives the URL."""
-    limits = ServerConfig(**settings)
+    limits = ServerConfig(**{"port": 0, **settings})
     app = create_app(engine, limits)
-    config = uvicorn.Config(
-        app,
-        port=0,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=5,
-        http=protocol(limits),
-        timeout_keep_alive=limits.timeout_keep_alive,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(app, limits))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -148,6 +148,12 @@ def test_help_lists_every_command_and_every_option(capsys):
     assert "--min-p X" in page
 
 
+def test_it_runs_as_a_module_and_tells_its_version():
+    for words in (["-m", "rootcellar", "--version"], ["-m", "rootcellar.cli", "--version"]):
+        shown = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout
+        assert shown == f"rootcellar {rootcellar.__version__}\n"
+
+
 def test_the_version_needs_no_jax():
     code = "import sys; from rootcellar import cli; cli.main(['version']); sys.exit('jax' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(chosen: str | None, module: ModuleType | None) -> argparse.ArgumentParser:
     """The parser, with the options of the chosen command; other commands are listed only."""
     parser = argparse.ArgumentParser(prog="rootcellar", description=rootcellar.__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"rootcellar {rootcellar.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help in COMMANDS.items():
         # A usage line of forty options helps nobody; the list below it does.

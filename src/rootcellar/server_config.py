@@ -81,7 +81,8 @@ class ServerConfig:
         low=0,
     )
     skip_server_warmup: bool = option(
-        False, "Listen before every program is compiled: a faster start, and first requests that wait for compilation."
+        False,
+        "Take requests before any program is compiled, and compile none behind them: those that need one wait for it.",
     )
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ def dummy(cfg, dtype):
         ("deepseek3", {"topk_group": 5}, "top_groups=5"),
         ("deepseek2", {"num_experts_per_tok": 17}, "top_k=17"),
         ("deepseek2", {"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
-        ("deepseek3", {"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 is odd"),
+        ("deepseek3", {"qk_rope_head_dim": 15}, "qk_rope_head_dim=15: .* must be even"),
         ("deepseek3", {"kv_lora_rank": 0}, "kv_lora_rank must be"),
     ],
 )

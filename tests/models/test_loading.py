@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from checkpoints import FAMILIES, make_checkpoint, make_config, make_tensors, tensor_shapes
 from rootcellar.errors import ModelError
 from rootcellar.models.config import load_config, read_config
-from rootcellar.models.loader import load_params, params_from_tensors, save_params, tensors_from_params
+from rootcellar.models.loader import check_weights, load_params, params_from_tensors, save_params, tensors_from_params
 from rootcellar.models.packing import source_shapes
 from rootcellar.models.params import abstract_params, check_params, count_bytes, declare, init_params
 
@@ -174,8 +175,6 @@ def test_untied_head_that_is_missing_hints_at_tying(tmp_path):
 def test_unused_tensors_are_logged(tmp_path, caplog):
     make_checkpoint("qwen2", tmp_path, **SMALL)
     with caplog.at_level(logging.WARNING):
-        load_params(tmp_path, read_config(make_config("qwen2", **SMALL, tie_word_embeddings=True)), jnp.float32)
-        assert not caplog.records  # a head that a tied model does not need says nothing new
         load_params(tmp_path, read_config(make_config("llama2", **SMALL)), jnp.float32)
     assert "6 tensors" in caplog.text
     assert "model.layers.0.self_attn.k_proj.bias" in caplog.text
@@ -189,3 +188,67 @@ def test_tensors_in_memory_that_do_not_fit_are_named():
     del tensors["model.norm.weight"]
     with pytest.raises(ModelError, match=r"model.norm.weight' \[16\] is missing"):
         params_from_tensors(cfg, tensors, jnp.float32)
+
+
+# --- a head that is tied by the config, and saved all the same --------------------------------------------------------
+
+
+def saved_head(folder, change, **options):
+    """A tied checkpoint with a head in the file: what ``change`` makes of the embeddings."""
+    make_checkpoint("qwen2", folder, tie_word_embeddings=True, **SMALL, **options)
+    tensors = load_file(folder / "model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = head = change(embed.copy())
+    save_file(tensors, folder / "model.safetensors")
+    return head
+
+
+def changed_in_the_last_place(embed):
+    embed[-1, -1] += 1
+    return embed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(tmp_path, caplog, dtype):
+    head = saved_head(tmp_path, changed_in_the_last_place, dtype=dtype)
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config(tmp_path)
+    assert "has a head of its own" in caplog.text
+    assert not cfg.tie_word_embeddings
+    params = load_params(tmp_path, cfg, jnp.float32)
+    np.testing.assert_array_equal(params["head"], head.T.astype(np.float32))
+    assert not np.array_equal(params["head"], params["embed"].T)
+
+
+def test_a_head_that_equals_the_embeddings_is_tied_and_takes_no_memory(tmp_path, caplog):
+    saved_head(tmp_path, lambda embed: embed)
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config(tmp_path)
+        params = load_params(tmp_path, cfg, jnp.float32)
+    assert cfg.tie_word_embeddings
+    assert "head" not in params
+    assert not caplog.records
+
+
+def test_embeddings_that_only_the_head_holds(tmp_path):
+    head = saved_head(tmp_path, lambda embed: embed)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    params = load_params(tmp_path, load_config(tmp_path), jnp.float32)
+    np.testing.assert_array_equal(params["embed"], head)
+
+
+def test_a_config_that_ties_what_the_file_does_not_is_no_config_for_it(tmp_path):
+    saved_head(tmp_path, changed_in_the_last_place)
+    tied = load_config(tmp_path, weights=False)
+    assert tied.tie_word_embeddings
+    with pytest.raises(ModelError, match=r"head of its own.*load_config"):
+        load_params(tmp_path, tied, jnp.float32)
+    check_weights(tmp_path, tied)
+
+
+def test_a_head_of_another_shape_is_refused_by_name(tmp_path):
+    saved_head(tmp_path, lambda embed: embed[:-1])
+    with pytest.raises(ModelError, match=r"lm_head.weight.* has shape \[31, 16\]"):
+        check_weights(tmp_path, load_config(tmp_path))

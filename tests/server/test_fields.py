@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_openai import CHAT, chat, complete, events
 
-from rootcellar.server.fields import IGNORED, REFUSED, markdown
+from rootcellar.server.fields import CONTROL_IGNORED, CONTROL_REFUSED, IGNORED, REFUSED, markdown
 from rootcellar.server.native.generate import TokenizeRequest
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.forms import StructuredOutputs
@@ -58,13 +58,14 @@ def said(answer):
         ("/resume_memory_occupation", {"tag": ["kv_cache"]}, "tag", "tags"),
         ("/pause_generation", {"modes": "abort"}, "modes", "mode"),
         ("/abort_request", {"ri": "x"}, "ri", "rid"),
+        ("/continue_generation", {"torch_emty_cache": True}, "torch_emty_cache", None),
         ("/update_weights_from_disk", {"model_pth": "x"}, "model_pth", "model_path"),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_known_one(client, path, body, name, near):
     error = refused(client, path, {**ROUTES.get(path, {}), **body})
     assert error["param"] == name
-    assert f"unknown field {name!r}. Did you mean {near!r}?" in error["message"]
+    assert f"unknown field {name!r}. " + (f"Did you mean {near!r}?" if near else "Leave it out") in error["message"]
 
 
 def test_a_field_that_is_near_to_nothing_is_refused_as_well(client):
@@ -127,6 +128,18 @@ def test_sampling_parameters_of_generate(client):
     assert "Did you mean 'temperature'" in ask(temprature=1).json()["error"]["message"]
 
 
+def test_what_sglangs_trainers_send_to_control(client):
+    for value in (True, "x", 5, None):
+        body = dict.fromkeys(CONTROL_IGNORED, value)
+        assert client.post("/continue_generation", json=body).status_code == 200
+        assert client.post("/abort_request", json={"rid": "nobody", **body}).status_code == 200
+        assert client.post("/resume_memory_occupation", json=body).status_code == 200
+    assert client.post("/continue_generation", json={"flush_cache": True, "manifest": None}).status_code == 200
+    for name, field in CONTROL_REFUSED.items():
+        error = refused(client, "/update_weights_from_disk", {"model_path": "demo", name: False})
+        assert error["message"] == f"{name} is not supported: {field.instead}"
+
+
 # -- forms of an answer -----------------------------------------------------------------------------------------------
 
 OBJECT = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
@@ -178,6 +191,22 @@ def test_an_answer_follows_its_form_by_vllms_names(client, fields, fits):
 )
 def test_forms_that_are_none_or_too_many(client, fields, param):
     assert refused(client, "/v1/chat/completions", {"messages": CHAT, **fields})["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"structured_outputs": {"json": {"type": 7}}}, "structured_outputs.json"),
+        ({"guided_grammar": "root = what"}, "guided_grammar"),
+        ({"regex": "("}, "regex"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}, "response_format"),
+    ],
+)
+def test_a_form_that_is_not_understood_is_called_what_the_client_calls_it(client, fields, name):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        message = refused(client, path, {**ROUTES[path], **fields})["message"]
+        assert message.startswith(f"{name} "), message
 
 
 def test_the_stop_string_may_stay(client):

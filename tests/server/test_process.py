@@ -111,7 +111,7 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(clients):
 
 
 def _active(server):
-    (load,) = httpx.get(f"{server.url}/v1/loads").json()["loads"]
+    (load,) = httpx.get(f"{server.url}/v1/loads", timeout=60).json()["loads"]
     return load["num_total_reqs"]
 
 

@@ -24,7 +24,7 @@ from rootcellar.errors import ConfigError, ModelError
 from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config
 from rootcellar.models.kinds import kinds_of
-from rootcellar.models.loader import load_params
+from rootcellar.models.loader import check_weights, load_params
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
@@ -100,7 +100,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     compiles = CompileCounter()
     _keep_compiled(config.compilation_cache_dir)
     folder = folder_of(config.model_path)
-    model = load_config(folder)
+    model = _model(config, folder, params)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
     dtype = _dtype(config.dtype, model.dtype, platform)
@@ -114,6 +114,8 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     # Before the weights: what does not fit is refused while nothing is allocated.
     sizing = memory.size(config, programs, context, params)
     total, running = sizing.division.tokens, sizing.max_running_requests
+    # No request is longer than the cache: a context of millions must not make page tables of millions.
+    programs = dataclasses.replace(programs, table_width=-(-min(context, total) // config.page_size))
     weights = params if reload is None else reload()
 
     pools = {
@@ -233,6 +235,17 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         () if sharing is None else sharing.members,
         0 if sharing is None else sharing.layers,
     )
+
+
+def _model(config: EngineConfig, folder: Path, params: Params | None) -> ModelConfig:
+    """The model, with its weights' headers checked, so that a wrong config is refused before anything is compiled."""
+    saved = params is None and config.load_format != "dummy"
+    model = load_config(folder, weights=saved)
+    if saved:
+        check_weights(folder, model)
+    if params is not None and "head" in params:  # what was handed over says whether the head is tied
+        model = dataclasses.replace(model, tie_word_embeddings=False)
+    return model
 
 
 def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Params:

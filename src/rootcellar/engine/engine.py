@@ -31,6 +31,7 @@ from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, logprob_options, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.tokenizer import Tokenizer
+from rootcellar.engine.warmup import WarmUp
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
@@ -47,7 +48,7 @@ class Engine:
             engine.generate(prompt="What is a page?", sampling_params={"temperature": 0})["text"]
 
     All methods may be called from any thread. ``sight`` shows what goes on: numbers, requests, the radix tree, a trace;
-    ``prefixes`` explains and pins what is cached.
+    ``prefixes`` explains and pins what is cached; ``programs`` compiles ahead.
     """
 
     def __init__(self, *, params: Params | None = None, **options: Any) -> None:
@@ -72,6 +73,7 @@ class Engine:
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
         self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
+        self.programs = WarmUp(self._loop, self._parts.compiles)
         self._numbers = itertools.count()
         self._calls = itertools.count()
         log.info(
@@ -457,12 +459,7 @@ class Engine:
 
     def warm_up(self) -> int:
         """Compile every shape that a step may have, so that later requests compile nothing. Returns compilations."""
-        return self._loop.call(self._warm_up)
-
-    def _warm_up(self) -> int:
-        before = self._parts.compiles.count
-        self._parts.runner.warm_up()
-        return self._parts.compiles.count - before
+        return self.programs.all()
 
     def stats(self) -> dict[str, Any]:
         """What the engine holds and did, as plain values; tokens where no other unit is named.

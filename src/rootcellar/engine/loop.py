@@ -60,6 +60,7 @@ class Loop:
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._when_idle: deque[Callable[[], None]] = deque()
         self._alarms: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
         self._stopped = threading.Event()
@@ -149,6 +150,10 @@ class Loop:
         """Run ``function`` between two steps, once ``time.perf_counter()`` is ``moment``; for the engine's thread."""
         heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
+    def when_idle(self, function: Callable[[], None]) -> None:
+        """Run ``function`` once, when there is nothing else to do; for the engine's thread."""
+        self._when_idle.append(function)
+
     def stop(self) -> None:
         """Abort what is left and end the thread."""
         if not self._stopped.is_set():
@@ -235,10 +240,12 @@ class Loop:
         while not self._stopped.is_set():
             try:
                 runnable = not (self.scheduler.idle or self.paused or self.life.released)
-                self._drain(wait=not runnable)
+                self._drain(wait=not runnable and not (self._when_idle and self._able))
                 self._expire()
-                if runnable and not (self._stopped.is_set() or self.paused or self.life.released):
+                if runnable and self._able:
                     self._step()
+                elif self.scheduler.idle and self._when_idle and self._able:
+                    self._when_idle.popleft()()
                 self._rested()
             except Exception as error:
                 log.exception("a step failed; its requests end with an error")
@@ -253,6 +260,11 @@ class Loop:
         with self._closing:
             self._closed = True
         self._drain(wait=False)
+
+    @property
+    def _able(self) -> bool:
+        """Whether anything may be computed now."""
+        return not (self._stopped.is_set() or self.paused or self.life.released)
 
     def _drain(self, *, wait: bool) -> None:
         """Run what other threads asked for; with ``wait``, sleep until there is something or a deadline passes."""

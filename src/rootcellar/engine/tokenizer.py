@@ -21,9 +21,10 @@ from tokenizers.processors import TemplateProcessing
 
 from rootcellar.engine import conversation
 from rootcellar.errors import ModelError, RequestError
-from rootcellar.models.config import read_json
+from rootcellar.models.files import find_file, read_json, read_text
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE_TEMPLATES = "additional_chat_templates"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -33,8 +34,8 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         """Read ``tokenizer.json`` (``ModelError`` without it), ``tokenizer_config.json`` and the chat template."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        path = find_file(folder, "tokenizer.json")
+        if path is None:
             raise ModelError(f"{folder} has no tokenizer.json; add one, or set skip_tokenizer_init and send input_ids")
         try:
             self._fast = FastTokenizer.from_file(str(path))
@@ -246,11 +247,11 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
 
 def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name, from ``chat_template.jinja``, ``chat_template.json`` or the settings, in that order."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        named = {"default": path.read_text(encoding="utf-8")}
-        extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        return {**named, **{file.stem: file.read_text(encoding="utf-8") for file in extra}}
+    main = read_text(folder, "chat_template.jinja")
+    if main is not None:
+        names = sorted(file.name for file in (folder / _MORE_TEMPLATES).glob("*.jinja"))
+        extra = {name: read_text(folder, f"{_MORE_TEMPLATES}/{name}") for name in names}
+        return {"default": main, **{name.removesuffix(".jinja"): text for name, text in extra.items() if text}}
     given = (read_json(folder / "chat_template.json") or {}).get("chat_template") or settings.get("chat_template") or {}
     if isinstance(given, str):
         return {"default": given}

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ModelError
 from rootcellar.models.families import family_of
 from rootcellar.models.families.family import given, size
+from rootcellar.models.files import read_json
+from rootcellar.models.loader import has_own_head, has_weights
 from rootcellar.models.model import LayerConfig, ModelConfig
 from rootcellar.models.norms import Norm
+from rootcellar.plan.fields import LONGEST_CONTEXT, check_fields, text_of
 
 __all__ = ["LayerConfig", "ModelConfig", "load_config", "read_config", "read_json"]
 
+log = logging.getLogger(__name__)
 
-def load_config(folder: str | Path) -> ModelConfig:
+
+def load_config(folder: str | Path, *, weights: bool = True) -> ModelConfig:
     """Read ``config.json``, and ``generation_config.json`` where there is one, of a Hugging Face model folder.
 
     End-of-text ids are those of both files together, the nested ``text_config`` included: a checkpoint may name the end
-    of a turn in any one of them. Raises ``ModelError`` for a missing folder or file, an unknown architecture,
-    a missing field, and for features that would silently give other results (quantised weights).
+    of a turn in any one of them. With ``weights``, those in the folder, where there are any, decide whether the head is
+    tied to the embeddings: ``tie_word_embeddings`` says what was meant, not what was saved. Raises ``ModelError`` for a
+    missing folder or file, an unknown architecture, a missing or absurd field, and for features that would silently
+    give other results (quantised weights).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -31,9 +39,15 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     generation = read_json(folder / "generation_config.json") or {}
     try:
-        return read_config(raw, generation)
+        model = read_config(raw, generation)
     except ModelError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
+    if weights and model.tie_word_embeddings and has_weights(folder) and has_own_head(folder, model):
+        log.warning(
+            "%s has a head of its own, which is used although its config.json ties it to the embeddings", folder
+        )
+        model = replace(model, tie_word_embeddings=False)
+    return model
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -42,11 +56,13 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
     Understands the spelling of transformers before version 5 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and
     from 5 on (``rope_parameters``, ``dtype``). Raises ``ModelError`` as ``load_config`` does.
     """
+    text = text_of(raw)
+    check_fields(generation or {})
     family = family_of(raw)
     nested = raw.get("text_config") or {}  # a multimodal model's language model
     named = (each.get("eos_token_id") for each in (generation or {}, raw, nested))
     eos = {id for each in named for id in _ids(each)}
-    raw = {**family.defaults, **raw, **nested}
+    raw = {**family.defaults, **text}
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise ModelError(f"quantised weights ({method}) are not supported; use the float checkpoint of this model")
@@ -60,24 +76,17 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
         "bos_token_id": next(iter(_ids(raw.get("bos_token_id"))), None),
         "dtype": str(given(raw, "dtype", given(raw, "torch_dtype", "float32"))).removeprefix("torch."),
     }
-    return ModelConfig(architecture=family.architecture, **{**common, **family.read(raw)})
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, not an object")
-    return value
+    model = ModelConfig(architecture=family.architecture, **{**common, **family.read(raw)})
+    if model.context_length > LONGEST_CONTEXT:
+        raise ModelError(
+            f"max_position_embeddings={model.max_position_embeddings:,} and rope scaling make a context of "
+            f"{model.context_length:,} tokens: more than {LONGEST_CONTEXT:,} are not supported"
+        )
+    return model
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     """Token ids of a field that may hold one, several or none."""
     if value is None:
         return ()
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)

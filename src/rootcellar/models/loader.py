@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rootcellar.errors import ModelError
+from rootcellar.models.families import FAMILIES
+from rootcellar.models.files import find_file, read_json
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import pack, source_shapes, unpack
 from rootcellar.models.params import check_params, declare
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"BF16", "F16", "F32", "F64"}
+_COMPARED = 2**22  # elements of embeddings and head in memory at a time
 
 
 def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
@@ -37,13 +39,51 @@ def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
     those that say nothing new (a tied head, stored rotary frequencies).
     """
     with ExitStack() as files:
-        checkpoint = _Checkpoint(Path(folder), files)
-        specs = declare(cfg)
-        for spec in jax.tree.leaves(specs):
-            checkpoint.check(spec)
+        checkpoint, specs = _checked(Path(folder), cfg, files)
+        if cfg.tie_word_embeddings and checkpoint.differ(*_embed_and_head(cfg)):
+            raise ModelError(f"{folder} has a head of its own, but the config given ties it: take load_config(folder)")
         checkpoint.report_unused(jax.tree.leaves(specs))
         params: Params = jax.tree.map(lambda spec: jax.device_put(pack(spec, checkpoint.readers(spec), dtype)), specs)
         return params
+
+
+def check_weights(folder: str | Path, cfg: ModelConfig) -> None:
+    """Raise ``ModelError`` as ``load_params`` would for what is missing, misshapen or no float; reads headers only."""
+    with ExitStack() as files:
+        _checked(Path(folder), cfg, files)
+
+
+def _checked(folder: Path, cfg: ModelConfig, files: ExitStack) -> tuple[_Checkpoint, Params]:
+    checkpoint, specs = _Checkpoint(folder, files), declare(cfg)
+    if cfg.tie_word_embeddings:
+        embed, head = _embed_and_head(cfg)
+        checkpoint.stand_in(embed, head)
+    for spec in jax.tree.leaves(specs):
+        checkpoint.check(spec)
+    return checkpoint, specs
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether there are weights in the folder that ``load_params`` would read."""
+    return any(find_file(Path(folder), name) is not None for name in (SINGLE, INDEX))
+
+
+def has_own_head(folder: str | Path, cfg: ModelConfig) -> bool:
+    """Whether a checkpoint holds a head that is not its embeddings, whatever ``tie_word_embeddings`` says.
+
+    As in transformers from 5 on, what was saved decides: a head that equals the embeddings is tied, another is used.
+    Reads both, a part at a time, up to the first difference.
+    """
+    embed, head = _embed_and_head(cfg)
+    with ExitStack() as files:
+        checkpoint = _Checkpoint(Path(folder), files)
+        return checkpoint.differ(embed, head)
+
+
+def _embed_and_head(cfg: ModelConfig) -> tuple[str, str]:
+    """The names of the two tensors in checkpoints of the family."""
+    names = FAMILIES[cfg.architecture].names
+    return names["embed"][0], names["head"][0]
 
 
 def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any) -> Params:
@@ -83,11 +123,30 @@ class _Checkpoint:
     def __init__(self, folder: Path, files: ExitStack):
         self._folder = folder
         self._where = _tensor_files(folder)
-        self._files = {name: files.enter_context(_open(folder / name)) for name in sorted(set(self._where.values()))}
+        self._stored: dict[str, str] = {}
+        self._files = {name: files.enter_context(_open(folder, name)) for name in sorted(set(self._where.values()))}
         if not self._where:  # no index: the one file's own header is the list
-            self._files = {SINGLE: files.enter_context(_open(folder / SINGLE))}
+            self._files = {SINGLE: files.enter_context(_open(folder, SINGLE))}
             self._where = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
         self._held = {name: set(file.keys()) for name, file in self._files.items()}
+
+    def stand_in(self, name: str, other: str) -> None:
+        """Where tensor ``name`` is missing, let ``other`` be it."""
+        if name not in self._where and other in self._where:
+            self._stored[name] = other
+            self._where[name] = self._where[other]
+
+    def differ(self, name: str, other: str) -> bool:
+        """Whether both tensors are there and hold other values."""
+        if any(each not in self._held.get(self._where.get(each, ""), ()) for each in (name, other)):
+            return False
+        one, two = (self._files[self._where[each]].get_slice(each) for each in (name, other))
+        shape = one.get_shape()
+        if shape != two.get_shape() or not {one.get_dtype(), two.get_dtype()} <= FLOATS:
+            return True
+        rows = max(1, _COMPARED // max(1, *shape[1:]))
+        parts = [slice(at, min(at + rows, shape[0])) for at in range(0, shape[0], rows)]
+        return not all(np.array_equal(one[part].astype(np.float64), two[part].astype(np.float64)) for part in parts)
 
     def check(self, spec: ParamSpec) -> None:
         """Raise ``ModelError`` unless each source is there, with its shape, as floats; reads headers only."""
@@ -97,9 +156,10 @@ class _Checkpoint:
                 listed = SINGLE if set(self._files) == {SINGLE} else INDEX
                 hint = " (is tie_word_embeddings true for this model?)" if name == "lm_head.weight" else ""
                 raise ModelError(f"tensor {name!r} {list(shape)} is missing from {self._folder / listed}{hint}")
-            if name not in self._held[file]:
+            stored = self._stored.get(name, name)
+            if stored not in self._held[file]:
                 raise ModelError(f"tensor {name!r} should be in {self._folder / file}, says {INDEX}, but is not there")
-            header = self._files[file].get_slice(name)
+            header = self._files[file].get_slice(stored)
             if tuple(header.get_shape()) != shape:
                 raise ModelError(
                     f"tensor {name!r} in {self._folder / file} has shape {header.get_shape()}, "
@@ -113,7 +173,9 @@ class _Checkpoint:
 
     def readers(self, spec: ParamSpec) -> list[Callable[[], Array]]:
         """Functions that read the sources of ``spec``, in order."""
-        return [partial(self._files[self._where[name]].get_tensor, name) for name in spec.sources]
+        return [
+            partial(self._files[self._where[name]].get_tensor, self._stored.get(name, name)) for name in spec.sources
+        ]
 
     def report_unused(self, specs: list[ParamSpec]) -> None:
         """Log the tensors that no parameter is made from: a sign of a config that does not fit."""
@@ -129,24 +191,25 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the index; empty when there is a single file instead."""
     if not folder.is_dir():
         raise ModelError(f"no model folder {str(folder)!r}")
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
+    if find_file(folder, INDEX) is None:
+        if find_file(folder, SINGLE) is not None:
             return {}
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".safetensors"}))
         raise ModelError(
             f"no weights in {folder}: looked for {SINGLE} and {INDEX}, found {found or 'no weight file'}; "
             'convert other formats with save_pretrained, or use load_format="dummy"'
         )
-    try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / INDEX} is not an index with a weight_map: {error!r}") from None
+    where = (read_json(folder / INDEX) or {}).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise ModelError(f"{folder / INDEX} is not an index with a weight_map, from names of tensors to names of files")
+    return where
 
 
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError(f"{path} is missing, which {INDEX} names: the download is not complete")
+def _open(folder: Path, name: str) -> Any:
+    path = find_file(folder, name)
+    if path is None:
+        raise ModelError(f"{folder / name} is missing, which {INDEX} names: the download is not complete")
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None

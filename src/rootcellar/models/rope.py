@@ -77,6 +77,11 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
             raise ModelError(f"rope scaling 'llama3' needs the fields {missing}")
         common["low_freq_factor"] = float(fields["low_freq_factor"])
         common["high_freq_factor"] = float(fields["high_freq_factor"])
+        if common["high_freq_factor"] <= common["low_freq_factor"]:
+            raise ModelError(
+                f"rope scaling 'llama3' needs high_freq_factor={common['high_freq_factor']} to be above "
+                f"low_freq_factor={common['low_freq_factor']}"
+            )
     if rule == "yarn":
         common["beta_fast"] = float(fields.get("beta_fast") or 32)
         common["beta_slow"] = float(fields.get("beta_slow") or 1)
@@ -157,6 +162,16 @@ def _dynamic(rope: RopeConfig, head_dim: int, at: jax.Array) -> jax.Array:
     stretch = rope.factor * length / rope.original_max - (rope.factor - 1)
     base = rope.theta * stretch ** (head_dim / (head_dim - 2))
     return 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def check_turned(rope: RopeConfig, head_dim: int, name: str) -> None:
+    """Raise ``ModelError`` unless whole pairs of a head of ``head_dim`` elements (the field ``name``) are turned."""
+    turned = int(head_dim * rope.part)
+    if turned < 2 or turned % 2:
+        part = "" if rope.part == 1 else f", of which partial_rotary_factor={rope.part} turns {turned}"
+        raise ModelError(f"{name}={head_dim}{part}: rotary embeddings turn pairs, so it must be even and at least 2")
+    if rope.type == "dynamic" and head_dim == 2:
+        raise ModelError(f"{name}=2 with rope scaling 'dynamic': its base is not defined for a single pair")
 
 
 def turn(rope: RopeConfig, positions: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:

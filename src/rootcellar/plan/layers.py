@@ -17,8 +17,7 @@ from typing import Any
 
 from rootcellar.cache.kind import RULES, Kind, Rule, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import ConfigError
-
-Raw = Mapping[str, Any]
+from rootcellar.plan.fields import Raw, text_of
 
 STATE_ITEMSIZE = 4
 """Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
@@ -147,9 +146,10 @@ class Architecture:
 def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
     """The architecture that the content of ``config.json`` describes; ``window`` replaces the model's window or chunk.
 
-    Raises ``ConfigError`` for a config whose layers it does not understand.
+    Raises ``ConfigError`` for a config whose layers it does not understand, ``ModelError`` for a field that holds what
+    no model has.
     """
-    text: Raw = {**raw, **(raw.get("text_config") or {})}
+    text = text_of(raw)
     rules = layer_rules(text, window=window)
     groups = []
     for rule, span in dict.fromkeys(rules):

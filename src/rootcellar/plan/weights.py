@@ -6,7 +6,8 @@ percent). Quantised checkpoints are counted at the width of their method. What i
 
 from __future__ import annotations
 
-from rootcellar.plan.layers import Architecture, Group, Latent, Raw, State, head_dim, need
+from rootcellar.plan.fields import Raw
+from rootcellar.plan.layers import Architecture, Group, Latent, State, head_dim, need
 
 # Bytes of a quantised weight: mxfp4 has a scale byte for 32 elements.
 _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}

@@ -7,7 +7,8 @@ memory back. Dataflow orders a step's reads before the next step's writes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,6 +28,21 @@ from rootcellar.runner.placement import Placement
 
 # Positions scored at a time when prompt logprobs are asked for: bounds the memory of [positions, vocabulary].
 _SCORED = 64
+
+
+# Prefill shapes that a first request needs: 1, 2 and 4 tiles hold a short prompt, or a question after a cached one.
+_SHORT = 3
+# Of sampler.PROGRAMS those that most requests take: greedy and drawn.
+_USUAL = (0, 1)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to compile: its name for people, whether a first request needs it, and what compiles it."""
+
+    name: str
+    first: bool
+    run: Callable[[], object]
 
 
 def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str, pool_of: Mapping[str, str]) -> Any:
@@ -67,7 +83,7 @@ class Runner:
     """Runs batches of one model over its pools.
 
     ``pools`` are by name, ``pool_of`` names that of each kind, ``widths`` the entries in a row of its page table.
-    Programs are compiled when a shape first runs, or all of them by :meth:`warm_up`; later steps compile nothing.
+    Programs are compiled when a shape first runs, or when one of :meth:`programs` is run; later steps compile nothing.
     """
 
     def __init__(
@@ -138,16 +154,43 @@ class Runner:
         chosen, values, ids = jax.device_get(self._score(self.params, hidden, targets, width))
         return chosen, values[:, :k], ids[:, :k]
 
-    def warm_up(self) -> None:
-        """Compile every shape, by running batches of padding: they touch no page that a request may own."""
-        for tiles, tile in self.shapes.all():
-            size = tiles * tile
-            zeros = np.zeros(tiles, np.int32)
-            tables = {name: np.zeros((tiles, width), np.int32) for name, width in self._widths.items()}
-            padding = Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros)
-            scores, _ = self.step(padding)
-            for settings in sampler.every_program(tiles, self.cfg.vocab_size):
-                jax.block_until_ready(self._sample(scores, settings))
+    def programs(self) -> list[Program]:
+        """Every program that a step may need, those first that a short request needs alone, greedy or drawn.
+
+        They compile by running on padding, which touches no page that a request may own.
+        """
+        prefill = [shape for shape in self.shapes.all() if shape[1] > 1]
+        decode = [shape for shape in self.shapes.all() if shape[1] == 1]
+        short = [*decode[:1], *prefill[:_SHORT]]
+        order = [*short, *prefill[_SHORT:], *decode[1:]]
+        sampled: dict[int, tuple[int, int]] = {}  # sampling knows a step by its number of tiles alone
+        found: list[Program] = []
+        for shape in order:
+            found.append(Program(_name(*shape), shape in short, functools.partial(self._run_padding, *shape)))
+            if sampled.setdefault(shape[0], shape) == shape:
+                found += [self._sampling(shape, which, first=shape in short) for which in _USUAL]
+        rest = [which for which in range(len(sampler.PROGRAMS)) if which not in _USUAL]
+        shapes = [sampled[tiles] for tiles in sorted(sampled)]
+        return found + [self._sampling(shape, which, first=False) for which in rest for shape in shapes]
+
+    def _sampling(self, shape: tuple[int, int], which: int, *, first: bool) -> Program:
+        def run() -> None:
+            settings = sampler.every_program(shape[0], self.cfg.vocab_size)[which]
+            jax.block_until_ready(self._sample(self._run_padding(*shape), settings))
+
+        return Program(f"sampling for {shape[0]}, {sampler.PROGRAMS[which]}", first, run)
+
+    def _run_padding(self, tiles: int, tile: int) -> Array:
+        """The logits of a step in which no token belongs to anybody."""
+        size = tiles * tile
+        zeros = np.zeros(tiles, np.int32)
+        tables = {name: np.zeros((tiles, width), np.int32) for name, width in self._widths.items()}
+        scores, _ = self.step(Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros))
+        return jax.block_until_ready(scores)
+
+
+def _name(tiles: int, tile: int) -> str:
+    return f"prefill of {tiles * tile} tokens" if tile > 1 else f"decoding for {tiles}"
 
 
 def _round_up(k: int, vocab: int) -> int:

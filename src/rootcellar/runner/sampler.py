@@ -216,6 +216,10 @@ def top_logprobs(logits: Array, k: int) -> tuple[Array, Array]:
     return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
 
 
+PROGRAMS = ("greedy", "drawn", "drawn by a grammar", "adjusted", "adjusted by a grammar")
+"""The programs that :func:`sample` has for a number of rows, as :func:`every_program` lists them."""
+
+
 def every_program(size: int, vocab: int) -> list[SamplingBatch | None]:
     """Settings that make :func:`sample` compile each of its programs for ``size`` rows.
 

@@ -51,14 +51,43 @@ def known(
     return kept
 
 
+_TORCH = "how torch keeps its memory"
+
+CONTROL_IGNORED: Mapping[str, str] = {
+    "torch_empty_cache": _TORCH,
+    "recapture_cuda_graph": _TORCH,
+    "is_async": "how SGLang's scheduler waits; requests go on over the KV that they have",
+    "keep_pause": "whether a pause ends with the update; here it lasts until it is undone",
+    "token_step": "a label for the operator's records",
+    "finished_reason": "what SGLang's own processes tell each other",
+    "abort_message": "what SGLang's own processes tell each other",
+}
+"""The same for the bodies of control."""
+
+CONTROL_REFUSED: Mapping[str, Refused] = {
+    "flush_cache": Refused("nothing that was cached with other weights is ever a hit again", (True,)),
+    "manifest": Refused("name the folder with model_path"),
+}
+
+
 def markdown() -> str:
-    """Both lists as tables for the documentation, names that share a reason in one row."""
+    """All lists as tables for the documentation, names that share a reason in one row."""
+    return "\n\n".join(
+        (
+            _tables(IGNORED, REFUSED),
+            "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
+            _tables(CONTROL_IGNORED, CONTROL_REFUSED),
+        )
+    )
+
+
+def _tables(taken: Mapping[str, str], others: Mapping[str, Refused]) -> str:
     refused: dict[str, list[str]] = {}
-    for name, field in REFUSED.items():
+    for name, field in others.items():
         nothing = f" (but {', '.join(map(_code, field.nothing))})" if field.nothing else ""
         refused.setdefault(field.instead, []).append(f"`{name}`{nothing}")
     ignored: dict[str, list[str]] = {}
-    for name, reason in IGNORED.items():
+    for name, reason in taken.items():
         ignored.setdefault(reason, []).append(f"`{name}`")
     return "\n\n".join(
         (

@@ -1,8 +1,10 @@
-"""``rootcellar serve``: the engine, the app and uvicorn in one process, from the banner to the last answer."""
+"""``rootcellar serve``: the engine, the app and uvicorn in one process, from the first refusal to the last answer."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -11,13 +13,13 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from rootcellar.engine import Engine
 from rootcellar.errors import ConfigError
-from rootcellar.server.app import create_app
 from rootcellar.server.browsers import Browsers, is_loopback
 from rootcellar.server.callers import Callers
 from rootcellar.server.connections import allow_files, protocol
+from rootcellar.server.loading import Loading
 from rootcellar.server.state import State
 from rootcellar.server_config import ServerConfig
 from rootcellar.units import gb
@@ -31,31 +33,50 @@ QUEUED = 1024
 
 
 def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit status."""
+    """Serve until SIGTERM or Ctrl-C; the exit status. What goes wrong while the model is loaded is raised."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    options = {"max_queued_requests": QUEUED, "log_level": "info", **engine_options}
+    logging.getLogger("rootcellar").setLevel(options["log_level"].upper())
     allow_files(config.max_connections)
     Browsers.of(config, open=Callers.of(config).open)  # what is wrong with a key or a host is said at once
-    listener = _listen(config)  # before the seconds that a model takes
-    with listener, Engine(**{"max_queued_requests": QUEUED, "log_level": "info", **engine_options}) as engine:
-        if not config.skip_server_warmup:
-            log.info("compiling; --skip-server-warmup would leave that to the first requests")
-            engine.warm_up()
-        app = create_app(engine, config)
-        state: State = app.state.server
-        print(banner(state, listener.getsockname()[1]), file=sys.stderr, flush=True)
-        settings = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            http=cast(Any, protocol(config)),
-            timeout_keep_alive=config.timeout_keep_alive,
-            timeout_graceful_shutdown=_LAST_SECONDS,
-        )
-        Server(settings, state).run(sockets=[listener])
+    loading = Loading(options, config)
+    with _listen(config) as listener:
+        port = listener.getsockname()[1]
+        server = Server(uvicorn_config(loading, config), loading, port)
+        log.info("listening on %s; requests are refused with 503 until the model is there", url_of(config, port))
+        server.run(sockets=[listener])
+    if loading.error is not None:
+        raise loading.error
+    if loading.state is None and server.signal is not None:
+        # Nobody waits for a thread that loads or compiles: the process ends as one that listens to no signal.
+        signal.signal(server.signal, signal.SIG_DFL)
+        signal.raise_signal(server.signal)
+    if loading.engine is not None:
+        loading.engine.shutdown()
+    gc.unfreeze()  # what was kept from the collector while it served may go
     return 0
+
+
+def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
+        app,
+        port=config.port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        http=cast(Any, protocol(config)),
+        timeout_keep_alive=config.timeout_keep_alive,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+
+
+def url_of(config: ServerConfig, port: int) -> str:
+    """Where the server listens."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{port}"
 
 
 def _listen(config: ServerConfig) -> socket.socket:
@@ -75,8 +96,7 @@ def _listen(config: ServerConfig) -> socket.socket:
 def banner(state: State, port: int) -> str:
     """What is served, from how much memory, and what to try first."""
     engine, config = state.engine, state.config
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{port}"
+    url = url_of(config, port)
     key = " -H 'Authorization: Bearer $API_KEY'" if not state.callers.open else ""
     kv = engine.stats()["kv_cache_bytes"]
     lines = [
@@ -85,6 +105,7 @@ def banner(state: State, port: int) -> str:
         f"{engine.attention_backend} attention",
         f"  limits   prompts of {state.longest_prompt:,} tokens, {engine.max_running_requests} requests at a time, "
         f"{engine.config.max_queued_requests} waiting",
+        f"  page     {url}/ shows the cache at work",
         f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         """'{"messages": [{"role": "user", "content": "What is a KV cache?"}]}'""",
     ]
@@ -102,33 +123,55 @@ class Server(uvicorn.Server):
     The first signal begins the drain; a second one ends it.
     """
 
-    def __init__(self, config: uvicorn.Config, state: State) -> None:
+    def __init__(self, config: uvicorn.Config, loading: Loading, port: int) -> None:
         super().__init__(config)
-        self._state = state
+        self._loading = loading
+        self._port = port
+        self.signal: signal.Signals | None = None
         self._hurry = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Remember the event loop, for signals."""
-        self._event_loop = asyncio.get_running_loop()
+        """Listen, and begin to load."""
+        loop = self._event_loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+        def failed() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(self._end)
+
+        self._loading.start(self._ready, failed)
+
+    def _ready(self, state: State) -> None:
+        # Nothing of what is there now becomes garbage: the collector need not walk through it while requests wait.
+        gc.collect()
+        gc.freeze()
+        print(banner(state, self._port), file=sys.stderr, flush=True)
+
+    def _end(self) -> None:
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or hurry. Called when a signal comes, wherever the main thread is."""
         if self._event_loop is None:
             super().handle_exit(sig, frame)
         else:
+            self.signal = self.signal or signal.Signals(sig)
             self._event_loop.call_soon_threadsafe(self._stop, signal.Signals(sig).name)
 
     def _stop(self, why: str) -> None:
-        if self._drain is None:
-            self._drain = asyncio.create_task(self._finish(why))
+        if self._loading.state is None:
+            log.info("%s: stopped while %s", why, self._loading.progress)
+            self._loading.stop()
+            self._end()
+        elif self._drain is None:
+            self._drain = asyncio.create_task(self._finish(why, self._loading.state))
         else:
             self._hurry.set()
 
-    async def _finish(self, why: str) -> None:
-        state, seconds = self._state, self._state.config.drain_timeout
+    async def _finish(self, why: str, state: State) -> None:
+        seconds = state.config.drain_timeout
         state.draining = True
         await state.observer.close()
         log.info("%s: no new requests; %d have up to %g seconds to finish", why, state.active, seconds)

@@ -76,14 +76,16 @@ def read_mamba(raw: Raw) -> Mamba2:
 
 
 def _bamba(raw: Raw) -> dict[str, Any]:
-    raw = {"partial_rotary_factor": 0.5, **raw}  # the architecture's own, whatever the config leaves out
     rope = read_rope(raw, size(raw, "max_position_embeddings"))
     bias = bool(raw.get("attention_bias"))
     attention = Attention(**heads_of(raw), rope=rope, qkv_bias=bias, o_bias=bias)
     mamba = read_mamba(raw)
     feed_forward = Dense(size(raw, "intermediate_size"), bool(raw.get("mlp_bias")), activation_of(raw))
-    layers = tuple(LayerConfig(mamba if rule == "recurrent" else attention, feed_forward) for rule, _ in rules_of(raw))
+    layers = tuple(
+        LayerConfig(mamba if rule == "recurrent" else attention, feed_forward)
+        for rule, _ in rules_of(raw, "full", "recurrent")
+    )
     return {"layers": layers, "rope": rope}
 
 
-FAMILIES = (Family("BambaForCausalLM", _bamba, NAMES),)
+FAMILIES = (Family("BambaForCausalLM", _bamba, NAMES, {"partial_rotary_factor": 0.5}),)

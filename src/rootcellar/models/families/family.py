@@ -83,10 +83,15 @@ def given(raw: Raw, name: str, default: Any) -> Any:
 
 def size(raw: Raw, name: str, default: int | None = None) -> int:
     """A field that is a whole number of at least 1; ``default`` where it may be absent or null."""
-    value = need(raw, name) if default is None else given(raw, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{name} must be a whole number of at least 1, not {value!r}")
+    value = int(need(raw, name) if default is None else given(raw, name, default))
+    if value < 1:  # types and upper limits hold already: fields.check_fields
+        raise ModelError(f"{name} must be a whole number of at least 1, not {value}")
     return value
+
+
+def number(raw: Raw, name: str) -> float:
+    """A field that is a number, and must be there."""
+    return float(need(raw, name))
 
 
 def heads_of(raw: Raw, head_dim: int | None = None) -> dict[str, int]:
@@ -110,13 +115,19 @@ def activation_of(raw: Raw, field: str = "hidden_act", default: str = "silu") ->
     return name
 
 
-def rules_of(raw: Raw) -> list[tuple[Rule, int]]:
-    """Rule and span of each layer, as the planner reads them."""
+def rules_of(raw: Raw, *known: Rule) -> list[tuple[Rule, int]]:
+    """Rule and span of each layer, as the planner reads them; ``ModelError`` for rules that are not ``known``."""
     size(raw, "num_hidden_layers")
     try:
-        return layer_rules(raw)
+        rules = layer_rules(raw)
     except ConfigError as error:
         raise ModelError(str(error)) from None
+    strange = sorted({rule for rule, _ in rules} - set(known))
+    if strange:
+        raise ModelError(
+            f"layers of this architecture are {' or '.join(known)}, but the config makes some {strange[0]}"
+        )
+    return rules
 
 
 def refuse(raw: Raw, *names: str) -> None:

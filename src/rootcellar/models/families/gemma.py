@@ -13,6 +13,7 @@ from rootcellar.models.families.family import (
     activation_of,
     heads_of,
     layer_names,
+    number,
     refuse,
     rules_of,
     size,
@@ -39,11 +40,11 @@ NAMES = {
 
 def _gemma3(raw: Raw) -> dict[str, Any]:
     refuse(raw, "use_bidirectional_attention", "attn_logit_softcapping")
-    norm = Norm(float(raw["rms_norm_eps"]), offset=1.0)
+    norm = Norm(number(raw, "rms_norm_eps"), offset=1.0)
     ropes = {"full": _rope(raw, "full_attention"), "sliding_window": _rope(raw, "sliding_attention")}
     feed_forward = Dense(size(raw, "intermediate_size"), activation=activation_of(raw, "hidden_activation"))
     heads, bias = heads_of(raw), bool(raw.get("attention_bias"))
-    scale = float(raw["query_pre_attn_scalar"]) ** -0.5
+    scale = number(raw, "query_pre_attn_scalar") ** -0.5
 
     def layer(rule: Any, span: int) -> LayerConfig:
         mixer = Attention(
@@ -53,7 +54,7 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
 
     softcap = raw.get("final_logit_softcapping")
     return {
-        "layers": tuple(layer(rule, span) for rule, span in rules_of(raw)),
+        "layers": tuple(layer(rule, span) for rule, span in rules_of(raw, "full", "sliding_window")),
         "norm": norm,
         "embed_scale": size(raw, "hidden_size") ** 0.5,
         "logit_softcap": None if softcap is None else float(softcap),

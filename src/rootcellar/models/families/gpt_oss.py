@@ -13,6 +13,7 @@ from rootcellar.models.families.family import (
     activation_of,
     heads_of,
     layer_names,
+    number,
     rules_of,
     size,
 )
@@ -57,7 +58,7 @@ def _gpt_oss(raw: Raw) -> dict[str, Any]:
         "interleaved",
         bias=True,
         router_bias=True,
-        clamp=Clamp(float(raw["swiglu_limit"]), float(raw["swiglu_alpha"])),
+        clamp=Clamp(number(raw, "swiglu_limit"), number(raw, "swiglu_alpha")),
     )
     heads = heads_of(raw)
     return {
@@ -65,7 +66,7 @@ def _gpt_oss(raw: Raw) -> dict[str, Any]:
             LayerConfig(
                 Attention(**heads, rule=rule, span=span, rope=rope, qkv_bias=bias, o_bias=bias, sinks=True), experts
             )
-            for rule, span in rules_of(raw)
+            for rule, span in rules_of(raw, "full", "sliding_window")
         )
     }
 

@@ -32,7 +32,7 @@ def _layers(raw: Raw, *, head_dim: int | None = None, mlp_bias: bool = False, **
     heads = heads_of(raw, head_dim)
     layers = tuple(
         LayerConfig(Attention(**heads, rule=rule, span=span, rope=rope, **switches), feed_forward)
-        for rule, span in rules_of(raw)
+        for rule, span in rules_of(raw, "full", "sliding_window")
     )
     return {"layers": layers, "rope": rope}
 

@@ -16,6 +16,7 @@ from rootcellar.models.families.family import (
     given,
     heads_of,
     layer_names,
+    number,
     rules_of,
     size,
     within,
@@ -43,7 +44,7 @@ NAMES = {
 
 
 def _llama4(raw: Raw) -> dict[str, Any]:
-    rules, ropes = rules_of(raw), _has_rope(raw)
+    rules, ropes = rules_of(raw, "full", "chunked_local"), _has_rope(raw)
     feed_forwards = _feed_forwards(raw, len(rules))
     return {
         "layers": tuple(
@@ -71,9 +72,9 @@ def _attention(raw: Raw, rule: Any, span: int, rope: bool) -> Attention:
     if rope:
         fields["rope"] = replace(read_rope(raw, size(raw, "max_position_embeddings")), interleaved=True)
         if raw["use_qk_norm"]:
-            fields["qk_unit"] = float(raw["rms_norm_eps"])
+            fields["qk_unit"] = number(raw, "rms_norm_eps")
     elif raw["attn_temperature_tuning"]:
-        fields["temperature"] = Temperature(float(raw["floor_scale"]), float(raw["attn_scale"]))
+        fields["temperature"] = Temperature(number(raw, "floor_scale"), number(raw, "attn_scale"))
     return Attention(**fields)
 
 

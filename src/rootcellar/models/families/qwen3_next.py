@@ -50,9 +50,6 @@ NAMES: Names = {
 
 
 def _layers(raw: Raw) -> dict[str, Any]:
-    raw = {"partial_rotary_factor": 0.25, **raw}  # the architecture's own, whatever the config leaves out
-    if not raw.get("layer_types"):
-        raw = {"full_attention_interval": 4, **raw}
     eps = float(given(raw, "rms_norm_eps", 1e-6))
     norm = Norm(eps, offset=1.0)
     rope = read_rope(raw, size(raw, "max_position_embeddings"))
@@ -70,7 +67,7 @@ def _layers(raw: Raw) -> dict[str, Any]:
     )
     layers = tuple(
         LayerConfig(delta if rule == "recurrent" else attention, _feed_forward(raw, index))
-        for index, (rule, _) in enumerate(rules_of(raw))
+        for index, (rule, _) in enumerate(rules_of(raw, "full", "recurrent"))
     )
     return {"layers": layers, "norm": norm, "rope": rope}
 
@@ -91,4 +88,5 @@ def _feed_forward(raw: Raw, layer: int) -> Dense | Experts:
     )
 
 
-FAMILIES = (Family("Qwen3NextForCausalLM", _layers, NAMES),)
+DEFAULTS: Raw = {"full_attention_interval": 4, "partial_rotary_factor": 0.25}
+FAMILIES = (Family("Qwen3NextForCausalLM", _layers, NAMES, DEFAULTS),)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.norms import Norm, scaled
-from rootcellar.models.rope import RopeConfig, turn
+from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.models.step import Step
 from rootcellar.ops.attention import Reach, paged_attention
@@ -72,8 +72,8 @@ class Attention:
                 f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}; "
                 "every key/value head must serve the same number of query heads"
             )
-        if self.rope is not None and self.head_dim % 2:
-            raise ModelError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs")
+        if self.rope is not None:
+            check_turned(self.rope, self.head_dim, "head_dim")
 
     @property
     def group_size(self) -> int:

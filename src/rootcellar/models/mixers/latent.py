@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar.cache.kind import Rule
-from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.norms import Norm
-from rootcellar.models.rope import RopeConfig, turn
+from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.models.step import Step
 from rootcellar.ops.latent import latent_attention
@@ -48,8 +47,7 @@ class Latent:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.rope_dim % 2:
-            raise ModelError(f"qk_rope_head_dim={self.rope_dim} is odd; rotary embeddings turn pairs")
+        check_turned(self.rope, self.rope_dim, "qk_rope_head_dim")
 
     @property
     def rule(self) -> Rule:

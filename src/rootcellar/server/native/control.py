@@ -13,6 +13,7 @@ from rootcellar.errors import EngineError, ModelError
 from rootcellar.server.answer import on_thread, unless_gone
 from rootcellar.server.callers import Access
 from rootcellar.server.errors import ApiError, invalid, json_response
+from rootcellar.server.fields import CONTROL_IGNORED, CONTROL_REFUSED
 from rootcellar.server.parsing import Body
 from rootcellar.server.routes import AdminRoute, UserRoute, check
 from rootcellar.server.state import State, state_of
@@ -65,7 +66,14 @@ async def reset_prefix_cache(request: Request) -> Response:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-class MemoryRequest(Body):
+class ControlBody(Body):
+    """A body with the fields that SGLang's trainers send to all of these."""
+
+    ignored = CONTROL_IGNORED
+    refused = CONTROL_REFUSED
+
+
+class MemoryRequest(ControlBody):
     """Which memory to give back or to take again: "kv_cache", "weights"; none named: both."""
 
     tags: list[str] | None = None
@@ -129,7 +137,7 @@ async def is_sleeping(request: Request) -> Response:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-class PauseRequest(Body):
+class PauseRequest(ControlBody):
     """What becomes of the requests that run."""
 
     mode: Literal["abort", "retract", "in_place"] = "abort"
@@ -142,14 +150,18 @@ async def pause_generation(request: Request, body: PauseRequest | None = None) -
     return _ok("Generation paused.")
 
 
+class ContinueRequest(ControlBody):
+    """Nothing: how to go on is known."""
+
+
 @router.post("/continue_generation")
-async def continue_generation(request: Request) -> Response:
+async def continue_generation(request: Request, body: ContinueRequest | None = None) -> Response:  # noqa: ARG001
     """Undo the pause."""
     await on_thread(state_of(request).engine.continue_generation)
     return _ok("Generation continues.")
 
 
-class AbortRequest(Body):
+class AbortRequest(ControlBody):
     """The request to end, by its ``rid``, or all of them (which needs the admin key)."""
 
     rid: str = ""
@@ -172,7 +184,7 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-class WeightsRequest(Body):
+class WeightsRequest(ControlBody):
     """Where the new weights are."""
 
     model_path: str

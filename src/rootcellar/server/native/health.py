@@ -9,6 +9,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+import rootcellar
 from rootcellar.errors import QueueFull
 from rootcellar.server.answer import Result, counts
 from rootcellar.server.errors import ApiError, json_response
@@ -45,6 +46,12 @@ async def health(request: Request) -> Response:
 async def ping(request: Request) -> Response:
     """``/health`` by the name that SageMaker asks for."""
     return await health(request)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The server's version, as vLLM gives it."""
+    return json_response({"version": rootcellar.__version__})
 
 
 async def check(state: State) -> dict[str, Any]:

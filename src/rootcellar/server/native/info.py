@@ -49,6 +49,7 @@ async def server_info(request: Request) -> Response:
         **server,
         "keys_required": required,
         "version": rootcellar.__version__,
+        "programs_left": state.engine.programs.left,
         "max_total_num_tokens": state.engine.total_tokens,
         "internal_states": [await on_thread(state.engine.stats)],
         "memory_report": state.engine.memory_report(),

@@ -28,7 +28,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
+    with openai_names(body.form_names, max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
         job = await _Chat.of(body, state)
         return await job.answer(request, state, body)
 

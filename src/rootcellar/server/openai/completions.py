@@ -26,7 +26,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
+    with openai_names(body.form_names, max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         job = await _Completion.of(body, state)
         return await job.answer(request, state, body)
 

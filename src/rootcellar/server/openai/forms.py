@@ -81,6 +81,10 @@ class Forms(Body):
             raise invalid(f"{names} are given: an answer can follow one of them", found[0][0])
         return {parameter: source for _, parameter, source in found}
 
+    def form_names(self) -> dict[str, str]:
+        """What the client calls the engine's parameter, for messages."""
+        return {parameter: name for name, parameter, _ in self._given()}
+
     def _given(self) -> Iterator[tuple[str, str, str]]:
         """Each that was given: its name, the engine's parameter, and the value of that."""
         if self.structured_outputs is not None:

@@ -29,7 +29,7 @@ async def render_chat(body: ChatRequest, request: Request) -> Response:
     """The token ids and the sampling parameters that a chat would be computed with."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
+    with openai_names(body.form_names, max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
         prompts = await chat_tokens(state, body)
         limit = answer_limit(state, body, prompts.input_ids)
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -41,7 +41,7 @@ async def render_completion(body: CompletionRequest, request: Request) -> Respon
     """The same of each prompt of a completion, in a list."""
     state = state_of(request)
     state.require_model(body.model)
-    with openai_names(max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
+    with openai_names(body.form_names, max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         prompts = await completion_prompts(state, body)
         name = body.name("cmpl")
         names = [name] if prompts.one else [f"{name}-{i}" for i in range(len(prompts.ids))]
