@@ -154,6 +154,19 @@ class EngineConfig:
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )
+    max_request_tokens: int | None = option(
+        None,
+        "Most tokens of one request: of all its prompts and answers (n of each), as long as they may become. None sets "
+        "no limit; rootcellar serve allows 8,388,608.",
+        low=1,
+    )
+    max_request_logprobs: int | None = option(
+        None,
+        "Most logprobs that one request may ask for: of all tokens reported, and of the likeliest beside them. None "
+        "sets no limit; rootcellar serve allows 1,048,576.",
+        low=1,
+    )
+    max_logprobs: int = option(20, "Most of the likeliest tokens to report at each place.", low=0)
     max_stop_strings: int = option(256, "Most stop strings of one answer; more are refused.", low=1)
     max_stop_length: int = option(
         2**12, "Most characters of all stop strings of one request together; more are refused.", low=1

@@ -28,7 +28,7 @@ from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order
 from rootcellar.engine.prefixes import Prefixes
-from rootcellar.engine.requests import Inputs, encode, logprob_options, read_inputs, takes_long
+from rootcellar.engine.requests import Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.engine.warmup import WarmUp
@@ -39,6 +39,8 @@ from rootcellar.scheduler import Request
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+# Logprobs that are rendered beside the event loop rather than on it (about 2 ms).
+_MANY = 1_000
 
 
 class Engine:
@@ -131,6 +133,7 @@ class Engine:
         return_logprob: bool = False,
         logprob_start_len: int = -1,
         top_logprobs_num: int = 0,
+        return_text_in_logprobs: bool = True,
         rid: str | Sequence[str] | None = None,
         priority: int = 0,
         extra_key: str = "",
@@ -149,6 +152,7 @@ class Engine:
             logprob_start_len: with ``return_logprob``, report prompt tokens from this index on as well
                 (``input_token_logprobs``; that part of the prompt is computed again even where it is cached); -1: none.
             top_logprobs_num: also report this many of the likeliest tokens at each place.
+            return_text_in_logprobs: with the text of each token; None stands in its place else.
             rid: a name for the request (one for each prompt), for :meth:`abort_request`.
             priority: higher goes first.
             extra_key: requests with different keys share no cache (a tenant, an adapter).
@@ -173,7 +177,10 @@ class Engine:
             input_ids,
             sampling_params,
             rid=rid,
-            logprobs=logprob_options(return_logprob, logprob_start_len, top_logprobs_num),
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            return_text_in_logprobs=return_text_in_logprobs,
             priority=priority,
             extra_key=extra_key,
             tenant=tenant,
@@ -216,11 +223,6 @@ class Engine:
         misses steps in between, never text: each result holds all that came before.
         """
         mailbox = Mailbox(self._post())
-        options["logprobs"] = logprob_options(
-            options.pop("return_logprob", False),
-            options.pop("logprob_start_len", -1),
-            options.pop("top_logprobs_num", 0),
-        )
         read = functools.partial(
             read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
         )
@@ -240,7 +242,9 @@ class Engine:
             try:
                 async for index, snapshot in mailbox.snapshots(len(trackers)):
                     ended += snapshot.finish is not None
-                    yield {**snapshot.render(), "index": index} if inputs.several else snapshot.render()
+                    large = snapshot.unrendered > _MANY
+                    result = await asyncio.to_thread(snapshot.render) if large else snapshot.render()
+                    yield {**result, "index": index} if inputs.several else result
             finally:
                 if ended < len(trackers):
                     self._loop.abandon(trackers)

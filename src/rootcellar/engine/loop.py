@@ -389,9 +389,9 @@ class Loop:
         for start, n, at, kept in spans:
             kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
             top = kept.options.top
-            for j in range(n if top else 0):
-                pairs = zip(values[at + j, :top].tolist(), ids[at + j, :top].tolist(), strict=True)
-                kept.prompt_top[start + 1 + j] = list(pairs)
+            if top:
+                kept.prompt_top[start + 1 : start + 1 + n] = values[at : at + n, :top]
+                kept.prompt_top_ids[start + 1 : start + 1 + n] = ids[at : at + n, :top]
 
     def _deliver(self, request: Request) -> None:
         """Follow a request's newest token: to its caller, or to its end."""

@@ -24,10 +24,19 @@ TokenLogprob = tuple[float | None, int, str | None]
 
 @dataclass(frozen=True)
 class LogprobOptions:
-    """What to report beside the tokens: prompt logprobs from ``start`` on (None: none), and the ``top`` likeliest."""
+    """What to report beside the tokens: prompt logprobs from ``start`` on (None: none), and the ``top`` likeliest.
+
+    ``texts``: each with the text of its token.
+    """
 
     start: int | None = None
     top: int = 0
+    texts: bool = True
+
+    def cells(self, prompt: int, generated: int) -> int:
+        """Logprobs of a prompt and an answer of so many tokens."""
+        scored = 0 if self.start is None else max(0, prompt - self.start)
+        return (scored + generated) * (1 + self.top)
 
 
 @dataclass
@@ -36,11 +45,20 @@ class Logprobs:
 
     options: LogprobOptions
     prompt: NDArray[np.float32]
-    prompt_top: list[list[tuple[float, int]]]
+    prompt_top: NDArray[np.float32]
+    prompt_top_ids: NDArray[np.int32]
     output: list[float] = field(default_factory=list)
     output_top: list[list[tuple[float, int]]] = field(default_factory=list)
     shown: list[TokenLogprob] = field(default_factory=list)
     shown_top: list[list[TokenLogprob]] = field(default_factory=list)
+    shown_prompt: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, options: LogprobOptions, prompt: int) -> Logprobs:
+        """Nothing yet, of a prompt of so many tokens."""
+        rows = 0 if options.start is None else prompt
+        top = rows, options.top
+        return cls(options, np.zeros(rows, np.float32), np.zeros(top, np.float32), np.zeros(top, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +80,15 @@ class Snapshot:
     def render(self) -> Update:
         """The update as callers of ``Engine.generate`` see it."""
         return self.tracker.render(self)
+
+    @property
+    def unrendered(self) -> int:
+        """Logprobs that rendering it has to write, beyond those that were rendered before."""
+        kept = self.tracker.logprobs
+        if kept is None:
+            return 0
+        before = 0 if kept.shown_prompt is None else self.tracker.request.prompt_length
+        return kept.options.cells(self.tracker.request.prompt_length - before, self.generated - len(kept.shown))
 
 
 Deliver = Callable[[Snapshot], None]
@@ -99,8 +126,7 @@ class Tracker:
         self.deadline = deadline
         self.logprobs: Logprobs | None = None
         if logprobs is not None:
-            n = request.prompt_length
-            self.logprobs = Logprobs(logprobs, np.zeros(n, np.float32), [[] for _ in range(n)])
+            self.logprobs = Logprobs.of(logprobs, request.prompt_length)
         self._deliver = deliver
         self._stream = stream
         self._tokenizer = tokenizer
@@ -251,19 +277,29 @@ class Tracker:
         if kept.options.top:
             fields["output_top_logprobs"] = kept.shown_top[:n]
         if kept.options.start is not None:
-            span = range(kept.options.start, request.prompt_length)
-            # Nothing comes before the first token of a prompt, so it has no probability.
-            fields["input_token_logprobs"] = [
-                self._entry(float(kept.prompt[i]) if i else None, int(request.ids[i])) for i in span
+            # Complete since the answer's first token, or its end: made once, however often they are read.
+            kept.shown_prompt = kept.shown_prompt or self._prompt_fields(kept, kept.options.start)
+            fields |= kept.shown_prompt
+        return fields
+
+    def _prompt_fields(self, kept: Logprobs, start: int) -> dict[str, Any]:
+        ids = self.request.ids[start : self.request.prompt_length].tolist()
+        # Nothing comes before the first token of a prompt, so it has no probability.
+        values = [float(each) if start + i else None for i, each in enumerate(kept.prompt[start:])]
+        fields: dict[str, Any] = {
+            "input_token_logprobs": [self._entry(*pair) for pair in zip(values, ids, strict=True)]
+        }
+        if kept.options.top:
+            rows = zip(kept.prompt_top[start:], kept.prompt_top_ids[start:], strict=True)
+            fields["input_top_logprobs"] = [
+                [self._entry(*pair) for pair in zip(values.tolist(), ids.tolist(), strict=True)] if start + i else None
+                for i, (values, ids) in enumerate(rows)
             ]
-            if kept.options.top:
-                fields["input_top_logprobs"] = [
-                    [self._entry(*pair) for pair in kept.prompt_top[i]] if i else None for i in span
-                ]
         return fields
 
     def _entry(self, value: float | None, token: int) -> TokenLogprob:
-        return value, token, self._tokenizer.decode([token]) if self._tokenizer else None
+        texts = self.logprobs is not None and self.logprobs.options.texts
+        return value, token, self._tokenizer.decode([token]) if self._tokenizer and texts else None
 
 
 def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | None:

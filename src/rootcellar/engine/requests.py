@@ -57,7 +57,10 @@ def read_inputs(
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     *,
     rid: str | Sequence[str] | None = None,
-    logprobs: LogprobOptions | None = None,
+    return_logprob: bool = False,
+    logprob_start_len: int = -1,
+    top_logprobs_num: int = 0,
+    return_text_in_logprobs: bool = True,
     priority: int = 0,
     extra_key: str = "",
     tenant: str = "",
@@ -73,12 +76,15 @@ def read_inputs(
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
     if not isinstance(priority, int) or not isinstance(extra_key, str) or not isinstance(tenant, str):
         raise RequestError("priority must be an integer, extra_key and tenant strings")
+    logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
+    logprobs = logprobs if return_logprob else None
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
     rids = _spread(rid, len(prompts), "rid", str) if rid is not None else [None] * len(prompts)
     if len(prompts) > 1 and isinstance(rid, str):
         raise RequestError(f"rid must be a list with a name for each of the {len(prompts)} prompts")
     _check_stops(parts.config, settings)
+    _check_size(parts, prompts, settings, logprobs)
     items: list[Item] = []
     for i, (ids, given, name) in enumerate(zip(prompts, settings, rids, strict=True)):
         where = "" if one else f"prompt {i}: "
@@ -91,6 +97,38 @@ def read_inputs(
             each = name if name is None or sampling.n == 1 else f"{name}-{j}"
             items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _check_size(
+    parts: Parts,
+    prompts: Sequence[NDArray[np.int64]],
+    settings: Sequence[Mapping[str, Any] | None],
+    logprobs: LogprobOptions | None,
+) -> None:
+    """Refuse what is too much together before anything is allocated for it."""
+    config = parts.config
+    sequences = tokens = cells = 0
+    for ids, given in zip(prompts, settings, strict=True):
+        n, new = _count(given, "n", 1), _count(given, "max_new_tokens", SamplingParams().max_new_tokens)
+        sequences += n
+        tokens += n * (len(ids) + new)
+        cells += 0 if logprobs is None else n * logprobs.cells(len(ids), new)
+    most = None if config.max_queued_requests is None else config.max_queued_requests + parts.max_running_requests
+    for number, limit, what, setting in (
+        (sequences, most, "sequences", "max_queued_requests"),
+        (tokens, config.max_request_tokens, "tokens, prompts and answers together", "max_request_tokens"),
+        (cells, config.max_request_logprobs, "logprobs", "max_request_logprobs"),
+    ):
+        if limit is not None and number > limit:
+            raise RequestTooLarge(
+                f"{number} {what} in one request: at most {limit} are allowed; send fewer, or raise {setting}"
+            )
+
+
+def _count(given: Mapping[str, Any] | None, name: str, default: int) -> int:
+    """A number among sampling parameters that are not checked yet; what is none is refused later."""
+    value = (given or {}).get(name, default)
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _check_stops(config: EngineConfig, settings: Sequence[Mapping[str, Any] | None]) -> None:
@@ -212,13 +250,13 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
     return sampling
 
 
-def logprob_options(wanted: bool, start: int, top: int) -> LogprobOptions | None:
-    """What ``generate`` was asked to report; ``RequestError`` when that is nothing sensible."""
+def _logprob_options(config: EngineConfig, start: int, top: int, texts: bool) -> LogprobOptions:
+    """What to report of logprobs; ``RequestError`` when that is nothing sensible, even where they are not wanted."""
     if not isinstance(start, int) or start < -1:
         raise RequestError(f"logprob_start_len must be -1 (none) or an index into the prompt, not {start!r}")
-    if not isinstance(top, int) or not 0 <= top <= 1024:
-        raise RequestError(f"top_logprobs_num must be from 0 to 1024, not {top!r}")
-    return LogprobOptions(None if start < 0 else start, top) if wanted else None
+    if not isinstance(top, int) or not 0 <= top <= config.max_logprobs:
+        raise RequestError(f"top_logprobs_num must be from 0 to {config.max_logprobs} (max_logprobs), not {top!r}")
+    return LogprobOptions(None if start < 0 else start, top, texts)
 
 
 def takes_long(prompt: object) -> bool:

@@ -75,7 +75,11 @@ class Stopped(HTTPException):
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """``content`` as JSON."""
-    body = orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+    return json_bytes(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS), status, headers)
+
+
+def json_bytes(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """What is JSON already."""
     return Response(body, status, headers, media_type="application/json")
 
 

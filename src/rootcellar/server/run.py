@@ -28,14 +28,19 @@ log = logging.getLogger(__name__)
 
 # After the drain, for writing error answers and closing connections.
 _LAST_SECONDS = 3
-# Waiting requests unless max_queued_requests says otherwise: a server must not take what it cannot answer.
-QUEUED = 1024
+# A server must not take what it cannot answer: engine settings that it sets, unless its user does.
+SERVED = {
+    "max_queued_requests": 1024,
+    "max_request_tokens": 2**23,
+    "max_request_logprobs": 2**20,
+    "log_level": "info",
+}
 
 
 def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status. What goes wrong while the model is loaded is raised."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    options = {"max_queued_requests": QUEUED, "log_level": "info", **engine_options}
+    options = {**SERVED, **engine_options}
     logging.getLogger("rootcellar").setLevel(options["log_level"].upper())
     allow_files(config.max_connections)
     Browsers.of(config, open=Callers.of(config).open)  # what is wrong with a key or a host is said at once

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
+from orjson import Fragment
 from starlette.responses import Response
 
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
-from rootcellar.server.errors import invalid, json_response
+from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.fields import IGNORED, REFUSED
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.chat import chat_text
@@ -19,6 +19,7 @@ from rootcellar.server.parsing import Body
 from rootcellar.server.prompts import read_prompts
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import state_of
+from rootcellar.server.writing import PIECE, as_list, dumps, entries, logprobs_of, written
 
 router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
@@ -33,13 +34,15 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     n = max((_count(each) for each in (params if isinstance(params, list) else [params])), default=1)
     prompts = await read_prompts(state, body.text, body.input_ids, n)
     arguments["input_ids"] = prompts.input_ids
-    show = _Shown(bool(body.return_text_in_logprobs), prompts.ids if body.return_prompt_token_ids else None, n)
+    arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)
+    ids = prompts.ids if body.return_prompt_token_ids else None
     if body.stream:
         stream = await begin(request, state, **arguments)
-        return EventStream(stream, _events(stream, show))
+        return EventStream(stream, _events(stream, ids, n))
     results = await whole(request, state, **arguments)
-    shown = [show.of(result, i) for i, result in enumerate(results)]
-    return json_response(shown[0] if prompts.one and len(shown) == 1 else shown)
+    shown = [_shown(result, i // n, ids) for i, result in enumerate(results)]
+    content = shown[0] if prompts.one and len(shown) == 1 else shown
+    return json_bytes(await written(logprobs_of(results), lambda: dumps(content)))
 
 
 def _count(params: dict[str, Any]) -> int:
@@ -47,34 +50,51 @@ def _count(params: dict[str, Any]) -> int:
     return n if isinstance(n, int) else 1  # the engine says what is wrong with another
 
 
-async def _events(stream: Stream, show: _Shown) -> AsyncGenerator[bytes]:
+async def _events(stream: Stream, ids: list[list[int]] | None, n: int) -> AsyncGenerator[bytes]:
+    growing: dict[int, _Growing] = {}
     async for result in stream.results():
-        yield event_of(show.of(result, result.get("index", 0)))
+        i = result.get("index", 0)
+        event = _shown(result, i // n, ids)
+        if "output_token_logprobs" in result["meta_info"]:
+            event = await growing.setdefault(i, _Growing()).event(event)
+        yield event_of(event)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """How SGLang shows a result: with each token's text, and with the prompt's token ids, where they are wanted."""
+def _shown(result: Result, prompt: int, ids: list[list[int]] | None) -> Result:
+    """How SGLang shows a result: with the prompt's token ids, where they are wanted."""
+    return result if ids is None else {**result, "prompt_token_ids": ids[prompt]}
 
-    texts: bool
-    prompts: list[list[int]] | None
-    n: int
 
-    def of(self, result: Result, i: int) -> Result:
-        """Result ``i`` of a request."""
-        if self.prompts is not None:
-            result = {**result, "prompt_token_ids": self.prompts[i // self.n]}
+class _Growing:
+    """The logprobs of one answer in a stream, each of whose events holds all so far: each is written once.
+
+    Those of the prompt are in the first event and in the last.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[str, list[bytes]] = {}
+        self._entries: dict[str, int] = {}
+
+    async def event(self, result: Result) -> Result:
+        """``result``, its logprobs written."""
         meta = result["meta_info"]
-        if self.texts or "output_token_logprobs" not in meta:
-            return result
-        plain = dict(meta)
-        for name in ("output_token_logprobs", "input_token_logprobs"):
-            if name in meta:
-                plain[name] = [(value, token, None) for value, token, _ in meta[name]]
-        for name in ("output_top_logprobs", "input_top_logprobs"):
-            if name in meta:
-                plain[name] = [row and [(value, token, None) for value, token, _ in row] for row in meta[name]]
-        return {**result, "meta_info": plain}
+        first = not self._written
+        told = {
+            name: rows
+            for name, rows in meta.items()
+            if name.endswith("_logprobs") and (first or meta["finish_reason"] or not name.startswith("input_"))
+        }
+        new = logprobs_of([{"meta_info": {name: rows[self._entries.get(name, 0) :] for name, rows in told.items()}}])
+        lists = await written(new, lambda: {name: self._list(name, rows) for name, rows in told.items()})
+        others = {name: value for name, value in meta.items() if not name.endswith("_logprobs")}
+        return {**result, "meta_info": {**others, **lists}}
+
+    def _list(self, name: str, rows: list[Any]) -> Fragment:
+        before = self._entries.get(name, 0)
+        pieces = self._written.setdefault(name, [])
+        pieces += [entries(rows[i : i + PIECE]) for i in range(before, len(rows), PIECE)]
+        self._entries[name] = len(rows)
+        return as_list(pieces)
 
 
 class TokenizeRequest(Rendering):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
@@ -12,11 +13,12 @@ from fastapi import Request
 from starlette.responses import Response
 
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
-from rootcellar.server.errors import json_response
+from rootcellar.server.errors import json_bytes
 from rootcellar.server.openai.choices import Sent, extension, finish, usage
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.protocol import Sampling, StreamOptions
 from rootcellar.server.state import State
+from rootcellar.server.writing import dumps, logprobs_of, written
 
 
 @dataclass(kw_only=True)
@@ -64,10 +66,15 @@ class Job(ABC):
             stream = await begin(request, state, **self.arguments)
             return EventStream(stream, self._events(stream, body.stream_options or StreamOptions()))
         results = await whole(request, state, **self.arguments)
-        choices = [self._choice(i, await self.choice(i, result["text"]), result) for i, result in enumerate(results)]
-        head = self._head(self.object_name)
-        self._tell_prompts(head, choices, results)
-        return json_response({**head, "choices": choices, **self._used(results)})
+        contents = [await self.choice(i, result["text"]) for i, result in enumerate(results)]
+
+        def write() -> bytes:
+            choices = [self._choice(i, contents[i], result) for i, result in enumerate(results)]
+            head = self._head(self.object_name)
+            self._tell_prompts(head, choices, results)
+            return dumps({**head, "choices": choices, **self._used(results)})
+
+        return json_bytes(await written(logprobs_of(results), write))
 
     def _tell_prompts(self, head: dict[str, Any], choices: list[dict[str, Any]], results: list[Result]) -> None:
         """Write what was asked for of the prompts of these choices where it belongs."""
@@ -82,9 +89,11 @@ class Job(ABC):
         told: set[int] = set()
         async for result in stream.results():
             i = result.get("index", 0)
-            delta = await self.delta(i, self.sent(i).text(result), i not in newest)
+            first = i not in newest
+            delta = await self.delta(i, self.sent(i).text(result), first)
             newest[i] = result
-            choice = self._choice(i, delta, result)
+            new = logprobs_of([result]) if first else 0  # a stream's later events have few
+            choice = await written(new, functools.partial(self._choice, i, delta, result))
             if not (any(delta.values()) or choice["logprobs"] or choice["finish_reason"] or choice.get("token_ids")):
                 continue
             event = {**head, "choices": [choice]}
