@@ -64,12 +64,11 @@ def main() -> None:
     shapes = {"max_running_requests": len(QUESTIONS) * GROUP, "chunked_prefill_size": 64}
     with rootcellar.Engine(model_path="demo", params=params, max_total_tokens=16384, **shapes) as engine:
         engine.warm_up()
-        prompts = [engine.chat_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
-        ids = [engine.encode(p) for p in prompts]
+        ids = [engine.chat_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
         for number in range(ROUNDS):
             print(f"round {number}")
             answers = engine.generate(
-                prompt=prompts, sampling_params={"temperature": 1.0, "max_new_tokens": 96, "n": GROUP, "seed": number}
+                input_ids=ids, sampling_params={"temperature": 1.0, "max_new_tokens": 96, "n": GROUP, "seed": number}
             )
             memory("after the rollout", engine)
             rows, answered = np.zeros((len(answers), LENGTH), np.int32), np.zeros((len(answers), LENGTH), bool)

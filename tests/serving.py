@@ -103,6 +103,7 @@ def on_thread(engine: Engine, **settings: object) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+        app.state.server.close()
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:  # type: ignore[no-untyped-def]

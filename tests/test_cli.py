@@ -27,7 +27,8 @@ class EchoEngine:
     def __exit__(self, *_):
         self.closed = True
 
-    def generate(self, *, prompt, sampling_params, stream=False):
+    def generate(self, *, prompt=None, input_ids=None, sampling_params, stream=False):
+        prompt = bytes(input_ids).decode() if prompt is None else prompt
         self.calls.append((prompt, sampling_params, stream))
         if prompt == "fail":
             raise EngineError("no answer today")
@@ -37,8 +38,8 @@ class EchoEngine:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return [{"text": p.upper(), "meta_info": {}} for p in prompts for _ in range(sampling_params.get("n", 1))]
 
-    def chat_prompt(self, messages):
-        return "|".join(f"{m['role'][0]}:{m['content']}" for m in messages)
+    def chat_ids(self, messages):
+        return list("|".join(f"{m['role'][0]}:{m['content']}" for m in messages).encode())
 
 
 @pytest.fixture

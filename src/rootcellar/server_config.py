@@ -69,6 +69,23 @@ class ServerConfig:
     max_prompt_length: int | None = option(
         None, "Longest prompt in tokens. None takes what the context and the KV cache hold.", low=1
     )
+    max_prompt_characters: int = option(
+        4 * 2**20,
+        "Most characters of all prompts of one request together, or of a chat's messages (about a million tokens); to "
+        "/detokenize as many token ids. More is refused before it is tokenized.",
+        low=1,
+    )
+    prompt_timeout: float = option(
+        10.0,
+        "Seconds that reading a request's prompts may take: a chat template's own program, and tokenizing.",
+        low=0,
+        above=True,
+    )
+    allow_special_tokens_in_content: bool = option(
+        False,
+        "Let the messages of a chat hold special tokens such as <|im_end|>. Else what is written so is plain text, and "
+        "nobody can end their turn and speak as the system.",
+    )
     max_n: int = option(128, "Most answers to one prompt (n).", low=1, high=128)
     max_batch_size: int = option(512, "Most prompts in one request.", low=1)
     enable_sglang_metrics: bool = option(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from rootcellar import demo
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.models.config import load_config
 from rootcellar.models.decoder import forward, logits
 from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
+from rootcellar.text import Tokenizer
 
 LENGTH = 128
 END = "<|im_end|>"

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
+from rootcellar.engine.tokenizer import Tokenizer
 
 from rootcellar import demo
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError
 
 TURN = (

@@ -15,10 +15,10 @@ import numpy as np
 
 from rootcellar import demo
 from rootcellar.engine.grammar import Grammars
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError
 from rootcellar.grammars.process import Bounds
 from rootcellar.sampling_params import SamplingParams
+from rootcellar.text import Tokenizer
 
 
 def schema(rng: random.Random) -> str:

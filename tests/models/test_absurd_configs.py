@@ -13,7 +13,6 @@ import jax
 import pytest
 
 from checkpoints import FAMILIES, golden, golden_names, make_checkpoint, make_config
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.families import family_of
@@ -22,6 +21,7 @@ from rootcellar.models.params import declare
 from rootcellar.plan.fields import FIELDS, Object
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.weights import weight_bytes
+from rootcellar.text import Tokenizer
 
 ABSURD = [
     *(None, True, 0, 1, 3, -1, 10**8, 2**31, 2**63, 10**400, 0.5, 2.0, 1e308, math.nan, math.inf, -math.inf),

@@ -6,7 +6,7 @@ import pytest
 
 from checkpoints import make_checkpoint, make_config
 from rootcellar import demo
-from rootcellar.engine.tokenizer import Tokenizer
+from rootcellar.text import Tokenizer
 from vocabularies import write_byte_level, write_sentencepiece
 
 pytestmark = pytest.mark.reference

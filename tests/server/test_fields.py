@@ -385,7 +385,8 @@ def test_what_cannot_be_continued(client, messages, more, said):
 
 def test_reasoning_effort_reaches_the_template(client, engine, monkeypatch):
     seen = {}
-    monkeypatch.setattr(engine, "chat_prompt", lambda _messages, **options: seen.update(options) or "x")
+    chat_of = engine.tokenizer.chat
+    monkeypatch.setattr(engine.tokenizer, "chat", lambda m, **o: seen.update(o["variables"]) or chat_of(m, **o))
     chat(client, reasoning_effort="low", max_tokens=1, chat_template_kwargs={"enable_thinking": False})
     assert seen.items() >= {"reasoning_effort": "low", "enable_thinking": False}.items()
 

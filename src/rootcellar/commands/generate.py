@@ -73,14 +73,14 @@ def _chat(engine: Engine, system: str | None, turns: Iterable[str], sampling: di
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        answer = _answer(engine, engine.chat_prompt(messages), sampling, as_json)
+        answer = _answer(engine, {"input_ids": engine.chat_ids(messages)}, sampling, as_json)
         messages.append({"role": "assistant", "content": answer})
 
 
 def _complete(engine: Engine, prompts: list[str], sampling: dict[str, object], as_json: bool) -> None:
     """Independent prompts. One is streamed; several, or several answers, are computed together and printed in order."""
     if len(prompts) == 1 and sampling.get("n", 1) == 1:
-        _answer(engine, prompts[0], sampling, as_json)
+        _answer(engine, {"prompt": prompts[0]}, sampling, as_json)
         return
     answers = cast("list[Answer]", engine.generate(prompt=prompts, sampling_params=sampling))
     for i, answer in enumerate(answers):
@@ -90,11 +90,11 @@ def _complete(engine: Engine, prompts: list[str], sampling: dict[str, object], a
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(answers)}\n{answer['text']}")
 
 
-def _answer(engine: Engine, prompt: str, sampling: dict[str, object], as_json: bool) -> str:
-    """Print the answer to one prompt, as it comes or as JSON at the end. Returns its text."""
+def _answer(engine: Engine, prompt: dict[str, Any], sampling: dict[str, object], as_json: bool) -> str:
+    """Print the answer to one prompt (``prompt`` or ``input_ids``), as it comes or as JSON. Returns its text."""
     shown = ""
     last: Answer = {}
-    for last in cast("Iterator[Answer]", engine.generate(prompt=prompt, sampling_params=sampling, stream=True)):
+    for last in cast("Iterator[Answer]", engine.generate(**prompt, sampling_params=sampling, stream=True)):
         if not as_json:
             print(last["text"][len(shown) :], end="", flush=True)
         shown = last["text"]

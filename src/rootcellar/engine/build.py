@@ -19,7 +19,6 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ConfigError, ModelError
 from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config
@@ -35,6 +34,7 @@ from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
 from rootcellar.scheduler import Scheduler, Snapshots
+from rootcellar.text import Tokenizer
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)

@@ -30,11 +30,11 @@ from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
+from rootcellar.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -320,8 +320,15 @@ class Engine:
         """Token ids of ``text``, as :meth:`generate` would compute them."""
         return encode(self.tokenizer, text)
 
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """A conversation (``[{"role": "user", "content": "..."}, ...]``) as token ids for :meth:`generate`.
+
+        Special tokens that messages hold are text. ``options`` are those of :meth:`Tokenizer.chat`.
+        """
+        return self.tokenizer.chat(messages, **options).ids
+
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The text of a conversation by the model's chat template, ready for :meth:`generate`.
+        """The text of a conversation by the model's chat template; :meth:`chat_ids` keeps users from special tokens.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}, ...]``.

@@ -20,12 +20,12 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.grammars.compiling import Vocabulary, matcher
 from rootcellar.grammars.process import Bounds, Worker
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Finish
+from rootcellar.text import Tokenizer
 
 # Four times that of the process which tried the grammar before.
 _STACK_BYTES = 16 * 2**20

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.scheduler import Finish, Request, Stage
+from rootcellar.text import Tokenizer
 
 Update = dict[str, Any]
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts
 from rootcellar.engine.output import LogprobOptions
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
+from rootcellar.text import Tokenizer
 
 # Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
 _LONG_TEXT = 10_000
@@ -177,9 +177,8 @@ def _read_prompts(parts: Parts, prompt: object) -> tuple[bool, list[NDArray[np.i
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, special tokens added once: a chat template may have written the first one itself."""
-    bos = tokenizer.special_tokens.get("bos_token")
-    return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+    """Token ids of a prompt, special tokens added once."""
+    return tokenizer.encode(text, add_special_tokens=tokenizer.wants_special_tokens(text))
 
 
 def _read_ids(parts: Parts, input_ids: object) -> tuple[bool, list[NDArray[np.int64]]]:

@@ -17,7 +17,7 @@ from rootcellar.models.model import LayerConfig, ModelConfig
 from rootcellar.models.norms import Norm
 from rootcellar.plan.fields import LONGEST_CONTEXT, check_fields, text_of
 
-__all__ = ["LayerConfig", "ModelConfig", "load_config", "read_config", "read_json"]
+__all__ = ["LayerConfig", "ModelConfig", "load_config", "read_config"]
 
 log = logging.getLogger(__name__)
 

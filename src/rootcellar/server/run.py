@@ -56,6 +56,8 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
         # Nobody waits for a thread that loads or compiles: the process ends as one that listens to no signal.
         signal.signal(server.signal, signal.SIG_DFL)
         signal.raise_signal(server.signal)
+    if loading.state is not None:
+        loading.state.close()
     if loading.engine is not None:
         loading.engine.shutdown()
     gc.unfreeze()  # what was kept from the collector while it served may go

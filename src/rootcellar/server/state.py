@@ -10,12 +10,14 @@ from typing import Any
 from fastapi import Request
 
 from rootcellar.engine import Engine
+from rootcellar.engine.build import folder_of
 from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Callers
 from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
 from rootcellar.server.shared import Shared
 from rootcellar.server_config import ServerConfig
+from rootcellar.text.reader import Reader
 
 
 @dataclass
@@ -32,6 +34,7 @@ class State:
         health: the one check that all who ask share.
         callers: who may call.
         browsers: which web pages may.
+        reader: tokenizes what is long.
     """
 
     engine: Engine
@@ -43,11 +46,17 @@ class State:
     health: Shared[dict[str, Any]] = field(init=False)
     callers: Callers = field(init=False)
     browsers: Browsers = field(init=False)
+    reader: Reader = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)
+        self.reader = Reader(
+            folder_of(self.engine.config.model_path),
+            seconds=self.config.prompt_timeout,
+            characters=self.config.max_prompt_characters,
+        )
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
         )
@@ -69,6 +78,10 @@ class State:
         """Most tokens of a prompt."""
         limit = self.config.max_prompt_length
         return self.engine.longest_prompt if limit is None else min(limit, self.engine.longest_prompt)
+
+    def close(self) -> None:
+        """End what runs beside the engine."""
+        self.reader.close()
 
     def enter(self) -> None:
         """A request begins."""

@@ -9,14 +9,16 @@ from fastapi import APIRouter, Request
 from orjson import Fragment
 from starlette.responses import Response
 
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
+from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.fields import IGNORED, REFUSED
 from rootcellar.server.native.protocol import GenerateRequest
-from rootcellar.server.openai.chat import chat_text
+from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
 from rootcellar.server.parsing import Body
-from rootcellar.server.prompts import read_prompts
+from rootcellar.server.prompts import detokenize as read_ids
+from rootcellar.server.prompts import read_prompts, rendered
+from rootcellar.server.prompts import tokenize as read_texts
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import state_of
 from rootcellar.server.writing import PIECE, as_list, dumps, entries, logprobs_of, written
@@ -126,16 +128,19 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     state.require_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either a prompt (a text or a list of them) or messages, and not both", "prompt")
-    special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    given = chat_text(state, body.messages, body) if body.messages is not None else body.prompt
-    texts: list[str] = given if isinstance(given, list) else [given or ""]
     tokenizer = state.engine.tokenizer
-    lists = await on_thread(lambda: [tokenizer.encode(text, special) for text in texts])
+    if body.messages is not None:
+        messages, options = for_template(body.messages, body)
+        chat = await rendered(state, messages, **options)
+        lists = await read_texts(state, [chat.text], True) if body.add_special_tokens else [chat.ids]
+    else:
+        texts: list[str] = body.prompt if isinstance(body.prompt, list) else [body.prompt or ""]
+        lists = await read_texts(state, texts, body.add_special_tokens is not False)
     counts = [len(ids) for ids in lists]
     content: dict[str, Any] = {"tokens": lists, "count": counts}
     if body.return_token_strs:
         content["token_strs"] = [[tokenizer.decode([id], False) for id in ids] for ids in lists]
-    if not isinstance(given, list):
+    if not isinstance(body.prompt, list):
         content = {name: each[0] for name, each in content.items()}
     return json_response({**content, "max_model_len": state.engine.longest_prompt + 1})
 
@@ -151,6 +156,6 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     lists: list[Any] = [body.tokens] if one else body.tokens
     if any(not 0 <= id < tokenizer.vocab_size for ids in lists for id in ids):
         raise invalid(f"tokens: ids of this model are 0 to {tokenizer.vocab_size - 1}", "tokens")
-    texts = await on_thread(lambda: [tokenizer.decode(ids, body.skip_special_tokens) for ids in lists])
+    texts = await read_ids(state, lists, body.skip_special_tokens)
     shown = texts[0] if one else texts
     return json_response({"text": shown, "prompt": shown})  # SGLang's name, and vLLM's

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from rootcellar.server.answer import on_thread, whole
 from rootcellar.server.errors import invalid, json_response
 from rootcellar.server.native.protocol import InputIds, namespace
-from rootcellar.server.openai.chat import chat_text
+from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
-from rootcellar.server.prompts import checked_ids, read_prompts
+from rootcellar.server.prompts import checked_ids, read_chat, read_prompts
 from rootcellar.server.routes import AdminRoute
 from rootcellar.server.state import State, state_of
 
@@ -31,12 +31,13 @@ class PromptRequest(Rendering):
 
     async def tokens(self, state: State) -> list[int]:
         """The token ids, checked."""
-        text = self.text
-        if self.messages is not None:
-            if text is not None or self.input_ids is not None:
-                raise invalid("give one of text, input_ids and messages")
-            text = chat_text(state, self.messages, self)
-        prompts = await read_prompts(state, text, self.input_ids)
+        if self.messages is None:
+            prompts = await read_prompts(state, self.text, self.input_ids)
+        elif self.text is not None or self.input_ids is not None:
+            raise invalid("give one of text, input_ids and messages")
+        else:
+            messages, options = for_template(self.messages, self)
+            prompts = await read_chat(state, messages, **options)
         if not prompts.one:
             raise invalid("give one prompt: a list of token ids", "input_ids")
         return checked_ids(state, prompts.input_ids)

@@ -8,17 +8,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rootcellar.engine.tokenizer import Tokenizer
-from rootcellar.errors import RequestError
 from rootcellar.server.answer import Result
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import Job
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
-from rootcellar.server.prompts import Prompts, read_prompts
+from rootcellar.server.prompts import Prompts, read_chat
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
+from rootcellar.text import Tokenizer
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
@@ -37,8 +36,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 _RESERVED = {"messages", "add_generation_prompt", "continue_final_message", "reasoning_effort", "tools", "documents"}
 
 
-def chat_text(state: State, messages: list[ChatMessage], how: Rendering) -> str:
-    """The prompt that a conversation becomes by the model's template."""
+def for_template(messages: list[ChatMessage], how: Rendering) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages of a conversation, and how they are rendered, as ``read_chat`` takes them."""
     variables = dict(how.chat_template_kwargs or {})
     reserved = _RESERVED.intersection(variables)
     if reserved:
@@ -54,21 +53,18 @@ def chat_text(state: State, messages: list[ChatMessage], how: Rendering) -> str:
         raise invalid("continue_final_message needs a last message whose content is a text", "continue_final_message")
     if how.reasoning_effort is not None:
         variables["reasoning_effort"] = how.reasoning_effort
-    if going_on:
-        variables["continue_final_message"] = True
-    opens = not going_on if how.add_generation_prompt is None else how.add_generation_prompt
-    given = [message.for_template() for message in messages]
-    try:
-        return state.engine.chat_prompt(given, add_generation_prompt=opens, **variables)
-    except RequestError:
-        raise
-    except Exception as error:  # a template is a program, and these are its inputs
-        raise invalid(f"the model's chat template fails: {type(error).__name__}: {error}", "messages") from error
+    options = {
+        "add_generation_prompt": how.add_generation_prompt,
+        "continue_final_message": going_on,
+        "variables": variables,
+    }
+    return [message.for_template() for message in messages], options
 
 
 async def chat_tokens(state: State, body: ChatRequest) -> Prompts:
     """The token ids of a conversation."""
-    return await read_prompts(state, chat_text(state, body.messages, body), None, body.n or 1)
+    messages, options = for_template(body.messages, body)
+    return await read_chat(state, messages, n=body.n or 1, **options)
 
 
 def answer_limit(state: State, body: ChatRequest, ids: list[int]) -> int:
@@ -97,7 +93,7 @@ class _Chat(Job):
         most = answer_limit(state, body, prompts.input_ids)
         name = body.name("chatcmpl")
         last = body.messages[-1]
-        shown = last.for_template()["content"] if body.echo and last.role == "assistant" else ""
+        shown = (last.for_template()["content"] or "") if body.echo and last.role == "assistant" else ""
         return cls(
             id=name,
             model=state.model_name,

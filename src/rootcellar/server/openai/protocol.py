@@ -163,7 +163,9 @@ class ChatMessage(Body):
     content: str | list[dict[str, Any]] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message with its content as one text."""
+        """The message with its content as one text; None stays where tools are called: templates ask for it."""
+        if self.content is None and (self.model_extra or {}).get("tool_calls"):
+            return {**(self.model_extra or {}), "role": self.role, "content": None}
         text = self.content if isinstance(self.content, str) else "".join(_text(part) for part in self.content or [])
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootcellar.engine.tokenizer import Tokenizer
 from rootcellar.errors import ModelError, RequestError
+from rootcellar.text import Tokenizer
 from vocabularies import write_byte_level, write_sentencepiece
 
 TEXTS = [

@@ -7,25 +7,31 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rootcellar.engine import conversation
 from rootcellar.errors import ModelError, RequestError
-from rootcellar.models.files import find_file, read_json, read_text
+from rootcellar.models.files import find_file, read_json
+from rootcellar.text import conversation
+from rootcellar.text.inert import Arguments, Markers, SecretNames, show
+from rootcellar.text.templates import Templates
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MORE_TEMPLATES = "additional_chat_templates"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# What the tokens that mark turns, thoughts and calls are written with.
+MARKS = frozenset("<>[]|｜")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a model reads it: its text, and its token ids."""
+
+    text: str
+    ids: list[int]
 
 
 class Tokenizer:
@@ -45,8 +51,7 @@ class Tokenizer:
         self._fast.no_padding()
         settings = read_json(folder / "tokenizer_config.json") or {}
         self.special_tokens: Mapping[str, str] = _special_tokens(folder, settings)
-        self._templates = _read_templates(folder, settings)
-        self._compiled: dict[str, Template] = {}
+        self._templates = Templates(folder, settings)
         added = self._fast.get_added_tokens_decoder()
         self.skipped: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
         self._byte_level = _is_byte_level(json.loads(self._fast.to_str())["decoder"])
@@ -76,7 +81,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
-        return bool(self._templates)
+        return bool(self._templates.sources)
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -84,7 +89,17 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, as ``AutoTokenizer`` gives them; a chat template's result wants no special tokens."""
-        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.encode_all([text], add_special_tokens)[0]
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """:meth:`encode` of each text. Other threads run meanwhile, but for about a microsecond for each token."""
+        # The plain `encode` of the library keeps Python's lock, and counts characters that nobody wants.
+        return [each.ids for each in self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+    def wants_special_tokens(self, text: str) -> bool:
+        """Whether a prompt wants what the settings put around it: a rendered chat may begin with that already."""
+        bos = self.special_tokens.get("bos_token")
+        return not (bos and text.startswith(bos))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
@@ -102,36 +117,83 @@ class Tokenizer:
 
         ``add_generation_prompt``: the text ends where the assistant begins to speak; so it does unless
         ``continue_final_message``: then it ends inside of the last message, whose text the answer goes on with.
-        ``variables`` are passed on to the template (``enable_thinking=False``, ...). Encode the result with
+        ``variables`` are passed on to the template (``enable_thinking=False``, ...). Its special tokens are in the text
+        like any user's: :meth:`chat` gives token ids in which they differ. Encode the result with
         ``add_special_tokens=False``. ``RequestError`` when there is no template or it refuses the messages.
         """
-        if add_generation_prompt is None:
-            add_generation_prompt = not continue_final_message
-        if continue_final_message:
-            if add_generation_prompt:
-                raise RequestError("continue_final_message=True and add_generation_prompt=True exclude each other")
-            messages = conversation.marked(messages)
-        messages = conversation.known_roles(messages, self._templates.values())
-        template = self._template("tool_use" if tools and "tool_use" in self._templates else "default")
-        given = {**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt}
-        try:
-            # None stands for "no tools": templates test for it.
-            tools = None if tools is None else list(tools)
-            text = str(template.render(messages=list(messages), tools=tools, documents=None, **given))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-        return conversation.up_to_mark(text) if continue_final_message else text
+        going_on = continue_final_message
+        given = {**variables, "add_generation_prompt": _opens(add_generation_prompt, going_on)}
+        return self._rendered([_with_objects(each) for each in messages], tools, given, going_on, None)
 
-    def _template(self, name: str) -> Template:
-        if name not in self._templates:
-            known = f" named 'default' (there are {sorted(self._templates)})" if self._templates else ""
-            raise RequestError(f"this model's folder has no chat template{known}; send a plain prompt instead")
-        if name not in self._compiled:
-            try:
-                self._compiled[name] = _environment().from_string(self._templates[name])
-            except TemplateError as error:
-                raise RequestError(f"the model's chat template does not compile: {error}") from error
-        return self._compiled[name]
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
+        seconds: float | None = None,
+    ) -> Chat:
+        """The prompt for a conversation as token ids: those of :meth:`apply_chat_template`'s text, nothing put around.
+
+        Special tokens that messages, ``tools`` or ``variables`` hold are text, unless ``allow_special_tokens``.
+
+        Raises:
+            RequestError: as :meth:`apply_chat_template` does.
+            TemplateTimeout: the template took more than ``seconds``.
+        """
+        going_on = continue_final_message
+        given = {**(variables or {}), "add_generation_prompt": _opens(add_generation_prompt, going_on)}
+        read = [_with_objects(each) for each in messages]
+        if allow_special_tokens or not self.markers.within(read, (tools, given)):
+            text = self._rendered(read, tools, given, going_on, seconds)
+            return Chat(text, self.encode(text, add_special_tokens=False))
+        changed, (tools, given), hidden = self.markers.hide(read, (tools, given))
+        text = self._rendered(changed, tools, given, going_on, seconds)
+        return Chat(show(text, hidden), self._secret_names.encode(text, hidden))
+
+    def _rendered(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        going_on: bool,
+        seconds: float | None,
+    ) -> str:
+        """What the template makes of them."""
+        # None stands for "no tools": templates test for it.
+        tools = None if tools is None else list(tools)
+        if going_on:
+            messages = conversation.marked(messages)
+        messages = list(conversation.known_roles(messages, self._templates.sources.values()))
+        given = {"documents": None, **self.special_tokens, **variables, "messages": messages, "tools": tools}
+        try:
+            text = self._templates.render(bool(tools), seconds, given)
+        except RequestError:
+            # An assistant that only calls tools says nothing: some templates ask whether it is None, others use it.
+            silent = [isinstance(each, Mapping) and each.get("content", "") is None for each in messages]
+            if not any(silent):
+                raise
+            spoken = [{**each, "content": ""} if none else each for each, none in zip(messages, silent, strict=True)]
+            text = self._templates.render(bool(tools), seconds, {**given, "messages": spoken})
+        return conversation.up_to_mark(text) if going_on else text
+
+    @functools.cached_property
+    def markers(self) -> Markers:
+        """The tokens that a chat's messages may not hold as such: special ones, and others that a template writes."""
+        added = self._fast.get_added_tokens_decoder().values()
+        special = {*self.special_tokens.values(), *(token.content for token in added if token.special)}
+        others = {token.content for token in added} - special
+        sources = "".join(self._templates.sources.values())
+        # Some vocabularies have runs of white space and common words among them: nobody speaks by those.
+        written = {text for text in others if MARKS.intersection(text) and text in sources}
+        return Markers(special & {token.content for token in added}, written)
+
+    @functools.cached_property
+    def _secret_names(self) -> SecretNames:
+        return SecretNames(self._fast, self.markers.texts)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A new incremental ``decode``, for one streamed answer."""
@@ -226,6 +288,32 @@ class _WindowDetokenizer:
         return text
 
 
+def _opens(wanted: bool | None, going_on: bool) -> bool:
+    """Whether the text ends where the assistant begins to speak."""
+    if wanted and going_on:
+        raise RequestError("continue_final_message=True and add_generation_prompt=True exclude each other")
+    return not going_on if wanted is None else wanted
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose tool calls have their arguments as the object that OpenAI's clients send as text."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return call  # a model's call may be no JSON: it is shown as it was
+    return {**call, "function": {**function, "arguments": Arguments(value, text)}} if isinstance(value, dict) else call
+
+
 def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
     """Whether a ``tokenizer.json`` decoder only joins the bytes of GPT-2's alphabet."""
     if decoder is None:
@@ -243,58 +331,6 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     }
     named = {name: both[name] for name in SPECIAL_NAMES if both.get(name) is not None}
     return {name: str(token["content"] if isinstance(token, dict) else token) for name, token in named.items()}
-
-
-def _read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name, from ``chat_template.jinja``, ``chat_template.json`` or the settings, in that order."""
-    main = read_text(folder, "chat_template.jinja")
-    if main is not None:
-        names = sorted(file.name for file in (folder / _MORE_TEMPLATES).glob("*.jinja"))
-        extra = {name: read_text(folder, f"{_MORE_TEMPLATES}/{name}") for name in names}
-        return {"default": main, **{name.removesuffix(".jinja"): text for name, text in extra.items() if text}}
-    given = (read_json(folder / "chat_template.json") or {}).get("chat_template") or settings.get("chat_template") or {}
-    if isinstance(given, str):
-        return {"default": given}
-    if isinstance(given, list):
-        return {str(row["name"]): str(row["template"]) for row in given}
-    return {str(name): str(text) for name, text in given.items()}
-
-
-class _Generation(Extension):
-    """``{% generation %}``, which training marks the assistant's text with: here its body, as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja declares it so)
-
-    def parse(self, parser: Parser) -> CallBlock:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_body"), [], [], body, lineno=line)
-
-    @staticmethod
-    def _body(caller: Callable[[], str]) -> str:
-        return caller()
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates, which are untrusted code: hence the sandbox."""
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson  # jinja's own escapes for HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
 
 
 @functools.cache

@@ -1,0 +1,6 @@
+"""Text to token ids and back, chats by a model's own template; without JAX, so that a small process can do it."""
+
+from rootcellar.text.templates import TemplateTimeout
+from rootcellar.text.tokenizer import Chat, Detokenizer, Tokenizer
+
+__all__ = ["Chat", "Detokenizer", "TemplateTimeout", "Tokenizer"]
