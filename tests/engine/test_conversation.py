@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from rootcellar.engine.tokenizer import Tokenizer
 
 from rootcellar import demo
 from rootcellar.errors import RequestError
+from rootcellar.text import Tokenizer
 
 TURN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content{FILTER} }}[end]{% endfor %}"
