@@ -145,6 +145,11 @@ class EngineConfig:
     disable_radix_cache: bool = option(
         False, "Share nothing between requests: every prompt is computed in full. For comparison and debugging."
     )
+    share_cache_across_keys: bool = option(
+        False,
+        "Let tenants (the server's API keys) hit each other's cached prefixes. Their requests, names and pins stay "
+        "apart; but how fast an answer begins tells whether somebody has asked the same.",
+    )
     attention_backend: str = option(
         "auto",
         "Which kernel computes attention over pages: 'native' is the C++ one for CPU, 'xla' is plain JAX, 'auto' "

@@ -42,7 +42,7 @@ SETTINGS = {
 KEYS = [(name, key) for name, (_, keys) in SETTINGS.items() for key in keys]
 WALKED = [
     ("none", None), ("api_key", None), ("api_key", "u"), ("admin_api_key", None), ("admin_api_key", "a"),
-    ("both", None), ("both", "u"), ("both", "a"),
+    ("both", None), ("both", "u"), ("both", "a"), ("several", "u"),
 ]  # fmt: skip
 
 
@@ -120,7 +120,8 @@ def test_every_route_by_every_spelling(engine, monkeypatch, name, key):
     assert len(routes) > 50
     tried = [route for route in routes if not route.path.startswith("/page/")] + [routes[-1]]
     user, admin = keys[key]
-    may = {Access.PUBLIC: True, Access.USER: user, Access.ADMIN: admin}
+    owner = admin or (user and name == "several")  # whose key has a name
+    may = {Access.PUBLIC: True, Access.USER: user, Access.OWNER: owner, Access.ADMIN: admin}
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def walk():
@@ -175,11 +176,11 @@ def raw_status(url, request):
 
 
 def test_over_the_wire(engine):
-    """What a real client and a real server make of spellings: the admin's routes stay the admin's."""
+    """What a real client and a real server make of spellings: the admin's and the owners' routes stay theirs."""
     with on_thread(engine, admin_api_key="a") as url:
         host = url.removeprefix("http://")
         for route in routes_of(create_app(engine, ServerConfig())):
-            if route.access is not Access.ADMIN:
+            if route.access < Access.OWNER:
                 continue
             (method, *_) = route.methods
             for target in (

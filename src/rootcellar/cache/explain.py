@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +38,12 @@ class Explanation:
         return "\n".join([head, *(f"- {reason}" for reason in self.reasons)])
 
 
-def explain(tree: Tree, key: Key) -> Explanation:
-    """Look a key up without touching it, and say what stopped the hit."""
+def explain(tree: Tree, key: Key, may_name: Callable[[str], bool] = lambda _: True) -> Explanation:
+    """Look a key up without touching it, and say what stopped the hit; ``may_name``: which other namespaces."""
     hit = find(tree, key)
     diverges = _diverges_at(tree, hit)
     broken = _broken_kinds(tree, hit)
-    elsewhere = _elsewhere(tree, hit)
+    elsewhere = _elsewhere(tree, hit, may_name)
     reasons: list[str] = []
     if len(key) < tree.page_size:
         reasons.append(f"The key has {len(key)} tokens; only whole pages of {tree.page_size} are shared (page_size).")
@@ -162,10 +163,10 @@ def _fate(tree: Tree, node: Node, k: int) -> str:
     return "no snapshot was taken there." if kind.rule == "recurrent" else "it was released or never computed there."
 
 
-def _elsewhere(tree: Tree, hit: Hit) -> tuple[str, int] | None:
-    """The other namespace that knows most of the key, when it knows more than the key's own."""
-    known = [(find(tree, Key(hit.key.tokens, name)).branch, name) for name in tree.roots if name != hit.key.namespace]
-    best = max(known, default=(0, ""))
+def _elsewhere(tree: Tree, hit: Hit, may_name: Callable[[str], bool]) -> tuple[str, int] | None:
+    """The other namespace (that may be named) that knows most of the key, when it knows more than the key's own."""
+    names = [name for name in tree.roots if name != hit.key.namespace and may_name(name)]
+    best = max(((find(tree, Key(hit.key.tokens, name)).branch, name) for name in names), default=(0, ""))
     return (best[1], best[0]) if best[0] > hit.branch else None
 
 

@@ -5,7 +5,7 @@ The hot verbs are inherited from the C++ object, so a call enters it at once; he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,9 +180,9 @@ class NativeRadixCache(_core.Core):
             tokens[kind.name, tier] = pages * (1 if kind.rule == "recurrent" else page)
         return NodeView(ident, parent, namespace, start * page, size * page, head, tokens, *rest)
 
-    def explain(self, key: Key) -> Explanation:
+    def explain(self, key: Key, may_name: Callable[[str], bool] = lambda _: True) -> Explanation:
         """See ``PyRadixCache.explain``. O(nodes on the way and beside its end)."""
-        return explain(self._part(self._nodes_on_the_way(key)), key)
+        return explain(self._part(self._nodes_on_the_way(key)), key, may_name)
 
     def pretty_print(self, limit: int = 100) -> str:
         """See ``PyRadixCache.pretty_print``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -317,9 +317,12 @@ class PyRadixCache:
         """Ids, as in :meth:`tree`, of the nodes that ``key`` goes through. Changes nothing, not even recency."""
         return trail(self._tree, key)
 
-    def explain(self, key: Key) -> Explanation:
-        """Why ``key`` hits as far as it does. Changes nothing, not even recency."""
-        return explain(self._tree, key)
+    def explain(self, key: Key, may_name: Callable[[str], bool] = lambda _: True) -> Explanation:
+        """Why ``key`` hits as far as it does. Changes nothing, not even recency.
+
+        ``may_name``: whether another namespace may be named as one that has more of the key.
+        """
+        return explain(self._tree, key, may_name)
 
     def pretty_print(self, limit: int = 100) -> str:
         """The tree in words, at most ``limit`` nodes."""

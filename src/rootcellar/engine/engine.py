@@ -23,6 +23,7 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, folder_of, load_weights
 from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.identity import check_name
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -74,7 +75,7 @@ class Engine:
         )
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
-        self.prefixes = Prefixes(self._loop, self._parts.total_tokens)
+        self.prefixes = Prefixes(self._loop, self._parts)
         self.programs = WarmUp(self._loop, self._parts.compiles)
         self._numbers = itertools.count()
         self._calls = itertools.count()
@@ -137,6 +138,7 @@ class Engine:
         rid: str | Sequence[str] | None = None,
         priority: int = 0,
         extra_key: str = "",
+        cache_salt: str = "",
         tenant: str = "",
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
@@ -153,10 +155,12 @@ class Engine:
                 (``input_token_logprobs``; that part of the prompt is computed again even where it is cached); -1: none.
             top_logprobs_num: also report this many of the likeliest tokens at each place.
             return_text_in_logprobs: with the text of each token; None stands in its place else.
-            rid: a name for the request (one for each prompt), for :meth:`abort_request`.
+            rid: a name for the call, or a list with one for each prompt, for :meth:`abort_request`; at most 256
+                characters. Several prompts of one name are ``rid-0``, ``rid-1``, ..., and so are ``n`` answers.
             priority: higher goes first.
-            extra_key: requests with different keys share no cache (a tenant, an adapter).
-            tenant: on whose behalf. Tenants get equal shares, and within them so do their calls.
+            extra_key, cache_salt: requests that differ in either share no cache (an adapter, a secret).
+            tenant: on whose behalf. What it caches and calls its requests is its own (but see
+                ``share_cache_across_keys``). Tenants get equal shares, and within them so do their calls.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in the order of the prompts (and within a prompt its ``n``
@@ -183,6 +187,7 @@ class Engine:
             return_text_in_logprobs=return_text_in_logprobs,
             priority=priority,
             extra_key=extra_key,
+            cache_salt=cache_salt,
             tenant=tenant,
         )
         updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
@@ -278,7 +283,7 @@ class Engine:
         trackers = []
         for i, item in enumerate(inputs.items):
             request = Request.new(
-                item.rid or uuid.uuid4().hex,
+                item.names[-1] if item.names else uuid.uuid4().hex,
                 item.ids,
                 item.sampling,
                 stop_ids=item.stop_ids,
@@ -300,6 +305,7 @@ class Engine:
                     deadline=deadline,
                     seed=seed,
                     received=inputs.received,
+                    names=item.names,
                     grammar=None if grammars is None else grammars[i],
                 )
             )
@@ -338,12 +344,11 @@ class Engine:
 
     # -- control --------------------------------------------------------------------------------------------------
 
-    def abort_request(self, rid: str) -> bool:
-        """End the request named ``rid``: its caller gets what it has, with finish_reason "abort". False: no such.
-
-        For a request of ``n`` answers, whose names are ``rid-0`` and so on, the common part ends all.
+    def abort_request(self, rid: str, tenant: str | None = None) -> int:
+        """End what the call or the answer named ``rid`` computes: whoever waits gets what there is, with finish_reason
+        "abort". The name of a call ends all its answers. ``tenant``: whose (None: anybody's). Returns how many ended.
         """
-        return self._loop.abort(rid, "aborted by abort_request")
+        return self._loop.abort(rid, tenant, "aborted by abort_request")
 
     def abort_all(self, message: str = "aborted by abort_all", *, shutdown: bool = False) -> int:
         """End every request, with ``message``; returns how many. ``shutdown``: because there will be no more."""
@@ -461,6 +466,8 @@ class Engine:
         return self._update(reload(), version, reload)
 
     def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:
+        if version is not None:
+            check_name("weight_version", version)
         now, copied = self._loop.call(lambda: self._life.update_weights(params, version, reload))
         return {"weight_version": now, "copied": copied}
 

@@ -23,7 +23,8 @@ from jax import Array
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.recorder import Recorder
-from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestError, RequestTooLarge
+from rootcellar.engine.roster import Roster
+from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestTooLarge
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
@@ -39,7 +40,7 @@ class Loop:
     """Runs steps on a thread of its own.
 
     Attributes:
-        trackers: the requests that have not ended, by rid.
+        roster, trackers: the requests that have not ended.
         steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
         recorder: what was counted, and what happened lately; for the engine's thread.
     """
@@ -56,7 +57,8 @@ class Loop:
         self.recorder = Recorder(life.scheduler, log_interval)
         self.runner = life.runner
         self.paused = False
-        self.trackers: dict[str, Tracker] = {}
+        self.roster = Roster()
+        self.trackers = self.roster.trackers
         self.steps = self.generated = self.prompted = 0
         self._at_rest: deque[Callable[[], None]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -125,15 +127,22 @@ class Loop:
 
         def abandon() -> None:
             for tracker in trackers:
-                if self.trackers.get(tracker.request.rid) is tracker:
+                if tracker.request in self.trackers:
                     self._end(tracker.request, Finish.abort("asked", "the caller went away"))
 
         if not self._stopped.is_set():
             self._inbox.put(abandon)
 
-    def abort(self, rid: str, message: str) -> bool:
-        """End the request ``rid``, or all of ``rid-0``, ``rid-1``, ...; False when there is none."""
-        return self.call(lambda: self._abort(rid, message))
+    def abort(self, rid: str, tenant: str | None, message: str) -> int:
+        """End what goes by the name ``rid``, of a tenant or (None) of all; returns how many requests that were."""
+
+        def end() -> int:
+            named = self.roster.named(rid, tenant)
+            for tracker in named:
+                self._end(tracker.request, Finish.abort("asked", message))
+            return len(named)
+
+        return self.call(end)
 
     def abort_all(self, message: str, cause: str) -> int:
         """End every request; returns how many."""
@@ -191,12 +200,8 @@ class Loop:
             raise EngineError("the engine was shut down; make a new Engine")
         self.life.require_memory()
         self._require_room(trackers[0].request.tenant if trackers else "", len(trackers))
-        rids = [t.request.rid for t in trackers]
-        taken = [rid for i, rid in enumerate(rids) if rid in self.trackers or rid in rids[:i]]
-        if taken:
-            raise RequestError(f"request id {taken[0]!r} is in use; give another rid, or none")
+        self.roster.add(trackers)
         for tracker in trackers:
-            self.trackers[tracker.request.rid] = tracker
             self.scheduler.add(tracker.request)
 
     def _require_room(self, tenant: str, new: int) -> None:
@@ -216,18 +221,12 @@ class Loop:
                 "try again later or raise it"
             )
 
-    def _abort(self, rid: str, message: str) -> bool:
-        named = [t for name, t in self.trackers.items() if name == rid or _answer_of(name, rid)]
-        for tracker in named:
-            self._end(tracker.request, Finish.abort("asked", message))
-        return bool(named)
-
     def _end(self, request: Request, finish: Finish) -> None:
         self.scheduler.finish(request, finish)
         self._close(request)
 
     def _close(self, request: Request) -> None:
-        tracker = self.trackers.pop(request.rid)
+        tracker = self.roster.remove(request)
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
@@ -303,7 +302,7 @@ class Loop:
             self._unblock()
             return
         for chunk in plan.chunks:
-            self.trackers[chunk.request.rid].note_stage()
+            self.trackers[chunk.request].note_stage()
         tokens = self._compute(plan)
         self.recorder.computed()
         self.steps += 1
@@ -341,7 +340,7 @@ class Loop:
         return tokens[: len(plan.chunks)]
 
     def _sampled(self, chunk: Chunk) -> Sampled:
-        request, tracker = chunk.request, self.trackers[chunk.request.rid]
+        request, tracker = chunk.request, self.trackers[chunk.request]
         grammar = tracker.grammar if chunk.ends else None
         return Sampled(
             request.sampling,
@@ -357,9 +356,7 @@ class Loop:
         wanted = [
             (i, kept)
             for i, c in enumerate(plan.chunks)
-            if c.ends
-            and c.request.sampling.max_new_tokens
-            and (kept := self.trackers[c.request.rid].logprobs) is not None
+            if c.ends and c.request.sampling.max_new_tokens and (kept := self.trackers[c.request].logprobs) is not None
         ]
         k = max((kept.options.top for _, kept in wanted), default=0)
         values, ids = self.runner.top_logprobs(scores, k) if k else (None, None)
@@ -377,7 +374,7 @@ class Loop:
         spans = []
         for chunk, at in zip(plan.chunks, batch.starts, strict=True):
             request = chunk.request
-            kept = self.trackers[request.rid].logprobs
+            kept = self.trackers[request].logprobs
             if request.score_from is None or kept is None or kept.options.start is None:
                 continue
             stop = min(chunk.stop, request.prompt_length - 1)
@@ -395,7 +392,7 @@ class Loop:
 
     def _deliver(self, request: Request) -> None:
         """Follow a request's newest token: to its caller, or to its end."""
-        tracker = self.trackers[request.rid]
+        tracker = self.trackers[request]
         if request.generated:
             self.generated += 1
             before = tracker.last_token
@@ -435,11 +432,6 @@ def _filling(future: Future[T], function: Callable[[], T]) -> Callable[[], None]
             future.set_exception(error)
 
     return run
-
-
-def _answer_of(name: str, rid: str) -> bool:
-    head, _, number = name.rpartition("-")
-    return head == rid and number.isdecimal()
 
 
 def _row(request: Request) -> int:

@@ -118,9 +118,16 @@ class Tracker:
         seed: int,
         grammar: Grammar | None = None,
         received: float | None = None,
+        names: tuple[str, ...] = (),
     ) -> None:
-        """Follow ``request``; ``received``: when its caller asked for it, in seconds of ``time.perf_counter``."""
+        """Follow ``request``.
+
+        Args:
+            names: what its caller calls it, the widest first.
+            received: when its caller asked for it, in seconds of ``time.perf_counter``.
+        """
         self.request = request
+        self.names = names or (request.rid,)
         self.seed = seed
         self.grammar = grammar
         self.deadline = deadline

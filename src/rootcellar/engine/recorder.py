@@ -14,7 +14,7 @@ from rootcellar.engine.output import Tracker
 from rootcellar.engine.report import Reporter
 from rootcellar.engine.telemetry import Telemetry
 from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
-from rootcellar.scheduler import Plan, Scheduler
+from rootcellar.scheduler import Plan, Request, Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ class Recorder:
         """The scheduler is about to plan."""
         self._step_began = time.perf_counter()
 
-    def planned(self, trackers: Mapping[str, Tracker]) -> None:
+    def planned(self, trackers: Mapping[Request, Tracker]) -> None:
         """The scheduler planned: requests may have been retracted, and entries evicted."""
         cache = self._scheduler.cache
         self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
         if self._scheduler.retractions != self._retractions:
             self._retractions = self._scheduler.retractions
             for request in self._scheduler.waiting:
-                tracker = trackers[request.rid]
+                tracker = trackers[request]
                 if tracker.note_stage():
                     log.info("request %s was retracted to make room; it has %d tokens", request.rid, request.length)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts
+from rootcellar.engine.identity import names_of, read_namespace
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
@@ -24,13 +25,13 @@ _LONG_TEXT = 10_000
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence to generate: a prompt of ``n`` answers is ``n`` of them."""
+    """One sequence to generate: a prompt of ``n`` answers is ``n`` of them. ``names``: what its caller calls it."""
 
     ids: NDArray[np.int64]
     sampling: SamplingParams
     stop_ids: frozenset[int]
     seed: int | None
-    rid: str | None
+    names: tuple[str, ...]
     logprobs: LogprobOptions | None
     priority: int
     namespace: str
@@ -63,6 +64,7 @@ def read_inputs(
     return_text_in_logprobs: bool = True,
     priority: int = 0,
     extra_key: str = "",
+    cache_salt: str = "",
     tenant: str = "",
 ) -> Inputs:
     """The sequences of one ``generate`` call; arguments as there.
@@ -74,19 +76,18 @@ def read_inputs(
     received = time.perf_counter()
     if (prompt is None) == (input_ids is None):
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
-    if not isinstance(priority, int) or not isinstance(extra_key, str) or not isinstance(tenant, str):
-        raise RequestError("priority must be an integer, extra_key and tenant strings")
+    if not isinstance(priority, int):
+        raise RequestError("priority must be an integer")
+    where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
     logprobs = logprobs if return_logprob else None
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
-    rids = _spread(rid, len(prompts), "rid", str) if rid is not None else [None] * len(prompts)
-    if len(prompts) > 1 and isinstance(rid, str):
-        raise RequestError(f"rid must be a list with a name for each of the {len(prompts)} prompts")
+    named = names_of(rid, len(prompts))
     _check_stops(parts.config, settings)
     _check_size(parts, prompts, settings, logprobs)
     items: list[Item] = []
-    for i, (ids, given, name) in enumerate(zip(prompts, settings, rids, strict=True)):
+    for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):
         where = "" if one else f"prompt {i}: "
         sampling = _fit(parts, ids, given, where)
         if logprobs is not None and logprobs.start is not None and logprobs.start >= len(ids):
@@ -94,8 +95,8 @@ def read_inputs(
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else parts.stop_ids)
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**32
-            each = name if name is None or sampling.n == 1 else f"{name}-{j}"
-            items.append(Item(ids, sampling, stop_ids, seed, each, logprobs, priority, extra_key))
+            own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
+            items.append(Item(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached))
     return Inputs(items, not one or len(items) > 1, received, tenant)
 
 

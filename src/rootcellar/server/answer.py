@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import ApiError, api_error, ended_early
 from rootcellar.server.state import State
 
@@ -23,7 +24,11 @@ _CLIENT_WENT_AWAY = 499  # nginx's number; nobody reads it
 
 
 async def whole(request: Request, state: State, **arguments: Any) -> list[Result]:
-    """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away."""
+    """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away.
+
+    What is computed for a request is its caller's, unless ``tenant`` is among the arguments.
+    """
+    arguments.setdefault("tenant", caller_of(request).name)
     results = await unless_gone(request, state.engine.async_generate(**arguments))
     return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
 
@@ -51,6 +56,8 @@ async def begin(request: Request, state: State, **arguments: Any) -> Stream:
 
     What fails before that is an error of the whole answer, with a status of its own.
     """
+
+    arguments.setdefault("tenant", caller_of(request).name)
 
     async def first() -> Stream:
         results = cast(AsyncGenerator[Result], await state.engine.async_generate(stream=True, **arguments))

@@ -32,6 +32,7 @@ def routers(state: State) -> list[APIRouter]:
         control.abort_router,
         control.router,
         prefixes.router,
+        prefixes.check_router,
         health.router,
         described.router,
         state.observer.page,

@@ -28,7 +28,8 @@ class Access(IntEnum):
 
     PUBLIC = 0
     USER = 1
-    ADMIN = 2
+    OWNER = 2  # whoever has a name: what is shown is its own
+    ADMIN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Caller:
 
     name: str = ""
     admin: bool = False
+
+    def reaches(self, access: Access) -> bool:
+        """Whether it may call a route of this access."""
+        return self.admin or access <= (Access.OWNER if self.name else Access.USER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +87,13 @@ class Callers:
 
     def refusal(self, caller: Caller | None, access: Access) -> ApiError | None:
         """The answer to a caller who may not call a route of this access; None: may."""
-        if access is Access.PUBLIC or (caller is not None and (caller.admin or access is Access.USER)):
+        if access is Access.PUBLIC or (caller is not None and caller.reaches(access)):
             return None
         if access is Access.USER:
             return unauthorized("this server needs its api_key, as 'Authorization: Bearer KEY'")
         if self.admin is None and len(self.tenants) > 1:
             return unauthorized(
-                "this route is for an administrator, and of several keys (api_key) none is one: start the server with "
+                "this is for an administrator, and of several keys (api_key) none is one: start the server with "
                 "an admin_api_key"
             )
         name = "api_key" if self.admin is None else "admin_api_key"

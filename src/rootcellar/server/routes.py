@@ -44,6 +44,15 @@ class UserRoute(_Checked):
     access = Access.USER
 
 
+class OwnerRoute(_Checked):
+    """For whoever has a key with a name, and sees or changes its own; the admin key reaches all.
+
+    Where users share one key, or need none, it is the admin's: what is theirs is everybody's.
+    """
+
+    access = Access.OWNER
+
+
 class AdminRoute(_Checked):
     """For whoever has the admin key: it shows or changes what belongs to others."""
 
@@ -60,7 +69,7 @@ def check(scope: Scope, access: Access) -> None:
     refusal = scope["app"].state.server.callers.refusal(noted_caller(scope), access)
     if refusal is not None:
         raise refusal
-    if access is Access.ADMIN and _LINK in scope:
+    if access >= Access.OWNER and _LINK in scope:
         raise foreign("links on pages from elsewhere")
     scope[_CHECKED] = access
 

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from rootcellar.engine import Engine
 from rootcellar.engine.build import folder_of
+from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Callers
 from rootcellar.server.errors import ApiError
@@ -70,7 +71,10 @@ class State:
         """Refuse a request for another model: 404. Routers write "unknown" where their client named none."""
         if name not in (None, "", "default", "unknown", self.model_name, self.engine.config.model_path):
             raise ApiError(
-                404, f"the model {name!r} is not served here; this is {self.model_name!r}", "model", "model_not_found"
+                404,
+                f"the model {name[:LONGEST_NAME]!r} is not served here; this is {self.model_name!r}",
+                "model",
+                "model_not_found",
             )
 
     @property

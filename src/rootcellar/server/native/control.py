@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from rootcellar.engine.identity import check_name
 from rootcellar.errors import EngineError, ModelError
 from rootcellar.server.answer import on_thread, unless_gone
-from rootcellar.server.callers import Access
+from rootcellar.server.callers import Access, caller_of
 from rootcellar.server.errors import ApiError, invalid, json_response
 from rootcellar.server.fields import CONTROL_IGNORED, CONTROL_REFUSED
 from rootcellar.server.parsing import Body
@@ -170,15 +171,20 @@ class AbortRequest(ControlBody):
 
 @abort_router.post("/abort_request")
 async def abort_request(body: AbortRequest, request: Request) -> Response:
-    """End a request: whoever waits for it gets what there is, with finish_reason "abort"."""
+    """End what a call of the caller's computes: whoever waits gets what there is, with finish_reason "abort".
+
+    ``aborted`` says how many answers that were. Whoever has the admin key ends anybody's.
+    """
     engine = state_of(request).engine
     if body.abort_all:
         check(request.scope, Access.ADMIN)
         return _ok("Requests ended.", aborted=await on_thread(engine.abort_all))
     if not body.rid:
         raise invalid("name the request: rid, or abort_all", "rid")
-    found = await on_thread(engine.abort_request, body.rid)
-    return _ok("Request ended." if found else "No such request; it may have ended.", aborted=int(found))
+    caller = caller_of(request)
+    check_name("rid", body.rid)
+    ended = await on_thread(engine.abort_request, body.rid, None if caller.admin else caller.name)
+    return _ok("Request ended." if ended else "No such request; it may have ended.", aborted=ended)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -197,6 +203,8 @@ class WeightsRequest(ControlBody):
 async def update_weights_from_disk(body: WeightsRequest, request: Request) -> Response:
     """Use the weights of another checkpoint of the same model; nothing cached before is a hit again."""
     engine = state_of(request).engine
+    if body.weight_version is not None:
+        check_name("weight_version", body.weight_version)
     if body.abort_all_requests:
         await on_thread(engine.abort_all, "aborted for new weights")
     try:

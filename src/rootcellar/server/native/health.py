@@ -26,7 +26,7 @@ FRESH_SECONDS = 1.0
 _ONE_TOKEN: dict[str, Any] = {
     "input_ids": [0],
     "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
-    "extra_key": "health",
+    "tenant": "(health)",  # no key has such a name
 }
 
 

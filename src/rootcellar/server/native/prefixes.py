@@ -9,15 +9,18 @@ from pydantic import Field
 from starlette.responses import Response
 
 from rootcellar.server.answer import on_thread, whole
+from rootcellar.server.callers import Caller, caller_of
 from rootcellar.server.errors import invalid, json_response
-from rootcellar.server.native.protocol import InputIds, namespace
+from rootcellar.server.native.protocol import InputIds
 from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
 from rootcellar.server.prompts import checked_ids, read_chat, read_prompts
-from rootcellar.server.routes import AdminRoute
+from rootcellar.server.routes import AdminRoute, OwnerRoute
 from rootcellar.server.state import State, state_of
 
-router = APIRouter(route_class=AdminRoute, tags=["Cache"])
+router = APIRouter(route_class=OwnerRoute, tags=["Cache"])
+"""For whoever owns what is cached."""
+check_router = APIRouter(route_class=AdminRoute, tags=["Cache"])
 
 
 class PromptRequest(Rendering):
@@ -28,6 +31,7 @@ class PromptRequest(Rendering):
     messages: Messages | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    tenant: str | None = None
 
     async def tokens(self, state: State) -> list[int]:
         """The token ids, checked."""
@@ -42,9 +46,12 @@ class PromptRequest(Rendering):
             raise invalid("give one prompt: a list of token ids", "input_ids")
         return checked_ids(state, prompts.input_ids)
 
-    def namespace(self) -> str:
-        """Whose cache is meant."""
-        return namespace(self.cache_salt, self.extra_key)
+    def where(self, caller: Caller) -> dict[str, str]:
+        """Whose cache is meant: the caller's own, and for an admin that of the tenant who is named."""
+        if self.tenant is not None and not caller.admin:
+            raise invalid("tenant is for whoever has the admin key: leave it out", "tenant")
+        tenant = caller.name if self.tenant is None else self.tenant
+        return {"extra_key": self.extra_key or "", "cache_salt": self.cache_salt or "", "tenant": tenant}
 
 
 class PinRequest(PromptRequest):
@@ -59,7 +66,9 @@ async def explain(body: PromptRequest, request: Request) -> Response:
     """Why this prompt hits as far as it does, in numbers and in words."""
     state = state_of(request)
     ids = await body.tokens(state)
-    return json_response(await on_thread(state.engine.prefixes.explain, ids, body.namespace()))
+    caller = caller_of(request)
+    where = body.where(caller)
+    return json_response(await on_thread(state.engine.prefixes.explain, ids, **where, others=caller.admin))
 
 
 @router.post("/cache/pin")
@@ -67,15 +76,18 @@ async def pin(body: PinRequest, request: Request) -> Response:
     """Keep a prefix: it is computed first where it is not cached (unless ``compute`` is false)."""
     state = state_of(request)
     ids = await body.tokens(state)
+    caller = caller_of(request)
+    where = body.where(caller)
     if body.ttl == 0:
-        found = await on_thread(state.engine.prefixes.unpin, ids, body.namespace())
+        found = await on_thread(state.engine.prefixes.unpin, ids, **where)
         return json_response({"unpinned": found, "prompt_tokens": len(ids)})
     if body.compute:
-        await whole(request, state, input_ids=ids, sampling_params={"max_new_tokens": 0}, extra_key=body.namespace())
-    return json_response(await on_thread(state.engine.prefixes.pin, ids, body.ttl, body.namespace()))
+        await whole(request, state, input_ids=ids, sampling_params={"max_new_tokens": 0}, **where)
+    share = 1.0 if caller.admin else 1 / len(state.callers.tenants)
+    return json_response(await on_thread(state.engine.prefixes.pin, ids, body.ttl, **where, share=share))
 
 
-@router.post("/cache/check")
+@check_router.post("/cache/check")
 async def check(request: Request) -> Response:
     """Recount every invariant of the cache between two steps; 500 with the evidence when one does not hold."""
     await on_thread(state_of(request).engine.check)

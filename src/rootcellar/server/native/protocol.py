@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import orjson
 from pydantic import Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
@@ -16,13 +15,6 @@ _IDS = {"type": "array", "items": {"type": "integer"}}
 InputIds = Annotated[
     list[Any], WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS}], "description": "Token ids."})
 ]
-
-
-def namespace(cache_salt: str | None, extra_key: str | None) -> str:
-    """The cache's namespace: no two pairs share one."""
-    if not cache_salt:
-        return extra_key or ""
-    return orjson.dumps([cache_salt, extra_key or ""]).decode()
 
 
 class GenerateRequest(Body):
@@ -56,7 +48,8 @@ class GenerateRequest(Body):
             "logprob_start_len": -1 if start is None else start,
             "top_logprobs_num": _one(self.top_logprobs_num, "top_logprobs_num") or 0,
             "priority": self.priority or 0,
-            "extra_key": namespace(self.cache_salt, self.extra_key),
+            "extra_key": self.extra_key or "",
+            "cache_salt": self.cache_salt or "",
         }
 
     def _sampling_params(self) -> dict[str, Any] | list[dict[str, Any]]:

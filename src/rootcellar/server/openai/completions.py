@@ -60,7 +60,7 @@ class _Completion(Job):
         name = body.name("cmpl")
         arguments = {
             "input_ids": prompts.input_ids,
-            "rid": name if prompts.one else [f"{name}-{i}" for i in range(len(prompts.ids))],
+            "rid": name,
             **body.arguments(body.limit(), top),
         }
         if echo and top is not None:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
 from rootcellar.server.fields import IGNORED, REFUSED, Refused
-from rootcellar.server.native.protocol import Priority, namespace
+from rootcellar.server.native.protocol import Priority
 from rootcellar.server.openai.forms import Forms
 from rootcellar.server.parsing import Body
 
@@ -99,7 +99,8 @@ class Sampling(Forms):
             "top_logprobs_num": max(top or 0, before or 0),
             "logprob_start_len": -1 if before is None else 0,
             "priority": self.priority or 0,
-            "extra_key": namespace(self.cache_salt, self.extra_key),
+            "extra_key": self.extra_key or "",
+            "cache_salt": self.cache_salt or "",
         }
 
     def sampling_params(self, max_new_tokens: int) -> dict[str, Any]:

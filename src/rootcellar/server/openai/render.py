@@ -44,7 +44,7 @@ async def render_completion(body: CompletionRequest, request: Request) -> Respon
     with openai_names(body.form_names, max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         prompts = await completion_prompts(state, body)
         name = body.name("cmpl")
-        names = [name] if prompts.one else [f"{name}-{i}" for i in range(len(prompts.ids))]
+        names = [name] if len(prompts.ids) == 1 else [f"{name}-{i}" for i in range(len(prompts.ids))]
         return json_response(
             [
                 _rendered(state, body, each, ids, body.limit(), body.logprobs)
