@@ -23,7 +23,6 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, folder_of, load_weights
 from rootcellar.engine.grammar import Grammar
-from rootcellar.engine.identity import check_name
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -32,7 +31,7 @@ from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.warmup import WarmUp
-from rootcellar.errors import ConfigError, EngineError, RequestError
+from rootcellar.errors import ConfigError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.scheduler import Request
 from rootcellar.text import Tokenizer
@@ -360,17 +359,7 @@ class Engine:
         Raises:
             EngineError: requests wait or run; the message says how many.
         """
-
-        def flush() -> None:
-            running, waiting = len(self._parts.scheduler.running), len(self._parts.scheduler.waiting)
-            # While nothing is computed, waiting requests hold no memory: flushing is safe, and wanted between rollouts.
-            if running or (waiting and not (self._loop.paused or self._life.released)):
-                raise EngineError(
-                    f"flush_cache refused: {running} requests run and {waiting} wait; let them end or abort them first"
-                )
-            self._life.flush()
-
-        self._loop.call(flush)
+        self._loop.call(self._loop.flush)
 
     def pause_generation(self, mode: str = "abort") -> None:
         """Compute nothing until :meth:`continue_generation`; new requests wait.
@@ -466,8 +455,6 @@ class Engine:
         return self._update(reload(), version, reload)
 
     def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:
-        if version is not None:
-            check_name("weight_version", version)
         now, copied = self._loop.call(lambda: self._life.update_weights(params, version, reload))
         return {"weight_version": now, "copied": copied}
 

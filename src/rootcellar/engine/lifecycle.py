@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.params import Params, check_params, path_name
 from rootcellar.pools import Pool
@@ -133,6 +134,8 @@ class Lifecycle:
 
         Returns the version, and the names of parameters that had to be copied because they were placed elsewhere.
         """
+        if version is not None:
+            check_name("weight_version", version)
         check_params(self.runner.placement.model, params)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         pairs = zip(leaves, self._dtypes, strict=True)

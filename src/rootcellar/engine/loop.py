@@ -173,6 +173,16 @@ class Loop:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
+    def flush(self) -> None:
+        """Forget every cached prefix. See ``Engine.flush_cache``."""
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        # While nothing is computed, waiting requests hold no memory: flushing is safe, and wanted between rollouts.
+        if running or (waiting and not (self.paused or self.life.released)):
+            raise EngineError(
+                f"flush_cache refused: {running} requests run and {waiting} wait; let them end or abort them first"
+            )
+        self.life.flush()
+
     def _come_to_rest(self, mode: str, then: Callable[[], None], fail: Callable[[Exception], None]) -> None:
         if mode == "abort":
             for request in [t.request for t in self.trackers.values()]:
