@@ -155,7 +155,8 @@ def test_every_route_of_the_app_declares_its_right(engine):
     assert {r.path for r in known if r.access is Access.ADMIN} >= {*ADMIN}
     assert {r.path for r in known if r.access is Access.USER} >= {*USER}
     public = {r.path for r in known if r.access is Access.PUBLIC}
-    assert {p for p in public if not p.startswith("/page/")} == {"/", "/health", "/health_generate", "/ping", "/ready"}
+    open_to_all = {"/", "/health", "/health_generate", "/ping", "/ready", "/version"}
+    assert {p for p in public if not p.startswith("/page/")} == open_to_all
 
 
 def test_a_route_without_a_right_is_refused(engine):
