@@ -80,7 +80,8 @@ class Clock:
 
     def _run(self):
         while not self._ended.wait(0.01):
-            self.longest = max(self.longest, self.ask())
+            took = self.ask()  # first: meanwhile `longest` may have been set back
+            self.longest = max(self.longest, took)
             self.asked += 1
 
     def __enter__(self):
