@@ -105,6 +105,16 @@ def test_stop_is_stored_as_a_tuple_however_it_is_given():
     assert SamplingParams.from_dict({"stop_token_ids": {7, 3}}).stop_token_ids == (3, 7)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{"stop_token_ids": [1] * 16_385}, {"stop": ["a"] * 16_385}, {"logit_bias": dict.fromkeys(range(16385), 1.0)}],
+)
+def test_a_list_has_an_end(params):
+    (name,) = params
+    with pytest.raises(RequestError, match=rf"{name} has 16385 items; at most 16384 are taken"):
+        SamplingParams.from_dict(params)
+
+
 def test_sglangs_name_of_the_seed_is_understood_but_not_both():
     assert SamplingParams.from_dict({"sampling_seed": 5}) == SamplingParams(seed=5)
     with pytest.raises(RequestError, match="two names of one parameter"):

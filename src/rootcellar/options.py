@@ -17,7 +17,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -26,6 +26,9 @@ from rootcellar.errors import RootcellarError
 
 _METADATA_KEY = "rootcellar.option"
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty string"}
+
+MOST_ITEMS = 16_384
+"""The longest list that an option takes."""
 
 Weights = tuple[tuple[int, float], ...]
 """A number for each of some token ids: given as a mapping, whose keys may be text as in JSON, and stored as pairs."""
@@ -92,6 +95,8 @@ class Option:
         """The value in the option's own type, or `error` naming the option, the value and what is allowed."""
         if value is None and self.optional:
             return None
+        if (self.kind is tuple or self.many) and isinstance(value, Sized) and not isinstance(value, str):
+            self._require_few(len(value), error)
         if self.kind is tuple:
             return self._accept_weights(value, error)
         if not self.many:
@@ -104,6 +109,11 @@ class Option:
             raise self._refusal(value, error)
         accepted = tuple(self._accept_one(item, value, error) for item in value)
         return tuple(sorted(accepted)) if isinstance(value, set | frozenset) else accepted
+
+    def _require_few(self, items: int, error: type[RootcellarError]) -> None:
+        """Each item is looked at, so that there is an end to them."""
+        if items > MOST_ITEMS:
+            raise error(f"{self.name} has {items} items; at most {MOST_ITEMS} are taken")
 
     def _accept_one(self, item: object, given: object, error: type[RootcellarError]) -> Any:
         """One item in the option's type; `given` is the whole value, for the message."""
