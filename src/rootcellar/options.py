@@ -156,7 +156,7 @@ class Option:
         """The number in this option's kind, or None for one that is not finite or that 64 bits cannot hold."""
         if self.kind is int:
             number = int(item)
-            return number if abs(number) < 2**63 else None
+            return number if -(2**63) <= number < 2**63 else None
         try:
             real = float(item)
         except OverflowError:  # an int beyond the largest float

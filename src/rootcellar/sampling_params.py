@@ -10,7 +10,7 @@ from rootcellar.options import check_names, check_values, option
 
 # Below this a temperature only amplifies float32 noise; SGLang draws the same line.
 GREEDY_TEMPERATURE = 1e-6
-# JAX in its default 32-bit mode keeps only this many bits of a seed; more would be cut without a word.
+# The engine's own seed: JAX in its default 32-bit mode keeps only so many bits, and would cut more without a word.
 MAX_SEED = 2**32 - 1
 # The parameters that give an answer its form.
 GRAMMARS = ("json_schema", "regex", "ebnf")
@@ -30,9 +30,12 @@ class SamplingParams:
         1.0, "0 always takes the likeliest token; higher values flatten the distribution.", low=0, high=1e6
     )
     top_p: float = option(
-        1.0, "Choose among the likeliest tokens whose probabilities sum to this.", low=0, high=1, above=True
+        1.0,
+        "Choose among the likeliest tokens whose probabilities sum to this; 0 always takes the likeliest.",
+        low=0,
+        high=1,
     )
-    top_k: int = option(-1, "Choose among this many likeliest tokens; -1 among all.", low=1, also=-1)
+    top_k: int = option(-1, "Choose among this many likeliest tokens; -1 and 0 among all.", low=-1)
     min_p: float = option(
         0.0, "Leave out tokens with less than this fraction of the likeliest token's probability.", low=0, high=1
     )
@@ -63,8 +66,8 @@ class SamplingParams:
     seed: int | None = option(
         None,
         "Makes this request's random choices reproducible whatever runs beside it. None draws from random_seed.",
-        low=0,
-        high=MAX_SEED,
+        low=-(2**63),
+        high=2**63 - 1,
     )
 
     json_schema: str | None = option(None, "A JSON schema that the answer must follow, as text or as an object.")
@@ -89,11 +92,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken at every step, so that no random number is needed."""
-        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1 or self.top_p == 0
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any] | None) -> Self:
-        """The parameters with these values and defaults for the rest; None means all defaults.
+        """The parameters with these values and defaults for the rest and for those that are None; None: all defaults.
 
         Raises:
             RequestError: `params` is no mapping, a key is unknown (the message gives the closest one and the list),
@@ -111,7 +114,7 @@ class SamplingParams:
         if isinstance(values.get("json_schema"), Mapping | bool):
             values["json_schema"] = _json(values["json_schema"])
         check_names(cls, values, "sampling parameter", RequestError)
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 def _json(schema: object) -> str:

@@ -97,6 +97,13 @@ class ServerConfig:
         "an error.",
         low=0,
     )
+    sampling_defaults: str = option(
+        "model",
+        "What requests to OpenAI's routes sample with where they do not say: 'model' is what the model's "
+        "generation_config.json recommends (temperature, top_p, top_k, min_p, repetition_penalty), 'openai' a "
+        "temperature of 1 and nothing else. /generate and the offline engine take only what they are given.",
+        choices=("model", "openai"),
+    )
     skip_server_warmup: bool = option(
         False,
         "Take requests before any program is compiled, and compile none behind them: those that need one wait for it.",

@@ -151,3 +151,27 @@ def test_top_logprobs():
     order = np.argsort(-logits, axis=-1)[:, :4]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_allclose(values, np.take_along_axis(expected, order, -1), atol=1e-5)
+
+
+SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**40 + 1, 2**63 - 1, -1, -(2**63)]
+
+
+def test_every_bit_of_a_seed_counts():
+    """What JAX draws for such a key where it takes 64 bits."""
+    logits = np.random.default_rng(2).standard_normal((len(SEEDS), VOCAB)).astype(np.float32)
+    tokens, _ = draw(logits, [row(seed=s, position=3) for s in SEEDS])
+    for seed, values, token in zip(SEEDS, logits, tokens, strict=True):
+        with jax.enable_x64(True):
+            key = jax.random.fold_in(jax.random.key(seed), np.uint32(3))
+            drawn = values + np.asarray(jax.random.gumbel(key, (VOCAB,), jnp.float32))
+        assert int(token) == int(drawn.argmax()), seed
+    streams = [tuple(draw(logits[:1], [row(seed=s, position=p)])[0][0] for p in range(24)) for s in SEEDS]
+    assert len(set(map(str, streams))) == len(SEEDS)
+
+
+def test_a_top_p_of_zero_is_greedy_and_a_top_k_of_zero_leaves_all():
+    logits = np.random.default_rng(3).standard_normal((2, VOCAB)).astype(np.float32)
+    tokens, _ = draw(logits, [row(seed=5, top_p=0.0), row(seed=5, top_k=0)])
+    same, _ = draw(logits, [row(seed=5, temperature=0), row(seed=5, top_k=-1)])
+    assert tokens.tolist() == same.tolist()
+    assert int(tokens[0]) == int(logits[0].argmax())

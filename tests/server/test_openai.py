@@ -318,5 +318,5 @@ def test_a_schema_may_be_an_object_and_a_strict_one_is_closed_whatever_the_setti
     for strict in (True, False):
         form = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
         body = ChatRequest.model_validate({"messages": CHAT, "response_format": form})
-        asked = json.loads(body.arguments(9, None)["sampling_params"]["json_schema"])
+        asked = json.loads(body.arguments(9, None, {})["sampling_params"]["json_schema"])
         assert ("additionalProperties" in asked) is strict

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
-from rootcellar.errors import ConfigError, ModelError
+from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
-from rootcellar.models.config import load_config
+from rootcellar.models.config import load_config, read_json
 from rootcellar.models.kinds import kinds_of
 from rootcellar.models.loader import check_weights, load_params
 from rootcellar.models.model import ModelConfig
@@ -33,6 +34,7 @@ from rootcellar.plan.sizing import ARENA
 from rootcellar.pools import Layout, Pool, States
 from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
 from rootcellar.runner.reserve import Programs
+from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Scheduler, Snapshots
 from rootcellar.text import Tokenizer
 from rootcellar.units import gb
@@ -72,6 +74,22 @@ class Parts:
 def folder_of(model_path: str) -> Path:
     """The folder that ``model_path`` names: its own, or that of the embedded model."""
     return demo.path() if model_path == "demo" else Path(model_path)
+
+
+def sampling_defaults(model_path: str) -> dict[str, Any]:
+    """What ``generation_config.json`` recommends for sampling; nothing where the model has none.
+
+    ``ModelError`` for a value that is not allowed. The keys are those that SGLang and vLLM read.
+    """
+    path = folder_of(model_path) / "generation_config.json"
+    found = read_json(path) or {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: found[name] for name in names if found.get(name) is not None}
+    try:
+        SamplingParams.from_dict(given)
+    except RequestError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return given
 
 
 def load_weights(folder: Path, parts: Parts) -> Params:

@@ -94,7 +94,7 @@ def read_inputs(
             raise RequestError(f"{where}logprob_start_len={logprobs.start} is beyond the prompt of {len(ids)} tokens")
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else parts.stop_ids)
         for j in range(sampling.n):
-            seed = None if sampling.seed is None else (sampling.seed + j) % 2**32
+            seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
             items.append(Item(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached))
     return Inputs(items, not one or len(items) > 1, received, tenant)
@@ -128,7 +128,8 @@ def _check_size(
 
 def _count(given: Mapping[str, Any] | None, name: str, default: int) -> int:
     """A number among sampling parameters that are not checked yet; what is none is refused later."""
-    value = (given or {}).get(name, default)
+    value = (given or {}).get(name)
+    value = default if value is None else value
     return value if isinstance(value, int) and value > 0 else 0
 
 
@@ -232,7 +233,7 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
             f"{where}the prompt has {n} tokens and the KV cache holds {parts.total_tokens}: raise max_total_tokens"
         )
     room = min(parts.context_length, parts.total_tokens) - n
-    if given is None or "max_new_tokens" not in given:
+    if given is None or given.get("max_new_tokens") is None:
         most = min(sampling.max_new_tokens, room)
         return replace(sampling, max_new_tokens=most, min_new_tokens=min(sampling.min_new_tokens, most))
     wanted = n + sampling.max_new_tokens

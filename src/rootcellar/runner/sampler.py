@@ -41,6 +41,7 @@ class SamplingBatch:
     top_p: NDArray[np.float32] | Array
     min_p: NDArray[np.float32] | Array
     seed: NDArray[np.uint32] | Array
+    """[N, 2] the high and the low half of each seed."""
     position: NDArray[np.int32] | Array
     banned: NDArray[np.int32] | Array
     """[N, B] token ids that must not be chosen; ids outside the vocabulary mean nothing."""
@@ -60,7 +61,7 @@ class Sampled:
 
     Attributes:
         params: its sampling parameters.
-        seed: its seed.
+        seed: its seed, of 64 bits; negative ones are those with the same bits.
         position: position of the token to choose.
         banned: token ids not to choose now.
         prompt: its prompt's token ids; output: those generated so far.
@@ -96,12 +97,14 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         out[: len(rows)] = [value(r) for r in rows]
         return out
 
+    seeds = np.zeros((size, 2), np.uint32)
+    seeds[: len(rows)] = [(r.seed >> 32 & 0xFFFFFFFF, r.seed & 0xFFFFFFFF) for r in rows]
     common = SamplingBatch(
         temperature=column(lambda r: 0.0 if r.params.greedy else r.params.temperature, 0.0, np.float32),
         top_k=column(lambda r: r.params.top_k if r.params.top_k > 0 else vocab, vocab, np.int32),
         top_p=column(lambda r: r.params.top_p, 1.0, np.float32),
         min_p=column(lambda r: r.params.min_p, 0.0, np.float32),
-        seed=column(lambda r: r.seed, 0, np.uint32),
+        seed=seeds,
         position=column(lambda r: r.position, 0, np.int32),
         banned=banned,
         allowed=_allowed(rows, size, vocab),
@@ -205,7 +208,9 @@ def _truncate(logits: Array, batch: SamplingBatch) -> Array:
 
 def _gumbel(batch: SamplingBatch, vocab: int) -> Array:
     def row(seed: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,), jnp.float32)
+        # What `jax.random.key` makes of a 64-bit seed, which it does not take in JAX's 32-bit mode.
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
 
     return jax.vmap(row)(batch.seed, batch.position)
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from rootcellar.engine import Engine
-from rootcellar.engine.build import folder_of
+from rootcellar.engine.build import folder_of, sampling_defaults
 from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Callers
@@ -36,6 +36,7 @@ class State:
         callers: who may call.
         browsers: which web pages may.
         reader: tokenizes what is long.
+        sampling: what OpenAI's routes sample with where a request does not say.
     """
 
     engine: Engine
@@ -48,9 +49,12 @@ class State:
     callers: Callers = field(init=False)
     browsers: Browsers = field(init=False)
     reader: Reader = field(init=False)
+    sampling: dict[str, Any] = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        model = self.config.sampling_defaults == "model"
+        self.sampling = sampling_defaults(self.engine.config.model_path) if model else {}
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)
         self.reader = Reader(

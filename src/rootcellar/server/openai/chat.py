@@ -101,7 +101,7 @@ class _Chat(Job):
             answers=body.n or 1,
             top=top,
             extras=Extras.of(body, prompts, prompt_ids=bool(body.return_prompt_token_ids)),
-            arguments={"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top)},
+            arguments={"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)},
             tokenizer=state.engine.tokenizer,
             echo=shown,
         )

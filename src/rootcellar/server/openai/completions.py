@@ -61,7 +61,7 @@ class _Completion(Job):
         arguments = {
             "input_ids": prompts.input_ids,
             "rid": name,
-            **body.arguments(body.limit(), top),
+            **body.arguments(body.limit(), top, state.sampling),
         }
         if echo and top is not None:
             arguments["logprob_start_len"] = 0

@@ -6,6 +6,7 @@ Types are strict; values are checked where they are used, by the engine.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema
@@ -81,10 +82,11 @@ class Sampling(Forms):
     cache_salt: str | None = None
     extra_key: str | None = None
 
-    def arguments(self, max_new_tokens: int, top: int | None) -> dict[str, Any]:
+    def arguments(self, max_new_tokens: int, top: int | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """What ``Engine.generate`` is asked, beyond the prompts. Raises ``ApiError`` for what is not supported.
 
-        ``top``: how many of the likeliest tokens are shown beside each; None: no logprobs.
+        ``top``: how many of the likeliest tokens are shown beside each; None: no logprobs. ``defaults``: sampling
+        parameters where the request does not say.
         """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise invalid("best_of is not supported: leave it out, or equal to n", "best_of")
@@ -94,7 +96,7 @@ class Sampling(Forms):
         if before is not None and self.stream:
             raise invalid("prompt_logprobs come with a whole answer: leave out stream", "prompt_logprobs")
         return {
-            "sampling_params": self.sampling_params(max_new_tokens),
+            "sampling_params": {**defaults, **self.sampling_params(max_new_tokens)},
             "return_logprob": top is not None or before is not None,
             "top_logprobs_num": max(top or 0, before or 0),
             "logprob_start_len": -1 if before is None else 0,

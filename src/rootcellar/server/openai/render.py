@@ -57,7 +57,7 @@ def _rendered(state: State, body: Sampling, name: str, ids: list[Any], limit: in
     """vLLM's ``GenerateRequest``. Raises as the request itself would, but for grammars, which are not compiled."""
     if not checked_ids(state, ids):
         raise invalid("the prompt is empty: give at least one token")
-    given = body.arguments(limit, top)["sampling_params"]
+    given = body.arguments(limit, top, state.sampling)["sampling_params"]
     sampling = SamplingParams.from_dict(given)
     room = state.engine.longest_prompt + 1 - len(ids)
     if sampling.max_new_tokens > room:
