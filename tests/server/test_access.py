@@ -155,7 +155,7 @@ def test_every_route_of_the_app_declares_its_right(engine):
     assert {r.path for r in known if r.access is Access.ADMIN} >= {*ADMIN}
     assert {r.path for r in known if r.access is Access.USER} >= {*USER}
     public = {r.path for r in known if r.access is Access.PUBLIC}
-    open_to_all = {"/", "/health", "/health_generate", "/ping", "/ready", "/version"}
+    open_to_all = {"/", "/docs", "/health", "/health_generate", "/ping", "/ready", "/version"}
     assert {p for p in public if not p.startswith("/page/")} == open_to_all
 
 

@@ -1,6 +1,7 @@
 """A server that is not ready yet: it listens, refuses with the reason, and forgets what it refused."""
 
 import contextlib
+import gc
 import re
 import signal
 import threading
@@ -31,6 +32,7 @@ def served(loading, config):
     finally:
         server.should_exit = True
         thread.join()
+        gc.unfreeze()
 
 
 @pytest.fixture

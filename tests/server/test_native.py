@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import threading
 import time
 
@@ -190,12 +191,56 @@ def test_server_info_tells_settings_and_no_key(engine, path):
     assert "sesame" not in info.text
 
 
-def test_loads(client):
+def test_loads(client, engine):
+    """What is only cached is not used: a server with much to hit is no busier for it."""
+    engine.generate(input_ids=[[7] * 1500, [8] * 1500], sampling_params={"max_new_tokens": 1})
+    assert engine.stats()["occupancy"]["DEVICE"]["used"] > 0.7
+    for path in ("/v1/loads", "/loads"):
+        answer = client.get(path).json()
+        (load,) = answer["loads"]
+        assert (load["token_usage"], load["num_used_tokens"], load["num_total_reqs"]) == (0, 0, 0)
+        assert load["max_total_num_tokens"] == 4096
+        assert answer["aggregate"]["total_reqs"] == 0
+        assert answer["aggregate"]["avg_token_usage"] == 0
+        assert answer["timestamp"]
+    assert client.get("/get_load").json() == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]
     with streaming(client):
         (load,) = client.get("/v1/loads").json()["loads"]
-    assert load["num_running_reqs"] == 1
-    assert 0 < load["token_usage"] <= 1
-    assert load["max_total_num_tokens"] == 4096
+        (older,) = client.get("/get_load").json()
+    assert load["num_running_reqs"] == older["num_reqs"] == 1
+    assert 0 < load["token_usage"] < 0.7
+    assert load["num_used_tokens"] > 0 < older["num_tokens"]
+
+
+def test_a_path_that_is_none_is_told_the_nearest(client):
+    error = client.post("/v1/chat/completion", json={}).json()["error"]
+    assert error["message"] == "there is no route /v1/chat/completion: did you mean /v1/chat/completions?"
+    assert error["code"] == "no_such_route"
+    response = client.get("/" + "x" * 5000)
+    assert response.status_code == 404
+    assert "/docs" in response.json()["error"]["message"]
+    assert len(response.content) < 400
+    wrong = client.get("/generate")
+    assert (wrong.status_code, wrong.json()["error"]["message"]) == (405, "this route does not take GET: use POST")
+
+
+@pytest.mark.parametrize("model", [None, "", "default", "unknown", "demo"])
+def test_routers_that_name_no_model_mean_the_one_that_is_served(client, model):
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "model": model}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert client.post("/v1/chat/completions", json={**body, "model": "gpt"}).status_code == 404
+
+
+def test_the_page_of_the_api_asks_no_other_host(client):
+    page = client.get("/docs")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    found = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert "/page/docs.js" in found
+    for target in found:
+        assert target.startswith("/"), target
+        assert client.get(target).status_code == 200, target
+    assert "http" not in re.sub(r"http-equiv", "", page.text)
 
 
 # -- control ----------------------------------------------------------------------------------------------------------

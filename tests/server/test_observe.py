@@ -272,8 +272,9 @@ def test_too_many_watchers_are_refused(engine):
 # -- the page's files, and keys ---------------------------------------------------------------------------------------
 
 
-def test_the_page_brings_all_it_needs(get):
-    page = get("/")
+@pytest.mark.parametrize(("path", "files"), [("/", 8), ("/docs", 4)])
+def test_the_page_brings_all_it_needs(get, path, files):
+    page = get(path)
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "script-src 'self'" in page.headers["content-security-policy"]
@@ -286,7 +287,7 @@ def test_the_page_brings_all_it_needs(get):
         assert file.status_code == 200, path
         wanted |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', file.text)}
         assert not re.search(r"""(src=|url\(|import |from )["']?https?:""", file.text), path
-    assert len(seen) > 8
+    assert len(seen) > files
     assert "style=" not in page.text  # the content security policy would drop it
     assert get("/page/secret.txt").status_code in (401, 404)
 

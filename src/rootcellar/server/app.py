@@ -6,6 +6,7 @@ import functools
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 import rootcellar
 from rootcellar.engine import Engine
@@ -54,9 +55,11 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     state = State(engine, config)
     state.health = Shared(functools.partial(health.check, state), health.FRESH_SECONDS)
     app.state.server = state
+    app.state.paths = []  # what there is, for whoever asks for something else
     errors.install(app)
     for router in routers(state):
         app.include_router(router)
+        app.state.paths += [route.path for route in router.routes if isinstance(route, Route)]
     app.router.default = unmatched
     app.add_middleware(Gate, state=state)
     app.add_middleware(Door, max_body_bytes=config.max_body_bytes)

@@ -132,11 +132,14 @@ def install(app: FastAPI) -> None:
         log.error("%s %s failed: %s: %s", request.method, request.url.path, type(error).__name__, error)
         return api_error(error).response()
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error, Stopped):
             return error.error.response()
-        return ApiError(error.status_code, str(error.detail), headers=error.headers or {}).response()
+        message, headers = str(error.detail), error.headers or {}
+        if error.status_code == 405 and "Allow" in headers:
+            message = f"this route does not take {request.method}: use {headers['Allow']}"
+        return ApiError(error.status_code, message, headers=headers).response()
 
     async def not_valid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -6,10 +6,10 @@ its path was spelled. What has no kind is refused.
 
 from __future__ import annotations
 
+import difflib
 from typing import ClassVar
 
 from fastapi import Depends, Request
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from rootcellar.server.browsers import foreign
@@ -18,6 +18,8 @@ from rootcellar.server.errors import ApiError
 from rootcellar.server.parsing import OrjsonRoute
 
 _CHECKED = "rootcellar.checked"
+# Characters of a wrong path that are looked at and told.
+_QUOTED = 100
 _LINK = "rootcellar.link"
 
 
@@ -86,6 +88,9 @@ must_be_checked = Depends(_must_be_checked)
 
 
 async def unmatched(scope: Scope, _receive: Receive, _send: Send) -> None:
-    """What no route matches: 404 for users, and for others the same as every other path."""
+    """What no route matches: 404 for users, with what they may have meant; for others the same as every other path."""
     check(scope, Access.USER)
-    raise HTTPException(404)
+    path = scope["path"]
+    found = difflib.get_close_matches(path[:_QUOTED], scope["app"].state.paths, n=1)
+    meant = f"did you mean {found[0]}?" if found else "GET /docs lists what there is"
+    raise ApiError(404, f"there is no route {path[:_QUOTED]}: {meant}", code="no_such_route")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import datetime
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -11,7 +14,7 @@ import rootcellar
 from rootcellar.server.answer import on_thread
 from rootcellar.server.errors import json_response
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import state_of
+from rootcellar.server.state import State, state_of
 
 router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
@@ -58,22 +61,56 @@ async def server_info(request: Request) -> Response:
 
 
 @router.get("/v1/loads")
-@router.get("/get_load", include_in_schema=False)
+@router.get("/loads", include_in_schema=False)
 async def loads(request: Request) -> Response:
-    """How busy the engine is, in SGLang's form: what a router balances by."""
-    state = state_of(request)
-    stats = await on_thread(state.engine.stats)
-    used = sum(tiers["DEVICE"]["used"] for tiers in stats["cache"].values())
-    size = sum(tiers["DEVICE"]["size"] for tiers in stats["cache"].values())
-    load = {
+    """How busy the engine is, in SGLang's form: what a router balances by.
+
+    Used is what running requests and pins hold. What is only cached gives way to whoever needs the room: a router that
+    took it for used would turn away from a server because it has much to hit.
+    """
+    load = await _load(state_of(request))
+    running, waiting, usage = load["num_running_reqs"], load["num_waiting_reqs"], load["token_usage"]
+    content = {
+        "timestamp": datetime.datetime.now(datetime.UTC).isoformat(),
+        "version": rootcellar.__version__,
+        "dp_rank_count": 1,
+        "loads": [load],
+        "aggregate": {
+            "total_running_reqs": running,
+            "total_waiting_reqs": waiting,
+            "total_reqs": running + waiting,
+            "avg_token_usage": usage,
+            "avg_utilization": load["utilization"],
+        },
+    }
+    return json_response(content)
+
+
+@router.get("/get_load", include_in_schema=False)
+async def get_load(request: Request) -> Response:
+    """The same in SGLang's older form, which its older routers read: a list with one entry for each replica."""
+    load = await _load(state_of(request))
+    content = {
+        "dp_rank": 0,
+        "num_reqs": load["num_total_reqs"],
+        "num_waiting_reqs": load["num_waiting_reqs"],
+        "num_tokens": load["num_used_tokens"],
+    }
+    return json_response([content])
+
+
+async def _load(state: State) -> dict[str, Any]:
+    stats = await asyncio.wrap_future(state.engine.sight.asked_stats())
+    usage = stats["occupancy"]["DEVICE"]["busy"]
+    return {
         "dp_rank": 0,
         "num_running_reqs": stats["running"],
         "num_waiting_reqs": stats["waiting"],
         "num_total_reqs": stats["running"] + stats["waiting"],
-        "num_used_tokens": used,
+        "num_used_tokens": round(usage * state.engine.total_tokens),
         "max_total_num_tokens": state.engine.total_tokens,
-        "token_usage": used / size if size else 0.0,
+        "token_usage": usage,
         "cache_hit_rate": stats["hit_rate"],
+        "utilization": stats["running"] / state.engine.max_running_requests,
         "max_running_requests": state.engine.max_running_requests,
     }
-    return json_response({"version": rootcellar.__version__, "dp_rank_count": 1, "loads": [load]})

@@ -24,6 +24,7 @@ from rootcellar.server.routes import AdminRoute, PublicRoute, UserRoute
 PATIENCE, MOST_PATIENCE = 2.0, 30.0
 Limit = Annotated[int, Query(ge=1, le=2000, description="At most so many.")]
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_PAGES = {"index.html": "/", "docs.html": "/docs"}
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -107,7 +108,7 @@ class Observer:
         """A route for each file."""
         router = APIRouter(route_class=PublicRoute)
         for name, content in _page_files().items():
-            path = "/" if name == "index.html" else f"/page/{name}"
+            path = _PAGES.get(name, f"/page/{name}")
             router.add_api_route(path, _sender(name, content), methods=["GET", "HEAD"], include_in_schema=False)
         return router
 
