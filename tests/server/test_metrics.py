@@ -37,7 +37,7 @@ def engine(tiny_folder):
 def ask(engine, path="/metrics", headers=None, **options) -> httpx.Response:
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(engine, ServerConfig(**options)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get(path, headers=headers)
 
     return asyncio.run(get())
@@ -153,7 +153,7 @@ def scrapes_of_a_busy_engine(engine, *, before: int) -> list[httpx.Response]:
         assert go_on.wait(20)
 
     async def scrape() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             responses = [await client.get("/metrics") for _ in range(before)]
             busy = threading.Thread(target=lambda: engine._loop.call(block))
             busy.start()

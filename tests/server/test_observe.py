@@ -38,7 +38,7 @@ def get(engine):
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(create_app(engine, ServerConfig(**options)))
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
                 return await client.get(path)
 
         return asyncio.run(ask())
@@ -261,7 +261,7 @@ def test_too_many_watchers_are_refused(engine):
     async def main() -> httpx.Response:
         app = create_app(engine, ServerConfig())
         app.state.server.observer.feed._max_watchers = 0
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return await client.get("/feed")
 
     response = asyncio.run(main())
