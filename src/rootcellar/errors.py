@@ -6,12 +6,15 @@
     ├── RequestError           one request is wrong; the engine goes on
     │   └── RequestTooLarge    it can never fit; the message names the setting to change
     ├── EngineError            the engine cannot do this now (shut down, work pending, a failed step)
+    │   ├── GenerationFailed   answers ended without being the model's own; carries the results
     │   ├── QueueFull          too many requests wait; try again later
     │   └── CacheBusy          the cache cannot do this while leases or copies are live
     └── CacheBroken            an invariant of the cache does not hold; carries the evidence
 
 ``RequestError`` and ``ConfigError`` are also ``ValueError``: callers who know nothing of us still catch them.
 """
+
+from typing import Any
 
 
 class RootcellarError(Exception):
@@ -36,6 +39,17 @@ class RequestTooLarge(RequestError):
 
 class EngineError(RootcellarError, RuntimeError):
     """The engine cannot do this now."""
+
+
+class GenerationFailed(EngineError):
+    """Answers ended early for a reason that their caller did not give: a failed step, no memory, a grammar, a shutdown.
+
+    ``results``: what there was of every answer of the call, failed or not, as ``generate`` would have returned it.
+    """
+
+    def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 class QueueFull(EngineError):

@@ -1,5 +1,9 @@
 """An engine under way: aborts, deadlines, failures, many callers, its end; and what is compiled by then."""
 
+import asyncio
+import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,7 +13,7 @@ from idle import check_idle
 
 import rootcellar
 from rootcellar.engine.output import Tracker
-from rootcellar.errors import EngineError
+from rootcellar.errors import EngineError, GenerationFailed
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -63,6 +67,10 @@ def test_a_deadline_ends_a_request_with_the_reason(tiny_folder):
         check_idle(engine)
 
 
+async def collect(engine, **options):
+    return [part async for part in await engine.async_generate(**options, stream=True)]
+
+
 def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypatch):
     expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
     runner = engine._parts.runner
@@ -73,8 +81,21 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypa
         raise RuntimeError("the device is on fire")
 
     monkeypatch.setattr(runner, "step", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert "the device is on fire" in result["meta_info"]["finish_reason"]["message"]
+    with pytest.raises(GenerationFailed, match=r"1 of 1 answers failed; request .*the device is on fire") as failed:
+        engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    assert failed.value.results[0]["meta_info"]["finish_reason"]["cause"] == "failed"
+    with pytest.raises(EngineError, match="the device is on fire"):
+        list(engine.generate(input_ids=PROMPT, sampling_params=GREEDY, stream=True))
+    with pytest.raises(EngineError, match="the device is on fire"):
+        asyncio.run(engine.async_generate(input_ids=PROMPT, sampling_params=GREEDY))
+    with pytest.raises(EngineError, match="the device is on fire"):
+        asyncio.run(collect(engine, input_ids=PROMPT, sampling_params=GREEDY))
+    options = {"input_ids": PROMPT, "sampling_params": GREEDY, "raise_on_failure": False}
+    results = [engine.generate(**options), asyncio.run(engine.async_generate(**options))]
+    results += [list(engine.generate(**options, stream=True))[-1], asyncio.run(collect(engine, **options))[-1]]
+    for result in results:
+        assert "the device is on fire" in result["meta_info"]["finish_reason"]["message"]
+        assert result["output_ids"] == []
     monkeypatch.setattr(runner, "step", step)
     again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
     assert again["output_ids"] == expected
@@ -92,7 +113,9 @@ def test_output_that_cannot_be_made_ends_its_request_alone(engine, monkeypatch):
         return take(tracker, version)
 
     monkeypatch.setattr(Tracker, "take_token", broken)
-    cursed, other = engine.generate(input_ids=[[3, 4], PROMPT], rid=["cursed", "other"], sampling_params=GREEDY)
+    with pytest.raises(GenerationFailed, match=r"1 of 2 answers failed; request 'cursed': .*no such char") as failed:
+        engine.generate(input_ids=[[3, 4], PROMPT], rid=["cursed", "other"], sampling_params=GREEDY)
+    cursed, other = failed.value.results
     assert "no such character" in cursed["meta_info"]["finish_reason"]["message"]
     assert other["output_ids"] == expected
 
@@ -102,7 +125,7 @@ def test_a_final_update_that_fails_is_still_an_end(engine, monkeypatch):
         raise ValueError("no such character")
 
     monkeypatch.setattr(Tracker, "close", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, raise_on_failure=False)
     assert "no such character" in result["meta_info"]["finish_reason"]["message"]
 
 
@@ -114,8 +137,8 @@ def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_fold
 
     monkeypatch.setattr(engine._parts.runner, "step", broken)
     monkeypatch.setattr(engine._loop, "_recover", broken)
-    result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
-    assert result["meta_info"]["finish_reason"]["type"] == "abort"
+    with pytest.raises(GenerationFailed, match="shut down"):
+        engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
     with pytest.raises(EngineError, match="shut down"):
         engine.generate(input_ids=PROMPT)
     engine.shutdown()
@@ -127,8 +150,8 @@ def test_shutdown_twice_and_then_no_more(tiny_folder):
     next(stream)
     engine.shutdown()
     engine.shutdown()
-    *_, last = stream
-    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    with pytest.raises(GenerationFailed, match="shut down"):
+        list(stream)
     for call in (lambda: engine.generate(prompt="hello"), engine.flush_cache, engine.stats):
         with pytest.raises(EngineError, match="shut down"):
             call()
@@ -156,3 +179,45 @@ def test_no_compilation_in_steady_state(tiny_folder):
         assert stats["compilations"] == before
         assert stats["retractions"] + stats["cache"]["full"]["DEVICE"]["evicted"] > 0
         check_idle(engine)
+
+
+# --- the end of an engine that nobody closed --------------------------------------------------------------------------
+
+AT_EXIT = """
+import atexit, sys, threading
+sys.path[:0] = sys.argv[2:]
+last = []  # registered before anything of ours: it runs after it
+atexit.register(lambda: print(*[t.name for t in threading.enumerate()], *[pool.free() for pool in last[0].values()]))
+import rootcellar
+
+def main():
+    engine = rootcellar.Engine(model_path=sys.argv[1], max_total_tokens=256, skip_tokenizer_init=True)
+    last.append(engine._parts.runner.pools)
+    stream = engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 100, "ignore_eos": True}, stream=True)
+    next(stream)
+    reader = threading.Thread(target=lambda: engine.generate(input_ids=[3], sampling_params={"max_new_tokens": 200}))
+    threading.excepthook = lambda _: None  # its answers fail, as they must
+    reader.daemon = True
+    reader.start()
+    raise ValueError("the user's own")
+
+main()
+"""
+
+
+def test_an_engine_that_was_not_closed_ends_with_the_program_and_says_nothing(tiny_folder):
+    done = subprocess.run([sys.executable, "-c", AT_EXIT, tiny_folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: the user's own\n"), done.stderr
+    assert "rootcellar-engine" not in done.stdout
+    assert done.stdout.split()[0] == "MainThread"
+    assert done.stdout.endswith(" 0\n"), done.stdout  # the KV cache's memory was given back
+
+
+def test_an_engine_that_nobody_refers_to_stops(tiny_folder):
+    engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
+    thread, pools = engine._loop._thread, engine._parts.runner.pools
+    del engine
+    gc.collect()
+    assert not thread.is_alive()
+    assert not any(pool.free() for pool in pools.values())

@@ -6,6 +6,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from idle import check_idle
 
@@ -152,6 +153,22 @@ def test_pause_in_place_keeps_leases_and_says_so(engine):
     engine.continue_generation()
     caller.join(timeout=60)
     assert len(results[0]["output_ids"]) == 300
+
+
+def test_weights_that_lie_in_the_same_place_under_another_name_are_not_copied(engine, weights):
+    """A trainer's arrays have shardings of its mesh: on one device that is where ours lie."""
+    ask(engine)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    theirs = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(theirs)]
+    compiled = engine.stats()["compilations"]
+    assert engine.update_weights(theirs)["copied"] == []
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(engine._parts.runner.params)] == pointers
+    ask(engine)
+    assert engine.stats()["compilations"] == compiled
+    host = {**theirs, "norm": np.array(theirs["norm"])}
+    assert engine.update_weights(host)["copied"] == ["norm"]
+    engine.update_weights(weights)
 
 
 def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(engine, weights):

@@ -22,11 +22,12 @@ from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build, folder_of, load_weights
+from rootcellar.engine.closing import close_at_the_end
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
-from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order
+from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order, show
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
@@ -74,6 +75,7 @@ class Engine:
         )
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
+        self._close = close_at_the_end(self, self._loop, self._parts)
         self.prefixes = Prefixes(self._loop, self._parts)
         self.programs = WarmUp(self._loop, self._parts.compiles)
         self._numbers = itertools.count()
@@ -139,6 +141,7 @@ class Engine:
         extra_key: str = "",
         cache_salt: str = "",
         tenant: str = "",
+        raise_on_failure: bool = True,
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
 
@@ -160,6 +163,7 @@ class Engine:
             extra_key, cache_salt: requests that differ in either share no cache (an adapter, a secret).
             tenant: on whose behalf. What it caches and calls its requests is its own (but see
                 ``share_cache_across_keys``). Tenants get equal shares, and within them so do their calls.
+            raise_on_failure: False: an answer that failed is a result like the others, with a ``finish_reason``.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in the order of the prompts (and within a prompt its ``n``
@@ -172,6 +176,8 @@ class Engine:
         Raises:
             RequestError: a prompt or parameter is wrong; nothing was started.
             RequestTooLarge: a request can never fit; the message says which setting would let it.
+            GenerationFailed: an answer failed (a failed step, no memory, a shutdown, ...), once all have ended; it has
+                the results. What was aborted or timed out is a result.
             EngineError: the engine was shut down.
         """
         inputs = read_inputs(
@@ -194,21 +200,21 @@ class Engine:
         grammars = None if compiling is None else compiling.result()
         trackers = self._trackers(inputs, grammars, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.wait(self._loop.submit(trackers))
-        results = self._receive(updates, trackers, indexed=inputs.several)
+        results = self._receive(updates, trackers, indexed=inputs.several, strict=raise_on_failure and stream)
         if stream:
             return results
         final = [r for r in results if r["meta_info"]["finish_reason"] is not None]
-        return in_order(final, several=inputs.several)
+        return in_order(final, several=inputs.several, strict=raise_on_failure)
 
     def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool
+        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool, strict: bool
     ) -> Iterator[Result]:
         left = len(trackers)
         try:
             while left:
                 index, snapshot = updates.get()
                 left -= snapshot.finish is not None
-                yield {**snapshot.render(), "index": index} if indexed else snapshot.render()
+                yield show(snapshot, index if indexed else None, strict)
         finally:
             if left:
                 self._loop.abandon(trackers)
@@ -219,6 +225,7 @@ class Engine:
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         stream: bool = False,
+        raise_on_failure: bool = True,
         **options: Any,
     ) -> Result | list[Result] | AsyncIterator[Result]:
         """:meth:`generate` for asyncio: the same arguments, errors and results; an async iterator with ``stream``.
@@ -246,9 +253,10 @@ class Engine:
             try:
                 async for index, snapshot in mailbox.snapshots(len(trackers)):
                     ended += snapshot.finish is not None
-                    large = snapshot.unrendered > _MANY
-                    result = await asyncio.to_thread(snapshot.render) if large else snapshot.render()
-                    yield {**result, "index": index} if inputs.several else result
+                    draw = functools.partial(
+                        show, snapshot, index if inputs.several else None, raise_on_failure and stream
+                    )
+                    yield await asyncio.to_thread(draw) if snapshot.unrendered > _MANY else draw()
             finally:
                 if ended < len(trackers):
                     self._loop.abandon(trackers)
@@ -256,7 +264,7 @@ class Engine:
         if stream:
             return receive()
         final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
-        return in_order(final, several=inputs.several)
+        return in_order(final, several=inputs.several, strict=raise_on_failure)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""
@@ -487,8 +495,4 @@ class Engine:
 
     def shutdown(self) -> None:
         """Abort what is left, stop the threads and give the KV cache's memory back. Safe to call twice."""
-        if self._parts.grammars is not None:
-            self._parts.grammars.close()
-        self._loop.stop()
-        for pool in self._parts.runner.pools.values():
-            pool.free()
+        self._close()

@@ -146,7 +146,9 @@ class Lifecycle:
         copied = [
             path_name(path)
             for (path, new), now in zip(leaves, jax.tree.leaves(placed), strict=True)
-            if not isinstance(new, Array) or new.sharding != now.sharding
+            if not isinstance(new, Array)
+            or new.shape != now.shape  # KV heads repeated for more devices
+            or not new.sharding.is_equivalent_to(now.sharding, now.ndim)
         ]
         self.version = version if version is not None else _next_version(self.version)
         self.runner.params = placed

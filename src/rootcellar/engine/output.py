@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
+from rootcellar.errors import GenerationFailed
 from rootcellar.scheduler import Finish, Request, Stage
 from rootcellar.text import Tokenizer
 
@@ -321,9 +322,35 @@ def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | No
             return {"type": "abort", "message": finish.message, "cause": finish.cause}
 
 
-def in_order(final: list[Update], *, several: bool) -> Update | list[Update]:
-    """The final results in the order of the sequences; the one result of a call that has one."""
-    if not several:
-        return final[0]
-    ordered = sorted(final, key=lambda r: r["index"])
-    return [{k: v for k, v in r.items() if k != "index"} for r in ordered]
+def in_order(final: list[Update], *, several: bool, strict: bool) -> Update | list[Update]:
+    """The final results in the order of the sequences; the one result of a call that has one.
+
+    ``strict``: raise ``GenerationFailed`` when one of them failed.
+    """
+    if several:
+        ordered = sorted(final, key=lambda r: r["index"])
+        final = [{k: v for k, v in r.items() if k != "index"} for r in ordered]
+    if strict:
+        refuse_failed(final)
+    return final if several else final[0]
+
+
+# What its caller asked for, or set a time for, is an answer: as far as it came.
+_FAILURES = ("failed", "no_room", "grammar", "shutdown")
+
+
+def refuse_failed(results: list[Update]) -> None:
+    """Raise ``GenerationFailed`` when one of ``results`` ended for a reason that is not its caller's."""
+    reasons = [(each["meta_info"]["id"], each["meta_info"]["finish_reason"]) for each in results]
+    failed = [(rid, reason["message"]) for rid, reason in reasons if reason and reason.get("cause") in _FAILURES]
+    if failed:
+        rid, message = failed[0]
+        raise GenerationFailed(f"{len(failed)} of {len(results)} answers failed; request {rid!r}: {message}", results)
+
+
+def show(snapshot: Snapshot, index: int | None, strict: bool) -> Update:
+    """A snapshot as its caller sees it, with its ``index`` where there are several; ``strict`` as in ``in_order``."""
+    result = snapshot.render() if index is None else {**snapshot.render(), "index": index}
+    if strict:
+        refuse_failed([result])
+    return result

@@ -29,7 +29,7 @@ async def whole(request: Request, state: State, **arguments: Any) -> list[Result
     What is computed for a request is its caller's, unless ``tenant`` is among the arguments.
     """
     arguments.setdefault("tenant", caller_of(request).name)
-    results = await unless_gone(request, state.engine.async_generate(**arguments))
+    results = await unless_gone(request, state.engine.async_generate(raise_on_failure=False, **arguments))
     return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
 
 
@@ -60,7 +60,9 @@ async def begin(request: Request, state: State, **arguments: Any) -> Stream:
     arguments.setdefault("tenant", caller_of(request).name)
 
     async def first() -> Stream:
-        results = cast(AsyncGenerator[Result], await state.engine.async_generate(stream=True, **arguments))
+        results = cast(
+            AsyncGenerator[Result], await state.engine.async_generate(stream=True, raise_on_failure=False, **arguments)
+        )
         return Stream(counts(await anext(results)), results)
 
     return await unless_gone(request, first())

@@ -89,6 +89,11 @@ nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, i
 }  // namespace
 
 NB_MODULE(_core, module) {
+#ifndef __SANITIZE_ADDRESS__
+    // A user's daemon thread that waits for an answer when the program ends is frozen with all that its frames refer to:
+    // nothing leaks that anybody could have freed, and a page of warnings would follow the program's own last words.
+    nb::set_leak_warnings(false);
+#endif
     module.doc() = "The native twin of the cache core; use it through rootcellar.cache.";
     nb::register_exception_translator(translate);
 
