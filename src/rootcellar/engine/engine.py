@@ -176,8 +176,7 @@ class Engine:
         Raises:
             RequestError: a prompt or parameter is wrong; nothing was started.
             RequestTooLarge: a request can never fit; the message says which setting would let it.
-            GenerationFailed: an answer failed (a failed step, no memory, a shutdown, ...), once all have ended; it has
-                the results. What was aborted or timed out is a result.
+            GenerationFailed: an answer failed; it comes when all have ended, with their results. Aborts are results.
             EngineError: the engine was shut down.
         """
         inputs = read_inputs(
@@ -201,10 +200,7 @@ class Engine:
         trackers = self._trackers(inputs, grammars, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.wait(self._loop.submit(trackers))
         results = self._receive(updates, trackers, indexed=inputs.several, strict=raise_on_failure and stream)
-        if stream:
-            return results
-        final = [r for r in results if r["meta_info"]["finish_reason"] is not None]
-        return in_order(final, several=inputs.several, strict=raise_on_failure)
+        return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
 
     def _receive(
         self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool, strict: bool
@@ -263,8 +259,7 @@ class Engine:
 
         if stream:
             return receive()
-        final = [r async for r in receive() if r["meta_info"]["finish_reason"] is not None]
-        return in_order(final, several=inputs.several, strict=raise_on_failure)
+        return in_order([r async for r in receive()], several=inputs.several, strict=raise_on_failure)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""

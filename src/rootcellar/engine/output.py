@@ -322,11 +322,12 @@ def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | No
             return {"type": "abort", "message": finish.message, "cause": finish.cause}
 
 
-def in_order(final: list[Update], *, several: bool, strict: bool) -> Update | list[Update]:
-    """The final results in the order of the sequences; the one result of a call that has one.
+def in_order(results: list[Update], *, several: bool, strict: bool) -> Update | list[Update]:
+    """The final ones of ``results`` in the order of the sequences; the one result of a call that has one.
 
     ``strict``: raise ``GenerationFailed`` when one of them failed.
     """
+    final = [result for result in results if result["meta_info"]["finish_reason"] is not None]
     if several:
         ordered = sorted(final, key=lambda r: r["index"])
         final = [{k: v for k, v in r.items() if k != "index"} for r in ordered]
