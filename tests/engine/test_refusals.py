@@ -34,6 +34,12 @@ BAD_REQUESTS = [
     ({"prompt": "a", "return_logprob": True, "logprob_start_len": 9}, RequestError, "beyond the prompt"),
     ({"prompt": "a", "top_logprobs_num": -1}, RequestError, "top_logprobs_num"),
     ({"prompt": "a\ud800"}, RequestError, "valid text"),
+    ({"prompt": 3}, RequestError, "must be a text"),
+    ({"input_ids": 3}, RequestError, "must be a list of token ids"),
+    ({"input_ids": [2**70]}, RequestError, "out of range"),
+    ({"prompt": "a", "sampling_params": 3}, RequestError, "sampling_params must be one"),
+    ({"prompt": "a", "sampling_params": [3]}, RequestError, "sampling_params must be one"),
+    ({"prompt": ["a"], "rid": [3]}, RequestError, "rid must be one"),
 ]
 
 
@@ -42,6 +48,25 @@ def test_bad_requests(engine, call, error, says):
     with pytest.raises(error, match=says):
         engine.generate(**call)
     assert len(engine.generate(prompt="hello", sampling_params=GREEDY)["output_ids"]) == 12
+
+
+def test_what_is_of_another_type_is_refused_by_every_verb(engine):
+    calls = [
+        (lambda: engine.encode(3), RequestError, "must be a text, not 3"),
+        (lambda: engine.encode(None), RequestError, "must be a text"),
+        (lambda: engine.encode("\ud800"), RequestError, "valid text"),
+        (lambda: engine.chat_prompt(3), RequestError, "messages must be a list of objects"),
+        (lambda: engine.chat_prompt("hello"), RequestError, "messages must be a list of objects"),
+        (lambda: engine.chat_ids([3]), RequestError, "messages must be a list of objects"),
+        (lambda: engine.prefixes.explain(3), RequestError, "input_ids must be a list"),
+        (lambda: engine.prefixes.pin("ab", 1.0), RequestError, "input_ids must be a list"),
+        (lambda: engine.release_memory_occupation(3), ConfigError, "tags must be one or a list"),
+        (lambda: engine.update_weights(3), ModelError, "params do not fit"),
+        (lambda: engine.update_weights_from_disk(3), ConfigError, "model_path must be the path of a folder"),
+    ]
+    for call, error, says in calls:
+        with pytest.raises(error, match=says):
+            call()
 
 
 def test_bad_settings(tiny_folder, tmp_path):

@@ -1,11 +1,17 @@
 """The capacity planner: figures that the field agrees on, configs it must understand, and its command line."""
 
+import argparse
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from rootcellar import cli
+from rootcellar.commands import plan as command
+from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
+from rootcellar.options import options_of
 from rootcellar.plan.capacity import Ask, plan, what_if
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
@@ -88,6 +94,7 @@ def test_without_the_hybrid_manager_a_request_of_five_million_tokens_does_not_fi
 
 def test_the_ratio_that_suits_a_request_makes_the_division_as_good_as_shared_pages():
     ask = Ask(preset("llama-4-scout"), tp=8, devices=8, kv_bytes_per_device=SCOUT_KV, request_length=5_242_880)
+    ask = replace(ask, chunked_prefill_size=8192)
     rows = dict(what_if(ask))
     suited = rows[f"swa_full_tokens_ratio={1024 / 327680:.4g}"]
     assert plan(ask).concurrency_as_divided == pytest.approx(0.7476, rel=1e-3)
@@ -147,10 +154,34 @@ def test_memory_is_usable_bytes_less_weights_and_activations():
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match=r"^Not enough memory: -\d.*GB are left"):
+    said = (
+        r"^Not enough memory: of 4.00 GB x 0.9 the weights take 6.17 GB and the activations of a prefill of 512 tokens "
+        r"0.79 GB, so 3.36 GB are lacking .* Raise mem_fraction_static, hbm or tp\.$"
+    )
+    with pytest.raises(ConfigError, match=said):
         plan(Ask(preset("qwen2.5-3b"), hbm=4 * 10**9))
     with pytest.raises(ConfigError, match=r"the smallest one takes"):
         plan(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**9, max_total_tokens=10**6))
+
+
+def test_activations_that_leave_nothing_are_named_with_the_prefill_that_fits():
+    ask = Ask(preset("qwen2.5-3b"), hbm=8 * 10**9, chunked_prefill_size=8192)
+    with pytest.raises(ConfigError, match=r"activations of a prefill of 8192 tokens 6\.66 GB") as refused:
+        plan(ask)
+    (fits,) = re.findall(r"Lower chunked_prefill_size \(--chunked-prefill-size\) to (\d+)", str(refused.value))
+    assert plan(replace(ask, chunked_prefill_size=int(fits))).max_total_num_tokens > 0
+    with pytest.raises(ConfigError):
+        plan(replace(ask, chunked_prefill_size=2 * int(fits)))
+
+
+def test_what_is_not_said_is_planned_with_the_engines_defaults():
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    said = vars(parser.parse_args(["qwen2.5-3b"]))
+    for name in ("page_size", "chunked_prefill_size", "swa_full_tokens_ratio", "mamba_full_memory_ratio"):
+        default = options_of(EngineConfig)[name].default
+        assert said[name] == getattr(Ask(preset("qwen2.5-3b")), name) == default, name
+    assert said["mem_fraction_static"] == options_of(EngineConfig)["mem_fraction_static"].default
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,44 @@ def test_bad_lines_are_reported_with_their_number_and_the_rest_is_read():
     assert "2 blocks of 512, hash_ids has 1" in bad[1].reason
     assert "lacks 'hash_ids'" in bad[2].reason
     assert "not an object" in bad[5].reason
+
+
+def test_ids_of_any_size_are_told_apart_and_lengths_may_be_written_as_floats():
+    """Some traces have hashes of 64 bits, and some tools write whole numbers with a point."""
+    large = [2**53, 2**53 + 1, 2**64 - 1, -5]
+    lines = [
+        json.dumps({"input_length": 2048, "hash_ids": large}),
+        json.dumps({"input_length": 1200.0, "output_length": 3.0, "hash_ids": [*large[:2], 7.0]}),
+    ]
+    (first, second), bad = parse(lines)
+    assert not bad
+    assert second.input_length == 1200
+    assert isinstance(second.input_length, int)
+    assert second.output_length == 3
+    assert len(set(first.hash_ids)) == 4
+    assert second.hash_ids[:2] == first.hash_ids[:2]
+    assert second.hash_ids[2] not in first.hash_ids
+    assert (first.key().tokens >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"input_length": 600.5}, r"input_length is 600\.5, not a whole number"),
+        ({"input_length": "600"}, "input_length is '600', not a whole number"),
+        ({"input_length": True}, "input_length is True, not a whole number"),
+        ({"input_length": -1}, "input_length is -1: a number of tokens is from 1"),
+        ({"output_length": 10**30}, "a number of tokens is from 0 to 2147483647"),
+        ({"output_length": math.nan}, "output_length is nan, not a whole number"),
+        ({"hash_ids": [1, 1e300]}, r"hash_ids\[1\] is 1e\+300, not a whole number"),
+        ({"hash_ids": [1, None]}, r"hash_ids\[1\] is None"),
+        ({"hash_ids": 3}, "hash_ids is 3, not a list"),
+    ],
+)
+def test_the_reason_of_a_bad_line_is_the_true_one(changes, reason):
+    read, (bad,) = parse([json.dumps({"input_length": 600, "hash_ids": [0, 1], **changes})])
+    assert not read
+    assert re.search(reason, bad.reason), bad.reason
 
 
 def test_block_ids_become_tokens_that_depend_on_the_id_alone():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ConfigError
-from rootcellar.plan.capacity import KV_DTYPES, Ask, Plan, plan, what_if
+from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Plan, plan, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.units import gb, parse_bytes
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--mem-fraction-static",
         dest="mem_fraction_static",
         type=float,
-        default=0.9,
+        default=ENGINE.mem_fraction_static,
         metavar="X",
         help="The part of it for weights, activations and KV cache [default: %(default)s].",
     )
@@ -44,20 +44,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache")
     names = ", ".join(KV_DTYPES)
     cache.add_argument("--kv-cache-dtype", default="auto", metavar="NAME", help=f"auto, {names} [default: auto].")
-    cache.add_argument("--page-size", type=int, default=16, metavar="N", help="Tokens in a page [default: 16].")
+    cache.add_argument(
+        "--page-size", type=int, default=ENGINE.page_size, metavar="N", help="Tokens in a page [default: %(default)s]."
+    )
     cache.add_argument("--max-total-tokens", type=int, metavar="N", help="Take so many tokens and no more.")
     cache.add_argument("--window", type=int, metavar="N", help="Another window (or chunk) than the model's, in tokens.")
     cache.add_argument(
         "--swa-full-tokens-ratio",
         type=float,
-        default=1.0,
+        default=ENGINE.swa_full_tokens_ratio,
         metavar="X",
         help="Tokens of windowed layers for each of the full ones [default: %(default)s].",
     )
     cache.add_argument(
         "--mamba-full-memory-ratio",
         type=float,
-        default=0.9,
+        default=ENGINE.mamba_full_memory_ratio,
         metavar="X",
         help="Bytes of recurrent states for each byte of the rest [default: %(default)s].",
     )
@@ -75,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--chunked-prefill-size",
         type=int,
-        default=8192,
+        default=ENGINE.chunked_prefill_size,
         metavar="N",
         help="Tokens in computation at a time (vLLM: max_num_batched_tokens) [default: %(default)s].",
     )

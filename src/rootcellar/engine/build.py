@@ -73,6 +73,8 @@ class Parts:
 
 def folder_of(model_path: str) -> Path:
     """The folder that ``model_path`` names: its own, or that of the embedded model."""
+    if not isinstance(model_path, str | os.PathLike):
+        raise ConfigError(f"model_path must be the path of a folder, not {model_path!r}")
     return demo.path() if model_path == "demo" else Path(model_path)
 
 

@@ -173,6 +173,8 @@ def _next_version(version: str) -> str:
 
 def read_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
     """The tags that a caller named; None means all. Raises ``ConfigError`` for an unknown one."""
+    if tags is not None and not isinstance(tags, Sequence):
+        raise ConfigError(f"tags must be one or a list of {', '.join(TAGS)}, not {tags!r}")
     chosen = TAGS if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
     unknown = [tag for tag in chosen if tag not in TAGS]
     if unknown:

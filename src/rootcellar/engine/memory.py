@@ -22,7 +22,18 @@ import jax.numpy as jnp
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.models.spec import Params
-from rootcellar.plan.sizing import ARENA, Cost, Division, Rules, Widths, activation_bytes, divide, largest, smallest
+from rootcellar.plan.sizing import (
+    ARENA,
+    MOST_REQUESTS,
+    Cost,
+    Division,
+    Rules,
+    Widths,
+    activation_bytes,
+    divide,
+    largest,
+    smallest,
+)
 from rootcellar.runner import Shapes
 from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
 from rootcellar.units import gb, parse_bytes
@@ -31,7 +42,6 @@ log = logging.getLogger(__name__)
 
 # With max_running_requests unset: one request for so many tokens of the cache, within these bounds.
 TOKENS_PER_REQUEST = 128
-MOST_REQUESTS = 64
 _DEFAULT_SHARE = 2  # of a machine's memory, half
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from rootcellar.cache import Key
 from rootcellar.engine.build import Parts
 from rootcellar.engine.identity import read_namespace, tenant_in
@@ -137,8 +139,9 @@ class Prefixes:
 
     def _read(self, input_ids: Sequence[int], tenant: str, cache_salt: str, extra_key: str) -> str:
         """The namespace that is meant, checked as for a request."""
-        if not len(input_ids):
-            raise RequestError("the prompt is empty: give at least one token")
+        ids = input_ids if isinstance(input_ids, Sequence | np.ndarray) else ()
+        if not len(ids) or isinstance(ids, str) or np.asarray(ids).dtype.kind not in "iu":
+            raise RequestError("input_ids must be a list of at least one token id")
         return read_namespace(self._config, tenant, cache_salt, extra_key)
 
     # -- on the engine's thread -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,8 @@ def _spread(value: Any, n: int, name: str, kind: type) -> list[Any]:
     """One value for each of ``n`` prompts: the same for all, or a list of as many."""
     if value is None or isinstance(value, kind):
         return [value] * n
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == n:
+    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == n
+    if listed and all(each is None or isinstance(each, kind) for each in value):
         return list(value)
     raise RequestError(f"{name} must be one {kind.__name__.lower()} or a list of {n}, one for each prompt")
 
@@ -170,24 +172,28 @@ def _read_prompts(parts: Parts, prompt: object) -> tuple[bool, list[NDArray[np.i
     for i, text in enumerate(texts):
         if not text:
             raise RequestError(f"prompt{'' if one else f' {i}'} is empty: give at least one character")
-        try:
-            ids = encode(parts.tokenizer, text)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise RequestError(f"prompt{'' if one else f' {i}'} is no valid text: {error}") from None
-        result.append(_checked(parts, ids, "" if one else f"prompt {i}: "))
+        where = "" if one else f"prompt {i}: "
+        result.append(_checked(parts, encode(parts.tokenizer, text, where), where))
     return one, result
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, special tokens added once."""
-    return tokenizer.encode(text, add_special_tokens=tokenizer.wants_special_tokens(text))
+def encode(tokenizer: Tokenizer, text: object, where: str = "") -> list[int]:
+    """Token ids of a prompt, special tokens added once; ``where`` begins the message of ``RequestError``."""
+    if not isinstance(text, str):
+        raise RequestError(f"{where}a prompt must be a text, not {reprlib.repr(text)}")
+    try:
+        return tokenizer.encode(text, add_special_tokens=tokenizer.wants_special_tokens(text))
+    except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair
+        raise RequestError(f"{where}the prompt is no valid text: {error}") from None
 
 
 def _read_ids(parts: Parts, input_ids: object) -> tuple[bool, list[NDArray[np.int64]]]:
     if isinstance(input_ids, np.ndarray):
         input_ids = input_ids.tolist()
     if not isinstance(input_ids, Sequence) or isinstance(input_ids, str):
-        raise RequestError(f"input_ids must be a list of token ids or a list of such lists, not {input_ids!r}")
+        raise RequestError(
+            f"input_ids must be a list of token ids or a list of such lists, not {reprlib.repr(input_ids)}"
+        )
     one = not input_ids or isinstance(input_ids[0], Integral)
     lists = [input_ids] if one else input_ids
     return one, [_checked(parts, ids, "" if one else f"prompt {i}: ") for i, ids in enumerate(lists)]
@@ -197,7 +203,7 @@ def _checked(parts: Parts, ids: object, where: str) -> NDArray[np.int64]:
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     if not isinstance(ids, Sequence) or isinstance(ids, str):
-        raise RequestError(f"{where}input_ids must be a list of token ids, not {ids!r}")
+        raise RequestError(f"{where}input_ids must be a list of token ids, not {reprlib.repr(ids)}")
     if not ids:
         raise RequestError(f"{where}the prompt is empty: give at least one token")
     vocab = parts.model.vocab_size

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rootcellar.cache.kind import Kind
+from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.plan.arena import group
 from rootcellar.plan.layers import Architecture, Group, Latent, head_dim, need
 from rootcellar.plan.sizing import (
     ARENA,
+    MOST_REQUESTS,
+    TILE,
     Cost,
     Division,
     Rules,
@@ -41,8 +44,8 @@ KV_DTYPES = {
 }
 """Bytes of one element, by the name of the KV cache's dtype."""
 
-_TILE = 16
-_ROWS = 64  # requests in a decode step
+ENGINE = EngineConfig()
+"""The engine's defaults: what is not said here is planned with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +69,19 @@ class Ask:
 
     model: Architecture
     kv_cache_dtype: str = "auto"
-    page_size: int = 16
+    page_size: int = ENGINE.page_size
     tp: int = 1
     devices: int = 1
     hbm: int | None = None
     kv_bytes_per_device: int | None = None
-    mem_fraction_static: float = 0.9
+    mem_fraction_static: float = ENGINE.mem_fraction_static
     weight_bytes: int | None = None
     activation_bytes: int | None = None
     max_total_tokens: int | None = None
     request_length: int | None = None
-    chunked_prefill_size: int = 8192
-    swa_full_tokens_ratio: float = 1.0
-    mamba_full_memory_ratio: float = 0.9
+    chunked_prefill_size: int = ENGINE.chunked_prefill_size
+    swa_full_tokens_ratio: float = ENGINE.swa_full_tokens_ratio
+    mamba_full_memory_ratio: float = ENGINE.mamba_full_memory_ratio
     hicache_ratio: float | None = None
     hicache_size: int | None = None
 
@@ -191,16 +194,47 @@ def plan(ask: Ask) -> Plan:
         formulas["kv_bytes_per_device"] = "as much as max_total_tokens takes"
     division = divide(costs, ask.rules, budget)
     if division is None:
-        raise ConfigError(
-            f"Not enough memory: {gb(budget)} GB are left for the KV cache of a device, and the smallest one takes "
-            f"{gb(smallest(costs, ask.rules))} GB. Raise mem_fraction_static, hbm or tp, or lower max_total_tokens."
-        )
+        raise ConfigError(_refusal(ask, costs, budget, spent))
     figures |= {"kv_bytes_per_device": budget, "replicas": ask.devices // ask.tp, **spent}
     figures |= _pools(ask, costs, division, formulas)
     figures |= _arena(ask, costs, budget, formulas)
     figures |= _requests(ask, costs, division, budget, formulas)
     figures |= _host(ask, division, formulas)
     return Plan(**figures, formulas=formulas)
+
+
+def _refusal(ask: Ask, costs: Sequence[Cost], budget: int, spent: dict[str, int]) -> str:
+    """Why not even the smallest KV cache fits, with the figures, and what would help."""
+    least = smallest(costs, ask.rules)
+    if ask.hbm is None or not spent:
+        left = f"{gb(budget)} GB are given for the KV cache of a device"
+        help = "Raise kv_bytes_per_device or tp"
+    else:
+        weights, active = spent["weight_bytes_per_device"], spent["activation_bytes_per_device"]
+        how = "" if ask.activation_bytes is not None else f" of a prefill of {ask.chunked_prefill_size} tokens"
+        lack = f"{gb(budget)} GB are left" if budget >= 0 else f"{gb(-budget)} GB are lacking"
+        left = (
+            f"of {gb(ask.hbm)} GB x {ask.mem_fraction_static} the weights take {gb(weights)} GB and the activations"
+            f"{how} {gb(active)} GB, so {lack} for the KV cache of a device"
+        )
+        fits = _fitting_prefill(ask)
+        help = f"Lower chunked_prefill_size (--chunked-prefill-size) to {fits}, or raise" if fits else "Raise"
+        help += " mem_fraction_static, hbm or tp"
+    if ask.max_total_tokens is not None:
+        help += ", or lower max_total_tokens"
+    return f"Not enough memory: {left}, and the smallest one takes {gb(least)} GB. {help}."
+
+
+def _fitting_prefill(ask: Ask) -> int | None:
+    """The largest power of two below ``chunked_prefill_size`` whose activations leave room for a KV cache, if any."""
+    if ask.activation_bytes is not None:
+        return None
+    for power in range((ask.chunked_prefill_size - 1).bit_length() - 1, -1, -1):
+        smaller = replace(ask, chunked_prefill_size=1 << power)
+        budget, _ = _budget(smaller, {})
+        if budget is not None and divide(smaller.costs(), smaller.rules, budget) is not None:
+            return 1 << power
+    return None
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
@@ -257,7 +291,7 @@ def _budget(ask: Ask, formulas: dict[str, str]) -> tuple[int | None, dict[str, i
     active = ask.activation_bytes
     if active is None:
         active = activation_bytes(
-            _widths(ask), ask.chunked_prefill_size, -(-ask.chunked_prefill_size // _TILE), _ROWS
+            _widths(ask), ask.chunked_prefill_size, -(-ask.chunked_prefill_size // TILE), MOST_REQUESTS
         )  # fmt: skip
     formulas["weight_bytes_per_device"] = (
         f"{gb(total)} GB {'given' if ask.weight_bytes is not None else 'counted from the config'} / tp={ask.tp}"

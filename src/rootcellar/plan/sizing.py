@@ -14,6 +14,10 @@ ARENA = "arena"
 """What the pool that several kinds share is called, in capacities and divisions."""
 MIN_STATES = 2
 """Fewest recurrent states: one request reads one and writes another."""
+TILE = 16
+"""Tokens in a tile of a prefill step, at most."""
+MOST_REQUESTS = 64
+"""Requests that run at the same time, at most, where ``max_running_requests`` is not given."""
 STATES_PER_REQUEST = 4
 """States for each running request where tokens are capped: the one it reads, the one it writes, and two it leaves."""
 

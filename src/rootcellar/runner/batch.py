@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.plan.sizing import TILE
+
 Ints = NDArray[np.int32]
 
 
@@ -45,7 +47,7 @@ class Shapes:
     @classmethod
     def of(cls, chunked_prefill_size: int, max_running_requests: int) -> Shapes:
         """Shapes that hold ``chunked_prefill_size`` prompt tokens and ``max_running_requests`` decoding rows."""
-        tile = min(16, 1 << (chunked_prefill_size.bit_length() - 1))
+        tile = min(TILE, 1 << (chunked_prefill_size.bit_length() - 1))
         return cls(tile, -(-chunked_prefill_size // tile), max_running_requests)
 
     def tiles_of(self, tokens: int) -> int:

@@ -123,7 +123,7 @@ class Tokenizer:
         """
         going_on = continue_final_message
         given = {**variables, "add_generation_prompt": _opens(add_generation_prompt, going_on)}
-        return self._rendered([_with_objects(each) for each in messages], tools, given, going_on, None)
+        return self._rendered(_messages(messages), tools, given, going_on, None)
 
     def chat(
         self,
@@ -146,7 +146,7 @@ class Tokenizer:
         """
         going_on = continue_final_message
         given = {**(variables or {}), "add_generation_prompt": _opens(add_generation_prompt, going_on)}
-        read = [_with_objects(each) for each in messages]
+        read = _messages(messages)
         if allow_special_tokens or not self.markers.within(read, (tools, given)):
             text = self._rendered(read, tools, given, going_on, seconds)
             return Chat(text, self.encode(text, add_special_tokens=False))
@@ -293,6 +293,14 @@ def _opens(wanted: bool | None, going_on: bool) -> bool:
     if wanted and going_on:
         raise RequestError("continue_final_message=True and add_generation_prompt=True exclude each other")
     return not going_on if wanted is None else wanted
+
+
+def _messages(messages: Any) -> list[Mapping[str, Any]]:
+    """Messages as templates read them; ``RequestError`` for what is no list of objects."""
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not listed or not all(isinstance(each, Mapping) for each in messages):
+        raise RequestError('messages must be a list of objects such as {"role": "user", "content": "..."}')
+    return [_with_objects(each) for each in messages]
 
 
 def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
