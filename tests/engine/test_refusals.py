@@ -34,6 +34,7 @@ BAD_REQUESTS = [
     ({"prompt": "a", "return_logprob": True, "logprob_start_len": 9}, RequestError, "beyond the prompt"),
     ({"prompt": "a", "top_logprobs_num": -1}, RequestError, "top_logprobs_num"),
     ({"prompt": "a\ud800"}, RequestError, "valid text"),
+    ({"prompt": "a", "priority": 2**80}, RequestError, "priority=.* below 2147483648"),
     ({"prompt": 3}, RequestError, "must be a text"),
     ({"input_ids": 3}, RequestError, "must be a list of token ids"),
     ({"input_ids": [2**70]}, RequestError, "out of range"),

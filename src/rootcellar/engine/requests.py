@@ -22,6 +22,8 @@ from rootcellar.text import Tokenizer
 
 # Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
 _LONG_TEXT = 10_000
+# Priorities are compared in C++ as well, and no request may fail a step that others share.
+_PRIORITIES = 2**31
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ def read_inputs(
     received = time.perf_counter()
     if (prompt is None) == (input_ids is None):
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
-    if not isinstance(priority, int):
-        raise RequestError("priority must be an integer")
+    if not isinstance(priority, int) or abs(priority) >= _PRIORITIES:
+        raise RequestError(
+            f"priority={priority!r} is not allowed: an integer above {-_PRIORITIES} and below {_PRIORITIES}"
+        )
     where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
     logprobs = logprobs if return_logprob else None
