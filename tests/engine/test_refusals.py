@@ -29,7 +29,6 @@ BAD_REQUESTS = [
     ({"prompt": "a", "sampling_params": {"top_p": float("nan")}}, RequestError, "top_p"),
     ({"prompt": "a", "sampling_params": [{}, {}]}, RequestError, "sampling_params"),
     ({"prompt": "a", "sampling_params": {"stop_token_ids": [512]}}, RequestError, "stop_token_ids"),
-    ({"prompt": ["a", "b"], "rid": "x"}, RequestError, "rid"),
     ({"prompt": ["a", "b"], "rid": ["x", "x"]}, RequestError, "'x' is in use"),
     ({"prompt": "a", "return_logprob": True, "logprob_start_len": 9}, RequestError, "beyond the prompt"),
     ({"prompt": "a", "top_logprobs_num": -1}, RequestError, "top_logprobs_num"),
@@ -40,7 +39,7 @@ BAD_REQUESTS = [
     ({"input_ids": [2**70]}, RequestError, "out of range"),
     ({"prompt": "a", "sampling_params": 3}, RequestError, "sampling_params must be one"),
     ({"prompt": "a", "sampling_params": [3]}, RequestError, "sampling_params must be one"),
-    ({"prompt": ["a"], "rid": [3]}, RequestError, "rid must be one"),
+    ({"prompt": ["a"], "rid": [3]}, RequestError, "rid must be a string"),
 ]
 
 

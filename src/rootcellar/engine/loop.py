@@ -257,11 +257,13 @@ class Loop:
                     self._when_idle.popleft()()
                 self._rested()
             except Exception as error:
-                log.exception("a step failed; its requests end with an error")
+                # A program that ends takes JAX's threads away before this one is told: nobody asked for that news.
+                level = logging.ERROR if threading.main_thread().is_alive() else logging.DEBUG
+                log.log(level, "a step failed; its requests end with an error", exc_info=True)
                 try:
                     self._recover(error)
                 except Exception:  # what is left cannot be trusted: no more steps, and nobody is left waiting
-                    log.exception("the engine could not recover and stops")
+                    log.log(level, "the engine could not recover and stops", exc_info=True)
                     self._stopped.set()
         for tracker in list(self.trackers.values()):
             tracker.fail("shutdown", "the engine was shut down")
