@@ -2,9 +2,14 @@
 
 import json
 
+import httpx
 import pytest
 
+import rootcellar
+from checkpoints import make_checkpoint
 from rootcellar.server.openai.protocol import ChatRequest
+from serving import on_thread
+from vocabularies import write_sentencepiece
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = [{"role": "user", "content": "What is a KV cache?"}]
@@ -320,3 +325,41 @@ def test_a_schema_may_be_an_object_and_a_strict_one_is_closed_whatever_the_setti
         body = ChatRequest.model_validate({"messages": CHAT, "response_format": form})
         asked = json.loads(body.arguments(9, None, {})["sampling_params"]["json_schema"])
         assert ("additionalProperties" in asked) is strict
+
+
+def test_tokens_and_offsets_of_sentencepiece(tmp_path):
+    """Each token has its own space, and the offsets are those in the text that is shown."""
+    folder = make_checkpoint("llama2", tmp_path, vocab_size=288)
+    write_sentencepiece(folder)
+    with rootcellar.Engine(model_path=folder, max_total_tokens=256) as engine, on_thread(engine) as url:
+        body = {"prompt": "hello world", "echo": True, "logprobs": 2, "max_tokens": 6, "temperature": 0, "n": 2}
+        whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert len(whole) == 2
+        for choice in whole:
+            logprobs, text = choice["logprobs"], choice["text"]
+            assert logprobs["tokens"][:7] == ["<s>", " hel", "lo", " w", "or", "l", "d"]
+            assert logprobs["text_offset"][:7] == [0, 0, 3, 5, 7, 9, 10]
+            assert text.startswith("hello world")
+            ids = engine.encode("hello world")
+            answer = engine.generate(input_ids=ids, sampling_params={"temperature": 0, "max_new_tokens": 6})
+            assert text == "hello world" + answer["text"]
+            for token, at in zip(logprobs["tokens"][7:], logprobs["text_offset"][7:], strict=True):
+                assert at <= len(text)
+                assert text.startswith(token, at) or "\ufffd" in text[at:]  # bytes that make no character
+        streamed = {**body, "n": 1, "stream": True}
+        lines = httpx.post(f"{url}/v1/completions", json=streamed, timeout=60).text.split("\n\n")
+        events = [json.loads(line[6:])["choices"][0]["logprobs"] for line in lines if line.startswith("data: {")]
+        assert [at for each in events if each for at in each["text_offset"]] == whole[0]["logprobs"]["text_offset"]
+        chat = {"prompt": [ids], "logprobs": 1, "max_tokens": 0, "echo": True}
+        (sent,) = httpx.post(f"{url}/v1/completions", json=chat, timeout=60).json()["choices"]
+        assert sent["text"] == "hello world"
+        assert sent["logprobs"]["text_offset"] == [0, 0, 3, 5, 7, 9, 10]
+
+
+def test_special_tokens_have_their_text_among_logprobs(client):
+    body = {"prompt": "<|im_start|>user\nHi", "echo": True, "logprobs": 1, "max_tokens": 0}
+    logprobs = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"][0] == "<|im_start|>"
+    assert logprobs["text_offset"][:2] == [0, 12]
+    assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))]
+    assert "".join(logprobs["tokens"]) == body["prompt"]

@@ -15,7 +15,7 @@ from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
 from rootcellar.scheduler import Finish, Request, Stage
-from rootcellar.text import Tokenizer
+from rootcellar.text import AFTER, Tokenizer
 
 Update = dict[str, Any]
 
@@ -139,7 +139,8 @@ class Tracker:
         self._stream = stream
         self._tokenizer = tokenizer
         skip = request.sampling.skip_special_tokens
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip) if tokenizer else None
+        after = request.ids[max(0, request.prompt_length - AFTER) : request.prompt_length].tolist()
+        self._detokenizer = tokenizer.detokenizer(skip, after) if tokenizer else None
         self._search: Search | None = None
         self._text = ""
         self._ended = False
@@ -307,7 +308,7 @@ class Tracker:
 
     def _entry(self, value: float | None, token: int) -> TokenLogprob:
         texts = self.logprobs is not None and self.logprobs.options.texts
-        return value, token, self._tokenizer.decode([token]) if self._tokenizer and texts else None
+        return value, token, self._tokenizer.token_text(token) if self._tokenizer and texts else None
 
 
 def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | None:

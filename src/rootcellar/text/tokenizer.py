@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -17,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from rootcellar.errors import ModelError, RequestError
 from rootcellar.models.files import find_file, read_json
 from rootcellar.text import conversation
+from rootcellar.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from rootcellar.text.inert import Arguments, Markers, SecretNames, show
 from rootcellar.text.templates import Templates
 
@@ -54,6 +54,7 @@ class Tokenizer:
         self._templates = Templates(folder, settings)
         added = self._fast.get_added_tokens_decoder()
         self.skipped: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
+        self._bytes: dict[int, bytes] = {}
         self._byte_level = _is_byte_level(json.loads(self._fast.to_str())["decoder"])
         if "add_bos_token" in settings or "add_eos_token" in settings:
             self._wrap(bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token")))
@@ -195,31 +196,66 @@ class Tokenizer:
     def _secret_names(self) -> SecretNames:
         return SecretNames(self._fast, self.markers.texts)
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new incremental ``decode``, for one streamed answer."""
+    def detokenizer(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> Detokenizer:
+        """A new incremental ``decode``, for one streamed answer to a prompt that ends with the tokens ``after``.
+
+        SentencePiece's decoders take the space before a text's first word away: a word of an answer is not the first.
+        """
         skipped = self.skipped if skip_special_tokens else {}
         if self._byte_level:
-            return _ByteDetokenizer(lambda id: b"" if id in skipped else self.token_bytes(id))
-        return _WindowDetokenizer(
+            return ByteDetokenizer(lambda id: b"" if id in skipped else self.token_bytes(id))
+        return WindowDetokenizer(
             lambda ids: self.decode(ids, skip_special_tokens),
             kept=lambda id: id not in skipped and self._fast.id_to_token(id) is not None,
-            is_byte=lambda id: bool(BYTE_TOKEN.fullmatch(self._fast.id_to_token(id) or "")),
+            is_byte=self._is_byte,
+            after=after,
         )
+
+    def token_text(self, id: int) -> str:
+        """The text of one token within a text: with its space, a special token as it is written.
+
+        Part of a character is U+FFFD, an id beyond the vocabulary nothing.
+        """
+        return self.token_bytes(id).decode("utf-8", "replace")
 
     def to_json(self) -> str:
         """The whole tokenizer in the form of ``tokenizer.json``."""
         return str(self._fast.to_str())
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that one token stands for; an added token is its own text, an id beyond the vocabulary nothing."""
+        """The bytes that one token stands for; an added token is its own text, an id beyond the vocabulary nothing.
+
+        Those of a text's tokens together are the text, but for a space before its first word that SentencePiece adds.
+        """
+        known = self._bytes.get(id)
+        if known is None:
+            known = self._bytes[id] = self._token_bytes(id)
+        return known
+
+    def _token_bytes(self, id: int) -> bytes:
         token = self._fast.id_to_token(id) or ""
-        if not self._byte_level:
-            return bytes([int(token[1:-1], 16)]) if BYTE_TOKEN.fullmatch(token) else self.decode([id], False).encode()
-        alphabet = _byte_alphabet()
-        try:
-            return bytes(alphabet[character] for character in token)
-        except KeyError:
+        if self._byte_level:
+            alphabet = _byte_alphabet()
+            try:
+                return bytes(alphabet[character] for character in token)
+            except KeyError:
+                return token.encode()
+        if id in self.skipped or not token:
             return token.encode()
+        if self._is_byte(id):
+            return bytes([int(token[1:-1], 16)])
+        # Behind another one, since the first token of a text may lose its space.
+        return self.decode([self._word, id], False).removeprefix(self.decode([self._word], False)).encode()
+
+    def _is_byte(self, id: int) -> bool:
+        return bool(BYTE_TOKEN.fullmatch(self._fast.id_to_token(id) or ""))
+
+    @functools.cached_property
+    def _word(self) -> int:
+        """A token that is text, and after which others read as they do within a text."""
+        added = self._fast.get_added_tokens_decoder()
+        ids = sorted(set(self._fast.get_vocab().values()) - set(added))
+        return next((id for id in ids if not self._is_byte(id) and self.decode([id], False).isalpha()), ids[-1])
 
     def _wrap(self, bos: bool, eos: bool) -> None:
         """Let the settings' add_bos_token and add_eos_token win over ``tokenizer.json``, as in transformers."""
@@ -228,64 +264,6 @@ class Tokenizer:
         used = [(token, self._fast.token_to_id(token)) for token in dict.fromkeys((first, last)) if token]
         single = " ".join([*([first] if first else []), "$A", *([last] if last else [])])
         self._fast.post_processor = TemplateProcessing(single=single, special_tokens=used)
-
-
-class Detokenizer(Protocol):
-    """Text of a growing list of token ids, piece by piece (``Tokenizer.detokenizer``).
-
-    The pieces and what ``finish`` gives together equal ``Tokenizer.decode`` of all ids. No piece ends inside a UTF-8
-    character or where a later token could still change it. A token costs O(1) amortised.
-    """
-
-    def add(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` complete; "" while there is none."""
-        ...
-
-    def finish(self) -> str:
-        """The text held back, unfinished characters as U+FFFD. Nothing may be added afterwards."""
-        ...
-
-
-class _ByteDetokenizer:
-    """For byte-level vocabularies (GPT-2's alphabet: Qwen, Llama 3): text is the UTF-8 of the tokens' joined bytes."""
-
-    def __init__(self, token_bytes: Callable[[int], bytes]):
-        self._token_bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, ids: Sequence[int]) -> str:
-        return self._utf8.decode(b"".join(map(self._token_bytes, ids)))
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _WindowDetokenizer:
-    """For other vocabularies (SentencePiece: Llama 2, Mistral), whose decoders look at a token's neighbours.
-
-    New tokens are decoded behind those of the piece before, which are known to read alike with and without them. A run
-    of byte tokens (``<0xE6>``) is held to its end: its decoder gives characters only when the whole run is UTF-8.
-    """
-
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], kept: Callable[[int], bool], is_byte: Callable[[int], bool]
-    ):
-        self._decode, self._kept, self._is_byte = decode, kept, is_byte
-        self._context: list[int] = []
-        self._waiting: list[int] = []
-
-    def add(self, ids: Sequence[int]) -> str:
-        self._waiting += filter(self._kept, ids)
-        if not self._waiting or self._is_byte(self._waiting[-1]):
-            return ""
-        return self.finish()
-
-    def finish(self) -> str:
-        text = self._decode(self._context + self._waiting).removeprefix(self._decode(self._context))
-        if text:
-            self._context = self._waiting
-            self._waiting = []
-        return text
 
 
 def _opens(wanted: bool | None, going_on: bool) -> bool:

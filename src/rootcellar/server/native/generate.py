@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from orjson import Fragment
 from starlette.responses import Response
 
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
+from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.fields import IGNORED, REFUSED
 from rootcellar.server.native.protocol import GenerateRequest
@@ -139,7 +139,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     counts = [len(ids) for ids in lists]
     content: dict[str, Any] = {"tokens": lists, "count": counts}
     if body.return_token_strs:
-        content["token_strs"] = [[tokenizer.decode([id], False) for id in ids] for ids in lists]
+        content["token_strs"] = await on_thread(lambda: [[tokenizer.token_text(id) for id in ids] for ids in lists])
     if not isinstance(body.prompt, list):
         content = {name: each[0] for name, each in content.items()}
     return json_response({**content, "max_model_len": state.engine.longest_prompt + 1})

@@ -17,6 +17,7 @@ from rootcellar.server.openai.protocol import MOST_LOGPROBS, CompletionRequest
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
+from rootcellar.text import Offsets
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
@@ -47,8 +48,9 @@ class _Completion(Job):
     state: State
     prompts: Prompts
     echo: bool
+    skip_special_tokens: bool
     _echoes: list[str] = field(default_factory=list, init=False)
-    _offsets: dict[int, int] = field(default_factory=dict, init=False)
+    _offsets: dict[int, Offsets] = field(default_factory=dict, init=False)
 
     @classmethod
     async def of(cls, body: CompletionRequest, state: State) -> _Completion:
@@ -76,6 +78,7 @@ class _Completion(Job):
             state=state,
             prompts=prompts,
             echo=echo,
+            skip_special_tokens=body.skip_special_tokens is not False,
         )
 
     async def choice(self, i: int, text: str) -> dict[str, Any]:
@@ -90,22 +93,22 @@ class _Completion(Job):
 
     def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
         tokens, others = self.sent(i).logprobs(result, top)
-        if self.echo and i not in self._offsets:
+        ids = self.prompts.ids[i // self.n]
+        offsets = []
+        if i not in self._offsets:
+            self._offsets[i] = Offsets(self.state.engine.tokenizer, self.skip_special_tokens)
+            if self.echo:
+                offsets = self._offsets[i].prompt(ids, self._echoes[i // self.n])
+        offsets += self._offsets[i].answer([id for _, id, _ in tokens], ids)
+        if len(offsets) > len(tokens):
             meta = result["meta_info"]
             tokens = meta["input_token_logprobs"] + tokens
             rows = meta["input_top_logprobs"] if top else [[] for _ in meta["input_token_logprobs"]]
             others = [row and row[:top] for row in rows] + others
         if not tokens:
             return None
-        at = self._offsets.get(i, 0)
-        texts = [text for _, _, text in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[i] = at
         return {
-            "tokens": texts,
+            "tokens": [text for _, _, text in tokens],
             "token_logprobs": [value for value, _, _ in tokens],
             "top_logprobs": [_likeliest(token, row) for token, row in zip(tokens, others, strict=True)],
             "text_offset": offsets,
