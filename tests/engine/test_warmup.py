@@ -76,6 +76,16 @@ def test_what_waits_for_an_idle_engine_lets_requests_go_first(engine):
     assert engine.stats()["requests"] == 2
 
 
+def test_who_asks_again_and_again_is_not_held_up_in_between(engine):
+    """A conversation, or a check of health, is several commands: none of what waits is begun between them."""
+    done = []
+    engine._loop.call(lambda: engine._loop.when_idle(lambda: done.append(1)))
+    for _ in range(20):
+        engine.status()
+        assert not done
+    wait_for(lambda: done)
+
+
 def test_nothing_is_computed_while_paused_or_released(engine):
     done = []
     for pause, go_on in (

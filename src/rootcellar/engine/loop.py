@@ -33,6 +33,10 @@ from rootcellar.scheduler.shares import queued
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Seconds without a word from anybody after which the engine is idle: who asks several things in a row, as a check of
+# health does, is held up once and not each time.
+_QUIET = 0.1
+
 MODES = ("wait", "abort", "retract")
 
 
@@ -160,7 +164,7 @@ class Loop:
         heapq.heappush(self._alarms, (moment, next(self._serial), function))
 
     def when_idle(self, function: Callable[[], None]) -> None:
-        """Run ``function`` once, when there is nothing else to do; for the engine's thread."""
+        """Run ``function`` once, when nobody has wanted anything for a moment; for the engine's thread."""
         self._when_idle.append(function)
 
     def stop(self) -> None:
@@ -249,11 +253,11 @@ class Loop:
         while not self._stopped.is_set():
             try:
                 runnable = not (self.scheduler.idle or self.paused or self.life.released)
-                self._drain(wait=not runnable and not (self._when_idle and self._able))
+                quiet = not self._drain(wait=not runnable)
                 self._expire()
                 if runnable and self._able:
                     self._step()
-                elif self.scheduler.idle and self._when_idle and self._able:
+                elif quiet and self.scheduler.idle and self._when_idle and self._able:
                     self._when_idle.popleft()()
                 self._rested()
             except Exception as error:
@@ -277,22 +281,28 @@ class Loop:
         """Whether anything may be computed now."""
         return not (self._stopped.is_set() or self.paused or self.life.released)
 
-    def _drain(self, *, wait: bool) -> None:
-        """Run what other threads asked for; with ``wait``, sleep until there is something or a deadline passes."""
+    def _drain(self, *, wait: bool) -> bool:
+        """Run what other threads asked for; whether there was anything.
+
+        With ``wait``, sleep until there is something or a deadline passes.
+        """
+        ran = False
         while True:
             try:
                 command = self._inbox.get(block=wait, timeout=self._next_deadline() if wait else None)
             except queue.Empty:
-                return
+                return ran
             if command is None:
-                return
+                return True
             command()
-            wait = False
+            ran, wait = True, False
 
     def _next_deadline(self) -> float | None:
         deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
         if self._alarms:
             deadlines.append(self._alarms[0][0])
+        if self._when_idle and self._able:
+            deadlines.append(time.perf_counter() + _QUIET)
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def _expire(self) -> None:
