@@ -86,6 +86,12 @@ def test_an_absurd_field_never_loads_other_weights(family, tmp_path):
             assert all(shapes[source] == spec.shape for spec in specs for source in spec.sources), (name, value)
 
 
+def test_a_config_that_is_no_object():
+    for raw in ([], "x", 3, None):
+        with pytest.raises(ModelError, match="a config must be an object"):
+            read_architecture(raw)
+
+
 def test_the_planner_refuses_by_name_too(configs):
     config = configs["qwen3-next"]
     for name, mutated in mutations(config):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import rootcellar
 from rootcellar.models.config import load_config, read_config
@@ -315,3 +316,29 @@ def test_saved_configs_of_both_spellings_are_read_alike(case, tmp_path):
     assert layer.feed_forward.intermediate_size == fields["intermediate_size"]
     if "head_dim" in fields:
         assert layer.mixer.head_dim == fields["head_dim"]
+
+
+@pytest.mark.parametrize("saved", ["another", "equal", "alone"])
+def test_a_head_beside_tied_embeddings_is_what_transformers_makes_of_it(saved, tmp_path):
+    """``tie_word_embeddings`` is true, and the file holds a head: another one, the same, or it and no embeddings."""
+    torch.manual_seed(5)
+    fields = {**sizes(4, 2, 64, True), "initializer_range": 0.1}
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].copy()
+    if saved == "another":
+        head += np.random.default_rng(0).standard_normal(head.shape, np.float32) / 10
+    if saved == "alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = list(range(3, 40))
+    with torch.no_grad():
+        expected = prompt_logprobs(theirs, torch.tensor(ids))
+    cfg = load_config(tmp_path)
+    params = load_params(tmp_path, cfg, jnp.float32)
+    hidden = forward(params, cfg, jnp.array(ids, jnp.int32), make_mix_dense(cfg, [len(ids)]))
+    got = jax.nn.log_softmax(logits(params, cfg, hidden))[np.arange(len(ids) - 1), np.array(ids[1:])]
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
+    tied = theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
+    assert ("head" not in params) == tied == (saved != "another")

@@ -133,7 +133,7 @@ def _config(model: str) -> dict[str, Any]:
         raise ConfigError(
             f"{model!r} is no preset and cannot be read ({error.strerror}): give a config.json, or one of {presets}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds {type(config).__name__}, not an object")

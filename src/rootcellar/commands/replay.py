@@ -150,7 +150,7 @@ def _token_bytes(args: argparse.Namespace) -> float | None:
         return None
     try:
         config = json.loads(args.model_config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--model-config {args.model_config} cannot be read: {error}") from None
     return plan(Ask(read_architecture(config), kv_cache_dtype=args.kv_cache_dtype)).bytes_per_token_full
 

@@ -293,6 +293,8 @@ def text_of(raw: Raw) -> Raw:
 
     Raises ``ModelError`` as ``check_fields`` does, for both.
     """
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"a config must be an object, not {reprlib.repr(raw)}")
     check_fields(raw)
     nested = raw.get("text_config")
     if nested is None:
