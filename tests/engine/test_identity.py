@@ -1,14 +1,27 @@
-"""Whose a request is: namespaces that no two inputs share, names, and what ends when one is aborted."""
+"""Whose a request is and what pages are called: namespaces that no two inputs share, names, what an abort ends."""
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rootcellar
+from checkpoints import make_checkpoint
+from rootcellar.cache import Key, digests
 from rootcellar.config import EngineConfig
+from rootcellar.engine import identity
 from rootcellar.engine.identity import LONGEST_NAME, check_name, namespace, read_namespace, tenant_in
 from rootcellar.errors import RequestError, RequestTooLarge
+from rootcellar.models.config import load_config
+from rootcellar.models.kinds import kinds_of
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 FIELDS = ("tenant", "salt", "extra_key")
@@ -190,3 +203,91 @@ def test_an_explanation_names_no_other_tenant(engine):
     assert "alice" not in str(told)
     assert "alice" in engine.prefixes.explain(ids, tenant="bob")["elsewhere"]
     assert engine.prefixes.explain(ids, "x", tenant="alice", others=False)["elsewhere"].endswith("tenant=alice")
+
+
+# --- what pages are called --------------------------------------------------------------------------------------------
+
+PROMPT = list(range(40, 80))
+
+
+def test_names_of_pages_are_a_format():
+    """Written down for ever: whoever changes one of these changes ``FORMAT`` too."""
+    key = Key(range(8), f"{identity.weights_named('mine')}/{identity.namespace('t', 's', 'x')}")
+    assert key.namespace == (
+        "named-3fd30542fe3f61b14bd4a4b2dc0b6fb30fa6f63ebce52dd1778aaa8c4dc02cff/tenant=t&cache_salt=s&extra_key=x"
+    )
+    assert [digest.hex() for digest in digests(key, 4, bytes(32))] == [
+        "d649791b23fd8ac9b124c1d0a40cd1df37972ab545d07dc25acc3ee4d9b6afd4",
+        "78f5755f0e45bcd69feb90e70b1d5be2b4db435ac6394780a5ca113156185397",
+    ]
+
+
+def test_weights_in_files_are_their_content_whatever_their_path(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, content in ((one, b"abc"), (two, b"abc")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+    memory = tmp_path / "weights.json"
+    files = [one / "model.safetensors"]
+    name = identity.weights_in_files(files, memory)
+    assert name == identity.weights_in_files([two / "model.safetensors"], None)
+    assert name == identity.weights_in_files(files, memory), "remembered"
+    files[0].write_bytes(b"abd")
+    assert name != identity.weights_in_files(files, memory)
+    other = two / "other.safetensors"
+    other.write_bytes(b"abc")
+    assert name != identity.weights_in_files([other], None)
+    memory.write_text("no JSON")
+    files[0].write_bytes(b"abc")
+    assert name == identity.weights_in_files(files, memory)
+    assert identity.weights_in_files(files, tmp_path / "no" / "\0") == name, "a memory that fails is no error"
+
+
+def test_weights_without_a_name_are_one_runs_and_one_updates():
+    code = "from rootcellar.engine import identity; print(identity.weights_of_this_run())"
+    runs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
+    assert len(runs | {identity.weights_of_this_run(), identity.weights_of_this_run()}) == 4
+
+
+def test_a_fingerprint_tells_apart_whatever_changes_a_pages_bytes(tiny_folder):
+    model = load_config(tiny_folder)
+    kinds, _ = kinds_of(model, jnp.dtype(jnp.float32))
+    plain = identity.fingerprint(model, kinds, "float32", "float32", 16)
+    assert plain == identity.fingerprint(
+        replace(model, eos_token_ids=(7,), dtype="bfloat16"), kinds, "float32", "float32", 16
+    )
+    others = [
+        identity.fingerprint(replace(model, embed_scale=2.0), kinds, "float32", "float32", 16),
+        identity.fingerprint(model, kinds, "bfloat16", "float32", 16),
+        identity.fingerprint(model, kinds, "float32", "bfloat16", 16),
+        identity.fingerprint(model, kinds, "float32", "float32", 32),
+    ]
+    assert len({plain, *others}) == 5
+
+
+def test_engines_with_the_same_files_share_all_names_and_with_other_weights_none(tiny_folder, tmp_path):
+    same, other = tmp_path / "same", tmp_path / "other"
+    shutil.copytree(tiny_folder, same)
+    make_checkpoint("qwen2", other, tokenizer=True, seed=7)
+    settings = {"max_total_tokens": 256, "max_running_requests": 1, "chunked_prefill_size": 32}
+    names = {}
+    for folder in (tiny_folder, same, other):
+        with rootcellar.Engine(model_path=folder, **settings) as engine:
+            names[folder] = engine.prefixes.names(PROMPT)
+            if folder == tiny_folder:
+                assert names[folder] != engine.prefixes.names(PROMPT, "x")
+                tensors = engine._parts.runner.params
+                live = [engine.update_weights(tensors) and engine.prefixes.names(PROMPT) for _ in "ab"]
+                named = [
+                    engine.update_weights(tensors, "1", weights_name=name) and engine.prefixes.names(PROMPT)
+                    for name in "xyx"
+                ]
+                engine.update_weights_from_disk(str(same))
+                assert engine.prefixes.names(PROMPT) == names[folder]
+    assert len(names[tiny_folder]) == len(PROMPT) // 16
+    assert names[tiny_folder] == names[same]
+    assert named[0] == named[2]
+    for one, two in itertools.combinations([names[tiny_folder], names[other], *live, *named[:2]], 2):
+        assert not set(one) & set(two)

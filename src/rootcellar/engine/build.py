@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from rootcellar import demo
 from rootcellar.cache import RadixCache, Tier
 from rootcellar.config import EngineConfig
-from rootcellar.engine import memory
+from rootcellar.engine import identity, memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config, read_json
 from rootcellar.models.kinds import kinds_of
-from rootcellar.models.loader import check_weights, load_params
+from rootcellar.models.loader import check_weights, load_params, weight_files
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
@@ -40,6 +40,14 @@ from rootcellar.text import Tokenizer
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters, and what they are, in a word: see ``identity``."""
+
+    params: Params
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,10 @@ class Parts:
     total_tokens: int
     max_running_requests: int
     backend: str
-    reload: Callable[[], Params] | None
+    fingerprint: bytes
+    weights: str
+    """What pages' names begin with, and what the weights are, in a word; see ``identity``."""
+    reload: Callable[[], Weights] | None
     """Gives the weights again; None when they were handed over."""
     grammars: Grammars | None
     """What makes requests' grammars; None without a tokenizer."""
@@ -94,14 +105,21 @@ def sampling_defaults(model_path: str) -> dict[str, Any]:
     return given
 
 
-def load_weights(folder: Path, parts: Parts) -> Params:
+def live_weights(params: Params, name: str | None) -> Weights:
+    """Weights that somebody holds, by the name that they give them, or this run's alone."""
+    if name is None:
+        return Weights(params, identity.weights_of_this_run())
+    return Weights(params, identity.weights_named(identity.check_name("weights_name", name)))
+
+
+def load_weights(folder: Path, parts: Parts) -> Weights:
     """The weights of another folder, in the dtype of the engine's own; the folder's config must be the same model."""
     model = load_config(folder)
     if model != parts.model:
         theirs, ours = (_settings(cfg) for cfg in (model, parts.model))
         differs = sorted({name.split(".")[-1] for name, _ in theirs.items() ^ ours.items()})
         raise ModelError(f"{folder} holds another model: its {', '.join(differs)} differ; start a new engine for it")
-    return load_params(folder, model, parts.dtype)
+    return _read(folder, model, parts.dtype)
 
 
 def _settings(model: ModelConfig) -> dict[str, object]:
@@ -110,8 +128,8 @@ def _settings(model: ModelConfig) -> dict[str, object]:
     return {path_name(path): value for path, value in leaves}
 
 
-def build(config: EngineConfig, params: Params | None = None) -> Parts:
-    """Load the model and allocate the KV cache.
+def build(config: EngineConfig, given: Weights | None = None) -> Parts:
+    """Load the model and allocate the KV cache; ``given``: weights to use as they are instead of reading them.
 
     Raises:
         ConfigError: a setting does not fit the model or the machine.
@@ -120,6 +138,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     compiles = CompileCounter()
     _keep_compiled(config.compilation_cache_dir)
     folder = folder_of(config.model_path)
+    params = None if given is None else given.params
     model = _model(config, folder, params)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
@@ -136,7 +155,8 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     total, running = sizing.division.tokens, sizing.max_running_requests
     # No request is longer than the cache: a context of millions must not make page tables of millions.
     programs = dataclasses.replace(programs, table_width=-(-min(context, total) // config.page_size))
-    weights = params if reload is None else reload()
+    weights = given if reload is None else reload()
+    assert weights is not None
 
     pools = {
         name: _pool(layout, layers, sizing.division.pages[name], programs)
@@ -146,7 +166,7 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
     shapes = Shapes.of(config.chunked_prefill_size, running)
     runner = Runner(
         placement,
-        weights,
+        weights.params,
         kinds,
         pools,
         backend=programs.backend,
@@ -154,7 +174,8 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         widths=programs.widths,
         pool_of=programs.pool_of,
     )
-    scheduler = _scheduler(config, programs, pools, shapes, running)
+    names = identity.fingerprint(model, kinds, str(programs.dtype), str(_kv_dtype(config, dtype)), config.page_size)
+    scheduler = _scheduler(config, programs, pools, shapes, running, names)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
         config,
@@ -169,6 +190,8 @@ def build(config: EngineConfig, params: Params | None = None) -> Parts:
         total,
         running,
         programs.backend,
+        names,
+        weights.identity,
         reload,
         None if tokenizer is None else _grammars(config, tokenizer, model.vocab_size, stop_ids),
         sizing,
@@ -192,7 +215,12 @@ def _stop_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]
 
 
 def _scheduler(
-    config: EngineConfig, programs: Programs, pools: Mapping[str, Pool], shapes: Shapes, running: int
+    config: EngineConfig,
+    programs: Programs,
+    pools: Mapping[str, Pool],
+    shapes: Shapes,
+    running: int,
+    fingerprint: bytes,
 ) -> Scheduler:
     """The cache over the pools' pages, and the scheduler over the cache."""
     cache = RadixCache(
@@ -203,6 +231,7 @@ def _scheduler(
         max_leases=running,
         max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
+        fingerprint=fingerprint,
         reuse=not config.disable_radix_cache,
     )
     recurrent = any(kind.rule == "recurrent" for kind in programs.kinds)
@@ -268,10 +297,16 @@ def _model(config: EngineConfig, folder: Path, params: Params | None) -> ModelCo
     return model
 
 
-def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Params:
+def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Weights:
     if config.load_format == "dummy":
-        return init_params(model, config.random_seed, dtype)
-    return load_params(folder, model, dtype)
+        seeded = identity.weights_named(f"dummy {config.random_seed}")
+        return Weights(init_params(model, config.random_seed, dtype), seeded)
+    return _read(folder, model, dtype)
+
+
+def _read(folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Weights:
+    name = identity.weights_in_files(weight_files(folder), _user_cache() / "weights.json")
+    return Weights(load_params(folder, model, dtype), name)
 
 
 def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
@@ -310,13 +345,16 @@ def _context_length(wanted: int | None, model: ModelConfig) -> int:
     return wanted
 
 
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rootcellar"
+
+
 def _keep_compiled(folder: str | None) -> None:
     """Let JAX keep compiled programs on disk, unless the program that uses us has decided already."""
     if folder == "off" or jax.config.jax_compilation_cache_dir is not None:
         return
     if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(base) / "rootcellar" / "compiled")
+        folder = str(_user_cache() / "compiled")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,7 +21,7 @@ import numpy as np
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
-from rootcellar.engine.build import Parts, build, folder_of, load_weights
+from rootcellar.engine.build import Parts, Weights, build, folder_of, live_weights, load_weights
 from rootcellar.engine.closing import close_at_the_end
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
@@ -54,12 +54,14 @@ class Engine:
     ``prefixes`` explains and pins what is cached; ``programs`` compiles ahead.
     """
 
-    def __init__(self, *, params: Params | None = None, **options: Any) -> None:
+    def __init__(self, *, params: Params | None = None, weights_name: str | None = None, **options: Any) -> None:
         """Load the model and allocate the KV cache.
 
         Args:
             params: weights to use instead of reading them from ``model_path`` (whose ``config.json`` is still read): a
                 pytree as ``rootcellar.models.declare`` describes; used as it is, without a copy.
+            weights_name: what ``params`` are: whoever gives equal names answers for equal weights, and their pages have
+                equal names too. None: they are this run's alone.
             **options: the settings of :class:`rootcellar.config.EngineConfig` (see ``docs/configuration.md``).
 
         Raises:
@@ -68,8 +70,8 @@ class Engine:
         """
         self.config = EngineConfig.from_kwargs(**options)
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
-        self._parts: Parts = build(self.config, params)
-        self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload)
+        self._parts: Parts = build(self.config, None if params is None else live_weights(params, weights_name))
+        self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload, self._parts.weights)
         self._loop = Loop(
             self._life, self._parts.max_running_requests, self.config.max_queued_requests, self.config.log_interval
         )
@@ -434,7 +436,9 @@ class Engine:
         chosen = read_tags(tags)
         return self._loop.call(lambda: self._life.resume(chosen))
 
-    def update_weights(self, params: Params, version: str | None = None) -> dict[str, Any]:
+    def update_weights(
+        self, params: Params, version: str | None = None, *, weights_name: str | None = None
+    ) -> dict[str, Any]:
         """Use ``params`` from the next step on, without a copy where they lie as the present ones do.
 
         Nothing that was cached with other weights is a hit again. Requests that run go on over the KV that they have;
@@ -442,7 +446,8 @@ class Engine:
 
         Args:
             params: a pytree like the present one; it stays the caller's.
-            version: a name for them; None counts on.
+            version: what ``meta_info`` calls them; None counts on.
+            weights_name: as for the engine itself: what they are, to whoever shares pages.
 
         Returns:
             ``{"weight_version", "copied"}``; ``copied`` names parameters that had to be placed elsewhere.
@@ -450,15 +455,15 @@ class Engine:
         Raises:
             ModelError: a parameter is missing, unknown, or of another shape or dtype; nothing was changed.
         """
-        return self._update(params, version, None)
+        return self._update(live_weights(params, weights_name), version, None)
 
     def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
         """:meth:`update_weights` with those of a checkpoint of the same model."""
         reload = functools.partial(load_weights, folder_of(model_path), self._parts)
         return self._update(reload(), version, reload)
 
-    def _update(self, params: Params, version: str | None, reload: Callable[[], Params] | None) -> dict[str, Any]:
-        now, copied = self._loop.call(lambda: self._life.update_weights(params, version, reload))
+    def _update(self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None) -> dict[str, Any]:
+        now, copied = self._loop.call(lambda: self._life.update_weights(weights, version, reload))
         return {"weight_version": now, "copied": copied}
 
     def check(self) -> None:

@@ -6,7 +6,7 @@ A part of the memory is named by a *tag*: ``kv_cache`` (the pools) or ``weights`
 once, each buffer deleted, and the engine refuses new requests until it is resumed. Rebuilt buffers have the shapes,
 dtypes and shardings of before, so nothing compiles again.
 
-Stale KV cannot be hit: the version of the weights is part of every cache key's namespace.
+Stale KV cannot be hit: what the weights are is part of every cache key's namespace.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from rootcellar.engine.build import Weights
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
-from rootcellar.models.params import Params, check_params, path_name
+from rootcellar.models.params import check_params, path_name
 from rootcellar.pools import Pool
 from rootcellar.runner import Runner
 from rootcellar.scheduler import Scheduler
@@ -41,14 +42,16 @@ class Lifecycle:
 
     Attributes:
         reload: gives the weights again when they are the engine's own; None when they were handed over.
-        version: of the weights.
+        weights: what the weights are, in a word (``identity``): KV computed with other ones is never a hit.
+        version: what users call them.
         released: tags whose memory is given back.
         saved: for each pool whose cached pages wait on the host, their numbers and bytes.
     """
 
     scheduler: Scheduler
     runner: Runner
-    reload: Callable[[], Params] | None
+    reload: Callable[[], Weights] | None
+    weights: str
     version: str = "0"
     released: set[str] = field(default_factory=set)
     saved: dict[str, Saved] = field(default_factory=dict)
@@ -56,7 +59,7 @@ class Lifecycle:
 
     def __post_init__(self) -> None:
         self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.runner.params)]
-        self.scheduler.set_epoch(self.version)
+        self.scheduler.set_epoch(self.weights)
 
     def require_memory(self) -> None:
         """Raise ``EngineError`` when something is released."""
@@ -100,7 +103,9 @@ class Lifecycle:
         if "weights" in tags and "weights" in self.released:
             if self.reload is None:
                 raise EngineError("the weights were handed over, and released: give new ones with update_weights")
-            self.runner.params = self.runner.placement.place(self.reload())
+            read = self.reload()  # perhaps changed meanwhile
+            self.runner.params = self.runner.placement.place(read.params)
+            self._are(read.identity)
             leaves = jax.tree.leaves(self.runner.params)
             buffers += len(leaves)
             nbytes += sum(leaf.nbytes for leaf in leaves)
@@ -128,7 +133,7 @@ class Lifecycle:
     # -- weights --------------------------------------------------------------------------------------------------
 
     def update_weights(
-        self, params: Params, version: str | None, reload: Callable[[], Params] | None
+        self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None
     ) -> tuple[str, list[str]]:
         """Use other weights from the next step on. See ``Engine.update_weights``.
 
@@ -136,6 +141,7 @@ class Lifecycle:
         """
         if version is not None:
             check_name("weight_version", version)
+        params = weights.params
         check_params(self.runner.placement.model, params)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         pairs = zip(leaves, self._dtypes, strict=True)
@@ -154,8 +160,12 @@ class Lifecycle:
         self.runner.params = placed
         self.reload = reload
         self.released.discard("weights")
-        self.scheduler.set_epoch(self.version)
+        self._are(weights.identity)
         return self.version, copied
+
+    def _are(self, weights: str) -> None:
+        self.weights = weights
+        self.scheduler.set_epoch(weights)
 
 
 def _resident_bytes() -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.cache import Key
+from rootcellar.cache import Key, digests
 from rootcellar.engine.build import Parts
 from rootcellar.engine.identity import read_namespace, tenant_in
 from rootcellar.engine.loop import Loop
@@ -40,6 +40,7 @@ class Prefixes:
         self._loop = loop
         self._cache = loop.scheduler.cache
         self._config = parts.config
+        self._fingerprint = parts.fingerprint
         self._limit = int(parts.total_tokens * _MOST)
         self._pins: dict[tuple[str, Key], _Pin] = {}
 
@@ -136,6 +137,17 @@ class Prefixes:
             return found
 
         return self._loop.call(undo)
+
+    def names(
+        self, input_ids: Sequence[int], extra_key: str = "", *, cache_salt: str = "", tenant: str = ""
+    ) -> list[str]:
+        """What the whole pages of these tokens are called, to stores, peers and readers of KV events, in hex digits.
+
+        Two engines give a page one name exactly when its bytes are the same: see ``engine/identity.py``.
+        """
+        where = self._read(input_ids, tenant, cache_salt, extra_key)
+        key = self._loop.call(lambda: self._loop.scheduler.key(input_ids, where))
+        return [digest.hex() for digest in digests(key, self._config.page_size, self._fingerprint)]
 
     def _read(self, input_ids: Sequence[int], tenant: str, cache_salt: str, extra_key: str) -> str:
         """The namespace that is meant, checked as for a request."""

@@ -187,6 +187,12 @@ class _Checkpoint:
             logger.warning("%d tensors in %s are not used: %s", len(unused), self._folder, shown)
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that :func:`load_params` would read of a folder, by name. Raises ``ModelError`` as it does."""
+    folder = Path(folder)
+    return [_path(folder, name) for name in sorted(set(_tensor_files(folder).values())) or [SINGLE]]
+
+
 def _tensor_files(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the index; empty when there is a single file instead."""
     if not folder.is_dir():
@@ -205,10 +211,15 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     return where
 
 
-def _open(folder: Path, name: str) -> Any:
+def _path(folder: Path, name: str) -> Path:
     path = find_file(folder, name)
     if path is None:
         raise ModelError(f"{folder / name} is missing, which {INDEX} names: the download is not complete")
+    return path
+
+
+def _open(folder: Path, name: str) -> Any:
+    path = _path(folder, name)
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
