@@ -130,7 +130,7 @@ def namespace(tenant: str, salt: str, extra_key: str) -> str:
     """The namespace of these three fields; empty when all are.
 
     No two different inputs give one: fields are named, and what stands in a field cannot end it. There is no slash in
-    it, so the weights' version in front of it (``"{version}/{namespace}"``) is as well apart.
+    it, so what the weights are, in front of it (``"{weights}/{namespace}"``), is as well apart.
     """
     fields = {"tenant": tenant, "cache_salt": salt, "extra_key": extra_key}
     return "&".join(f"{name}={quote(value, '', errors='surrogatepass')}" for name, value in fields.items() if value)
@@ -145,7 +145,7 @@ def read_namespace(config: EngineConfig, tenant: str, salt: str, extra_key: str)
 
 
 def tenant_in(key_namespace: str) -> str:
-    """The tenant of a namespace as cache keys have it, with the weights' version in front."""
+    """The tenant of a namespace as cache keys have it, with what the weights are in front."""
     fields = dict(parse_qsl(key_namespace.rpartition("/")[2], errors="surrogatepass"))
     return fields.get("tenant", "")
 

@@ -59,7 +59,7 @@ function render() {
   const shares = sharers();
   const onTrail = new Set(tree.requests.filter((r) => r.rid === followed).flatMap((r) => r.nodes));
   const parts = groups.map(({ namespace, row }) =>
-    svg("text", { class: "namespace", x: 4, y: row * ROW + 16 }, `namespace ${namespace}`),
+    svg("text", { class: "namespace", x: 4, y: row * ROW + 16 }, `namespace ${namespace.split("/").pop() || "(none)"}`),
   );
   const tabbable = tree.nodes.some((node) => node.id === chosen) ? chosen : tree.nodes[0]?.id;
   for (const node of tree.nodes) {
