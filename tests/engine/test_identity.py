@@ -19,7 +19,7 @@ from rootcellar.cache import Key, digests
 from rootcellar.config import EngineConfig
 from rootcellar.engine import identity
 from rootcellar.engine.identity import LONGEST_NAME, check_name, namespace, read_namespace, tenant_in
-from rootcellar.errors import RequestError, RequestTooLarge
+from rootcellar.errors import ConfigError, RequestError, RequestTooLarge
 from rootcellar.models.config import load_config
 from rootcellar.models.kinds import kinds_of
 
@@ -249,6 +249,11 @@ def test_weights_without_a_name_are_one_runs_and_one_updates():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
     }
     assert len(runs | {identity.weights_of_this_run(), identity.weights_of_this_run()}) == 4
+
+
+def test_a_name_is_for_weights_that_are_given(tiny_folder):
+    with pytest.raises(ConfigError, match="weights_name is for params"):
+        rootcellar.Engine(model_path=tiny_folder, weights_name="x")
 
 
 def test_a_fingerprint_tells_apart_whatever_changes_a_pages_bytes(tiny_folder):
