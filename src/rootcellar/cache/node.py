@@ -100,6 +100,14 @@ class Node:
         """First page after the node."""
         return self.start + self.size
 
+    def count_hit(self, priority: int) -> None:
+        """Note that a request of this priority resumed at the node's end, which every node above serves too."""
+        climb: Node | None = self
+        while climb is not None:
+            climb.hits += 1
+            climb.priority = max(climb.priority, priority)
+            climb = climb.parent
+
 
 class Waiter(Protocol):
     """Whoever cannot go on before copies are done: a lease."""

@@ -121,7 +121,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
     fill_rows(desk, lease)
     for shelf in desk.states:
         tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.take(1)[0]
-    _count_hit(node, priority)
+    node.count_hit(priority)
     if tree.shadow is not None and desk.reuse:
         tree.shadow.advance(len(hit.key))
         lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
@@ -221,14 +221,6 @@ def _fill_row(desk: Desk, lease: Lease, shelf: Shelf, start: int) -> None:
         if entry is not None:
             first = max(start, climb.start + entry.lo)
             row[first : climb.end] = entry.pages[first - climb.start - entry.lo :]
-        climb = climb.parent
-
-
-def _count_hit(node: Node, priority: int) -> None:
-    climb: Node | None = node
-    while climb is not None:
-        climb.hits += 1
-        climb.priority = max(climb.priority, priority)
         climb = climb.parent
 
 

@@ -128,8 +128,8 @@ def _settings(model: ModelConfig) -> dict[str, object]:
     return {path_name(path): value for path, value in leaves}
 
 
-def build(config: EngineConfig, given: Weights | None = None) -> Parts:
-    """Load the model and allocate the KV cache; ``given``: weights to use as they are instead of reading them.
+def build(config: EngineConfig, params: Params | None = None, weights_name: str | None = None) -> Parts:
+    """Load the model and allocate the KV cache; ``params``: weights to use as they are instead of reading them.
 
     Raises:
         ConfigError: a setting does not fit the model or the machine.
@@ -138,7 +138,8 @@ def build(config: EngineConfig, given: Weights | None = None) -> Parts:
     compiles = CompileCounter()
     _keep_compiled(config.compilation_cache_dir)
     folder = folder_of(config.model_path)
-    params = None if given is None else given.params
+    if params is None and weights_name is not None:
+        raise ConfigError("weights_name is for params: a checkpoint's weights are called after its files")
     model = _model(config, folder, params)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
@@ -155,8 +156,7 @@ def build(config: EngineConfig, given: Weights | None = None) -> Parts:
     total, running = sizing.division.tokens, sizing.max_running_requests
     # No request is longer than the cache: a context of millions must not make page tables of millions.
     programs = dataclasses.replace(programs, table_width=-(-min(context, total) // config.page_size))
-    weights = given if reload is None else reload()
-    assert weights is not None
+    weights = live_weights(params, weights_name) if reload is None else reload()
 
     pools = {
         name: _pool(layout, layers, sizing.division.pages[name], programs)

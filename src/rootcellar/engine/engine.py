@@ -70,11 +70,7 @@ class Engine:
         """
         self.config = EngineConfig.from_kwargs(**options)
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
-        if params is None and weights_name is not None:
-            raise ConfigError(
-                "weights_name is for params; a checkpoint's weights are called after its files: leave it out"
-            )
-        self._parts: Parts = build(self.config, None if params is None else live_weights(params, weights_name))
+        self._parts: Parts = build(self.config, params, weights_name)
         self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload, self._parts.weights)
         self._loop = Loop(
             self._life, self._parts.max_running_requests, self.config.max_queued_requests, self.config.log_interval
