@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -215,24 +215,34 @@ async def hold_connections(url: str, until: float, connections: int, counts: dic
 # ---- the victim ------------------------------------------------------------------------------------------------------
 
 
-def ask(connection: http.client.HTTPConnection, number: int) -> float:
-    """Seconds that one token takes."""
-    body = json.dumps({"prompt": f"{number} what is a page?", "max_tokens": 1, "temperature": 0})
+class Asked(NamedTuple):
+    """What one token took, in seconds: all, in the engine, before its first step."""
+
+    all: float
+    engine: float
+    queue: float
+
+
+def ask(connection: http.client.HTTPConnection, number: int) -> Asked:
+    """Have one token computed."""
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    body = json.dumps({"text": f"{number} what is a page?", "sampling_params": sampling})
     headers = {"Authorization": f"Bearer {VICTIM}", "Content-Type": "application/json"}
     began = time.perf_counter()
-    connection.request("POST", "/v1/completions", body, headers)
+    connection.request("POST", "/generate", body, headers)
     response = connection.getresponse()
     content = response.read()
     took = time.perf_counter() - began
     if response.status != 200:
         raise SystemExit(f"the victim was refused with {response.status}: {content[:300]!r}")
-    return took
+    meta = json.loads(content)["meta_info"]
+    return Asked(took, meta["e2e_latency"], meta["queue_time"])
 
 
-def times_of(url: str, numbers: Iterator[int], until: Callable[[int], bool]) -> list[float]:
+def times_of(url: str, numbers: Iterator[int], until: Callable[[int], bool]) -> list[Asked]:
     """Latencies of one request after the other, until ``until(how many)``; a little pause between two."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
-    times: list[float] = []
+    times: list[Asked] = []
     while not until(len(times)):
         times.append(ask(connection, next(numbers)))
         time.sleep(0.02)
@@ -242,13 +252,15 @@ def times_of(url: str, numbers: Iterator[int], until: Callable[[int], bool]) -> 
 
 @dataclass
 class Row:
-    """What one attack did; seconds and bytes."""
+    """What one attack did; seconds and bytes. Of the worst answer also its time in the engine, and in its queue."""
 
     attack: str
     asked: int
     idle: float
     median: float
     worst: float
+    engine: float
+    queue: float
     step: float
     grown: int
     answers: dict[str, int]
@@ -267,7 +279,7 @@ def longest_step(url: str, since: float) -> float:
     return max((e["dur"] for e in events if e["ts"] + e["dur"] > newest - 1e6 * since), default=0) / 1e6
 
 
-def attacked(url: str, name: str, args: argparse.Namespace, numbers: Iterator[int]) -> tuple[list[float], dict]:
+def attacked(url: str, name: str, args: argparse.Namespace, numbers: Iterator[int]) -> tuple[list[Asked], dict]:
     """The victim's latencies under one attack, and how the attacker was answered."""
     words = ["--attack", name, "--url", url, "--seconds", str(args.seconds), *(["--quick"] if args.quick else [])]
     with subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True) as attacker:
@@ -284,7 +296,7 @@ def measure(server: Server, name: str, args: argparse.Namespace, numbers: Iterat
     """The victim alone, then under one attack. A first, that is not measured, compiles what it needs."""
     attacked(server.url, name, args, numbers)
     settle(server.url)
-    idle = median(times_of(server.url, numbers, lambda n: n >= args.idle))
+    idle = median(asked.all for asked in times_of(server.url, numbers, lambda n: n >= args.idle))
     before, began = resident(server.pid), time.monotonic()
     times, answers = attacked(server.url, name, args, numbers)
     grown = max(0, resident(server.pid) - before)
@@ -292,7 +304,8 @@ def measure(server: Server, name: str, args: argparse.Namespace, numbers: Iterat
         raise SystemExit(f"the server died of {name}: {server.log()[-2000:]}")
     settle(server.url)
     step = longest_step(server.url, time.monotonic() - began)
-    return Row(name, len(times), idle, median(times), max(times), step, grown, answers)
+    worst = max(times)
+    return Row(name, len(times), idle, median(t.all for t in times), *worst, step, grown, answers)
 
 
 def settle(url: str, patience: float = 60) -> None:
@@ -339,7 +352,9 @@ def main() -> None:
                 factor = row.worst / row.idle
                 print(
                     f"{name:17} idle {1e3 * row.idle:6.1f} ms, median {row.median / row.idle:6.1f} x, worst "
-                    f"{factor:7.1f} x = {1e3 * row.worst:7.1f} ms; longest step {1e3 * row.step:6.1f} ms, "
+                    f"{factor:7.1f} x = {1e3 * row.worst:7.1f} ms "
+                    f"({1e3 * row.engine:.0f} in the engine, {1e3 * row.queue:.0f} in its queue); "
+                    f"longest step {1e3 * row.step:6.1f} ms, "
                     f"{row.grown / 1e6:5.0f} MB more; {'holds' if row.holds else 'BROKEN'}; {row.answers}",
                     flush=True,
                 )

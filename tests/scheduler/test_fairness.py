@@ -8,7 +8,7 @@ from simulated import World
 
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Request
-from rootcellar.scheduler.shares import light, portions, queued
+from rootcellar.scheduler.shares import Waiting, light, portions
 
 # A newcomer that wants one token is in the step after the next at the latest.
 SOON = 2
@@ -129,6 +129,14 @@ def test_the_tokens_of_a_step_are_shared_by_tenant_and_half_of_a_share_goes_to_t
 
 
 def test_a_call_takes_three_quarters_of_a_queue_at_most():
-    waiting = [Request.new("r", [1], SamplingParams(), tenant="a", call=call) for call in (0, 0, 0, 0, 1)]
-    assert queued(waiting, "a", 3) == 4
-    assert queued(waiting, "b", 3) == 0
+    waiting = Waiting()
+    requests = [Request.new("r", [1], SamplingParams(), tenant="a", call=call) for call in (0, 0, 0, 0, 1)]
+    for order, request in enumerate(requests):
+        request.order = order
+        waiting.add(request)
+    assert (len(waiting), list(waiting)) == (5, requests)
+    assert waiting.places("a", 3) == 4
+    assert waiting.places("b", 3) == 0
+    for request in requests:
+        waiting.remove(request)
+    assert (len(waiting), waiting.calls) == (0, {})

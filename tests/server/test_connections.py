@@ -12,6 +12,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from rootcellar.server import run
 from rootcellar.server.app import create_app, routers
 from rootcellar.server.connections import protocol
 from rootcellar.server.parsing import Body
@@ -385,3 +386,24 @@ def test_health_asks_a_busy_engine_for_nothing_but_a_step(client, engine, url):
 def test_limits_belong_to_one_server():
     one, other = protocol(ServerConfig()), protocol(ServerConfig())
     assert one.keywords["held_up"] is not other.keywords["held_up"]
+
+
+# -- packets ----------------------------------------------------------------------------------------------------------
+
+
+def test_small_packets_are_sent_at_once():
+    """Otherwise each answer on a connection that is kept open takes 40 ms longer."""
+
+    async def accepted():
+        told = asyncio.Future()
+        listener = run._listen(ServerConfig(port=0))
+        server = await asyncio.start_server(lambda _, writer: told.set_result(writer), sock=listener)
+        _, ours = await asyncio.open_connection(*listener.getsockname())
+        theirs = await told
+        delay = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for writer in (ours, theirs):
+            writer.close()
+        server.close()
+        return delay
+
+    assert asyncio.run(accepted())

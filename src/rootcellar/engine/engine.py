@@ -29,7 +29,7 @@ from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order, show
 from rootcellar.engine.prefixes import Prefixes
-from rootcellar.engine.requests import Inputs, encode, read_inputs, takes_long
+from rootcellar.engine.requests import MANY_PROMPTS, Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.errors import ConfigError, RequestError
@@ -232,14 +232,14 @@ class Engine:
         misses steps in between, never text: each result holds all that came before.
         """
         mailbox = Mailbox(self._post())
-        read = functools.partial(
-            read_inputs, self._parts, prompt, options.pop("input_ids", None), sampling_params, **options
-        )
+        input_ids = options.pop("input_ids", None)
+        read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
-        inputs = await asyncio.to_thread(read) if takes_long(prompt) else read()
+        inputs = await asyncio.to_thread(read) if takes_long(prompt, input_ids) else read()
         compiling = self._start_grammars(inputs)
         grammars = None if compiling is None else await asyncio.wrap_future(compiling)
-        trackers = self._trackers(inputs, grammars, stream, mailbox.deliver)
+        make = functools.partial(self._trackers, inputs, grammars, stream, mailbox.deliver)
+        trackers = await asyncio.to_thread(make) if len(inputs.items) > MANY_PROMPTS else make()
         try:
             await asyncio.wrap_future(self._loop.submit(trackers))
         except asyncio.CancelledError:

@@ -28,7 +28,6 @@ from rootcellar.errors import ConfigError, EngineError, QueueFull, RequestTooLar
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
-from rootcellar.scheduler.shares import queued
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,6 +35,10 @@ T = TypeVar("T")
 # Seconds without a word from anybody after which the engine is idle: who asks several things in a row, as a check of
 # health does, is held up once and not each time.
 _QUIET = 0.1
+# Requests of one call that are ended in one go.
+_SLICE = 32
+# Seconds of commands between two steps, at most.
+_PATIENCE = 0.02
 
 MODES = ("wait", "abort", "retract")
 
@@ -129,10 +132,12 @@ class Loop:
     def abandon(self, trackers: list[Tracker]) -> None:
         """End requests whose caller went away. Does not wait; those that ended already are left alone."""
 
-        def abandon() -> None:
-            for tracker in trackers:
+        def abandon(first: int = 0) -> None:
+            for tracker in trackers[first : first + _SLICE]:
                 if tracker.request in self.trackers:
                     self._end(tracker.request, Finish.abort("asked", "the caller went away"))
+            if first + _SLICE < len(trackers):  # the others of a large call, when whoever came meanwhile had a turn
+                self._inbox.put(lambda: abandon(first + _SLICE))
 
         if not self._stopped.is_set():
             self._inbox.put(abandon)
@@ -228,7 +233,7 @@ class Loop:
                 f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
                 "wait: send fewer, or raise max_queued_requests"
             )
-        waiting = queued(self.scheduler.waiting, tenant, self._max_queued - self._max_queued // 4 + free)
+        waiting = self.scheduler.waiting.places(tenant, self._max_queued - self._max_queued // 4 + free)
         if waiting + new > self._max_queued + free:
             raise QueueFull(
                 f"too many requests: {waiting} wait and max_queued_requests is {self._max_queued}; "
@@ -284,21 +289,27 @@ class Loop:
     def _drain(self, *, wait: bool) -> bool:
         """Run what other threads asked for; whether there was anything.
 
-        With ``wait``, sleep until there is something or a deadline passes.
+        With ``wait``, sleep until there is something or a deadline passes. However much they ask for, a step that can
+        be computed is, before long.
         """
-        ran = False
-        while True:
+        ran, until = False, 0.0
+        while not ran or time.perf_counter() < until or self._stopped.is_set():
             try:
                 command = self._inbox.get(block=wait, timeout=self._next_deadline() if wait else None)
             except queue.Empty:
                 return ran
             if command is None:
                 return True
+            if not ran:
+                until = time.perf_counter() + _PATIENCE
             command()
             ran, wait = True, False
+        return ran
 
     def _next_deadline(self) -> float | None:
-        deadlines = [t.deadline for t in self.trackers.values() if t.deadline is not None]
+        # All have the same time, so the oldest is the first to be late.
+        first = next(iter(self.trackers.values()), None)
+        deadlines = [first.deadline] if first is not None and first.deadline is not None else []
         if self._alarms:
             deadlines.append(self._alarms[0][0])
         if self._when_idle and self._able:
@@ -309,8 +320,8 @@ class Loop:
         now = time.perf_counter()
         while self._alarms and self._alarms[0][0] <= now:
             heapq.heappop(self._alarms)[2]()
-        late = [t for t in self.trackers.values() if t.deadline is not None and now > t.deadline]
-        for tracker in late:
+        late = itertools.takewhile(lambda t: t.deadline is not None and now > t.deadline, self.trackers.values())
+        for tracker in list(late):
             self._end(tracker.request, Finish.abort("timeout", "timed out: it took longer than request_timeout"))
 
     def _step(self) -> None:
@@ -339,7 +350,7 @@ class Loop:
     def _unblock(self) -> None:
         """Nothing can be computed although something waits: end the first with the reason rather than hang."""
         if not self.scheduler.idle and not self.scheduler.running:
-            request = self.scheduler.waiting[0]
+            request = next(iter(self.scheduler.waiting))
             available = self.scheduler.cache.available_tokens()
             self._end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 

@@ -34,7 +34,6 @@ class Recorder:
         self.trace = Trace()
         self._scheduler = scheduler
         self._reporter = Reporter(log_interval, self.began)
-        self._retractions = 0
         self._step_began = self._dispatched = self._computed = self.began
 
     def step_begins(self) -> None:
@@ -45,12 +44,11 @@ class Recorder:
         """The scheduler planned: requests may have been retracted, and entries evicted."""
         cache = self._scheduler.cache
         self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
-        if self._scheduler.retractions != self._retractions:
-            self._retractions = self._scheduler.retractions
-            for request in self._scheduler.waiting:
-                tracker = trackers[request]
-                if tracker.note_stage():
-                    log.info("request %s was retracted to make room; it has %d tokens", request.rid, request.length)
+        for request in self._scheduler.retracted:
+            tracker = trackers.get(request)
+            if tracker is not None and tracker.note_stage():
+                log.info("request %s was retracted to make room; it has %d tokens", request.rid, request.length)
+        self._scheduler.retracted.clear()
 
     def dispatched(self) -> None:
         """The batch is built and goes to the device."""

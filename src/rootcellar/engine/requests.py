@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -24,6 +24,9 @@ from rootcellar.text import Tokenizer
 _LONG_TEXT = 10_000
 # Priorities are compared in C++ as well, and no request may fail a step that others share.
 _PRIORITIES = 2**31
+# The same for the number of prompts and answers.
+MANY_PROMPTS = 32
+_DEFAULTS = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,13 @@ def read_inputs(
     _check_stops(parts.config, settings)
     _check_size(parts, prompts, settings, logprobs)
     items: list[Item] = []
+    read = _Read(parts)
     for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):
         where = "" if one else f"prompt {i}: "
-        sampling = _fit(parts, ids, given, where)
+        sampling, stop_ids = read.params(given, where)
+        sampling = read.fitted(given, _most_new(parts, ids, given, sampling, where))
         if logprobs is not None and logprobs.start is not None and logprobs.start >= len(ids):
             raise RequestError(f"{where}logprob_start_len={logprobs.start} is beyond the prompt of {len(ids)} tokens")
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else parts.stop_ids)
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
@@ -115,7 +119,7 @@ def _check_size(
     config = parts.config
     sequences = tokens = cells = 0
     for ids, given in zip(prompts, settings, strict=True):
-        n, new = _count(given, "n", 1), _count(given, "max_new_tokens", SamplingParams().max_new_tokens)
+        n, new = _count(given, "n", 1), _count(given, "max_new_tokens", _DEFAULTS.max_new_tokens)
         sequences += n
         tokens += n * (len(ids) + new)
         cells += 0 if logprobs is None else n * logprobs.cells(len(ids), new)
@@ -221,8 +225,36 @@ def _checked(parts: Parts, ids: object, where: str) -> NDArray[np.int64]:
     return np.asarray(ids, np.int64)
 
 
-def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, where: str) -> SamplingParams:
-    """The sampling parameters, with an answer that fits when its length was not asked for."""
+class _Read:
+    """The sampling parameters of one call: prompts that share some have them read and checked once."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._params: dict[int, tuple[SamplingParams, frozenset[int]]] = {}
+        self._fitted: dict[tuple[int, int], SamplingParams] = {}
+
+    def params(self, given: Mapping[str, Any] | None, where: str) -> tuple[SamplingParams, frozenset[int]]:
+        """The parameters of a prompt, and the token ids that end its answers."""
+        known = self._params.get(id(given))
+        if known is None:
+            sampling = _read_params(self._parts, given, where)
+            ends = frozenset() if sampling.ignore_eos else self._parts.stop_ids
+            known = self._params[id(given)] = sampling, frozenset(sampling.stop_token_ids) | ends
+        return known
+
+    def fitted(self, given: Mapping[str, Any] | None, most: int) -> SamplingParams:
+        """The parameters of a prompt that was read, for an answer of at most so many tokens."""
+        sampling = self._params[id(given)][0]
+        if most == sampling.max_new_tokens:
+            return sampling
+        key = id(given), most
+        if key not in self._fitted:
+            least = min(sampling.min_new_tokens, most)
+            self._fitted[key] = replace(sampling, max_new_tokens=most, min_new_tokens=least)
+        return self._fitted[key]
+
+
+def _read_params(parts: Parts, given: Mapping[str, Any] | None, where: str) -> SamplingParams:
     sampling = SamplingParams.from_dict(given)
     if sampling.grammar and parts.tokenizer is None:
         raise RequestError(f"{where}{sampling.grammar} needs the tokenizer: leave skip_tokenizer_init at False")
@@ -232,6 +264,13 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
         raise RequestError(f"{where}stop_token_ids: ids of this model are 0 to {parts.model.vocab_size - 1}")
     if any(token >= parts.model.vocab_size for token, _ in sampling.logit_bias):
         raise RequestError(f"{where}logit_bias: ids of this model are 0 to {parts.model.vocab_size - 1}")
+    return sampling
+
+
+def _most_new(
+    parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, sampling: SamplingParams, where: str
+) -> int:
+    """Most tokens of the answer: what was asked for, or at most what fits where nothing was."""
     n = len(ids)
     if n >= parts.context_length:
         raise RequestTooLarge(
@@ -244,8 +283,7 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
         )
     room = min(parts.context_length, parts.total_tokens) - n
     if given is None or given.get("max_new_tokens") is None:
-        most = min(sampling.max_new_tokens, room)
-        return replace(sampling, max_new_tokens=most, min_new_tokens=min(sampling.min_new_tokens, most))
+        return min(sampling.max_new_tokens, room)
     wanted = n + sampling.max_new_tokens
     asked = f"{where}{n} prompt tokens and max_new_tokens={sampling.max_new_tokens} are {wanted}"
     if wanted > parts.context_length:
@@ -258,7 +296,7 @@ def _fit(parts: Parts, ids: NDArray[np.int64], given: Mapping[str, Any] | None, 
             f"{asked}, more than the KV cache holds: raise max_total_tokens (now {parts.total_tokens}) or lower "
             f"max_new_tokens to {room}"
         )
-    return sampling
+    return sampling.max_new_tokens
 
 
 def _logprob_options(config: EngineConfig, start: int, top: int, texts: bool) -> LogprobOptions:
@@ -270,7 +308,14 @@ def _logprob_options(config: EngineConfig, start: int, top: int, texts: bool) ->
     return LogprobOptions(None if start < 0 else start, top, texts)
 
 
-def takes_long(prompt: object) -> bool:
+def takes_long(prompt: object, input_ids: object) -> bool:
     """Whether reading the arguments may take longer than an event loop should stand still."""
     texts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    nested = isinstance(input_ids, list | tuple) and input_ids and isinstance(input_ids[0], list | tuple | np.ndarray)
+    lists = input_ids if nested else [input_ids]
+    if (
+        max(len(texts), len(lists)) > MANY_PROMPTS
+        or sum(len(ids) for ids in lists if isinstance(ids, Sized)) > _LONG_TEXT
+    ):
+        return True
     return sum(len(text) for text in texts if isinstance(text, str)) > _LONG_TEXT

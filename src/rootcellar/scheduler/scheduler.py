@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rootcellar.cache import Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.request import Finish, Request, Stage
-from rootcellar.scheduler.shares import Held, Lines, Place, Turns, Waiter, call_of, light, portions
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, call_of, light, place_of, portions
 from rootcellar.scheduler.snapshots import Snapshots
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
@@ -92,10 +92,12 @@ class Scheduler:
             snapshots: where requests leave recurrent states; None: the model has none.
         """
         self.cache = cache
-        self.waiting: list[Request] = []
+        self.waiting = Waiting()
         self.running: list[Request] = []
         self.failed: list[Request] = []
         """Requests that ``plan`` had to end; the engine takes them from here."""
+        self.retracted: list[Request] = []
+        """Requests that lost their memory; the engine takes them from here."""
         self.retractions = 0
         self._chunk = chunked_prefill_size
         # Whoever wants no more tokens than this wants little: an eighth of a step, at least what a tile holds.
@@ -134,7 +136,8 @@ class Scheduler:
         request.order = self._arrivals
         request.since = self._turns.now
         self._arrivals += 1
-        self.waiting.append(request)
+        request.epoch = self._epoch
+        self.waiting.add(request)
         self._settled = False
 
     def finish(self, request: Request, finish: Finish) -> None:
@@ -166,6 +169,8 @@ class Scheduler:
         if epoch == self._epoch:
             return
         self._epoch = epoch
+        for request in self.waiting:
+            request.epoch = epoch
         for namespace in self._namespaces:
             self.cache.drop_namespace(namespace)
         self._namespaces = {r.lease.namespace for r in self.running if r.lease is not None}
@@ -190,7 +195,9 @@ class Scheduler:
         request.stage = Stage.PREFILL_WAITING
         request.retractions += 1
         self.retractions += 1
-        self.waiting.insert(0, request)
+        request.epoch = self._epoch
+        self.waiting.add(request)
+        self.retracted.append(request)
 
     def _commit(self, request: Request, *, everything: bool, decode: bool = False) -> None:
         """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny.
@@ -318,16 +325,14 @@ class Scheduler:
         if self._settled or not self.admitting or not self.waiting:
             return
         held = Held(self.running)
-        lines = Lines(self._waiters(), held, self._turns)
+        lines, hits = self._lines(held)
         self._settled = len(self.running) >= self._max_running and lines.all_served
-        budget = _Budget(self._chunk, self.running)
+        budget = Budget(self._chunk, self.running)
         looks, stuck = _LOOK, False
-        while looks and (waiter := lines.next()) is not None:
-            request, hit = waiter.request, waiter.hit
+        while looks and (request := lines.next()) is not None:
             if stuck and held.tenants[request.tenant]:
                 return
-            if hit is None:
-                hit = self.cache.match(request.key(request.matchable))
+            hit = hits.get(request) or self.cache.match(request.key(request.matchable))
             if self._shares_with_running(request, hit) or not budget.allows(request, hit.length):
                 looks -= 1
                 lines.settle(request)
@@ -339,17 +344,18 @@ class Scheduler:
                 stuck = True
                 lines.leave(request.tenant)
 
-    def _waiters(self) -> list[Waiter]:
-        """All that wait, with their places; matched only where the policy wants it and somebody may start."""
-        ranked = self._needs_match and len(self.waiting) <= _LPM_LIMIT and len(self.running) < self._max_running
-        waiters = []
-        for request in self.waiting:
-            request.epoch = self._epoch
-            hit = self.cache.match(request.key(request.matchable)) if ranked else None
-            rank = (request.order,) if hit is None else self._rank(request, hit)
-            place: Place = (-request.priority, request.retractions == 0, *rank)
-            waiters.append(Waiter(place, request, hit))
-        return waiters
+    def _lines(self, held: Held) -> tuple[Lines, dict[Request, Hit]]:
+        """All that wait, in line, and their hits where the policy asks for them and somebody may start."""
+        if self._needs_match and len(self.waiting) <= _LPM_LIMIT and len(self.running) < self._max_running:
+            hits = {r: self.cache.match(r.key(r.matchable)) for r in self.waiting}
+
+            def place(request: Request) -> Place:
+                return (*place_of(request)[:2], *self._rank(request, hits[request]))
+
+            ranked = {call: sorted(line, key=place, reverse=True) for call, line in self.waiting.calls.items()}
+            return Lines(ranked, place, held, self._turns), hits
+        reverse = {call: line[::-1] for call, line in self.waiting.calls.items()}
+        return Lines(reverse, place_of, held, self._turns), {}
 
     def _claim(self, request: Request, hit: Hit, held: Held) -> bool:
         """Start a request of somebody who has nothing running, in place of the youngest of whoever has most.
@@ -468,33 +474,6 @@ class Scheduler:
             else:
                 self._commit(request, everything=not plan.decode, decode=plan.decode)
         return moved
-
-
-class _Budget:
-    """Prompt tokens that may still be started: a step's worth, and a step's worth of short prompts beside long ones.
-
-    A tenant that has nothing to prefill may always start one request: the step's tokens are then shared anew.
-    """
-
-    def __init__(self, tokens: int, running: Iterable[Request]) -> None:
-        self._left = self._left_for_short = tokens
-        self._short = tokens // 2
-        self._tenants: set[str] = set()
-        for request in running:
-            if request.length - request.computed > 1:
-                self.take(request)
-
-    def take(self, request: Request) -> None:
-        """Count what a running request has to prefill."""
-        n = request.remaining
-        self._left -= n
-        self._left_for_short -= n if n <= self._short else 0
-        self._tenants.add(request.tenant)
-
-    def allows(self, request: Request, cached: int) -> bool:
-        """Whether a request of which ``cached`` tokens are there may start."""
-        n = request.length - cached
-        return self._left > 0 or n <= min(self._short, self._left_for_short) or request.tenant not in self._tenants
 
 
 def _by_tier(hit: Hit, cached: int) -> dict[str, int]:

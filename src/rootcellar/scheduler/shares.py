@@ -9,12 +9,12 @@ time: what is counted is rows given, *admissions*.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
 
-from rootcellar.cache import Hit
 from rootcellar.scheduler.request import Request
 
 Call = tuple[str, int]
@@ -109,50 +109,83 @@ class Held:
         ]
 
 
-class Waiter(NamedTuple):
-    """A waiting request, its place in its call, and what the cache holds of it (None: not looked for yet)."""
+def place_of(request: Request) -> Place:
+    """A waiting request's place in its call, whatever the cache holds of it."""
+    return (-request.priority, request.retractions == 0, request.order)
 
-    place: Place
-    request: Request
-    hit: Hit | None
+
+class Waiting:
+    """All that wait, each call's requests in their places; what is asked in each step does not go through all."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Call, list[Request]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        return itertools.chain.from_iterable(self.calls.values())
+
+    def add(self, request: Request) -> None:
+        """Let ``request`` wait. Its priority, order and retractions stay as they are until it is removed."""
+        insort(self.calls.setdefault(call_of(request), []), request, key=place_of)
+        self._count += 1
+
+    def remove(self, request: Request) -> None:
+        """``request``, which is there, waits no more."""
+        call = call_of(request)
+        line = self.calls[call]
+        del line[bisect_left(line, place_of(request), key=place_of)]
+        self._count -= 1
+        if not line:
+            del self.calls[call]
+
+    def places(self, tenant: str, most: int) -> int:
+        """How many places of a queue the requests of ``tenant`` take; one call takes ``most`` at the most.
+
+        So no call, however many requests it has, leaves none to the others.
+        """
+        return sum(min(most, len(line)) for call, line in self.calls.items() if call[0] == tenant)
 
 
 class Lines:
     """Waiting requests in the order of their turns, which depends on who has got a row meanwhile."""
 
-    def __init__(self, waiters: Iterable[Waiter], held: Held, turns: Turns) -> None:
+    def __init__(
+        self, calls: dict[Call, list[Request]], place: Callable[[Request], Place], held: Held, turns: Turns
+    ) -> None:
+        """``calls``: the requests of each, the last in its place first; they are taken from the lists."""
+        self._calls = calls
+        self._place = place
         self._held = held
         self._turns = turns
-        self._waiters: dict[Call, list[Waiter]] = {}
-        for waiter in waiters:
-            self._waiters.setdefault(call_of(waiter.request), []).append(waiter)
         self._lines: dict[str, list[tuple[Place, Call]]] = {}
-        for call, line in self._waiters.items():
-            line.sort(reverse=True)  # the first is taken from the end
+        for call in calls:
             self._lines.setdefault(call[0], []).append((self._standing(call), call))
-        for calls in self._lines.values():
-            heapify(calls)
-        turns.keep(self._waiters)
+        for line in self._lines.values():
+            heapify(line)
+        turns.keep(calls)
 
     @property
     def all_served(self) -> bool:
         """Whether every call that waits has something running."""
-        return all(self._held.calls[call] for call in self._waiters)
+        return all(self._held.calls[call] for call in self._calls)
 
-    def next(self) -> Waiter | None:
+    def next(self) -> Request | None:
         """Whose turn it is; it leaves the line. Call :meth:`settle` before the next."""
         if not self._lines:
             return None
         tenant = min(self._lines, key=lambda t: (self._held.tenants[t], self._turns.tenant(t)))
         _, call = heappop(self._lines[tenant])
-        return self._waiters[call].pop()
+        return self._calls[call].pop()
 
     def settle(self, request: Request) -> None:
         """The request that came last has got its row or not: its call is in line again."""
         call = call_of(request)
         if call[0] not in self._lines:
             return
-        if self._waiters[call]:
+        if self._calls[call]:
             heappush(self._lines[call[0]], (self._standing(call), call))
         elif not self._lines[call[0]]:
             del self._lines[call[0]]
@@ -162,17 +195,36 @@ class Lines:
         self._lines.pop(tenant, None)
 
     def _standing(self, call: Call) -> Place:
-        first = self._waiters[call][-1]
-        return (first.place[0], self._held.calls[call], self._turns.call(first.request), *first.place[1:])
+        first = self._calls[call][-1]
+        place = self._place(first)
+        return (place[0], self._held.calls[call], self._turns.call(first), *place[1:])
 
 
-def queued(waiting: Iterable[Request], tenant: str, most: int) -> int:
-    """How many places of a queue the waiting requests of ``tenant`` take; one call takes ``most`` at the most.
+class Budget:
+    """Prompt tokens that may still be started: a step's worth, and a step's worth of short prompts beside long ones.
 
-    So no call, however many requests it has, leaves none to the others.
+    A tenant that has nothing to prefill may always start one request: the step's tokens are then shared anew.
     """
-    calls = Counter(r.call for r in waiting if r.tenant == tenant)
-    return sum(min(most, n) for n in calls.values())
+
+    def __init__(self, tokens: int, running: Iterable[Request]) -> None:
+        self._left = self._left_for_short = tokens
+        self._short = tokens // 2
+        self._tenants: set[str] = set()
+        for request in running:
+            if request.length - request.computed > 1:
+                self.take(request)
+
+    def take(self, request: Request) -> None:
+        """Count what a running request has to prefill."""
+        n = request.remaining
+        self._left -= n
+        self._left_for_short -= n if n <= self._short else 0
+        self._tenants.add(request.tenant)
+
+    def allows(self, request: Request, cached: int) -> bool:
+        """Whether a request of which ``cached`` tokens are there may start."""
+        n = request.length - cached
+        return self._left > 0 or n <= min(self._short, self._left_for_short) or request.tenant not in self._tenants
 
 
 def portions(prefilling: Sequence[Request], tokens: int, turn: int) -> dict[Request, int]:
