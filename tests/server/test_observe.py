@@ -260,7 +260,7 @@ def test_trouble_is_told_and_the_feed_goes_on(monkeypatch):
 def test_too_many_watchers_are_refused(engine):
     async def main() -> httpx.Response:
         app = create_app(engine, ServerConfig())
-        app.state.server.observer.feed._max_watchers = 0
+        app.state.server.observer._feed(None)._max_watchers = 0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return await client.get("/feed")
 

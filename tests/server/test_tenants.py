@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 
 import httpx
 import pytest
+from test_access import routes_of
 
 import rootcellar
 from rootcellar.engine.identity import LONGEST_NAME
+from rootcellar.server.app import create_app
+from rootcellar.server.callers import Access
+from rootcellar.server_config import ServerConfig
 from serving import idle, on_thread, wait_until
 
 KEYS = {"api_key": ["alice:a", "bob:b"], "admin_api_key": "root"}
@@ -141,6 +146,95 @@ def test_one_keys_pins_leave_room_for_the_others(engine, clients):
     assert pin(alice, long[1]) == 400
     assert pin(bob, long[2]) == 200
     assert [pin(alice, long[0], 0), pin(bob, long[2], 0)] == [200, 200]
+
+
+def feed(client, events):
+    """The first of each of these events."""
+    found = {}
+    with client.stream("GET", "/feed") as response:
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                found.setdefault(name, json.loads(line[6:]))
+            if found.keys() >= events:
+                return found
+    raise AssertionError("the feed ended")
+
+
+def counted(text, name):
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+    return float(line.split()[-1])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_is_shown_is_ones_own(share):
+    """Whatever routes a key may call, none of them tells of another's requests, neither what nor how many."""
+    text = {"alice": "What is a page?", "bob": "Where do the old roots sleep in winter?"}
+    with (
+        rootcellar.Engine(max_total_tokens=2048, share_cache_across_keys=share) as engine,
+        on_thread(engine, enable_sglang_metrics=True, **KEYS) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        alice, bob, root = (
+            stack.enter_context(httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}))
+            for key in ("a", "b", "root")
+        )
+        for name, client, times in (("alice", alice, 1), ("bob", bob, 3)):
+            for i in range(times):
+                body = {"text": text[name] * 4, "rid": f"{name}s-{i}", "sampling_params": {"max_new_tokens": 8}}
+                assert client.post("/generate", json=body).status_code == 200
+        ids = engine.encode(text["bob"] * 4)
+        paths = [
+            route.path
+            for route in routes_of(create_app(engine, ServerConfig()))
+            if "GET" in route.methods and route.access in (Access.USER, Access.OWNER)
+        ]
+        assert {"/cache/tree", "/trace", "/metrics", "/server_info", "/feed"} <= set(paths)
+        for path in paths:
+            if path != "/feed":
+                shown = alice.get(path.replace("{model:path}", "demo")).text
+                assert "bob" not in shown, path
+                assert "winter" not in shown, path
+        live = {name: feed(client, {"numbers", "cache"}) for name, client in (("alice", alice), ("all", root))}
+        assert "bob" not in json.dumps(live["alice"])
+        assert "winter" not in json.dumps(live["alice"])
+        assert live["alice"]["cache"]["memory"] == []
+        assert "winter" in json.dumps(live["all"])
+        tree = alice.get("/cache/tree").json()
+        assert {request["rid"] for request in tree["requests"]} == {"alices-0"}
+        assert tree["nodes"]
+        assert "What is a page?" in tree["nodes"][0]["text"]
+        assert all(node["head"][:8] != ids[:8] for node in tree["nodes"])
+        assert {r["rid"] for r in root.get("/cache/tree").json()["requests"]} == {
+            "alices-0",
+            "bobs-0",
+            "bobs-1",
+            "bobs-2",
+        }
+        spans = {event["name"] for event in alice.get("/trace").json()["traceEvents"] if event["ph"] == "X"}
+        assert "alices-0" in spans
+        assert not spans & {"bobs-0", "decode", "prefill"}
+        assert "bobs-0" in root.get("/trace").text
+        total = "rootcellar_generated_tokens_total"
+        numbers = [counted(client.get("/metrics").text, total) for client in (alice, bob, root)]
+        assert numbers[0] + numbers[1] == numbers[2]
+        assert 0 < numbers[0] < numbers[1]
+        assert "evict" not in alice.get("/metrics").text
+        assert "sglang:" not in alice.get("/metrics").text
+        assert "sglang:" in root.get("/metrics").text
+        (state,) = alice.get("/server_info").json()["internal_states"]
+        assert state["generated_tokens"] == numbers[0]
+        assert sum(state["finished"].values()) == 1
+        assert "cache" not in state
+
+
+def test_a_key_that_all_share_is_shown_nothing_of_them(engine):
+    """With an admin's key beside it; alone it is the admin's, and sees everything."""
+    with on_thread(engine, api_key="u", admin_api_key="root") as url:
+        for path in ("/cache/tree", "/trace", "/feed"):
+            assert httpx.get(url + path, headers={"Authorization": "Bearer u"}).status_code == 401
+        assert httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer u"}).status_code == 200
 
 
 @pytest.mark.parametrize("value", ["x" * (LONGEST_NAME + 1), "x" * 4_000_000, "a\nb"])

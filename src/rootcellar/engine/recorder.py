@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from rootcellar.cache import Key
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.report import Reporter
-from rootcellar.engine.telemetry import Telemetry
+from rootcellar.engine.telemetry import Counts, Telemetry
 from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
 from rootcellar.scheduler import Plan, Request, Scheduler
 
@@ -61,16 +61,22 @@ class Recorder:
     def token(self, tracker: Tracker, before: float | None) -> None:
         """A request got a token; ``before``: when it got the one before, None for the first."""
         assert tracker.last_token is not None
-        if before is not None:
-            self.telemetry.next_token(tracker.last_token - before)
-        else:
-            request, started = tracker.request, tracker.started or tracker.queued
-            self.telemetry.first_token(
+        request = tracker.request
+        for counts in self._counts(request):
+            if before is not None:
+                counts.next_token(tracker.last_token - before)
+                continue
+            counts.first_token(
                 tracker.last_token - tracker.received,
-                started - tracker.queued,
+                (tracker.started or tracker.queued) - tracker.queued,
                 request.prompt_length,
                 request.cached or 0,
             )
+
+    def _counts(self, request: Request) -> tuple[Counts, ...]:
+        """Where a request counts: with all, and with those of its tenant, if that has a name."""
+        telemetry = self.telemetry
+        return (telemetry.all, telemetry.of(request.tenant)) if request.tenant else (telemetry.all,)
 
     def step_ended(self, plan: Plan, generated: int, prompted: int) -> None:
         """All is followed up; ``generated`` and ``prompted``: tokens since the engine began."""
@@ -87,7 +93,8 @@ class Recorder:
         request, finish = tracker.request, tracker.request.finish
         assert finish is not None
         record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
-        self.telemetry.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
+        for counts in self._counts(request):
+            counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
         # A copy: the request's own array has room for all that it might have generated.
         key = request.key(request.length)
         self.trace.ended(record, Key(key.tokens.copy(), key.namespace))

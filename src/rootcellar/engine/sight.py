@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,16 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import CacheStats, Kind, NodeView, ShelfStats, Tier
 from rootcellar.engine.build import Parts
+from rootcellar.engine.identity import tenant_in
 from rootcellar.engine.loop import Loop
-from rootcellar.engine.telemetry import Distribution
+from rootcellar.engine.output import Tracker
+from rootcellar.engine.telemetry import Counts, Distributions
 from rootcellar.engine.trace import RequestRecord, StepRecord, chrome_trace
 from rootcellar.scheduler import Stage
 
 SHOWN_REQUESTS = 64
+# Nodes of everybody's among which a tenant's own are sought.
+LOOKED_AT = 4096
 # What a page of a pool is now: free, cached and unused, shared and used by a request, or a request's own.
 FREE, CACHED, SHARED, OWN = range(4)
 
@@ -37,29 +42,34 @@ class Reading:
         distributions: by name, each with its labels.
         requests: those alive, the oldest first, at most ``SHOWN_REQUESTS``.
         at: seconds since the engine began.
+        tenant: whose; None: all.
     """
 
     stats: dict[str, Any]
-    distributions: dict[str, list[tuple[dict[str, str], Distribution]]]
+    distributions: Distributions
     requests: list[dict[str, Any]]
     at: float
+    tenant: str | None = None
 
 
 class Sight:
-    """Looks at one engine. Its methods may be called from any thread and wait for the step under way."""
+    """Looks at one engine. Its methods may be called from any thread and wait for the step under way.
+
+    With ``tenant`` they show what is one tenant's own, and nothing of others: neither what they ask nor how much.
+    """
 
     def __init__(self, loop: Loop, parts: Parts) -> None:
         self._loop = loop
         self._parts = parts
         self._cache = parts.scheduler.cache
 
-    def reading(self) -> Reading:
+    def reading(self, tenant: str | None = None) -> Reading:
         """All numbers, of one moment."""
-        return self._loop.call(self._reading)
+        return self._loop.call(lambda: self._reading(tenant))
 
-    def stats(self) -> dict[str, Any]:
-        """See ``Engine.stats``."""
-        return self._loop.call(self._stats)
+    def stats(self, tenant: str | None = None) -> dict[str, Any]:
+        """See ``Engine.stats``; of one tenant, the part of it that is about requests and their tokens."""
+        return self._loop.call(lambda: self._stats(tenant))
 
     def asked_stats(self) -> Future[dict[str, Any]]:
         """The same without waiting for it."""
@@ -73,20 +83,23 @@ class Sight:
         """The same without waiting for it."""
         return self._loop.ask(self._status)
 
-    def trace(self, limit: int = 256) -> dict[str, Any]:
-        """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto."""
-        records, steps, now = self._loop.call(lambda: self._newest(limit))
+    def trace(self, limit: int = 256, tenant: str | None = None) -> dict[str, Any]:
+        """The ``limit`` newest requests and their steps as a Chrome trace; ``json.dump`` it and open it in Perfetto.
+
+        A tenant's is without the steps, which it shares.
+        """
+        records, steps, now = self._loop.call(lambda: self._newest(limit, tenant))
         return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
 
-    def tree(self, limit: int = 200) -> dict[str, Any]:
+    def tree(self, limit: int = 200, tenant: str | None = None) -> dict[str, Any]:
         """The ``limit`` most important nodes of the radix tree, and which requests go through them.
 
         ``{"page_size", "total", "nodes": [{"id", "parent", "namespace", "start", "length", "head", "text", "held":
         {kind: {tier: tokens}}, "hits", "age", "idle", "in_use", "children"}], "requests": [{"rid", "stage", "tokens",
         "nodes": [id, ...]}]}``. Lengths are tokens, ages seconds since the node was made and last used; requests are
-        those alive and the last that ended.
+        those alive and the last that ended. Where tenants share the cache, a tenant's nodes are those of its requests.
         """
-        return self._with_text(self._loop.call(lambda: self._tree(limit)))
+        return self._with_text(self._loop.call(lambda: self._tree(limit, tenant)))
 
     def memory_map(self, cells: int = 2048) -> list[dict[str, Any]]:
         """What each page of the device's pools is now, in at most ``cells`` cells a pool.
@@ -96,12 +109,16 @@ class Sight:
         """
         return self._loop.call(lambda: self._memory_map(cells))
 
-    def look(self, limit: int = 200, cells: int = 2048) -> dict[str, Any]:
-        """``{"tree", "memory"}`` of one moment, and the ``"seconds"`` of the engine's time that they took."""
+    def look(self, limit: int = 200, cells: int = 2048, tenant: str | None = None) -> dict[str, Any]:
+        """``{"tree", "memory"}`` of one moment, and the ``"seconds"`` of the engine's time that they took.
+
+        A tenant sees no memory: it shares that.
+        """
 
         def look() -> dict[str, Any]:
             began = time.perf_counter()
-            found = {"tree": self._tree(limit), "memory": self._memory_map(cells)}
+            memory = self._memory_map(cells) if tenant is None else []
+            found = {"tree": self._tree(limit, tenant), "memory": memory}
             return {**found, "seconds": time.perf_counter() - began}
 
         found = self._loop.call(look)
@@ -117,9 +134,9 @@ class Sight:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
-    def _reading(self) -> Reading:
-        now = time.perf_counter()
-        alive = list(self._loop.trackers.values())[:SHOWN_REQUESTS]
+    def _reading(self, tenant: str | None) -> Reading:
+        now, telemetry = time.perf_counter(), self._loop.recorder.telemetry
+        alive = self._loop.roster.of(tenant)[:SHOWN_REQUESTS]
         requests = [
             {
                 "rid": t.request.rid,
@@ -132,26 +149,39 @@ class Sight:
             }
             for t in alive
         ]
-        return Reading(
-            self._stats(), self._loop.recorder.telemetry.distributions(), requests, now - self._loop.recorder.began
-        )
+        distributions = telemetry.distributions() if tenant is None else telemetry.of(tenant).distributions()
+        return Reading(self._stats(tenant), distributions, requests, now - self._loop.recorder.began, tenant)
 
-    def _stats(self) -> dict[str, Any]:
-        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
-        cache = self._cache.stats()
-        alive = Counter(t.request.stage.value for t in loop.trackers.values())
+    def _own_stats(self, counts: Counts, alive: list[Tracker]) -> dict[str, Any]:
+        """What is about requests and their tokens: of all, or of one tenant."""
+        by_stage = Counter(t.request.stage.value for t in alive)
         stages = [s.value for s in Stage if s not in (Stage.TOKENIZE, Stage.FINISHED)]
+        running = sum(t.request.lease is not None for t in alive)
         return {
+            "running": running,
+            "waiting": len(alive) - running,
+            "stages": {stage: by_stage[stage] for stage in stages},
+            "finished": dict(counts.finished),
+            "generated_tokens": counts.generated,
+            "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens,
+        }
+
+    def _stats(self, tenant: str | None = None) -> dict[str, Any]:
+        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
+        if tenant is not None:
+            counts = telemetry.of(tenant)
+            found = {"input_tokens": counts.prompt_tokens, "hit_tokens": counts.cached_tokens, "occupancy": {}}
+            return {**self._own_stats(counts, loop.roster.of(tenant)), **found}
+        cache = self._cache.stats()
+        return {
+            **self._own_stats(telemetry.all, loop.roster.of(None)),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
-            "stages": {stage: alive[stage] for stage in stages},
-            "finished": dict(telemetry.finished),
             "retractions": scheduler.retractions,
             "steps": loop.steps,
             "generated_tokens": loop.generated,
             "prefill_tokens": loop.prompted,
-            "prompt_tokens": telemetry.prompt_tokens,
-            "cached_tokens": telemetry.cached_tokens,
             "outside_seconds": dict(telemetry.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
@@ -169,29 +199,48 @@ class Sight:
             "unfinished": len(loop.trackers),
         }
 
-    def _newest(self, limit: int) -> tuple[list[RequestRecord], list[StepRecord], float]:
+    def _newest(self, limit: int, tenant: str | None) -> tuple[list[RequestRecord], list[StepRecord], float]:
         """The newest requests, the steps since the first of them came, and the time."""
         trace, now = self._loop.recorder.trace, time.perf_counter()
-        alive = [RequestRecord.of(t, end=None) for t in self._loop.trackers.values()]
-        records = [*trace.requests, *alive][-limit:]
+        alive = [RequestRecord.of(t, end=None) for t in self._loop.roster.of(tenant)]
+        ended = [record for record in trace.requests if tenant in (None, record.tenant)]
+        records = [*ended, *alive][-limit:]
+        if tenant is not None:
+            return records, [], now
         first = min((record.stages[0][1] for record in records), default=now)
         return records, [step for step in trace.steps if step.ended >= first], now
 
-    def _tree(self, limit: int) -> dict[str, Any]:
-        view, now = self._cache.tree(limit), time.perf_counter()
-        nodes = [self._node(node, now) for node in view.nodes]
-        alive = [t.request for t in self._loop.trackers.values()][:SHOWN_REQUESTS]
-        requests = [(r.rid, r.stage.value, r.key(r.length)) for r in alive]
-        requests += [(rid, Stage.FINISHED.value, key) for rid, key in self._loop.recorder.trace.keys]
+    def _tree(self, limit: int, tenant: str | None) -> dict[str, Any]:
+        now = time.perf_counter()
+        alive = [t.request for t in self._loop.roster.of(tenant)][:SHOWN_REQUESTS]
+        found = [(r.rid, r.stage.value, r.key(r.length)) for r in alive]
+        ended = self._loop.recorder.trace.keys
+        found += [(r.rid, Stage.FINISHED.value, key) for r, key in ended if tenant in (None, r.tenant)]
+        requests = [
+            {"rid": rid, "stage": stage, "tokens": len(key), "nodes": list(self._cache.trail(key))}
+            for rid, stage, key in found
+        ]
+        view = self._cache.tree(limit if tenant is None else max(limit, LOOKED_AT))
+        nodes, total = view.nodes, view.total
+        if tenant is not None:
+            own = self._own_nodes(nodes, requests, tenant)
+            nodes, total = tuple(own[:limit]), len(own)
         return {
             "page_size": self._cache.page_size,
-            "total": view.total,
-            "nodes": nodes,
-            "requests": [
-                {"rid": rid, "stage": stage, "tokens": len(key), "nodes": list(self._cache.trail(key))}
-                for rid, stage, key in requests
-            ],
+            "total": total,
+            "nodes": [self._node(node, now) for node in nodes],
+            "requests": requests,
         }
+
+    def _own_nodes(self, nodes: Sequence[NodeView], requests: list[dict[str, Any]], tenant: str) -> list[NodeView]:
+        """Those of the tenant's namespaces; where all share one, those whose every token its requests have."""
+        if not self._parts.config.share_cache_across_keys:
+            return [node for node in nodes if tenant_in(node.namespace) == tenant]
+        reach: dict[int, int] = {}
+        for request in requests:
+            for id in request["nodes"]:
+                reach[id] = max(reach.get(id, 0), request["tokens"])
+        return [node for node in nodes if node.start + node.length <= reach.get(node.id, 0)]
 
     def _node(self, node: NodeView, now: float) -> dict[str, Any]:
         held: dict[str, dict[str, int]] = {}

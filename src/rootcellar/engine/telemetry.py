@@ -19,6 +19,7 @@ from rootcellar.cache import Eviction
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 TOKEN = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.8, 2, 5)
 STEP = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 2, 4)
+MOST_TENANTS = 1024
 AGE = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
 
 
@@ -34,6 +35,10 @@ class Distribution:
     def count(self) -> int:
         """Values in all."""
         return sum(self.counts)
+
+
+Distributions = dict[str, list[tuple[dict[str, str], Distribution]]]
+"""By name, each with its labels."""
 
 
 class Histogram:
@@ -76,43 +81,33 @@ class TickTimes:
         return self._times[max(tick, oldest) % len(self._times)]
 
 
-class Telemetry:
-    """Running totals and histograms of one engine.
+class Counts:
+    """Running totals and histograms of requests: of all, or of one tenant's.
 
     Attributes:
         prompt_tokens, cached_tokens: of requests that came to their first token.
+        generated: tokens of answers.
         finished: requests that ended, by type of ``finish_reason``.
-        outside_seconds: by phase, the part of the steps' time in which the device had nothing to do: planning, building
-            the batch, following the tokens.
     """
 
-    def __init__(self, now: float) -> None:
-        self.ticks = TickTimes(now)
-        self.prompt_tokens = self.cached_tokens = 0
+    def __init__(self) -> None:
+        self.prompt_tokens = self.cached_tokens = self.generated = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
-        self.outside_seconds = {"prefill": 0.0, "decode": 0.0}
         self._first_token, self._queue, self._request = Histogram(LATENCY), Histogram(LATENCY), Histogram(LATENCY)
         self._inter_token = Histogram(TOKEN)
-        self._steps = {"prefill": Histogram(STEP), "decode": Histogram(STEP)}
         self._stages: dict[str, Histogram] = {}
-        self._ages: dict[tuple[str, str], Histogram] = {}
-        self._idle: dict[tuple[str, str], Histogram] = {}
-
-    def step(self, decode: bool, seconds: float, device_seconds: float) -> None:
-        """A step took so long, the device so much of it."""
-        phase = "decode" if decode else "prefill"
-        self._steps[phase].observe(seconds)
-        self.outside_seconds[phase] += seconds - device_seconds
 
     def first_token(self, seconds: float, queued: float, prompt_tokens: int, cached_tokens: int) -> None:
         """A request got its first token ``seconds`` after it came, having waited ``queued`` of them."""
         self._first_token.observe(seconds)
         self._queue.observe(queued)
+        self.generated += 1
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
 
     def next_token(self, seconds: float) -> None:
         """A request got a token so long after the one before."""
+        self.generated += 1
         self._inter_token.observe(seconds)
 
     def ended(self, finish: str, seconds: float, stages: Sequence[tuple[str, float]]) -> None:
@@ -123,6 +118,50 @@ class Telemetry:
             if name not in self._stages:
                 self._stages[name] = Histogram(LATENCY)
             self._stages[name].observe(end - begin)
+
+    def distributions(self) -> Distributions:
+        """Every distribution by name, each with its labels; counted by event."""
+        return {
+            "time_to_first_token_seconds": [({}, self._first_token.view())],
+            "inter_token_latency_seconds": [({}, self._inter_token.view())],
+            "queue_time_seconds": [({}, self._queue.view())],
+            "request_seconds": [({}, self._request.view())],
+            "stage_seconds": [({"stage": name}, h.view()) for name, h in sorted(self._stages.items())],
+        }
+
+
+class Telemetry:
+    """Running totals and histograms of one engine.
+
+    Attributes:
+        all: of all requests.
+        outside_seconds: by phase, the part of the steps' time in which the device had nothing to do: planning, building
+            the batch, following the tokens.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.ticks = TickTimes(now)
+        self.all = Counts()
+        self._tenants: dict[str, Counts] = {}
+        self.outside_seconds = {"prefill": 0.0, "decode": 0.0}
+        self._steps = {"prefill": Histogram(STEP), "decode": Histogram(STEP)}
+        self._ages: dict[tuple[str, str], Histogram] = {}
+        self._idle: dict[tuple[str, str], Histogram] = {}
+
+    def step(self, decode: bool, seconds: float, device_seconds: float) -> None:
+        """A step took so long, the device so much of it."""
+        phase = "decode" if decode else "prefill"
+        self._steps[phase].observe(seconds)
+        self.outside_seconds[phase] += seconds - device_seconds
+
+    def of(self, tenant: str) -> Counts:
+        """What is counted of one tenant's requests; made when it is first asked for."""
+        if tenant not in self._tenants:
+            # A server's tenants are few; whoever makes up one for each call must not fill the memory.
+            if len(self._tenants) >= MOST_TENANTS:
+                del self._tenants[next(iter(self._tenants))]
+            self._tenants[tenant] = Counts()
+        return self._tenants[tenant]
 
     def cache_moved_on(self, tick: int, evictions: Sequence[Eviction], now: float) -> None:
         """The cache came to ``tick`` and evicted these entries."""
@@ -135,18 +174,14 @@ class Telemetry:
             self._ages[where].observe(now - self.ticks.at(gone.created), gone.tokens)
             self._idle[where].observe(now - self.ticks.at(gone.used), gone.tokens)
 
-    def distributions(self) -> dict[str, list[tuple[dict[str, str], Distribution]]]:
+    def distributions(self) -> Distributions:
         """Every distribution by name, each with its labels. KV's ages are counted by token, the others by event."""
         by_shelf = [
             (name, [({"kind": kind, "tier": tier}, h.view()) for (kind, tier), h in ages.items()])
             for name, ages in (("kv_age_at_eviction_seconds", self._ages), ("kv_idle_at_eviction_seconds", self._idle))
         ]
         return {
-            "time_to_first_token_seconds": [({}, self._first_token.view())],
-            "inter_token_latency_seconds": [({}, self._inter_token.view())],
-            "queue_time_seconds": [({}, self._queue.view())],
-            "request_seconds": [({}, self._request.view())],
-            "stage_seconds": [({"stage": name}, h.view()) for name, h in sorted(self._stages.items())],
+            **self.all.distributions(),
             "step_seconds": [({"phase": phase}, h.view()) for phase, h in self._steps.items()],
             **dict(by_shelf),
         }

@@ -26,6 +26,7 @@ class RequestRecord:
     """One request. ``stages``: name and begin of each, in seconds; ``end`` is None while it lives."""
 
     rid: str
+    tenant: str
     stages: tuple[tuple[str, float], ...]
     end: float | None
     prompt_tokens: int
@@ -40,6 +41,7 @@ class RequestRecord:
         request = tracker.request
         return cls(
             request.rid,
+            request.tenant,
             tuple(tracker.stages),
             end,
             request.prompt_length,
@@ -68,13 +70,13 @@ class Trace:
     def __init__(self) -> None:
         self.requests: deque[RequestRecord] = deque(maxlen=REQUESTS)
         self.steps: deque[StepRecord] = deque(maxlen=STEPS)
-        self.keys: deque[tuple[str, Key]] = deque()
+        self.keys: deque[tuple[RequestRecord, Key]] = deque()
         self._key_tokens = 0
 
     def ended(self, record: RequestRecord, key: Key) -> None:
         """A request ended; ``key`` is that of all its tokens and must not change any more."""
         self.requests.append(record)
-        self.keys.append((record.rid, key))
+        self.keys.append((record, key))
         self._key_tokens += len(key)
         while len(self.keys) > KEYS or self._key_tokens > KEY_TOKENS:
             self._key_tokens -= len(self.keys.popleft()[1])

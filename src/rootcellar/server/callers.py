@@ -119,6 +119,15 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
+def own_of(request: Request) -> str | None:
+    """The tenant whose own things a caller is shown; None: everybody's, for the admin, and for users without a name.
+
+    Routes that must not show everybody's to the latter are for owners.
+    """
+    caller = caller_of(request)
+    return None if caller.admin or not caller.name else caller.name
+
+
 def unauthorized(message: str) -> ApiError:
     """The answer to a missing or wrong key."""
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 import rootcellar
 from rootcellar.server.answer import on_thread
+from rootcellar.server.callers import own_of
 from rootcellar.server.errors import json_response
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import State, state_of
@@ -43,7 +44,7 @@ async def server_info(request: Request) -> Response:
     """Every setting (keys left out), what the engine holds, and how its memory was sized."""
     state = state_of(request)
     server = dataclasses.asdict(state.config)
-    for name in ("api_key", "admin_api_key"):
+    for name in ("api_key", "api_key_file", "admin_api_key"):
         del server[name]
     callers = state.callers
     required = {"api_key": not callers.open, "admin_api_key": callers.admin is not None}
@@ -54,7 +55,7 @@ async def server_info(request: Request) -> Response:
         "version": rootcellar.__version__,
         "programs_left": state.engine.programs.left,
         "max_total_num_tokens": state.engine.total_tokens,
-        "internal_states": [await on_thread(state.engine.stats)],
+        "internal_states": [await on_thread(state.engine.sight.stats, own_of(request))],
         "memory_report": state.engine.memory_report(),
     }
     return json_response(content)

@@ -33,6 +33,7 @@ class Row:
     help: str
     labels: tuple[str, ...]
     read: Callable[[Stats], Samples]
+    own: bool = False  # there is one of each tenant's requests, too
 
 
 def _total(key: str) -> Callable[[Stats], Samples]:
@@ -56,10 +57,10 @@ def _shelves(*fields: str) -> Callable[[Stats], Samples]:
 
 
 TABLE = (
-    Row("requests", "gauge", "Requests alive, by the stage that they are in.", ("stage",), _by("stages")),
-    Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running")),
-    Row("queued_requests", "gauge", "Requests that wait to start, or to start again.", (), _total("waiting")),
-    Row("finished_requests", "counter", "Requests that ended, by how.", ("reason",), _by("finished")),
+    Row("requests", "gauge", "Requests alive, by the stage that they are in.", ("stage",), _by("stages"), own=True),
+    Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running"), own=True),
+    Row("queued_requests", "gauge", "Requests that wait to start, or to start again.", (), _total("waiting"), own=True),
+    Row("finished_requests", "counter", "Requests that ended, by how.", ("reason",), _by("finished"), own=True),
     Row(
         "retractions", "counter", "Times a running request gave its memory back and waited.", (), _total("retractions")
     ),
@@ -69,8 +70,16 @@ TABLE = (
         "Prompt tokens of requests, counted at their first token.",
         (),
         _total("prompt_tokens"),
+        own=True,
     ),
-    Row("cached_prompt_tokens", "counter", "Those of them that came from the cache.", (), _total("cached_tokens")),
+    Row(
+        "cached_prompt_tokens",
+        "counter",
+        "Those of them that came from the cache.",
+        (),
+        _total("cached_tokens"),
+        own=True,
+    ),
     Row(
         "prefill_tokens",
         "counter",
@@ -78,7 +87,7 @@ TABLE = (
         (),
         _total("prefill_tokens"),
     ),
-    Row("generated_tokens", "counter", "Tokens chosen.", (), _total("generated_tokens")),
+    Row("generated_tokens", "counter", "Tokens chosen.", (), _total("generated_tokens"), own=True),
     Row(
         "cache_lookup_tokens", "counter", "Tokens of the keys for which leases were opened.", (), _total("input_tokens")
     ),
@@ -143,36 +152,37 @@ HISTOGRAM_LABELS = {
 
 
 class Source:
-    """A collector for ``prometheus_client``: gives the metrics of ``reading``, set before a scrape."""
+    """A collector for ``prometheus_client``: gives the metrics of one reading, the engine's or a tenant's."""
 
-    def __init__(self, model_name: str, *, sglang: bool) -> None:
-        self.reading: Reading | None = None
+    def __init__(self, reading: Reading, model_name: str, *, sglang: bool) -> None:
+        """``sglang``: under SGLang's names too, of the engine's."""
+        self._reading = reading
         self._model_name = model_name
         self._sglang = sglang
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric of the last reading."""
-        if self.reading is None:
-            return
+        """Every metric."""
         yield InfoMetricFamily(
             "rootcellar", "What runs.", {"version": rootcellar.__version__, "model_name": self._model_name}
         )
-        yield from families(self.reading)
-        if self._sglang:
-            yield from sglang_families(self.reading, self._model_name)
+        yield from families(self._reading)
+        if self._sglang and self._reading.tenant is None:
+            yield from sglang_families(self._reading, self._model_name)
 
 
 def families(reading: Reading) -> Iterator[Metric]:
-    """The metrics under our own names."""
+    """The metrics under our own names; of a tenant's reading those that are about its requests."""
     for row in TABLE:
+        if not (row.own or reading.tenant is None):
+            continue
         family = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}[row.kind]
         metric = family(f"rootcellar_{row.name}", row.help, labels=row.labels)
         for labels, value in row.read(reading.stats):
             metric.add_metric(labels, value)
         yield metric
-    for name, help in HISTOGRAMS.items():
-        histogram = HistogramMetricFamily(f"rootcellar_{name}", help, labels=HISTOGRAM_LABELS.get(name, ()))
-        for labels, distribution in reading.distributions[name]:
+    for name, distributions in reading.distributions.items():
+        histogram = HistogramMetricFamily(f"rootcellar_{name}", HISTOGRAMS[name], labels=HISTOGRAM_LABELS.get(name, ()))
+        for labels, distribution in distributions:
             _add(histogram, tuple(labels.values()), distribution)
         yield histogram
 

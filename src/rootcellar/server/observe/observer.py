@@ -14,10 +14,11 @@ from starlette.responses import Response, StreamingResponse
 
 from rootcellar.engine import Engine
 from rootcellar.engine.sight import Reading
+from rootcellar.server.callers import own_of
 from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.observe.feed import Feed
 from rootcellar.server.observe.metrics import Source
-from rootcellar.server.routes import AdminRoute, PublicRoute, UserRoute
+from rootcellar.server.routes import OwnerRoute, PublicRoute, UserRoute
 
 # Seconds that a scrape waits for the step under way (it may be compiling) before it gets the reading before, and
 # before it is refused when there is none.
@@ -41,68 +42,82 @@ class Observer:
         page: routes of the page's own files, which hold nothing of the engine.
         numbers: the route of the metrics.
         looks: routes that show prompts and who sent them: the tree, the trace, the feed.
+
+    A caller with a name sees what is its own, the admin everything.
     """
 
     def __init__(self, engine: Engine, *, model_name: str, sglang_metrics: bool = False) -> None:
         """Observe ``engine``; ``sglang_metrics``: give metrics under SGLang's names too."""
         self._sight = engine.sight
-        self._source = Source(model_name, sglang=sglang_metrics)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self._source)
-        ProcessCollector(registry=self._registry)
-        self._reading: asyncio.Task[Reading] | None = None
-        self.feed = Feed(self._sight, self.read, model_name)
+        self._model_name = model_name
+        self._sglang = sglang_metrics
+        self._tasks: dict[str | None, asyncio.Task[Reading]] = {}
+        self._last: dict[str | None, Reading] = {}
+        self._feeds: dict[str | None, Feed] = {}
+        self._closed = False
         self.page = self._page_router()
         self.numbers = APIRouter(route_class=UserRoute, tags=["observe"])
-        self.looks = APIRouter(route_class=AdminRoute, tags=["observe"])
+        self.looks = APIRouter(route_class=OwnerRoute, tags=["observe"])
         self._add_numbers(self.numbers)
         self._add_looks(self.looks)
 
     async def close(self) -> None:
         """End the live feeds, which would otherwise keep the server from stopping."""
-        await self.feed.close()
+        self._closed = True
+        for feed in self._feeds.values():
+            await feed.close()
 
-    async def read(self) -> Reading:
-        """The engine's numbers now, or the last ones when a step takes longer than ``PATIENCE``.
+    async def read(self, tenant: str | None = None) -> Reading:
+        """The engine's numbers now (or a tenant's), or the last ones when a step takes longer than ``PATIENCE``.
 
         ``ApiError`` (503) when there are none and the engine does not come to rest.
         """
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(asyncio.to_thread(self._sight.reading))
-        reading = self._reading
-        done, _ = await asyncio.wait({reading}, timeout=PATIENCE if self._source.reading else MOST_PATIENCE)
+        task = self._tasks.get(tenant)
+        if task is None or task.done():
+            task = self._tasks[tenant] = asyncio.create_task(asyncio.to_thread(self._sight.reading, tenant))
+        done, _ = await asyncio.wait({task}, timeout=PATIENCE if tenant in self._last else MOST_PATIENCE)
         if done:
-            self._source.reading = reading.result()
-        if self._source.reading is None:
+            self._last[tenant] = task.result()
+        if tenant not in self._last:
             raise ApiError(503, f"the engine has been busy for {MOST_PATIENCE:g} seconds", code="busy")
-        return self._source.reading
+        return self._last[tenant]
+
+    def _feed(self, tenant: str | None) -> Feed:
+        if tenant not in self._feeds:
+            self._feeds[tenant] = Feed(self._sight, self.read, self._model_name, tenant)
+        return self._feeds[tenant]
 
     def _add_numbers(self, router: APIRouter) -> None:
         @router.get("/metrics", response_class=Response)
         async def metrics(request: Request) -> Response:
             """Metrics for Prometheus, as text or as OpenMetrics."""
-            await self.read()
+            tenant = own_of(request)
+            registry = CollectorRegistry(auto_describe=False)
+            registry.register(Source(await self.read(tenant), self._model_name, sglang=self._sglang))
+            if tenant is None:
+                ProcessCollector(registry=registry)
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
-            return Response(encode(self._registry), headers={"Content-Type": content_type})
+            return Response(encode(registry), headers={"Content-Type": content_type})
 
     def _add_looks(self, router: APIRouter) -> None:
         @router.get("/cache/tree", response_class=Response)
-        async def cache_tree(limit: Limit = 200) -> Response:
+        async def cache_tree(request: Request, limit: Limit = 200) -> Response:
             """The most important nodes of the radix tree and the requests that go through them."""
-            return json_response(await asyncio.to_thread(self._sight.tree, limit))
+            return json_response(await asyncio.to_thread(self._sight.tree, limit, own_of(request)))
 
         @router.get("/trace", response_class=Response)
-        async def trace(limit: Limit = 256) -> Response:
+        async def trace(request: Request, limit: Limit = 256) -> Response:
             """The newest requests and their steps as a Chrome trace, for https://ui.perfetto.dev."""
-            return json_response(await asyncio.to_thread(self._sight.trace, limit))
+            return json_response(await asyncio.to_thread(self._sight.trace, limit, own_of(request)))
 
         @router.get("/feed", include_in_schema=False)  # it has no end, which no schema can say
-        async def feed() -> Response:
+        async def feed(request: Request) -> Response:
             """What the page draws, as server-sent events: ``numbers`` each second, ``cache`` when it is cheap."""
-            if self.feed.full:
+            feed = self._feed(own_of(request))
+            if self._closed or feed.full:
                 raise ApiError(503, "too many pages watch this server", code="busy", headers={"Retry-After": "10"})
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(self.feed.watch(), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(feed.watch(), media_type="text/event-stream", headers=headers)
 
     def _page_router(self) -> APIRouter:
         """A route for each file."""
