@@ -88,9 +88,9 @@ def test_prompts_are_remembered_within_bounds():
     trace = Trace()
     for i in range(KEYS + 10):
         trace.ended(record(str(i), 0, 1), Key(range(10)))
-    assert [rid for rid, _ in trace.keys] == [str(i) for i in range(10, KEYS + 10)]
+    assert [each.rid for each, _ in trace.keys] == [str(i) for i in range(10, KEYS + 10)]
     trace.ended(record("long", 0, 1), Key(range(KEY_TOKENS - 25)))
-    assert [rid for rid, _ in trace.keys][-3:] == [str(KEYS + 8), str(KEYS + 9), "long"]
+    assert [each.rid for each, _ in trace.keys][-3:] == [str(KEYS + 8), str(KEYS + 9), "long"]
     assert sum(len(key) for _, key in trace.keys) <= KEY_TOKENS
 
 

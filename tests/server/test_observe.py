@@ -177,7 +177,7 @@ class Pace:
     def __init__(self, seconds=0.0):
         self.seconds, self.looks = seconds, 0
 
-    def look(self, limit):
+    def look(self, limit, tenant=None):
         self.looks += 1
         return {"tree": {"nodes": [], "limit": limit}, "memory": [], "seconds": self.seconds}
 

@@ -26,7 +26,6 @@ class RequestRecord:
     """One request. ``stages``: name and begin of each, in seconds; ``end`` is None while it lives."""
 
     rid: str
-    tenant: str
     stages: tuple[tuple[str, float], ...]
     end: float | None
     prompt_tokens: int
@@ -34,6 +33,7 @@ class RequestRecord:
     completion_tokens: int
     retractions: int
     finish: str | None
+    tenant: str = ""
 
     @classmethod
     def of(cls, tracker: Tracker, end: float | None) -> RequestRecord:
@@ -41,7 +41,6 @@ class RequestRecord:
         request = tracker.request
         return cls(
             request.rid,
-            request.tenant,
             tuple(tracker.stages),
             end,
             request.prompt_length,
@@ -49,6 +48,7 @@ class RequestRecord:
             request.generated,
             request.retractions,
             None if request.finish is None else request.finish.type,
+            request.tenant,
         )
 
 
@@ -108,7 +108,7 @@ def chrome_trace(
         begin, end = record.stages[0][1], now if record.end is None else record.end
         lane = next((i for i, free in enumerate(free_at) if free <= begin), len(free_at))
         free_at[lane : lane + 1] = [end]
-        args = {k: v for k, v in asdict(record).items() if k not in ("stages", "end")}
+        args = {k: v for k, v in asdict(record).items() if k not in ("stages", "end") and (k, v) != ("tenant", "")}
         slice_(1, lane + 1, record.rid, begin, end, **args)
         ends = [at for _, at in record.stages[1:]] + [end]
         for (name, at), until in zip(record.stages, ends, strict=True):

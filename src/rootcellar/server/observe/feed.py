@@ -33,12 +33,12 @@ class Feed:
     def __init__(
         self,
         sight: Sight,
-        read: Callable[[str | None], Awaitable[Reading]],
+        read: Callable[[], Awaitable[Reading]],
         model_name: str,
         tenant: str | None = None,
         max_watchers: int = 32,
     ) -> None:
-        """``read`` gives the engine's numbers; ``tenant``: whose are shown (None: all)."""
+        """``read`` gives the numbers; ``tenant``: whose cache is shown (None: all)."""
         self._sight = sight
         self._tenant = tenant
         self._model_name = model_name
@@ -89,7 +89,7 @@ class Feed:
         look_at = 0.0
         while self._watchers and not self._closed:
             try:
-                await self._publish("numbers", numbers(await self._read(self._tenant), self._model_name))
+                await self._publish("numbers", numbers(await self._read(), self._model_name))
                 if time.monotonic() >= look_at:
                     look = await asyncio.to_thread(self._sight.look, NODES, tenant=self._tenant)
                     look_at = time.monotonic() + max(2 * INTERVAL, look["seconds"] / LOOKING)

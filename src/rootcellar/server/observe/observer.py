@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Annotated
@@ -84,7 +85,7 @@ class Observer:
 
     def _feed(self, tenant: str | None) -> Feed:
         if tenant not in self._feeds:
-            self._feeds[tenant] = Feed(self._sight, self.read, self._model_name, tenant)
+            self._feeds[tenant] = Feed(self._sight, functools.partial(self.read, tenant), self._model_name, tenant)
         return self._feeds[tenant]
 
     def _add_numbers(self, router: APIRouter) -> None:
