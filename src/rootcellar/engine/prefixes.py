@@ -116,8 +116,8 @@ class Prefixes:
                 self._restore(name, before)
                 held, may = (mine, limit) if mine > limit else (total, self._limit)
                 raise RequestTooLarge(
-                    f"pins would hold {held} tokens, and may hold {may} (all of them half of the cache): unpin others "
-                    "or raise max_total_tokens"
+                    f"pins would hold {held} tokens, and may hold {may} (all of them half of the KV cache): unpin "
+                    "others or raise max_total_tokens"
                 )
             if pin is not None:
                 self._loop.at(pin.ends, self._expire)
