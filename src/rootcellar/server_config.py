@@ -69,10 +69,10 @@ class ServerConfig:
     max_prompt_length: int | None = option(
         None, "Longest prompt in tokens. None takes what the context and the KV cache hold.", low=1
     )
-    max_prompt_characters: int = option(
-        4 * 2**20,
-        "Most characters of all prompts of one request together, or of a chat's messages (about a million tokens); to "
-        "/detokenize as many token ids. More is refused before it is tokenized.",
+    max_prompt_characters: int | None = option(
+        None,
+        "Most characters of all prompts of one request together, or of a chat's messages; to /detokenize as many token "
+        "ids. More is refused before it is tokenized. None: 8 for each token of the longest prompt, at least 262,144.",
         low=1,
     )
     prompt_timeout: float = option(

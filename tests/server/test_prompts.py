@@ -25,7 +25,7 @@ USER = [{"role": "user", "content": "Hi"}]
 def state_over(folder, **settings):
     """What prompts.py knows of a server, with a context that holds a million tokens."""
     config = ServerConfig(**settings)
-    reader = Reader(folder, seconds=config.prompt_timeout, characters=config.max_prompt_characters)
+    reader = Reader(folder, seconds=config.prompt_timeout, characters=2**20)
     engine = SimpleNamespace(tokenizer=Tokenizer(folder))
     return SimpleNamespace(engine=engine, config=config, reader=reader, longest_prompt=2**20)
 
@@ -88,8 +88,7 @@ def test_texts_that_are_too_long_are_refused_unread(state, monkeypatch):
     longest = 10 * state.engine.tokenizer.longest_token
     with pytest.raises(RequestTooLarge, match=f"prompt 1 has {longest + 1} characters; none above {longest}"):
         asyncio.run(tokenize(few, ["x", "x" * (longest + 1)]))
-    config = ServerConfig(max_prompt_characters=20_000)
-    small = SimpleNamespace(**{**vars(state), "config": config})
+    small = SimpleNamespace(**{**vars(state), "reader": SimpleNamespace(characters=20_000)})
     with pytest.raises(RequestTooLarge, match=r"20001 characters in one request.*max_prompt_characters"):
         asyncio.run(tokenize(small, ["x" * 10_000, "x" * 10_001]))
     with pytest.raises(RequestTooLarge, match=r"20001 tokens in one request.*max_prompt_characters"):
@@ -151,6 +150,25 @@ def test_a_job_that_kills_its_process_is_refused_and_the_next_is_done(state, mon
     process = reader._process
     reader.close()
     assert process.poll() is not None
+
+
+def test_a_job_that_takes_too_much_memory_is_refused(monkeypatch, caplog):
+    """Three tokens for each character, and ten times the characters that the process was made for."""
+    reader = Reader(demo.path(), seconds=60, characters=1000)
+    with pytest.raises(RequestError, match="memory"):
+        reader.encode(["日本語" * 600_000], True).result()
+    assert "died" in caplog.text
+    assert reader.encode(["日本語" * 300], True).result()
+    reader.close()
+
+
+def test_what_a_server_takes_follows_from_its_context(engine):
+    with on_thread(engine) as url:
+        refused = httpx.post(f"{url}/generate", json={"text": ["x y " * 3000] * 40}, timeout=60)
+        assert "262144 (max_prompt_characters)" in refused.text
+    with on_thread(engine, max_prompt_characters=20_000) as url:
+        refused = httpx.post(f"{url}/detokenize", json={"tokens": [1] * 20_001}, timeout=60)
+        assert "20000 (max_prompt_characters)" in refused.text
 
 
 def test_no_more_than_so_many_wait(state, monkeypatch):

@@ -112,7 +112,7 @@ async def tokenize(state: State, texts: list[str], add_special_tokens: bool | No
     ``longest_token`` characters), and texts that have too many characters together.
     """
     tokenizer = state.engine.tokenizer
-    longest, most = state.longest_prompt * tokenizer.longest_token, state.config.max_prompt_characters
+    longest, most = state.longest_prompt * tokenizer.longest_token, state.reader.characters
     for i, text in enumerate(texts):
         if len(text) > longest:
             raise RequestTooLarge(f"prompt {i} has {len(text)} characters; none above {longest} can fit this server")
@@ -136,7 +136,7 @@ async def _encode(state: State, texts: list[str], add_special_tokens: bool) -> l
 async def detokenize(state: State, lists: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
     """The text of each list of token ids, which are checked already."""
     total = sum(map(len, lists))
-    _require_few(total, "tokens", state.config.max_prompt_characters)
+    _require_few(total, "tokens", state.reader.characters)
     if total <= SHORT and len(lists) <= SHORT:
         return [state.engine.tokenizer.decode(ids, skip_special_tokens) for ids in lists]
     return await asyncio.wrap_future(state.reader.decode(lists, skip_special_tokens))

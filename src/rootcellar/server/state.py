@@ -20,6 +20,9 @@ from rootcellar.server.shared import Shared
 from rootcellar.server_config import ServerConfig
 from rootcellar.text.reader import Reader
 
+# Of a request's prompts together, by default; what a process needs to tokenize them is about 0.15 GB.
+_CHARACTERS = 2**18
+
 
 @dataclass
 class State:
@@ -60,7 +63,7 @@ class State:
         self.reader = Reader(
             folder_of(self.engine.config.model_path),
             seconds=self.config.prompt_timeout,
-            characters=self.config.max_prompt_characters,
+            characters=self.config.max_prompt_characters or max(_CHARACTERS, 8 * self.longest_prompt),
         )
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics

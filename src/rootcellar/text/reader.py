@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -52,13 +53,14 @@ class Reader:
         """``folder`` of the model. ``seconds``: what one job may take; ``characters``: what it may hold together."""
         self._folder = folder
         self._seconds = seconds
-        self._characters = characters
+        self.characters = characters
         self._thread = ThreadPoolExecutor(1, "rootcellar-reader")
         self._lock = threading.Lock()
         self._closed = False
         self._waiting = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._said: IO[bytes] | None = None
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> Future[list[list[int]]]:
         """Token ids of each text."""
@@ -81,10 +83,9 @@ class Reader:
 
         def work() -> Chat:
             count = sum(map(len, each_text((messages, options))))
-            if count > self._characters:
+            if count > self.characters:
                 raise RequestTooLarge(
-                    f"the messages have {count} characters; this server takes {self._characters} "
-                    "(max_prompt_characters)"
+                    f"the messages have {count} characters; this server takes {self.characters} (max_prompt_characters)"
                 )
             text, ids = self._do("chat", messages, {**options, "seconds": self._seconds})
             return Chat(text, _ids(ids))
@@ -125,10 +126,11 @@ class Reader:
                 raise RequestError(self._late())
             result, wrong = connection.recv()
         except (EOFError, OSError):
+            words = self._last_words()
             self._end()
             if self._closed:
                 raise EngineError("the server is shutting down") from None
-            log.warning("the process that reads prompts died of one")
+            log.warning("the process that reads prompts died of one: %s", words or "it said nothing")
             raise RequestError("the prompt is refused: reading it took more memory than there is for it") from None
         if wrong is not None:
             raise RequestError(wrong or self._late())
@@ -146,25 +148,28 @@ class Reader:
         self._end()
         ours, theirs = Pipe()
         command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())]
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         with theirs, self._lock:
             if self._closed:
                 raise EngineError("the server is shutting down")
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=self._said,
+                stderr=self._said,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C is the server's affair
             )
             self._connection = ours
         try:
-            ours.send(str(self._folder))
+            ours.send((str(self._folder), self.characters))
             if not ours.poll(_START_SECONDS):
                 raise OSError(f"not ready after {_START_SECONDS} seconds")
             ours.recv()
         except (EOFError, OSError) as error:
+            words = self._last_words()
             self._end()
-            raise EngineError(f"the process that reads prompts does not start: {error or 'it ended'}") from error
+            raise EngineError(f"the process that reads prompts does not start: {words or error}") from error
         return ours
 
     def _end(self) -> None:
@@ -173,7 +178,16 @@ class Reader:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._connection = None
+        if self._said is not None:
+            self._said.close()
+        self._process = self._connection = self._said = None
+
+    def _last_words(self) -> str:
+        if self._said is None:
+            return ""
+        self._said.seek(0)
+        lines = self._said.read(4096).decode(errors="replace").strip().splitlines()
+        return lines[0] if lines else ""
 
 
 def _ids(content: bytes) -> list[int]:

@@ -5,6 +5,8 @@ It serves a connection until that ends: first the model's folder, then one job a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -20,8 +22,9 @@ from rootcellar.errors import RequestError
 from rootcellar.text.templates import TemplateTimeout
 from rootcellar.text.tokenizer import Tokenizer
 
-MEMORY_BYTES = 2**30
-"""What the process may take beside the tokenizer; four million characters take less than half of it."""
+MEMORY_BYTES = 2**28, 2**10
+"""What the process may take beside the tokenizer: always, and for each character that a job may have. (A character of
+Chinese that is three tokens took 500 bytes, one of English 250.)"""
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[bytes]:
@@ -46,12 +49,13 @@ JOBS: Mapping[str, Callable[..., Any]] = {"encode": encode, "decode": decode, "c
 def serve(connection: Connection) -> None:
     """Answer until the other side is gone.
 
-    In: the folder, then ``(seconds, job, arguments)`` again and again. Out, for each: ``(result, what is wrong)``, one
-    of them None; what is wrong is "" when it took too long.
+    In: the folder and the most characters of a job, then ``(seconds, job, arguments)`` again and again. Out, for each
+    job: ``(result, what is wrong)``, one of them None; what is wrong is "" when it took too long.
     """
-    tokenizer = Tokenizer(connection.recv())
+    folder, characters = connection.recv()
+    tokenizer = Tokenizer(folder)
     connection.send(None)
-    limit = _address_space() + MEMORY_BYTES
+    limit = _address_space() + MEMORY_BYTES[0] + MEMORY_BYTES[1] * characters
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     while True:
         try:
@@ -71,6 +75,14 @@ def serve(connection: Connection) -> None:
             answer = None, f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(answer)
+        del answer
+        _give_back()
+
+
+def _give_back() -> None:
+    """Let the system have what a large job has left behind, where its allocator can be told."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _address_space() -> int:
