@@ -54,6 +54,8 @@ class Tokenizer:
         self._templates = Templates(folder, settings)
         added = self._fast.get_added_tokens_decoder()
         self.skipped: Mapping[int, str] = {id: token.content for id, token in added.items() if token.special}
+        self.longest_token = max(map(len, self._fast.get_vocab()))
+        """Most characters that one token stands for, so that a text has at least its length over this tokens."""
         self._bytes: dict[int, bytes] = {}
         self._byte_level = _is_byte_level(json.loads(self._fast.to_str())["decoder"])
         if "add_bos_token" in settings or "add_eos_token" in settings:
@@ -63,11 +65,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Entries, added tokens included; a model's embedding may be padded to more."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
-
-    @functools.cached_property
-    def longest_token(self) -> int:
-        """Most characters that one token stands for, so that a text has at least its length over this tokens."""
-        return max(map(len, self._fast.get_vocab()))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -254,8 +251,8 @@ class Tokenizer:
     def _word(self) -> int:
         """A token that is text, and after which others read as they do within a text."""
         added = self._fast.get_added_tokens_decoder()
-        ids = sorted(set(self._fast.get_vocab().values()) - set(added))
-        return next((id for id in ids if not self._is_byte(id) and self.decode([id], False).isalpha()), ids[-1])
+        ids = (id for id in range(self.vocab_size) if id not in added and not self._is_byte(id))
+        return next((id for id in ids if self.decode([id], False).isalpha()), 0)
 
     def _wrap(self, bos: bool, eos: bool) -> None:
         """Let the settings' add_bos_token and add_eos_token win over ``tokenizer.json``, as in transformers."""
