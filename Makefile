@@ -11,13 +11,14 @@ WORKERS ?= auto
 # pytest: `make test ARGS="tests/cache -x"`; bench: `make bench ARGS="--json"`.
 ARGS ?=
 
-# pip says only what went wrong: warnings of sources that lack a package are not worth a newcomer's attention.
-PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
-BUILD_INPUTS := requirements/lock.txt pyproject.toml CMakeLists.txt $(shell find src -name '*.cc' -o -name '*.h' -o -name '*.inc')
+# pip says only what went wrong: warnings of sources that lack a package are not worth a newcomer's attention. Python
+# compiles what it imports when it does, not every file of every package.
+PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check --no-compile
+BUILD_INPUTS := requirements/run.txt pyproject.toml CMakeLists.txt $(shell find src -name '*.cc' -o -name '*.h' -o -name '*.inc')
 RUN := $(VENV)/bin/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
+.PHONY: help demo wheel test test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -25,7 +26,11 @@ help:  ## List the targets.
 demo: $(VENV)/.stamp  ## Answer from the embedded model: a long prompt twice, then a chat.
 	@$(RUN)rootcellar demo
 
-test: $(VENV)/.stamp  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
+wheel: $(VENV)/.stamp  ## Build dist/rootcellar-*.whl, with the C++ parts for this machine's system.
+	@$(RUN)python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+test: $(VENV)/.stamp-dev  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
 	@$(RUN)python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
@@ -34,23 +39,23 @@ test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face tran
 test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)
 
-fuzz: $(VENV)/.stamp  ## Run the long, nightly tests.
+fuzz: $(VENV)/.stamp-dev  ## Run the long, nightly tests.
 	@$(RUN)python -m pytest -m long --timeout 0 $(ARGS)
 
-sanitize: $(VENV)/.stamp  ## Run the native cache core with sanitizers against the Python core (ARGS="STEPS SEED").
+sanitize: $(VENV)/.stamp-dev  ## Run the native cache core with sanitizers against the Python core (ARGS="STEPS SEED").
 	@$(RUN)python scripts/sanitize.py $(ARGS)
 
-lint: $(VENV)/.stamp  ## Check format, style, types and the direction of imports.
+lint: $(VENV)/.stamp-dev  ## Check format, style, types and the direction of imports.
 	@$(RUN)ruff format --check --quiet .
 	@$(RUN)ruff check --quiet .
 	@$(RUN)mypy
 	@$(RUN)lint-imports --no-logo
 
-format: $(VENV)/.stamp  ## Rewrite the sources in the house style.
+format: $(VENV)/.stamp-dev  ## Rewrite the sources in the house style.
 	@$(RUN)ruff format .
 	@$(RUN)ruff check --fix .
 
-docs: $(VENV)/.stamp  ## Write the generated pages of docs/ again.
+docs: $(VENV)/.stamp-dev  ## Write the generated pages of docs/ again.
 	@$(RUN)python -m rootcellar.config > docs/configuration.md
 
 golden: $(REFERENCE_VENV)/.stamp  ## Write the golden files of tests/ again, from transformers on torch.
@@ -64,8 +69,9 @@ lock:  ## Pin the newest versions that pyproject.toml allows (with the oldest Py
 		{ echo "make lock needs Python 3.11: make lock PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python $(PIP_INSTALL) pip-tools==7.6.2
-	@rm -f requirements/lock.txt requirements/reference.txt
-	@$(PIP_COMPILE) --extra dev --extra figure --output-file requirements/lock.txt pyproject.toml
+	@rm -f requirements/lock.txt requirements/run.txt requirements/reference.txt
+	@$(PIP_COMPILE) --extra build --extra dev --extra figure --output-file requirements/lock.txt pyproject.toml
+	@$(PIP_COMPILE) --extra build --constraint requirements/lock.txt --output-file requirements/run.txt pyproject.toml
 	@$(PIP_COMPILE) --extra reference --extra clients --constraint requirements/lock.txt \
 		--output-file requirements/reference.txt pyproject.toml
 	@sed -i.orig 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/reference.txt  # any build of that version will do
@@ -80,18 +86,29 @@ clean:  ## Remove everything that can be made again.
 
 # --- The virtual environments -----------------------------------------------------------------------------------------
 
+# What runs rootcellar, and nothing else.
 $(VENV)/.stamp: $(BUILD_INPUTS)
 	@$(call create_venv,$(VENV))
-	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/run.txt
 	@$(call install_rootcellar,$(VENV))
 
-$(REFERENCE_VENV)/.stamp: $(BUILD_INPUTS) requirements/reference.txt
+# The same environment with what tests and checks need beside.
+$(VENV)/.stamp-dev: $(VENV)/.stamp requirements/lock.txt
+	@echo "Adding what tests and checks need ..."
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt
+	@touch $@
+
+# Torch and the rest on top of what is in $(VENV), which a path file lends: nothing is installed or compiled twice.
+$(REFERENCE_VENV)/.stamp: $(VENV)/.stamp-dev requirements/reference.txt
 	@$(call create_venv,$(REFERENCE_VENV))
+	@$(REFERENCE_VENV)/bin/python -c 'import pathlib, sysconfig; \
+		here = sysconfig.get_path("purelib"); lent = here.replace("$(REFERENCE_VENV)", "$(VENV)"); \
+		pathlib.Path(here, "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")'
 	@torch=$$(grep '^torch==' requirements/reference.txt); \
 		$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) "$$torch+cpu" 2>/dev/null \
 		|| $(REFERENCE_VENV)/bin/python $(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) "$$torch"
-	@$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt -r requirements/reference.txt
-	@$(call install_rootcellar,$(REFERENCE_VENV))
+	@$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) -r requirements/reference.txt
+	@touch $@ && echo "$(REFERENCE_VENV) is ready."
 
 define create_venv
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -102,7 +119,7 @@ else echo "Setting up $(1) (once; it takes a minute or a few) ..."; fi; \
 $(PYTHON) -m venv $(1)
 endef
 
-# The build's own tools are in the lock, so nothing is fetched for an isolated build.
+# The build's own tools are pinned with the rest, so nothing is fetched for an isolated build.
 define install_rootcellar
 $(1)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable . && \
 { ls $(1)/lib/python*/site-packages/rootcellar/cache/_core*.so $(1)/lib/python*/site-packages/rootcellar/ops/_native.so \
