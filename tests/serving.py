@@ -24,7 +24,7 @@ from rootcellar.server.app import create_app
 from rootcellar.server.run import uvicorn_config
 from rootcellar.server_config import ServerConfig
 
-COMMAND = [str(Path(sys.executable).with_name("rootcellar")), "serve", "--port", "0"]
+COMMAND = [sys.executable, "-m", "rootcellar", "serve", "--port", "0"]
 
 
 class Server:

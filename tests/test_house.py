@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what importing costs, and how sources are kept."""
 
 import ast
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,12 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import rootcellar
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "rootcellar"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+OTHERS = sorted(p for p in PACKAGE.rglob("*") if p.suffix in {".cc", ".h", ".inc", ".js", ".css", ".html"})
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 80
 
@@ -74,6 +80,11 @@ def test_files_and_functions_stay_short_enough_to_read(path):
             assert length <= MAX_FUNCTION_LINES, f"{node.name} is {length} lines long"
 
 
+@pytest.mark.parametrize("path", OTHERS, ids=_id)
+def test_files_in_other_languages_too(path):
+    assert path.read_text(encoding="utf-8").count("\n") <= MAX_LINES, "split it along its nouns"
+
+
 def _undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
     """The public functions and classes directly or deeper in `node` that have no docstring."""
     for child in node.body:
@@ -105,12 +116,29 @@ def test_nothing_is_probed_for_by_name(path):
 
 
 def test_the_version_is_the_same_everywhere():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == rootcellar.__version__
+    assert PROJECT["version"] == rootcellar.__version__
     assert f"## [{rootcellar.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "reference.txt"])
+def _pins(name: str) -> set[str]:
+    lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_what_runs_is_part_of_what_is_tested_and_nothing_more_than_it_needs():
+    assert _pins("run.txt") < _pins("lock.txt")
+    names = {pin.partition("==")[0] for pin in _pins("run.txt")}
+    needed, found = {Requirement(text).name for text in [*PROJECT["dependencies"], *EXTRAS["build"]]}, set()
+    while needed:
+        name = canonicalize_name(needed.pop())
+        found.add(name)
+        wanted = (Requirement(text) for text in importlib.metadata.requires(name) or [])
+        wanted = {canonicalize_name(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
+        needed |= wanted - found
+    assert names == found
+
+
+@pytest.mark.parametrize("name", ["run.txt", "lock.txt", "reference.txt"])
 def test_the_lock_pins_everything_and_names_no_machine(name):
     lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
