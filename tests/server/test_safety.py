@@ -274,7 +274,11 @@ def test_random_changes_of_bodies(small, data):
         ({"Content-Type": "application/x-www-form-urlencoded"}, b"prompt=a", {415}),
         ({"Content-Type": "multipart/form-data; boundary=x"}, b"--x--", {415}),
         ({"Content-Type": "application/json; charset=utf-16"}, '{"prompt": "a"}'.encode("utf-16"), {400}),
-        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, gzip.compress(b'{"prompt": "a"}', mtime=0), {400}),
+        (
+            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            gzip.compress(b'{"prompt": "a"}', mtime=0),
+            {400},
+        ),
         ({"Content-Type": "application/json"}, b"", {400}),
         ({"Content-Type": "\xff/\xfe".encode("latin-1")}, b"{}", {400, 415}),
         ({"Content-Type": "application/json"}, b"\0" * 100, {400}),
