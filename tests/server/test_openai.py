@@ -139,6 +139,17 @@ def test_n_answers(client):
     assert complete(client, prompt=["What", "The"], n=3, temperature=1, seed=5)["choices"] == answer["choices"]
 
 
+def _rounded(value):
+    match value:
+        case float():
+            return pytest.approx(value, abs=1e-3)
+        case list():
+            return [_rounded(each) for each in value]
+        case dict():
+            return {key: _rounded(each) for key, each in value.items()}
+    return value
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(client):
     options = {"prompt": ["What is a", "The"], "n": 2, "temperature": 1, "seed": 3, "logprobs": 1, "echo": True}
     whole = complete(client, **options)
@@ -153,7 +164,8 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
         assert [piece["finish_reason"] for piece in mine] == [None] * (len(mine) - 1) + ["length"]
         for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
             joined = [value for piece in mine if piece["logprobs"] for value in piece["logprobs"][name]]
-            assert joined == choice["logprobs"][name]
+            # Whatever computes a prompt in other steps rounds otherwise.
+            assert joined == _rounded(choice["logprobs"][name])
 
 
 def test_continuous_usage(client):
