@@ -9,7 +9,6 @@ it compiles as it does for users.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_backend_optimization_level" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
-
-
-@pytest.hookimpl(wrapper=True)  # before xdist reads the groups, which it does first of all
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """A file's tests share engines, so one worker runs them, in order; a test may name another group."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    return (yield)
 
 
 @pytest.fixture(scope="session")
