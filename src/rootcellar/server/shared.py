@@ -23,12 +23,13 @@ class Shared(Generic[T]):
 
     async def result(self) -> T:
         """What the work gives, now or lately; raises what it raised."""
-        loop = asyncio.get_running_loop()
-        if self._task is None or (self._task.done() and loop.time() >= self._until):
-            self._task = asyncio.create_task(self._work())
-            self._task.add_done_callback(self._note)
+        if self._task is None or (self._task.done() and asyncio.get_running_loop().time() >= self._until):
+            self._until = 0.0
+            self._task = asyncio.create_task(self._fresh())
         return await asyncio.shield(self._task)
 
-    def _note(self, task: asyncio.Task[T]) -> None:
-        failed = task.cancelled() or task.exception() is not None
-        self._until = 0.0 if failed else asyncio.get_running_loop().time() + self._seconds
+    async def _fresh(self) -> T:
+        result = await self._work()
+        # Before anybody can see that the task is done: whoever came then would start the work again.
+        self._until = asyncio.get_running_loop().time() + self._seconds
+        return result
