@@ -47,9 +47,9 @@ def measure(engine: rootcellar.Engine, batch: int, tokens: int) -> tuple[float, 
     sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
     engine.generate(input_ids=prompts, sampling_params=sampling)
     before = _decode(engine)
-    timed = engine._loop.recorder = Timed(engine._loop.recorder)
+    timed = engine._loop.machine.recorder = Timed(engine._loop.machine.recorder)
     engine.generate(input_ids=prompts, sampling_params=sampling)
-    engine._loop.recorder = timed._recorder
+    engine._loop.machine.recorder = timed._recorder
     after = _decode(engine)
     step = (after.sum - before.sum) / (after.count - before.count)
     return step, (timed.seconds - timed.calls * _clock_cost()) / timed.steps

@@ -136,7 +136,7 @@ def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_fold
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(engine._parts.runner, "step", broken)
-    monkeypatch.setattr(engine._loop, "_recover", broken)
+    monkeypatch.setattr(engine._loop.machine, "recover", broken)
     with pytest.raises(GenerationFailed, match="shut down"):
         engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
     with pytest.raises(EngineError, match="shut down"):

@@ -10,10 +10,10 @@ import functools
 import itertools
 import logging
 import queue
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +22,19 @@ from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, Weights, build, folder_of, live_weights, load_weights
+from rootcellar.engine.clock import Clock
 from rootcellar.engine.closing import close_at_the_end
+from rootcellar.engine.commands import (
+    Abort,
+    AbortAll,
+    Continue,
+    Flush,
+    Pause,
+    Release,
+    Resume,
+    Submit,
+    UpdateWeights,
+)
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
@@ -31,10 +43,10 @@ from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order, show
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import MANY_PROMPTS, Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
+from rootcellar.engine.step import Machine
 from rootcellar.engine.warmup import WarmUp
-from rootcellar.errors import ConfigError, RequestError
+from rootcellar.errors import RequestError
 from rootcellar.models.params import Params
-from rootcellar.scheduler import Request
 from rootcellar.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,7 +66,14 @@ class Engine:
     ``prefixes`` explains and pins what is cached; ``programs`` compiles ahead.
     """
 
-    def __init__(self, *, params: Params | None = None, weights_name: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        params: Params | None = None,
+        weights_name: str | None = None,
+        clock: Clock = Clock(),  # noqa: B008  (a frozen value)
+        **options: Any,
+    ) -> None:
         """Load the model and allocate the KV cache.
 
         Args:
@@ -62,6 +81,7 @@ class Engine:
                 pytree as ``rootcellar.models.declare`` describes; used as it is, without a copy.
             weights_name: what ``params`` are: whoever gives equal names answers for equal weights, and their pages have
                 equal names too. None: they are this run's alone.
+            clock: what tells the time, to deadlines, the ends of pins and whatever is measured.
             **options: the settings of :class:`rootcellar.config.EngineConfig` (see ``docs/configuration.md``).
 
         Raises:
@@ -71,10 +91,16 @@ class Engine:
         self.config = EngineConfig.from_kwargs(**options)
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
         self._parts: Parts = build(self.config, params, weights_name)
-        self._life = Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload, self._parts.weights)
-        self._loop = Loop(
-            self._life, self._parts.max_running_requests, self.config.max_queued_requests, self.config.log_interval
+        self._clock = clock
+        machine = Machine(
+            Lifecycle(self._parts.scheduler, self._parts.runner, self._parts.reload, self._parts.weights),
+            max_running=self._parts.max_running_requests,
+            max_queued=self.config.max_queued_requests,
+            total_tokens=self._parts.total_tokens,
+            clock=clock,
+            log_interval=self.config.log_interval,
         )
+        self._loop = Loop(machine)
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
         self._close = close_at_the_end(self, self._loop, self._parts)
@@ -186,6 +212,7 @@ class Engine:
             prompt,
             input_ids,
             sampling_params,
+            received=self._clock.now(),
             rid=rid,
             return_logprob=return_logprob,
             logprob_start_len=logprob_start_len,
@@ -199,15 +226,16 @@ class Engine:
         updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
         compiling = self._start_grammars(inputs)
         grammars = None if compiling is None else compiling.result()
-        trackers = self._trackers(inputs, grammars, stream, lambda i: lambda snapshot: updates.put((i, snapshot)))
-        self._loop.wait(self._loop.submit(trackers))
-        results = self._receive(updates, trackers, indexed=inputs.several, strict=raise_on_failure and stream)
+        submit = self._submit(inputs, stream)
+        trackers = self._trackers(submit, grammars, lambda i: lambda snapshot: updates.put((i, snapshot)))
+        self._loop.run(submit, trackers)
+        results = self._receive(updates, submit, indexed=inputs.several, strict=raise_on_failure and stream)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
 
     def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], trackers: list[Tracker], *, indexed: bool, strict: bool
+        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], submit: Submit, *, indexed: bool, strict: bool
     ) -> Iterator[Result]:
-        left = len(trackers)
+        left = len(submit.items)
         try:
             while left:
                 index, snapshot = updates.get()
@@ -215,7 +243,7 @@ class Engine:
                 yield show(snapshot, index if indexed else None, strict)
         finally:
             if left:
-                self._loop.abandon(trackers)
+                self._loop.abandon(submit.call)
 
     async def async_generate(
         self,
@@ -233,17 +261,19 @@ class Engine:
         """
         mailbox = Mailbox(self._post())
         input_ids = options.pop("input_ids", None)
+        options["received"] = self._clock.now()
         read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
         inputs = await asyncio.to_thread(read) if takes_long(prompt, input_ids) else read()
         compiling = self._start_grammars(inputs)
         grammars = None if compiling is None else await asyncio.wrap_future(compiling)
-        make = functools.partial(self._trackers, inputs, grammars, stream, mailbox.deliver)
+        submit = self._submit(inputs, stream)
+        make = functools.partial(self._trackers, submit, grammars, mailbox.deliver)
         trackers = await asyncio.to_thread(make) if len(inputs.items) > MANY_PROMPTS else make()
         try:
-            await asyncio.wrap_future(self._loop.submit(trackers))
+            await asyncio.wrap_future(self._loop.post(submit, trackers))
         except asyncio.CancelledError:
-            self._loop.abandon(trackers)
+            self._loop.abandon(submit.call)
             raise
 
         async def receive() -> AsyncIterator[Result]:
@@ -257,7 +287,7 @@ class Engine:
                     yield await asyncio.to_thread(draw) if snapshot.unrendered > _MANY else draw()
             finally:
                 if ended < len(trackers):
-                    self._loop.abandon(trackers)
+                    self._loop.abandon(submit.call)
 
         if stream:
             return receive()
@@ -274,46 +304,24 @@ class Engine:
         made = self._parts.grammars
         return None if made is None else made.start([item.sampling for item in inputs.items])
 
-    def _trackers(
-        self,
-        inputs: Inputs,
-        grammars: Sequence[Grammar | None] | None,
-        stream: bool,
-        deliver_to: Callable[[int], Deliver],
-    ) -> list[Tracker]:
+    def _submit(self, inputs: Inputs, stream: bool) -> Submit:
+        """The command that adds these sequences, each with its seed and its names."""
         timeout = self.config.request_timeout
-        deadline = None if timeout is None else time.perf_counter() + timeout
-        call = next(self._calls)
-        trackers = []
-        for i, item in enumerate(inputs.items):
-            request = Request.new(
-                item.names[-1] if item.names else uuid.uuid4().hex,
-                item.ids,
-                item.sampling,
-                stop_ids=item.stop_ids,
-                namespace=item.namespace,
-                priority=item.priority,
-                score_from=None if item.logprobs is None or item.logprobs.start is None
-                else max(item.logprobs.start - 1, 0),
-                tenant=inputs.tenant,
-                call=call,
-            )  # fmt: skip
-            seed = item.seed if item.seed is not None else self._draw_seed()
-            trackers.append(
-                Tracker(
-                    request,
-                    deliver_to(i),
-                    tokenizer=self._parts.tokenizer,
-                    stream=stream,
-                    logprobs=item.logprobs,
-                    deadline=deadline,
-                    seed=seed,
-                    received=inputs.received,
-                    names=item.names,
-                    grammar=None if grammars is None else grammars[i],
-                )
+        items = tuple(
+            replace(
+                item,
+                seed=self._draw_seed() if item.seed is None else item.seed,
+                names=item.names or (uuid.uuid4().hex,),
             )
-        return trackers
+            for item in inputs.items
+        )
+        deadline = None if timeout is None else self._clock.now() + timeout
+        return Submit(items, next(self._calls), inputs.tenant, stream, inputs.received, deadline)
+
+    def _trackers(
+        self, submit: Submit, grammars: Sequence[Grammar | None] | None, deliver_to: Callable[[int], Deliver]
+    ) -> list[Tracker]:
+        return submit.trackers(self._parts.tokenizer, self._clock, grammars, deliver_to)
 
     def _draw_seed(self) -> int:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
@@ -352,11 +360,11 @@ class Engine:
         """End what the call or the answer named ``rid`` computes: whoever waits gets what there is, with finish_reason
         "abort". The name of a call ends all its answers. ``tenant``: whose (None: anybody's). Returns how many ended.
         """
-        return self._loop.abort(rid, tenant, "aborted by abort_request")
+        return self._loop.run(Abort(rid, tenant, "aborted by abort_request"))
 
     def abort_all(self, message: str = "aborted by abort_all", *, shutdown: bool = False) -> int:
         """End every request, with ``message``; returns how many. ``shutdown``: because there will be no more."""
-        return self._loop.abort_all(message, "shutdown" if shutdown else "asked")
+        return self._loop.run(AbortAll(message, "shutdown" if shutdown else "asked"))
 
     def flush_cache(self) -> None:
         """Forget every cached prefix.
@@ -364,7 +372,7 @@ class Engine:
         Raises:
             EngineError: requests wait or run; the message says how many.
         """
-        self._loop.call(self._loop.flush)
+        self._loop.run(Flush())
 
     def pause_generation(self, mode: str = "abort") -> None:
         """Compute nothing until :meth:`continue_generation`; new requests wait.
@@ -373,24 +381,11 @@ class Engine:
             mode: what becomes of the requests that run: ``"abort"`` ends all, waiting ones too; ``"retract"`` lets them
                 wait again with the tokens that they have and gives their memory back; ``"in_place"`` keeps all of it.
         """
-        if mode not in ("abort", "retract", "in_place"):
-            raise ConfigError(f"mode={mode!r} is unknown: choose from abort, retract, in_place")
-
-        def pause() -> None:
-            self._loop.paused = True
-
-        if mode == "in_place":
-            self._loop.call(pause)
-        else:
-            self._loop.call_at_rest(pause, mode)
+        self._loop.run(Pause(mode))
 
     def continue_generation(self) -> None:
         """Undo :meth:`pause_generation`."""
-
-        def unpause() -> None:
-            self._loop.paused = False
-
-        self._loop.call(unpause)
+        self._loop.run(Continue())
 
     def release_memory_occupation(
         self,
@@ -418,8 +413,7 @@ class Engine:
             the machine's memory (None where the system does not say). On a CPU the two differ by what was never
             written; on an accelerator the bytes are the device's.
         """
-        chosen = read_tags(tags)
-        return self._loop.call_at_rest(lambda: self._life.release(chosen, preserve, clear_compiled), mode)
+        return self._loop.run(Release(read_tags(tags), mode, preserve, clear_compiled))
 
     def resume_memory_occupation(self, tags: str | Sequence[str] | None = None) -> dict[str, Any]:
         """Take back what :meth:`release_memory_occupation` gave: the same shapes, so nothing compiles.
@@ -433,8 +427,7 @@ class Engine:
         Raises:
             EngineError: the weights were handed over: give new ones with :meth:`update_weights`.
         """
-        chosen = read_tags(tags)
-        return self._loop.call(lambda: self._life.resume(chosen))
+        return self._loop.run(Resume(read_tags(tags)))
 
     def update_weights(
         self, params: Params, version: str | None = None, *, weights_name: str | None = None
@@ -463,7 +456,7 @@ class Engine:
         return self._update(reload(), version, reload)
 
     def _update(self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None) -> dict[str, Any]:
-        now, copied = self._loop.call(lambda: self._life.update_weights(weights, version, reload))
+        now, copied = self._loop.run(UpdateWeights(weights.identity, version), weights, reload)
         return {"weight_version": now, "copied": copied}
 
     def check(self) -> None:

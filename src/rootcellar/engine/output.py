@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.engine.clock import Clock
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
@@ -104,7 +104,7 @@ class Tracker:
 
     Attributes:
         received, queued, started, first_token, last_token: when its caller asked for it, it began to wait, it first
-            ran, and its first and newest token were there; seconds of ``time.perf_counter``, None before that.
+            ran, and its first and newest token were there; seconds of the engine's clock, None before that.
     """
 
     def __init__(
@@ -117,17 +117,19 @@ class Tracker:
         logprobs: LogprobOptions | None,
         deadline: float | None,
         seed: int,
+        received: float,
+        clock: Clock,
         grammar: Grammar | None = None,
-        received: float | None = None,
         names: tuple[str, ...] = (),
     ) -> None:
         """Follow ``request``.
 
         Args:
             names: what its caller calls it, the widest first.
-            received: when its caller asked for it, in seconds of ``time.perf_counter``.
+            received: when its caller asked for it, by ``clock``.
         """
         self.request = request
+        self._now = clock.now
         self.names = names or (request.rid,)
         self.seed = seed
         self.grammar = grammar
@@ -145,8 +147,8 @@ class Tracker:
         self._text = ""
         self._ended = False
         self._seen = 0
-        self.queued = time.perf_counter()
-        self.received = self.queued if received is None else received
+        self.queued = self._now()
+        self.received = received
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
@@ -162,7 +164,7 @@ class Tracker:
         stage = self.request.stage
         if stage.value == self.stages[-1][0]:
             return False
-        now = time.perf_counter()
+        now = self._now()
         if self.started is None and stage is not Stage.FINISHED:
             self.started = now
         self.stages.append((stage.value, now))
@@ -172,7 +174,7 @@ class Tracker:
         """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
-        self.last_token = time.perf_counter()
+        self.last_token = self._now()
         if self.first_token is None:
             self.first_token = self.last_token
         complete = None if self.grammar is None else self.grammar.take(int(self.request.output[-1]))
@@ -246,7 +248,7 @@ class Tracker:
     def _snapshot(self, finish: Finish | None) -> Snapshot:
         held = 0 if self._ended or self._search is None else self._search.held
         text = self._text[: len(self._text) - held]
-        now = time.perf_counter()
+        now = self._now()
         return Snapshot(self, finish, now, self.request.generated, text, len(self.stages), len(self.versions))
 
     def render(self, then: Snapshot) -> Update:

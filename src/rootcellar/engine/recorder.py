@@ -6,10 +6,10 @@ The loop says what happened; everything here runs on its thread, and costs a ste
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 
 from rootcellar.cache import Key
+from rootcellar.engine.clock import Clock
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.report import Reporter
 from rootcellar.engine.telemetry import Counts, Telemetry
@@ -23,13 +23,14 @@ class Recorder:
     """What is known of one engine's past.
 
     Attributes:
-        began: when the engine did, in seconds of ``time.perf_counter``.
+        began: when the engine did, by the clock.
         telemetry, trace: what was counted, and what happened lately.
     """
 
-    def __init__(self, scheduler: Scheduler, log_interval: float) -> None:
+    def __init__(self, scheduler: Scheduler, log_interval: float, clock: Clock) -> None:
         """``log_interval``: seconds between two lines of the log about the work under way."""
-        self.began = time.perf_counter()
+        self._now = clock.now
+        self.began = self._now()
         self.telemetry = Telemetry(self.began)
         self.trace = Trace()
         self._scheduler = scheduler
@@ -38,7 +39,7 @@ class Recorder:
 
     def step_begins(self) -> None:
         """The scheduler is about to plan."""
-        self._step_began = time.perf_counter()
+        self._step_began = self._now()
 
     def planned(self, trackers: Mapping[Request, Tracker]) -> None:
         """The scheduler planned: requests may have been retracted, and entries evicted."""
@@ -52,11 +53,11 @@ class Recorder:
 
     def dispatched(self) -> None:
         """The batch is built and goes to the device."""
-        self._dispatched = time.perf_counter()
+        self._dispatched = self._now()
 
     def computed(self) -> None:
         """The step's tokens are there."""
-        self._computed = time.perf_counter()
+        self._computed = self._now()
 
     def token(self, tracker: Tracker, before: float | None) -> None:
         """A request got a token; ``before``: when it got the one before, None for the first."""
@@ -80,7 +81,7 @@ class Recorder:
 
     def step_ended(self, plan: Plan, generated: int, prompted: int) -> None:
         """All is followed up; ``generated`` and ``prompted``: tokens since the engine began."""
-        now = time.perf_counter()
+        now = self._now()
         tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
         self.trace.steps.append(
             StepRecord(self._step_began, self._dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)

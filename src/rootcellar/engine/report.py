@@ -29,7 +29,7 @@ class Reporter:
             self._busy_since = began
         self._idle = scheduler.idle
         since = max(self._line, self._busy_since)
-        due = ended - (self._line if self._idle else since) >= self._interval
+        due = ended > since and ended - (self._line if self._idle else since) >= self._interval
         if not due and not self._idle:
             return
         stats = scheduler.cache.stats()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-import time
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -47,7 +46,7 @@ class Item:
 class Inputs:
     """All sequences of one call.
 
-    ``several``: the caller gets a list. ``received``: when it came, in seconds of ``time.perf_counter``.
+    ``several``: the caller gets a list. ``received``: when it came, in seconds of the engine's clock.
     ``tenant``: who asks.
     """
 
@@ -63,6 +62,7 @@ def read_inputs(
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     *,
+    received: float,
     rid: str | Sequence[str] | None = None,
     return_logprob: bool = False,
     logprob_start_len: int = -1,
@@ -73,13 +73,12 @@ def read_inputs(
     cache_salt: str = "",
     tenant: str = "",
 ) -> Inputs:
-    """The sequences of one ``generate`` call; arguments as there.
+    """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
 
     Raises:
         RequestError: something is wrong; the message says which prompt, what was given and what would be right.
         RequestTooLarge: a sequence can never fit; the message names the setting.
     """
-    received = time.perf_counter()
     if (prompt is None) == (input_ids is None):
         raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
     if not isinstance(priority, int) or abs(priority) >= _PRIORITIES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from rootcellar.engine.output import Tracker
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Request
@@ -17,10 +20,13 @@ class Roster:
     def __init__(self) -> None:
         self.trackers: dict[Request, Tracker] = {}
         self._named: dict[tuple[str, str], list[Tracker]] = {}
+        self._calls: dict[int, dict[Request, Tracker]] = {}
 
-    def add(self, trackers: list[Tracker]) -> None:
+    def add(self, call: int, trackers: Sequence[Tracker]) -> None:
         """Take the requests of one call, all or none; ``RequestError``: one of their names is in use."""
         self._require_free(trackers)
+        if trackers:
+            self._calls[call] = {tracker.request: tracker for tracker in trackers}
         for tracker in trackers:
             self.trackers[tracker.request] = tracker
             for name in tracker.names:
@@ -29,6 +35,10 @@ class Roster:
     def remove(self, request: Request) -> Tracker:
         """Forget a request that ended, and its names."""
         tracker = self.trackers.pop(request)
+        call = self._calls[request.call]
+        del call[request]
+        if not call:
+            del self._calls[request.call]
         for name in tracker.names:
             group = self._named[request.tenant, name]
             group.remove(tracker)
@@ -46,7 +56,21 @@ class Roster:
         """Those of a tenant (None: of all), the oldest first."""
         return [t for t in self.trackers.values() if tenant in (None, t.request.tenant)]
 
-    def _require_free(self, trackers: list[Tracker]) -> None:
+    def of_call(self, call: int) -> list[Tracker]:
+        """Those of one call, in its order."""
+        return list(self._calls.get(call, {}).values())
+
+    def late(self, now: float) -> list[Tracker]:
+        """Those whose deadline has passed. All have the same time, so the oldest are the first to be late."""
+        return list(itertools.takewhile(lambda t: t.deadline is not None and now >= t.deadline, self.trackers.values()))
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When the first of them will be late; None: never."""
+        first = next(iter(self.trackers.values()), None)
+        return None if first is None else first.deadline
+
+    def _require_free(self, trackers: Sequence[Tracker]) -> None:
         """A name stands for one answer, one prompt or one call, and for nothing else at the same time."""
         meant: dict[str, tuple[str, ...]] = {}
         for tracker in trackers:

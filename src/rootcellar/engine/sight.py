@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -60,6 +59,7 @@ class Sight:
 
     def __init__(self, loop: Loop, parts: Parts) -> None:
         self._loop = loop
+        self._machine = loop.machine
         self._parts = parts
         self._cache = parts.scheduler.cache
 
@@ -89,7 +89,7 @@ class Sight:
         A tenant's is without the steps, which it shares.
         """
         records, steps, now = self._loop.call(lambda: self._newest(limit, tenant))
-        return chrome_trace(records, steps, now=now, started=self._loop.recorder.began)
+        return chrome_trace(records, steps, now=now, started=self._machine.recorder.began)
 
     def tree(self, limit: int = 200, tenant: str | None = None) -> dict[str, Any]:
         """The ``limit`` most important nodes of the radix tree, and which requests go through them.
@@ -116,10 +116,10 @@ class Sight:
         """
 
         def look() -> dict[str, Any]:
-            began = time.perf_counter()
+            began = self._machine.clock.now()
             memory = self._memory_map(cells) if tenant is None else []
             found = {"tree": self._tree(limit, tenant), "memory": memory}
-            return {**found, "seconds": time.perf_counter() - began}
+            return {**found, "seconds": self._machine.clock.now() - began}
 
         found = self._loop.call(look)
         self._with_text(found["tree"])
@@ -135,8 +135,8 @@ class Sight:
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
     def _reading(self, tenant: str | None) -> Reading:
-        now, telemetry = time.perf_counter(), self._loop.recorder.telemetry
-        alive = self._loop.roster.of(tenant)[:SHOWN_REQUESTS]
+        now, telemetry = self._machine.clock.now(), self._machine.recorder.telemetry
+        alive = self._machine.roster.of(tenant)[:SHOWN_REQUESTS]
         requests = [
             {
                 "rid": t.request.rid,
@@ -150,7 +150,7 @@ class Sight:
             for t in alive
         ]
         distributions = telemetry.distributions() if tenant is None else telemetry.of(tenant).distributions()
-        return Reading(self._stats(tenant), distributions, requests, now - self._loop.recorder.began, tenant)
+        return Reading(self._stats(tenant), distributions, requests, now - self._machine.recorder.began, tenant)
 
     def _own_stats(self, counts: Counts, alive: list[Tracker]) -> dict[str, Any]:
         """What is about requests and their tokens: of all, or of one tenant."""
@@ -168,20 +168,20 @@ class Sight:
         }
 
     def _stats(self, tenant: str | None = None) -> dict[str, Any]:
-        loop, scheduler, telemetry = self._loop, self._parts.scheduler, self._loop.recorder.telemetry
+        machine, scheduler, telemetry = self._machine, self._parts.scheduler, self._machine.recorder.telemetry
         if tenant is not None:
             counts = telemetry.of(tenant)
             found = {"input_tokens": counts.prompt_tokens, "hit_tokens": counts.cached_tokens, "occupancy": {}}
-            return {**self._own_stats(counts, loop.roster.of(tenant)), **found}
+            return {**self._own_stats(counts, machine.roster.of(tenant)), **found}
         cache = self._cache.stats()
         return {
-            **self._own_stats(telemetry.all, loop.roster.of(None)),
+            **self._own_stats(telemetry.all, machine.roster.of(None)),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "retractions": scheduler.retractions,
-            "steps": loop.steps,
-            "generated_tokens": loop.generated,
-            "prefill_tokens": loop.prompted,
+            "steps": machine.steps,
+            "generated_tokens": machine.generated,
+            "prefill_tokens": machine.prompted,
             "outside_seconds": dict(telemetry.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
@@ -190,19 +190,19 @@ class Sight:
         }
 
     def _status(self) -> dict[str, Any]:
-        loop = self._loop
+        machine = self._machine
         return {
-            "paused": loop.paused,
-            "released": sorted(loop.life.released),
-            "weight_version": loop.life.version,
-            "steps": loop.steps,
-            "unfinished": len(loop.trackers),
+            "paused": machine.paused,
+            "released": sorted(machine.life.released),
+            "weight_version": machine.life.version,
+            "steps": machine.steps,
+            "unfinished": len(machine.trackers),
         }
 
     def _newest(self, limit: int, tenant: str | None) -> tuple[list[RequestRecord], list[StepRecord], float]:
         """The newest requests, the steps since the first of them came, and the time."""
-        trace, now = self._loop.recorder.trace, time.perf_counter()
-        alive = [RequestRecord.of(t, end=None) for t in self._loop.roster.of(tenant)]
+        trace, now = self._machine.recorder.trace, self._machine.clock.now()
+        alive = [RequestRecord.of(t, end=None) for t in self._machine.roster.of(tenant)]
         ended = [record for record in trace.requests if tenant in (None, record.tenant)]
         records = [*ended, *alive][-limit:]
         if tenant is not None:
@@ -211,10 +211,10 @@ class Sight:
         return records, [step for step in trace.steps if step.ended >= first], now
 
     def _tree(self, limit: int, tenant: str | None) -> dict[str, Any]:
-        now = time.perf_counter()
-        alive = [t.request for t in self._loop.roster.of(tenant)][:SHOWN_REQUESTS]
+        now = self._machine.clock.now()
+        alive = [t.request for t in self._machine.roster.of(tenant)][:SHOWN_REQUESTS]
         found = [(r.rid, r.stage.value, r.key(r.length)) for r in alive]
-        ended = self._loop.recorder.trace.keys
+        ended = self._machine.recorder.trace.keys
         found += [(r.rid, Stage.FINISHED.value, key) for r, key in ended if tenant in (None, r.tenant)]
         requests = [
             {"rid": rid, "stage": stage, "tokens": len(key), "nodes": list(self._cache.trail(key))}
@@ -246,7 +246,7 @@ class Sight:
         held: dict[str, dict[str, int]] = {}
         for (kind, tier), tokens in node.held.items():
             held.setdefault(kind, {})[tier.name] = tokens
-        at = self._loop.recorder.telemetry.ticks.at
+        at = self._machine.recorder.telemetry.ticks.at
         return {
             "id": node.id,
             "parent": node.parent,

@@ -1,7 +1,7 @@
 """What the engine's thread counts while it works: tokens, times, and how old KV is when it is evicted.
 
 Written by the engine's thread only, a few additions a step; read there too (``Sight``), so nothing needs a lock. Times
-are seconds of ``time.perf_counter``. The cache knows no clock: :class:`TickTimes` says when its ticks were.
+are seconds of the engine's clock. The cache knows no clock: :class:`TickTimes` says when its ticks were.
 """
 
 from __future__ import annotations

@@ -1,0 +1,290 @@
+"""What changes an engine's state between two steps, as values: to be logged, replayed, or sent to others.
+
+A command holds all that it needs as plain data. What cannot be data is handed to :meth:`run` beside it: where the
+answers go, arrays that somebody holds. Whoever only wants to read hands the loop a function instead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rootcellar.engine.build import Weights
+from rootcellar.engine.clock import Clock
+from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.output import Deliver, Tracker
+from rootcellar.engine.requests import Item
+from rootcellar.engine.step import Machine
+from rootcellar.errors import ConfigError
+from rootcellar.scheduler import Finish, Request
+from rootcellar.text import Tokenizer
+
+# Requests of one call that are ended in one go.
+_SLICE = 32
+
+MODES = ("wait", "abort", "retract")
+PAUSES = ("abort", "retract", "in_place")
+
+
+@dataclass(frozen=True)
+class Command(ABC):
+    """Something to be done between two steps.
+
+    ``rest``: None when it may be done whatever runs; else no request may run, and it says what becomes of those that
+    do: ``"wait"`` until they end (waiting ones go on waiting), ``"retract"``: they wait again, with what they have,
+    ``"abort"``: they and all that wait end.
+    """
+
+    @property
+    def rest(self) -> str | None:
+        """See above."""
+        return None
+
+    @abstractmethod
+    def run(self, machine: Machine, *live: Any) -> Any:
+        """Do it; the result is its caller's. ``live``: what is no data."""
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Submit(Command):
+    """Add the sequences of one call, all of them or none; each of ``items`` has its seed and its names.
+
+    ``received``, ``deadline``: when the call came, and when it is too late, in seconds of the engine's clock.
+    """
+
+    items: tuple[Item, ...]
+    call: int
+    tenant: str
+    stream: bool
+    received: float
+    deadline: float | None
+
+    def trackers(
+        self,
+        tokenizer: Tokenizer | None,
+        clock: Clock,
+        grammars: Sequence[Grammar | None] | None,
+        deliver_to: Callable[[int], Deliver],
+    ) -> list[Tracker]:
+        """What follows the items, in their order; ``deliver_to(i)`` takes the snapshots of item ``i``."""
+        made = []
+        for i, item in enumerate(self.items):
+            start = None if item.logprobs is None else item.logprobs.start
+            request = Request.new(
+                item.names[-1],
+                item.ids,
+                item.sampling,
+                stop_ids=item.stop_ids,
+                namespace=item.namespace,
+                priority=item.priority,
+                score_from=None if start is None else max(start - 1, 0),
+                tenant=self.tenant,
+                call=self.call,
+            )
+            assert item.seed is not None
+            tracker = Tracker(
+                request,
+                deliver_to(i),
+                tokenizer=tokenizer,
+                stream=self.stream,
+                logprobs=item.logprobs,
+                deadline=self.deadline,
+                seed=item.seed,
+                received=self.received,
+                clock=clock,
+                names=item.names,
+                grammar=None if grammars is None else grammars[i],
+            )
+            made.append(tracker)
+        return made
+
+    def run(self, machine: Machine, trackers: Sequence[Tracker]) -> None:
+        """``trackers`` follow the items, in their order."""
+        machine.life.require_memory()
+        machine.require_room(self.tenant, len(trackers))
+        machine.roster.add(self.call, trackers)
+        for tracker in trackers:
+            machine.scheduler.add(tracker.request)
+
+
+@dataclass(frozen=True)
+class Abandon(Command):
+    """End requests of a call whose caller went away: some of a large one, so that others have a turn."""
+
+    call: int
+
+    def run(self, machine: Machine) -> bool:
+        """Whether some are left."""
+        alive = machine.roster.of_call(self.call)
+        for tracker in alive[:_SLICE]:
+            machine.end(tracker.request, Finish.abort("asked", "the caller went away"))
+        return len(alive) > _SLICE
+
+
+@dataclass(frozen=True)
+class Abort(Command):
+    """End what goes by the name ``rid``, of a tenant or (None) of all."""
+
+    rid: str
+    tenant: str | None
+    message: str
+
+    def run(self, machine: Machine) -> int:
+        """How many requests that were."""
+        return machine.end_all(machine.roster.named(self.rid, self.tenant), Finish.abort("asked", self.message))
+
+
+@dataclass(frozen=True)
+class AbortAll(Command):
+    """End every request. ``cause``: as in ``Finish``."""
+
+    message: str
+    cause: str
+
+    def run(self, machine: Machine) -> int:
+        """How many there were."""
+        return machine.end_all(machine.roster.of(None), Finish.abort(self.cause, self.message))
+
+
+@dataclass(frozen=True)
+class Expire(Command):
+    """End what is late at ``now``: requests, and pins."""
+
+    now: float
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        late = Finish.abort("timeout", "timed out: it took longer than request_timeout")
+        machine.end_all(machine.roster.late(self.now), late)
+        machine.pins.expire(self.now)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flush(Command):
+    """Forget every cached prefix. See ``Engine.flush_cache``."""
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        machine.require_nothing_computed("flush_cache")
+        machine.life.flush()
+
+
+@dataclass(frozen=True)
+class Pin(Command):
+    """Keep what is cached of these tokens until ``ends``. See ``Prefixes.pin``."""
+
+    ids: tuple[int, ...]
+    namespace: str
+    tenant: str
+    ends: float
+    share: float
+
+    def run(self, machine: Machine) -> tuple[int, int]:
+        """Tokens that are pinned, and the tenant's pins."""
+        key = machine.scheduler.key(self.ids, self.namespace)
+        return machine.pins.add(self.tenant, key, self.ends, self.share)
+
+
+@dataclass(frozen=True)
+class Unpin(Command):
+    """Undo a tenant's pin of exactly these tokens."""
+
+    ids: tuple[int, ...]
+    namespace: str
+    tenant: str
+
+    def run(self, machine: Machine) -> bool:
+        """Whether there was one."""
+        return machine.pins.remove(self.tenant, machine.scheduler.key(self.ids, self.namespace))
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pause(Command):
+    """Compute nothing from now on. See ``Engine.pause_generation``."""
+
+    mode: str
+
+    def __post_init__(self) -> None:
+        _one_of(self.mode, PAUSES)
+
+    @property
+    def rest(self) -> str | None:
+        """What runs stays as it is, or makes way."""
+        return None if self.mode == "in_place" else self.mode
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        machine.paused = True
+
+
+@dataclass(frozen=True)
+class Continue(Command):
+    """Undo :class:`Pause`."""
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        machine.paused = False
+
+
+@dataclass(frozen=True)
+class Release(Command):
+    """Give memory back. See ``Engine.release_memory_occupation``."""
+
+    tags: tuple[str, ...]
+    mode: str
+    preserve: bool
+    clear_compiled: bool
+
+    def __post_init__(self) -> None:
+        _one_of(self.mode, MODES)
+
+    @property
+    def rest(self) -> str:
+        """No request may run."""
+        return self.mode
+
+    def run(self, machine: Machine) -> dict[str, Any]:
+        """What was given back."""
+        return machine.life.release(self.tags, self.preserve, self.clear_compiled)
+
+
+@dataclass(frozen=True)
+class Resume(Command):
+    """Take memory again. See ``Engine.resume_memory_occupation``."""
+
+    tags: tuple[str, ...]
+
+    def run(self, machine: Machine) -> dict[str, Any]:
+        """What was taken."""
+        return machine.life.resume(self.tags)
+
+
+@dataclass(frozen=True)
+class UpdateWeights(Command):
+    """Use other weights from the next step on. See ``Engine.update_weights``.
+
+    ``identity``: what they are, in a word.
+    """
+
+    identity: str
+    version: str | None
+
+    def run(self, machine: Machine, weights: Weights, reload: Callable[[], Weights] | None) -> tuple[str, list[str]]:
+        """The version, and which parameters were copied. ``weights``: those meant; ``reload`` gives them again."""
+        return machine.life.update_weights(weights, self.version, reload)
+
+
+def _one_of(mode: str, modes: tuple[str, ...]) -> None:
+    if mode not in modes:
+        raise ConfigError(f"mode={mode!r} is unknown: choose from {', '.join(modes)}")

@@ -1,0 +1,341 @@
+"""The engine without its thread: commands and steps change it, and nothing else does.
+
+A step: plan, dispatch, run, take. Between two steps come commands (``commands.py``). The same commands between the same
+steps leave the same requests, tokens and cache: ``log`` can record them. Only how often the weights' bytes and the
+clock were asked differs, so what depends on time is a command that carries it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+from rootcellar.engine.clock import Clock
+from rootcellar.engine.lifecycle import Lifecycle
+from rootcellar.engine.output import Tracker
+from rootcellar.engine.pins import Pins
+from rootcellar.engine.recorder import Recorder
+from rootcellar.engine.roster import Roster
+from rootcellar.errors import EngineError, QueueFull, RequestTooLarge, RootcellarError
+from rootcellar.runner import Batch, Part
+from rootcellar.runner.sampler import Sampled
+from rootcellar.scheduler import Chunk, Finish, Plan, Request
+
+log = logging.getLogger(__name__)
+
+
+class Order(Protocol):
+    """A command, as the machine sees it."""
+
+    @property
+    def rest(self) -> str | None:
+        """What becomes of what runs: see ``Command``."""
+
+    def run(self, machine: Machine, *live: Any) -> Any:
+        """Do it."""
+
+
+class Machine:
+    """All that an engine is but its thread.
+
+    Attributes:
+        life, scheduler, runner: what is computed with.
+        roster, trackers: the requests that have not ended.
+        pins: what is kept for tenants.
+        clock, recorder: the time; what was counted, and what happened lately.
+        paused: whether nothing is computed until somebody says so.
+        turns: how often a step was tried.
+        steps, generated, prompted: steps run, tokens chosen, prompt tokens computed, since the start.
+        log: each command with the turns before it, from when this is made a list.
+    """
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        *,
+        max_running: int,
+        max_queued: int | None,
+        total_tokens: int,
+        clock: Clock,
+        log_interval: float,
+    ) -> None:
+        """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
+
+        ``log_interval``: seconds between two lines of the log about the work under way.
+        """
+        self.life = life
+        self.scheduler = life.scheduler
+        self.runner = life.runner
+        self.clock = clock
+        self.recorder = Recorder(life.scheduler, log_interval, clock)
+        self.roster = Roster()
+        self.trackers = self.roster.trackers
+        self.pins = Pins(life.scheduler.cache, total_tokens)
+        self.paused = False
+        self.turns = self.steps = self.generated = self.prompted = 0
+        self.log: list[tuple[int, Order]] | None = None
+        self._max_running = max_running
+        self._max_queued = max_queued
+        self._at_rest: deque[tuple[Order, Future[Any], tuple[Any, ...]]] = deque()
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def do(self, command: Order, reply: Future[Any], *live: Any) -> None:
+        """Carry out ``command``; ``reply`` has its result or its error, later if it must wait until nothing runs."""
+        if self.log is not None:
+            self.log.append((self.turns, command))
+        if command.rest is None or self._come_to_rest(command.rest, reply):
+            self._carry_out(command, reply, live)
+        elif not reply.done():
+            self._at_rest.append((command, reply, live))
+        self._rested()
+
+    def _carry_out(self, command: Order, reply: Future[Any], live: tuple[Any, ...]) -> None:
+        try:
+            reply.set_result(command.run(self, *live))
+        except BaseException as error:
+            if not isinstance(error, RootcellarError):
+                log.exception("%s failed", type(command).__name__)
+            reply.set_exception(error)
+
+    def _come_to_rest(self, mode: str, reply: Future[Any]) -> bool:
+        """Whether nothing runs now; if nothing ever will come to its end, ``reply`` has the error."""
+        if mode == "abort":
+            self.end_all(self.roster.of(None), Finish.abort("asked", "aborted to bring the engine to rest"))
+        elif mode == "retract":
+            self.scheduler.retract_all()
+        if not self.scheduler.running:
+            return True
+        if self.paused:
+            n = len(self.scheduler.running)
+            reply.set_exception(
+                EngineError(f"{n} requests run and generation is paused: continue it, or use mode abort or retract")
+            )
+        else:
+            self.scheduler.admitting = False
+        return False
+
+    def _rested(self) -> None:
+        """Do what waited for the last running request to end."""
+        if self._at_rest and not self.scheduler.running:
+            while self._at_rest:
+                self._carry_out(*self._at_rest.popleft())
+            self.scheduler.admitting = True
+
+    def require_room(self, tenant: str, new: int) -> None:
+        """Raise when so many more may not wait: the queue has a limit for each tenant, of which one call takes three
+        quarters at most.
+        """
+        if self._max_queued is None:
+            return
+        free = max(0, self._max_running - len(self.scheduler.running))
+        if new > self._max_queued + self._max_running:
+            raise RequestTooLarge(
+                f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
+                "wait: send fewer, or raise max_queued_requests"
+            )
+        waiting = self.scheduler.waiting.places(tenant, self._max_queued - self._max_queued // 4 + free)
+        if waiting + new > self._max_queued + free:
+            raise QueueFull(
+                f"too many requests: {waiting} wait and max_queued_requests is {self._max_queued}; "
+                "try again later or raise it"
+            )
+
+    def require_nothing_computed(self, what: str) -> None:
+        """Raise ``EngineError`` where ``what`` would take away the KV of requests."""
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        # While nothing is computed, waiting requests hold no memory: flushing is safe, and wanted between rollouts.
+        if running or (waiting and not (self.paused or self.life.released)):
+            raise EngineError(
+                f"{what} refused: {running} requests run and {waiting} wait; let them end or abort them first"
+            )
+
+    def end_all(self, trackers: Iterable[Tracker], finish: Finish) -> int:
+        """End these requests; how many they are."""
+        ended = [tracker.request for tracker in trackers]
+        for request in ended:
+            self.end(request, finish)
+        return len(ended)
+
+    def end(self, request: Request, finish: Finish) -> None:
+        """End a request, and tell its caller."""
+        self.scheduler.finish(request, finish)
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        tracker = self.roster.remove(request)
+        tracker.note_stage()
+        self.recorder.request_ended(tracker)
+        try:
+            tracker.close()
+        except Exception as error:  # neither stops the others nor leaves its caller waiting
+            log.exception("could not make the end of request %s", request.rid)
+            tracker.fail("failed", f"its output could not be made: {type(error).__name__}: {error}")
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    @property
+    def next_end(self) -> float | None:
+        """When something will next be late, if nothing happens before; None: never."""
+        ends = [end for end in (self.roster.next_deadline, self.pins.next_end) if end is not None]
+        return min(ends, default=None)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def able(self) -> bool:
+        """Whether anything may be computed now."""
+        return not (self.paused or self.life.released)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to compute, and it may be."""
+        return self.able and not self.scheduler.idle
+
+    def step(self) -> None:
+        """One turn: a step, if one can be planned."""
+        self.turns += 1
+        self.recorder.step_begins()
+        plan = self._plan()
+        if plan is not None:
+            self._take(plan, self._run(plan))
+        self._rested()
+
+    def _plan(self) -> Plan | None:
+        plan = self.scheduler.plan()
+        self.recorder.planned(self.trackers)
+        for request in self.scheduler.failed:
+            self._close(request)
+        self.scheduler.failed.clear()
+        if plan is None:
+            self._unblock()
+            return None
+        for chunk in plan.chunks:
+            self.trackers[chunk.request].note_stage()
+        return plan
+
+    def _unblock(self) -> None:
+        """Nothing can be computed although something waits: end the first with the reason rather than hang."""
+        if not self.scheduler.idle and not self.scheduler.running:
+            request = next(iter(self.scheduler.waiting))
+            available = self.scheduler.cache.available_tokens()
+            self.end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
+
+    def _run(self, plan: Plan) -> np.ndarray:
+        """Run the step; the chosen token for each chunk (0 where a chunk gives none)."""
+        cache, runner = self.scheduler.cache, self.runner
+        parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
+        tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
+        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
+        self.recorder.dispatched()
+        scores, hidden = runner.step(batch)
+        self._score_prompts(plan, batch, hidden)
+        if not plan.decode:
+            self.prompted += sum(c.stop - c.start for c in plan.chunks)
+        if not any(c.ends for c in plan.chunks):
+            return np.zeros(len(plan.chunks), np.int32)
+        rows = [self._sampled(c) for c in plan.chunks]
+        tokens, logprobs = runner.sample(scores, rows)
+        self._keep_logprobs(plan, scores, logprobs)
+        return tokens[: len(plan.chunks)]
+
+    def _take(self, plan: Plan, tokens: np.ndarray) -> None:
+        self.recorder.computed()
+        self.steps += 1
+        for request in self.scheduler.advance(plan, tokens):
+            try:
+                self._deliver(request)
+            except Exception as error:  # one request's output is no other's concern
+                log.exception("could not follow request %s", request.rid)
+                self.end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
+        self.recorder.step_ended(plan, self.generated, self.prompted)
+
+    def _sampled(self, chunk: Chunk) -> Sampled:
+        request, tracker = chunk.request, self.trackers[chunk.request]
+        grammar = tracker.grammar if chunk.ends else None
+        return Sampled(
+            request.sampling,
+            tracker.seed,
+            chunk.stop,
+            request.banned if grammar is None else (),  # a grammar alone says where its answer may end
+            request.ids[: request.prompt_length],
+            request.output,
+            None if grammar is None else grammar.allowed(),
+        )
+
+    def _keep_logprobs(self, plan: Plan, scores: Array, logprobs: np.ndarray) -> None:
+        wanted = [
+            (i, kept)
+            for i, c in enumerate(plan.chunks)
+            if c.ends and c.request.sampling.max_new_tokens and (kept := self.trackers[c.request].logprobs) is not None
+        ]
+        k = max((kept.options.top for _, kept in wanted), default=0)
+        values, ids = self.runner.top_logprobs(scores, k) if k else (None, None)
+        for i, kept in wanted:
+            kept.output.append(float(logprobs[i]))
+            if values is not None and ids is not None:
+                n = kept.options.top
+                kept.output_top.append(list(zip(values[i, :n].tolist(), ids[i, :n].tolist(), strict=True)))
+
+    def _score_prompts(self, plan: Plan, batch: Batch, hidden: Array) -> None:
+        """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was."""
+        if all(c.request.score_from is None for c in plan.chunks):
+            return
+        targets = np.zeros(len(batch.tokens), np.int32)
+        spans = []
+        for chunk, at in zip(plan.chunks, batch.starts, strict=True):
+            request = chunk.request
+            kept = self.trackers[request].logprobs
+            if request.score_from is None or kept is None or kept.options.start is None:
+                continue
+            stop = min(chunk.stop, request.prompt_length - 1)
+            n = max(0, stop - chunk.start)
+            targets[at : at + n] = request.ids[chunk.start + 1 : chunk.start + 1 + n]
+            spans.append((chunk.start, n, at, kept))
+        k = max((kept.options.top for *_, kept in spans), default=0)
+        chosen, values, ids = self.runner.score(hidden, targets, k)
+        for start, n, at, kept in spans:
+            kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
+            top = kept.options.top
+            if top:
+                kept.prompt_top[start + 1 : start + 1 + n] = values[at : at + n, :top]
+                kept.prompt_top_ids[start + 1 : start + 1 + n] = ids[at : at + n, :top]
+
+    def _deliver(self, request: Request) -> None:
+        """Follow a request's newest token: to its caller, or to its end."""
+        tracker = self.trackers[request]
+        if request.generated:
+            self.generated += 1
+            before = tracker.last_token
+            found = tracker.take_token(self.life.version)
+            self.recorder.token(tracker, before)
+            if found is not None and request.finish is None:
+                self.end(request, found)
+                return
+        if request.finish is not None:
+            self._close(request)
+        else:
+            tracker.publish()
+
+    def recover(self, error: Exception) -> None:
+        """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
+        message = f"the step failed: {type(error).__name__}: {error}"
+        self.end_all(self.roster.of(None), Finish.abort("failed", message))
+        # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
+        self.scheduler.cache.flush()
+        if "kv_cache" not in self.life.released:
+            for pool in self.runner.pools.values():
+                pool.free()
+                pool.allocate()
+        self._rested()
+
+
+def _row(request: Request) -> int:
+    assert request.lease is not None
+    return request.lease.row
