@@ -320,4 +320,4 @@ def test_lone_surrogates_are_a_namespace_like_any_other():
     name = "tenant \ud800"
     serve(cache, tokens((0, 16)), namespace=name)
     assert cache.match(Key(tokens((0, 16)), name)).branch == 16
-    assert {event.namespace for event in cache.take_events()} == {name}
+    assert {event.extra_keys for event in cache.take_events()} == {((name,),) * 4}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict, astuple
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,10 +143,95 @@ def test_events_chain_through_their_parents():
     assert first.parent_block_hash is None
     assert second.parent_block_hash == first.block_hashes[-1]
     assert second.token_ids == (50, 51, 52, 53)
-    assert (second.block_size, second.medium, second.namespace) == (4, "GPU", "")
+    assert (second.block_size, second.medium) == (4, "GPU")
     cache.flush()
     assert cache.take_events() == [AllBlocksCleared()]
     assert make().take_events() == []
+
+
+@pytest.fixture
+def msgspec():
+    return pytest.importorskip("msgspec", reason="needs msgspec, of requirements/lock.txt")
+
+
+def _as_vllm_reads(msgspec: Any, array_like: bool) -> list[type]:
+    """The events of vLLM's readers: maps on the wire, or arrays whose order is that of the fields."""
+    stored = [
+        ("block_hashes", list[bytes | int]),
+        ("parent_block_hash", bytes | int | None),
+        ("token_ids", list[int]),
+        ("block_size", int),
+        ("lora_id", int | None),
+        ("medium", str | None),
+        ("lora_name", str | None),
+        ("extra_keys", list[tuple[Any, ...] | None] | None, None),
+        ("group_idx", int | None, None),
+        ("kv_cache_spec_kind", str | None, None),
+        ("kv_cache_spec_sliding_window", int | None, None),
+    ]
+    removed = [("block_hashes", list[bytes | int]), ("medium", str | None), ("group_idx", int | None, None)]
+    events = {"BlockStored": stored, "BlockRemoved": removed, "AllBlocksCleared": []}
+    return [msgspec.defstruct(name, fields, tag=True, array_like=array_like) for name, fields in events.items()]
+
+
+def _as_sglang_reads(msgspec: Any) -> list[type]:
+    """SGLang's: arrays that may be longer than what is read of them."""
+    stored = [
+        ("block_hashes", list[bytes]),
+        ("parent_block_hash", bytes | None),
+        ("token_ids", list[int]),
+        ("block_size", int),
+        ("lora_id", int | None),
+        ("medium", str | None, None),
+    ]
+    events = {"BlockStored": stored, "BlockRemoved": [("block_hashes", list[bytes])], "AllBlocksCleared": []}
+    return [msgspec.defstruct(name, fields, tag=True, array_like=True) for name, fields in events.items()]
+
+
+def _some_events() -> list:
+    """One of each: a window's pages of a namespace, all of which go again."""
+    cache = make((sliding_window("window", window=64),), events=True)
+    serve(cache, tokens((0, 8)), namespace="cache_salt=a")
+    cache.drop_namespace("cache_salt=a")
+    cache.flush()
+    return cache.take_events()
+
+
+@pytest.mark.parametrize("array_like", [True, False], ids=["arrays", "maps"])
+def test_vllms_readers_find_every_field(msgspec, array_like):
+    kinds = _as_vllm_reads(msgspec, array_like)
+    decoder = msgspec.msgpack.Decoder(list[kinds[0] | kinds[1] | kinds[2]])
+    events = _some_events()
+    words = [[type(e).__name__, *astuple(e)] if array_like else {"type": type(e).__name__, **asdict(e)} for e in events]
+    stored, removed, cleared = decoder.decode(msgspec.msgpack.encode(words))
+    assert stored.block_hashes == removed.block_hashes == digests(Key(range(8), "cache_salt=a"), 4)
+    assert (stored.parent_block_hash, stored.token_ids, stored.block_size) == (None, list(range(8)), 4)
+    assert (stored.lora_id, stored.lora_name) == (None, None)
+    assert stored.medium == removed.medium == "GPU"
+    assert stored.extra_keys == [("cache_salt=a",)] * 2
+    assert stored.group_idx == removed.group_idx == 0
+    assert (stored.kv_cache_spec_kind, stored.kv_cache_spec_sliding_window) == ("sliding_window", 64)
+    assert type(cleared).__name__ == "AllBlocksCleared"
+
+
+def test_sglangs_readers_find_theirs(msgspec):
+    kinds = _as_sglang_reads(msgspec)
+    words = [[type(event).__name__, *astuple(event)] for event in _some_events()]
+    decoder = msgspec.msgpack.Decoder(list[kinds[0] | kinds[1] | kinds[2]])
+    stored, removed, cleared = decoder.decode(msgspec.msgpack.encode(words))
+    assert stored.block_hashes == removed.block_hashes == digests(Key(range(8), "cache_salt=a"), 4)
+    assert (stored.lora_id, stored.medium) == (None, "GPU")
+    assert type(cleared).__name__ == "AllBlocksCleared"
+
+
+def test_events_say_whose_pages_they_are():
+    cache = make((recurrent("state"), sliding_window("window", window=8), full("full")), events=True)
+    serve(cache, tokens((0, 16)))
+    events = cache.take_events()
+    assert {(e.group_idx, e.kv_cache_spec_kind, e.kv_cache_spec_sliding_window) for e in events} == {
+        (2, "full_attention", None)
+    }
+    assert {e.extra_keys for e in events} == {(None,) * 4}
 
 
 def test_digests_are_there_from_the_commit_on_when_asked_for():

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rootcellar.cache.digest import Naming, page_digests
-from rootcellar.cache.kind import Tier
+from rootcellar.cache.kind import Kind, Rule, Tier
 from rootcellar.cache.node import Node
 from rootcellar.cache.shelf import Shelf
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.STORAGE: "DISK", Tier.PEER: "EXTERNAL"}
+SPEC: dict[Rule, str] = {
+    "full": "full_attention",
+    "sliding_window": "sliding_window",
+    "chunked_local": "chunked_local_attention",
+    "recurrent": "mamba",
+}
+"""What vLLM calls the kinds."""
 REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
-    """Pages became available on a medium. Fields as SGLang and vLLM publish them; a block is a page.
+    """Pages became available on a medium. Fields as vLLM publishes them and in its order, of which SGLang's are a part.
 
-    ``block_hashes`` are the pages' digests (32 bytes each), ``parent_block_hash`` that of the page before (None at the
-    start of a key), ``token_ids`` the pages' tokens, ``block_size`` tokens in a page.
+    A block is a page. The order matters: the wire has arrays as well as maps. ``block_hashes`` are the pages' digests
+    (32 bytes each), ``parent_block_hash`` that of the page before (None at the start of a key), ``token_ids`` the
+    pages' tokens, ``block_size`` tokens in a page. ``extra_keys`` has for each page what it depends on besides tokens:
+    the namespace, unless that is empty. ``group_idx`` is the index of the kind whose pages these are,
+    ``kv_cache_spec_sliding_window`` its window. No adapter is served: ``lora_id`` and ``lora_name`` are None.
     """
 
     block_hashes: tuple[bytes, ...]
     parent_block_hash: bytes | None
     token_ids: tuple[int, ...]
     block_size: int
+    lora_id: int | None
     medium: str
-    namespace: str
+    lora_name: str | None
+    extra_keys: tuple[tuple[str, ...] | None, ...]
+    group_idx: int
+    kv_cache_spec_kind: str
+    kv_cache_spec_sliding_window: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +52,7 @@ class BlockRemoved:
 
     block_hashes: tuple[bytes, ...]
     medium: str
+    group_idx: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +63,55 @@ class AllBlocksCleared:
 KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
+def told_kind(kinds: Sequence[Kind]) -> int:
+    """The index of the kind whose pages events tell of: the first that is full attention, else the first."""
+    return next((k for k, kind in enumerate(kinds) if kind.rule == "full"), 0)
+
+
+def stored(
+    kinds: Sequence[Kind],
+    digests: tuple[bytes, ...],
+    parent: bytes | None,
+    tokens: tuple[int, ...],
+    page_size: int,
+    tier: Tier,
+    namespace: str,
+) -> BlockStored:
+    """Pages of the told kind came to a tier."""
+    index = told_kind(kinds)
+    kind = kinds[index]
+    return BlockStored(
+        block_hashes=digests,
+        parent_block_hash=parent,
+        token_ids=tokens,
+        block_size=page_size,
+        lora_id=None,
+        medium=MEDIUM[tier],
+        lora_name=None,
+        extra_keys=((namespace,) if namespace else None,) * len(digests),
+        group_idx=index,
+        kv_cache_spec_kind=SPEC[kind.rule],
+        kv_cache_spec_sliding_window=kind.span if kind.rule == "sliding_window" else None,
+    )
+
+
+def removed(kinds: Sequence[Kind], digests: tuple[bytes, ...], tier: Tier) -> BlockRemoved:
+    """Pages of the told kind left a tier."""
+    return BlockRemoved(digests, MEDIUM[tier], told_kind(kinds))
+
+
 class Journal:
     """Writes KV events of one kind as the tree changes."""
 
-    def __init__(self, naming: Naming, kind_index: int) -> None:
+    def __init__(self, naming: Naming, kinds: Sequence[Kind]) -> None:
         self._naming = naming
-        self._kind_index = kind_index
+        self._kinds = kinds
+        self._told = told_kind(kinds)
         self.events: list[KVEvent] = []
 
     def came(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
         """Pages ``[lo, lo + count)`` of a node are on a shelf now."""
-        if shelf.kind_index != self._kind_index:
+        if shelf.kind_index != self._told:
             return
         size = self._naming.page_size
         digests = page_digests(self._naming, node)
@@ -68,23 +123,15 @@ class Journal:
         root = node
         while root.parent is not None:
             root = root.parent
-        tokens = node.tokens[lo * size : (lo + count) * size]
-        self.events.append(
-            BlockStored(
-                block_hashes=tuple(digests[lo : lo + count]),
-                parent_block_hash=above or None,
-                token_ids=tuple(tokens.tolist()),
-                block_size=size,
-                medium=MEDIUM[shelf.tier],
-                namespace=root.namespace,
-            )
-        )
+        tokens = tuple(node.tokens[lo * size : (lo + count) * size].tolist())
+        pages = tuple(digests[lo : lo + count])
+        self.events.append(stored(self._kinds, pages, above or None, tokens, size, shelf.tier, root.namespace))
 
     def left(self, node: Node, shelf: Shelf, lo: int, count: int) -> None:
         """Pages ``[lo, lo + count)`` of a node are about to leave a shelf."""
-        if shelf.kind_index == self._kind_index:
+        if shelf.kind_index == self._told:
             digests = page_digests(self._naming, node)
-            self.events.append(BlockRemoved(tuple(digests[lo : lo + count]), MEDIUM[shelf.tier]))
+            self.events.append(removed(self._kinds, tuple(digests[lo : lo + count]), shelf.tier))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from rootcellar.cache.check import check
 from rootcellar.cache.control import Prefetch
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
-from rootcellar.cache.journal import MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored, Eviction, Evictions, KVEvent
+from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import RULES, Kind, Tier
 from rootcellar.cache.lease import ReqToTokenPool
@@ -149,10 +149,10 @@ class NativeRadixCache(_core.Core):
         events: list[KVEvent] = []
         for what, digests, parent, tokens, medium, namespace in self._take_events():
             if what == 0:
-                medium = MEDIUM[Tier(medium)]
-                events.append(BlockStored(digests, parent, tokens, self.page_size, medium, namespace))
+                tier = Tier(medium)
+                events.append(stored(self.kinds, digests, parent, tokens, self.page_size, tier, namespace))
             elif what == 1:
-                events.append(BlockRemoved(digests, MEDIUM[Tier(medium)]))
+                events.append(removed(self.kinds, digests, Tier(medium)))
             else:
                 events.append(AllBlocksCleared())
         return events

@@ -97,7 +97,7 @@ class PyRadixCache:
         self._traffic = self._desk.traffic
         if given.write_back:
             self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
-        self._tree.journal = Journal(self._tree.naming, self._tree.told_kind) if events else None
+        self._tree.journal = Journal(self._tree.naming, self.kinds) if events else None
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)

@@ -74,7 +74,6 @@ class Tree:
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
         self.fulls = [k for k, kind in enumerate(kinds) if kind.rule == "full"]
-        self.told_kind = self.fulls[0] if self.fulls else 0  # the kind whose pages KV events tell of
         self.detached: list[Node] = []  # roots of dropped namespaces that leases or flights still hold
         # Boundaries (in pages) at which a kind needs nothing; 0: none.
         self.resets = [int(np.lcm(kind.reset, page_size)) // page_size if kind.reset else 0 for kind in kinds]
