@@ -400,7 +400,7 @@ def write_model(folder: Path, params: Params, cfg: ModelConfig, tokenizer: Token
         **names,
         "chat_template": TEMPLATE,
     }  # fmt: skip
-    sampling = {"do_sample": False, "repetition_penalty": 1.0}
+    sampling = {"do_sample": True, "temperature": 0.2, "repetition_penalty": 1.0}  # a small model rambles at 1
     files = {"config": CONFIG, "generation_config": {**eos, **sampling}, "tokenizer_config": tokenizer_config}
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import rootcellar
 from rootcellar.cache import Eviction, Key, Tier
-from rootcellar.engine.telemetry import Histogram, Telemetry, TickTimes
+from rootcellar.engine.history import INTERVAL, SAMPLES, TENANTS_SAMPLES, History
+from rootcellar.engine.telemetry import MOST_TENANTS, Histogram, Telemetry, TickTimes
 from rootcellar.engine.trace import KEY_TOKENS, KEYS, RequestRecord, Trace, chrome_trace
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
@@ -117,6 +118,59 @@ def test_a_retraction_is_a_stage_of_its_own(tiny_folder, caplog):
     assert stages["PREFILL_WAITING"].count >= 3
     # Every token but a request's first has a gap before it, across retractions too.
     assert found.distributions["inter_token_latency_seconds"][0][1].count == 2 * 60 - 2
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder):
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256, max_running_requests=2) as engine:
+        yield engine
+
+
+def at(engine, *times: float) -> list[float]:
+    """The times of the samples that idle steps at these times leave, in a history of their own."""
+    history = History(engine._parts.scheduler, engine._parts.runner, Telemetry(times[0]), times[0])
+    for now in times:
+        history.step_ended(0, now)
+    return [sample.at for sample in history.of(None)]
+
+
+def test_many_short_requests_do_not_push_out_the_minutes_before(engine):
+    assert at(engine, 0.0, 5.0, 5.5, 5.75, 6.5, 6.75) == [0.0, 5.0, 5.75, 6.5, 6.75]
+    kept = at(engine, *(i / 4 for i in range(3 * SAMPLES)))
+    assert len(kept) == SAMPLES
+    assert all(later - earlier >= INTERVAL for earlier, later in zip(kept, kept[2:], strict=False))
+    assert kept[-1] - kept[0] >= 300
+
+
+def test_samples_are_what_a_reading_says_and_a_tenants_are_its_own(engine):
+    for tenant, times in (("alice", 1), ("bob", 2)):
+        for _ in range(times):
+            engine.generate(input_ids=list(range(40)), sampling_params=GREEDY, tenant=tenant)
+    for tenant in (None, "alice", "bob"):
+        sample, reading = engine.sight.history(tenant)[-1], engine.sight.reading(tenant)
+        assert sample["stats"] == {name: reading.stats[name] for name in sample["stats"]}
+        first = reading.distributions["time_to_first_token_seconds"][0][1]
+        assert sample["latency"] == {"first_token": {"count": first.count, "sum": first.sum}}
+        assert 0 < sample["at"] <= reading.at
+    assert engine.sight.history("alice")[-1]["stats"]["generated_tokens"] == GREEDY["max_new_tokens"]
+    assert engine.sight.history("alice")[-1]["stats"]["occupancy"] == {}
+    assert engine.sight.history("nobody") == []
+
+
+def test_samples_of_tenants_are_bounded_together(engine):
+    telemetry = Telemetry(0.0)
+    history = History(engine._parts.scheduler, engine._parts.runner, telemetry, 0.0)
+    names = [f"tenant {i}" for i in range(MOST_TENANTS)]
+    for now in range(20):
+        for name in names:
+            telemetry.of(name).next_token(0.1)
+        history.step_ended(now, 2.0 * now)
+    assert sum(len(history.of(name)) for name in names) <= TENANTS_SAMPLES
+    assert {len(history.of(name)) for name in names} == {TENANTS_SAMPLES // MOST_TENANTS}
+    telemetry.of("one too many")
+    history.step_ended(0, 1000.0)
+    assert history.of(names[0]) == []
+    assert history.of(names[1])
 
 
 # -- logging ----------------------------------------------------------------------------------------------------------

@@ -177,6 +177,9 @@ class Pace:
     def __init__(self, seconds=0.0):
         self.seconds, self.looks = seconds, 0
 
+    def history(self, tenant=None):
+        return [{"at": 0.5, "of": tenant}]
+
     def look(self, limit, tenant=None):
         self.looks += 1
         return {"tree": {"nodes": [], "limit": limit}, "memory": [], "seconds": self.seconds}
@@ -207,6 +210,34 @@ def test_a_slow_watcher_gets_the_newest_and_no_backlog(monkeypatch):
     _, _, late = asyncio.run(main())
     assert late.count(b"event: numbers") == 1
     assert int(re.search(rb'"number":(\d+)', late)[1]) > 3
+
+
+def test_a_watcher_first_gets_the_minutes_before_and_each_key_its_own(monkeypatch):
+    async def main(tenant) -> bytes:
+        feed = pretend_feed(monkeypatch, Pace(), tenant=tenant)
+        watcher = feed.watch()
+        first = await anext(watcher)
+        await feed.close()
+        await watcher.aclose()
+        return first
+
+    assert asyncio.run(main(None)) == b'retry: 2000\n\nevent: history\ndata: [{"at":0.5,"of":null}]\n\n'
+    assert b'"of":"alice"' in asyncio.run(main("alice"))
+
+
+def test_a_watcher_of_an_engine_that_is_gone_still_gets_the_trouble(monkeypatch):
+    def gone(*_):
+        raise EngineError("the engine was shut down")
+
+    async def main() -> bytes:
+        feed = pretend_feed(monkeypatch, Pace(), read=gone)
+        monkeypatch.setattr(feed._sight, "history", gone)
+        watcher = feed.watch()
+        got = await anext(watcher) + await anext(watcher)
+        await feed.close()
+        return got
+
+    assert asyncio.run(main()) == (b'retry: 2000\n\nevent: trouble\ndata: {"message":"the engine was shut down"}\n\n')
 
 
 def test_looking_takes_a_small_part_of_the_engines_time(monkeypatch):

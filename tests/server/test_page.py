@@ -15,6 +15,7 @@ import pytest
 from observed import serving
 
 import rootcellar
+from rootcellar.server.observe.feed import INTERVAL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -119,8 +120,10 @@ def test_numbers_move_while_requests_run(page):
     try:
         page.wait(lambda: page.text("running") not in ("–", "0"), "no request is shown running")
         page.wait(lambda: float(page.text("speed").rstrip("k") or 0) > 0, "no tokens are counted")
-        page.wait(lambda: "DECODE_LOOP" in page.text("requests"), "no request is listed with its stage")
-        assert page.run("return document.querySelectorAll('#stages .stage').length") == 4
+        page.wait(lambda: "generating" in page.text("requests"), "no request is listed with its stage")
+        stages = page.run("return [...document.querySelectorAll('#stages .name')].map((e) => e.textContent)")
+        assert stages == ["waiting", "prompt", "prompt (chunk)", "generating"]
+        assert page.run(_UNEXPLAINED) == []
         before = page.run("return document.querySelector('#history path.line.device').getAttribute('d')")
         page.wait(
             lambda: page.run("return document.querySelector('#history path.line.device').getAttribute('d')") != before,
@@ -136,6 +139,12 @@ def test_numbers_move_while_requests_run(page):
     page.wait(lambda: page.text("running") == "0", "requests that ended are still shown running")
 
 
+# Colours of the requests' bars of tokens that the legend above them does not have.
+_UNEXPLAINED = """
+const colours = (query) => [...document.querySelectorAll(query)].map((e) => getComputedStyle(e).backgroundColor);
+const explained = new Set(colours('#tokens-legend .swatch'));
+return colours('#requests .bar, #requests .bar i').filter((colour) => !explained.has(colour));
+"""
 # How many colours the map of the memory has: free, cached, and what is in use.
 _COLOURS = """
 const canvas = document.querySelector('#memory canvas');
@@ -147,6 +156,22 @@ const seen = new Set();
 for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] == 255) seen.add(pixels.slice(i, i + 3).join());
 return seen.size;
 """
+
+
+def test_a_page_that_is_opened_later_shows_the_minutes_before(page, engine):
+    engine.flush_cache()
+    prompt = engine.encode("The quick brown fox jumps over the lazy dog. " * 8)
+    for _ in range(2):
+        engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 4, "ignore_eos": True})
+    time.sleep(3 * INTERVAL)  # the past is a past: several readings go by
+    page.driver.refresh()
+    page.live()
+    # At once, and not after as long again: a line of more than one reading, and a hit rate that only the past has.
+    assert page.run("return document.querySelector('#history path.line.hit')?.getAttribute('d').split('L').length") > 2
+    assert (
+        page.run("return document.querySelector('#history path.line.device').getAttribute('d').split('L').length") > 3
+    )
+    assert page.text("hit-rate") != "–"
 
 
 def _forked(nodes: list[dict]) -> dict | None:
@@ -173,8 +198,15 @@ def test_two_chats_share_the_system_message_and_the_tree_shows_it(page, engine):
     assert (drawn["start"], drawn["length"]) == (0, shared)
     page.driver.find_element("css selector", f'#tree g[data-node="{node["id"]}"]').click()
     panel = page.wait(lambda: page.text("node"), "choosing a block says nothing")
-    for turn in ("chat 1, turn 1", "chat 1, turn 2", "chat 2, turn 1"):
+    for turn in ("chat 1, turn 1 · ended", "chat 1, turn 2", "chat 2, turn 1"):
         assert turn in panel
+    # Its words are at its top, where people read, however many continue it below.
+    block, label = page.run(
+        "const g = document.querySelector(`#tree g[data-node='${arguments[0]}']`);"
+        "return ['rect', 'text'].map((part) => g.querySelector(part).getBoundingClientRect().toJSON())",
+        node["id"],
+    )
+    assert block["top"] <= label["top"] <= label["bottom"] <= block["top"] + 22 < block["bottom"]
     assert "You are the keeper of a root cellar" in panel
 
 
@@ -209,6 +241,7 @@ def test_a_narrow_window_is_readable(page, scheme):
         page.wait(lambda: page.run("return innerWidth") == 390, "the window did not become narrow")
         page.wait(lambda: page.run(_TOO_WIDE) == [], "something is wider than the window")
         assert page.run(_TOO_SMALL) == []
+        assert page.run(_COVERED) == []
         assert page.run(_FAINT) == []
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -237,6 +270,16 @@ for (const e of document.querySelectorAll('main button:not(.sharers *)')) {
   if (e.getBoundingClientRect().height < 36) out.push(e.outerHTML.slice(0, 80));
 }
 return out;
+"""
+# Numbers of the requests' table under a scrollbar, which lies over the table where fingers scroll: 10 pixels of it.
+_COVERED = """
+const rows = document.querySelector('#requests').closest('.scroll');
+const edge = rows.getBoundingClientRect().left + rows.clientLeft + rows.clientWidth - 10;
+return [...rows.querySelectorAll('.number')].filter((cell) => {
+  const words = document.createRange();
+  words.selectNodeContents(cell);
+  return words.getBoundingClientRect().right > edge;
+}).map((cell) => cell.outerHTML);
 """
 # Text whose contrast with what is behind it is less than WCAG's 4.5 to 1.
 _FAINT = """

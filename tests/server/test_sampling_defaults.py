@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 import rootcellar
+from rootcellar.demo import load_facts
 from rootcellar.errors import ModelError
 from rootcellar.server.app import create_app
 from rootcellar.server_config import ServerConfig
@@ -51,6 +52,19 @@ def test_the_models_recommendation_is_the_default_of_openais_routes(recommending
         assert _texts(url, top_k=-1) == (drawn, drawn)
     with on_thread(recommending, sampling_defaults="openai") as url:
         assert _texts(url) == (drawn, drawn)
+
+
+def test_the_embedded_models_recommendation_is_one_that_it_can_bear(url):
+    """At temperature 1 it rambles; who asks it without saying how gets what it was taught."""
+
+    def answer(seed, **more):
+        body = {"messages": [{"role": "user", "content": "What does page_size do?"}], "seed": seed, **more}
+        reply = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 100}, timeout=60)
+        return reply.json()["choices"][0]["message"]["content"]
+
+    taught = next(fact for fact in load_facts() if fact.id == "page_size").answer
+    assert [answer(seed) for seed in range(8)] == [taught] * 8
+    assert any(answer(seed, temperature=1) != taught for seed in range(8))
 
 
 def test_a_recommendation_that_is_not_allowed_is_named(recommending, tmp_path):

@@ -196,10 +196,19 @@ def test_what_is_shown_is_ones_own(share):
                 shown = alice.get(path.replace("{model:path}", "demo")).text
                 assert "bob" not in shown, path
                 assert "winter" not in shown, path
-        live = {name: feed(client, {"numbers", "cache"}) for name, client in (("alice", alice), ("all", root))}
+        live = {
+            name: feed(client, {"history", "numbers", "cache"}) for name, client in (("alice", alice), ("all", root))
+        }
         assert "bob" not in json.dumps(live["alice"])
         assert "winter" not in json.dumps(live["alice"])
         assert live["alice"]["cache"]["memory"] == []
+        for now in live.values():
+            past = now["history"][-1]
+            assert past["at"] < now["numbers"]["at"]
+            for name in ("input_tokens", "hit_tokens", "generated_tokens", "occupancy"):
+                assert past["stats"][name] == now["numbers"]["stats"][name]
+        assert live["alice"]["history"][-1]["latency"]["first_token"]["count"] == 1
+        assert live["all"]["history"][-1]["latency"]["first_token"]["count"] == 4
         assert "winter" in json.dumps(live["all"])
         tree = alice.get("/cache/tree").json()
         assert {request["rid"] for request in tree["requests"]} == {"alices-0"}

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 from rootcellar.cache import Key
 from rootcellar.engine.clock import Clock
+from rootcellar.engine.history import History
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.report import Reporter
 from rootcellar.engine.telemetry import Counts, Telemetry
 from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
+from rootcellar.runner import Runner
 from rootcellar.scheduler import Plan, Request, Scheduler
 
 log = logging.getLogger(__name__)
@@ -24,15 +26,16 @@ class Recorder:
 
     Attributes:
         began: when the engine did, by the clock.
-        telemetry, trace: what was counted, and what happened lately.
+        telemetry, trace, history: what was counted, what happened lately, and the last minutes in samples.
     """
 
-    def __init__(self, scheduler: Scheduler, log_interval: float, clock: Clock) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock) -> None:
         """``log_interval``: seconds between two lines of the log about the work under way."""
         self._now = clock.now
         self.began = self._now()
         self.telemetry = Telemetry(self.began)
         self.trace = Trace()
+        self.history = History(scheduler, runner, self.telemetry, self.began)
         self._scheduler = scheduler
         self._reporter = Reporter(log_interval, self.began)
         self._step_began = self._dispatched = self._computed = self.began
@@ -87,6 +90,7 @@ class Recorder:
             StepRecord(self._step_began, self._dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
         )
         self.telemetry.step(plan.decode, now - self._step_began, self._computed - self._dispatched)
+        self.history.step_ended(generated, now)
         self._reporter.report(self._scheduler, generated, prompted, self._step_began, now)
 
     def request_ended(self, tracker: Tracker) -> None:

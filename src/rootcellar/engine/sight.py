@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import CacheStats, Kind, NodeView, ShelfStats, Tier
+from rootcellar.cache import CacheStats, NodeView
 from rootcellar.engine.build import Parts
+from rootcellar.engine.history import kinds_by_pool, occupancy
 from rootcellar.engine.identity import tenant_in
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import Tracker
@@ -125,6 +126,12 @@ class Sight:
         self._with_text(found["tree"])
         return found
 
+    def history(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """The last minutes in samples, the oldest first; see ``engine/history.py``. A tenant's is without occupancy."""
+        recorder = self._machine.recorder
+        samples = self._loop.call(lambda: recorder.history.of(tenant))
+        return [sample.words(recorder.began) for sample in samples]
+
     def _with_text(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Add the nodes' text, on the caller's thread: it is for people, and takes a while."""
         if self._parts.tokenizer is not None:
@@ -185,7 +192,7 @@ class Sight:
             "outside_seconds": dict(telemetry.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
-            "occupancy": self._occupancy(cache),
+            "occupancy": occupancy(self._cache, self._parts.runner, cache),
             **_cache_fields(cache),
         }
 
@@ -265,7 +272,7 @@ class Sight:
     def _memory_map(self, cells: int) -> list[dict[str, Any]]:
         size, leases = self._cache.page_size, [r.lease for r in self._parts.scheduler.running]
         result = []
-        for name, kinds in self._kinds_by_pool().items():
+        for name, kinds in kinds_by_pool(self._cache, self._parts.runner).items():
             state = np.full(self._parts.runner.pools[name].pages + 1, FREE, np.uint8)
             state[self._cache.used_pages(kinds[0].name)] = CACHED
             for kind, lease in itertools.product(kinds, leases):
@@ -276,39 +283,6 @@ class Sight:
                 state[row[shared:]] = OWN
             result.append({"pool": name, "pages": len(state) - 1, **_cells(state[1:], cells)})
         return result
-
-    def _kinds_by_pool(self) -> dict[str, list[Kind]]:
-        by_pool: dict[str, list[Kind]] = {}
-        for kind in self._cache.kinds:
-            by_pool.setdefault(self._parts.runner.pool_of[kind.name], []).append(kind)
-        return by_pool
-
-    def _occupancy(self, stats: CacheStats) -> dict[str, dict[str, float]]:
-        """By tier, the parts of the room that are used, and used by what cannot be evicted now.
-
-        The device's pools count by their bytes; on other tiers each kind has its own room and counts by its tokens.
-        """
-        rooms: dict[Tier, list[tuple[float, list[ShelfStats]]]] = {}
-        for name, kinds in self._kinds_by_pool().items():
-            shelves = [stats.shelves[kind.name, Tier.DEVICE] for kind in kinds]
-            rooms.setdefault(Tier.DEVICE, []).append((self._parts.runner.pools[name].nbytes, shelves))
-        for (_, tier), shelf in stats.shelves.items():
-            if tier is not Tier.DEVICE:
-                rooms.setdefault(tier, []).append((shelf.size, [shelf]))
-        return {
-            tier.name: {
-                "used": _share(room, [sum(s.used for s in shelves) for _, shelves in room]),
-                "busy": _share(room, [sum(s.used - s.evictable for s in shelves) for _, shelves in room]),
-            }
-            for tier, room in rooms.items()
-        }
-
-
-def _share(room: list[tuple[float, list[ShelfStats]]], taken: list[int]) -> float:
-    """The part of ``room`` (weights, and shelves of one size) that so many tokens of each take."""
-    whole = sum(weight for weight, _ in room)
-    parts = [weight * n / s[0].size for (weight, s), n in zip(room, taken, strict=True) if s[0].size]
-    return sum(parts) / whole if whole else 0.0
 
 
 def _cells(state: NDArray[np.uint8], most: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Machine:
         self.scheduler = life.scheduler
         self.runner = life.runner
         self.clock = clock
-        self.recorder = Recorder(life.scheduler, log_interval, clock)
+        self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock)
         self.roster = Roster()
         self.trackers = self.roster.trackers
         self.pins = Pins(life.scheduler.cache, total_tokens)

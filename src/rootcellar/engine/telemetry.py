@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -110,6 +110,11 @@ class Counts:
         self.generated += 1
         self._inter_token.observe(seconds)
 
+    def first_tokens(self) -> tuple[int, float]:
+        """How many requests came to their first token, and the seconds that they waited for it in all."""
+        view = self._first_token.view()
+        return view.count, view.sum
+
     def ended(self, finish: str, seconds: float, stages: Sequence[tuple[str, float]]) -> None:
         """A request ended; ``stages``: when each began, the last being its end."""
         self.finished[finish] += 1
@@ -162,6 +167,10 @@ class Telemetry:
                 del self._tenants[next(iter(self._tenants))]
             self._tenants[tenant] = Counts()
         return self._tenants[tenant]
+
+    def tenants(self) -> Mapping[str, Counts]:
+        """What is counted of each tenant's requests."""
+        return self._tenants
 
     def cache_moved_on(self, tick: int, evictions: Sequence[Eviction], now: float) -> None:
         """The cache came to ``tick`` and evicted these entries."""

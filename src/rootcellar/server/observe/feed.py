@@ -63,12 +63,12 @@ class Feed:
             self._changed.notify_all()
 
     async def watch(self) -> AsyncIterator[bytes]:
-        """The events for one watcher, as they come, from the newest of each on; ends with :meth:`close`."""
+        """The last minutes, then events as they come, from the newest of each on; ends with :meth:`close`."""
         self._watchers += 1
         try:
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._produce())
-            yield b"retry: 2000\n\n"
+            yield b"retry: 2000\n\n" + await self._history()
             seen = 0
             while not self._closed:
                 async with self._changed:
@@ -84,6 +84,14 @@ class Feed:
                 yield b"".join(fresh)
         finally:
             self._watchers -= 1
+
+    async def _history(self) -> bytes:
+        """The minutes before, for a watcher that has just come; none when the engine cannot say."""
+        try:
+            samples = await asyncio.to_thread(self._sight.history, self._tenant)
+        except EngineError:
+            return b""
+        return _event("history", samples)
 
     async def _produce(self) -> None:
         look_at = 0.0
@@ -105,8 +113,13 @@ class Feed:
     async def _publish(self, event: str, data: dict[str, Any]) -> None:
         async with self._changed:
             self._number += 1
-            self._newest[event] = self._number, b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(data))
+            self._newest[event] = self._number, _event(event, data)
             self._changed.notify_all()
+
+
+def _event(name: str, data: object) -> bytes:
+    """A server-sent event."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
 
 
 def numbers(reading: Reading, model_name: str) -> dict[str, Any]:

@@ -3,14 +3,25 @@
 import { $, element, percent, svg } from "./dom.js";
 
 const KEPT = 600; // readings, one a second
+const GAP = 2; // seconds without a reading in which nothing happened: the server notes none while it is idle
 const WINDOW = 30; // seconds over which the hit rate is taken
 const SHOWN = 300; // seconds on the chart
 const TIERS = ["DEVICE", "HOST", "STORAGE", "PEER"];
 const readings = [];
 
+// The readings that the server kept, in place of those that are here.
+export function recall(samples) {
+  readings.length = 0;
+  samples.forEach(remember);
+}
+
 export function remember(numbers) {
   const { stats, latency, at } = numbers;
   if (readings.length && at < readings.at(-1).at) readings.length = 0; // the server was started anew
+  if (readings.length && at - readings.at(-1).at > GAP) {
+    const last = readings.at(-1);
+    for (let t = Math.max(last.at + 1, at - SHOWN); t < at - 0.5; t += 1) readings.push({ ...last, at: t });
+  }
   readings.push({
     at,
     tiers: TIERS.map((tier) => stats.occupancy[tier]), // { used, busy }: parts of its room
@@ -19,7 +30,7 @@ export function remember(numbers) {
     generated: stats.generated_tokens,
     latency,
   });
-  if (readings.length > KEPT) readings.shift();
+  readings.splice(0, readings.length - KEPT);
 }
 
 // The reading about so many seconds before reading i, the first if there is none that old.

@@ -3,7 +3,7 @@
 import { events, Refused, setKey } from "./api.js";
 import { saveTrace, startChat } from "./chat.js";
 import { $, count, percent, seconds } from "./dom.js";
-import { draw, rates, remember } from "./history.js";
+import { draw, rates, recall, remember } from "./history.js";
 import { drawMemory } from "./memory.js";
 import { drawRequests } from "./requests.js";
 import { drawTree, startTree } from "./tree.js";
@@ -54,6 +54,7 @@ async function follow() {
           continue;
         }
         showStatus("live", "live");
+        if (event === "history") recall(value);
         if (event === "numbers") showNumbers(value);
         if (event === "cache") showCache(value);
       }

@@ -1,4 +1,4 @@
-// What people call a request: a turn of this page's own chat by its place, any other by the start of its id.
+// What people call a request (a turn of this page's own chat by its place, any other by the start of its id) and a stage.
 
 const own = new Map();
 
@@ -9,3 +9,14 @@ export function nameOf(rid) {
   const short = rid.replace(/^(chatcmpl|cmpl)-/, "");
   return short.length > 12 ? `${short.slice(0, 8)}…` : short;
 }
+
+const STAGES = {
+  TOKENIZE: "reading",
+  PREFILL_WAITING: "waiting",
+  PREFILL_CHUNKED_FORWARD: "prompt (chunk)",
+  PREFILL_FORWARD: "prompt",
+  DECODE_LOOP: "generating",
+  FINISHED: "ended",
+};
+
+export const stageOf = (stage) => STAGES[stage] ?? stage;

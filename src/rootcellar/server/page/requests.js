@@ -1,7 +1,7 @@
 // Running requests: how many are in each stage, and each with what it has.
 
 import { $, element } from "./dom.js";
-import { nameOf } from "./names.js";
+import { nameOf, stageOf } from "./names.js";
 
 export function drawRequests({ stats, requests }) {
   const most = Math.max(1, ...Object.values(stats.stages));
@@ -12,7 +12,7 @@ export function drawRequests({ stats, requests }) {
       return element(
         "div",
         { class: "stage" },
-        element("span", { class: "name mono" }, stage),
+        element("span", { class: "name", title: stage }, stageOf(stage)),
         element("span", { class: "bar" }, filled),
         element("span", { class: "number" }, String(number)),
       );
@@ -43,7 +43,7 @@ function row(request) {
     "tr",
     {},
     element("td", { class: "mono", title: request.rid }, nameOf(request.rid)),
-    element("td", { class: "mono", title: request.stage }, request.stage),
+    element("td", { title: request.stage }, stageOf(request.stage)),
     element("td", {}, bar),
     element("td", { class: "number" }, request.seconds.toFixed(1)),
   );

@@ -1,7 +1,7 @@
 // The radix tree, from left to right: width is tokens, colour the nearest tier, paleness the time since the last use.
 
 import { $, count, element, oneLine, seconds, svg } from "./dom.js";
-import { nameOf } from "./names.js";
+import { nameOf, stageOf } from "./names.js";
 
 const ROW = 22;
 const TIERS = ["DEVICE", "HOST", "STORAGE", "PEER"];
@@ -96,7 +96,7 @@ function block(node, box, sharing, trail, tabbable) {
   if (letters > 2 && node.text) {
     const text = oneLine(node.text);
     const shown = text.length > letters ? `${text.slice(0, letters - 1)}…` : text;
-    group.append(svg("text", { x: x + 5, y: y + h / 2 + 4 }, shown));
+    group.append(svg("text", { x: x + 5, y: y + ROW / 2 + 4 }, shown));
   }
   if (live) group.append(svg("circle", { class: "live", cx: x + w - 5, cy: y + 6, r: 3.5 }));
   return group;
@@ -137,7 +137,7 @@ function describe(shares) {
     const button = element(
       "button",
       { type: "button", "aria-pressed": String(request.rid === followed), title: request.rid },
-      `${nameOf(request.rid)} · ${request.stage === "FINISHED" ? "ended" : request.stage}`,
+      `${nameOf(request.rid)} · ${stageOf(request.stage)}`,
     );
     button.addEventListener("click", () => follow(request.rid));
     return element("li", {}, button);
