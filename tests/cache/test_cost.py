@@ -26,10 +26,10 @@ def fastest(action, repeat: int = 400) -> float:
 
 
 def with_leaves(count: int) -> PyRadixCache:
-    sizes = {("full", Tier.DEVICE): count, ("full", Tier.STORAGE): count}
+    sizes = {("full", Tier.DEVICE): count, ("full", Tier.PEER): count}
     cache = RadixCache([full("full")], page_size=1, capacity=sizes, max_leases=1, max_length=4)
     for i in range(count):
-        cache.learn(Found(Key([i]), Tier.STORAGE))
+        cache.learn(Found(Key([i]), Tier.PEER))
     return cache
 
 
@@ -37,10 +37,10 @@ def test_evicting_one_leaf_costs_the_same_among_many():
     cost = {}
     for leaves in (1_000, 30_000):
         cache = with_leaves(leaves)
-        free = itertools.count(cache.stats().shelves["full", Tier.STORAGE].free + 1)
+        free = itertools.count(cache.stats().shelves["full", Tier.PEER].free + 1)
 
         def evict_one(cache=cache, free=free):
-            assert cache.make_room("full", next(free), Tier.STORAGE)
+            assert cache.make_room("full", next(free), Tier.PEER)
 
         cost[leaves] = fastest(evict_one)
         cache.check()

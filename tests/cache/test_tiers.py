@@ -18,7 +18,7 @@ from rootcellar.cache import (
     recurrent,
     sliding_window,
 )
-from rootcellar.errors import CacheBusy
+from rootcellar.errors import CacheBusy, ConfigError
 
 pytestmark = pytest.mark.usefixtures("core")
 
@@ -34,6 +34,16 @@ def land(cache, event=Done) -> int:
             count += 1
         cache.check()
     return count
+
+
+def up(cache, src, dst) -> list:
+    """Report the moves of now, which are all from ``src`` to ``dst``."""
+    moves = cache.moves()
+    assert {(move.src, move.dst) for move in moves} == {(src, dst)}
+    for move in moves:
+        cache.learn(Done(move.id))
+    cache.check()
+    return moves
 
 
 def push_out(cache, count=16) -> None:
@@ -149,16 +159,16 @@ def test_the_copy_of_a_request_that_was_aborted_still_lands():
 
 def test_only_the_window_is_loaded_for_a_window_kind():
     kinds = (full("full"), sliding_window("window", window=5), recurrent("state"))
-    cache = make(kinds, tiers=(STORAGE,), capacity={("full", STORAGE): 256})
+    cache = make(kinds, tiers=(HOST, STORAGE), capacity={("full", STORAGE): 256})
     cache.learn(Found(Key(tokens((0, 40))), STORAGE))
     hit = cache.match(Key(tokens((0, 50))))
     assert (hit.length, hit.reach(HOST), hit.reach(STORAGE)) == (0, 0, 40)
     lease = cache.open(hit, STORAGE)
-    pages = {move.kind: len(move.dst_slots) for move in cache.moves()}
+    pages = {move.kind: len(move.dst_slots) for move in up(cache, STORAGE, HOST)}
     assert pages == {"full": 10, "window": 1, "state": 1}
-    for move in list(lease.waits):
-        assert not lease.ready
-        cache.learn(Done(move))
+    assert not lease.ready
+    pages = {move.kind: len(move.dst_slots) for move in up(cache, HOST, Tier.DEVICE)}
+    assert pages == {"full": 10, "window": 1, "state": 1}
     assert lease.ready
     assert cache.tables["state"][lease.row, 0] > 0
     cache.check()
@@ -166,7 +176,7 @@ def test_only_the_window_is_loaded_for_a_window_kind():
 
 def test_kinds_are_found_one_by_one():
     kinds = (full("full"), sliding_window("window", window=6), recurrent("state"))
-    cache = make(kinds, tiers=(STORAGE,), capacity={("full", STORAGE): 256})
+    cache = make(kinds, tiers=(HOST, STORAGE), capacity={("full", STORAGE): 256})
     key = Key(tokens((0, 40)))
     for kind in kinds:
         assert cache.match(key).reach(STORAGE) == 0
@@ -193,7 +203,7 @@ def test_moves_to_a_store_carry_the_digests_that_name_the_pages():
 
 
 def test_what_a_store_lost_is_no_longer_promised():
-    cache = make(tiers=(STORAGE,))
+    cache = make(tiers=(HOST, STORAGE))
     key = Key(tokens((0, 40)))
     cache.learn(Found(key, STORAGE))
     assert cache.match(key).reach(STORAGE) == 40
@@ -205,7 +215,7 @@ def test_what_a_store_lost_is_no_longer_promised():
 
 
 def test_loads_too_small_to_be_worth_it_are_left_alone():
-    cache = make(tiers=(STORAGE,), min_load={STORAGE: 24})
+    cache = make(tiers=(HOST, STORAGE), min_load={STORAGE: 24})
     cache.learn(Found(Key(tokens((0, 16))), STORAGE))
     lease = cache.open(cache.match(Key(tokens((0, 30)))), STORAGE)
     assert (lease.cached, lease.ready) == (0, True)
@@ -245,21 +255,215 @@ def test_a_prefetch_brings_storage_to_host_and_the_verdict_says_when_to_go():
     assert cache.prefetch(cache.match(key)) is None
 
 
-def test_a_prefill_node_sends_what_a_decode_node_needs_and_no_more():
-    kinds = (full("full"), sliding_window("window", window=5))
-    prefill, decode = (make(kinds, tiers=(PEER,), fingerprint=b"m") for _ in range(2))
+def test_what_storage_has_comes_up_through_the_host_one_move_after_the_other():
+    cache = make(tiers=(HOST, STORAGE), fingerprint=b"m")
     key = Key(tokens((0, 32)))
+    cache.learn(Found(key, STORAGE))
+    leases = [cache.open(cache.match(key), STORAGE) for _ in range(2)]
+    assert cache.stats().shelves["full", Tier.DEVICE].in_flight == 32, "room on the device is taken at once"
+    (first,) = cache.moves()
+    assert (first.src, first.dst, list(first.digests)) == (STORAGE, HOST, digests(key, 4, b"m"))
+    (second,) = leases[0].waits
+    cache.learn(Done(second))
+    assert not leases[0].ready, "nobody was told of that move yet"
+    cache.match(key[:16])
+    cache.close(cache.open(cache.match(key[:16])))
+    cache.learn(Done(first.id))
+    (move,) = cache.moves()
+    assert (move.id, move.src, move.dst, move.digests) == (second, HOST, Tier.DEVICE, ())
+    assert move.src_slots.tolist() == first.dst_slots.tolist()
+    assert not any(lease.ready for lease in leases)
+    cache.learn(Done(move.id))
+    assert all(lease.ready for lease in leases)
+    assert cache.match(key).reach(HOST) == cache.match(key).length == 32
+    cache.check()
+
+
+def test_a_store_that_fails_loses_the_leases_and_what_was_to_follow():
+    cache = make(tiers=(HOST, STORAGE))
+    key = Key(tokens((0, 32)))
+    cache.learn(Found(key, STORAGE))
+    lease = cache.open(cache.match(key), STORAGE)
+    (move,) = cache.moves()
+    cache.learn(Failed(move.id))
+    assert lease.lost
+    assert not cache.moves()
+    cache.close(lease)
+    assert cache.match(key).branch == 0, "or the next request would ask for the same broken pages again"
+    cache.check()
+    cache.flush()
+
+
+def test_a_load_joins_a_prefetch_under_way():
+    cache = make(tiers=(HOST, STORAGE))
+    key = Key(tokens((0, 32)))
+    cache.learn(Found(key, STORAGE))
+    prefetch = cache.prefetch(cache.match(key))
+    lease = cache.open(cache.match(key), STORAGE)
+    (move,) = up(cache, STORAGE, HOST)
+    assert prefetch.moves == {move.id}
+    assert cache.pending(prefetch) == 0
+    up(cache, HOST, Tier.DEVICE)
+    assert lease.ready
+
+
+@pytest.mark.parametrize("room", [None, {"full": 8}], ids=["any", "room"])
+def test_where_the_host_has_no_room_for_what_a_store_has_the_host_is_resumed_from(room):
+    often = {"write_policy": "write_through_selective", "write_hits": 1}
+    cache = make(tiers=(HOST, STORAGE), capacity={("full", HOST): 24}, **often)
+    key = Key(tokens((0, 40)))
+    for _ in range(2):
+        serve(cache, key.tokens[:16])
+    up(cache, Tier.DEVICE, HOST)
+    up(cache, HOST, STORAGE)
+    cache.learn(Found(key, STORAGE))
+    for first in range(100, 500, 100):
+        serve(cache, tokens((first, 16)))
+    hit = cache.match(key)
+    assert (hit.length, hit.reach(HOST), hit.reach(STORAGE)) == (0, 16, 40)
+    lease = cache.open(hit, STORAGE, room=room)
+    assert lease.cached == 16
+    (move,) = cache.moves()
+    assert (move.src, move.dst) == (HOST, Tier.DEVICE)
+
+
+def test_a_store_needs_the_host_above_it():
+    with pytest.raises(ConfigError, match="comes up through the host"):
+        make(tiers=(STORAGE,))
+
+
+# ---- stores ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_is_asked_for_what_would_make_the_hit_longer():
+    kinds = (full("full"), sliding_window("window", window=6), recurrent("state"))
+    cache = make(kinds, tiers=(HOST, STORAGE), capacity={("full", STORAGE): 256}, fingerprint=b"m")
+    key = Key(tokens((0, 42)), "tenant")
+    names = digests(key, 4, b"m")
+    question = cache.ask(key)
+    assert (question.reach, question.firsts) == (0, (0, 0, 0))
+    assert list(question.pages) == [(kind.name, name) for kind in kinds for name in names]
+    # All of full attention, the window from page 4 on, the state after page 8 and the one after page 3.
+    states = (7, 2)
+    held = [kind != "window" or names.index(name) >= 4 for kind, name in question.pages[:20]]
+    found = question.answer([*held, *(page in states for page in range(10))])
+    assert [(event.kind, len(event.key), event.start) for event in found] == [
+        ("full", 32, 0), ("window", 32, 24), ("state", 32, 28),
+    ]  # fmt: skip
+    for event in found:
+        cache.learn(event)
+    assert cache.match(key).reach(STORAGE) == 32
+    again = cache.ask(key)
+    assert (again.reach, again.firsts) == (32, (8, 8, 8)), "the window begins in a page that is there"
+    assert again.answer([False] * len(again.pages)) == []
+    pages = {name: shelf.cached for (name, tier), shelf in cache.stats().shelves.items() if tier is STORAGE}
+    assert pages == {"full": 32, "window": 8, "state": 1}
+    cache.check()
+
+
+def test_a_store_is_not_asked_for_what_nearer_tiers_have_or_what_it_never_keeps():
+    cache = make(tiers=(HOST, STORAGE), write_policy="write_back")
+    key = Key(tokens((0, 32)))
+    serve(cache, key.tokens)
+    assert cache.ask(key) is None
+    longer = Key(tokens((0, 32), (90, 11)))
+    question = cache.ask(longer)
+    assert (question.reach, question.firsts, len(question.pages)) == (32, (8,), 2)
+    (found,) = question.answer([True, False])
+    assert (len(found.key), found.start) == (36, 32)
+    cache.learn(found)
+    assert cache.match(longer).reach(STORAGE) == 36
+    assert cache.stats().shelves["full", STORAGE].cached == 4, "it was not told of more"
+    assert make(tiers=(HOST,)).ask(key) is None
+    assert make(tiers=(HOST, STORAGE), reuse=False).ask(key) is None
+    mixed = make((full("full"), recurrent("state")), tiers=(HOST,), capacity={("full", STORAGE): 64})
+    assert mixed.ask(key) is None, "no boundary gets its state from there"
+    cache.check()
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefill_node_offers_what_a_decode_node_needs_and_no_more():
+    kinds = (full("full"), sliding_window("window", window=5))
+    prefill, decode = make(kinds, fingerprint=b"m"), make(kinds, tiers=(PEER,), fingerprint=b"m")
+    key = Key(tokens((0, 34)))
     lease = start(prefill, key.tokens)
-    assert prefill.send(key, PEER)
-    sent = {move.kind: move for move in prefill.moves()}
-    assert {name: len(move.digests) for name, move in sent.items()} == {"full": 8, "window": 1}
-    for move in sent.values():
-        prefill.learn(Done(move.id))
+    manifest = prefill.send(key)
+    assert manifest.tokens == 32, "whole pages"
+    assert {part.kind: (part.first, list(part.digests)) for part in manifest.parts} == {
+        "full": (0, digests(key, 4, b"m")), "window": (7, digests(key, 4, b"m")[7:]),
+    }  # fmt: skip
+    for part in manifest.parts:
+        assert part.slots.tolist() == prefill.tables[part.kind][lease.row, part.first : 8].tolist()
     prefill.close(lease)
     decode.learn(Found(key, PEER))
     waiting = decode.open(decode.match(key), PEER)
-    assert {move.kind: move.digests for move in decode.moves()} == {name: move.digests for name, move in sent.items()}
+    moves = decode.moves()
+    assert {move.kind: move.digests for move in moves} == {part.kind: part.digests for part in manifest.parts}
     assert waiting.cached == 32
+    assert prefill.send(key, 32) is None, "a peer that has all of it"
+    (part,) = prefill.send(Key(key.tokens[:32]), 31).parts[:1]
+    assert (part.first, len(part.slots)) == (7, 1)
+
+
+def test_a_manifest_grows_as_chunks_are_committed():
+    kinds = (full("full"), sliding_window("window", window=6))
+    cache = make(kinds, fingerprint=b"m")
+    key = Key(tokens((0, 48)))
+    names = digests(key, 4, b"m")
+    lease = cache.open(cache.match(key))
+    sent = {"full": set(), "window": set()}
+    reached = 0
+    for end in (10, 24, 48):
+        assert cache.grow(lease, end - lease.length)
+        cache.commit(lease, key[:end])
+        manifest = cache.send(key[:end], reached)
+        reached = manifest.tokens
+        for part in manifest.parts:
+            assert not sent[part.kind] & set(part.digests), "nothing twice"
+            sent[part.kind] |= set(part.digests)
+    assert reached == 48
+    assert sent["full"] == set(names)
+    assert sent["window"] >= set(names[kinds[1].start(48) // 4 :])
+    cache.check()
+
+
+@pytest.mark.parametrize("end", [Done, Failed])
+def test_what_is_offered_to_several_peers_stays_until_the_last_has_it(end):
+    kinds = (full("full"), sliding_window("window", window=5), recurrent("state"))
+    cache = make(kinds, fingerprint=b"m")
+    key = Key(tokens((0, 32)))
+    serve(cache, key.tokens)
+    offers = [cache.send(key) for _ in range(3)]
+    assert len({offer.id for offer in offers}) == 3
+    slots = {part.kind: part.slots.tolist() for part in offers[0].parts}
+    for offer in offers:
+        assert {part.kind: part.slots.tolist() for part in offer.parts} == slots
+        with pytest.raises(CacheBusy, match="copies under way"):
+            cache.flush()
+        for first in range(1000, 3000, 100):
+            serve(cache, tokens((first, 32)))
+        assert cache.match(key).length == 32
+        cache.learn(end(offer.id))
+    for first in range(1000, 3000, 100):
+        serve(cache, tokens((first, 32)))
+    assert cache.match(key).length == 0
+    cache.learn(end(offers[0].id))
+    cache.flush()
+    cache.check()
+
+
+def test_what_is_offered_of_a_dropped_namespace_stays_until_it_is_fetched():
+    cache = make()
+    key = Key(tokens((0, 32)), "lora")
+    serve(cache, key.tokens, namespace="lora")
+    manifest = cache.send(key)
+    assert cache.drop_namespace("lora") == 32
+    assert cache.available_tokens() == 32
+    cache.learn(Done(manifest.id))
+    assert cache.available_tokens() == 64
+    cache.check()
 
 
 def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
@@ -269,7 +473,7 @@ def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
     with pytest.raises(CacheBusy, match="1 live leases"):
         cache.forget_tier(Tier.DEVICE)
     cache.close(lease)
-    assert cache.save(HOST) == 3
+    assert cache.save() == 3
     land(cache)
     cache.forget_tier(Tier.DEVICE)
     cache.check()
@@ -279,7 +483,7 @@ def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
 
 
 def test_a_page_computed_while_its_copy_was_under_way_is_not_kept_twice():
-    cache = make(tiers=(STORAGE,))
+    cache = make(tiers=(HOST, STORAGE))
     key = Key(tokens((0, 16)))
     cache.learn(Found(key, STORAGE))
     waiting = cache.open(cache.match(key), STORAGE)

@@ -138,6 +138,8 @@ def same(ours: Any, theirs: Any, what: str) -> None:
         ours, theirs = ((x.key, x.version, x.reaches, x.branch, x.length, repr(x)) for x in (ours, theirs))
     elif name == "Move":
         ours, theirs = (_move(x) for x in (ours, theirs))
+    elif name == "Manifest":
+        ours, theirs = ((x.id, x.tokens, [_part(part) for part in x.parts]) for x in (ours, theirs))
     if isinstance(ours, np.ndarray):
         equal = ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
     elif isinstance(ours, list):
@@ -160,6 +162,10 @@ def _lease(x: Any) -> tuple[Any, ...]:
 
 def _move(x: Any) -> tuple[Any, ...]:
     return (x.id, x.kind, Tier(x.src), Tier(x.dst), x.src_slots.tolist(), x.dst_slots.tolist(), x.first, x.digests)
+
+
+def _part(x: Any) -> tuple[Any, ...]:
+    return (x.kind, x.first, x.slots.dtype, x.slots.tolist(), x.digests)
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "state") -> str:

@@ -23,6 +23,7 @@ from rootcellar.cache import (
     Kind,
     Lease,
     Lost,
+    Manifest,
     Move,
     Tier,
     chunked_local,
@@ -50,6 +51,8 @@ KIND_MIXES: tuple[tuple[Kind, ...], ...] = (
 )
 NAMESPACES = ("", "lora")
 MAX_LENGTH = 48
+WAYS = {(Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE), (Tier.HOST, Tier.STORAGE), (Tier.STORAGE, Tier.HOST),
+        (Tier.PEER, Tier.HOST), (Tier.PEER, Tier.DEVICE)}  # fmt: skip
 
 
 @dataclass
@@ -93,6 +96,8 @@ class World:
     prompts: list[tuple[str, list[int]]] = field(default_factory=list)
     copying: list[Copying] = field(default_factory=list)
     named: dict[tuple[str, bytes], int] = field(default_factory=dict)  # content by (kind, digest)
+    offers: list[Manifest] = field(default_factory=list)
+    stored: set[tuple[str, bytes]] = field(default_factory=set)  # what a store holds, by (kind, digest)
 
     def __post_init__(self) -> None:
         pick = self.pick
@@ -101,6 +106,8 @@ class World:
         capacity = {}
         arenas = {}
         tiers = [tier for tier in (Tier.HOST, Tier.STORAGE, Tier.PEER) if pick(2)]
+        if Tier.STORAGE in tiers and Tier.HOST not in tiers:
+            tiers.append(Tier.HOST)
         for kind in kinds:
             size = 3 + pick(8) if kind.rule == "recurrent" else 8 + pick(90)
             capacity[kind.name, Tier.DEVICE] = size
@@ -333,7 +340,7 @@ class World:
         self.cache.close(run.lease, keep=self.pick(4) > 0)
 
     def flush(self) -> None:
-        if self.running or self.copying or self.cache._inside().traffic.flights:
+        if self.running or self.copying or self.offers or self.cache._inside().traffic.flights:
             try:
                 self.cache.flush()
             except CacheBusy:
@@ -351,6 +358,7 @@ class World:
     def dispatch(self) -> None:
         """Take the cache's moves; sources on the device are read now."""
         for move in self.cache.moves():
+            assert (move.src, move.dst) in WAYS, f"{move.src.name} to {move.dst.name}"
             content = self.content[move.kind, move.src]
             read = [content.get(int(slot)) for slot in move.src_slots]
             self.copying.append(Copying(move, read))
@@ -371,10 +379,58 @@ class World:
             content = copying.read[i] if move.src is Tier.DEVICE else source.get(src)
             self.content[move.kind, move.dst][dst] = content
             if move.digests:
-                assert self.named.setdefault((move.kind, move.digests[i]), content) == content, "a digest of two pages"
+                self.name(move.kind, move.digests[i], content)
+            if move.dst is Tier.STORAGE:
+                self.stored.add((move.kind, move.digests[i]))
         self.cache.learn(Done(move.id))
         for run in self.running:
             self.look(run)
+
+    def name(self, kind: str, digest: bytes, content: int | None) -> None:
+        assert self.named.setdefault((kind, digest), content) == content, "a digest of two pages"
+
+    def send(self, key: Key) -> None:
+        """A peer is offered what it lacks of a key, or has fetched what was offered to it."""
+        if len(self.offers) > self.pick(3):
+            manifest = self.offers.pop(self.pick(len(self.offers)))
+            self.fetch(manifest)
+            self.cache.learn((Done, Failed)[self.pick(2)](manifest.id))
+            return
+        start = self.pick(2) * self.pick(len(key) + 1)
+        manifest = self.cache.send(key, start)
+        length = self.cache.match(key).length
+        if manifest is None:
+            assert length // self.page <= start // self.page
+            return
+        assert manifest.tokens == length
+        for part in manifest.parts:
+            (kind,) = (kind for kind in self.cache.kinds if kind.name == part.kind)
+            assert part.first == max(kind.start(length), start) // self.page or kind.rule == "recurrent"
+            assert part.first + len(part.slots) == length // self.page, "whole pages up to the end"
+        self.fetch(manifest)
+        self.offers.append(manifest)
+
+    def fetch(self, manifest: Manifest) -> None:
+        """What is offered lies where the manifest says, for as long as it is offered."""
+        for part in manifest.parts:
+            for slot, digest in zip(part.slots.tolist(), part.digests, strict=True):
+                self.name(part.kind, digest, self.content[part.kind, Tier.DEVICE][slot])
+
+    def ask(self) -> None:
+        """A store is asked what it has of a prompt."""
+        name, tokens = self.make_prompt()
+        key = Key(tokens, name)
+        before = {(k, t, slot): (space, prefix) for k, t, space, prefix, slot in self.entries() if t is Tier.STORAGE}
+        question = self.cache.ask(key)
+        if question is None:
+            return
+        assert question.reach == self.cache.match(key).reach(Tier.STORAGE) < len(key) // self.page * self.page
+        held = [page in self.stored or self.pick(4) > 0 for page in question.pages]
+        for found in question.answer(held):
+            self.cache.learn(found)
+        for k, t, space, prefix, slot in self.entries():
+            if t is Tier.STORAGE and before.get((k, t, slot)) != (space, prefix):
+                self.content[k, t][slot] = self.of(k, space, list(prefix))
 
     def found(self) -> None:
         """A store or a peer says that it holds a prompt's prefix."""
@@ -412,18 +468,18 @@ class World:
             cache.drop_namespace(name)
             assert not cache.match(key).branch
         elif wish == 3:
-            cache.save(Tier.HOST)
+            cache.save()
         elif wish == 4:
-            cache.send(key, Tier.PEER)
+            self.send(key)
         elif wish in (5, 6):
-            cache.prefetch(cache.match(key), Tier.STORAGE)
+            cache.prefetch(cache.match(key), (Tier.STORAGE, Tier.PEER)[wish == 6])
         elif not self.running:
             self.dispatch()
-            if not self.copying:
+            if not self.copying and not self.offers:
                 cache.forget_tier(Tier(pick(4)))
 
     ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close,
-               finish, finish, finish, finish, found, lost, control)  # fmt: skip
+               finish, finish, finish, finish, found, ask, lost, control)  # fmt: skip
 
     def state(self) -> str:
         """All that the cache holds, in an order that does not depend on the process."""

@@ -15,7 +15,7 @@ from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import ReqToTokenPool
-from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
+from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
 from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
@@ -38,9 +38,12 @@ __all__ = [
     "Kind",
     "Lease",
     "Lost",
+    "Manifest",
     "Move",
     "NodeView",
+    "Part",
     "Prefetch",
+    "Question",
     "RadixCache",
     "ReqToTokenPool",
     "ShelfStats",

@@ -1,22 +1,30 @@
-"""What an operator asks of the cache: pin a prefix, drop a namespace, save or send, prefetch, empty a tier."""
+"""What is asked of the cache beside the life of a lease: pins, namespaces, tiers, stores and peers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rootcellar.cache import words
+from rootcellar.cache.digest import Naming, page_digests, seed_digest
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
 from rootcellar.cache.flights import flying_to, missing, plan, sources
 from rootcellar.cache.key import Key
-from rootcellar.cache.kind import Tier
+from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import Hit, find, fresh, place_of
+from rootcellar.cache.moves import Manifest, Part, Question
 from rootcellar.cache.node import Node
+from rootcellar.cache.slots import Pages
 from rootcellar.cache.verbs import Desk, pin_place, unpin_place
 
+Chain = Callable[[bytes, NDArray[np.int64], int], list[bytes]]
 FOREVER = 1 << 62  # ticks
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 
@@ -88,8 +96,9 @@ def drop_namespace(desk: Desk, namespace: str) -> int:
 
 def forget_tier(desk: Desk, tier: Tier) -> None:
     """Forget all that a tier holds (its memory is about to go). Raises ``CacheBusy`` while anything is in use."""
-    if desk.leases or desk.traffic.flights:
-        raise words.busy(f"{tier.name} cannot be emptied", len(desk.leases), len(desk.traffic.flights))
+    leases, copies = desk.busy()
+    if leases or copies:
+        raise words.busy(f"{tier.name} cannot be emptied", leases, copies)
     tree = desk.tree
     for serial in list(desk.pins):
         _drop_pin(desk, serial)
@@ -118,49 +127,21 @@ def make_room(desk: Desk, kind: str, tokens: int, tier: Tier) -> bool:
 # ---- copies on request --------------------------------------------------------------------------------------------
 
 
-def copy(desk: Desk, hit: Hit, boundary: int, dst: Tier) -> set[int]:
-    """Plan to copy to ``dst`` what resuming at ``boundary`` tokens needs and ``dst`` lacks, from the nearest tier.
+def save(desk: Desk) -> int:
+    """Plan to copy to HOST all that the device holds and HOST lacks (before the device's memory is dropped).
 
-    Returns the ids of the moves, those under way already included; where there is no room the rest is left out.
+    Returns the number of moves.
     """
-    tree, traffic = desk.tree, desk.traffic
-    ids: set[int] = set()
-    if not boundary:
-        return ids
-    hit = fresh(tree, hit)
-    boundary = min(boundary, max(hit.reaches))
-    place = place_of(tree, hit, boundary // tree.page_size)
-    tree.hold(place)
-    for k in range(len(tree.kinds)):
-        start = tree.kinds[k].start(boundary) // tree.page_size
-        target = tree.by_tier[dst][k]
-        for node, first in missing(tree, place, k, start, dst):
-            flight = flying_to(node, k, dst)
-            if flight is None:
-                source = sources(tree, node, k, first, exclude=dst)
-                if source is None or target is None:
-                    break
-                flight = plan(tree, traffic, node, source, target, first)
-                if flight is None:
-                    break
-            ids.add(flight.id)
-    tree.release(place)
-    prune(tree, place)
-    return ids
-
-
-def save(desk: Desk, dst: Tier) -> int:
-    """Plan to copy everything on the device to ``dst`` (before the device's memory is dropped). Returns the moves."""
     tree = desk.tree
     planned = 0
     nodes = [child for root in tree.roots.values() for child in root.children.values()]
     for node in nodes:  # parents first: the list grows as it is read
         nodes.extend(node.children.values())
-        for source, target in zip(tree.by_tier[Tier.DEVICE], tree.by_tier[dst], strict=True):
+        for source, target in zip(tree.by_tier[Tier.DEVICE], tree.by_tier[Tier.HOST], strict=True):
             if source is None or target is None or node.entries[target.index] is not None:
                 continue
             entry = node.entries[source.index]
-            if entry is not None and flying_to(node, source.kind_index, dst) is None:
+            if entry is not None and flying_to(node, source.kind_index, Tier.HOST) is None:
                 planned += plan(tree, desk.traffic, node, source, target, node.start + entry.lo) is not None
     return planned
 
@@ -174,11 +155,35 @@ class Prefetch:
 
 
 def prefetch(desk: Desk, hit: Hit, tier: Tier) -> Prefetch | None:
-    """Plan to bring what ``tier`` would add to a hit to HOST. None when it adds less than ``min_load`` asks for."""
+    """Plan to bring what ``tier`` would add to a hit to HOST. None when it adds less than ``min_load`` asks for.
+
+    Moves under way already are among those returned; where there is no room the rest is left out.
+    """
+    tree, traffic = desk.tree, desk.traffic
     reach = desk.boundary(hit, tier)
     if reach <= hit.reach(Tier.HOST):
         return None
-    return Prefetch(frozenset(copy(desk, hit, reach, Tier.HOST)), reach)
+    hit = fresh(tree, hit)
+    boundary = min(reach, max(hit.reaches))
+    place = place_of(tree, hit, boundary // tree.page_size)
+    ids: set[int] = set()
+    tree.hold(place)
+    for k in range(len(tree.kinds)):
+        start = desk.start_page(k, boundary)
+        target = tree.by_tier[Tier.HOST][k]
+        for node, first in missing(tree, place, k, start, Tier.HOST):
+            flight = flying_to(node, k, Tier.HOST)
+            if flight is None:
+                source = sources(tree, node, k, first, exclude=Tier.HOST)
+                if source is None or target is None:
+                    break
+                flight = plan(tree, traffic, node, source, target, first)
+                if flight is None:
+                    break
+            ids.add(flight.id)
+    tree.release(place)
+    prune(tree, place)
+    return Prefetch(frozenset(ids), reach)
 
 
 def prefetch_verdict(policy: PrefetchPolicy, pending: int, waited: float, timeout: float) -> Literal["wait", "go"]:
@@ -190,3 +195,77 @@ def prefetch_verdict(policy: PrefetchPolicy, pending: int, waited: float, timeou
     if policy == "best_effort" or pending == 0:
         return "go"
     return "go" if policy == "timeout" and waited >= timeout else "wait"
+
+
+# ---- stores and peers ---------------------------------------------------------------------------------------------
+
+
+def ask(desk: Desk, key: Key, tier: Tier) -> tuple[int, list[int]] | None:
+    """How far a key can be resumed with ``tier`` (tokens), and by kind the first page to ask for. None: ask nothing."""
+    tree = desk.tree
+    hit = find(tree, key)
+    reach = hit.reach(tier)
+    if not desk.reuse or len(key) < reach + tree.page_size or None in tree.by_tier[tier]:
+        return None
+    firsts = []
+    for k in range(len(tree.kinds)):
+        first = desk.start_page(k, reach + tree.page_size)
+        shelves = [shelf for nearer in tree.tiers if nearer <= tier and (shelf := tree.by_tier[nearer][k]) is not None]
+        for node in hit.path:
+            begins = [node.start + entry.lo for shelf in shelves if (entry := node.entries[shelf.index]) is not None]
+            if node.end > first and min(begins, default=node.end) > first:
+                break
+            first = max(first, min(node.end, hit.branch // tree.page_size))
+        firsts.append(first)
+    return reach, firsts
+
+
+def question(
+    kinds: tuple[Kind, ...], naming: Naming, chain: Chain, key: Key, tier: Tier, reach: int, firsts: Sequence[int]
+) -> Question:
+    """The question of :func:`ask`, its pages named."""
+    names = chain(seed_digest(naming.fingerprint, key.namespace, naming.page_size), key.tokens, naming.page_size)
+    pages = tuple((kind.name, name) for kind, first in zip(kinds, firsts, strict=True) for name in names[first:])
+    return Question(key, tier, kinds, naming.page_size, reach, tuple(firsts), pages)
+
+
+def offer(desk: Desk, key: Key, start: int) -> Manifest | None:
+    """Pin what a peer that can resume at ``start`` needs to resume at the end of ``key``, and say what it is."""
+    tree = desk.tree
+    hit = find(tree, key)
+    pages, least = hit.length // tree.page_size, start // tree.page_size
+    if pages <= least:
+        return None
+    desk.traffic.serial += 1
+    place = place_of(tree, hit, pages)
+    lease = Lease(0, desk.traffic.serial, place, key.namespace, hit.length, 0)
+    pin_place(desk, lease)
+    desk.offers[lease.serial] = lease
+    page_digests(tree.naming, place)
+    parts = []
+    for shelf in tree.by_tier[Tier.DEVICE]:
+        assert shelf is not None
+        first = max(least, lease.starts[shelf.kind_index])
+        slots: list[Pages] = []
+        names: list[bytes] = []
+        climb: Node | None = place
+        while climb is not None and climb.end > first:
+            entry = climb.entries[shelf.index]
+            assert entry is not None
+            begin = max(first, climb.start) - climb.start
+            slots.append(entry.pages[begin - entry.lo :])
+            names[:0] = climb.digests[begin:]
+            climb = climb.parent
+        if slots:
+            parts.append(Part(shelf.kind.name, first, np.concatenate(slots[::-1]), tuple(names)))
+    return Manifest(lease.serial, hit.length, tuple(parts))
+
+
+def settle(desk: Desk, ident: int) -> bool:
+    """A manifest was fetched or given up: unpin what it offers. False: there is none of this id."""
+    lease = desk.offers.pop(ident, None)
+    if lease is None:
+        return False
+    unpin_place(desk, lease)
+    prune(desk.tree, lease.node)
+    return True

@@ -46,15 +46,23 @@ def path_nodes(flight: Flight) -> Iterator[Node]:
 
 
 def plan(
-    tree: Tree, traffic: Traffic, node: Node, source: Shelf, target: Shelf, start: int, held: bool = True
+    tree: Tree,
+    traffic: Traffic,
+    node: Node,
+    source: Shelf,
+    target: Shelf,
+    start: int,
+    *,
+    held: bool = True,
+    after: Flight | None = None,
 ) -> Flight | None:
-    """Plan to copy pages ``[start, node.end)`` from one shelf to another of the same kind. None: no room there."""
-    entry = node.entries[source.index]
-    assert entry is not None
-    assert entry.lo <= start - node.start
+    """Plan to copy pages ``[start, node.end)`` from one shelf to another of the same kind. None: no room there.
+
+    The source has the pages, or will have them once ``after`` is done.
+    """
     traffic.serial += 1
     flight = Flight(traffic.serial, source.kind_index, source.tier, target.tier, start, np.empty(0, np.int32), held)
-    flight.node = node
+    flight.node, flight.after = node, after
     node.flights.append(flight)
     if held:
         tree.hold(node)
@@ -65,20 +73,81 @@ def plan(
     flight.slots = target.take(node.end - start)
     target.in_flight += len(flight.slots)
     traffic.flights[flight.id] = flight
-    named = max(source.tier, target.tier) >= Tier.STORAGE
+    if after is None:
+        _depart(tree, traffic, flight)
+    return flight
+
+
+def fetch(tree: Tree, traffic: Traffic, node: Node, source: Shelf, target: Shelf, start: int) -> Flight | None:
+    """:func:`plan` towards the device, from STORAGE by way of HOST. None: no room there or on HOST."""
+    if source.tier is not Tier.STORAGE:
+        return plan(tree, traffic, node, source, target, start)
+    host = tree.by_tier[Tier.HOST][source.kind_index]
+    assert host is not None, "settings see to it"
+    first = flying_to(node, source.kind_index, Tier.HOST)
+    if first is None:
+        first = plan(tree, traffic, node, source, host, start)
+    if first is None or first.start > start:
+        return None
+    return plan(tree, traffic, node, host, target, start, after=first)
+
+
+def _depart(tree: Tree, traffic: Traffic, flight: Flight) -> None:
+    """Ask for the copy: its source is there."""
+    source = tree.by_tier[flight.src][flight.kind_index]
+    node = flight.node
+    assert source is not None
+    assert node is not None
+    slots: list[Pages] = []
+    for step in path_nodes(flight):
+        entry = step.entries[source.index]
+        assert entry is not None
+        slots.append(entry.pages[max(flight.start, step.start) - step.start - entry.lo :])
+    named = max(flight.src, flight.dst) >= Tier.STORAGE  # these begin at once, so nothing has split their node
+    flight.after = None
     traffic.outbox.append(
         Move(
             id=flight.id,
             kind=source.kind.name,
-            src=source.tier,
-            dst=target.tier,
-            src_slots=entry.pages[start - node.start - entry.lo :].copy(),
+            src=flight.src,
+            dst=flight.dst,
+            src_slots=np.concatenate(slots[::-1]),
             dst_slots=flight.slots,
-            first=start,
-            digests=tuple(page_digests(tree.naming, node)[start - node.start :]) if named else (),
+            first=flight.start,
+            digests=tuple(page_digests(tree.naming, node)[flight.start - node.start :]) if named else (),
         )
     )
-    return flight
+
+
+def call_off(tree: Tree, traffic: Traffic, flights: list[Flight]) -> None:
+    """End flights that nobody was told of, the newest first."""
+    for flight in flights[::-1]:
+        target = _off_the_books(tree, traffic, flight)
+        _lose(flight, target)
+        _land(tree, flight)
+
+
+def _off_the_books(tree: Tree, traffic: Traffic, flight: Flight) -> Shelf:
+    """Count a flight as ended; where it was going."""
+    del traffic.flights[flight.id]
+    target = tree.by_tier[flight.dst][flight.kind_index]
+    assert target is not None
+    target.in_flight -= len(flight.slots)
+    return target
+
+
+def _lose(flight: Flight, target: Shelf) -> None:
+    """Free a destination that will not be filled, and lose the leases that waited for it."""
+    target.give(flight.slots)
+    for lease in flight.waiters:
+        lease.waits.clear()
+        lease.lost = True
+
+
+def _followers(flight: Flight) -> list[Flight]:
+    """The flights that begin when this one is done, the oldest first."""
+    found = {later.id: later for node in path_nodes(flight) for later in node.flights if later.after is flight}
+    return [found[ident] for ident in sorted(found)]
 
 
 def _refresh(tree: Tree, flight: Flight) -> None:
@@ -194,17 +263,18 @@ def learn(tree: Tree, traffic: Traffic, event: Event) -> list[Waiter]:
     if isinstance(event, Lost):
         _lost(tree, event)
         return []
-    flight = traffic.flights.pop(event.move, None)
-    if flight is None:
+    flight = traffic.flights.get(event.move)
+    if flight is None or flight.after is not None:
         return []
-    target = tree.by_tier[flight.dst][flight.kind_index]
-    assert target is not None
-    target.in_flight -= len(flight.slots)
+    target = _off_the_books(tree, traffic, flight)
     if isinstance(event, Failed):
         traffic.failed += 1
-        _fail(tree, flight, target)
+        _fail(tree, traffic, flight, target)
         return []
+    later = _followers(flight)
     _done(tree, flight, target)
+    for follower in later:
+        _depart(tree, traffic, follower)
     if flight.dst is Tier.HOST and flight.node is not None and flight.node.parent is not None:
         for node in list(path_nodes(flight))[::-1]:
             _copy_down(tree, traffic, node, Tier.HOST, Tier.STORAGE)
@@ -234,12 +304,10 @@ def _attach_missing(tree: Tree, node: Node, shelf: Shelf, pages: Pages, first: i
         tree.attach(node, shelf, pages[:wanted], lo)
 
 
-def _fail(tree: Tree, flight: Flight, target: Shelf) -> None:
+def _fail(tree: Tree, traffic: Traffic, flight: Flight, target: Shelf) -> None:
     """Free the destination, lose the leases that waited, and forget a farther source that could not be read."""
-    target.give(flight.slots)
-    for lease in flight.waiters:
-        lease.waits.clear()
-        lease.lost = True
+    _lose(flight, target)
+    call_off(tree, traffic, _followers(flight))
     nodes = list(path_nodes(flight))
     source = tree.by_tier[flight.src][flight.kind_index]
     if flight.held and flight.src > flight.dst and source is not None:

@@ -30,7 +30,7 @@ _NO_PAGES = np.empty(0, np.int32)
 
 
 def state(desk: Desk, requests: int, input_tokens: int) -> State:
-    """Everything in the cache: counts, nodes, shelves, arenas, leases, free rows, pins, expiries, flights, learning."""
+    """Everything in the cache: counts, nodes, shelves, arenas, leases, free rows, pins, offers, expiries, ..."""
     tree, traffic = desk.tree, desk.traffic
     counts = (
         *(tree.tick, tree.version, tree.nodes, tree.last_id),
@@ -44,6 +44,7 @@ def state(desk: Desk, requests: int, input_tokens: int) -> State:
         tuple(_lease(lease) for _, lease in sorted(desk.leases.items())),
         tuple(desk.free_rows),
         tuple(_lease(lease) for lease in desk.pins.values()),
+        tuple(_lease(lease) for lease in desk.offers.values()),
         tuple(sorted(desk.expiries)),
         tuple(_flight(flight) for _, flight in sorted(traffic.flights.items())),
         _shadow(tree),
@@ -111,6 +112,7 @@ def _flight(flight: Flight) -> Record:
     return (
         *(flight.id, flight.kind_index, int(flight.src), int(flight.dst), flight.start),
         *(flight.slots.tobytes(), flight.held, flight.node.id if flight.node is not None else 0),
+        flight.after.id if flight.after is not None else 0,
         tuple(lease.serial for lease in flight.waiters),
     )
 
@@ -208,7 +210,7 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
 
 def thaw_desk(given: Settings, frozen: State, tables: ReqToTokenPool) -> Desk:
     """The leases and everything else of a whole :func:`state`, over page tables that are shared with the cache."""
-    counts, records, shelves, arenas, leases, free_rows, pins, expiries, flights, *_ = frozen
+    counts, records, shelves, arenas, leases, free_rows, pins, offers, expiries, flights, *_ = frozen
     tree = thaw(given, records, full=True)
     tree.tick, tree.version, tree.nodes, tree.last_id = counts[:4]
     for shelf, numbers in zip(tree.shelves, shelves, strict=True):
@@ -225,10 +227,14 @@ def thaw_desk(given: Settings, frozen: State, tables: ReqToTokenPool) -> Desk:
         desk.leases[values[0]] = _thaw_lease(values, nodes)
     for values in pins:
         desk.pins[values[1]] = _thaw_lease(values, nodes)
+    for values in offers:
+        desk.offers[values[1]] = _thaw_lease(values, nodes)
     for values in flights:
         desk.traffic.flights[values[0]] = _thaw_flight(values, nodes)
     for record in records:
         nodes[record[0]].flights = [desk.traffic.flights[ident] for ident, *_ in record[-2]]
+    for values in flights:
+        desk.traffic.flights[values[0]].after = desk.traffic.flights.get(values[-2])
     by_serial = {lease.serial: lease for lease in desk.leases.values()}
     for values in flights:
         waiting = (by_serial.get(serial) for serial in values[-1])
@@ -248,7 +254,7 @@ def _thaw_lease(values: Record, nodes: dict[int, Node]) -> Lease:
 
 
 def _thaw_flight(values: Record, nodes: dict[int, Node]) -> Flight:
-    ident, k, src, dst, start, slots, held, place, _ = values
+    ident, k, src, dst, start, slots, held, place, *_ = values
     flight = Flight(ident, k, Tier(src), Tier(dst), start, np.frombuffer(slots, np.int32), held)
     flight.node = nodes.get(place)
     return flight

@@ -2,15 +2,18 @@
 
 A move's source on DEVICE may be reused as soon as the next step runs: whoever takes ``cache.moves()`` dispatches them
 in order and before that step (dataflow then orders the read before the write). A source on any other tier stays put
-until the move is reported.
+until the move is reported. What comes up from STORAGE is two moves, to HOST and from there to DEVICE, and the second
+is asked for when the first is done: a move is from DEVICE to HOST, from HOST to STORAGE, or one of the ways back, or
+comes from PEER. What goes to a peer is fetched by it, and offered in a manifest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rootcellar.cache.key import Key
-from rootcellar.cache.kind import Tier
+from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.slots import Pages
 
 
@@ -32,16 +35,74 @@ class Move:
     digests: tuple[bytes, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Pages of one kind that a peer may fetch: ``slots[i]`` of DEVICE is page ``first + i``, called ``digests[i]``."""
+
+    kind: str
+    first: int
+    slots: Pages
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Manifest:
+    """What one peer needs in order to resume at ``tokens``. It stays where it is until ``id`` is reported."""
+
+    id: int
+    tokens: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a store or a peer has to be asked of a key, and what its answer means.
+
+    ``pages`` are kind and digest of each page that may be of use, kind by kind, those of a kind from page ``firsts[k]``
+    to the key's end; what the rule needs before that is on ``tier`` or nearer. ``reach`` (tokens) is so already.
+    """
+
+    key: Key
+    tier: Tier
+    kinds: tuple[Kind, ...]
+    page_size: int
+    reach: int
+    firsts: tuple[int, ...]
+    pages: tuple[tuple[str, bytes], ...]
+
+    def answer(self, held: Sequence[bool]) -> list[Found]:
+        """What the cache should learn when ``held`` says of each of ``pages`` whether it is there: the longest boundary
+        that it makes good, one event a kind; nothing when there is none."""
+        size, total = self.page_size, len(self.key) // self.page_size
+        answers = iter(held)
+        runs: list[list[int]] = []  # by kind and boundary, in pages: where the run of pages begins that ends there
+        for first in self.firsts:
+            run = [0] * (first + 1)
+            for page in range(first, total):
+                run.append(run[page] if next(answers) else page + 1)
+            runs.append(run)
+        for n in range(total, self.reach // size, -1):
+            starts = [kind.start(n * size) // size for kind in self.kinds]
+            if all(run[n] <= start for run, start in zip(runs, starts, strict=True)):
+                parts = zip(self.kinds, map(max, starts, self.firsts), strict=True)
+                key = self.key[: n * size]
+                return [Found(key, self.tier, kind.name, first * size) for kind, first in parts if first < n]
+        return []
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The move's bytes are at its destination."""
+    """The move's bytes are at its destination; or the peer has fetched what a manifest offers."""
 
     move: int
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The move did not happen. Leases that wait for it are lost; a source that could not be read is forgotten."""
+    """The move did not happen. Leases that wait for it are lost; a source that could not be read is forgotten.
+
+    Of a manifest: the peer will not fetch it (any more).
+    """
 
     move: int
 

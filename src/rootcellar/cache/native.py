@@ -17,14 +17,15 @@ from rootcellar.cache import (
 )
 from rootcellar.cache.adaptive import EDGES
 from rootcellar.cache.check import check
-from rootcellar.cache.control import Prefetch
+from rootcellar.cache.control import Prefetch, question
+from rootcellar.cache.digest import Naming
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import RULES, Kind, Tier
 from rootcellar.cache.lease import ReqToTokenPool
-from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Move
+from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
 from rootcellar.cache.order import POLICIES
 from rootcellar.cache.settings import settings
 from rootcellar.cache.sight import NodeView, TreeView
@@ -84,6 +85,8 @@ class NativeRadixCache(_core.Core):
 
     def learn(self, event: Event) -> None:
         """See ``PyRadixCache.learn``."""
+        if isinstance(event, Done | Failed) and self._settle(event.move):
+            return
         if isinstance(event, Done):
             self._done(event.move)
         elif isinstance(event, Failed):
@@ -99,6 +102,20 @@ class NativeRadixCache(_core.Core):
         if leases or flights:
             raise words.busy(f"{tier.name} cannot be emptied", leases, flights)
         self._forget_tier(tier)
+
+    def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
+        """See ``PyRadixCache.ask``."""
+        found = self._ask(key, tier)
+        naming = Naming(self.page_size, self._given.fingerprint)
+        return None if found is None else question(self.kinds, naming, _core.chain, key, tier, *found)
+
+    def send(self, key: Key, start: int = 0) -> Manifest | None:
+        """See ``PyRadixCache.send``."""
+        found = self._offer(key, start)
+        if found is None:
+            return None
+        ident, tokens, parts = found
+        return Manifest(ident, tokens, tuple(Part(self.kinds[k].name, *part) for k, *part in parts))
 
     def prefetch(self, hit: _core.Hit, tier: Tier = Tier.STORAGE) -> Prefetch | None:
         """See ``PyRadixCache.prefetch``."""

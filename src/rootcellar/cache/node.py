@@ -123,10 +123,11 @@ class Flight:
 
     ``node`` is the lowest node; when it is split, the parts above are found by climbing to ``start``. ``held`` says
     that the flight holds its place and its source; what is written down from the device is read at once and is not.
-    ``node`` is None when the place was thrown away meanwhile.
+    ``node`` is None when the place was thrown away meanwhile. ``after`` is the flight that has to bring the pages to
+    ``src`` first: until it is done, nobody is told of this one.
     """
 
-    __slots__ = ("dst", "held", "id", "kind_index", "node", "slots", "src", "start", "waiters")
+    __slots__ = ("after", "dst", "held", "id", "kind_index", "node", "slots", "src", "start", "waiters")
 
     def __init__(self, ident: int, kind_index: int, src: Tier, dst: Tier, start: int, slots: Pages, held: bool) -> None:
         self.id = ident
@@ -137,6 +138,7 @@ class Flight:
         self.slots = slots
         self.held = held
         self.node: Node | None = None
+        self.after: Flight | None = None
         self.waiters: list[Waiter] = []
 
     def blocks(self, kind_index: int, tier: Tier) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control, words
 from rootcellar.cache.check import check
+from rootcellar.cache.digest import chain
 from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
 from rootcellar.cache.glimpse import State, memory_bytes, state
@@ -18,7 +19,7 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, fresh, slots, touch
-from rootcellar.cache.moves import Event, Found, Move
+from rootcellar.cache.moves import Done, Event, Failed, Found, Manifest, Move, Question
 from rootcellar.cache.settings import Capacity, settings
 from rootcellar.cache.sight import TreeView, trail, tree_view
 from rootcellar.cache.slots import not_free
@@ -201,9 +202,9 @@ class PyRadixCache:
 
     def flush(self) -> None:
         """Forget everything. Raises ``CacheBusy`` while leases or copies are live."""
-        leases, flights = len(self._desk.leases), len(self._traffic.flights)
-        if leases or flights:
-            raise words.busy("the cache cannot be flushed", leases, flights)
+        leases, copies = self._desk.busy()
+        if leases or copies:
+            raise words.busy("the cache cannot be flushed", leases, copies)
         journal, self._tree.journal = self._tree.journal, None
         for namespace in list(self._tree.roots):
             control.drop_namespace(self._desk, namespace)
@@ -223,18 +224,32 @@ class PyRadixCache:
         """What the movers saw: ``Done``, ``Failed``, ``Found`` or ``Lost``. A move that is not known is ignored."""
         if isinstance(event, Found) and not self._desk.reuse:
             return
+        if isinstance(event, Done | Failed) and control.settle(self._desk, event.move):
+            return
         for lease in learn(self._tree, self._traffic, event):
             if self._desk.leases.get(lease.row) is lease:
                 fill_rows(self._desk, lease)
 
-    def send(self, key: Key, dst: Tier) -> set[int]:
-        """Plan to copy what resuming at the end of ``key`` needs, as far as it is cached, to ``dst``. Move ids."""
-        hit = find(self._tree, key)
-        return control.copy(self._desk, hit, hit.reach(Tier.DEVICE), dst)
+    def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
+        """What to ask a store or a peer of ``key``, whose answer is then learned. None when it could add nothing.
 
-    def save(self, dst: Tier = Tier.HOST) -> int:
-        """Plan to copy all that only the device holds to ``dst``; returns the number of moves (before a drop)."""
-        return control.save(self._desk, dst)
+        That is so where ``tier`` or nearer ones have all whole pages, or a kind is never kept there. Changes nothing.
+        """
+        found = control.ask(self._desk, key, tier)
+        return None if found is None else control.question(self.kinds, self._tree.naming, chain, key, tier, *found)
+
+    def send(self, key: Key, start: int = 0) -> Manifest | None:
+        """Offer a peer that can resume at ``start`` (tokens) what it needs in order to resume at the end of ``key``.
+
+        As far as the device holds it, in whole pages; None when that is not beyond ``start``. What is offered stays
+        on the device until the manifest's ``id`` is reported, ``Done`` or ``Failed``. Each call is an offer of its own:
+        several peers may be sent the same, and one peer, chunk by chunk, what was computed meanwhile.
+        """
+        return control.offer(self._desk, key, start)
+
+    def save(self) -> int:
+        """Plan to copy all that only the device holds to HOST; returns the number of moves (before a drop)."""
+        return control.save(self._desk)
 
     def forget_tier(self, tier: Tier) -> None:
         """Forget what a tier holds. Raises ``CacheBusy`` while leases or copies are live."""

@@ -124,6 +124,12 @@ def _sizes(
             raise ConfigError(f"capacity[{name!r}, {Tier(tier).name}]={size}: give a number of tokens, at least 0")
         for k in members or [names.index(name)]:
             sizes[k, Tier(tier)] = size
+    for k, tier in list(sizes):
+        if tier is Tier.STORAGE and (k, Tier.HOST) not in sizes:
+            raise ConfigError(
+                f"capacity has ({names[k]!r}, Tier.STORAGE) and lacks ({names[k]!r}, Tier.HOST): what a store holds "
+                "comes up through the host"
+            )
     for k, name in enumerate(names):
         if (k, Tier.DEVICE) not in sizes:
             raise ConfigError(f"capacity lacks ({name!r}, Tier.DEVICE): every kind needs room on the device")

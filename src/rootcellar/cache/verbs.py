@@ -12,7 +12,7 @@ from rootcellar.cache import words
 from rootcellar.cache.adaptive import mix
 from rootcellar.cache.digest import page_digests
 from rootcellar.cache.evict import drop_subtree, fits, make_room_for, prune
-from rootcellar.cache.flights import Traffic, flying_to, missing, plan, sources, write_through
+from rootcellar.cache.flights import Traffic, call_off, fetch, flying_to, missing, sources, write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
@@ -37,6 +37,7 @@ class Desk:
         self.digests = given.digests
         self.pins: dict[int, Lease] = {}  # pinned prefixes, by serial
         self.expiries: list[tuple[int, int]] = []  # heap of (tick, serial of a pin)
+        self.offers: dict[int, Lease] = {}  # what peers may fetch, by the manifest's id
         self.tables = tables
         self.free_rows = list(range(given.max_leases, 0, -1))  # the last is taken next
         self.leases: dict[int, Lease] = {}  # by row
@@ -55,9 +56,14 @@ class Desk:
                 yield flight.node
 
     def holders(self) -> Iterator[Lease]:
-        """Live leases and pins of prefixes."""
+        """Live leases, pins of prefixes and what peers may fetch."""
         yield from self.leases.values()
         yield from self.pins.values()
+        yield from self.offers.values()
+
+    def busy(self) -> tuple[int, int]:
+        """Live leases, and copies under way: what a tier must not be emptied under."""
+        return len(self.leases), len(self.traffic.flights) + len(self.offers)
 
     def in_flight(self, shelf: Shelf) -> list[Pages]:
         """Slots that copies under way will fill."""
@@ -102,6 +108,9 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
         raise words.key_too_long(len(hit.key), desk.max_length)
     hit = fresh(tree, hit)
     boundary = desk.boundary(hit, tier)
+    if tier > Tier.HOST and not fits(_staged(desk, hit, boundary // tree.page_size)):
+        tier = Tier.HOST
+        boundary = desk.boundary(hit, tier)
     if room is not None and not _fits_beside(desk, hit, boundary // tree.page_size, room):
         return None
     node = place_of(tree, hit, boundary // tree.page_size)
@@ -110,9 +119,10 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
     if not _load(desk, lease):
         unpin_place(desk, lease)
         prune(tree, lease.node)
-        # What is on the device can still be had when only the copies do not fit together.
-        again = room is None and boundary > hit.length
-        return open_lease(desk, hit, Tier.DEVICE, priority, None) if again else None
+        # What is nearer can still be had when only the copies do not fit together.
+        if boundary == hit.length or (room is not None and tier <= Tier.HOST):
+            return None
+        return open_lease(desk, hit, Tier.HOST if tier > Tier.HOST else Tier.DEVICE, priority, room)
     tree.tick += 1
     tree.use(node, lease.starts)
     desk.serial += 1
@@ -154,6 +164,38 @@ def _fits_beside(desk: Desk, hit: Hit, pages: int, room: Mapping[str, int]) -> b
     return fits(needs)
 
 
+def _staged(desk: Desk, hit: Hit, pages: int) -> list[tuple[Shelf, int]]:
+    """What HOST must have room for so that a fresh hit can be opened at boundary ``pages``, by shelf.
+
+    What only STORAGE has passes through it, and what HOST holds on the way may leave now, and not then.
+    """
+    tree = desk.tree
+    needs: list[tuple[Shelf, int]] = []
+    for shelf in desk.paged + desk.states:
+        k = shelf.kind_index
+        host, storage = tree.by_tier[Tier.HOST][k], tree.by_tier[Tier.STORAGE][k]
+        if host is None or storage is None:
+            continue
+        start = desk.start_page(k, pages * tree.page_size)
+        passing = staying = 0
+        for node in hit.path:
+            first, end = max(start, node.start), min(pages, node.end)
+            if first >= end:
+                continue
+            here, near, far = (node.entries[s.index] for s in (shelf, host, storage))
+            held = node.start + here.lo if here is not None else end
+            if near is not None:
+                staying += near.evictable
+                if node.start + near.lo <= first:
+                    continue
+            if first < held and far is not None and node.start + far.lo <= first:
+                known = flying_to(node, k, Tier.DEVICE) or flying_to(node, k, Tier.HOST)
+                passing += 0 if known else min(held, end) - first
+        if passing:
+            needs.append((host, passing + staying))
+    return needs
+
+
 def pin_place(desk: Desk, lease: Lease) -> None:
     """Hold a lease's place and pin what resuming there needs."""
     tree = desk.tree
@@ -173,7 +215,7 @@ def unpin_place(desk: Desk, lease: Lease) -> None:
 
 def _load(desk: Desk, lease: Lease) -> bool:
     """Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned."""
-    tree = desk.tree
+    tree, traffic = desk.tree, desk.traffic
     needs: list[tuple[Shelf, int]] = []
     wanted: list[tuple[Shelf, list[tuple[Node, int]]]] = []
     for shelf in desk.paged + desk.states:
@@ -184,18 +226,31 @@ def _load(desk: Desk, lease: Lease) -> bool:
         wanted.append((shelf, lacking))
     if not make_room_for(tree, needs):
         return False
-    plans: list[tuple[Shelf, Node, int, Shelf | None, Flight | None]] = []
+    plans: list[tuple[Shelf, Node, int, Shelf | None]] = []
+    flights: list[Flight] = []
     for shelf, lacking in wanted:
         for node, first in lacking:
             flight = flying_to(node, shelf.kind_index, Tier.DEVICE)
             source = sources(tree, node, shelf.kind_index, first, exclude=Tier.DEVICE)
             if flight.start > first if flight is not None else source is None:
                 return False
-            plans.append((shelf, node, first, source, flight))
-    for shelf, node, first, source, flight in plans:
-        if flight is None and source is not None:
-            flight = plan(tree, desk.traffic, node, source, shelf, first)
-        assert flight is not None
+            if flight is not None:
+                flights.append(flight)
+            else:
+                plans.append((shelf, node, first, source))
+    # First what HOST has, so that it stays while room is made there for what comes from STORAGE.
+    plans.sort(key=lambda item: item[3] is not None and item[3].tier is Tier.STORAGE)
+    serial, asked = traffic.serial, len(traffic.outbox)
+    for shelf, node, first, source in plans:
+        assert source is not None
+        flight = fetch(tree, traffic, node, source, shelf, first)
+        if flight is None:
+            call_off(tree, traffic, [f for i, f in traffic.flights.items() if i > serial])
+            traffic.serial = serial
+            del traffic.outbox[asked:]
+            return False
+        flights.append(flight)
+    for flight in flights:
         flight.waiters.append(lease)
         lease.waits.add(flight.id)
     return True

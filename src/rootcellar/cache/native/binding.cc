@@ -90,8 +90,9 @@ nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, i
 
 NB_MODULE(_core, module) {
 #ifndef __SANITIZE_ADDRESS__
-    // A user's daemon thread that waits for an answer when the program ends is frozen with all that its frames refer to:
-    // nothing leaks that anybody could have freed, and a page of warnings would follow the program's own last words.
+    // A user's daemon thread that waits for an answer when the program ends is frozen with all that its frames refer
+    // to: nothing leaks that anybody could have freed, and a page of warnings would follow the program's own last
+    // words.
     nb::set_leak_warnings(false);
 #endif
     module.doc() = "The native twin of the cache core; use it through rootcellar.cache.";
@@ -154,8 +155,10 @@ NB_MODULE(_core, module) {
         .def("_failed", &Core::failed)
         .def("_found", &Core::found, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
         .def("_lost", &Core::lost)
-        .def("send", &Core::send, "key"_a, "dst"_a)
-        .def("save", &Core::save, "dst"_a = 1)
+        .def("_ask", &Core::ask)
+        .def("_offer", &Core::offer)
+        .def("_settle", &Core::settle)
+        .def("save", &Core::save)
         .def("_forget_tier", &Core::forget_tier)
         .def("_prefetch", &Core::prefetch)
         .def("_flies", &Core::flies)

@@ -27,6 +27,25 @@ struct Move {
     std::vector<Digest> digests;
 };
 
+// What a peer may fetch; see Manifest and Part in moves.py.
+struct Part {
+    int k;
+    std::int64_t first;
+    std::vector<std::int32_t> slots;
+    std::vector<Digest> digests;
+};
+
+struct Offer {
+    std::int64_t id, tokens;
+    std::vector<Part> parts;
+};
+
+// What to ask a tier of a key: tokens that can be resumed already, and by kind the first page to ask for.
+struct Lacking {
+    std::int64_t reach;
+    std::vector<std::int64_t> firsts;
+};
+
 // One kind's page table: memory of a numpy array, a row per lease.
 struct Table {
     std::int32_t* pages;
@@ -85,8 +104,11 @@ class Cache {
     std::int64_t unpin(const Key& key);
     std::int64_t drop_namespace(const Ref<Name>& name);
     void forget_tier(Tier tier);
-    std::set<std::int64_t> copy(const Key& key, const Hit& hit, std::int64_t boundary, Tier dst);
-    std::int64_t save(Tier dst);
+    std::set<std::int64_t> prefetch(const Key& key, const Hit& hit, std::int64_t boundary);
+    std::int64_t save();
+    std::optional<Offer> offer(const Key& key, std::int64_t start);
+    bool settle(std::int64_t offer);
+    std::optional<Lacking> ask(const Key& key, Tier tier);
     void flush();
 
     std::int64_t boundary(const Hit& hit, Tier tier) const;
@@ -99,6 +121,7 @@ class Cache {
     std::vector<std::int32_t> free_rows;
     std::map<std::int64_t, Ref<Lease>> pins;               // by serial
     using Expiry = std::pair<std::int64_t, std::int64_t>;  // tick, serial of a pin
+    std::map<std::int64_t, Ref<Lease>> offers;             // by id
     std::priority_queue<Expiry, std::vector<Expiry>, std::greater<>> expiries;
     std::int64_t serial = 0;
     std::vector<Shelf*> paged, windows, states;  // of the device
@@ -136,7 +159,14 @@ class Cache {
     void take_snapshot(Lease& lease);
     Node* drop_own(const Lease& lease);
 
-    Flight* plan(Node* node, Shelf& source, Shelf& target, std::int64_t start, bool held);
+    const Needs& staged(const Hit& hit, std::int64_t pages);
+    Flight* plan(Node* node, Shelf& source, Shelf& target, std::int64_t start, bool held, Flight* after = nullptr);
+    Flight* fetch(Node* node, Shelf& source, Shelf& target, std::int64_t start);
+    void depart(Flight& flight);
+    void call_off(const std::vector<Flight*>& some);
+    Shelf& off_the_books(const Flight& flight);
+    void lose(Flight& flight, Shelf& target);
+    std::vector<Flight*> followers(const Flight& flight) const;
     void refresh_flight(const Flight& flight);
     void land(Flight& flight);
     Shelf* source_of(Node* node, int k, std::int64_t start, Tier exclude) const;
@@ -150,6 +180,7 @@ class Cache {
     std::unique_ptr<Flight> take_flight(std::int64_t move);
 
     void expire();
+    Ref<Lease> pin_at(std::int64_t number, Node* place, const Ref<Name>& name, std::int64_t length);
     void drop_pin(std::int64_t serial);
 
     std::int64_t batches_ = 0;

@@ -1,4 +1,4 @@
-// What an operator asks of the cache: pin a prefix, drop a namespace, save or send, empty a tier. The twin of
+// What is asked of the cache beside the life of a lease: pins, namespaces, tiers, stores and peers. The twin of
 // control.py.
 #include <algorithm>
 
@@ -12,17 +12,23 @@ constexpr std::int64_t FOREVER = std::int64_t{1} << 62;  // ticks; more could no
 
 // ---- pins --------------------------------------------------------------------------------------------------------
 
+// What a lease pins that has no row and resumes at `length` tokens.
+Ref<Lease> Cache::pin_at(std::int64_t number, Node* place, const Ref<Name>& name, std::int64_t length) {
+    const Ref<Lease> lease(new Lease);
+    lease->serial = number;
+    lease->node = place;
+    lease->name = name;
+    lease->cached = lease->length = lease->committed = length;
+    pin_place(*lease);
+    return lease;
+}
+
 std::int64_t Cache::pin(const Key& key, std::int64_t ttl) {
     Hit hit;
     tree.find(key, hit);
     const std::int64_t length = hit.reaches[DEVICE];
     if (length == 0) return 0;
-    const Ref<Lease> lease(new Lease);
-    lease->serial = ++serial;
-    lease->node = tree.place_of(hit, key.name, length / tree.page_size);
-    lease->name = key.name;
-    lease->cached = lease->length = lease->committed = length;
-    pin_place(*lease);
+    const Ref<Lease> lease = pin_at(++serial, tree.place_of(hit, key.name, length / tree.page_size), key.name, length);
     pins.emplace(lease->serial, lease);
     expiries.emplace(tree.tick + std::min(ttl, FOREVER), lease->serial);
     return length;
@@ -118,25 +124,24 @@ void Cache::flush() {
 
 // ---- copies on request -------------------------------------------------------------------------------------------
 
-std::set<std::int64_t> Cache::copy(const Key& key, const Hit& hit, std::int64_t boundary, Tier dst) {
+std::set<std::int64_t> Cache::prefetch(const Key& key, const Hit& hit, std::int64_t boundary) {
     std::set<std::int64_t> ids;
-    if (boundary == 0) return ids;
     Hit again;
     const Hit* fresh = &hit;
     if (!tree.is_fresh(hit)) {
         tree.find(key, again);
         fresh = &again;
-        boundary = std::min(boundary, again.reaches[PEER]);
     }
+    boundary = std::min(boundary, fresh->reaches[PEER]);
     Node* place = tree.place_of(*fresh, key.name, boundary / tree.page_size);
     tree.hold(place);
     for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
         const int kind = static_cast<int>(k);
-        Shelf* target = tree.shelf(dst, kind);
-        for (const Piece& piece : missing(place, kind, tree.start_page(kind, boundary), dst)) {
-            Flight* flight = flying_to(piece.node, kind, dst);
+        Shelf* target = tree.shelf(HOST, kind);
+        for (const Piece& piece : missing(place, kind, tree.start_page(kind, boundary), HOST)) {
+            Flight* flight = flying_to(piece.node, kind, HOST);
             if (flight == nullptr) {
-                Shelf* source = source_of(piece.node, kind, piece.first, dst);
+                Shelf* source = source_of(piece.node, kind, piece.first, HOST);
                 if (source == nullptr || target == nullptr) break;
                 flight = plan(piece.node, *source, *target, piece.first, true);
                 if (flight == nullptr) break;
@@ -149,7 +154,7 @@ std::set<std::int64_t> Cache::copy(const Key& key, const Hit& hit, std::int64_t 
     return ids;
 }
 
-std::int64_t Cache::save(Tier dst) {
+std::int64_t Cache::save() {
     std::int64_t planned = 0;
     std::vector<Node*> nodes;
     for (Node* root = tree.first_root; root != nullptr; root = root->next)
@@ -159,14 +164,80 @@ std::int64_t Cache::save(Tier dst) {
         for (Node* child = node->first_child; child != nullptr; child = child->next) nodes.push_back(child);
         for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
             Shelf* source = tree.shelf(DEVICE, static_cast<int>(k));
-            Shelf* target = tree.shelf(dst, static_cast<int>(k));
+            Shelf* target = tree.shelf(HOST, static_cast<int>(k));
             if (source == nullptr || target == nullptr || node->entry(target->index).present()) continue;
             const Entry& entry = node->entry(source->index);
-            if (entry.present() && flying_to(node, static_cast<int>(k), dst) == nullptr)
+            if (entry.present() && flying_to(node, static_cast<int>(k), HOST) == nullptr)
                 planned += plan(node, *source, *target, node->start + entry.lo, true) != nullptr;
         }
     }
     return planned;
+}
+
+// ---- stores and peers --------------------------------------------------------------------------------------------
+
+std::optional<Lacking> Cache::ask(const Key& key, Tier tier) {
+    Hit hit;
+    tree.find(key, hit);
+    Lacking lacking{hit.reaches[tier], {}};
+    const std::vector<Shelf*>& there = tree.by_tier[tier];
+    if (!options.reuse || key.count < lacking.reach + tree.page_size ||
+        std::find(there.begin(), there.end(), nullptr) != there.end())
+        return {};
+    for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
+        std::int64_t first = tree.start_page(static_cast<int>(k), lacking.reach + tree.page_size);
+        for (const Node* node : hit.path) {
+            std::int64_t begins = node->end();
+            for (const Tier nearer : tree.tiers) {
+                const Shelf* shelf = tree.shelf(nearer, static_cast<int>(k));
+                if (nearer > tier || shelf == nullptr) continue;
+                const Entry& entry = node->entry(shelf->index);
+                if (entry.present()) begins = std::min<std::int64_t>(begins, node->start + entry.lo);
+            }
+            if (node->end() > first && begins > first) break;
+            first = std::max(first, std::min<std::int64_t>(node->end(), tree.page_at(hit.branch)));
+        }
+        lacking.firsts.push_back(first);
+    }
+    return lacking;
+}
+
+std::optional<Offer> Cache::offer(const Key& key, std::int64_t start) {
+    Hit hit;
+    tree.find(key, hit);
+    const std::int64_t pages = tree.page_at(hit.reaches[DEVICE]), least = start / tree.page_size;
+    if (pages <= least) return {};
+    Offer offer{++flight_serial, hit.reaches[DEVICE], {}};
+    Node* place = tree.place_of(hit, key.name, pages);
+    const Ref<Lease> lease = pin_at(offer.id, place, key.name, offer.tokens);
+    offers.emplace(offer.id, lease);
+    tree.page_digests(place);
+    for (const Shelf* shelf : tree.by_tier[DEVICE]) {
+        Part part{shelf->k, std::max(least, lease->starts[shelf->k]), {}, {}};
+        std::vector<const Node*> path;
+        for (const Node* climb = place; climb->end() > part.first && climb->parent != nullptr; climb = climb->parent)
+            path.push_back(climb);
+        for (auto at = path.rbegin(); at != path.rend(); ++at) {
+            const Node* node = *at;
+            const auto begin = static_cast<std::int32_t>(std::max<std::int64_t>(part.first, node->start) - node->start);
+            const Entry& entry = node->entry(shelf->index);
+            const std::vector<std::int32_t> held = entry.pages.all(begin - entry.lo);
+            part.slots.insert(part.slots.end(), held.begin(), held.end());
+            part.digests.insert(part.digests.end(), node->digests.data() + begin, node->digests.data() + node->size);
+        }
+        if (!part.slots.empty()) offer.parts.push_back(std::move(part));
+    }
+    return offer;
+}
+
+bool Cache::settle(std::int64_t offer) {
+    const auto found = offers.find(offer);
+    if (found == offers.end()) return false;
+    const Ref<Lease> lease = found->second;
+    offers.erase(found);
+    unpin_place(*lease);
+    tree.prune(lease->node);
+    return true;
 }
 
 }  // namespace rootcellar

@@ -228,17 +228,32 @@ class Core {
         cache_.lost(keys.key, tier_of(tier), kind_index(kind), start);
     }
 
-    nb::object send(nb::handle key, nb::handle tier) {
-        const Verb verb(cache_.tree);
+    nb::object ask(nb::handle key, nb::handle tier) {
         const KeyView keys = view(key);
-        Hit hit;
-        cache_.tree.find(keys.key, hit);
-        return identities(cache_.copy(keys.key, hit, hit.reaches[DEVICE], tier_of(tier)));
+        const std::optional<Lacking> lacking = cache_.ask(keys.key, tier_of(tier));
+        if (!lacking) return nb::none();
+        return nb::make_tuple(lacking->reach, python_tuple(lacking->firsts, [](auto page) { return nb::int_(page); }));
     }
 
-    std::int64_t save(nb::handle tier) {
+    nb::object offer(nb::handle key, std::int64_t start) {
         const Verb verb(cache_.tree);
-        return cache_.save(tier_of(tier));
+        const KeyView keys = view(key);
+        const std::optional<Offer> offer = cache_.offer(keys.key, start);
+        if (!offer) return nb::none();
+        return nb::make_tuple(offer->id, offer->tokens, python_tuple(offer->parts, [](const Part& part) {
+                                  return nb::make_tuple(part.k, part.first, numpy_pages(part.slots),
+                                                        python_tuple(part.digests, python_digest));
+                              }));
+    }
+
+    bool settle(std::int64_t id) {
+        const Verb verb(cache_.tree);
+        return cache_.settle(id);
+    }
+
+    std::int64_t save() {
+        const Verb verb(cache_.tree);
+        return cache_.save();
     }
 
     void forget_tier(nb::handle tier) {
@@ -250,7 +265,9 @@ class Core {
         const Verb verb(cache_.tree);
         const std::int64_t reach = cache_.boundary(hit.hit, tier_of(tier));
         if (reach <= hit.hit.reaches[HOST]) return nb::none();
-        return nb::make_tuple(identities(cache_.copy(key_of(hit), hit.hit, reach, HOST)), reach);
+        nb::set moves;
+        for (const std::int64_t id : cache_.prefetch(key_of(hit), hit.hit, reach)) moves.add(nb::int_(id));
+        return nb::make_tuple(moves, reach);
     }
 
     bool flies(std::int64_t move) const { return cache_.flights.contains(move); }
@@ -312,7 +329,7 @@ class Core {
                                           shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
         for (const Tier tier : cache_.tree.tiers) hits.append(cache_.hit_tokens[tier]);
         return nb::make_tuple(shelves, cache_.live, cache_.tree.nodes, cache_.tree.tick, cache_.requests,
-                              cache_.input_tokens, hits, cache_.flights.size());
+                              cache_.input_tokens, hits, cache_.flights.size() + cache_.offers.size());
     }
 
     nb::list take_events() {
@@ -428,12 +445,6 @@ class Core {
         for (const Shelf* shelf : cache_.paged)
             if (cache_.tree.kinds[shelf->k].name == name) return shelf->k;
         throw nb::key_error((name + ": no paged kind has this name").c_str());
-    }
-
-    static nb::object identities(const std::set<std::int64_t>& ids) {
-        nb::set set;
-        for (const std::int64_t id : ids) set.add(nb::int_(id));
-        return set;
     }
 
     Cache cache_;

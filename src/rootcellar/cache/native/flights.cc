@@ -19,10 +19,12 @@ std::vector<Node*> path_nodes(const Flight& flight) {
 
 // ---- plan --------------------------------------------------------------------------------------------------------
 
-// Plan to copy pages [start, node.end) from one shelf to another of the same kind. Null: no room there.
-Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start, bool held) {
-    auto made = std::make_unique<Flight>(Flight{
-        ++flight_serial, source.k, source.tier, target.tier, static_cast<std::int32_t>(start), held, {}, node, {}});
+// Plan to copy pages [start, node.end) from one shelf to another of the same kind. Null: no room there. The source has
+// them, or will have them once `after` is done.
+Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start, bool held, Flight* after) {
+    const auto first = static_cast<std::int32_t>(start);
+    auto made = std::make_unique<Flight>(
+        Flight{++flight_serial, source.k, source.tier, target.tier, first, held, {}, node, after, {}});
     Flight* flight = made.get();
     if (!node->flights) node->flights = std::make_unique<std::vector<Flight*>>();
     node->flights->push_back(flight);
@@ -35,24 +37,84 @@ Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start
     flight->slots.resize(node->end() - start);
     target.take(flight->slots.data(), static_cast<std::int32_t>(flight->slots.size()));
     target.in_flight += static_cast<std::int32_t>(flight->slots.size());
-    const Entry& entry = node->entry(source.index);
-    const std::int64_t skipped = start - node->start - entry.lo;
-    if (!entry.present() || skipped < 0) broken("what is to be copied left meanwhile");
-    Move move{.id = flight->id,
-              .k = source.k,
-              .src = source.tier,
-              .dst = target.tier,
-              .src_slots = entry.pages.all(static_cast<std::int32_t>(skipped)),
-              .dst_slots = flight->slots,
-              .first = start,
-              .digests = {}};
-    if (std::max(source.tier, target.tier) >= STORAGE) {
-        const Digest* digests = tree.page_digests(node);
-        move.digests.assign(digests + (start - node->start), digests + node->size);
-    }
-    outbox.push_back(std::move(move));
     flights.emplace(flight->id, std::move(made));
+    if (after == nullptr) depart(*flight);
     return flight;
+}
+
+// The same towards the device, from STORAGE by way of HOST. Null: no room there or on HOST.
+Flight* Cache::fetch(Node* node, Shelf& source, Shelf& target, std::int64_t start) {
+    if (source.tier != STORAGE) return plan(node, source, target, start, true);
+    Shelf& host = *tree.shelf(HOST, source.k);
+    Flight* first = flying_to(node, source.k, HOST);
+    if (first == nullptr) first = plan(node, source, host, start, true);
+    if (first == nullptr || first->start > start) return nullptr;
+    return plan(node, host, target, start, true, first);
+}
+
+// Ask for the copy: its source is there.
+void Cache::depart(Flight& flight) {
+    const Shelf& source = *tree.shelf(flight.src, flight.k);
+    Move move{.id = flight.id,
+              .k = flight.k,
+              .src = flight.src,
+              .dst = flight.dst,
+              .src_slots = {},
+              .dst_slots = flight.slots,
+              .first = flight.start,
+              .digests = {}};
+    const std::vector<Node*> path = path_nodes(flight);
+    for (auto at = path.rbegin(); at != path.rend(); ++at) {
+        const Entry& entry = (*at)->entry(source.index);
+        const std::int32_t skipped = std::max(flight.start, (*at)->start) - (*at)->start - entry.lo;
+        if (!entry.present() || skipped < 0) broken("what is to be copied left meanwhile");
+        const std::vector<std::int32_t> pages = entry.pages.all(skipped);
+        move.src_slots.insert(move.src_slots.end(), pages.begin(), pages.end());
+    }
+    if (std::max(flight.src, flight.dst) >= STORAGE) {  // these begin at once, so nothing has split their node
+        const Digest* digests = tree.page_digests(flight.node);
+        move.digests.assign(digests + (flight.start - flight.node->start), digests + flight.node->size);
+    }
+    flight.after = nullptr;
+    outbox.push_back(std::move(move));
+}
+
+// End flights that nobody was told of, the newest first.
+void Cache::call_off(const std::vector<Flight*>& some) {
+    for (auto at = some.rbegin(); at != some.rend(); ++at) {
+        Flight& flight = **at;
+        lose(flight, off_the_books(flight));
+        land(flight);
+        flights.erase(flight.id);
+    }
+}
+
+// Count a flight as ended; where it was going.
+Shelf& Cache::off_the_books(const Flight& flight) {
+    Shelf& target = *tree.shelf(flight.dst, flight.k);
+    target.in_flight -= static_cast<std::int32_t>(flight.slots.size());
+    return target;
+}
+
+// Free a destination that will not be filled, and lose the leases that waited for it.
+void Cache::lose(Flight& flight, Shelf& target) {
+    target.give(flight.slots.data(), static_cast<std::int32_t>(flight.slots.size()));
+    for (const Ref<Lease>& lease : flight.waiters) {
+        lease->waits.clear();
+        lease->lost = true;
+    }
+}
+
+// The flights that begin when this one is done, the oldest first.
+std::vector<Flight*> Cache::followers(const Flight& flight) const {
+    std::map<std::int64_t, Flight*> found;
+    for (const Node* node : path_nodes(flight))
+        if (node->has_flights())
+            for (Flight* later : *node->flights)
+                if (later->after == &flight) found.emplace(later->id, later);
+    std::vector<Flight*> sorted;
+    for (const auto& item : found) sorted.push_back(item.second);
+    return sorted;
 }
 
 // Recount what may leave after a flight came or went.
@@ -149,10 +211,10 @@ void Cache::spill(Node* node, Shelf& shelf) {
 
 std::unique_ptr<Flight> Cache::take_flight(std::int64_t move) {
     const auto found = flights.find(move);
-    if (found == flights.end()) return nullptr;
+    if (found == flights.end() || found->second->after != nullptr) return nullptr;
     std::unique_ptr<Flight> flight = std::move(found->second);
     flights.erase(found);
-    tree.shelf(flight->dst, flight->k)->in_flight -= static_cast<std::int32_t>(flight->slots.size());
+    off_the_books(*flight);
     return flight;
 }
 
@@ -160,6 +222,7 @@ std::unique_ptr<Flight> Cache::take_flight(std::int64_t move) {
 void Cache::done(std::int64_t move) {
     const std::unique_ptr<Flight> flight = take_flight(move);
     if (!flight) return;
+    const std::vector<Flight*> later = followers(*flight);
     Shelf& target = *tree.shelf(flight->dst, flight->k);
     const std::int64_t from = flight->start;
     std::int64_t end = from;
@@ -171,6 +234,7 @@ void Cache::done(std::int64_t move) {
     target.give(flight->slots.data() + (end - from), static_cast<std::int32_t>(flight->slots.size() - (end - from)));
     for (const Ref<Lease>& lease : flight->waiters) std::erase(lease->waits, flight->id);
     land(*flight);
+    for (Flight* follower : later) depart(*follower);
     if (flight->dst == HOST && flight->node != nullptr && flight->node->parent != nullptr) {
         const std::vector<Node*> path = path_nodes(*flight);
         for (auto node = path.rbegin(); node != path.rend(); ++node) copy_down(*node, HOST, STORAGE);
@@ -194,11 +258,8 @@ void Cache::failed(std::int64_t move) {
     const std::unique_ptr<Flight> flight = take_flight(move);
     if (!flight) return;
     ++flights_failed;
-    tree.shelf(flight->dst, flight->k)->give(flight->slots.data(), static_cast<std::int32_t>(flight->slots.size()));
-    for (const Ref<Lease>& lease : flight->waiters) {
-        lease->waits.clear();
-        lease->lost = true;
-    }
+    lose(*flight, *tree.shelf(flight->dst, flight->k));
+    call_off(followers(*flight));
     Shelf* source = tree.shelf(flight->src, flight->k);
     if (flight->held && flight->src > flight->dst && source != nullptr) {
         for (Node* node : path_nodes(*flight)) {

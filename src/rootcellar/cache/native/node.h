@@ -240,6 +240,7 @@ struct Flight {
     bool held;
     std::vector<std::int32_t> slots;
     Node* node = nullptr;
+    Flight* after = nullptr;
     std::vector<Ref<Lease>> waiters;
 
     bool blocks(int kind, Tier tier) const { return kind == k && (tier == dst || (held && tier == src)); }

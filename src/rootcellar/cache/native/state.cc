@@ -85,6 +85,7 @@ nb::tuple flight_of(const Flight& flight) {
     return nb::make_tuple(
         flight.id, flight.k, static_cast<int>(flight.src), static_cast<int>(flight.dst), flight.start,
         raw(flight.slots), flight.held, flight.node == nullptr ? 0 : flight.node->id,
+        flight.after == nullptr ? 0 : flight.after->id,
         python_tuple(flight.waiters, [](const Ref<Lease>& lease) { return nb::int_(lease->serial); }));
 }
 
@@ -142,7 +143,7 @@ nb::list nodes_along(Cache& cache, const Key& key) {
 
 nb::tuple state_of(Cache& cache) {
     Tree& tree = cache.tree;
-    nb::list shelves, arenas, leases, pins, expiries, flights;
+    nb::list shelves, arenas, leases, pins, offers, expiries, flights;
     for (const Shelf& shelf : tree.shelves)
         shelves.append(
             nb::make_tuple(shelf.used, shelf.entries, shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
@@ -151,6 +152,7 @@ nb::tuple state_of(Cache& cache) {
     for (const Ref<Lease>& lease : cache.leases)
         if (lease) leases.append(lease_of(*lease));
     for (const auto& item : cache.pins) pins.append(lease_of(*item.second));
+    for (const auto& item : cache.offers) offers.append(lease_of(*item.second));
     for (auto left = cache.expiries; !left.empty(); left.pop())
         expiries.append(nb::make_tuple(left.top().first, left.top().second));
     std::vector<const Flight*> flying;
@@ -160,10 +162,11 @@ nb::tuple state_of(Cache& cache) {
     const nb::tuple counts =
         nb::make_tuple(tree.tick, tree.version, tree.nodes, tree.last_id, cache.serial, cache.flight_serial,
                        cache.flights_failed, cache.requests, cache.input_tokens);
-    return nb::make_tuple(
-        counts, nb::tuple(nodes_of(cache, -1)), nb::tuple(shelves), nb::tuple(arenas), nb::tuple(leases),
-        python_tuple(cache.free_rows, [](std::int32_t row) { return nb::int_(row); }), nb::tuple(pins),
-        nb::tuple(expiries), nb::tuple(flights), shadow_of(tree.shadow.get()), evictions_of(tree.evictions));
+    return nb::make_tuple(counts, nb::tuple(nodes_of(cache, -1)), nb::tuple(shelves), nb::tuple(arenas),
+                          nb::tuple(leases),
+                          python_tuple(cache.free_rows, [](std::int32_t row) { return nb::int_(row); }),
+                          nb::tuple(pins), nb::tuple(offers), nb::tuple(expiries), nb::tuple(flights),
+                          shadow_of(tree.shadow.get()), evictions_of(tree.evictions));
 }
 
 }  // namespace rootcellar
