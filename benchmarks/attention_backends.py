@@ -17,7 +17,8 @@ from statistics import median
 import jax
 import numpy as np
 
-from rootcellar.ops.attention import Reach, choose_backend, paged_attention
+from rootcellar.ops.backends import Reach, attention, native
+from rootcellar.pools.layouts import PagedHeads
 from rootcellar.runner import Batch, Part
 
 PAGE = 16
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the first shape and context alone")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if choose_backend("auto", [64], np.dtype(np.float32), "cpu") != "native":
+    if native.library() is None:
         print("there is no native backend to compare: it was not built, or this is no CPU for it", file=sys.stderr)
         return 1
     rows = []
@@ -90,13 +91,14 @@ def compare(
     rest = jax.device_put(
         (q, k, v, np.full(queries, -np.inf, np.float32), batch.tables["full"], batch.rows, batch.positions)
     )
-    steps = {b: jax.jit(paged_attention(b, Reach(scale=dim**-0.5)), donate_argnums=0) for b in BACKENDS}
+    layout = PagedHeads(pairs, dim, np.dtype(np.float32), PAGE)
+    steps = {b: jax.jit(attention(b, layout, Reach(scale=dim**-0.5)), donate_argnums=7) for b in BACKENDS}
     pools = {backend: jax.device_put(held) for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for i in range(rounds + 1):  # the first compiles
         for backend in BACKENDS if i % 2 else BACKENDS[::-1]:
             begin = time.perf_counter()
-            _, pools[backend] = jax.block_until_ready(steps[backend](pools[backend], *rest))
+            _, pools[backend] = jax.block_until_ready(steps[backend](*rest, pools[backend]))
             if i:
                 times[backend].append(time.perf_counter() - begin)
     return times

@@ -116,7 +116,7 @@ def measure(folder: Path) -> dict:
             firsts.append(generate(engine))
         again = median(seconds for seconds, _ in firsts)
         result = {
-            "pool_shape": list(pools.buffers[0].shape),
+            "pool_shape": list(pools.buffers[0][0].shape),
             "kv_buffers": dropped["buffers"],
             "kv_bytes": dropped["bytes"],
             "live_bytes_given_back": live - live_after,
@@ -144,7 +144,7 @@ def measure(folder: Path) -> dict:
 def fill(pool) -> None:
     """Write every byte, as a full cache has: memory that was never touched is not the process's yet."""
     ones = jax.jit(lambda buffer: buffer + jnp.ones((), buffer.dtype), donate_argnums=0)
-    pool.buffers = [ones(buffer) for buffer in pool.buffers]
+    pool.buffers = jax.tree.map(ones, pool.buffers)
     jax.block_until_ready(pool.buffers)
 
 

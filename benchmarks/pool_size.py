@@ -19,11 +19,10 @@ import jax
 import numpy as np
 
 from rootcellar.models.config import read_config
-from rootcellar.models.kinds import kinds_of
+from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
-from rootcellar.ops.attention import choose_backend
-from rootcellar.pools import Pool
-from rootcellar.runner import Batch, Part, Placement, Runner, Shapes
+from rootcellar.ops.backends import choose_backend
+from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, pools_of
 
 SIZES = (4096, 262144)
 PAGE = 16
@@ -50,21 +49,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     cfg = read_config(CONFIG, {})
-    params = init_params(cfg, 0, np.float32)
-    kinds, layouts = kinds_of(cfg, np.dtype(np.float32))
-    layout = layouts["full"]
+    placement, pages = Placement(cfg), paging(cfg, "float32", PAGE, arena=False)
+    params = placement.place(init_params(cfg, 0, np.float32))
     rows = []
     for wanted in ("xla", "native"):
-        if choose_backend("auto" if wanted == "native" else wanted, [layout.head_dim], layout.dtype, "cpu") != wanted:
+        if choose_backend("auto" if wanted == "native" else wanted, pages.attended, "cpu") != wanted:
             print("the native backend was not built: left out", file=sys.stderr)
             continue
-        runners = {
-            size: Runner(
-                Placement(cfg), params, kinds, {"full": Pool(layout, cfg.num_layers, size, PAGE)},
-                backend=wanted, shapes=Shapes(16, 1, 16), widths={"full": 256},
-            )
-            for size in SIZES
-        }  # fmt: skip
+        programs = Programs(placement, np.dtype(np.float32), pages, wanted, Shapes(16, 1, 16), 256)
+        runners = {size: Runner(programs, params, pools_of(pages, placement, {"full": size // PAGE})) for size in SIZES}
         for batch in (1, 16):
             rows.append(compare(wanted, runners, batch, args.rounds))
             if not args.json:

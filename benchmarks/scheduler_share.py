@@ -23,11 +23,10 @@ from pool_size import CONFIG
 from rootcellar.cache import Tier, full
 from rootcellar.cache.radix import PyRadixCache
 from rootcellar.models.config import read_config
-from rootcellar.models.kinds import kinds_of
+from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
-from rootcellar.ops.attention import choose_backend
-from rootcellar.pools import Pool
-from rootcellar.runner import Batch, Part, Placement, Runner, Shapes
+from rootcellar.ops.backends import choose_backend
+from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Request, Scheduler
 
@@ -73,14 +72,11 @@ def forward_pass(steps: int) -> float:
     """Seconds of the compiled forward pass: decode, batch 64, context 128, pages of 16."""
     page, context = 16, 128
     cfg = read_config(CONFIG, {})
-    kinds, layouts = kinds_of(cfg, np.dtype(np.float32))
-    layout = layouts["full"]
-    runner = Runner(
-        Placement(cfg), init_params(cfg, 0, np.float32), kinds,
-        {"full": Pool(layout, cfg.num_layers, 2 * BATCH * context, page)},
-        backend=choose_backend("auto", [layout.head_dim], layout.dtype, "cpu"),
-        shapes=Shapes(BATCH, 1, BATCH), widths={"full": context // page}, pool_of={"full": "full"},
-    )  # fmt: skip
+    pages, placement = paging(cfg, "float32", page, arena=False), Placement(cfg)
+    backend = choose_backend("auto", pages.attended, "cpu")
+    programs = Programs(placement, np.dtype(np.float32), pages, backend, Shapes(BATCH, 1, BATCH), context // page)
+    pools = pools_of(pages, placement, {"full": 2 * BATCH * context // page})
+    runner = Runner(programs, placement.place(init_params(cfg, 0, np.float32)), pools)
     table = np.zeros((BATCH + 1, context // page), np.int32)
     table[1:] = 1 + np.arange(BATCH * context // page).reshape(BATCH, -1)
     batch = Batch.build([Part(i + 1, context - 1, np.array([i])) for i in range(BATCH)], {"full": table}, 1)

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
-from rootcellar.ops.attention import choose_backend
+from rootcellar.ops.backends import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +24,7 @@ def test_the_cache_benchmark_measures_every_row():
         assert found["median"] > 0, row
 
 
-@pytest.mark.skipif(choose_backend("auto", [64], jnp.float32, "cpu") != "native", reason="no native attention here")
+@pytest.mark.skipif(native.library() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""
     command = [sys.executable, str(ROOT / "benchmarks" / "attention_backends.py"), "--quick", "--json"]

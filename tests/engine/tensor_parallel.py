@@ -9,7 +9,6 @@ import re
 import sys
 
 import jax
-import numpy as np
 
 import rootcellar
 from rootcellar.runner.batch import Batch
@@ -18,10 +17,8 @@ from rootcellar.runner.batch import Batch
 def gathered(runner):
     """Elements of the largest array that the largest decode step gathers from the devices."""
     rows = runner.shapes.decode_rows
-    zeros = np.zeros(rows, np.int32)
-    tables = {name: np.zeros((rows, width), np.int32) for name, width in runner._widths.items()}
-    arguments = runner._arguments(Batch(zeros, zeros, zeros, tables, zeros))
-    program = runner._step.lower(*arguments).compile().as_text()
+    arguments = runner.arguments(Batch.padding(rows, 1, runner.programs.widths))
+    program = runner.programs.step.lower(*arguments).compile().as_text()
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", program)
     return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
 
@@ -40,7 +37,7 @@ with rootcellar.Engine(
     engine.resume_memory_occupation()
     again = engine.generate(input_ids=prompts, sampling_params=settings)
     runner = engine._parts.runner
-    pool = next(iter(runner.pools.values())).buffers[0]
+    pool = next(iter(runner.pools.values())).buffers[0][0]
     json.dump(
         {
             "devices": jax.device_count(),

@@ -236,7 +236,7 @@ def test_the_process_gets_the_memory_back(tiny_folder):
         touch = jax.jit(lambda b: b + 1, donate_argnums=0)
         returned = []
         for attempt in range(3):  # on a busy machine the runtime may hold a donated buffer for a moment longer
-            pool.buffers = jax.block_until_ready([touch(b) for b in pool.buffers])
+            pool.buffers = jax.block_until_ready(jax.tree.map(touch, pool.buffers))
             time.sleep(0.1 * attempt)
             report = engine.release_memory_occupation("kv_cache")
             if report["resident_bytes"] is None:

@@ -23,15 +23,16 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
-from rootcellar.models.kinds import kinds_of
+from rootcellar.models.kinds import paging
 from rootcellar.models.params import count_bytes
 from rootcellar.plan.capacity import Ask, plan
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.sizing import divide
-from rootcellar.pools import PagedKV, PagedLatent, Pool, States
-from rootcellar.runner import Placement, Shapes
-from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
+from rootcellar.pools import Pool, layout_of
+from rootcellar.pools.layouts import page_bytes
+from rootcellar.runner import Placement, Programs, Shapes
+from rootcellar.runner.reserve import reserve_bytes, weight_bytes
 
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -58,10 +59,9 @@ def programs(config, raw=MODEL, dtype="float32"):
     return Programs(
         placement,
         jnp.dtype(dtype),
-        *kinds_of(placement.served, jnp.dtype(kv_dtype)),
+        paging(placement.served, kv_dtype, config.page_size, arena=False),
         "xla",
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
-        config.page_size,
         -(-model.context_length // config.page_size),
     )
 
@@ -276,9 +276,9 @@ def measuring_a_third():
 def pool_bytes(raw, options, tokens):
     """What pools of ``tokens`` tokens take, buffer by buffer, by the shape that they are allocated with."""
     model, page = read_config(raw), options["page_size"]
-    dtype = jnp.dtype({"bf16": "bfloat16"}.get(options["kv_cache_dtype"], "float32"))
-    shapes = [layer.mixer.layout(dtype).shape(tokens // page + 1, page) for layer in model.layers]
-    return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
+    dtype = {"bf16": "bfloat16"}.get(options["kv_cache_dtype"], "float32")
+    layouts = [layout_of(layer.mixer.stored, dtype, page) for layer in model.layers]
+    return sum((tokens // page + 1) * page_bytes(layout) for layout in layouts)
 
 
 @settings(deadline=None, max_examples=150)
@@ -354,7 +354,7 @@ def test_the_plan_is_what_the_engine_allocates(name, page_size, tmp_path):
     options = {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_dtype": "bf16", "page_size": page_size}
     with rootcellar.Engine(model_path=tmp_path, device_memory="100MB", max_running_requests=4, **options) as engine:
         report = memory.report(engine._parts.sizing)
-        held = sum(b.nbytes for pool in engine._parts.runner.pools.values() for b in pool.buffers)
+        held = sum(b.nbytes for pool in engine._parts.runner.pools.values() for b in jax.tree.leaves(pool.buffers))
     model = read_architecture(raw)
     ask = Ask(model, page_size=page_size, kv_bytes_per_device=report["available_kv_cache_bytes"])
     assert plan(ask).kv_cache_bytes_all_devices == held == report["kv_cache_bytes"]
@@ -372,28 +372,31 @@ def test_the_plan_is_what_pools_of_every_kind_allocate(name):
     division = divide(ask.costs(), ask.rules, 6 * 10**7)
     held = 0
     for group in model.groups:
-        layout = PagedKV(group.layout.kv_heads, group.layout.head_dim, jnp.dtype(jnp.bfloat16))
-        pool = Pool(layout, len(group.kind.layers), division.pages[group.kind.name] * 16, 16)
-        held += sum(b.nbytes for b in pool.buffers)
+        layout = layout_of(group.stored, "bfloat16", 16)
+        pool = Pool(layout, len(group.kind.layers), division.pages[group.kind.name])
+        held += sum(b.nbytes for b in jax.tree.leaves(pool.buffers))
         pool.free()
     assert plan(ask).kv_cache_bytes_per_device == held <= 6 * 10**7
 
 
 def test_the_plan_is_what_pools_of_latents_and_states_allocate():
     """The engine has no such model yet either: the pools that it would allocate."""
-    bf16 = jnp.dtype(jnp.bfloat16)
     ask = Ask(read_architecture(shrunk("deepseek-v3")), max_total_tokens=160)
-    latents = Pool(PagedLatent(512, 64, bf16), 2, 160, 16)
-    assert [b.shape for b in latents.buffers] == [(11, 16, 512 + 64)] * 2
-    assert plan(ask).kv_cache_bytes_per_device == sum(b.nbytes for b in latents.buffers) == latents.nbytes
+    (group,) = ask.model.groups
+    latents = Pool(layout_of(group.stored, "bfloat16", 16), 2, 10)
+    buffers = jax.tree.leaves(latents.buffers)
+    assert [b.shape for b in buffers] == [(11, 16, 512 + 64)] * 2
+    assert plan(ask).kv_cache_bytes_per_device == sum(b.nbytes for b in buffers) == latents.nbytes
     ask = Ask(read_architecture(shrunk("bamba-9b")), kv_bytes_per_device=10**8)
     tokens = plan(ask).pool_tokens
+    layouts = [layout_of(group.stored, "bfloat16", 16) for group in ask.model.groups]
     pools = [
-        Pool(PagedKV(8, 128, bf16), 1, tokens["full"], 16),
-        Pool(States((8192 + 256, 3), (128, 64, 128), bf16), 1, tokens["recurrent"], 1),
+        Pool(layout, 1, tokens[group.kind.name] // layout.page_size)
+        for layout, group in zip(layouts, ask.model.groups, strict=True)
     ]
-    assert [b.dtype for b in pools[1].buffers] == [bf16, jnp.float32]
-    held = sum(b.nbytes for pool in pools for b in pool.buffers)
+    assert [b.dtype for b in jax.tree.leaves(pools[1].buffers)] == [jnp.bfloat16, jnp.float32]
+    assert pools[1].buffers[0][0].shape[1:] == (3, 8192 + 256)
+    held = sum(b.nbytes for pool in pools for b in jax.tree.leaves(pool.buffers))
     assert plan(ask).kv_cache_bytes_per_device == held == sum(pool.nbytes for pool in pools) <= 10**8
 
 

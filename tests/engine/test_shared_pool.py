@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -84,7 +85,7 @@ def test_one_buffer_for_each_layer_of_a_page_and_the_bytes_that_were_planned(fol
         report = e.memory_report()
         pool = e._parts.runner.pools[ARENA]
         assert len(pool.buffers) == 2
-        assert report["kv_cache_bytes"] == pool.nbytes == sum(b.nbytes for b in pool.buffers)
+        assert report["kv_cache_bytes"] == pool.nbytes == sum(b.nbytes for b in jax.tree.leaves(pool.buffers))
         assert report["pools"][ARENA]["tokens"] == shelves(e)["full"]["size"]
         page = 2 * 2 * 64 * 4 * 4 * 2  # K and V, heads, head_dim, float32, tokens, layers
         assert pool.nbytes == (3 * 2048 // 4 + 1) * page, "three groups, each with room for max_total_tokens"

@@ -1,7 +1,5 @@
 """Kinds follow from layers, and the planner reads the same from the config."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,18 +14,16 @@ from rootcellar.models.model import LayerConfig
 from rootcellar.models.params import init_params
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
-
-BF16 = jnp.dtype(jnp.bfloat16)
+from rootcellar.pools.layouts import page_bytes
 
 
 def agree(raw):
     cfg = read_config(raw)
-    kinds, layouts = kinds_of(cfg, BF16)
+    kinds, layouts = kinds_of(cfg, "bfloat16", 16)
     groups = read_architecture(raw).groups
     assert kinds == tuple(group.kind for group in groups)
     for kind, group in zip(kinds, groups, strict=True):
-        layer = layouts[kind.name].arrays(1, 16)
-        nbytes = len(kind.layers) * sum(math.prod(a.shape) * a.dtype.itemsize for a in layer)
+        nbytes = len(kind.layers) * page_bytes(layouts[kind.name])
         assert nbytes == (group.state_bytes(2) if kind.rule == "recurrent" else 16 * group.token_bytes(2))
     assert sorted(layer for kind in kinds for layer in kind.layers) == list(range(cfg.num_layers))
     return kinds
@@ -67,7 +63,7 @@ def test_two_windows_are_two_kinds():
     layers = list(cfg.layers)
     mixer = layers[1].mixer
     layers[1] = LayerConfig(type(mixer)(**{**vars(mixer), "span": 32}), layers[1].feed_forward)
-    kinds, layouts = kinds_of(type(cfg)(**{**vars(cfg), "layers": tuple(layers)}), BF16)
+    kinds, layouts = kinds_of(type(cfg)(**{**vars(cfg), "layers": tuple(layers)}), "bfloat16", 16)
     assert kinds == (sliding_window("window", (0, 2), 64), sliding_window("window-2", (1,), 32))
     assert layouts.keys() == {"window", "window-2"}
 

@@ -1,4 +1,4 @@
-"""Both attention backends against attention written out over contiguous keys and values."""
+"""The attention backends against attention written out over contiguous keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,13 @@ import pytest
 
 from pairs import combinations
 from rootcellar.errors import ConfigError
-from rootcellar.ops import attention
-from rootcellar.ops.attention import Reach, choose_backend, paged_attention, write_pages
+from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, native, xla
+from rootcellar.plan.stored import Heads, Latents
+from rootcellar.pools.layouts import PagedHeads, layout_of
 
-NATIVE = attention._native_library() is not None
+NATIVE = native.library() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
-BACKENDS = ["xla", pytest.param("native", marks=NATIVE_ONLY)]
+EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS]
 
 
 def on_both(*axes):
@@ -104,9 +105,10 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
         rng, lengths=lengths, new=new, tile=tile, page_size=page_size, kv_heads=kv_heads, group=group,
         head_dim=head_dim, dtype=dtype,
     )  # fmt: skip
-    step = jax.jit(paged_attention(backend, Reach(scale=head_dim**-0.5)), donate_argnums=0)
+    layout = PagedHeads(kv_heads, head_dim, jnp.dtype(dtype), page_size)
+    step = jax.jit(attention(backend, layout, Reach(scale=head_dim**-0.5)), donate_argnums=7)
     q, k, v, *where = batch
-    out, pool = step(jnp.asarray(pool, dtype), q, k, v, jnp.full(q.shape[1], -jnp.inf), *where)
+    out, pool = step(q, k, v, jnp.full(q.shape[1], -jnp.inf), *where, jnp.asarray(pool, dtype))
     assert np.isfinite(np.asarray(pool[0], np.float32)).all()
     for i, s in enumerate(source):
         if s is not None:
@@ -114,20 +116,20 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
             np.testing.assert_allclose(out[i], expected, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("reach", [Reach(), Reach("sliding_window", 128)], ids=["full", "window"])
 @pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (2, 16)])
 def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
     """The trap of XLA on CPUs: a pool that is scattered to and gathered from may be copied in every step."""
 
     def temporary(pages):
-        pool = jax.ShapeDtypeStruct((pages, 2, 2, 16, 64), jnp.float32)
+        layout = PagedHeads(2, 64, jnp.dtype(jnp.float32), 16)
         t = tiles * tile
         args = [((t, 4, 64), "f4"), ((t, 2, 64), "f4"), ((t, 2, 64), "f4")]
         args += [((4,), "f4"), ((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
         shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
-        step = jax.jit(paged_attention(backend, reach), donate_argnums=0)
-        return step.lower(pool, *shapes).compile().memory_analysis().temp_size_in_bytes
+        step = jax.jit(attention(backend, layout, reach), donate_argnums=7)
+        return step.lower(*shapes, *layout.arrays(pages)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= temporary(256) + 4096
 
@@ -155,31 +157,39 @@ def test_windows_chunks_and_sinks_match_reference(backend, page_size, lengths, n
     )  # fmt: skip
     sinks = rng.normal(0, 2, 4).astype(np.float32) if sink else np.full(4, -np.inf, np.float32)
     q, k, v, *where = batch
-    step = jax.jit(paged_attention(backend, reach), donate_argnums=0)
-    out, pool = step(jnp.asarray(pool), q, k, v, jnp.asarray(sinks), *where)
+    layout = PagedHeads(2, 32, jnp.dtype(jnp.float32), page_size)
+    step = jax.jit(attention(backend, layout, reach), donate_argnums=7)
+    out, pool = step(q, k, v, jnp.asarray(sinks), *where, jnp.asarray(pool))
     for i, s in enumerate(source):
         if s is not None:
             expected = reference(np.asarray(q[i]), keys[s[0]], values[s[0]], s[1], reach, sinks)
             np.testing.assert_allclose(out[i], expected, atol=3e-6, rtol=3e-5)
 
 
-def test_write_pages_leaves_other_slots_alone():
+def test_writing_leaves_other_slots_alone():
+    layout = PagedHeads(1, 16, jnp.dtype(jnp.float32), 2)
     pool = jnp.arange(4 * 2 * 1 * 2 * 16, dtype=jnp.float32).reshape(4, 2, 1, 2, 16)
     k = jnp.full((2, 1, 16), -1.0)
     tables = jnp.asarray([[0, 0], [3, 2]], jnp.int32)
-    new = write_pages(pool, k, k - 1, tables, jnp.asarray([1], jnp.int32), jnp.asarray([2, -1], jnp.int32))
+    rows, positions = jnp.asarray([1], jnp.int32), jnp.asarray([2, -1], jnp.int32)
+    (new,) = xla.write(layout, (pool,), (k, k - 1), tables, rows, positions)
     changed = np.argwhere(np.asarray(new != pool).any(-1))
     assert {tuple(c) for c in changed if c[0] != 0} == {(2, 0, 0, 0), (2, 1, 0, 0)}
     assert float(new[2, 1, 0, 0, 0]) == -2.0
 
 
+def by_head(head_dim, dtype="float32"):
+    return layout_of(Heads(2, head_dim), dtype, 16)
+
+
 def test_native_backend_that_cannot_run_says_why():
     with pytest.raises(ConfigError, match="float16"):
-        choose_backend("native", [64], jnp.float16, "cpu")
-    with pytest.raises(ConfigError, match="gpu"):
-        choose_backend("native", [64], jnp.float32, "gpu")
-    with pytest.raises(ConfigError, match="no layer of this model attends by head"):
-        choose_backend("native", [], jnp.float32, "cpu")
-    assert choose_backend("auto", [], jnp.float32, "cpu") == "xla"
-    assert choose_backend("auto", [64], jnp.float32, "gpu") == "xla"
-    assert choose_backend("auto", [64, 7], jnp.float32, "cpu") == "xla"
+        choose_backend("native", [by_head(64, "float16")], "cpu")
+    with pytest.raises(ConfigError, match=r"gpu.*Use attention_backend='auto' or 'xla'"):
+        choose_backend("native", [by_head(64)], "gpu")
+    with pytest.raises(ConfigError, match="a layer of this model stores latents"):
+        choose_backend("native", [layout_of(Latents(64, 16), "float32", 16)], "cpu")
+    assert choose_backend("auto", [layout_of(Latents(64, 16), "float32", 16)], "cpu") == "xla"
+    assert choose_backend("auto", [by_head(64)], "gpu") == "xla"
+    assert choose_backend("auto", [by_head(64), by_head(7)], "cpu") == "xla"
+    assert choose_backend("auto", [by_head(64)], "cpu") == ("native" if NATIVE else "xla")

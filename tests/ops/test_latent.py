@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.ops.latent import latent_attention, write_latents
+from rootcellar.ops.backends import Reach, attention, xla
+from rootcellar.pools.layouts import PagedLatents
 
 
-def reference(q, latents, position):
-    """One query [heads, d] over positions [0, position] of latents [length, d], in float64: sums of latents."""
-    seen = latents[: position + 1].astype(np.float64)
+def reference(q, latents, position, reach):
+    """One query [heads, d] over what it sees of latents [length, d], in float64: sums of latents."""
+    first = max(0, position + 1 - reach.span) if reach.span else 0
+    seen = latents[first : position + 1].astype(np.float64)
     scores = q.astype(np.float64) @ seen.T
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True) @ seen
@@ -46,25 +48,28 @@ def make_case(rng, *, lengths, new, tile, page_size, heads, dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new", "tile", "page_size", "heads", "dim", "dtype"),
+    ("lengths", "new", "tile", "page_size", "heads", "dim", "dtype", "reach"),
     [
-        ([700], [1], 1, 1, 4, 80, "float32"),
-        ([1, 37, 300, 64], [1, 1, 1, 1], 1, 16, 4, 80, "float32"),
-        ([1, 37, 300, 64], [1, 1, 1, 1], 1, 1, 16, 48, "bfloat16"),
-        ([90, 33, 260], [90, 5, 100], 16, 1, 4, 80, "float32"),
-        ([90, 33, 260], [90, 5, 100], 16, 16, 16, 48, "bfloat16"),
+        ([700], [1], 1, 1, 4, 80, "float32", Reach()),
+        ([1, 37, 300, 64], [1, 1, 1, 1], 1, 16, 4, 80, "float32", Reach()),
+        ([1, 37, 300, 64], [1, 1, 1, 1], 1, 1, 16, 48, "bfloat16", Reach()),
+        ([90, 33, 260], [90, 5, 100], 16, 1, 4, 80, "float32", Reach()),
+        ([90, 33, 260], [90, 5, 100], 16, 16, 16, 48, "bfloat16", Reach()),
+        ([90, 33, 600], [90, 5, 100], 16, 16, 4, 80, "float32", Reach("sliding_window", 40)),
     ],
+    ids=lambda value: value.rule if isinstance(value, Reach) else None,
 )
-def test_matches_reference(page_size, lengths, new, tile, heads, dim, dtype):
+def test_matches_reference(page_size, lengths, new, tile, heads, dim, dtype, reach):
     rng = np.random.default_rng(7)
     pool, batch, latents, source = make_case(
         rng, lengths=lengths, new=new, tile=tile, page_size=page_size, heads=heads, dim=dim, dtype=jnp.dtype(dtype)
     )
-    out, pool = jax.jit(latent_attention, donate_argnums=0)(pool, *batch)
+    layout = PagedLatents(dim, jnp.dtype(dtype), page_size)
+    out, pool = jax.jit(attention("xla", layout, reach), donate_argnums=5)(*batch, pool)
     assert np.isfinite(np.asarray(pool[0], np.float32)).all()
     for i, s in enumerate(source):
         if s is not None:
-            expected = reference(np.asarray(batch[0][i]), latents[s[0]], s[1])
+            expected = reference(np.asarray(batch[0][i]), latents[s[0]], s[1], reach)
             np.testing.assert_allclose(out[i], expected, atol=2e-6, rtol=2e-5)
 
 
@@ -72,11 +77,12 @@ def test_matches_reference(page_size, lengths, new, tile, heads, dim, dtype):
 def test_step_memory_does_not_grow_with_the_pool(tiles, tile):
     def temporary(pages):
         t = tiles * tile
-        args = [((pages, 16, 80), "f4"), ((t, 4, 80), "f4"), ((t, 80), "f4")]
+        layout = PagedLatents(80, jnp.dtype(jnp.float32), 16)
+        args = [((t, 4, 80), "f4"), ((t, 80), "f4")]
         args += [((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
         shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
-        step = jax.jit(latent_attention, donate_argnums=0)
-        return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        step = jax.jit(attention("xla", layout, Reach()), donate_argnums=5)
+        return step.lower(*shapes, *layout.arrays(pages)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= temporary(256) + 4096
 
@@ -84,9 +90,9 @@ def test_step_memory_does_not_grow_with_the_pool(tiles, tile):
 def test_writing_leaves_other_slots_alone():
     pool = jnp.arange(4 * 2 * 8, dtype=jnp.float32).reshape(4, 2, 8)
     tables = jnp.asarray([[0, 0], [3, 2]], jnp.int32)
-    new = write_latents(
-        pool, jnp.full((2, 8), -1.0), tables, jnp.asarray([1], jnp.int32), jnp.asarray([2, -1], jnp.int32)
-    )
+    rows, positions = jnp.asarray([1], jnp.int32), jnp.asarray([2, -1], jnp.int32)
+    layout = PagedLatents(8, jnp.dtype(jnp.float32), 2)
+    (new,) = xla.write(layout, (pool,), (jnp.full((2, 8), -1.0),), tables, rows, positions)
     changed = np.argwhere(np.asarray(new != pool).any(-1))
     assert {tuple(c) for c in changed if c[0] != 0} == {(2, 0)}
     assert (np.asarray(new[2, 0]) == -1).all()

@@ -23,17 +23,15 @@ from rootcellar.engine.memory import Sizing
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config, read_json
-from rootcellar.models.kinds import kinds_of
+from rootcellar.models.kinds import paging
 from rootcellar.models.loader import check_weights, load_params, weight_files
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
-from rootcellar.ops.attention import choose_backend
-from rootcellar.plan.arena import group
+from rootcellar.ops.backends import choose_backend
 from rootcellar.plan.sizing import ARENA
-from rootcellar.pools import Layout, Pool, States
-from rootcellar.runner import CompileCounter, Placement, Runner, Shapes
-from rootcellar.runner.reserve import Programs
+from rootcellar.pools import Pool
+from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Scheduler, Snapshots
 from rootcellar.text import Tokenizer
@@ -148,34 +146,24 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     if params is not None:
         check_params(model, params)
     placement = Placement(model, config.tp_size)
-    programs = _programs(config, placement, _weights_dtype(model, params, dtype), _kv_dtype(config, dtype))
-    kinds = programs.kinds
+    kv_dtype = _kv_dtype(config, dtype)
+    programs = _programs(config, placement, _weights_dtype(model, params, dtype), kv_dtype)
+    kinds = programs.paging.kinds
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
     sizing = memory.size(config, programs, context, params)
     total, running = sizing.division.tokens, sizing.max_running_requests
     # No request is longer than the cache: a context of millions must not make page tables of millions.
-    programs = dataclasses.replace(programs, table_width=-(-min(context, total) // config.page_size))
+    shapes = Shapes.of(config.chunked_prefill_size, running)
+    width = -(-min(context, total) // config.page_size)
+    programs = dataclasses.replace(programs, shapes=shapes, table_width=width)
     weights = live_weights(params, weights_name) if reload is None else reload()
 
-    pools = {
-        name: _pool(layout, layers, sizing.division.pages[name], programs)
-        for name, (layout, layers) in programs.pools.items()
-    }
+    pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
-    shapes = Shapes.of(config.chunked_prefill_size, running)
-    runner = Runner(
-        placement,
-        weights.params,
-        kinds,
-        pools,
-        backend=programs.backend,
-        shapes=shapes,
-        widths=programs.widths,
-        pool_of=programs.pool_of,
-    )
-    names = identity.fingerprint(model, kinds, str(programs.dtype), str(_kv_dtype(config, dtype)), config.page_size)
-    scheduler = _scheduler(config, programs, pools, shapes, running, names)
+    runner = Runner(programs, placement.place(weights.params), pools)
+    names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size)
+    scheduler = _scheduler(config, programs, pools, running, names)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
         config,
@@ -218,23 +206,23 @@ def _scheduler(
     config: EngineConfig,
     programs: Programs,
     pools: Mapping[str, Pool],
-    shapes: Shapes,
     running: int,
     fingerprint: bytes,
 ) -> Scheduler:
     """The cache over the pools' pages, and the scheduler over the cache."""
+    kinds, arena, shapes = programs.paging.kinds, programs.paging.arena, programs.shapes
     cache = RadixCache(
-        programs.kinds,
+        kinds,
         page_size=config.page_size,
-        capacity={(name, Tier.DEVICE): pool.pages * pool.page_size for name, pool in pools.items()},
-        arenas={ARENA: programs.arena} if programs.arena else None,
+        capacity={(name, Tier.DEVICE): pool.pages * pool.layout.page_size for name, pool in pools.items()},
+        arenas={ARENA: arena} if arena else None,
         max_leases=running,
         max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
         fingerprint=fingerprint,
         reuse=not config.disable_radix_cache,
     )
-    recurrent = any(kind.rule == "recurrent" for kind in programs.kinds)
+    recurrent = any(kind.rule == "recurrent" for kind in kinds)
     return Scheduler(
         cache,
         chunked_prefill_size=config.chunked_prefill_size,
@@ -250,39 +238,24 @@ def _scheduler(
 def _log_pools(pools: Mapping[str, Pool], programs: Programs, tokens: int) -> None:
     nbytes = sum(pool.nbytes for pool in pools.values())
     log.info("Fused KV cache allocated. #tokens: %d, size: %s GB", tokens, gb(nbytes))
-    if len(programs.kinds) == 1:
+    kinds, pool_of = programs.paging.kinds, programs.paging.pool_of
+    if len(kinds) == 1:
         return
     for name, pool in pools.items():
-        within = [f"{k.name} of {len(k.layers)} layers" for k in programs.kinds if programs.pool_of[k.name] == name]
+        within = [f"{k.name} of {len(k.layers)} layers" for k in kinds if pool_of[k.name] == name]
         log.info("Pool of %s: #pages: %d, size: %s GB", ", ".join(within), pool.pages, gb(pool.nbytes))
 
 
-def _pool(layout: Layout, layers: int, pages: int, programs: Programs) -> Pool:
-    page_size = 1 if isinstance(layout, States) else programs.page_size
-    return Pool(layout, layers, pages * page_size, page_size, programs.placement.pool_shardings(layout))
-
-
-def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> Programs:
+def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: str) -> Programs:
     """What will run, at the largest shapes that it may have."""
-    context = _context_length(config.context_length, placement.model)
-    kinds, layouts = kinds_of(placement.served, kv_dtype)
-    sharing = None if config.disable_kv_arena else group(kinds, layouts)
-    if sharing is not None:
-        alike = next(layouts[kind.name] for kind in kinds if kind.rule != "recurrent")
-        kinds = sharing.kinds
-        layouts = {kind.name: alike if kind.name in sharing.members else layouts[kind.name] for kind in kinds}
-    head_dims = {layer.mixer.kernel_head_dim for layer in placement.served.layers} - {None}
+    pages = paging(placement.served, kv_dtype, config.page_size, arena=not config.disable_kv_arena)
     return Programs(
         placement,
         dtype,
-        kinds,
-        layouts,
-        choose_backend(config.attention_backend, head_dims, kv_dtype, jax.default_backend()),
+        pages,
+        choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
-        config.page_size,
-        -(-context // config.page_size),
-        () if sharing is None else sharing.members,
-        0 if sharing is None else sharing.layers,
+        -(-_context_length(config.context_length, placement.model) // config.page_size),
     )
 
 
@@ -319,10 +292,11 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
     return jnp.dtype(saved)
 
 
-def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
+def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:
+    """The KV cache's dtype by name, as layouts know it."""
     if config.kv_cache_dtype == "auto":
-        return dtype
-    return jnp.dtype({"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype))
+        return str(dtype)
+    return {"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
 
 
 def _weights_dtype(model: ModelConfig, given: Params | None, dtype: jnp.dtype) -> jnp.dtype:

@@ -79,7 +79,7 @@ class Lifecycle:
             else:
                 self.scheduler.cache.flush()
             for pool in self.runner.pools.values():
-                buffers += len(pool.buffers)
+                buffers += len(jax.tree.leaves(pool.buffers))
                 nbytes += pool.free()
             self.released.add("kv_cache")
         if "weights" in tags and "weights" not in self.released:
@@ -113,7 +113,7 @@ class Lifecycle:
         if "kv_cache" in tags and "kv_cache" in self.released:
             for name, pool in self.runner.pools.items():
                 pool.allocate()
-                buffers += len(pool.buffers)
+                buffers += len(jax.tree.leaves(pool.buffers))
                 nbytes += pool.nbytes
                 if name in self.saved:
                     self.saved[name].restore(pool)
@@ -194,25 +194,26 @@ def read_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Saved:
-    """Pages of one pool on the host: blocks of their numbers (padded with page 0), and for each layer their bytes."""
+    """Pages of one pool on the host: blocks of their numbers (padded with page 0), and their bytes of each buffer."""
 
     blocks: NDArray[np.int32]
-    layers: list[list[np.ndarray]]
+    buffers: list[list[np.ndarray]]
 
     @classmethod
     def take(cls, pages: NDArray[np.int32], pool: Pool) -> Saved:
         """Copy ``pages`` of every buffer of ``pool``."""
         blocks = np.pad(pages, (0, -len(pages) % _BLOCK)).reshape(-1, _BLOCK)
         # Copied: on a CPU what comes from the device would otherwise keep the device's own array alive.
-        return cls(blocks, [[np.array(_gather(buffer, block)) for block in blocks] for buffer in pool.buffers])
+        buffers = jax.tree.leaves(pool.buffers)
+        return cls(blocks, [[np.array(_gather(buffer, block)) for block in blocks] for buffer in buffers])
 
     def restore(self, pool: Pool) -> None:
         """Write the pages back where they were."""
-        buffers = pool.buffers
-        for i, saved in enumerate(self.layers):
+        buffers, form = jax.tree.flatten(pool.buffers)
+        for i, saved in enumerate(self.buffers):
             for block, data in zip(self.blocks, saved, strict=True):
                 buffers[i] = _scatter(buffers[i], block, data)
-        pool.buffers = buffers
+        pool.buffers = jax.tree.unflatten(form, buffers)
 
 
 @jax.jit

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
+from rootcellar.models.kinds import paging
 from rootcellar.models.spec import Params
 from rootcellar.plan.sizing import (
     ARENA,
@@ -34,8 +35,8 @@ from rootcellar.plan.sizing import (
     largest,
     smallest,
 )
-from rootcellar.runner import Shapes
-from rootcellar.runner.reserve import Programs, reserve_bytes, weight_bytes
+from rootcellar.runner import Programs, Shapes
+from rootcellar.runner.reserve import reserve_bytes, weight_bytes
 from rootcellar.units import gb, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -204,16 +205,10 @@ class _Demand:
     def costs(self) -> tuple[Cost, ...]:
         """Bytes of a page of each kind on one device, in all layers of its pool, as the pools will shard it."""
         costs = []
-        pools, pool_of = self.programs.pools, self.programs.pool_of
-        for kind in self.programs.kinds:
+        pools, pool_of = self.programs.paging.pools, self.programs.paging.pool_of
+        for kind in self.programs.paging.kinds:
             layout, layers = pools[pool_of[kind.name]]
-            placed = zip(
-                layout.arrays(1, self.programs.page_size),
-                self.programs.placement.pool_shardings(layout),
-                strict=True,
-            )
-            page = sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
-            costs.append(Cost(kind, layers * page))
+            costs.append(Cost(kind, layers * self.programs.placement.page_bytes(layout)))
         return tuple(costs)
 
     def rules(self, max_total_tokens: int | None) -> Rules:
@@ -227,7 +222,7 @@ class _Demand:
             inflight=config.chunked_prefill_size,
             max_mamba_cache_size=config.max_mamba_cache_size,
             running=running_requests(config, max_total_tokens),
-            arena=self.programs.arena,
+            arena=self.programs.paging.arena,
         )
 
     def available(self, reserve: int) -> int:
@@ -319,20 +314,18 @@ def _remedies(demand: _Demand, reserve: int, context_length: int) -> Iterator[st
 
 def _narrower(demand: _Demand, reserve: int) -> Iterator[str]:
     """Narrower types, where those are not used already."""
-    programs = demand.programs
-    bf16 = jnp.dtype(jnp.bfloat16)
-    layouts = {name: dataclasses.replace(layout, dtype=bf16) for name, layout in programs.layouts.items()}
-    wide = any(layout.dtype.itemsize > 2 for layout in programs.layouts.values())
-    narrow = dataclasses.replace(programs, layouts=layouts)
-    if wide and _fits(dataclasses.replace(demand, programs=narrow), reserve):
+    programs, config = demand.programs, demand.config
+    pages = paging(programs.placement.served, "bfloat16", config.page_size, arena=bool(programs.paging.arena))
+    narrow = dataclasses.replace(demand, programs=dataclasses.replace(programs, paging=pages))
+    wide = any(now.page_bytes > then.page_bytes for now, then in zip(demand.costs, narrow.costs, strict=True))
+    if wide and _fits(narrow, reserve):
         yield "kv_cache_dtype='bfloat16'"
     if programs.dtype.itemsize > 2:
-        narrow = dataclasses.replace(programs, dtype=bf16)
-        if demand.config.kv_cache_dtype == "auto":
-            narrow = dataclasses.replace(narrow, layouts=layouts)
-        weights = weight_bytes(programs.placement, bf16)
-        changed = dataclasses.replace(demand, programs=narrow, weights=weights)
-        if _fits(changed, estimate_reserve(narrow)):
+        cast = dataclasses.replace(
+            narrow.programs if config.kv_cache_dtype == "auto" else programs, dtype=jnp.dtype(jnp.bfloat16)
+        )
+        weights = weight_bytes(cast.placement, cast.dtype)
+        if _fits(dataclasses.replace(demand, programs=cast, weights=weights), estimate_reserve(cast)):
             yield "dtype='bfloat16'"
 
 

@@ -19,7 +19,7 @@ class WarmUp:
     def __init__(self, loop: Loop, compiles: CompileCounter) -> None:
         self._loop = loop
         self._compiles = compiles
-        self._left = loop.machine.runner.programs()
+        self._left = loop.machine.runner.each_program()
         self._of = len(self._left)
 
     @property

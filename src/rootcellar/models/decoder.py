@@ -18,14 +18,25 @@ Mix = Callable[[int, Params, jax.Array], jax.Array]
 """``mix(layer, params of the layer, x [T, E]) -> [T, E]``: the layer's mixer over the packed tokens."""
 
 
-def forward(params: Params, cfg: ModelConfig, tokens: jax.Array, mix: Mix) -> jax.Array:
-    """Hidden states ``[T, E]`` after the final norm, in the params' dtype; ``tokens`` int32 ``[T]``.
+def embed(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """What enters the first layer for ``tokens`` int32 ``[T]``: ``[T, E]`` in the params' dtype.
 
-    ``mix`` is called once for each layer in order. Token ids must lie in the vocabulary: it is not checked here.
+    Token ids must lie in the vocabulary: it is not checked here. What is no token has a vector of its own instead.
     """
-    hidden = params["embed"][tokens]
-    if cfg.embed_scale != 1:
-        hidden = hidden * jnp.asarray(cfg.embed_scale, hidden.dtype)
+    hidden: jax.Array = params["embed"][tokens]
+    return hidden if cfg.embed_scale == 1 else hidden * jnp.asarray(cfg.embed_scale, hidden.dtype)
+
+
+def forward(params: Params, cfg: ModelConfig, tokens: jax.Array, mix: Mix) -> jax.Array:
+    """Hidden states ``[T, E]`` after the final norm, in the params' dtype; ``tokens`` as for ``embed``."""
+    return through_layers(params, cfg, embed(params, cfg, tokens), mix)
+
+
+def through_layers(params: Params, cfg: ModelConfig, hidden: jax.Array, mix: Mix) -> jax.Array:
+    """Hidden states ``[T, E]`` after the final norm, of those that enter the first layer.
+
+    ``mix`` is called once for each layer in order.
+    """
     for index, (layer, weights) in enumerate(zip(cfg.layers, params["layers"], strict=True)):
         out = mix(index, weights, cfg.norm(hidden, weights["attn_norm"]))
         hidden = hidden + (cfg.norm(out, weights["attn_post_norm"]) if layer.post_norms else out)

@@ -1,20 +1,69 @@
-"""A model's layers grouped into the cache's kinds."""
+"""A model's layers grouped into the cache's kinds, and how the pages of each lie in pools."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import jax.numpy as jnp
+from dataclasses import dataclass
 
 from rootcellar.cache.kind import RULES, Kind
 from rootcellar.models.model import ModelConfig
-from rootcellar.pools import Layout
+from rootcellar.plan.arena import group
+from rootcellar.plan.sizing import ARENA
+from rootcellar.pools import Layout, layout_of
 
 _NAMES = {"full": "full", "sliding_window": "window", "chunked_local": "chunk", "recurrent": "recurrent"}
 
 
-def kinds_of(cfg: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Kind, ...], Mapping[str, Layout]]:
-    """The kinds of a model and, by name, the layout of a layer of each; ``dtype`` is that of the KV cache.
+@dataclass(frozen=True)
+class Paging:
+    """A model's kinds, the layout of each kind's pages by its name, and which of them share a pool.
+
+    ``arena``: the kinds that share one pool, whose pages have ``arena_layers`` layers.
+    """
+
+    kinds: tuple[Kind, ...]
+    layouts: Mapping[str, Layout]
+    arena: tuple[str, ...] = ()
+    arena_layers: int = 0
+
+    @property
+    def pool_of(self) -> dict[str, str]:
+        """The name of the pool that each kind's layers lie in: its own, or the arena."""
+        return {kind.name: ARENA if kind.name in self.arena else kind.name for kind in self.kinds}
+
+    @property
+    def pools(self) -> dict[str, tuple[Layout, int]]:
+        """Each pool's layout and how many layers it has."""
+        return {
+            self.pool_of[kind.name]: (
+                self.layouts[kind.name],
+                self.arena_layers if kind.name in self.arena else len(kind.layers),
+            )
+            for kind in self.kinds
+        }
+
+    @property
+    def attended(self) -> list[Layout]:
+        """The layouts over which layers attend: all but those of recurrent states."""
+        return [self.layouts[kind.name] for kind in self.kinds if kind.rule != "recurrent"]
+
+
+def paging(cfg: ModelConfig, kv_cache_dtype: str, page_size: int, *, arena: bool) -> Paging:
+    """How the KV cache of a model is cut into pages of ``page_size`` tokens; ``kv_cache_dtype``: see ``pools.layouts``.
+
+    ``arena``: kinds may share a pool (``plan.arena``), where that suits them.
+    """
+    kinds, layouts = kinds_of(cfg, kv_cache_dtype, page_size)
+    sharing = group(kinds, layouts) if arena else None
+    if sharing is None:
+        return Paging(kinds, layouts)
+    alike = next(layouts[kind.name] for kind in kinds if kind.rule != "recurrent")
+    layouts = {k.name: alike if k.name in sharing.members else layouts[k.name] for k in sharing.kinds}
+    return Paging(sharing.kinds, layouts, sharing.members, sharing.layers)
+
+
+def kinds_of(cfg: ModelConfig, kv_cache_dtype: str, page_size: int) -> tuple[tuple[Kind, ...], Mapping[str, Layout]]:
+    """The kinds of a model and, by name, the layout of a layer of each; see :func:`paging`.
 
     Layers of one rule, span and layout are one kind, named after its rule: full, window, chunk, recurrent. Where a rule
     has several, the second is named ``window-2`` and so on. Kinds are in the order of ``RULES``, then of their layers.
@@ -22,7 +71,8 @@ def kinds_of(cfg: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Kind, ...], Mapp
     groups: dict[tuple[str, int, Layout], list[int]] = {}
     for index, layer in enumerate(cfg.layers):
         mixer = layer.mixer
-        groups.setdefault((mixer.rule, mixer.span, mixer.layout(dtype)), []).append(index)
+        layout = layout_of(mixer.stored, kv_cache_dtype, page_size)
+        groups.setdefault((mixer.rule, mixer.span, layout), []).append(index)
     kinds: list[Kind] = []
     layouts: dict[str, Layout] = {}
     for rule in RULES:

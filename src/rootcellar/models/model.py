@@ -6,11 +6,11 @@ Everything is frozen and hashable, so that a ``ModelConfig`` can be a static arg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import jax
-import jax.numpy as jnp
 
 from rootcellar.cache.kind import Rule
 from rootcellar.errors import ModelError
@@ -18,7 +18,7 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig
 from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
-from rootcellar.pools import Layout
+from rootcellar.plan.stored import Stored
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,21 +42,17 @@ class Mixer(Protocol):
         ...
 
     @property
-    def kernel_head_dim(self) -> int | None:
-        """The head dimension that is asked of the native attention kernel; None: it does not use one."""
+    def stored(self) -> Stored:
+        """What a layer stores of a token or a request."""
         ...
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """Its parameters: a ``ParamSpec`` for each name."""
         ...
 
-    def layout(self, dtype: jnp.dtype) -> Layout:
-        """How one layer's cached bytes lie; ``dtype`` is that of the KV cache."""
-        ...
-
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """``x`` [T, E] of a packed batch mixed through the layer's ``buffers`` (its layout's arrays, donated).
 
         Returns ``[T, E]`` in the dtype of ``x`` and the buffers with what the batch added. Rows of padding come out as

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from rootcellar.models.spec import Axis
+from rootcellar.pools.layouts import TokenLayout
 
 Local = Callable[[Callable[..., Any], Sequence[tuple[Axis, ...]], Sequence[tuple[Axis, ...]]], Callable[..., Any]]
 """``local(function, inputs, outputs)``: ``function`` as each device of a tensor-parallel mesh runs it on its part of
@@ -25,12 +26,14 @@ class Step:
         rows: int32 [tiles], the row of ``table`` that each tile belongs to; T is a multiple of ``tiles``.
         table: int32 [R, W], the kind's page table: pages of the row's positions, 0 where there is none. For a
             recurrent kind [R, 2]: the state to read (0: begin from zeros) and the state to write.
-        backend: of attention, ``"xla"`` or ``"native"``.
+        layout: of the kind's pages.
+        backend: of attention, by name (see ``ops.backends``).
         local: runs a function on each device's own heads.
     """
 
     positions: jax.Array
     rows: jax.Array
     table: jax.Array
+    layout: TokenLayout
     backend: str
     local: Local

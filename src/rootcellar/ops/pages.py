@@ -1,18 +1,13 @@
-"""What the attention functions share: where the tokens of a packed batch are written."""
+"""Where the tokens of a packed batch are written."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
 
-# Positions that are gathered at a time: enough work for each step of the loop, little enough to stay in the cache.
-BLOCK_TOKENS = 256
-# The score of a position that is not seen.
-MASKED = -1e30
-
 
 def places(tables: Array, rows: Array, positions: Array, page_size: int) -> tuple[Array, Array]:
-    """Page and offset in it of each token of a packed batch (see ``attention.paged_attention``); page 0 for padding.
+    """Page and offset in it of each token of a packed batch (see ``backends``); page 0 for padding.
 
     A batch of one token gets a second place, in page 0: a scatter of one update becomes a dynamic-update-slice that XLA
     for CPUs copies into every consumer, and the whole pool with it.

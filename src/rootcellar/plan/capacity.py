@@ -15,7 +15,7 @@ from rootcellar.cache.kind import Kind
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.plan.arena import group
-from rootcellar.plan.layers import Architecture, Group, Latent, head_dim, need
+from rootcellar.plan.layers import Architecture, Group, head_dim, kv_heads_of, need
 from rootcellar.plan.sizing import (
     ARENA,
     MOST_REQUESTS,
@@ -257,23 +257,20 @@ def _per_token(ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
     }
 
     def elements(group: Group) -> str:
-        return f"{len(group.kind.layers)} layers x {group.layout.formula()}"
+        return f"{len(group.kind.layers)} layers x {group.stored.formula()}"
 
     def constant(group: Group) -> str:
         if group in states:
             return elements(group)
         return f"{group.kind.span} tokens x {elements(group)} x {size} bytes"
 
-    replicated = any(isinstance(g.layout, Latent) for g in tokens)
     formulas = {
         "bytes_per_token_full": " + ".join(f"{elements(g)} x {size} bytes" for g in tokens),
         "bytes_per_token_hybrid": " + ".join(f"{elements(g)} x {size} bytes" for g in always)
         or "0: no layer keeps every token",
         "constant_bytes_per_request": " + ".join(map(constant, [*spans, *states]))
         or "0: every layer keeps every token",
-        "bytes_per_token_per_device": f"a latent has no heads to split: each of tp={ask.tp} devices keeps all of it"
-        if replicated
-        else f"KV heads split over tp={ask.tp} devices; repeated where they are fewer, all on each if uneven",
+        "bytes_per_token_per_device": "; ".join(dict.fromkeys(g.stored.divided(ask.tp) for g in tokens)),
         "bytes_per_token_all_devices": f"{per_device} x {ask.tp} devices",
     }
     return figures, formulas
@@ -311,7 +308,7 @@ def _budget(ask: Ask, formulas: dict[str, str]) -> tuple[int | None, dict[str, i
 def _widths(ask: Ask) -> Widths:
     text, tp = ask.model.text, ask.tp
     heads = -(-int(need(text, "num_attention_heads")) // tp)
-    kv_heads = -(-int(text.get("num_key_value_heads") or need(text, "num_attention_heads")) // tp)
+    kv_heads = -(-kv_heads_of(text) // tp)
     inner = max(int(text.get(name) or 0) for name in ("intermediate_size", "intermediate_size_mlp"))
     return Widths(
         hidden=int(need(text, "hidden_size")),
@@ -345,7 +342,7 @@ def _pools(ask: Ask, costs: Sequence[Cost], division: Division, formulas: dict[s
 
 def _arena(ask: Ask, costs: Sequence[Cost], budget: int, formulas: dict[str, str]) -> dict[str, Any]:
     """What an arena would hold of the same budget; nothing where the kinds cannot share one."""
-    grouping = group([c.kind for c in costs], {g.kind.name: g.layout for g in ask.model.groups})
+    grouping = group([c.kind for c in costs], {g.kind.name: g.stored for g in ask.model.groups})
     if grouping is None:
         return {}
     page = next(grouping.layers * c.page_bytes // len(c.kind.layers) for c in costs if not c.recurrent)

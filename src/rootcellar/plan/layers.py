@@ -1,4 +1,4 @@
-"""From a Hugging Face config to what the KV cache stores of it: groups of layers, each of one kind and one layout.
+"""From a Hugging Face config to what the KV cache stores of it: groups of layers, each of one kind that store the same.
 
 Reads the spellings of the families below; what it does not know is refused rather than guessed at:
 
@@ -18,79 +18,10 @@ from typing import Any
 from rootcellar.cache.kind import RULES, Kind, Rule, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import ConfigError
 from rootcellar.plan.fields import Raw, text_of
+from rootcellar.plan.stored import Heads, Latents, States, Stored
 
-STATE_ITEMSIZE = 4
-"""Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of weights and activations, by the name that a config gives them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """K and V by head: MHA, GQA, MQA. ``group``: query heads that share a KV head."""
-
-    kv_heads: int
-    head_dim: int
-    group: int = 1
-
-    def token_elements(self, tp: int) -> int:
-        """Elements that one device of ``tp`` stores of one token in one layer.
-
-        Heads are split; with fewer than devices each is repeated, and its query heads divided among the copies. Where
-        neither comes out even every device computes all of the attention, and stores all heads.
-        """
-        if self.kv_heads % tp == 0:
-            heads = self.kv_heads // tp
-        elif tp % self.kv_heads == 0 and self.group % (tp // self.kv_heads) == 0:
-            heads = 1
-        else:
-            heads = self.kv_heads
-        return 2 * heads * self.head_dim
-
-    def formula(self) -> str:
-        """How the elements of one token in one layer are counted."""
-        return f"2 x {self.kv_heads} KV heads x {self.head_dim}"
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Multi-head latent attention: one compressed vector for all heads, and the rotated part of the keys."""
-
-    rank: int
-    rope_dim: int
-
-    def token_elements(self, tp: int) -> int:  # noqa: ARG002 - every rank needs the whole latent
-        """Elements that each device stores of one token in one layer, whatever ``tp``."""
-        return self.rank + self.rope_dim
-
-    def formula(self) -> str:
-        """How the elements of one token in one layer are counted."""
-        return f"({self.rank} latent + {self.rope_dim} rope)"
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a recurrent layer keeps of one request, whole on each device: the last inputs of its convolution, its state.
-
-    Attributes:
-        channels: of the convolution.
-        taps: inputs kept of each channel (the kernel's width less one).
-        elements: of the recurrent state, in float32.
-    """
-
-    channels: int
-    taps: int
-    elements: int
-
-    def request_bytes(self, itemsize: int) -> int:
-        """Bytes that each device stores of one request in one layer; ``itemsize``: the activations'."""
-        return self.channels * self.taps * itemsize + self.elements * STATE_ITEMSIZE
-
-    def formula(self) -> str:
-        """How the bytes of one request in one layer are counted."""
-        return (
-            f"({self.channels} conv channels x {self.taps} taps x itemsize + {self.elements} state x {STATE_ITEMSIZE})"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +29,18 @@ class Group:
     """The layers of one kind, and what each stores."""
 
     kind: Kind
-    layout: Heads | Latent | State
+    stored: Stored
 
     def token_bytes(self, itemsize: int, tp: int = 1) -> int:
         """Bytes that one device stores of one token in all layers of the group; 0 for recurrent layers."""
-        if isinstance(self.layout, State):
-            return 0
-        return len(self.kind.layers) * self.layout.token_elements(tp) * itemsize
+        return len(self.kind.layers) * self.stored.token_elements(tp) * itemsize
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes that each device stores of one request in all layers, if they are recurrent; else 0.
 
         ``itemsize`` is the activations': a recurrent state does not follow the KV cache's dtype.
         """
-        if not isinstance(self.layout, State):
-            return 0
-        return len(self.kind.layers) * self.layout.request_bytes(itemsize)
+        return len(self.kind.layers) * self.stored.request_bytes(itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +82,7 @@ def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
     for rule, span in dict.fromkeys(rules):
         layers = tuple(i for i, r in enumerate(rules) if r == (rule, span))
         if rule == "recurrent":
-            groups.append(Group(recurrent("recurrent", layers), _state(text)))
+            groups.append(Group(recurrent("recurrent", layers), state_of(text)))
         elif rule == "sliding_window":
             groups.append(Group(sliding_window("window", layers, span), _attention(text)))
         elif rule == "chunked_local":
@@ -263,29 +190,39 @@ def head_dim(text: Raw) -> int:
     return int(given) if given else int(need(text, "hidden_size")) // int(need(text, "num_attention_heads"))
 
 
-def _attention(text: Raw) -> Heads | Latent:
-    if text.get("kv_lora_rank"):
-        return Latent(int(text["kv_lora_rank"]), int(need(text, "qk_rope_head_dim")))
+def latent(text: Raw) -> bool:
+    """Whether the attention layers of the model store latents."""
+    return bool(text.get("kv_lora_rank"))
+
+
+def _attention(text: Raw) -> Stored:
+    if latent(text):
+        return Latents(int(text["kv_lora_rank"]), int(need(text, "qk_rope_head_dim")))
     heads = int(need(text, "num_attention_heads"))
-    kv_heads = int(text.get("num_key_value_heads") or heads)
+    kv_heads = kv_heads_of(text)
     return Heads(kv_heads, head_dim(text), heads // kv_heads)
 
 
-def _state(text: Raw) -> State:
-    """Mamba 2 (Dao and Gu, 2024), Mamba 1 (Gu and Dao, 2023), gated delta net (Yang et al., 2024)."""
+def kv_heads_of(text: Raw) -> int:
+    """KV heads of a layer that attends by head."""
+    return int(text.get("num_key_value_heads") or need(text, "num_attention_heads"))
+
+
+def state_of(text: Raw) -> States:
+    """Of a recurrent layer: Mamba 2 (Dao and Gu, 2024), Mamba 1 (Gu and Dao, 2023), gated delta (Yang et al., 2024)."""
     if text.get("linear_num_value_heads"):
-        keys = int(need(text, "linear_num_key_heads")) * int(need(text, "linear_key_head_dim"))
+        key = int(need(text, "linear_key_head_dim"))
+        keys = int(need(text, "linear_num_key_heads")) * key
         heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
-        elements = heads * width * int(need(text, "linear_key_head_dim"))
-        return State(heads * width + 2 * keys, int(need(text, "linear_conv_kernel_dim")) - 1, elements)
+        return States((int(need(text, "linear_conv_kernel_dim")) - 1, heads * width + 2 * keys), (heads, key, width))
     inner = int(need(text, "hidden_size")) * int(need(text, "mamba_expand"))
     size, taps = int(need(text, "mamba_d_state")), int(need(text, "mamba_d_conv")) - 1
     if text.get("mamba_n_heads"):
         heads = int(text["mamba_n_heads"])
         given = text.get("mamba_d_head")
         inner = inner if given in (None, "auto") else heads * int(given or 0)
-        return State(inner + 2 * size * int(text.get("mamba_n_groups") or 1), taps, inner * size)
-    return State(inner, taps, inner * size)
+        return States((taps, inner + 2 * size * int(text.get("mamba_n_groups") or 1)), (inner, size))
+    return States((taps, inner), (inner, size))
 
 
 def need(text: Raw, name: str) -> Any:

@@ -249,8 +249,10 @@ def concurrency_of(division: Division, costs: Sequence[Cost], page_size: int, le
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
-_SCORED = 64  # positions scored at a time for prompt logprobs
-_BLOCK = 256  # positions of keys that attention reads at a time
+SCORED_TOKENS = 64
+"""Positions scored at a time when logprobs of prompts are asked for: bounds the memory of [positions, vocabulary]."""
+BLOCK_TOKENS = 256
+"""Positions of keys that attention reads at a time: enough work for a step of a loop, and not too much for caches."""
 _FLOAT = 4
 
 
@@ -277,7 +279,7 @@ def activation_bytes(widths: Widths, tokens: int, tiles: int, rows: int) -> int:
     w = widths
     n = max(tokens, rows)
     layer = n * (6 * w.hidden + 3 * (w.heads + 2 * w.kv_heads) * w.head_dim + 3 * w.intermediate)
-    keys = 2 * 2 * max(tiles, rows) * _BLOCK * w.kv_heads * w.head_dim
-    scores = 4 * n * w.heads * _BLOCK
-    logits = (12 * max(tiles, rows) + 3 * _SCORED) * w.vocab
+    keys = 2 * 2 * max(tiles, rows) * BLOCK_TOKENS * w.kv_heads * w.head_dim
+    scores = 4 * n * w.heads * BLOCK_TOKENS
+    logits = (12 * max(tiles, rows) + 3 * SCORED_TOKENS) * w.vocab
     return _FLOAT * (layer + keys + scores + logits)

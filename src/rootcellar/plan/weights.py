@@ -7,7 +7,7 @@ percent). Quantised checkpoints are counted at the width of their method. What i
 from __future__ import annotations
 
 from rootcellar.plan.fields import Raw
-from rootcellar.plan.layers import Architecture, Group, Latent, State, head_dim, need
+from rootcellar.plan.layers import Architecture, Group, head_dim, kv_heads_of, latent, need, state_of
 
 # Bytes of a quantised weight: mxfp4 has a scale byte for 32 elements.
 _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
@@ -32,21 +32,23 @@ def weight_bytes(model: Architecture) -> int:
 def _mixer(group: Group, text: Raw) -> int:
     """Elements of the matrices of one layer's attention, or of what stands in its place."""
     hidden = int(need(text, "hidden_size"))
-    if isinstance(group.layout, State):
+    if group.kind.rule == "recurrent":
+        stored = state_of(text)
+        _, channels = stored.conv
         if text.get("linear_num_value_heads"):  # in: q, k, v, gate, two numbers for each head; out
             heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
-            return hidden * (group.layout.channels + 2 * heads * width + 2 * heads)
-        inner = group.layout.elements // int(need(text, "mamba_d_state"))
-        return hidden * (group.layout.channels + 2 * inner + int(text.get("mamba_n_heads") or 0))
+            return hidden * (channels + 2 * heads * width + 2 * heads)
+        inner, _ = stored.state
+        return hidden * (channels + 2 * inner + int(text.get("mamba_n_heads") or 0))
     heads = int(need(text, "num_attention_heads"))
-    if isinstance(group.layout, Latent):
-        rank, rope = group.layout.rank, group.layout.rope_dim
+    if latent(text):
+        rank, rope = int(text["kv_lora_rank"]), int(need(text, "qk_rope_head_dim"))
         nope, value = int(need(text, "qk_nope_head_dim")), int(need(text, "v_head_dim"))
         q_rank = int(text.get("q_lora_rank") or 0)
         queries = heads * (nope + rope)
         q = q_rank * (hidden + queries) if q_rank else hidden * queries
         return q + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
-    return hidden * head_dim(text) * (2 * heads + 2 * group.layout.kv_heads)
+    return hidden * head_dim(text) * (2 * heads + 2 * kv_heads_of(text))
 
 
 def _mlps(text: Raw, layers: int) -> tuple[int, int]:

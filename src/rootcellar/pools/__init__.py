@@ -1,6 +1,6 @@
-"""Compute: the buffers that hold the cache's bytes."""
+"""Compute: the arrays that hold the cache's bytes, and how the bytes lie in them."""
 
-from rootcellar.pools.layouts import Layout, PagedKV, PagedLatent, States
+from rootcellar.pools.layouts import Layout, layout_of
 from rootcellar.pools.pool import Pool
 
-__all__ = ["Layout", "PagedKV", "PagedLatent", "Pool", "States"]
+__all__ = ["Layout", "Pool", "layout_of"]

@@ -1,6 +1,6 @@
 """The buffers that hold the cache's bytes, addressed by page.
 
-A *layout* (``layouts.py``) says how the bytes of one layer lie; a *pool* owns the buffers of the layers of one kind.
+A *layout* (``layouts/``) says how the bytes of one layer lie; a *pool* owns the buffers of the layers of one kind.
 Buffers are allocated once, by a compiled function (so that allocating them again compiles nothing), donated through
 every step and never resized. Page 0 is the padding target: no request owns it.
 """
@@ -35,41 +35,28 @@ class Pool:
     ``buffers`` is donated to a step and must be replaced by what the step gives back.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        layers: int,
-        tokens: int,
-        page_size: int,
-        shardings: Sequence[Sharding] | None = None,
-    ) -> None:
-        """Allocate the buffers of ``layers`` layers for ``tokens`` tokens and the padding page.
+    def __init__(self, layout: Layout, layers: int, pages: int, shardings: Sequence[Sharding] | None = None) -> None:
+        """Allocate the buffers of ``layers`` layers for ``pages`` pages and the padding page.
 
-        Args:
-            layout: of a layer's bytes.
-            layers: how many layers there are.
-            tokens: a multiple of ``page_size``.
-            page_size: tokens in a page; 1 for recurrent states.
-            shardings: where each of a layer's buffers lies; None: on the first device.
+        ``shardings``: where each of a layer's buffers lies; None: on the first device.
         """
         self.layout = layout
-        arrays = layout.arrays(tokens // page_size + 1, page_size)
+        self.layers = layers
+        self.pages = pages
+        arrays = layout.arrays(pages + 1)
         here = SingleDeviceSharding(jax.devices()[0])
-        self._arrays = arrays * layers
-        self._shardings = (tuple(shardings) if shardings is not None else (here,) * len(arrays)) * layers
-        self.pages = tokens // page_size
-        self.page_size = page_size
-        self._buffers: list[Array] | None = None
+        self._placed = tuple(zip(arrays, shardings or (here,) * len(arrays), strict=True))
+        self._buffers: list[tuple[Array, ...]] | None = None
         self.allocate()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, allocated or not."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self._arrays)
+        return self.layers * sum(math.prod(a.shape) * a.dtype.itemsize for a, _ in self._placed)
 
     @property
-    def buffers(self) -> list[Array]:
-        """The arrays of the first layer, then those of the second, and so on.
+    def buffers(self) -> list[tuple[Array, ...]]:
+        """The arrays of each layer.
 
         Raises:
             EngineError: the pool is not allocated.
@@ -79,15 +66,15 @@ class Pool:
         return self._buffers
 
     @buffers.setter
-    def buffers(self, new: list[Array]) -> None:
+    def buffers(self, new: list[tuple[Array, ...]]) -> None:
         self._buffers = new
 
     def allocate(self) -> None:
         """Allocate the buffers, zeroed. Does nothing when they are there; compiles nothing the second time."""
         if self._buffers is None:
             new = [
-                _allocator(a.shape, a.dtype, sharding)()
-                for a, sharding in zip(self._arrays, self._shardings, strict=True)
+                tuple(_allocator(a.shape, a.dtype, sharding)() for a, sharding in self._placed)
+                for _ in range(self.layers)
             ]
             # Waited for, so that too little memory is an error here and not in somebody's first step.
             self._buffers = jax.block_until_ready(new)
@@ -96,7 +83,7 @@ class Pool:
         """Give the memory back at once, after the step in flight. Returns the bytes freed (0 if there were none)."""
         if self._buffers is None:
             return 0
-        for buffer in self._buffers:
+        for buffer in jax.tree.leaves(self._buffers):
             buffer.block_until_ready()
             buffer.delete()
         self._buffers = None

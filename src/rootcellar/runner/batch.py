@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from rootcellar.plan.sizing import TILE
@@ -22,12 +24,28 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """What stands for ids that are no tokens (an image's placeholders).
+
+    ``at``: their indices in the part's tokens, ascending [K]; ``vectors`` [K, E] enter the first layer in their place.
+    """
+
+    at: NDArray[np.integer]
+    vectors: NDArray[np.floating] | Array
+
+
+@dataclass(frozen=True)
 class Part:
-    """Tokens [start, start + len(tokens)) of one request. ``row``: its row in the cache's page tables."""
+    """Tokens [start, start + len(tokens)) of one request.
+
+    ``row``: its row in the cache's page tables. ``tokens``: ids as the cache knows them; those for which there are
+    ``given`` vectors may be anything of 64 bits.
+    """
 
     row: int
     start: int
     tokens: NDArray[np.integer]
+    given: Vectors | None = None
 
 
 @dataclass(frozen=True)
@@ -65,32 +83,51 @@ def _powers(limit: int) -> list[int]:
     return [1 << i for i in range((limit - 1).bit_length() + 1)]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """Vectors in a batch: ``where`` bool [T], ``vectors`` [T, E] enter the first layer instead of embeddings."""
+
+    where: NDArray[np.bool_] | Array
+    vectors: NDArray[np.floating] | Array
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step reads, as numpy arrays: see the picture above.
 
     Attributes:
-        tokens: int32 [T].
+        tokens: int64 [T]; 0 where a vector is given.
         positions: int32 [T], -1 for padding.
         rows: int32 [tiles].
         tables: for each kind int32 [tiles, W]: row i is part i's page table, zeros after the last part.
         last: int32 [tiles]: index in T of each part's last token, 0 after the last part.
         starts: index in T of each part's first token.
+        given: vectors that stand for tokens; None, as for text alone, is a program of its own.
     """
 
-    tokens: Ints
+    tokens: NDArray[np.int64]
     positions: Ints
     rows: Ints
     tables: dict[str, Ints]
     last: Ints
     starts: tuple[int, ...] = ()
+    given: Given | None = None
+
+    @classmethod
+    def padding(cls, tiles: int, tile: int, widths: Mapping[str, int]) -> Batch:
+        """A batch in which no token belongs to anybody; ``widths``: entries in a row of each kind's table."""
+        zeros = np.zeros(tiles, np.int32)
+        tables = {name: np.zeros((tiles, width), np.int32) for name, width in widths.items()}
+        size = tiles * tile
+        return cls(np.zeros(size, np.int64), np.full(size, -1, np.int32), zeros, tables, zeros)
 
     @classmethod
     def build(cls, parts: Sequence[Part], tables: Mapping[str, Ints], tile: int) -> Batch:
         """Lay out ``parts``. ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile."""
         counts = [-(-len(p.tokens) // tile) for p in parts]
         tiles = 1 << (sum(counts) - 1).bit_length()
-        tokens = np.zeros(tiles * tile, np.int32)
+        tokens = np.zeros(tiles * tile, np.int64)
         positions = np.full(tiles * tile, -1, np.int32)
         rows = np.zeros(tiles, np.int32)
         last = np.zeros(tiles, np.int32)
@@ -107,4 +144,20 @@ class Batch:
             ids[i] = part.row
             at += count * tile
         chosen = {name: table[ids] for name, table in tables.items()}
-        return cls(tokens, positions, rows, chosen, last, tuple(starts))
+        given = _given(parts, starts, tokens)
+        return cls(tokens, positions, rows, chosen, last, tuple(starts), given)
+
+
+def _given(parts: Sequence[Part], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:
+    """The parts' vectors at their places in the batch, whose ``tokens`` become 0 there."""
+    found = [(at + p.given.at, p.given.vectors) for p, at in zip(parts, starts, strict=True) if p.given is not None]
+    if not found:
+        return None
+    places = np.concatenate([at for at, _ in found])
+    vectors = np.concatenate([np.asarray(rows, np.float32) for _, rows in found])
+    tokens[places] = 0
+    where = np.zeros(len(tokens), np.bool_)
+    where[places] = True
+    spread = np.zeros((len(tokens), vectors.shape[1]), np.float32)
+    spread[places] = vectors
+    return Given(where, spread)

@@ -8,6 +8,7 @@ heads that shared it are divided among the copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -99,6 +100,11 @@ class Placement:
     def pool_shardings(self, layout: Layout) -> tuple[Sharding, ...]:
         """Where each buffer of a layer lies."""
         return tuple(self._placed(self._spec(axes)) for axes in layout.axes)
+
+    def page_bytes(self, layout: Layout) -> int:
+        """Bytes that one device stores of a page of one layer."""
+        placed = zip(layout.arrays(1), self.pool_shardings(layout), strict=True)
+        return sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
 
     def local(
         self,

@@ -1,34 +1,24 @@
-"""The compiled step: a packed batch through the model, with the pools donated.
-
-Donation is what makes one buffer serve every step: XLA writes the new keys and values in place and gives the same
-memory back. Dataflow orders a step's reads before the next step's writes.
-"""
+"""Running batches: compiled programs, weights and pools put together."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
-from rootcellar.cache import Kind
-from rootcellar.models.decoder import forward, logits
-from rootcellar.models.model import ModelConfig
+from rootcellar.errors import EngineError
+from rootcellar.models.kinds import Paging
 from rootcellar.models.spec import Params
-from rootcellar.models.step import Step
 from rootcellar.pools import Pool
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
 from rootcellar.runner.placement import Placement
-
-# Positions scored at a time when prompt logprobs are asked for: bounds the memory of [positions, vocabulary].
-_SCORED = 64
-
+from rootcellar.runner.programs import Programs
 
 # Prefill shapes that a first request needs: 1, 2 and 4 tiles hold a short prompt, or a question after a cached one.
 _SHORT = 3
@@ -45,70 +35,40 @@ class Program:
     run: Callable[[], object]
 
 
-def compiled_step(placement: Placement, kinds: Sequence[Kind], backend: str, pool_of: Mapping[str, str]) -> Any:
-    """The jitted step of a model over its pools, which are its second argument and donated.
-
-    Arguments: params as placed, ``{pool: [buffers of each layer]}``, then the arrays of a ``Batch``. ``pool_of``: the
-    pool of each kind; layer ``i`` of a kind has the buffers of the pool's layer ``i``, whoever else shares them.
-    """
-    cfg = placement.served
-    where = {layer: (kind.name, i) for kind in kinds for i, layer in enumerate(kind.layers)}
-    each = [len(layer.mixer.layout(jnp.dtype(jnp.float32)).axes) for layer in cfg.layers]
-
-    def step(params, buffers, tokens, positions, rows, tables, last):  # type: ignore[no-untyped-def]
-        """One batch through the model: (buffers, logits [tiles, V] of each part's end, hidden [T, E])."""
-        buffers = {name: list(arrays) for name, arrays in buffers.items()}
-        steps = {kind.name: Step(positions, rows, tables[kind.name], backend, placement.local) for kind in kinds}
-
-        def mix(layer: int, weights: Params, x: Array) -> Array:
-            name, i = where[layer]
-            held = buffers[pool_of[name]]
-            own = slice(i * each[layer], (i + 1) * each[layer])
-            out, held[own] = cfg.layers[layer].mixer.run(weights, x, steps[name], held[own])
-            return out
-
-        hidden = placement.everywhere(forward(params, cfg, tokens, mix))
-        scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
-        return buffers, placement.everywhere(scores), hidden
-
-    return jax.jit(step, donate_argnums=1)
-
-
-def scorer(cfg: ModelConfig) -> Any:
-    """The jitted function behind :meth:`Runner.score`: params, hidden states, targets and, static, ``k``."""
-    return jax.jit(functools.partial(_score, cfg), static_argnums=3)
+def pools_of(paging: Paging, placement: Placement, pages: Mapping[str, int]) -> dict[str, Pool]:
+    """The pools that a model's kinds lie in, allocated, with so many ``pages`` each, by name."""
+    return {
+        name: Pool(layout, layers, pages[name], placement.pool_shardings(layout))
+        for name, (layout, layers) in paging.pools.items()
+    }
 
 
 class Runner:
-    """Runs batches of one model over its pools.
+    """Runs batches: ``programs`` over ``params``, placed as they say, and ``pools`` by name (``pools_of``).
 
-    ``pools`` are by name, ``pool_of`` names that of each kind, ``widths`` the entries in a row of its page table.
-    Programs are compiled when a shape first runs, or when one of :meth:`programs` is run; later steps compile nothing.
+    Programs are compiled when a shape first runs, or when one of :meth:`each_program` is run; later steps compile
+    nothing. Weights and pools may be replaced between two steps.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        params: Params,
-        kinds: Sequence[Kind],
-        pools: dict[str, Pool],
-        *,
-        backend: str,
-        shapes: Shapes,
-        widths: Mapping[str, int],
-        pool_of: Mapping[str, str],
-    ) -> None:
-        cfg = self.cfg = placement.served
-        self.placement = placement
-        self.params = placement.place(params)
+    def __init__(self, programs: Programs, params: Params, pools: Mapping[str, Pool]) -> None:
+        self.programs = programs
+        self.params = params
         self.pools = pools
-        self.shapes = shapes
-        self._widths = widths
-        self.pool_of = pool_of
-        self._step = compiled_step(placement, kinds, backend, pool_of)
-        self._sample = jax.jit(sampler.sample)
-        self._top = jax.jit(sampler.top_logprobs, static_argnums=1)
-        self._score = scorer(cfg)
+
+    @property
+    def placement(self) -> Placement:
+        """Where weights and pools lie."""
+        return self.programs.placement
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes that a step may have."""
+        return self.programs.shapes
+
+    @property
+    def pool_of(self) -> Mapping[str, str]:
+        """The name of the pool that each kind lies in."""
+        return self.programs.paging.pool_of
 
     def kind_in(self, pool: str) -> str:
         """A kind whose layers lie in the pool of this name."""
@@ -117,44 +77,61 @@ class Runner:
     def step(self, batch: Batch) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.
 
-        Row i of ``logits`` belongs to the last token of part i. Both stay on the device.
+        Row i of ``logits`` belongs to the last token of part i. Both stay on the device. ``EngineError`` for a token
+        that is not in the vocabulary and has no vector.
         """
-        buffers, scores, hidden = self._step(*self._arguments(batch))
+        buffers, scores, hidden = self.programs.step(*self.arguments(batch))
         for name, pool in self.pools.items():
             pool.buffers = buffers[name]
         return scores, hidden
 
-    def _arguments(self, batch: Batch) -> tuple[object, ...]:
+    def arguments(self, batch: Batch) -> tuple[object, ...]:
+        """The arguments of the compiled step for ``batch``."""
         buffers = {name: pool.buffers for name, pool in self.pools.items()}
-        return self.params, buffers, batch.tokens, batch.positions, batch.rows, batch.tables, batch.last
+        tokens = self._within_vocabulary(batch.tokens)
+        return self.params, buffers, tokens, batch.positions, batch.rows, batch.tables, batch.last, batch.given
+
+    def _within_vocabulary(self, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocab:
+            strange = low if low < 0 else high
+            raise EngineError(f"token {strange} is not in the vocabulary of {self._vocab}, and no vector stands for it")
+        return tokens.astype(np.int32)
+
+    @property
+    def _vocab(self) -> int:
+        return self.placement.served.vocab_size
 
     def temporary_bytes(self, batch: Batch) -> int:
         """Bytes that the compiled step for this shape needs beside its arguments and results. Compiles."""
-        analysis = self._step.lower(*self._arguments(batch)).compile().memory_analysis()
+        analysis = self.programs.step.lower(*self.arguments(batch)).compile().memory_analysis()
         return int(analysis.temp_size_in_bytes)
 
     def sample(self, scores: Array, rows: Sequence[sampler.Sampled]) -> tuple[np.ndarray, np.ndarray]:
         """Choose a token for each of ``rows`` from the rows of ``scores`` [N, V]: (int32 [N], logprob float32 [N])."""
-        settings = sampler.build(rows, scores.shape[0], self.cfg.vocab_size)
-        tokens, logprobs = jax.device_get(self._sample(scores, settings))
+        settings = sampler.build(rows, scores.shape[0], self._vocab)
+        tokens, logprobs = jax.device_get(self.programs.sample(scores, settings))
         return tokens, logprobs
 
     def top_logprobs(self, scores: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first."""
-        values, ids = jax.device_get(self._top(scores, _round_up(k, self.cfg.vocab_size)))
+        values, ids = jax.device_get(self.programs.top(scores, _round_up(k, self._vocab)))
         return values[:, :k], ids[:, :k]
 
-    def score(self, hidden: Array, targets: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logprobs of ``targets`` int32 [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
+    def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logprobs of ``targets`` [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
 
         Returns:
-            logprobs float32 [T]; values float32 [T, k] and ids int32 [T, k], best first.
+            logprobs float32 [T], NaN for targets that are not in the vocabulary; values float32 [T, k] and ids
+            int32 [T, k], best first.
         """
-        width = _round_up(k, self.cfg.vocab_size) if k else 0
-        chosen, values, ids = jax.device_get(self._score(self.params, hidden, targets, width))
-        return chosen, values[:, :k], ids[:, :k]
+        width = _round_up(k, self._vocab) if k else 0
+        known = (targets >= 0) & (targets < self._vocab)
+        wanted = np.where(known, targets, 0).astype(np.int32)
+        chosen, values, ids = jax.device_get(self.programs.score(self.params, hidden, wanted, width))
+        return np.where(known, chosen, np.float32("nan")), values[:, :k], ids[:, :k]
 
-    def programs(self) -> list[Program]:
+    def each_program(self) -> list[Program]:
         """Every program that a step may need, those first that a short request needs alone, greedy or drawn.
 
         They compile by running on padding, which touches no page that a request may own.
@@ -175,17 +152,14 @@ class Runner:
 
     def _sampling(self, shape: tuple[int, int], which: int, *, first: bool) -> Program:
         def run() -> None:
-            settings = sampler.every_program(shape[0], self.cfg.vocab_size)[which]
-            jax.block_until_ready(self._sample(self._run_padding(*shape), settings))
+            settings = sampler.every_program(shape[0], self._vocab)[which]
+            jax.block_until_ready(self.programs.sample(self._run_padding(*shape), settings))
 
         return Program(f"sampling for {shape[0]}, {sampler.PROGRAMS[which]}", first, run)
 
     def _run_padding(self, tiles: int, tile: int) -> Array:
         """The logits of a step in which no token belongs to anybody."""
-        size = tiles * tile
-        zeros = np.zeros(tiles, np.int32)
-        tables = {name: np.zeros((tiles, width), np.int32) for name, width in self._widths.items()}
-        scores, _ = self.step(Batch(np.zeros(size, np.int32), np.full(size, -1, np.int32), zeros, tables, zeros))
+        scores, _ = self.step(Batch.padding(tiles, tile, self.programs.widths))
         return jax.block_until_ready(scores)
 
 
@@ -195,18 +169,3 @@ def _name(tiles: int, tile: int) -> str:
 
 def _round_up(k: int, vocab: int) -> int:
     return min(1 << (k - 1).bit_length(), vocab)
-
-
-def _score(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, k: int) -> tuple[Array, Array, Array]:
-    def part(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        states, wanted = args
-        scores = logits(params, cfg, states)
-        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1) - total
-        values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
-        return chosen[:, 0], values - total, ids
-
-    size = min(_SCORED, hidden.shape[0])
-    parts = hidden.shape[0] // size
-    out = jax.lax.map(part, (hidden.reshape(parts, size, -1), targets.reshape(parts, size)))
-    return tuple(x.reshape(parts * size, *x.shape[2:]) for x in out)

@@ -64,7 +64,7 @@ class Sampled:
         seed: its seed, of 64 bits; negative ones are those with the same bits.
         position: position of the token to choose.
         banned: token ids not to choose now.
-        prompt: its prompt's token ids; output: those generated so far.
+        prompt: its prompt's ids, of which those outside the vocabulary mean nothing; output: those generated so far.
         allowed: int32 [ceil(V / 32)], a bit for each token that may be chosen; None: any.
     """
 
@@ -118,7 +118,8 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
         for token, value in r.params.logit_bias:
             bias[i, token] = value
         np.add.at(counts[i], r.output, 1)
-        seen[i, r.prompt] = True
+        # What is no token of the vocabulary (an image's placeholders) cannot be repeated.
+        seen[i, r.prompt[(r.prompt >= 0) & (r.prompt < vocab)]] = True
         seen[i, r.output] = True
     values = {f.name: getattr(common, f.name) for f in fields(common)}
     values |= {

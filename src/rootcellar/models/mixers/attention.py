@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -14,10 +15,9 @@ from rootcellar.models.norms import Norm, scaled
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.models.step import Step
-from rootcellar.ops.attention import Reach, paged_attention
-from rootcellar.pools import PagedKV
+from rootcellar.ops.backends import Reach, attention
+from rootcellar.plan.stored import Heads
 
-_POOL: tuple[Axis, ...] = (None, None, "kv_heads")
 _ROWS: tuple[Axis, ...] = (None, "heads")
 _KV_ROWS: tuple[Axis, ...] = (None, "kv_heads")
 
@@ -86,9 +86,9 @@ class Attention:
         return self.num_heads, self.num_kv_heads, self.head_dim
 
     @property
-    def kernel_head_dim(self) -> int | None:
+    def stored(self) -> Heads:
         """See ``Mixer``."""
-        return self.head_dim
+        return Heads(self.num_kv_heads, self.head_dim, self.group_size)
 
     @property
     def reach(self) -> Reach:
@@ -118,23 +118,20 @@ class Attention:
             params["sinks"] = declare("sinks", (heads,), ("heads",), "random")
         return params
 
-    def layout(self, dtype: jnp.dtype) -> PagedKV:
-        """See ``Mixer``."""
-        return PagedKV(self.num_kv_heads, self.head_dim, dtype)
-
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
         q, k, v, gate = self.project(params, x, jnp.maximum(step.positions, 0))
+        axes = step.layout.axes
         attend = step.local(
-            paged_attention(step.backend, self.reach),
-            (_POOL, _ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), ()),
-            (_ROWS, _POOL),
+            attention(step.backend, step.layout, self.reach),
+            (_ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), (), *axes),
+            (_ROWS, *axes),
         )
         sinks = self._sinks(params)
-        out, buffer = attend(buffers[0], q, k, v, sinks, step.table, step.rows, step.positions)
-        return self.merge(params, out.astype(x.dtype), gate), [buffer]
+        out, *buffers = attend(q, k, v, sinks, step.table, step.rows, step.positions, *buffers)
+        return self.merge(params, out.astype(x.dtype), gate), buffers
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:
         """See ``Mixer``: scores of every pair, masked; softmax in float32."""

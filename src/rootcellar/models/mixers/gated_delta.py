@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,7 +16,7 @@ from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
 from rootcellar.ops.recurrent import causal_conv, causal_conv_sequential, course
-from rootcellar.pools import States
+from rootcellar.plan.stored import States
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class GatedDelta(Recurrent):
         return self.heads, self.heads, max(self.key_dim, self.value_dim)
 
     @property
+    def stored(self) -> States:
+        """See ``Mixer``."""
+        return States((self.taps - 1, self.channels), (self.heads, self.key_dim, self.value_dim))
+
+    @property
     def channels(self) -> int:
         """Of the convolution: queries, keys, values."""
         return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
@@ -75,13 +81,9 @@ class GatedDelta(Recurrent):
             "delta_out": declare("delta_out", (inner, embed), (None, "embed"), "random", linear),
         }
 
-    def layout(self, dtype: jnp.dtype) -> States:
-        """See ``Mixer``."""
-        return States((self.taps - 1, self.channels), (self.heads, self.key_dim, self.value_dim), dtype)
-
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
         way = course(step.table, step.rows, step.positions)
         mixed, gate, rates = self._project(params, x)

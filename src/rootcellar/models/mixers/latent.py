@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,8 +15,8 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.models.step import Step
-from rootcellar.ops.latent import latent_attention
-from rootcellar.pools import PagedLatent
+from rootcellar.ops.backends import Reach, attention
+from rootcellar.plan.stored import Latents
 
 _HEADS: tuple[Axis, ...] = (None, "heads")
 
@@ -65,9 +66,9 @@ class Latent:
         return self.num_heads, 1, self.kv_rank + self.rope_dim
 
     @property
-    def kernel_head_dim(self) -> int | None:
+    def stored(self) -> Latents:
         """See ``Mixer``."""
-        return None
+        return Latents(self.kv_rank, self.rope_dim)
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """With D = nope + rope: ``q`` [E, H, D], or compressed ``q_a`` [E, Q], ``q_a_norm`` [Q], ``q_b`` [Q, H, D];
@@ -98,22 +99,20 @@ class Latent:
                 params["q_a_bias"] = declare("q_a_bias", (self.q_rank,), (None,), "zeros")
         return params
 
-    def layout(self, dtype: jnp.dtype) -> PagedLatent:
-        """See ``Mixer``."""
-        return PagedLatent(self.kv_rank, self.rope_dim, dtype)
-
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``: absorbed."""
         straight, turned, latents = self._project(params, x, jnp.maximum(step.positions, 0))
         keys = params["kv_b"][:, : self.nope_dim]
         q = jnp.concatenate([jnp.einsum("thd,hdr->thr", straight, keys), turned], axis=-1) * self.scale
-        attend = step.local(latent_attention, ((), _HEADS, (), (), (), ()), (_HEADS, ()))
-        out, buffer = attend(buffers[0], q, latents, step.table, step.rows, step.positions)
+        axes = step.layout.axes
+        function = attention(step.backend, step.layout, Reach())
+        attend = step.local(function, (_HEADS, (), (), (), (), *axes), (_HEADS, *axes))
+        out, *buffers = attend(q, latents, step.table, step.rows, step.positions, *buffers)
         values = params["kv_b"][:, self.nope_dim :]
         out = jnp.einsum("thr,hvr->thv", out[..., : self.kv_rank].astype(x.dtype), values)
-        return self._merge(params, out), [buffer]
+        return self._merge(params, out), buffers
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:
         """See ``Mixer``: every head's keys and values written out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,7 +16,7 @@ from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
 from rootcellar.ops.recurrent import causal_conv, causal_conv_sequential, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
-from rootcellar.pools import States
+from rootcellar.plan.stored import States
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Mamba2(Recurrent):
         return self.heads, self.heads, self.head_dim
 
     @property
+    def stored(self) -> States:
+        """See ``Mixer``."""
+        return States((self.taps - 1, self.channels), (self.heads, self.head_dim, self.state_size))
+
+    @property
     def inner(self) -> int:
         """Elements of all heads."""
         return self.heads * self.head_dim
@@ -76,13 +82,9 @@ class Mamba2(Recurrent):
             params["mamba_out_bias"] = declare("mamba_out_bias", (embed,), (None,), "zeros")
         return params
 
-    def layout(self, dtype: jnp.dtype) -> States:
-        """See ``Mixer``."""
-        return States((self.taps - 1, self.channels), (self.heads, self.head_dim, self.state_size), dtype)
-
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: list[jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
         way = course(step.table, step.rows, step.positions)
         gate, mixed, dt = self._project(params, x)

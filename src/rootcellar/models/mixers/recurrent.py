@@ -16,7 +16,6 @@ class Recurrent:
 
     rule: Rule = "recurrent"
     span: int = 0
-    kernel_head_dim: int | None = None
 
     def served(self, tp_size: int) -> Self:  # noqa: ARG002
         """See ``Mixer``."""

@@ -1,0 +1,82 @@
+"""Attention in C++ behind XLA's foreign-function interface, for CPUs (``ops/native/paged_attention.cc``).
+
+It works on the pool in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rootcellar import ops
+from rootcellar.ops.backends.backend import Attend
+from rootcellar.ops.reach import Reach
+from rootcellar.pools import Layout
+from rootcellar.pools.layouts import TokenLayout
+
+log = logging.getLogger(__name__)
+
+_LIBRARY = "_native.so"
+_TARGET = "rootcellar_paged_attention"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The shared library with the CPU kernel, registered with XLA; None where it was not built or is not wanted."""
+    if os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
+        return None
+    # An editable install keeps what was compiled apart from the sources; the package's path knows both places.
+    found = [file for folder in ops.__path__ if (file := Path(folder) / _LIBRARY).exists()]
+    if not found:
+        log.info("no native attention kernel (%s was not built): attention runs through XLA", _LIBRARY)
+        return None
+    opened = ctypes.CDLL(str(found[0]))
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(opened.RootcellarPagedAttention), platform="cpu")
+    return opened
+
+
+def lacks(layout: Layout, platform: str) -> str | None:
+    """See ``Backend``: it reads one order of bytes, in two types, for the head dimensions that it was compiled for."""
+    if platform != "cpu":
+        return f"it runs on CPUs, and the device is a {platform}"
+    if layout.form != "heads":
+        return f"it attends by head, and a layer of this model stores {layout.form}"
+    ((array,), opened) = layout.arrays(1), library()
+    if layout.name != "heads" or array.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
+    if opened is None:
+        return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
+    head_dim = array.shape[-1]
+    return None if opened.rootcellar_has_kernel(head_dim) else f"it has no kernel for head_dim {head_dim}"
+
+
+def attend(layout: TokenLayout, reach: Reach) -> Attend:  # noqa: ARG001 - it reads one alone
+    """See ``Backend``."""
+    library()
+    return functools.partial(_by_head, reach)
+
+
+def _by_head(
+    reach: Reach, q: Array, k: Array, v: Array, sinks: Array, tables: Array, rows: Array, positions: Array, pool: Array
+) -> tuple[Array, ...]:
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        (jax.ShapeDtypeStruct(pool.shape, pool.dtype), jax.ShapeDtypeStruct(q.shape, jnp.float32)),
+        input_output_aliases={7: 0},
+    )
+    f32 = jnp.float32
+    pool, out = call(
+        q.astype(f32), k.astype(f32), v.astype(f32), sinks, tables, rows, positions, pool,
+        scale=np.float32(reach.scale),
+        window=np.int64(reach.span if reach.rule == "sliding_window" else 0),
+        chunk=np.int64(reach.span if reach.rule == "chunked_local" else 0),
+    )  # fmt: skip
+    return out, pool

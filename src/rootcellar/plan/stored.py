@@ -1,0 +1,136 @@
+"""What one layer stores of a token or a request, in elements: plain values that models and the planner share.
+
+How the elements lie and how wide they are is the business of a layout (``rootcellar.pools.layouts``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+Form = Literal["heads", "latents", "states"]
+"""Keys and values by head; latents that all heads share; recurrent states, one for each request."""
+STATE_ITEMSIZE = 4
+"""Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
+
+
+class Stored(Hashable, Protocol):
+    """What a layer stores. One frozen dataclass for each ``Form``."""
+
+    @property
+    def form(self) -> Form:
+        """Which form it has."""
+        ...
+
+    def token_elements(self, tp: int) -> int:
+        """Elements that one device of ``tp`` stores of one token in one layer; 0 for states."""
+        ...
+
+    def request_bytes(self, itemsize: int) -> int:
+        """Bytes that each device stores of one request in one layer, whatever its length; 0 where tokens are stored.
+
+        ``itemsize``: the activations'. A recurrent state does not follow the KV cache's dtype.
+        """
+        ...
+
+    def formula(self) -> str:
+        """How the elements of one token in one layer are counted, or the bytes of one request."""
+        ...
+
+    def divided(self, tp: int) -> str:
+        """What becomes of it on ``tp`` devices, in words."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """K and V by head: MHA, GQA, MQA. ``group``: query heads that share a KV head."""
+
+    form: ClassVar[Form] = "heads"
+    kv_heads: int
+    head_dim: int
+    group: int = 1
+
+    def token_elements(self, tp: int) -> int:
+        """Heads are split; with fewer than devices each is repeated, and its query heads divided among the copies.
+
+        Where neither comes out even every device computes all of the attention, and stores all heads.
+        """
+        if self.kv_heads % tp == 0:
+            heads = self.kv_heads // tp
+        elif tp % self.kv_heads == 0 and self.group % (tp // self.kv_heads) == 0:
+            heads = 1
+        else:
+            heads = self.kv_heads
+        return 2 * heads * self.head_dim
+
+    def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+        """See ``Stored``."""
+        return 0
+
+    def formula(self) -> str:
+        """See ``Stored``."""
+        return f"2 x {self.kv_heads} KV heads x {self.head_dim}"
+
+    def divided(self, tp: int) -> str:
+        """See ``Stored``."""
+        return f"KV heads split over tp={tp} devices; repeated where they are fewer, all on each if uneven"
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Multi-head latent attention: one compressed vector for all heads, and the rotated part of the keys."""
+
+    form: ClassVar[Form] = "latents"
+    rank: int
+    rope_dim: int
+
+    def token_elements(self, tp: int) -> int:  # noqa: ARG002
+        """See ``Stored``: every device needs the whole latent."""
+        return self.rank + self.rope_dim
+
+    def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+        """See ``Stored``."""
+        return 0
+
+    def formula(self) -> str:
+        """See ``Stored``."""
+        return f"({self.rank} latent + {self.rope_dim} rope)"
+
+    def divided(self, tp: int) -> str:
+        """See ``Stored``."""
+        return f"a latent has no heads to split: each of tp={tp} devices keeps all of it"
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a recurrent layer (Mamba, gated delta) keeps of one request, whole on each device.
+
+    Attributes:
+        conv: shape of the last inputs of its convolution: (inputs kept of each channel, channels).
+        state: shape of the recurrent state, which is float32.
+    """
+
+    form: ClassVar[Form] = "states"
+    conv: tuple[int, int]
+    state: tuple[int, ...]
+
+    def token_elements(self, tp: int) -> int:  # noqa: ARG002
+        """See ``Stored``."""
+        return 0
+
+    def request_bytes(self, itemsize: int) -> int:
+        """See ``Stored``."""
+        return math.prod(self.conv) * itemsize + math.prod(self.state) * STATE_ITEMSIZE
+
+    def formula(self) -> str:
+        """See ``Stored``."""
+        taps, channels = self.conv
+        elements = math.prod(self.state)
+        return f"({channels} conv channels x {taps} taps x itemsize + {elements} state x {STATE_ITEMSIZE})"
+
+    def divided(self, tp: int) -> str:
+        """See ``Stored``."""
+        return f"each of tp={tp} devices keeps the whole state"

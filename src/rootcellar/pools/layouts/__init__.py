@@ -1,0 +1,50 @@
+"""Compute: layouts, one small file each: how the bytes lie that one layer stores.
+
+A file says which ``DTYPES`` of the KV cache it serves, as the setting ``kv_cache_dtype`` calls them, and ``make`` gives
+its layout of what a layer stores. A type that is quantised is a file of its own here, with arrays of its own (its
+scales), and how a token goes in and comes out: nothing else knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rootcellar.errors import ConfigError
+from rootcellar.plan.stored import Form, Stored
+from rootcellar.pools.layouts import heads, latents, states
+from rootcellar.pools.layouts.heads import PagedHeads
+from rootcellar.pools.layouts.latents import PagedLatents
+from rootcellar.pools.layouts.layout import Axes, Layout, TokenLayout, page_bytes
+from rootcellar.pools.layouts.states import Slots
+
+LAYOUTS: Mapping[tuple[Form, str], Callable[[Any, str, int], Layout]] = {
+    (form, dtype): file.make
+    for form, file in (("heads", heads), ("latents", latents), ("states", states))
+    for dtype in file.DTYPES
+}
+
+
+def layout_of(stored: Stored, kv_cache_dtype: str, page_size: int) -> Layout:
+    """The layout of what a layer stores, in a KV cache of this dtype with pages of ``page_size`` tokens.
+
+    Raises ``ConfigError`` for a dtype in which nobody lays out what is stored.
+    """
+    make = LAYOUTS.get((stored.form, kv_cache_dtype))
+    if make is None:
+        known = ", ".join(dtype for form, dtype in LAYOUTS if form == stored.form)
+        raise ConfigError(f"kv_cache_dtype={kv_cache_dtype!r} has no layout of {stored.form}: choose from {known}")
+    return make(stored, kv_cache_dtype, page_size)
+
+
+__all__ = [
+    "LAYOUTS",
+    "Axes",
+    "Layout",
+    "PagedHeads",
+    "PagedLatents",
+    "Slots",
+    "TokenLayout",
+    "layout_of",
+    "page_bytes",
+]

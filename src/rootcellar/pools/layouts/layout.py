@@ -1,0 +1,69 @@
+"""What a layout is: the one place that knows how the bytes of a page lie in a layer's arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+from jax import Array
+
+from rootcellar.plan.stored import Form
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, from its first on; tensor parallelism may split those that are named."""
+
+
+class Layout(Protocol):
+    """How what one layer stores lies in its arrays. One frozen dataclass each, hashable; a file each.
+
+    Page 0, the padding target, is among the pages.
+    """
+
+    @property
+    def name(self) -> str:
+        """What backends call it: one word for each order of bytes."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """What is stored."""
+        ...
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page; 1 where a page is the state of one request."""
+        ...
+
+    @property
+    def axes(self) -> tuple[Axes, ...]:
+        """Of each array the logical axes."""
+        ...
+
+    def arrays(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of one layer's arrays, addressed by page in their first axis."""
+        ...
+
+
+class TokenLayout(Layout, Protocol):
+    """A layout whose pages hold tokens: attention writes and reads them by these two functions, inside a compiled step.
+
+    What is written and read are the parts of ``form``: keys and values ``[..., kv_heads, head_dim]`` for heads, one
+    vector ``[..., D]`` for latents. On each device of a mesh ``arrays`` and parts are the device's own.
+    """
+
+    def write(self, arrays: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]) -> tuple[Array, ...]:
+        """``arrays`` with the ``parts`` [N, ...] of tokens at ``offsets`` [N] of ``pages`` [N]."""
+        ...
+
+    def read(self, arrays: Sequence[Array], pages: Array) -> tuple[Array, ...]:
+        """The float32 parts of all tokens of ``pages`` [...]: ``[..., kv_heads, page_size, head_dim]`` for heads, and
+        ``[..., page_size, D]`` for latents.
+        """  # fmt: skip
+        ...
+
+
+def page_bytes(layout: Layout) -> int:
+    """Bytes of one page in one layer, over all devices that share its heads."""
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in layout.arrays(1))

@@ -1,0 +1,117 @@
+"""What is compiled for a model: one step over a packed batch, with the pools donated, and what follows a step.
+
+Donation is what makes one buffer serve every step: XLA writes the new keys and values in place and gives the same
+memory back. Dataflow orders a step's reads before the next step's writes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rootcellar.models.decoder import embed, logits, through_layers
+from rootcellar.models.kinds import Paging
+from rootcellar.models.model import ModelConfig
+from rootcellar.models.spec import Params
+from rootcellar.models.step import Step
+from rootcellar.plan.sizing import SCORED_TOKENS
+from rootcellar.runner import sampler
+from rootcellar.runner.batch import Shapes
+from rootcellar.runner.placement import Placement
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What runs: a model's placement and dtype, how its cache is paged, the attention backend, and the steps' shapes.
+
+    ``table_width``: pages in a row of a page table. The functions are jitted: they compile for a shape when it first
+    runs.
+    """
+
+    placement: Placement
+    dtype: jnp.dtype
+    paging: Paging
+    backend: str
+    shapes: Shapes
+    table_width: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Entries in a row of each kind's page table: a recurrent kind has a state to read and one to write."""
+        return {kind.name: 2 if kind.rule == "recurrent" else self.table_width for kind in self.paging.kinds}
+
+    @cached_property
+    def step(self) -> Any:
+        """One batch through the model: ``(buffers, logits [tiles, V] of each part's end, hidden [T, E])``.
+
+        Arguments: params as placed; ``{pool: arrays of each layer}``, donated; then what a ``Batch`` holds.
+        """
+        return compiled_step(self.placement, self.paging, self.backend)
+
+    @cached_property
+    def sample(self) -> Any:
+        """:func:`sampler.sample`."""
+        return jax.jit(sampler.sample)
+
+    @cached_property
+    def top(self) -> Any:
+        """:func:`sampler.top_logprobs`; its ``k`` is static."""
+        return jax.jit(sampler.top_logprobs, static_argnums=1)
+
+    @cached_property
+    def score(self) -> Any:
+        """Logprobs of given tokens: params, hidden states, targets and, static, ``k``."""
+        return jax.jit(functools.partial(_score, self.placement.served), static_argnums=3)
+
+
+def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
+    """The jitted step of a model over its pools; see ``Programs.step``.
+
+    Layer ``i`` of a kind has the buffers of its pool's layer ``i``, whoever else shares them.
+    """
+    cfg, pool_of = placement.served, paging.pool_of
+    where = {layer: (kind.name, i) for kind in paging.kinds for i, layer in enumerate(kind.layers)}
+
+    def step(params, buffers, tokens, positions, rows, tables, last, given):  # type: ignore[no-untyped-def]
+        buffers = {name: list(layers) for name, layers in buffers.items()}
+        steps = {
+            name: Step(positions, rows, tables[name], layout, backend, placement.local)
+            for name, layout in paging.layouts.items()
+        }
+
+        def mix(layer: int, weights: Params, x: Array) -> Array:
+            name, i = where[layer]
+            held = buffers[pool_of[name]]
+            out, new = cfg.layers[layer].mixer.run(weights, x, steps[name], held[i])
+            held[i] = tuple(new)
+            return out
+
+        x = embed(params, cfg, tokens)
+        if given is not None:
+            x = jnp.where(given.where[:, None], given.vectors.astype(x.dtype), x)
+        hidden = placement.everywhere(through_layers(params, cfg, x, mix))
+        scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
+        return buffers, placement.everywhere(scores), hidden
+
+    return jax.jit(step, donate_argnums=1)
+
+
+def _score(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, k: int) -> tuple[Array, Array, Array]:
+    def part(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        states, wanted = args
+        scores = logits(params, cfg, states)
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1) - total
+        values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
+        return chosen[:, 0], values - total, ids
+
+    size = min(SCORED_TOKENS, hidden.shape[0])
+    parts = hidden.shape[0] // size
+    out = jax.lax.map(part, (hidden.reshape(parts, size, -1), targets.reshape(parts, size)))
+    return tuple(x.reshape(parts * size, *x.shape[2:]) for x in out)
