@@ -287,7 +287,7 @@ class Machine:
         """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was."""
         if all(c.request.score_from is None for c in plan.chunks):
             return
-        targets = np.zeros(len(batch.tokens), np.int32)
+        targets = np.zeros(len(batch.tokens), np.int64)
         spans = []
         for chunk, at in zip(plan.chunks, batch.starts, strict=True):
             request = chunk.request
