@@ -56,7 +56,7 @@ def main() -> int:
         if choose_backend("auto" if wanted == "native" else wanted, pages.attended, "cpu") != wanted:
             print("the native backend was not built: left out", file=sys.stderr)
             continue
-        programs = Programs(placement, np.dtype(np.float32), pages, wanted, Shapes(16, 1, 16), 256)
+        programs = Programs(placement, np.dtype(np.float32), pages, wanted, Shapes(16, 1, 16), 256, 0)
         runners = {size: Runner(programs, params, pools_of(pages, placement, {"full": size // PAGE})) for size in SIZES}
         for batch in (1, 16):
             rows.append(compare(wanted, runners, batch, args.rounds))

@@ -74,7 +74,7 @@ def forward_pass(steps: int) -> float:
     cfg = read_config(CONFIG, {})
     pages, placement = paging(cfg, "float32", page, arena=False), Placement(cfg)
     backend = choose_backend("auto", pages.attended, "cpu")
-    programs = Programs(placement, np.dtype(np.float32), pages, backend, Shapes(BATCH, 1, BATCH), context // page)
+    programs = Programs(placement, np.dtype(np.float32), pages, backend, Shapes(BATCH, 1, BATCH), context // page, 0)
     pools = pools_of(pages, placement, {"full": 2 * BATCH * context // page})
     runner = Runner(programs, placement.place(init_params(cfg, 0, np.float32)), pools)
     table = np.zeros((BATCH + 1, context // page), np.int32)

@@ -63,6 +63,7 @@ def programs(config, raw=MODEL, dtype="float32"):
         "xla",
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
         -(-model.context_length // config.page_size),
+        config.max_logprobs,
     )
 
 

@@ -46,6 +46,24 @@ def test_a_first_request_finds_its_programs_and_the_rest_follows(engine):
     engine.check()
 
 
+def test_logprobs_compile_nothing_after_warm_up(engine):
+    engine.warm_up()
+    before = engine.stats()["compilations"]
+    for many in (["one"], ["one and", "another " * 12]):
+        engine.generate(prompt=many, sampling_params=GREEDY)
+        for top in (0, 1, 3, 20):
+            for start in (-1, 0, 2):
+                found = engine.generate(
+                    prompt=many,
+                    sampling_params=GREEDY,
+                    return_logprob=True,
+                    top_logprobs_num=top,
+                    logprob_start_len=start,
+                )
+                assert all(len(each["meta_info"]["output_token_logprobs"]) == 3 for each in found)
+    assert engine.stats()["compilations"] == before
+
+
 def test_whoever_tells_may_stop(engine):
     left = engine.programs.left
     engine.programs.first(lambda line: "compiling 2 of" not in line)

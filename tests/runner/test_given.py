@@ -26,7 +26,7 @@ LENGTH = 24
 def runner():
     cfg = read_config(make_config("gemma3", num_hidden_layers=1))  # its embeddings of tokens are scaled
     placement, pages = Placement(cfg), paging(cfg, "float32", PAGE, arena=False)
-    programs = Programs(placement, np.dtype(np.float32), pages, "xla", Shapes(16, 2, 1), WIDTH)
+    programs = Programs(placement, np.dtype(np.float32), pages, "xla", Shapes(16, 2, 1), WIDTH, 0)
     pools = pools_of(pages, placement, {kind.name: PAGES for kind in pages.kinds})
     return Runner(programs, placement.place(init_params(cfg, 0, np.float32)), pools)
 

@@ -60,7 +60,7 @@ def eight(monkeypatch):
 def runner_of(cfg, kv_cache_dtype, backend=None):
     placement, pages = Placement(cfg), paging(cfg, kv_cache_dtype, PAGE, arena=True)
     backend = backend or choose_backend("auto", pages.attended, "cpu")
-    programs = Programs(placement, np.dtype(np.float32), pages, backend, Shapes(16, 2, 1), WIDTH)
+    programs = Programs(placement, np.dtype(np.float32), pages, backend, Shapes(16, 2, 1), WIDTH, 0)
     pools = pools_of(pages, placement, dict.fromkeys(pages.pools, 16))
     return Runner(programs, placement.place(init_params(cfg, 0, np.float32)), pools)
 

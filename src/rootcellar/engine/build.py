@@ -30,6 +30,7 @@ from rootcellar.models.params import check_params, declare, init_params, path_na
 from rootcellar.models.spec import Params
 from rootcellar.ops.backends import choose_backend
 from rootcellar.plan.sizing import ARENA
+from rootcellar.plan.stored import SHORT_NAMES
 from rootcellar.pools import Pool
 from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
@@ -256,6 +257,7 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
         Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
         -(-_context_length(config.context_length, placement.model) // config.page_size),
+        config.max_logprobs,
     )
 
 
@@ -296,7 +298,7 @@ def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:
     """The KV cache's dtype by name, as layouts know it."""
     if config.kv_cache_dtype == "auto":
         return str(dtype)
-    return {"bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+    return SHORT_NAMES.get(config.kv_cache_dtype, config.kv_cache_dtype)
 
 
 def _weights_dtype(model: ModelConfig, given: Params | None, dtype: jnp.dtype) -> jnp.dtype:

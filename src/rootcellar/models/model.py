@@ -18,9 +18,7 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig
 from rootcellar.models.spec import Declare, Params
 from rootcellar.models.step import Step
-from rootcellar.plan.stored import Stored
-
-DTYPES = ("float32", "bfloat16", "float16")
+from rootcellar.plan.stored import DTYPES, Stored
 
 
 class Mixer(Protocol):

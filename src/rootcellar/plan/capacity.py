@@ -31,14 +31,13 @@ from rootcellar.plan.sizing import (
     request_pages,
     smallest,
 )
+from rootcellar.plan.stored import DTYPES, SHORT_NAMES
 from rootcellar.plan.weights import weight_bytes
 from rootcellar.units import gb
 
 KV_DTYPES = {
-    "bfloat16": 2,
-    "bf16": 2,
-    "float16": 2,
-    "float32": 4,
+    **DTYPES,
+    **{short: DTYPES[name] for short, name in SHORT_NAMES.items()},
     "fp8_e4m3": 1,
     "fp8_e5m2": 1,
 }

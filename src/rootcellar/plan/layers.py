@@ -18,10 +18,7 @@ from typing import Any
 from rootcellar.cache.kind import RULES, Kind, Rule, chunked_local, full, recurrent, sliding_window
 from rootcellar.errors import ConfigError
 from rootcellar.plan.fields import Raw, text_of
-from rootcellar.plan.stored import Heads, Latents, States, Stored
-
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of an element of weights and activations, by the name that a config gives them."""
+from rootcellar.plan.stored import DTYPES, Heads, Latents, States, Stored
 
 
 @dataclass(frozen=True, slots=True)

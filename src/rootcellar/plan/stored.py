@@ -12,6 +12,10 @@ from typing import ClassVar, Literal, Protocol
 
 Form = Literal["heads", "latents", "states"]
 """Keys and values by head; latents that all heads share; recurrent states, one for each request."""
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element of weights, activations and what is cached as it is, by the name that configs give the type."""
+SHORT_NAMES = {"bf16": "bfloat16"}
+"""Other names of the KV cache's types."""
 STATE_ITEMSIZE = 4
 """Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
 

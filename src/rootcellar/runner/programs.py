@@ -30,8 +30,9 @@ from rootcellar.runner.placement import Placement
 class Programs:
     """What runs: a model's placement and dtype, how its cache is paged, the attention backend, and the steps' shapes.
 
-    ``table_width``: pages in a row of a page table. The functions are jitted: they compile for a shape when it first
-    runs.
+    ``table_width``: pages in a row of a page table. ``max_logprobs``: so many of the likeliest tokens are found when
+    any are asked for, so that there is one program for all. The functions are jitted: they compile for a shape when it
+    first runs.
     """
 
     placement: Placement
@@ -40,6 +41,12 @@ class Programs:
     backend: str
     shapes: Shapes
     table_width: int
+    max_logprobs: int
+
+    @property
+    def likeliest(self) -> int:
+        """How many of the likeliest tokens are found: ``max_logprobs``, or all of a smaller vocabulary."""
+        return min(self.max_logprobs, self.placement.served.vocab_size)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,13 +68,13 @@ class Programs:
 
     @cached_property
     def top(self) -> Any:
-        """:func:`sampler.top_logprobs`; its ``k`` is static."""
-        return jax.jit(sampler.top_logprobs, static_argnums=1)
+        """:func:`sampler.top_logprobs` of the likeliest tokens: scores."""
+        return jax.jit(functools.partial(sampler.top_logprobs, k=self.likeliest))
 
     @cached_property
     def score(self) -> Any:
-        """Logprobs of given tokens: params, hidden states, targets and, static, ``k``."""
-        return jax.jit(functools.partial(_score, self.placement.served), static_argnums=3)
+        """Logprobs of given tokens, and the likeliest: params, hidden states [T, E], targets int32 [T]."""
+        return jax.jit(functools.partial(_score, self.placement.served, self.likeliest))
 
 
 def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
@@ -102,7 +109,7 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     return jax.jit(step, donate_argnums=1)
 
 
-def _score(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, k: int) -> tuple[Array, Array, Array]:
+def _score(cfg: ModelConfig, k: int, params: Params, hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
     def part(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         states, wanted = args
         scores = logits(params, cfg, states)

@@ -66,7 +66,7 @@ def _scoring(programs: Programs, tokens: int) -> int:
     cfg = programs.placement.served
     hidden = jax.ShapeDtypeStruct((tokens, cfg.hidden_size), programs.dtype)
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    return _beside(programs.score.lower(programs.placement.abstract(programs.dtype), hidden, targets, 0))
+    return _beside(programs.score.lower(programs.placement.abstract(programs.dtype), hidden, targets))
 
 
 def _beside(lowered: Any) -> int:

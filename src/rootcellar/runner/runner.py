@@ -114,8 +114,11 @@ class Runner:
         return tokens, logprobs
 
     def top_logprobs(self, scores: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first."""
-        values, ids = jax.device_get(self.programs.top(scores, _round_up(k, self._vocab)))
+        """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first.
+
+        At most ``programs.likeliest``, here and in :meth:`score`.
+        """
+        values, ids = jax.device_get(self.programs.top(scores))
         return values[:, :k], ids[:, :k]
 
     def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,10 +128,9 @@ class Runner:
             logprobs float32 [T], NaN for targets that are not in the vocabulary; values float32 [T, k] and ids
             int32 [T, k], best first.
         """
-        width = _round_up(k, self._vocab) if k else 0
         known = (targets >= 0) & (targets < self._vocab)
         wanted = np.where(known, targets, 0).astype(np.int32)
-        chosen, values, ids = jax.device_get(self.programs.score(self.params, hidden, wanted, width))
+        chosen, values, ids = jax.device_get(self.programs.score(self.params, hidden, wanted))
         return np.where(known, chosen, np.float32("nan")), values[:, :k], ids[:, :k]
 
     def each_program(self) -> list[Program]:
@@ -148,24 +150,37 @@ class Runner:
                 found += [self._sampling(shape, which, first=shape in short) for which in _USUAL]
         rest = [which for which in range(len(sampler.PROGRAMS)) if which not in _USUAL]
         shapes = [sampled[tiles] for tiles in sorted(sampled)]
-        return found + [self._sampling(shape, which, first=False) for which in rest for shape in shapes]
+        found += [self._sampling(shape, which, first=False) for which in rest for shape in shapes]
+        if self.programs.likeliest:
+            found += [self._likeliest(shape) for shape in shapes]
+        scored = {tiles * tile: (tiles, tile) for tiles, tile in order}  # scoring knows a step by its tokens alone
+        return found + [self._scoring(scored[tokens]) for tokens in sorted(scored)]
 
     def _sampling(self, shape: tuple[int, int], which: int, *, first: bool) -> Program:
         def run() -> None:
             settings = sampler.every_program(shape[0], self._vocab)[which]
-            jax.block_until_ready(self.programs.sample(self._run_padding(*shape), settings))
+            scores, _ = self._run_padding(*shape)
+            jax.block_until_ready(self.programs.sample(scores, settings))
 
         return Program(f"sampling for {shape[0]}, {sampler.PROGRAMS[which]}", first, run)
 
-    def _run_padding(self, tiles: int, tile: int) -> Array:
-        """The logits of a step in which no token belongs to anybody."""
-        scores, _ = self.step(Batch.padding(tiles, tile, self.programs.widths))
-        return jax.block_until_ready(scores)
+    def _likeliest(self, shape: tuple[int, int]) -> Program:
+        def run() -> None:
+            self.top_logprobs(self._run_padding(*shape)[0], 1)
+
+        return Program(f"the likeliest tokens for {shape[0]}", False, run)
+
+    def _scoring(self, shape: tuple[int, int]) -> Program:
+        def run() -> None:
+            _, hidden = self._run_padding(*shape)
+            self.score(hidden, np.zeros(len(hidden), np.int64), 0)
+
+        return Program(f"logprobs of {shape[0] * shape[1]} prompt tokens", False, run)
+
+    def _run_padding(self, tiles: int, tile: int) -> tuple[Array, Array]:
+        """The logits and hidden states of a step in which no token belongs to anybody."""
+        return jax.block_until_ready(self.step(Batch.padding(tiles, tile, self.programs.widths)))
 
 
 def _name(tiles: int, tile: int) -> str:
     return f"prefill of {tiles * tile} tokens" if tile > 1 else f"decoding for {tiles}"
-
-
-def _round_up(k: int, vocab: int) -> int:
-    return min(1 << (k - 1).bit_length(), vocab)

@@ -1,6 +1,6 @@
 """Compute: layouts, one small file each: how the bytes lie that one layer stores.
 
-A file says which ``DTYPES`` of the KV cache it serves, as the setting ``kv_cache_dtype`` calls them, and ``make`` gives
+A file says which types of the KV cache it ``SERVES``, as the setting ``kv_cache_dtype`` calls them, and ``make`` gives
 its layout of what a layer stores. A type that is quantised is a file of its own here, with arrays of its own (its
 scales), and how a token goes in and comes out: nothing else knows of them.
 """
@@ -21,7 +21,7 @@ from rootcellar.pools.layouts.states import Slots
 LAYOUTS: Mapping[tuple[Form, str], Callable[[Any, str, int], Layout]] = {
     (form, dtype): file.make
     for form, file in (("heads", heads), ("latents", latents), ("states", states))
-    for dtype in file.DTYPES
+    for dtype in file.SERVES
 }
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rootcellar.plan.stored import Form, Latents
+from rootcellar.plan.stored import DTYPES, Form, Latents
 from rootcellar.pools.layouts.layout import Axes
 
-DTYPES = ("float32", "bfloat16", "float16")
+SERVES = tuple(DTYPES)
 
 
 @dataclass(frozen=True)

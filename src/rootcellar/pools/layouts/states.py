@@ -8,10 +8,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from rootcellar.plan.stored import Form, States
+from rootcellar.plan.stored import DTYPES, Form, States
 from rootcellar.pools.layouts.layout import Axes
 
-DTYPES = ("float32", "bfloat16", "float16")
+SERVES = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
