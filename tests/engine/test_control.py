@@ -5,7 +5,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -20,17 +19,21 @@ PROMPT = list(range(5, 45))
 
 
 def test_abort_gives_what_there_was(engine):
-    results = []
+    results, begun = [], threading.Event()
     settings = {**GREEDY, "max_new_tokens": 900}
-    caller = threading.Thread(
-        target=lambda: results.append(engine.generate(prompt="hello", sampling_params=settings, rid="mine"))
-    )
+
+    def call():
+        for part in engine.generate(prompt="hello", sampling_params=settings, rid="mine", stream=True):
+            results.append(part)
+            begun.set()
+
+    caller = threading.Thread(target=call)
     caller.start()
-    while engine.stats()["running"] == 0:
-        time.sleep(0.001)
+    assert begun.wait(60)
     assert engine.abort_request("mine") == 1
-    caller.join(timeout=10)
-    assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
+    caller.join(timeout=60)
+    assert results[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert 0 < len(results[-1]["output_ids"]) < 900
     assert engine.abort_request("mine") == 0
 
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -269,7 +268,7 @@ def test_nothing_is_started_before_the_first_grammar_and_nothing_is_left_behind(
     assert _children() == before
 
 
-def test_a_shutdown_ends_what_is_being_compiled(tiny_folder):
+def test_a_shutdown_ends_what_is_being_compiled(tiny_folder, monkeypatch):
     slow = json.dumps({"type": "integer", "multipleOf": 999_979})
     said = []
 
@@ -283,10 +282,12 @@ def test_a_shutdown_ends_what_is_being_compiled(tiny_folder):
         model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16, grammar_compile_timeout=600
     ) as engine:
         engine.generate(prompt="x", sampling_params={"regex": "a"})
+        grammars, begun = engine._parts.grammars, threading.Event()
+        compile_all = grammars._compile_all
+        monkeypatch.setattr(grammars, "_compile_all", lambda keys: begun.set() or compile_all(keys))
         thread = threading.Thread(target=ask, args=(engine,))
         thread.start()
-        while not engine._parts.grammars._waiting:
-            time.sleep(0.01)
+        assert begun.wait(60)
     thread.join(timeout=60)
     assert isinstance(said[0], EngineError)
 

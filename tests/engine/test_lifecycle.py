@@ -48,11 +48,16 @@ def live_bytes():
 
 def start(engine, **options):
     """A long request on a thread of its own, running; gives the list that its result comes to, and the thread."""
-    results = []
-    caller = threading.Thread(target=lambda: results.append(ask(engine, **options)))
+    results, begun = [], threading.Event()
+
+    def call():
+        for part in engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, **options}, stream=True):
+            results[:] = [part]
+            begun.set()
+
+    caller = threading.Thread(target=call)
     caller.start()
-    while engine.stats()["running"] == 0:
-        time.sleep(0.001)
+    assert begun.wait(60)
     return results, caller
 
 
@@ -278,7 +283,7 @@ def test_a_hundred_cycles_under_load(tiny_folder):
             engine.resume_memory_occupation()
         compiled, before = engine.stats()["compilations"], live_bytes()
         stop = threading.Event()
-        wrong, answered, refusals = [], [], []
+        wrong, answered, refusals, came = [], [], [], threading.Semaphore(0)
 
         def load(i):
             while not stop.is_set():
@@ -290,6 +295,7 @@ def test_a_hundred_cycles_under_load(tiny_folder):
                 answered.append(i)
                 if result["output_ids"] != expected[i]:
                     wrong.append(result)
+                came.release()
 
         callers = [threading.Thread(target=load, args=(i,)) for i in range(4)]
         for caller in callers:
@@ -297,12 +303,13 @@ def test_a_hundred_cycles_under_load(tiny_folder):
         for cycle in range(100):
             engine.release_memory_occupation("kv_cache", mode=("wait", "retract")[cycle % 2], preserve=cycle % 3 == 0)
             engine.resume_memory_occupation()
-            while len(answered) <= cycle and not wrong:
-                time.sleep(0.001)
+            if wrong or not came.acquire(timeout=60):  # an answer between two cycles
+                break
         stop.set()
         for caller in callers:
             caller.join(timeout=60)
         assert not wrong
+        assert cycle == 99
         assert all("resume_memory_occupation" in message for message in refusals)
         assert set(answered) == {0, 1, 2, 3}
         assert engine.stats()["compilations"] == compiled

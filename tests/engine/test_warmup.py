@@ -96,12 +96,12 @@ def test_what_waits_for_an_idle_engine_lets_requests_go_first(engine):
 
 def test_who_asks_again_and_again_is_not_held_up_in_between(engine):
     """A conversation, or a check of health, is several commands: none of what waits is begun between them."""
-    done = []
-    engine._loop.call(lambda: engine._loop.when_idle(lambda: done.append(1)))
+    done = threading.Event()
+    engine._loop.call(lambda: engine._loop.when_idle(done.set))
     for _ in range(20):
         engine.status()
-        assert not done
-    wait_for(lambda: done)
+        assert not done.is_set()
+    assert done.wait(60)
 
 
 def test_nothing_is_computed_while_paused_or_released(engine):
