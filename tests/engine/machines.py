@@ -63,6 +63,7 @@ class HashRunner:
     def __init__(self, pool, page_size, chunk, running):
         self.params = {}
         self.pools = {"full": pool}
+        self.pool_of = {"full": "full"}
         self.shapes = Shapes.of(chunk, running)
         self._page_size = page_size
         self.fails: list[bool] = []

@@ -49,9 +49,12 @@ def lacks(layout: Layout, platform: str) -> str | None:
         return f"it runs on CPUs, and the device is a {platform}"
     if layout.form != "heads":
         return f"it attends by head, and a layer of this model stores {layout.form}"
-    ((array,), opened) = layout.arrays(1), library()
-    if layout.name != "heads" or array.dtype not in (jnp.float32, jnp.bfloat16):
+    if layout.name != "heads":
+        return f"it reads the layout 'heads', and the cache has {layout.name!r}"
+    (array,) = layout.arrays(1)
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
+    opened = library()
     if opened is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
     head_dim = array.shape[-1]
