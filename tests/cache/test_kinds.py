@@ -47,7 +47,7 @@ def test_full_pages_that_serve_no_boundary_leave_first():
         serve(cache, tokens((first, 16)), chunk=4)
     tree = cache._inside().tree
     (shelf,) = tree.full_shelves
-    damage = {int(node.tokens[0]): tree.damage(node, shelf, node.entries[shelf.index]) for node in walk(tree)}
+    damage = {int(node.tokens[0]): tree.ranking.damage(node, shelf, node.entries[shelf.index]) for node in walk(tree)}
     resumable = {first: cache.match(Key(tokens((first, 16)))).length == 16 for first in damage}
     assert resumable == {0: False, 100: True, 200: True}
     assert damage == {0: 0, 100: 2, 200: 2}

@@ -74,7 +74,7 @@ MUTATIONS = {
         "        odd = 0  #",
     ),
     "6: ties are broken by a hash that differs between processes": (
-        "tree.py",
+        "ranking.py",
         "shelf.kind_index), node.id, shelf.index)",
         "shelf.kind_index), hash(str(node.id)), shelf.index)",
     ),

@@ -54,7 +54,7 @@ def check(desk: Desk) -> None:
     for table in desk.tables.by_kind:
         if table[0].any():
             raise CacheBroken("row 0 of a page table, the padding row, is not zero")
-    if not desk.reuse and nodes:
+    if not desk.given.reuse and nodes:
         raise CacheBroken("reuse is off and the tree has nodes")
 
 
@@ -125,7 +125,7 @@ def _check_holds(desk: Desk, nodes: list[Node]) -> None:
         for k in tree.windows:
             recurrent = tree.kinds[k].rule == "recurrent"
             place = lease.sources[k] if recurrent else lease.node
-            if place is None or place.parent is None or not desk.reuse:
+            if place is None or place.parent is None or not desk.given.reuse:
                 continue
             start = place.end - 1 if recurrent else lease.starts[k]
             climb: Node | None = place
@@ -213,7 +213,7 @@ def _check_lease(desk: Desk, lease: Lease) -> None:
     """Invariant 3: a ready lease has on the device all that the rule asks for, in its row."""
     size = desk.tree.page_size
     place = lease.node
-    if desk.reuse and place.end * size != lease.committed:
+    if desk.given.reuse and place.end * size != lease.committed:
         raise CacheBroken(f"{lease!r} committed {lease.committed} tokens, its place ends at {place.end * size}")
     pages = -(-lease.length // size)
     for shelf in desk.paged:
@@ -231,7 +231,7 @@ def _check_lease(desk: Desk, lease: Lease) -> None:
         if lease.ready and not row[start:pages].all():
             raise CacheBroken(f"{lease!r}: {shelf.kind.name} lacks pages that the rule needs")
         climb: Node | None = place
-        while desk.reuse and climb is not None and climb.end > start:
+        while desk.given.reuse and climb is not None and climb.end > start:
             entry = climb.entries[shelf.index]
             first = max(start, climb.start)
             if lease.ready and not (

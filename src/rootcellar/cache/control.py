@@ -121,7 +121,7 @@ def make_room(desk: Desk, kind: str, tokens: int, tier: Tier) -> bool:
         if shelf.kind.name == kind and shelf.tier is tier:
             size = 1 if kind in (state.kind.name for state in desk.states) else desk.tree.page_size
             return make_room_in(desk.tree, shelf.arena, -(-tokens // size))
-    raise KeyError(f"{kind}: no such kind on this tier")
+    raise words.no_shelf(kind)
 
 
 # ---- copies on request --------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def ask(desk: Desk, key: Key, tier: Tier) -> tuple[int, list[int]] | None:
     tree = desk.tree
     hit = find(tree, key)
     reach = hit.reach(tier)
-    if not desk.reuse or len(key) < reach + tree.page_size or None in tree.by_tier[tier]:
+    if not desk.given.reuse or len(key) < reach + tree.page_size or None in tree.by_tier[tier]:
         return None
     firsts = []
     for k in range(len(tree.kinds)):

@@ -19,7 +19,7 @@ def make_room(tree: Tree, arena: Arena, pages: int) -> bool:
     if arena.room < pages:
         return False
     while slots.free_pages < pages:
-        found = arena.order.pop(tree.standing_now)
+        found = arena.order.pop(tree.ranking.now)
         if found is None:
             raise words.nothing_filed(arena.name, arena.evictable)
         node, entry = found
@@ -71,7 +71,7 @@ def _drop_tail(tree: Tree, shelf: Shelf, node: Node, pages: int) -> None:
 def _drop_head(tree: Tree, shelf: Shelf, node: Node, entry: Entry, pages: int) -> None:
     """Evict up to ``pages`` from the head of an entry; the part that serves the node's end is a step of its own."""
     count = min(pages, entry.evictable)
-    inside = node.size - tree.reach(shelf.kind_index, node.end) - entry.lo
+    inside = node.size - tree.ranking.reach(shelf.kind_index, node.end) - entry.lo
     if inside > 0:
         count = min(count, inside)
     elif tree.spill is not None:

@@ -235,7 +235,7 @@ def _copy_down(tree: Tree, traffic: Traffic, node: Node, src: Tier, dst: Tier) -
         k = source.kind_index
         if entry is None or node.entries[target.index] is not None or flying_to(node, k, dst) is not None:
             continue
-        start = max(node.start + entry.lo, node.end - tree.reach(k, node.end))
+        start = max(node.start + entry.lo, node.end - tree.ranking.reach(k, node.end))
         if start < node.end:
             # The device is read before the next step: its pages need not wait for a slow tier.
             plan(tree, traffic, node, source, target, start, held=src is not Tier.DEVICE)

@@ -171,8 +171,7 @@ def memory_bytes(desk: Desk) -> int:
 
 def thaw(given: Settings, records: Iterable[Record], *, full: bool) -> Tree:
     """A tree of the nodes in ``records``, each after its parent. Not ``full``: without allocators, for reading only."""
-    sizes = given.sizes if full else dict.fromkeys(given.sizes, 0)
-    tree = Tree(given.kinds, given.page_size, sizes, given.shared, given.policy, given.fingerprint)
+    tree = Tree(given, given.sizes if full else dict.fromkeys(given.sizes, 0))
     nodes: dict[int, Node] = {}
     for record in records:
         if record[0] not in nodes:

@@ -149,7 +149,7 @@ def slots(tree: Tree, hit: Hit, kind: str) -> Pages:
     """Where the device holds a hit's tokens, for a paged kind: int32 ``[hit.length]``, in page 0 where it does not."""
     shelves = {s.kind.name: s for s in tree.shelves if s.tier is Tier.DEVICE and s.kind.rule != "recurrent"}
     if kind not in shelves:
-        raise KeyError(f"{kind}: no paged kind has this name")
+        raise words.no_paged_kind(kind)
     hit = fresh(tree, hit)
     table = np.zeros(hit.length // tree.page_size, np.int32)
     for node in hit.path:

@@ -23,11 +23,10 @@ from rootcellar.cache.explain import Explanation, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
-from rootcellar.cache.kind import RULES, Kind, Tier
+from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
-from rootcellar.cache.order import POLICIES
-from rootcellar.cache.settings import settings
+from rootcellar.cache.settings import Settings
 from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, count_shelf
@@ -42,34 +41,20 @@ class NativeRadixCache(_core.Core):
     # a copy of fewer is smaller than what it takes to hold a numpy array.
     LEAST_SHARED = 64
 
-    def __init__(self, kinds: Sequence[Kind], **options: Any) -> None:
-        given = self._given = settings(kinds, **options)
+    def __init__(self, kinds: Sequence[Kind], **others: Any) -> None:
+        given = self._given = Settings(kinds=tuple(kinds), **others)
         # Shelves, arenas and tiers are laid out in one place, by the twin's constructor.
         plan = thaw(given, (), full=False)
-        self.kinds = given.kinds
-        self.page_size = given.page_size
+        self.kinds, self.page_size = given.kinds, given.page_size
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
         self._tiers = plan.tiers
         self._shelves = [(shelf.kind, shelf.tier) for shelf in plan.shelves]
-        arenas = list(plan.arenas)
         sizes = {shelf.arena.name: given.sizes[shelf.kind_index, shelf.tier] for shelf in plan.shelves}
         super().__init__(
-            [(kind.name, RULES.index(kind.rule), kind.span) for kind in given.kinds],
-            [(shelf.kind_index, int(shelf.tier), arenas.index(shelf.arena)) for shelf in plan.shelves],
-            [(arena.name, sizes[arena.name] // arena.slots.page_size) for arena in arenas],
-            given.page_size,
-            next((size for (_, tier), size in given.sizes.items() if tier is Tier.DEVICE), 0),
-            list(POLICIES).index(given.policy),
+            given,
+            [(shelf.kind_index, int(shelf.tier), plan.arenas.index(shelf.arena)) for shelf in plan.shelves],
+            [(arena.name, sizes[arena.name] // arena.slots.page_size) for arena in plan.arenas],
             EDGES,
-            given.max_length,
-            given.max_leases,
-            given.reuse,
-            given.digests,
-            -1 if given.write_hits is None else given.write_hits,
-            given.write_back,
-            [given.min_load.get(tier, 1) for tier in Tier],
-            given.fingerprint,
-            given.events,
             self.tables.by_kind,
             self.LEAST_SHARED,
         )

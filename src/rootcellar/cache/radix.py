@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, fresh, slots, touch
 from rootcellar.cache.moves import Done, Event, Failed, Found, Manifest, Move, Question
-from rootcellar.cache.settings import Capacity, settings
+from rootcellar.cache.settings import Settings
 from rootcellar.cache.sight import TreeView, trail, tree_view
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
@@ -31,74 +32,19 @@ from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_ma
 class PyRadixCache:
     """A prefix cache over the kinds and tiers it is given. Pure logic: it decides and never copies, waits or sleeps.
 
-    Args:
-        kinds: the model's groups of layers, by the rule of :class:`Kind`.
-        page_size: tokens in a page, at least 1, the same for all kinds.
-        capacity: tokens (states, for a recurrent kind) by ``(kind name, tier)``, rounded down to whole pages. Each
-            kind needs ``Tier.DEVICE``; any other tier is there only when named. Pages are numbered from 1; page 0 is
-            the padding target and never allocated.
-        arenas: kinds that draw their device pages from one allocator, by the name that ``capacity`` then sizes it
-            under instead of theirs: kinds whose pages take the same bytes and lie in the same buffers. A state of a
-            recurrent kind among paged ones takes a page.
-        max_leases: rows of the page tables.
-        max_length: tokens in a row.
-        policy: the order in which entries leave; see ``order.POLICIES``.
-        write_policy: when the device's entries are copied to HOST: ``write_through`` (as requests leave them),
-            ``write_through_selective`` (after ``write_hits`` requests resumed from them), ``write_back`` (as they are
-            evicted). What arrives on HOST is copied on to STORAGE where there is one.
-        min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
-        fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
-        events: record KV events, for ``take_events`` (costs one SHA-256 a page).
-        digests: name every page by its digest when it is committed, rather than when something first asks for it.
-        reuse: False makes it SGLang's ``ChunkCache``: nothing is ever shared, the verbs stay.
-
-    Raises:
-        ConfigError: a setting is wrong; the message says which.
+    ``RadixCache(kinds, capacity=..., ...)``: the arguments are those of ``Settings``.
     """
 
-    def __init__(
-        self,
-        kinds: Sequence[Kind],
-        *,
-        page_size: int = 16,
-        capacity: Capacity,
-        arenas: Mapping[str, Sequence[str]] | None = None,
-        max_leases: int = 256,
-        max_length: int = 32768,
-        policy: str = "lru",
-        reuse: bool = True,
-        write_policy: str = "write_through",
-        write_hits: int = 2,
-        min_load: Mapping[Tier, int] | None = None,
-        fingerprint: bytes = b"",
-        events: bool = False,
-        digests: bool = False,
-    ) -> None:
-        given = settings(
-            kinds,
-            page_size=page_size,
-            capacity=capacity,
-            arenas=arenas,
-            max_leases=max_leases,
-            max_length=max_length,
-            policy=policy,
-            reuse=reuse,
-            write_policy=write_policy,
-            write_hits=write_hits,
-            min_load=min_load,
-            fingerprint=fingerprint,
-            events=events,
-            digests=digests,
-        )
-        self.kinds = given.kinds
-        self.page_size = page_size
-        self._tree = Tree(given.kinds, page_size, given.sizes, given.shared, policy, fingerprint)
-        self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, max_leases)
+    def __init__(self, kinds: Sequence[Kind], **others: Any) -> None:
+        given = Settings(kinds=tuple(kinds), **others)
+        self.kinds, self.page_size = given.kinds, given.page_size
+        self._tree = Tree(given, given.sizes)
+        self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
         self._desk = Desk(self._tree, self.tables, Traffic(), given)
         self._traffic = self._desk.traffic
         if given.write_back:
             self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
-        self._tree.journal = Journal(self._tree.naming, self.kinds) if events else None
+        self._tree.journal = Journal(self._tree.naming, self.kinds) if given.events else None
         self._requests = 0
         self._input_tokens = 0
         self._hit_tokens = dict.fromkeys(self._tree.tiers, 0)
@@ -167,7 +113,7 @@ class PyRadixCache:
         """:meth:`commit` for each lease of a batch, in order."""
         must_be_open(self._desk, *leases)
         if len(keys) != len(leases):
-            raise ValueError("give as many keys as leases")
+            raise words.uneven("keys")
         for lease, key in zip(leases, keys, strict=True):
             commit(self._desk, lease, key, snapshot)
 
@@ -222,7 +168,7 @@ class PyRadixCache:
 
     def learn(self, event: Event) -> None:
         """What the movers saw: ``Done``, ``Failed``, ``Found`` or ``Lost``. A move that is not known is ignored."""
-        if isinstance(event, Found) and not self._desk.reuse:
+        if isinstance(event, Found) and not self._desk.given.reuse:
             return
         if isinstance(event, Done | Failed) and control.settle(self._desk, event.move):
             return

@@ -1,40 +1,92 @@
-"""What a cache is made with, checked."""
+"""What a cache is made with: the one list of settings, which both cores read by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.order import policy_named
 from rootcellar.errors import ConfigError
 
-Capacity = Mapping[tuple[str, Tier], int]
 WRITE_POLICIES = ("write_through", "write_through_selective", "write_back")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The arguments of ``RadixCache``, by index of kind where they name kinds.
+    """The arguments of ``RadixCache``, checked. C++ reads those that ``native/settings.h`` names.
 
-    ``sizes``: tokens by (kind, tier); ``shared``: the arena of each kind that shares one; ``write_hits``: hits before a
-    node is written through to HOST, None when nothing is.
+    Args:
+        kinds: the model's groups of layers, by the rule of :class:`Kind`.
+        page_size: tokens in a page, at least 1, the same for all kinds.
+        capacity: tokens (states, for a recurrent kind) by ``(kind name, tier)``, rounded down to whole pages. Each
+            kind needs ``Tier.DEVICE``; any other tier is there only when named, STORAGE only above HOST. Pages are
+            numbered from 1; page 0 is the padding target and never allocated.
+        arenas: kinds that draw their device pages from one allocator, by the name that ``capacity`` then sizes it
+            under instead of theirs: kinds whose pages take the same bytes and lie in the same buffers. A state of a
+            recurrent kind among paged ones takes a page.
+        max_leases: rows of the page tables.
+        max_length: tokens in a row.
+        policy: the order in which entries leave; see ``order.POLICIES``.
+        reuse: False makes it SGLang's ``ChunkCache``: nothing is ever shared, the verbs stay.
+        write_policy: when the device's entries are copied to HOST: ``write_through`` (as requests leave them),
+            ``write_through_selective`` (after ``write_hits`` requests resumed from them), ``write_back`` (as they are
+            evicted). What arrives on HOST is copied on to STORAGE where there is one.
+        min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
+        fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
+        events: record KV events, for ``take_events`` (costs one SHA-256 a page).
+        digests: name every page by its digest when it is committed, rather than when something first asks for it.
+
+    Raises:
+        ConfigError: a setting is wrong; the message says which.
     """
 
     kinds: tuple[Kind, ...]
-    page_size: int
-    sizes: dict[tuple[int, Tier], int]
-    shared: dict[int, str]
-    max_leases: int
-    max_length: int
-    policy: str
-    reuse: bool
-    write_hits: int | None
-    write_back: bool
-    min_load: dict[Tier, int]
-    fingerprint: bytes
-    events: bool
-    digests: bool
+    page_size: int = 16
+    capacity: Mapping[tuple[str, Tier], int]
+    arenas: Mapping[str, Sequence[str]] | None = None
+    max_leases: int = 256
+    max_length: int = 32768
+    policy: str = "lru"
+    reuse: bool = True
+    write_policy: str = "write_through"
+    write_hits: int = 2
+    min_load: Mapping[Tier, int] | None = None
+    fingerprint: bytes = b""
+    events: bool = False
+    digests: bool = False
+
+    # What follows from them.
+    shared: dict[int, str] = field(init=False)
+    """The arena of each kind that shares one, by index of kind."""
+    sizes: dict[tuple[int, Tier], int] = field(init=False)
+    """The capacity by index of kind; a kind that shares an arena has the arena's."""
+    write_after: int = field(init=False)
+    """Requests that must have resumed from a node before it is copied to HOST as one leaves; -1: it never is."""
+    write_back: bool = field(init=False)
+    """Whether what is evicted is copied to HOST."""
+    loads: tuple[int, ...] = field(init=False)
+    """``min_load`` of each tier."""
+
+    def __post_init__(self) -> None:
+        policy_named(self.policy)
+        if self.write_policy not in WRITE_POLICIES:
+            raise ConfigError(
+                f"write_policy={self.write_policy!r} is unknown; choose one of {', '.join(WRITE_POLICIES)}"
+            )
+        shared = _shared(self)
+        sizes = _sizes(self, shared)
+        host = any(tier is Tier.HOST for _, tier in sizes)
+        after = {"write_through": 0, "write_through_selective": max(0, self.write_hits)}.get(self.write_policy, -1)
+        follows = {
+            "shared": shared,
+            "sizes": sizes,
+            "write_after": after if host else -1,
+            "write_back": host and self.write_policy == "write_back",
+            "loads": tuple((self.min_load or {}).get(tier, 1) for tier in Tier),
+        }
+        for name, value in follows.items():
+            object.__setattr__(self, name, value)
 
     @property
     def widths(self) -> list[int]:
@@ -42,62 +94,23 @@ class Settings:
         row = -(-self.max_length // self.page_size)
         return [2 if kind.rule == "recurrent" else row for kind in self.kinds]
 
-
-def settings(
-    kinds: Sequence[Kind],
-    *,
-    page_size: int = 16,
-    capacity: Capacity,
-    arenas: Mapping[str, Sequence[str]] | None = None,
-    max_leases: int = 256,
-    max_length: int = 32768,
-    policy: str = "lru",
-    reuse: bool = True,
-    write_policy: str = "write_through",
-    write_hits: int = 2,
-    min_load: Mapping[Tier, int] | None = None,
-    fingerprint: bytes = b"",
-    events: bool = False,
-    digests: bool = False,
-) -> Settings:
-    """The arguments of ``RadixCache``, checked. Raises ``ConfigError`` naming the one that is wrong."""
-    kinds = tuple(kinds)
-    shared = _shared(kinds, arenas or {}, capacity)
-    sizes = _sizes(kinds, page_size, capacity, shared)
-    policy_named(policy)
-    if write_policy not in WRITE_POLICIES:
-        raise ConfigError(f"write_policy={write_policy!r} is unknown; choose one of {', '.join(WRITE_POLICIES)}")
-    host = any(tier is Tier.HOST for _, tier in sizes)
-    hits = {"write_through": 0, "write_through_selective": max(0, write_hits)}.get(write_policy) if host else None
-    return Settings(
-        kinds=kinds,
-        page_size=page_size,
-        sizes=sizes,
-        shared=shared,
-        max_leases=max_leases,
-        max_length=max_length,
-        policy=policy,
-        reuse=reuse,
-        write_hits=hits,
-        write_back=host and write_policy == "write_back",
-        min_load=dict(min_load or {}),
-        fingerprint=fingerprint,
-        events=events,
-        digests=digests,
-    )
+    @property
+    def device_size(self) -> int:
+        """Tokens of the first kind on the device, which the adaptive policy measures its memory by."""
+        return next(size for (_, tier), size in self.sizes.items() if tier is Tier.DEVICE)
 
 
-def _shared(kinds: tuple[Kind, ...], arenas: Mapping[str, Sequence[str]], capacity: Capacity) -> dict[int, str]:
+def _shared(given: Settings) -> dict[int, str]:
     """The arena of each kind that shares one, by index of kind, checked."""
-    names = [kind.name for kind in kinds]
+    names = [kind.name for kind in given.kinds]
     shared: dict[int, str] = {}
-    for arena, members in arenas.items():
-        if arena in names or (arena, Tier.DEVICE) not in capacity:
+    for arena, members in (given.arenas or {}).items():
+        if arena in names or (arena, Tier.DEVICE) not in given.capacity:
             raise ConfigError(
                 f"arenas names {arena!r}: give it a name that no kind has, and capacity[{arena!r}, Tier.DEVICE]"
             )
         for name in members:
-            if name not in names or names.index(name) in shared or (name, Tier.DEVICE) in capacity:
+            if name not in names or names.index(name) in shared or (name, Tier.DEVICE) in given.capacity:
                 raise ConfigError(
                     f"arenas[{arena!r}] names {name!r}: name kinds of {names}, each in one arena, and leave "
                     f"({name!r}, Tier.DEVICE) out of capacity"
@@ -106,17 +119,15 @@ def _shared(kinds: tuple[Kind, ...], arenas: Mapping[str, Sequence[str]], capaci
     return shared
 
 
-def _sizes(
-    kinds: tuple[Kind, ...], page_size: int, capacity: Capacity, shared: Mapping[int, str]
-) -> dict[tuple[int, Tier], int]:
+def _sizes(given: Settings, shared: Mapping[int, str]) -> dict[tuple[int, Tier], int]:
     """The capacity by index of kind, checked; a kind that shares an arena has the arena's."""
-    if page_size < 1:
-        raise ConfigError(f"page_size={page_size}: a page has at least 1 token")
-    names = [kind.name for kind in kinds]
-    if not kinds or len(set(names)) != len(names):
+    if given.page_size < 1:
+        raise ConfigError(f"page_size={given.page_size}: a page has at least 1 token")
+    names = [kind.name for kind in given.kinds]
+    if not names or len(set(names)) != len(names):
         raise ConfigError(f"kinds={names}: give at least one kind, each with a name of its own")
     sizes: dict[tuple[int, Tier], int] = {}
-    for (name, tier), size in capacity.items():
+    for (name, tier), size in given.capacity.items():
         members = [k for k, arena in shared.items() if arena == name]
         if name not in names and not (members and tier == Tier.DEVICE):
             raise ConfigError(f"capacity names the kind {name!r}; the kinds are {names}")
@@ -124,13 +135,12 @@ def _sizes(
             raise ConfigError(f"capacity[{name!r}, {Tier(tier).name}]={size}: give a number of tokens, at least 0")
         for k in members or [names.index(name)]:
             sizes[k, Tier(tier)] = size
-    for k, tier in list(sizes):
-        if tier is Tier.STORAGE and (k, Tier.HOST) not in sizes:
-            raise ConfigError(
-                f"capacity has ({names[k]!r}, Tier.STORAGE) and lacks ({names[k]!r}, Tier.HOST): what a store holds "
-                "comes up through the host"
-            )
     for k, name in enumerate(names):
         if (k, Tier.DEVICE) not in sizes:
             raise ConfigError(f"capacity lacks ({name!r}, Tier.DEVICE): every kind needs room on the device")
+        if (k, Tier.STORAGE) in sizes and (k, Tier.HOST) not in sizes:
+            raise ConfigError(
+                f"capacity has ({name!r}, Tier.STORAGE) and lacks ({name!r}, Tier.HOST): what a store holds comes up "
+                "through the host"
+            )
     return sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from rootcellar.cache.adaptive import Shadow
 from rootcellar.cache.digest import Naming
 from rootcellar.cache.journal import Evictions, Journal
-from rootcellar.cache.kind import Kind, Tier
-from rootcellar.cache.node import Entry, Node, Standing
-from rootcellar.cache.order import policy_named
+from rootcellar.cache.kind import Tier
+from rootcellar.cache.node import Entry, Node
+from rootcellar.cache.ranking import Ranking
+from rootcellar.cache.settings import Settings
 from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages, SlotAllocator
 
@@ -30,23 +31,13 @@ def _part(array: NDArray[Part], begin: int, end: int) -> NDArray[Part]:
 class Tree:
     """Nodes and shelves: everything structural, nothing that decides."""
 
-    def __init__(
-        self,
-        kinds: tuple[Kind, ...],
-        page_size: int,
-        capacity: dict[tuple[int, Tier], int],
-        shared: dict[int, str],
-        policy: str,
-        fingerprint: bytes = b"",
-    ) -> None:
-        """``shared``: by index of kind, the arena on DEVICE that it shares; its ``capacity`` is then the arena's."""
+    def __init__(self, given: Settings, capacity: Mapping[tuple[int, Tier], int]) -> None:
+        """``capacity``: the settings' ``sizes``, or zeros for a tree that is only read."""
+        kinds, page_size, shared = given.kinds, given.page_size, given.shared
         self.kinds = kinds
         self.page_size = page_size
-        self.policy = policy_named(policy)
-        first = next((size for (_, tier), size in capacity.items() if tier is Tier.DEVICE), 0)
-        self.shadow = Shadow(first, page_size) if policy == "adaptive" else None
-        self.shrinks = policy == "mru"  # whether use makes a key smaller, so that it must be filed again at once
-        self.naming = Naming(page_size, fingerprint)
+        self.shadow = Shadow(given.device_size, page_size) if given.policy == "adaptive" else None
+        self.naming = Naming(page_size, given.fingerprint)
         self.journal: Journal | None = None  # told of pages that come and go, when KV events are wanted
         self.evictions = Evictions()
         self.spill: Callable[[Node, Shelf], None] | None = None  # told of an entry about to be evicted (write-back)
@@ -70,6 +61,7 @@ class Tree:
             self.shelves.append(shelf)
             self.by_tier[tier][k] = shelf
         self.arenas = list(arenas.values())
+        self.ranking = Ranking(kinds, page_size, given.policy, self.by_tier)
         self.full_shelves = [s for s in self.shelves if s.full]
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
@@ -289,7 +281,7 @@ class Tree:
             shelf.arena.evictable += evictable - entry.evictable
             entry.evictable = evictable
         if ready and entry.item is None:
-            shelf.arena.order.push(node, entry, self.standing(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.ranking.standing(node, shelf, entry))
 
     def unpinned(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """Leading pages of a window, chunk or recurrent entry that no lease and no move needs."""
@@ -360,54 +352,12 @@ class Tree:
             for k, start in enumerate(starts):
                 if start < climb.end:
                     climb.ticks[k] = self.tick
-            if self.shrinks:
+            if self.ranking.shrinks:
                 for shelf in self.shelves:
                     self.requeue(climb, shelf)
             climb = climb.parent
 
-    # ---- the order of leaving -----------------------------------------------------------------------------------
-
-    def standing_now(self, node: Node, entry: Entry) -> Standing | None:
-        """Where an entry that an order has filed stands by now; None when it may not leave."""
-        shelf = self.shelves[entry.shelf]
-        if not entry.evictable or (shelf.full and node.kids[entry.shelf]):
-            return None
-        return self.standing(node, shelf, entry)
-
-    def standing(self, node: Node, shelf: Shelf, entry: Entry) -> Standing:
-        """Where an entry stands in its arena's order: the smallest key leaves first.
-
-        The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
-        2 serves a node's end, where requests stopped or parted before.
-        """
-        return (self.damage(node, shelf, entry), *self.policy(node, shelf.kind_index), node.id, shelf.index)
-
-    def damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:
-        """How much the next page to leave hurts: see :meth:`standing`."""
-        if shelf.full:
-            return 2 if node.children or not self.windows or self.ends_well(node) else 0
-        if shelf.kind.rule == "recurrent":
-            return 1 if len(node.children) == 1 else 2
-        needed = max(0, node.size - self.reach(shelf.kind_index, node.end))
-        if entry.lo == needed:
-            return 2
-        return 1 if entry.lo < needed or node.children else 0
-
-    def reach(self, k: int, page: int) -> int:
-        """Pages before boundary ``page`` that kind ``k`` needs there."""
-        return page - self.kinds[k].start(page * self.page_size) // self.page_size
-
-    def ends_well(self, node: Node) -> bool:
-        """Whether, as far as the node itself shows, a request could resume at its end (on any tier)."""
-        for k in self.windows:
-            need = min(self.reach(k, node.end), node.size)
-            if need and not any(
-                (entry := node.entries[shelf.index]) is not None and entry.lo <= node.size - need
-                for tier in self.tiers
-                if (shelf := self.by_tier[tier][k]) is not None
-            ):
-                return False
-        return True
+    # ---- filed as the ranking says -------------------------------------------------------------------------------
 
     def restage(self, node: Node) -> None:
         """Requeue a node's entries whose key may have become smaller (an order only finds larger keys by itself)."""
@@ -419,7 +369,7 @@ class Tree:
         """File an entry that is queued already under its present key."""
         entry = node.entries[shelf.index]
         if entry is not None and entry.item is not None:
-            shelf.arena.order.push(node, entry, self.standing(node, shelf, entry))
+            shelf.arena.order.push(node, entry, self.ranking.standing(node, shelf, entry))
 
     def _requeue_states(self, node: Node) -> None:
         for shelf in self.window_shelves:

@@ -30,11 +30,7 @@ class Desk:
     def __init__(self, tree: Tree, tables: ReqToTokenPool, traffic: Traffic, given: Settings) -> None:
         self.tree = tree
         self.traffic = traffic
-        self.write_hits = given.write_hits
-        self.min_load = given.min_load
-        self.max_length = given.max_length
-        self.reuse = given.reuse
-        self.digests = given.digests
+        self.given = given
         self.pins: dict[int, Lease] = {}  # pinned prefixes, by serial
         self.expiries: list[tuple[int, int]] = []  # heap of (tick, serial of a pin)
         self.offers: dict[int, Lease] = {}  # what peers may fetch, by the manifest's id
@@ -77,7 +73,7 @@ class Desk:
         """Tokens to resume at when ``tier`` may be loaded from: a tier that adds less than ``min_load`` is left out."""
         reach = hit.length
         for farther in self.tree.tiers:
-            if farther <= tier and hit.reach(farther) - reach >= self.min_load.get(farther, 1):
+            if farther <= tier and hit.reach(farther) - reach >= self.given.loads[farther]:
                 reach = hit.reach(farther)
         return reach
 
@@ -104,8 +100,8 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
     tree, tables = desk.tree, desk.tables
     if not desk.free_rows:
         return None
-    if len(hit.key) > desk.max_length:
-        raise words.key_too_long(len(hit.key), desk.max_length)
+    if len(hit.key) > desk.given.max_length:
+        raise words.key_too_long(len(hit.key), desk.given.max_length)
     hit = fresh(tree, hit)
     boundary = desk.boundary(hit, tier)
     if tier > Tier.HOST and not fits(_staged(desk, hit, boundary // tree.page_size)):
@@ -132,7 +128,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
     for shelf in desk.states:
         tables.by_kind[shelf.kind_index][lease.row, 1] = shelf.take(1)[0]
     node.count_hit(priority)
-    if tree.shadow is not None and desk.reuse:
+    if tree.shadow is not None and desk.given.reuse:
         tree.shadow.advance(len(hit.key))
         lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
         _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
@@ -312,8 +308,8 @@ def grow(desk: Desk, lease: Lease, tokens: int) -> bool:
     size = desk.tree.page_size
     old = -(-lease.length // size)
     new = -(-(lease.length + tokens) // size)
-    if lease.length + tokens > desk.max_length:
-        raise words.row_full(lease.length, tokens, desk.max_length)
+    if lease.length + tokens > desk.given.max_length:
+        raise words.row_full(lease.length, tokens, desk.given.max_length)
     if new > old:
         if not make_room_for(desk.tree, [(shelf, new - old) for shelf in desk.paged]):
             return False
@@ -331,11 +327,11 @@ def grow_many(desk: Desk, leases: Sequence[Lease], tokens: int | Sequence[int]) 
     must_be_open(desk, *leases)
     counts = [tokens] * len(leases) if isinstance(tokens, int) else [int(count) for count in tokens]
     if len(counts) != len(leases):
-        raise ValueError("give as many numbers of tokens as leases")
+        raise words.uneven("numbers of tokens")
     short = [lease for lease in leases if lease.length % size == 0]
     together = (
         all(count == 1 for count in counts)
-        and all(lease.length < desk.max_length for lease in leases)
+        and all(lease.length < desk.given.max_length for lease in leases)
         and len({lease.row for lease in leases}) == len(leases)
     )
     if not together or (short and not make_room_for(desk.tree, [(shelf, len(short)) for shelf in desk.paged])):
@@ -395,25 +391,25 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
     size = tree.page_size
     if len(key) > lease.length or key.namespace != lease.namespace:
         raise words.commit_too_long(len(key), key.namespace, lease.length, lease.namespace)
-    if desk.reuse:
+    if desk.given.reuse:
         _pin_windows(desk, lease, -1)
         done, pages = lease.committed // size, len(key) // size
         if pages > done:
             place = _insert(desk, lease, key, done, pages)
             if place is not lease.node:
                 tree.hold(place)
-                if desk.write_hits is not None:
-                    write_through(tree, desk.traffic, lease.node, desk.write_hits)
+                if desk.given.write_after >= 0:
+                    write_through(tree, desk.traffic, lease.node, desk.given.write_after)
                 tree.release(lease.node)
                 lease.node = place
             lease.committed = pages * size
             if tree.shadow is not None:
                 _observe(desk, lease, key, done, pages)
-            if desk.digests:
+            if desk.given.digests:
                 page_digests(tree.naming, lease.node)
     for shelf in desk.windows:
         _release_passed(desk, lease, shelf, len(key))
-    if desk.reuse:
+    if desk.given.reuse:
         _pin_windows(desk, lease, 1)
         if snapshot and len(key) == lease.length == lease.committed:
             _take_snapshot(desk, lease)
@@ -533,8 +529,8 @@ def close(desk: Desk, lease: Lease, keep: bool) -> None:
         table[lease.row, : max(pages, 2)] = 0
     desk.free_rows.append(lease.row)
     tree.use(lease.node, lease.starts)
-    if keep and desk.write_hits is not None:
-        write_through(tree, desk.traffic, lease.node, desk.write_hits)
+    if keep and desk.given.write_after >= 0:
+        write_through(tree, desk.traffic, lease.node, desk.given.write_after)
     unpin_place(desk, lease)
     prune(tree, lease.node if keep else _drop_own(tree, lease))
 

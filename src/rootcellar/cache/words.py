@@ -60,3 +60,18 @@ def busy(what: str, leases: int, copies: int) -> CacheBusy:
 def nothing_filed(arena: str, evictable: int) -> CacheBroken:
     """An arena whose order of leaving lacks what its counts promise."""
     return CacheBroken(f"{arena}: {evictable} pages are counted evictable, none is filed")
+
+
+def uneven(what: str) -> ValueError:
+    """A batch whose lists differ in length."""
+    return ValueError(f"give as many {what} as leases")
+
+
+def no_paged_kind(kind: str) -> KeyError:
+    """A kind that is not there, or has states and no pages."""
+    return KeyError(f"{kind}: no paged kind has this name")
+
+
+def no_shelf(kind: str) -> KeyError:
+    """A kind that is not there, or not on the tier that was asked about."""
+    return KeyError(f"{kind}: no such kind on this tier")

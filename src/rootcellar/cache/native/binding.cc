@@ -14,61 +14,75 @@ namespace rootcellar {
 
 namespace {
 
-void raise(const char* word, nb::args arguments) {
-    const nb::object error = nb::module_::import_("rootcellar.cache.words").attr(word)(*arguments);
-    PyErr_SetObject(error.type().ptr(), error.ptr());
-}
-
 // Errors are worded in one place for both cores, words.py.
 void translate(const std::exception_ptr& pointer, void*) {
     try {
         std::rethrow_exception(pointer);
     } catch (const Refusal& refusal) {
-        const auto args = [](auto&&... values) { return nb::cast<nb::args>(nb::make_tuple(values...)); };
-        switch (refusal.why) {
-            case Refusal::Why::key_too_long: return raise("key_too_long", args(refusal.first, refusal.second));
-            case Refusal::Why::only_grows: return raise("only_grows", args(refusal.first));
-            case Refusal::Why::row_full: return raise("row_full", args(refusal.first, refusal.second, refusal.third));
-            case Refusal::Why::commit_too_long:
-                return raise("commit_too_long", args(refusal.first, python_name(refusal.name), refusal.lease->length,
-                                                     python_name(refusal.lease->name->text)));
-            case Refusal::Why::closed: return raise("closed", args(lease_words(*refusal.lease)));
+        nb::list values;
+        for (const Refusal::Value& value : refusal.values) {
+            if (const auto* number = std::get_if<std::int64_t>(&value)) values.append(*number);
+            if (const auto* name = std::get_if<std::string>(&value)) values.append(python_name(*name));
+            if (const auto* lease = std::get_if<const Lease*>(&value)) values.append(lease_words(**lease));
         }
-    } catch (const NothingFiled& nothing) {
-        raise("nothing_filed", nb::cast<nb::args>(nb::make_tuple(nothing.arena, nothing.evictable)));
+        const nb::object error = nb::module_::import_("rootcellar.cache.words").attr(refusal.word)(*values);
+        PyErr_SetObject(error.type().ptr(), error.ptr());
     }
 }
 
-void construct(Core* self, const std::vector<std::tuple<std::string, int, std::int64_t>>& kinds,
-               const std::vector<std::tuple<int, int, int>>& shelves,
-               const std::vector<std::pair<std::string, std::int32_t>>& arenas, std::int64_t page_size,
-               std::int64_t capacity, int policy, const std::vector<std::int64_t>& edges, std::int64_t max_length,
-               std::int32_t max_leases, bool reuse, bool digests, std::int64_t write_hits, bool write_back,
-               const std::vector<std::int64_t>& min_load, nb::bytes fingerprint, bool events, nb::list tables,
-               std::int64_t least_shared) {
-    if (edges.size() != BUCKETS || min_load.size() != TIERS || nb::len(tables) != kinds.size())
-        throw nb::value_error("edges, min_load or tables have another length than this core was built for");
-    TreeOptions tree;
-    for (const auto& [name, rule, span] : kinds) tree.kinds.push_back({name, static_cast<Rule>(rule), span});
-    for (const auto& [k, tier, arena] : shelves) tree.shelves.push_back({k, static_cast<Tier>(tier), arena});
-    tree.arenas = arenas;
-    tree.page_size = page_size;
-    tree.capacity = capacity;
-    tree.policy = static_cast<Policy>(policy);
-    std::copy(edges.begin(), edges.end(), tree.edges.begin());
-    CacheOptions options{max_length, max_leases, reuse, digests, write_hits, write_back, {}};
-    std::copy(min_load.begin(), min_load.end(), options.min_load);
+// ---- settings, read by name --------------------------------------------------------------------------------------
+
+template <std::size_t N>
+int index_of(const char* const (&names)[N], nb::handle name) {
+    const auto word = nb::cast<std::string>(name);
+    const auto* found = std::find(std::begin(names), std::end(names), word);
+    if (found == std::end(names)) throw nb::value_error((word + " is not known to this core").c_str());
+    return static_cast<int>(found - std::begin(names));
+}
+
+template <class T>
+void read(nb::handle value, T& into) {
+    into = nb::cast<T>(value);
+}
+
+void read(nb::handle value, std::string& into) {
+    const auto bytes = nb::cast<nb::bytes>(value);
+    into.assign(bytes.c_str(), bytes.size());
+}
+
+void read(nb::handle value, Policy& into) {
+    into = static_cast<Policy>(index_of(POLICIES, value));
+}
+
+void read(nb::handle value, std::vector<Kind>& into) {
+    for (const nb::handle kind : value)
+        into.push_back({nb::cast<std::string>(kind.attr("name")), static_cast<Rule>(index_of(RULES, kind.attr("rule"))),
+                        nb::cast<std::int64_t>(kind.attr("span"))});
+}
+
+void construct(Core* self, nb::handle given, const std::vector<std::tuple<int, int, int>>& shelves,
+               const std::vector<std::pair<std::string, std::int32_t>>& arenas, const std::vector<std::int64_t>& edges,
+               nb::list tables, std::int64_t least_shared) {
+    Settings settings;
+#define HAS(type, name) read(given.attr(#name), settings.name);
+    ROOTCELLAR_SETTINGS(HAS)
+#undef HAS
+    if (edges.size() != BUCKETS || settings.loads.size() != TIERS || nb::len(tables) != settings.kinds.size())
+        throw nb::value_error("edges, loads or tables have another length than this core was built for");
+    Layout layout{.shelves = {}, .arenas = arenas, .edges = {}};
+    for (const auto& [k, tier, arena] : shelves) layout.shelves.push_back({k, static_cast<Tier>(tier), arena});
+    std::copy(edges.begin(), edges.end(), layout.edges.begin());
     std::vector<Buffer> buffers;
     std::vector<Table> pointers;
     for (const nb::handle table : tables) {
         Buffer buffer(table, true);
         auto* pages = buffer.as<std::int32_t>(2);
-        if (buffer.extent(0) != max_leases + 1) throw nb::value_error("a page table has another number of rows");
+        if (buffer.extent(0) != settings.max_leases + 1)
+            throw nb::value_error("a page table has another number of rows");
         pointers.push_back({pages, buffer.extent(1)});
         buffers.push_back(std::move(buffer));
     }
-    new (self) Core(tree, options, std::move(pointers), std::move(buffers), {fingerprint.c_str(), fingerprint.size()},
-                    events, least_shared);
+    new (self) Core(settings, layout, std::move(pointers), std::move(buffers), least_shared);
 }
 
 nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, int most) {

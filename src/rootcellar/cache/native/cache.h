@@ -56,27 +56,9 @@ struct Table {
 // For `found` and `lost`: every kind.
 constexpr int ALL = -1;
 
-// A call that cannot be served; Python has the words (words.py).
-struct Refusal {
-    enum class Why { key_too_long, only_grows, row_full, commit_too_long, closed } why;
-    std::int64_t first = 0, second = 0, third = 0;
-    const Lease* lease = nullptr;
-    std::string name;
-};
-
-struct CacheOptions {
-    std::int64_t max_length;
-    std::int32_t max_leases;
-    bool reuse;
-    bool digests;
-    std::int64_t write_hits;  // hits before a node is written through; -1: only as it is evicted, or not at all
-    bool write_back;
-    std::int64_t min_load[TIERS];
-};
-
 class Cache {
   public:
-    Cache(const TreeOptions& tree_options, const CacheOptions& options, std::vector<Table> tables);
+    Cache(const Settings& settings, const Layout& layout, std::vector<Table> tables);
 
     // verbs.cc
     // `room`: tokens by paged kind that must fit beside the lease; null: none are asked for.
@@ -89,8 +71,8 @@ class Cache {
     void commit(Lease& lease, const Key& key, bool snapshot);
     void close(Lease& lease, bool keep);
     void must_be_open(const Lease& lease) const {
-        if (lease.row <= 0 || lease.row > options.max_leases || leases[lease.row].get() != &lease)
-            throw Refusal{Refusal::Why::closed, 0, 0, 0, &lease, {}};
+        if (lease.row <= 0 || lease.row > given.max_leases || leases[lease.row].get() != &lease)
+            throw Refusal{"closed", {&lease}};
     }
 
     // flights.cc
@@ -114,7 +96,7 @@ class Cache {
     std::int64_t boundary(const Hit& hit, Tier tier) const;
 
     Tree tree;
-    CacheOptions options;
+    const Settings& given = tree.given;
     std::vector<Table> tables;
     std::vector<Ref<Lease>> leases;  // by row; empty where no lease is live
     std::int64_t live = 0;

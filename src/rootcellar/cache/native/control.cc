@@ -181,7 +181,7 @@ std::optional<Lacking> Cache::ask(const Key& key, Tier tier) {
     tree.find(key, hit);
     Lacking lacking{hit.reaches[tier], {}};
     const std::vector<Shelf*>& there = tree.by_tier[tier];
-    if (!options.reuse || key.count < lacking.reach + tree.page_size ||
+    if (!given.reuse || key.count < lacking.reach + tree.page_size ||
         std::find(there.begin(), there.end(), nullptr) != there.end())
         return {};
     for (std::size_t k = 0; k < tree.kinds.size(); ++k) {

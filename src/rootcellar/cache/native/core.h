@@ -70,12 +70,11 @@ inline const PyHit& hit_of(nb::handle object) {
 
 class Core {
   public:
-    Core(const TreeOptions& tree_options, const CacheOptions& options, std::vector<Table> tables,
-         std::vector<Buffer> buffers, const std::string& fingerprint, bool events, std::int64_t least_shared)
-        : cache_(tree_options, options, std::move(tables)), buffers_(std::move(buffers)) {
-        cache_.tree.fingerprint = fingerprint;
+    Core(const Settings& settings, const Layout& layout, std::vector<Table> tables, std::vector<Buffer> buffers,
+         std::int64_t least_shared)
+        : cache_(settings, layout, std::move(tables)), buffers_(std::move(buffers)) {
         cache_.tree.least_shared = least_shared;
-        if (events) cache_.tree.journal = std::make_unique<Journal>(cache_.tree);
+        if (settings.events) cache_.tree.journal = std::make_unique<Journal>(cache_.tree);
     }
 
     std::exception_ptr failure;  // of the verb entered last
@@ -115,7 +114,7 @@ class Core {
         const nb::list held = take_batch(leases);
         const std::size_t count = batch_.size();
         if (same) counts_.assign(count, integer(tokens));
-        if (counts_.size() != count) throw nb::value_error("give as many numbers of tokens as leases");
+        if (counts_.size() != count) throw Refusal{"uneven", {"numbers of tokens"}};
         answers_.assign(count, 0);
         cache_.grow_many(batch_, counts_.data(), reinterpret_cast<bool*>(answers_.data()));
         nb::list all;
@@ -138,7 +137,7 @@ class Core {
 
     void commit_many(nb::handle leases, nb::handle keys, bool snapshot) {
         const nb::list held = take_batch(leases);
-        if (nb::len(keys) != batch_.size()) throw nb::value_error("give as many keys as leases");
+        if (nb::len(keys) != batch_.size()) throw Refusal{"uneven", {"keys"}};
         const std::vector<Ref<Lease>> batch = own_batch();
         std::size_t i = 0;
         // Each commit is complete before the next: what one throws away no other can name.
@@ -300,7 +299,7 @@ class Core {
         const Verb verb(cache_.tree);
         const int k = kind_index(kind);
         Shelf* shelf = k < 0 ? nullptr : cache_.tree.shelf(tier_of(tier), k);
-        if (shelf == nullptr) throw nb::key_error((kind + ": no such kind on this tier").c_str());
+        if (shelf == nullptr) throw Refusal{"no_shelf", {kind}};
         const std::int64_t size = shelf->recurrent() ? 1 : cache_.tree.page_size;
         return cache_.tree.make_room(*shelf->arena, tokens / size + (tokens % size > 0));
     }
@@ -444,7 +443,7 @@ class Core {
     int paged_kind(const std::string& name) const {
         for (const Shelf* shelf : cache_.paged)
             if (cache_.tree.kinds[shelf->k].name == name) return shelf->k;
-        throw nb::key_error((name + ": no paged kind has this name").c_str());
+        throw Refusal{"no_paged_kind", {name}};
     }
 
     Cache cache_;

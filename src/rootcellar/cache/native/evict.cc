@@ -10,7 +10,7 @@ bool Tree::make_room(Arena& arena, std::int64_t pages) {
     if (arena.room() < pages) return false;
     while (arena.slots.free_pages() < pages) {
         const Item item = arena.order->pop(*this);
-        if (item.node == nullptr) throw NothingFiled{arena.name, arena.evictable};
+        if (item.node == nullptr) throw Refusal{"nothing_filed", {arena.name, std::int64_t{arena.evictable}}};
         Shelf& shelf = shelves[item.rank.shelf];
         const std::int64_t wanted = pages - arena.slots.free_pages();
         if (shelf.full())

@@ -179,7 +179,7 @@ void Cache::write_through(Node* place) {
     std::vector<Node*> path;
     for (Node* climb = place; climb->parent != nullptr; climb = climb->parent) path.push_back(climb);
     for (auto node = path.rbegin(); node != path.rend(); ++node)
-        if ((*node)->hits >= options.write_hits) copy_down(*node, DEVICE, HOST);
+        if ((*node)->hits >= given.write_after) copy_down(*node, DEVICE, HOST);
 }
 
 // Plan to copy what resuming at the node's end needs of the node from one tier to a farther one.
@@ -276,7 +276,7 @@ void Cache::failed(std::int64_t move) {
 // Note what a store or a peer holds of a key, as far as there is room to note it.
 void Cache::found(const Key& key, Tier tier, int kind, std::optional<std::int64_t> start) {
     const std::int64_t size = tree.page_size, pages = key.count / size;
-    if (!options.reuse || pages == 0) return;
+    if (!given.reuse || pages == 0) return;
     std::vector<std::pair<Shelf*, std::int64_t>> wanted;
     for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
         Shelf* shelf = tree.shelf(tier, static_cast<int>(k));

@@ -44,7 +44,7 @@ void Tree::use_way(Node* node, const std::vector<std::int64_t>& starts) {
         node->used = volume;
         for (std::size_t k = 0; k < starts.size(); ++k)
             if (starts[k] < node->end()) node->pins(static_cast<int>(k)).tick = tick;
-        if (policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
+        if (given.policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
             for (Shelf& shelf : shelves) requeue(node, shelf);
     }
 }
@@ -54,7 +54,7 @@ void Tree::use_way(Node* node, const std::vector<std::int64_t>& starts) {
 Rank Tree::rank(Node* node, const Shelf& shelf) {
     Rank rank{damage(node, shelf), shelf.index, 0, 0, node->id};
     const std::int64_t last = node->pins(shelf.k).tick;
-    switch (policy) {
+    switch (given.policy) {
         case Policy::lru: rank.first = last; break;
         case Policy::lfu: rank.first = node->hits, rank.second = last; break;
         case Policy::fifo: rank.first = node->created; break;

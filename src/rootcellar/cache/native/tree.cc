@@ -17,16 +17,14 @@ void broken(const std::string& what) {
 
 // ---- making and unmaking -----------------------------------------------------------------------------------------
 
-Tree::Tree(const TreeOptions& options)
-    : kinds(options.kinds),
-      page_size(options.page_size),
-      policy(options.policy),
+Tree::Tree(const Settings& settings, const Layout& layout)
+    : given(settings),
       shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size))
                  ? std::countr_zero(static_cast<std::uint64_t>(page_size))
                  : -1),
-      children_(options.page_size) {
-    if (policy == Policy::adaptive) shadow = std::make_unique<Shadow>(options.capacity, page_size, options.edges);
-    for (const auto& [name, pages] : options.arenas) {
+      children_(page_size) {
+    if (given.policy == Policy::adaptive) shadow = std::make_unique<Shadow>(given.device_size, page_size, layout.edges);
+    for (const auto& [name, pages] : layout.arenas) {
         std::unique_ptr<Order> order;
         if (shadow)
             order = std::make_unique<LearnedOrder>(*shadow);
@@ -35,7 +33,7 @@ Tree::Tree(const TreeOptions& options)
         arenas.push_back(std::make_unique<Arena>(name, pages, std::move(order)));
     }
     for (auto& row : by_tier) row.assign(kinds.size(), nullptr);
-    for (const ShelfSize& size : options.shelves) {
+    for (const ShelfSize& size : layout.shelves) {
         const int index = static_cast<int>(shelves.size());
         shelves.push_back({index, size.k, kinds[size.k].rule, size.tier, arenas[size.arena].get()});
         Shelf& shelf = shelves.back();
@@ -441,7 +439,7 @@ std::int32_t Tree::unpinned(Node* node, const Shelf& shelf, const Entry& entry) 
 }
 
 const Digest& Tree::seed(Name& name) const {
-    if (!name.seed) name.seed = seed_digest(fingerprint, name.text, page_size);
+    if (!name.seed) name.seed = seed_digest(given.fingerprint, name.text, page_size);
     return *name.seed;
 }
 

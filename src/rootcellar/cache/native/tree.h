@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <variant>
 #include <vector>
 
 #include "adaptive.h"
@@ -16,10 +17,9 @@
 #include "journal.h"
 #include "node.h"
 #include "order.h"
+#include "settings.h"
 
 namespace rootcellar {
-
-enum class Policy { lru, lfu, fifo, filo, mru, slru, priority, adaptive };
 
 // How far a key is cached; valid for its path while `version` is the tree's.
 struct Hit {
@@ -33,10 +33,11 @@ struct Hit {
 // An internal promise is broken; the caller's call cannot be served.
 [[noreturn]] void broken(const std::string& what);
 
-// Pages are counted evictable in an arena and none is filed there.
-struct NothingFiled {
-    std::string arena;
-    std::int64_t evictable;
+// A call that cannot be served: which of words.py says so, and what it is told.
+struct Refusal {
+    using Value = std::variant<std::int64_t, std::string, const Lease*>;
+    const char* word;
+    std::vector<Value> values;
 };
 
 struct ShelfSize {
@@ -45,13 +46,10 @@ struct ShelfSize {
     int arena;  // shelves with the same number share it
 };
 
-struct TreeOptions {
-    std::vector<Kind> kinds;
+// What follows from the settings, worked out by the twin.
+struct Layout {
     std::vector<ShelfSize> shelves;
     std::vector<std::pair<std::string, std::int32_t>> arenas;  // name and pages of each
-    std::int64_t page_size = 1;
-    std::int64_t capacity = 0;  // tokens of the device, for the adaptive policy
-    Policy policy = Policy::lru;
     Edges edges{};
 };
 
@@ -59,7 +57,7 @@ struct TreeOptions {
 using Needs = std::vector<std::pair<Shelf*, std::int64_t>>;
 
 struct Tree {
-    explicit Tree(const TreeOptions& options);
+    Tree(const Settings& settings, const Layout& layout);
     ~Tree();
     Tree(const Tree&) = delete;
     Tree& operator=(const Tree&) = delete;
@@ -136,13 +134,12 @@ struct Tree {
     std::size_t bytes() const;
 
     Ledger ledger;
-    std::vector<Kind> kinds;
-    std::int64_t page_size;
-    Policy policy;
+    const Settings given;
+    const std::vector<Kind> kinds = given.kinds;
+    const std::int64_t page_size = given.page_size;
     std::unique_ptr<Shadow> shadow;
     std::unique_ptr<Journal> journal;
     Evictions evictions;
-    std::string fingerprint;
     std::int64_t least_shared = 0;             // tokens of an edge that may refer to its key's memory
     std::function<void(Node*, Shelf&)> spill;  // told of an entry about to be evicted (write-back)
     std::int64_t tick = 0;

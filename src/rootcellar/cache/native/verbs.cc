@@ -7,22 +7,22 @@
 
 namespace rootcellar {
 
-Cache::Cache(const TreeOptions& tree_options, const CacheOptions& its_options, std::vector<Table> its_tables)
-    : tree(tree_options), options(its_options), tables(std::move(its_tables)), leases(options.max_leases + 1) {
-    for (std::int32_t row = options.max_leases; row > 0; --row) free_rows.push_back(row);
+Cache::Cache(const Settings& settings, const Layout& layout, std::vector<Table> its_tables)
+    : tree(settings, layout), tables(std::move(its_tables)), leases(given.max_leases + 1) {
+    for (std::int32_t row = given.max_leases; row > 0; --row) free_rows.push_back(row);
     for (Shelf* shelf : tree.by_tier[DEVICE]) {
         if (shelf == nullptr) continue;
         (shelf->recurrent() ? states : paged).push_back(shelf);
         if (!shelf->recurrent() && !shelf->full()) windows.push_back(shelf);
     }
-    if (options.write_back) tree.spill = [this](Node* node, Shelf& shelf) { spill(node, shelf); };
+    if (given.write_back) tree.spill = [this](Node* node, Shelf& shelf) { spill(node, shelf); };
     new_pages_.resize(tree.kinds.size());
 }
 
 std::int64_t Cache::boundary(const Hit& hit, Tier tier) const {
     std::int64_t reach = hit.reaches[DEVICE];
     for (const Tier farther : tree.tiers)
-        if (farther <= tier && hit.reaches[farther] - reach >= options.min_load[farther]) reach = hit.reaches[farther];
+        if (farther <= tier && hit.reaches[farther] - reach >= given.loads[farther]) reach = hit.reaches[farther];
     return reach;
 }
 
@@ -56,8 +56,7 @@ Ref<Lease> Cache::open(const Key& key, const Hit& hit, Tier tier, std::int64_t p
 Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
                              const std::vector<std::int64_t>* room) {
     if (free_rows.empty()) return {};
-    if (key.count > options.max_length)
-        throw Refusal{Refusal::Why::key_too_long, key.count, options.max_length, 0, nullptr, {}};
+    if (key.count > given.max_length) throw Refusal{"key_too_long", {key.count, given.max_length}};
     Hit again;
     const Hit* fresh = &hit;
     if (!tree.is_fresh(hit)) {
@@ -98,7 +97,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
         ++climb->hits;
         climb->priority = std::max(climb->priority, priority);
     }
-    if (tree.shadow && options.reuse) {
+    if (tree.shadow && given.reuse) {
         tree.shadow->advance(key.count);
         lease->trail = mix(crc32(key.name->text));
         observe(*lease, key, 0, tree.page_at(reach));
@@ -297,9 +296,8 @@ void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64
 
 bool Cache::grow(Lease& lease, std::int64_t tokens) {
     must_be_open(lease);
-    if (tokens < 0) throw Refusal{Refusal::Why::only_grows, tokens, 0, 0, nullptr, {}};
-    if (tokens > options.max_length - lease.length)
-        throw Refusal{Refusal::Why::row_full, lease.length, tokens, options.max_length, nullptr, {}};
+    if (tokens < 0) throw Refusal{"only_grows", {tokens}};
+    if (tokens > given.max_length - lease.length) throw Refusal{"row_full", {lease.length, tokens, given.max_length}};
     const std::int64_t old = tree.pages_of(lease.length);
     const std::int64_t fresh = tree.pages_of(lease.length + tokens) - old;
     if (fresh > 0) {
@@ -327,7 +325,7 @@ bool Cache::step(const std::vector<Lease*>& batch) {
     ++batches_;
     for (Lease* lease : batch) {
         const bool once = std::exchange(lease->batch, batches_) != batches_;
-        together = together && once && lease->length < options.max_length;
+        together = together && once && lease->length < given.max_length;
         if (!tree.begins_page(lease->length)) continue;
         ++fresh;
         // Rows lie far apart: fetch them all before the first is written.
@@ -371,25 +369,25 @@ void Cache::commit(Lease& lease, const Key& key, bool snapshot) {
     must_be_open(lease);
     const std::int64_t size = tree.page_size;
     if (key.count > lease.length || key.name.get() != lease.name.get())
-        throw Refusal{Refusal::Why::commit_too_long, key.count, 0, 0, &lease, key.name->text};
-    if (options.reuse) {
+        throw Refusal{"commit_too_long", {key.count, key.name->text, lease.length, lease.name->text}};
+    if (given.reuse) {
         pin_windows(lease, -1);
         const std::int64_t done = tree.page_at(lease.committed), pages = tree.page_at(key.count);
         if (pages > done) {
             Node* place = insert(lease, key, done, pages);
             if (place != lease.node) {
                 tree.hold(place);
-                if (options.write_hits >= 0) write_through(lease.node);
+                if (given.write_after >= 0) write_through(lease.node);
                 tree.release(lease.node);
                 lease.node = place;
             }
             lease.committed = pages * size;
             if (tree.shadow) observe(lease, key, done, pages);
-            if (options.digests) tree.page_digests(lease.node);
+            if (given.digests) tree.page_digests(lease.node);
         }
     }
     for (Shelf* shelf : windows) release_passed(lease, *shelf, key.count);
-    if (options.reuse) {
+    if (given.reuse) {
         pin_windows(lease, 1);
         if (snapshot && key.count == lease.length && lease.length == lease.committed) take_snapshot(lease);
     }
@@ -499,7 +497,7 @@ void Cache::close(Lease& lease, bool keep) {
     }
     free_rows.push_back(lease.row);
     tree.use(lease.node, lease.starts);
-    if (keep && options.write_hits >= 0) write_through(lease.node);
+    if (keep && given.write_after >= 0) write_through(lease.node);
     unpin_place(lease);
     tree.prune(keep ? lease.node : drop_own(lease));
     lease.node = nullptr;
