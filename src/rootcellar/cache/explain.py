@@ -38,7 +38,12 @@ class Explanation:
         return "\n".join([head, *(f"- {reason}" for reason in self.reasons)])
 
 
-def explain(tree: Tree, key: Key, may_name: Callable[[str], bool] = lambda _: True) -> Explanation:
+def everybody(_: str) -> bool:
+    """Every namespace may be named."""
+    return True
+
+
+def explain(tree: Tree, key: Key, may_name: Callable[[str], bool] = everybody) -> Explanation:
     """Look a key up without touching it, and say what stopped the hit; ``may_name``: which other namespaces."""
     hit = find(tree, key)
     diverges = _diverges_at(tree, hit)

@@ -16,10 +16,11 @@ from rootcellar.cache import (
     words,
 )
 from rootcellar.cache.adaptive import EDGES
+from rootcellar.cache.api import PrefixCache
 from rootcellar.cache.check import check
 from rootcellar.cache.control import Prefetch, question
 from rootcellar.cache.digest import Naming
-from rootcellar.cache.explain import Explanation, explain, pretty_print
+from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
@@ -35,7 +36,7 @@ from rootcellar.cache.verbs import Desk
 
 
 class NativeRadixCache(_core.Core):
-    """The same cache as ``PyRadixCache``, call by call: arguments, results, errors and state. See there."""
+    """The cache of ``api.py`` over ``Settings(kinds, ...)``, in C++: call by call what ``PyRadixCache`` does."""
 
     # Tokens from which an edge refers to the memory of a key that never changes (see ``Key``) instead of copying it:
     # a copy of fewer is smaller than what it takes to hold a numpy array.
@@ -62,14 +63,12 @@ class NativeRadixCache(_core.Core):
     # ---- tiers and control ------------------------------------------------------------------------------------------
 
     def moves(self) -> list[Move]:
-        """See ``PyRadixCache.moves``."""
         return [
             Move(ident, self.kinds[k].name, Tier(src), Tier(dst), src_slots, dst_slots, first, digests)
             for ident, k, src, dst, src_slots, dst_slots, first, digests in self._moves()
         ]
 
     def learn(self, event: Event) -> None:
-        """See ``PyRadixCache.learn``."""
         if isinstance(event, Done | Failed) and self._settle(event.move):
             return
         if isinstance(event, Done):
@@ -82,20 +81,17 @@ class NativeRadixCache(_core.Core):
             self._lost(event.key, event.tier, event.kind, event.start)
 
     def forget_tier(self, tier: Tier) -> None:
-        """See ``PyRadixCache.forget_tier``."""
         leases, flights = self._busy()
         if leases or flights:
             raise words.busy(f"{tier.name} cannot be emptied", leases, flights)
         self._forget_tier(tier)
 
     def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
-        """See ``PyRadixCache.ask``."""
         found = self._ask(key, tier)
         naming = Naming(self.page_size, self._given.fingerprint)
         return None if found is None else question(self.kinds, naming, _core.chain, key, tier, *found)
 
     def send(self, key: Key, start: int = 0) -> Manifest | None:
-        """See ``PyRadixCache.send``."""
         found = self._offer(key, start)
         if found is None:
             return None
@@ -103,16 +99,13 @@ class NativeRadixCache(_core.Core):
         return Manifest(ident, tokens, tuple(Part(self.kinds[k].name, *part) for k, *part in parts))
 
     def prefetch(self, hit: _core.Hit, tier: Tier = Tier.STORAGE) -> Prefetch | None:
-        """See ``PyRadixCache.prefetch``."""
         found = self._prefetch(hit, tier)
         return None if found is None else Prefetch(frozenset(found[0]), found[1])
 
     def pending(self, prefetch: Prefetch) -> int:
-        """See ``PyRadixCache.pending``."""
         return sum(map(self._flies, prefetch.moves))
 
     def flush(self) -> None:
-        """See ``PyRadixCache.flush``."""
         leases, flights = self._busy()
         if leases or flights:
             raise words.busy("the cache cannot be flushed", leases, flights)
@@ -125,12 +118,10 @@ class NativeRadixCache(_core.Core):
     # ---- sight ------------------------------------------------------------------------------------------------------
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
-        """See ``PyRadixCache.used_pages``."""
         (shelf,) = (i for i, (its, at) in enumerate(self._shelves) if its.name == kind and at is tier)
         return not_free(self._counts()[0][shelf][0], self._free_pages(shelf))
 
     def stats(self) -> CacheStats:
-        """See ``PyRadixCache.stats``."""
         shelves, leases, nodes, ticks, requests, input_tokens, hits, _ = self._counts()
         return CacheStats(
             shelves={
@@ -147,7 +138,6 @@ class NativeRadixCache(_core.Core):
         )
 
     def take_events(self) -> list[KVEvent]:
-        """See ``PyRadixCache.take_events``."""
         events: list[KVEvent] = []
         for what, digests, parent, tokens, medium, namespace in self._take_events():
             if what == 0:
@@ -160,14 +150,12 @@ class NativeRadixCache(_core.Core):
         return events
 
     def take_evictions(self) -> list[Eviction]:
-        """See ``PyRadixCache.take_evictions``."""
         return [self._eviction(*numbers) for numbers in self._take_evictions()]
 
     def _eviction(self, tick: int, k: int, tier: int, *rest: int) -> Eviction:
         return Eviction(tick, self.kinds[k].name, Tier(tier), *rest)
 
     def tree(self, limit: int = 200) -> TreeView:
-        """See ``PyRadixCache.tree``."""
         _, _, total, tick, *_ = self._counts()
         return TreeView(tuple(self._view(*record) for record in self._top_nodes(limit)), total, tick)
 
@@ -182,12 +170,10 @@ class NativeRadixCache(_core.Core):
             tokens[kind.name, tier] = pages * (1 if kind.rule == "recurrent" else page)
         return NodeView(ident, parent, namespace, start * page, size * page, head, tokens, *rest)
 
-    def explain(self, key: Key, may_name: Callable[[str], bool] = lambda _: True) -> Explanation:
-        """See ``PyRadixCache.explain``. O(nodes on the way and beside its end)."""
+    def explain(self, key: Key, may_name: Callable[[str], bool] = everybody) -> Explanation:
         return explain(self._part(self._nodes_on_the_way(key)), key, may_name)
 
     def pretty_print(self, limit: int = 100) -> str:
-        """See ``PyRadixCache.pretty_print``."""
         return pretty_print(self._part(self._nodes(limit + 1)), limit)
 
     def _part(self, records: list[tuple[Any, ...]]) -> Tree:
@@ -198,7 +184,6 @@ class NativeRadixCache(_core.Core):
         return tree
 
     def check(self) -> None:
-        """See ``PyRadixCache.check``: the Python code recounts a copy of the native state."""
         check(self._inside())
 
     def _inside(self) -> Desk:
@@ -208,6 +193,11 @@ class NativeRadixCache(_core.Core):
     def _state(self) -> State:
         """Everything, as plain values that equal those of the Python cache in the same state."""
         return self._frozen()
+
+
+for _name, _verb in vars(PrefixCache).items():
+    if _name in vars(NativeRadixCache) and not _name.startswith("_"):
+        vars(NativeRadixCache)[_name].__doc__ = _verb.__doc__
 
 
 class _NativeEvictions(Evictions):
