@@ -37,6 +37,12 @@ def sentencepiece(tmp_path_factory):
     return Tokenizer(folder)
 
 
+@pytest.mark.parametrize("strange", [511_000, (1 << 62) + 5, -1])
+def test_what_is_no_token_has_no_text(byte_level, strange):
+    ids = byte_level.encode("a cat")
+    assert byte_level.decode([*ids[:2], strange, *ids[2:]]) == "a cat"
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_encode_and_decode_round_trip(byte_level, text):
     ids = byte_level.encode(text)

@@ -101,7 +101,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        ids = list(ids)
+        try:
+            return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        except OverflowError:  # ids that stand for what is no token have 64 bits
+            return self.decode([id for id in ids if 0 <= id < 1 << 32], skip_special_tokens)
 
     def apply_chat_template(
         self,
