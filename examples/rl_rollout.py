@@ -6,7 +6,8 @@
 The policy is the embedded demo model, the reward prefers short answers, and the update is REINFORCE with the mean
 reward of the group as a baseline (the idea of GRPO, without its clipping). What matters here is memory: the engine and
 the optimiser take turns on the same device. The engine reads the trainer's own arrays, and nothing compiles again after
-the first round.
+the first round. Within a round the cache works: all prompts begin with one system message and all answers to a question
+share its prompt, so each page of them is computed once; with new weights nothing of it is ever a hit again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rootcellar.models.decoder import forward, logits
 from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
 
+SYSTEM = "You are the manual of rootcellar, an LLM inference engine. Answer in one or two short sentences."
 QUESTIONS = ["What is a KV cache?", "What does page_size do?"]
 GROUP = 4  # answers to each question
 LENGTH = 192  # tokens of a training row: prompt, answer, padding
@@ -64,11 +66,12 @@ def main() -> None:
     shapes = {"max_running_requests": len(QUESTIONS) * GROUP, "chunked_prefill_size": 64}
     with rootcellar.Engine(model_path="demo", params=params, max_total_tokens=16384, **shapes) as engine:
         engine.warm_up()
-        ids = [engine.chat_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
+        system = {"role": "system", "content": SYSTEM}
+        ids = [engine.chat_ids([system, {"role": "user", "content": q}]) for q in QUESTIONS]
         for number in range(ROUNDS):
             print(f"round {number}")
             answers = engine.generate(
-                input_ids=ids, sampling_params={"temperature": 1.0, "max_new_tokens": 96, "n": GROUP, "seed": number}
+                input_ids=ids, sampling_params={"temperature": 1.5, "max_new_tokens": 96, "n": GROUP, "seed": number}
             )
             memory("after the rollout", engine)
             rows, answered = np.zeros((len(answers), LENGTH), np.int32), np.zeros((len(answers), LENGTH), bool)
@@ -88,8 +91,12 @@ def main() -> None:
             version = engine.update_weights(params)["weight_version"]
             engine.resume_memory_occupation()
             memory(f"rebuilt, weights of version {version}", engine)
-            cached = sum(a["meta_info"]["cached_tokens"] for a in answers)
-            print(f"  mean length {-reward.mean():.1f}, loss {float(value):+.4f}, {cached} prompt tokens were cached")
+            cached = [a["meta_info"]["cached_tokens"] for a in answers]
+            asked = sum(a["meta_info"]["prompt_tokens"] for a in answers)
+            print(
+                f"  {sum(cached)} of {asked} prompt tokens were hits, {cached[0]} of them in the round's first answer"
+            )
+            print(f"  mean length {-reward.mean():.1f}, loss {float(value):+.4f}")
 
 
 if __name__ == "__main__":

@@ -20,3 +20,10 @@ def test_rl_rollout():
     held = [float(x) for x in re.findall(r"([\d.]+) MB in arrays", rounds[-1])]
     rolled_out, dropped, trained, rebuilt = held
     assert dropped == trained < rolled_out == rebuilt
+    for each in rounds:
+        hits, asked, stale = map(
+            int, re.search(r"(\d+) of (\d+) prompt tokens were hits, (\d+) of them", each).groups()
+        )
+        assert stale == 0  # nothing that other weights computed
+        assert asked / 2 < hits < asked  # but what the other answers of a round share
+    assert any(float(loss) for loss in re.findall(r"loss ([-+][\d.]+)", done.stdout))  # there was something to learn

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from checkpoints import FAMILIES, LLAMA3_ROPE, make_config
+from rootcellar import cli
 from rootcellar.errors import ModelError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.rope import RopeConfig
@@ -123,6 +124,29 @@ def test_a_sliding_window_counts_only_where_it_is_on():
 )
 def test_context_length_follows_the_scaling(scaling, expected):
     assert read_config(make_config("llama2", rope_scaling=scaling)).context_length == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("Qwen/Qwen3-0.6B", "'hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B') and give 'Qwen3-0.6B'"),
+        ("/models/Qwen3-0.6B", None),
+        ("models/here/Qwen3-0.6B", None),
+        ("../models", None),
+        ("Qwen3-0.6B", None),
+    ],
+    ids=["hub name", "path", "deeper path", "path upwards", "one word"],
+)
+def test_a_name_of_the_hub_is_told_what_to_run(tmp_path, monkeypatch, capsys, given, hint):
+    """Nothing is fetched behind a user's back; who gives a name is told how."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no model folder") as caught:
+        load_config(given)
+    assert ("hf download" in str(caught.value)) == bool(hint)
+    assert (hint or "") in str(caught.value)
+    assert cli.main(["plan", given]) == cli.EXIT_MISTAKE
+    said = capsys.readouterr().err
+    assert ("fetch it ('hf download Qwen/Qwen3-0.6B config.json --local-dir Qwen3-0.6B')" in said) == bool(hint)
 
 
 def test_missing_and_broken_files(tmp_path):

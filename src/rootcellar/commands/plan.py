@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ConfigError
+from rootcellar.models.files import hub_hint
 from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Plan, plan, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
@@ -132,6 +133,7 @@ def _config(model: str) -> dict[str, Any]:
         presets = ", ".join(PRESETS)
         raise ConfigError(
             f"{model!r} is no preset and cannot be read ({error.strerror}): give a config.json, or one of {presets}"
+            + hub_hint(model, "config.json")
         ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 from rootcellar.errors import ModelError
 from rootcellar.models.families import family_of
 from rootcellar.models.families.family import given, size
-from rootcellar.models.files import read_json
+from rootcellar.models.files import hub_hint, read_json
 from rootcellar.models.loader import has_own_head, has_weights
 from rootcellar.models.model import LayerConfig, ModelConfig
 from rootcellar.models.norms import Norm
@@ -33,7 +33,10 @@ def load_config(folder: str | Path, *, weights: bool = True) -> ModelConfig:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ModelError(f"no model folder {str(folder)!r}: give a folder with config.json and *.safetensors in it")
+        given = str(folder)
+        raise ModelError(
+            f"no model folder {given!r}: give a folder with config.json and *.safetensors in it{hub_hint(given)}"
+        )
     raw = read_json(folder / "config.json")
     if raw is None:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")

@@ -8,6 +8,7 @@ cache, whose ``snapshots/<revision>/`` is made of links into the ``blobs/`` besi
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,18 @@ from rootcellar.errors import ModelError
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_TEXT = 64 * 2**20
 """Bytes. The largest in use, an index of a hundred thousand tensors, has a tenth."""
+
+
+def hub_hint(name: str, *files: str) -> str:
+    """What to run when ``name`` looks like a model's name on the Hugging Face hub; else nothing.
+
+    ``files``: those that are needed; none means all.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return ""
+    folder = name.rpartition("/")[2]
+    fetch = " ".join(["hf download", name, *files, "--local-dir", folder])
+    return f"; if it is a model of the Hugging Face hub, fetch it ('{fetch}') and give {folder!r}"
 
 
 def find_file(folder: Path, name: str) -> Path | None:
