@@ -1,15 +1,22 @@
 """The command line, over an engine that only records what it is asked."""
 
+import importlib
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import rootcellar
 from rootcellar import cli
 from rootcellar.errors import EngineError
+from rootcellar.sim.workloads import workload
+
+ROOT = Path(__file__).parents[1]
 
 
 class EchoEngine:
@@ -147,6 +154,33 @@ def test_help_lists_every_command_and_every_option(capsys):
     assert "--max-total-tokens N" in page
     assert "[default: 512]" in page
     assert "--min-p X" in page
+
+
+WRITTEN = [
+    (path.name, line)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for line in re.findall(r"^\.venv/bin/rootcellar .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), WRITTEN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(WRITTEN)])
+def test_every_command_that_is_written_down_is_understood(page, line):
+    command, *words = shlex.split(line, comments=True)[1:]
+    if "--help" in words:
+        return
+    module = importlib.import_module(f"rootcellar.commands.{command}")
+    args = cli._parser(command, module).parse_args([command, *words])
+    if command == "replay":  # the trace is there, and the figure can be drawn
+        assert workload(args.trace.removeprefix("generated:"))
+        assert args.figure.suffix == ".html"
+
+
+def test_the_readme_leads_to_files_that_are_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+    assert (ROOT / "docs" / "figures" / "page.png").stat().st_size < 150_000
 
 
 def test_it_runs_as_a_module_and_tells_its_version():
