@@ -198,7 +198,7 @@ def test_a_field_that_weights_need_is_named(name):
         ({"hbm": 10**9, "kv_bytes_per_device": 10**9}, "not both"),
         ({"mem_fraction_static": 1.5}, r"must be in \(0, 1\]"),
         ({"swa_full_tokens_ratio": 0.0}, r"must be in \(0, 1\]"),
-        ({"kv_cache_dtype": "int3"}, "choose from auto, bfloat16"),
+        ({"kv_cache_dtype": "int3"}, "choose from auto, float32, bfloat16"),
         ({"page_size": 0}, "page_size=0"),
     ],
 )
