@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import chain, seed_digest
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
@@ -14,7 +15,6 @@ from rootcellar.cache.node import Entry, Node
 from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk
 from rootcellar.errors import CacheBroken
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache import words
+from rootcellar.cache.desk import Desk, pin_place, unpin_place
 from rootcellar.cache.digest import Naming, page_digests, seed_digest
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
@@ -22,7 +23,6 @@ from rootcellar.cache.match import Hit, find, fresh, place_of
 from rootcellar.cache.moves import Manifest, Part, Question
 from rootcellar.cache.node import Node
 from rootcellar.cache.slots import Pages
-from rootcellar.cache.verbs import Desk, pin_place, unpin_place
 
 Chain = Callable[[bytes, NDArray[np.int64], int], list[bytes]]
 FOREVER = 1 << 62  # ticks

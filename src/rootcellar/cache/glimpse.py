@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from rootcellar.cache.desk import Desk
 from rootcellar.cache.flights import Traffic
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.node import Entry, Flight, Node
 from rootcellar.cache.settings import Settings
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk
 
 State = tuple[Any, ...]
 Record = tuple[Any, ...]

@@ -19,6 +19,7 @@ from rootcellar.cache.adaptive import EDGES
 from rootcellar.cache.api import PrefixCache
 from rootcellar.cache.check import check
 from rootcellar.cache.control import Prefetch, question
+from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import Naming
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
 from rootcellar.cache.glimpse import State, thaw, thaw_desk
@@ -32,7 +33,6 @@ from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, count_shelf
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk
 
 
 class NativeRadixCache(_core.Core):

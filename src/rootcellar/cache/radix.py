@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rootcellar.cache import control, words
 from rootcellar.cache.api import PrefixCache
 from rootcellar.cache.check import check
+from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import chain
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
@@ -27,7 +28,7 @@ from rootcellar.cache.sight import TreeView, trail, tree_view
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
-from rootcellar.cache.verbs import Desk, close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
+from rootcellar.cache.verbs import close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
 
 
 class PyRadixCache(PrefixCache):

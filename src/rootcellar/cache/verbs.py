@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -10,76 +10,19 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import words
 from rootcellar.cache.adaptive import mix
+from rootcellar.cache.desk import Desk, pin_place, pin_sources, pin_windows, unpin_place
 from rootcellar.cache.digest import page_digests
 from rootcellar.cache.evict import drop_subtree, fits, make_room_for, prune
-from rootcellar.cache.flights import Traffic, call_off, fetch, flying_to, missing, sources, write_through
+from rootcellar.cache.flights import write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
-from rootcellar.cache.lease import Lease, ReqToTokenPool
+from rootcellar.cache.lease import Lease
+from rootcellar.cache.loads import fits_beside, load, staged
 from rootcellar.cache.match import Hit, fresh, place_of
-from rootcellar.cache.node import Flight, Node
-from rootcellar.cache.settings import Settings
+from rootcellar.cache.node import Node
 from rootcellar.cache.shelf import Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
-
-
-class Desk:
-    """The leases of one cache, and what their verbs need at hand: the tree, the page tables, the device's shelves."""
-
-    def __init__(self, tree: Tree, tables: ReqToTokenPool, traffic: Traffic, given: Settings) -> None:
-        self.tree = tree
-        self.traffic = traffic
-        self.given = given
-        self.pins: dict[int, Lease] = {}  # pinned prefixes, by serial
-        self.expiries: list[tuple[int, int]] = []  # heap of (tick, serial of a pin)
-        self.offers: dict[int, Lease] = {}  # what peers may fetch, by the manifest's id
-        self.tables = tables
-        self.free_rows = list(range(given.max_leases, 0, -1))  # the last is taken next
-        self.leases: dict[int, Lease] = {}  # by row
-        self.serial = 0
-        device = [shelf for shelf in tree.by_tier[Tier.DEVICE] if shelf is not None]
-        self.paged: list[Shelf] = [shelf for shelf in device if shelf.kind.rule != "recurrent"]
-        self.windows: list[Shelf] = [shelf for shelf in self.paged if not shelf.full]
-        self.states: list[Shelf] = [shelf for shelf in device if shelf.kind.rule == "recurrent"]
-
-    def places(self) -> Iterator[Node]:
-        """The node of every live hold, as often as it is held."""
-        for lease in self.holders():
-            yield lease.node
-        for flight in self.traffic.flights.values():
-            if flight.held and flight.node is not None:
-                yield flight.node
-
-    def holders(self) -> Iterator[Lease]:
-        """Live leases, pins of prefixes and what peers may fetch."""
-        yield from self.leases.values()
-        yield from self.pins.values()
-        yield from self.offers.values()
-
-    def busy(self) -> tuple[int, int]:
-        """Live leases, and copies under way: what a tier must not be emptied under."""
-        return len(self.leases), len(self.traffic.flights) + len(self.offers)
-
-    def in_flight(self, shelf: Shelf) -> list[Pages]:
-        """Slots that copies under way will fill."""
-        return [
-            flight.slots
-            for flight in self.traffic.flights.values()
-            if flight.kind_index == shelf.kind_index and flight.dst is shelf.tier
-        ]
-
-    def boundary(self, hit: Hit, tier: Tier) -> int:
-        """Tokens to resume at when ``tier`` may be loaded from: a tier that adds less than ``min_load`` is left out."""
-        reach = hit.length
-        for farther in self.tree.tiers:
-            if farther <= tier and hit.reach(farther) - reach >= self.given.loads[farther]:
-                reach = hit.reach(farther)
-        return reach
-
-    def start_page(self, k: int, tokens: int) -> int:
-        """First page that kind ``k`` needs in order to resume at ``tokens``."""
-        return self.tree.kinds[k].start(tokens) // self.tree.page_size
 
 
 def must_be_open(desk: Desk, *leases: Lease) -> None:
@@ -104,15 +47,15 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
         raise words.key_too_long(len(hit.key), desk.given.max_length)
     hit = fresh(tree, hit)
     boundary = desk.boundary(hit, tier)
-    if tier > Tier.HOST and not fits(_staged(desk, hit, boundary // tree.page_size)):
+    if tier > Tier.HOST and not fits(staged(desk, hit, boundary // tree.page_size)):
         tier = Tier.HOST
         boundary = desk.boundary(hit, tier)
-    if room is not None and not _fits_beside(desk, hit, boundary // tree.page_size, room):
+    if room is not None and not fits_beside(desk, hit, boundary // tree.page_size, room):
         return None
     node = place_of(tree, hit, boundary // tree.page_size)
     lease = Lease(0, desk.serial + 1, node, hit.key.namespace, boundary, priority)
     pin_place(desk, lease)
-    if not _load(desk, lease):
+    if not load(desk, lease):
         unpin_place(desk, lease)
         prune(tree, lease.node)
         # What is nearer can still be had when only the copies do not fit together.
@@ -133,123 +76,6 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
         lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
         _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
     return lease
-
-
-def _fits_beside(desk: Desk, hit: Hit, pages: int, room: Mapping[str, int]) -> bool:
-    """Whether a fresh hit can be opened at boundary ``pages`` and ``room`` more of each paged kind then be grown.
-
-    It is counted, not tried: a request that has to wait for room leaves no trace, not even an edge that was split.
-    """
-    tree = desk.tree
-    needs: list[tuple[Shelf, int]] = []
-    for shelf in desk.paged + desk.states:
-        k = shelf.kind_index
-        start = desk.start_page(k, pages * tree.page_size)
-        count = 1 if shelf.kind.rule == "recurrent" else -(-room[shelf.kind.name] // tree.page_size)
-        for node in hit.path:
-            first, end = max(start, node.start), min(pages, node.end)
-            if first >= end:
-                continue
-            entry = node.entries[shelf.index]
-            held = node.start + entry.lo if entry is not None else end
-            if first < held and not flying_to(node, k, Tier.DEVICE):
-                count += min(held, end) - first  # to be loaded
-            if entry is not None:
-                count += max(0, min(held + entry.evictable, end) - max(held, first))  # may leave now, and not then
-        needs.append((shelf, count))
-    return fits(needs)
-
-
-def _staged(desk: Desk, hit: Hit, pages: int) -> list[tuple[Shelf, int]]:
-    """What HOST must have room for so that a fresh hit can be opened at boundary ``pages``, by shelf.
-
-    What only STORAGE has passes through it, and what HOST holds on the way may leave now, and not then.
-    """
-    tree = desk.tree
-    needs: list[tuple[Shelf, int]] = []
-    for shelf in desk.paged + desk.states:
-        k = shelf.kind_index
-        host, storage = tree.by_tier[Tier.HOST][k], tree.by_tier[Tier.STORAGE][k]
-        if host is None or storage is None:
-            continue
-        start = desk.start_page(k, pages * tree.page_size)
-        passing = staying = 0
-        for node in hit.path:
-            first, end = max(start, node.start), min(pages, node.end)
-            if first >= end:
-                continue
-            here, near, far = (node.entries[s.index] for s in (shelf, host, storage))
-            held = node.start + here.lo if here is not None else end
-            if near is not None:
-                staying += near.evictable
-                if node.start + near.lo <= first:
-                    continue
-            if first < held and far is not None and node.start + far.lo <= first:
-                known = flying_to(node, k, Tier.DEVICE) or flying_to(node, k, Tier.HOST)
-                passing += 0 if known else min(held, end) - first
-        if passing:
-            needs.append((host, passing + staying))
-    return needs
-
-
-def pin_place(desk: Desk, lease: Lease) -> None:
-    """Hold a lease's place and pin what resuming there needs."""
-    tree = desk.tree
-    lease.starts = [desk.start_page(k, lease.cached) for k in range(len(tree.kinds))]
-    lease.sources = [None] * len(tree.kinds)
-    tree.hold(lease.node)
-    _pin_windows(desk, lease, 1)
-    _pin_sources(desk, lease, lease.node)
-
-
-def unpin_place(desk: Desk, lease: Lease) -> None:
-    """Undo :func:`pin_place`, wherever the place is by now."""
-    _pin_windows(desk, lease, -1)
-    _pin_sources(desk, lease, None)
-    desk.tree.release(lease.node)
-
-
-def _load(desk: Desk, lease: Lease) -> bool:
-    """Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned."""
-    tree, traffic = desk.tree, desk.traffic
-    needs: list[tuple[Shelf, int]] = []
-    wanted: list[tuple[Shelf, list[tuple[Node, int]]]] = []
-    for shelf in desk.paged + desk.states:
-        start = lease.starts[shelf.kind_index]
-        lacking = missing(tree, lease.node, shelf.kind_index, start, Tier.DEVICE) if lease.cached else []
-        pages = sum(node.end - first for node, first in lacking if not flying_to(node, shelf.kind_index, Tier.DEVICE))
-        needs.append((shelf, pages + (shelf.kind.rule == "recurrent")))
-        wanted.append((shelf, lacking))
-    if not make_room_for(tree, needs):
-        return False
-    plans: list[tuple[Shelf, Node, int, Shelf | None]] = []
-    flights: list[Flight] = []
-    for shelf, lacking in wanted:
-        for node, first in lacking:
-            flight = flying_to(node, shelf.kind_index, Tier.DEVICE)
-            source = sources(tree, node, shelf.kind_index, first, exclude=Tier.DEVICE)
-            if flight.start > first if flight is not None else source is None:
-                return False
-            if flight is not None:
-                flights.append(flight)
-            else:
-                plans.append((shelf, node, first, source))
-    # First what HOST has, so that it stays while room is made there for what comes from STORAGE.
-    plans.sort(key=lambda item: item[3] is not None and item[3].tier is Tier.STORAGE)
-    serial, asked = traffic.serial, len(traffic.outbox)
-    for shelf, node, first, source in plans:
-        assert source is not None
-        flight = fetch(tree, traffic, node, source, shelf, first)
-        if flight is None:
-            call_off(tree, traffic, [f for i, f in traffic.flights.items() if i > serial])
-            traffic.serial = serial
-            del traffic.outbox[asked:]
-            return False
-        flights.append(flight)
-    for flight in flights:
-        flight.waiters.append(lease)
-        lease.waits.add(flight.id)
-    return True
 
 
 def fill_rows(desk: Desk, lease: Lease) -> None:
@@ -360,25 +186,7 @@ def read_own_states(desk: Desk, lease: Lease) -> None:
     for shelf in desk.states:
         row = desk.tables.by_kind[shelf.kind_index][lease.row]
         row[0] = row[1]
-    _pin_sources(desk, lease, None)
-
-
-def _pin_sources(desk: Desk, lease: Lease, node: Node | None) -> None:
-    """Pin the snapshots at a node's end (None: at none) in place of those the lease has pinned."""
-    for shelf in desk.states:
-        k = shelf.kind_index
-        old = lease.sources[k]
-        if node is not None and node.parent is not None:
-            desk.tree.pin(node, k, node.end - 1, 1)
-        if old is not None and old.parent is not None:
-            desk.tree.pin(old, k, old.end - 1, -1)
-        lease.sources[k] = node
-
-
-def _pin_windows(desk: Desk, lease: Lease, count: int) -> None:
-    """Pin (1) or unpin (-1) what the lease's place needs of each window and chunk."""
-    for shelf in desk.windows:
-        desk.tree.pin(lease.node, shelf.kind_index, lease.starts[shelf.kind_index], count)
+    pin_sources(desk, lease, None)
 
 
 # ---- commit -------------------------------------------------------------------------------------------------------
@@ -392,7 +200,7 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
     if len(key) > lease.length or key.namespace != lease.namespace:
         raise words.commit_too_long(len(key), key.namespace, lease.length, lease.namespace)
     if desk.given.reuse:
-        _pin_windows(desk, lease, -1)
+        pin_windows(desk, lease, -1)
         done, pages = lease.committed // size, len(key) // size
         if pages > done:
             place = _insert(desk, lease, key, done, pages)
@@ -410,7 +218,7 @@ def commit(desk: Desk, lease: Lease, key: Key, snapshot: bool) -> None:
     for shelf in desk.windows:
         _release_passed(desk, lease, shelf, len(key))
     if desk.given.reuse:
-        _pin_windows(desk, lease, 1)
+        pin_windows(desk, lease, 1)
         if snapshot and len(key) == lease.length == lease.committed:
             _take_snapshot(desk, lease)
 
@@ -507,7 +315,7 @@ def _take_snapshot(desk: Desk, lease: Lease) -> None:
         entry = node.entries[shelf.index]
         assert entry is not None
         desk.tables.by_kind[shelf.kind_index][lease.row, 0] = entry.pages[0]
-    _pin_sources(desk, lease, node)
+    pin_sources(desk, lease, node)
     lease.stepped = False
 
 
