@@ -122,7 +122,7 @@ def run(
         assert plan is not None
         assert not scheduler.failed
         # The answer's next token is known; where a chunk does not end its request, the value is ignored.
-        scheduler.advance(plan, [answers[c.request][c.request.generated] for c in plan.chunks])
+        scheduler.advance(plan, [[answers[c.request][c.request.generated]] for c in plan.chunks])
     hits = sum(request.cached or 0 for request in answers)
     if check:
         cache.check()

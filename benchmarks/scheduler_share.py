@@ -54,9 +54,9 @@ def decoding(core: Any, page_size: int, steps: int) -> Scheduler:
         scheduler.add(Request.new(f"{i}", prompt, SamplingParams(max_new_tokens=steps + 10)))
     plan = scheduler.plan()
     while not plan.decode or len(plan.chunks) < BATCH:
-        scheduler.advance(plan, [1] * len(plan.chunks))
+        scheduler.advance(plan, [[1]] * len(plan.chunks))
         plan = scheduler.plan()
-    scheduler.advance(plan, [1] * BATCH)
+    scheduler.advance(plan, [[1]] * BATCH)
     return scheduler
 
 
@@ -64,7 +64,7 @@ def step(scheduler: Scheduler) -> float:
     """Seconds to plan one decode step and to take its tokens."""
     began = time.perf_counter()
     plan = scheduler.plan()
-    scheduler.advance(plan, [1] * BATCH)
+    scheduler.advance(plan, [[1]] * BATCH)
     return time.perf_counter() - began
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from copies import Copies, host_capacity
 from rootcellar.cache import RadixCache, Tier, full
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import build
@@ -18,7 +19,7 @@ from rootcellar.engine.clock import Clock
 from rootcellar.engine.commands import Submit
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.requests import Item
-from rootcellar.engine.step import Machine
+from rootcellar.engine.step import Learn, Machine
 from rootcellar.runner import Shapes
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Scheduler
@@ -57,15 +58,16 @@ class HashPool:
 class HashRunner:
     """Steps over hashes.
 
-    ``fails``: of each step to come, in order, whether it breaks.
+    ``per_step``: most tokens that a step gives a request. ``fails``: of each step to come, in order, whether it breaks.
     """
 
-    def __init__(self, pool, page_size, chunk, running):
+    def __init__(self, pool, page_size, chunk, running, per_step=1):
         self.params = {}
         self.pools = {"full": pool}
         self.pool_of = {"full": "full"}
         self.shapes = Shapes.of(chunk, running)
         self._page_size = page_size
+        self._per_step = per_step
         self.fails: list[bool] = []
 
     def kind_in(self, pool):
@@ -83,7 +85,23 @@ class HashRunner:
             hashes[at] = pool[self._slot(table, position)] = zlib.crc32(token.to_bytes(4, "little"), int(before))
         if self.fails and self.fails.pop(0):
             raise RuntimeError("the device is on fire")
-        return hashes[batch.last], None
+        chosen = np.full((len(batch.rows), self._per_step), -1, np.int64)
+        for i, at in enumerate(batch.last.tolist()):
+            if batch.positions[at] >= 0:
+                self._choose(
+                    pool, batch.tables["full"][batch.rows[at // tile]], batch.positions[at], hashes[at], chosen[i]
+                )
+        return chosen, None
+
+    def _choose(self, pool, table, position, state, chosen):
+        """One token or more, each but the last with its keys and values, as far as there is a page for them."""
+        for j in range(1 + int(state) % self._per_step):
+            chosen[j] = token = int(state) % VOCAB
+            position += 1
+            if position // self._page_size >= len(table) or not table[position // self._page_size]:
+                return
+            state = zlib.crc32(token.to_bytes(4, "little"), int(state))
+            pool[self._slot(table, position)] = state
 
     def _slot(self, table, position):
         page = table[position // self._page_size]
@@ -91,40 +109,53 @@ class HashRunner:
         return page, position % self._page_size
 
     def sample(self, scores, rows):
-        return (scores % VOCAB).astype(np.int32), np.zeros(len(scores), np.float32)
+        """Every token's logprob is a function of it."""
+        return scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB
 
 
-def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, **options):
-    """A machine over hashes; ``options`` are the machine's own."""
+def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, per_step=1, **options):
+    """A machine over hashes; ``host``: tokens on a second tier, which ``machine.copies`` copies to and from.
+
+    ``options`` are the machine's own.
+    """
+    kinds, capacity = [full("full", (0,))], {("full", Tier.DEVICE): tokens}
+    if host:
+        capacity |= host_capacity(kinds, host)
     cache = RadixCache(
-        [full("full", (0,))],
+        kinds,
         page_size=page_size,
-        capacity={("full", Tier.DEVICE): tokens},
+        capacity=capacity,
         max_leases=running,
         max_length=tokens,
     )
-    runner = HashRunner(HashPool(tokens // page_size, page_size), page_size, chunk, running)
+    runner = HashRunner(HashPool(tokens // page_size, page_size), page_size, chunk, running, per_step)
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=chunk,
         max_running_requests=running,
         tiles_of=runner.shapes.tiles_of,
         max_tiles=runner.shapes.prefill_tiles,
+        load_from=Tier.HOST if host else Tier.DEVICE,
+        tokens_per_step=per_step,
     )
     life = Lifecycle(scheduler, runner, None, "hashes")
-    return _machine(life, running, tokens, time, **options)
+    held = np.zeros((host // page_size + 1, page_size), np.uint32)
+    copies = Copies(lambda kind, tier: runner.pools[kind].buffers[0] if tier is Tier.DEVICE else held)
+    return _machine(life, running, tokens, time, copies, mover=copies if host else None, **options)
 
 
 def real_machine(folder, time=None, **settings):
     """A machine over a model's folder, without a tokenizer."""
     parts = build(EngineConfig.from_kwargs(model_path=folder, skip_tokenizer_init=True, **settings))
     life = Lifecycle(parts.scheduler, parts.runner, parts.reload, parts.weights)
-    return _machine(life, parts.max_running_requests, parts.total_tokens, time)
+    return _machine(life, parts.max_running_requests, parts.total_tokens, time, Copies(None))
 
 
-def _machine(life, running, tokens, time, **options):
+def _machine(life, running, tokens, time, copies, **options):
     settings = {"max_queued": None, "log_interval": 1e9, "clock": (time or Time()).clock, **options}
-    return Machine(life, max_running=running, total_tokens=tokens, **settings)
+    machine = Machine(life, max_running=running, total_tokens=tokens, **settings)
+    machine.copies = copies
+    return machine
 
 
 def expected_answer(prompt, most):
@@ -141,15 +172,18 @@ def expected_answer(prompt, most):
 class Callers:
     """Those who ask one machine: what they got, by request."""
 
-    def __init__(self, machine):
+    def __init__(self, machine, tokenizer=None, grammar=lambda rid: None):
+        """``grammar(rid)``: what a request's answer must follow."""
         self.machine = machine
+        self._tokenizer = tokenizer
+        self._grammar = grammar
         self.updates: dict[str, list] = {}
 
-    def submit(self, prompts, call, deadline=None, **sampling):
+    def submit(self, prompts, call, deadline=None, logprobs=None, **sampling):
         """The command that asks for the continuation of ``prompts``."""
         params = SamplingParams(**sampling)
         items = tuple(
-            Item(np.asarray(p), params, frozenset([EOS]), 0, (f"c{call}", f"c{call}-{i}"), None, 0, "")
+            Item(np.asarray(p), params, frozenset([EOS]), 0, (f"c{call}", f"c{call}-{i}"), logprobs, 0, "")
             for i, p in enumerate(prompts)
         )
         return Submit(items, call, "", True, 0.0, deadline)
@@ -158,7 +192,8 @@ class Callers:
         """Give a command; its reply."""
         live = []
         if isinstance(command, Submit):
-            live = [command.trackers(None, self.machine.clock, None, self._deliver_to(command))]
+            grammars = [self._grammar(item.names[-1]) for item in command.items]
+            live = [command.trackers(self._tokenizer, self.machine.clock, grammars, self._deliver_to(command))]
         reply: Future = Future()
         self.machine.do(command, reply, *live)
         return reply
@@ -167,18 +202,27 @@ class Callers:
         kept = [self.updates.setdefault(item.names[-1], []) for item in command.items]
         return lambda i: kept[i].append
 
+    def step(self):
+        """One turn, as the loop has it."""
+        try:
+            self.machine.step()
+        except RuntimeError as error:
+            self.machine.recover(error)
+        self.machine.scheduler.cache.check()
+
     def results(self):
         """By request: its tokens, and why it ended (None: it has not)."""
         latest = {rid: updates[-1].render() for rid, updates in self.updates.items() if updates}
         return {rid: (r["output_ids"], r["meta_info"]["finish_reason"]) for rid, r in latest.items()}
 
     def run(self, limit=10_000):
-        """Steps until nothing is left to do."""
+        """Steps until nothing is left to do, with copies that end and steps that fail."""
         for _ in range(limit):
-            if not self.machine.ready:
+            self.machine.learn()
+            if self.machine.ready:
+                self.step()
+            elif self.machine.scheduler.idle or not self.machine.copies.finish(dst=Tier.DEVICE):
                 return
-            self.machine.step()
-            self.machine.scheduler.cache.check()
         raise AssertionError("the machine does not come to rest")
 
 
@@ -188,6 +232,8 @@ def replay(log, turns, callers):
     for turn, command in log:
         while machine.turns < turn:
             machine.step()
+        if isinstance(command, Learn):
+            machine.copies.follow(command.events)
         callers.do(command)
     while machine.turns < turns:
         machine.step()

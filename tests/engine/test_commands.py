@@ -42,6 +42,7 @@ ACTIONS = st.one_of(
     st.builds(Expire, st.floats(0, 50)),
     st.integers(1, 6),
 )
+COPIES = st.sampled_from([True, True, False])
 
 
 def drive(callers, actions, first_call):
@@ -49,8 +50,12 @@ def drive(callers, actions, first_call):
     machine = callers.machine
     for i, action in enumerate(actions):
         match action:
+            case bool():
+                machine.copies.finish(ok=action)
+                machine.learn()
             case int():
                 for _ in range(action):
+                    machine.learn()
                     if machine.ready:
                         machine.step()
             case (prompts, most, deadline):
@@ -67,16 +72,17 @@ def settle(callers):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(ACTIONS, max_size=30))
-def test_a_log_replays_to_the_same_state(actions):
-    one, other = (Callers(hash_machine()) for _ in range(2))
+@given(st.lists(ACTIONS | COPIES, max_size=30), st.sampled_from([0, 256]), st.integers(1, 3))
+def test_a_log_replays_to_the_same_state(actions, host, per_step):
+    one, other = (Callers(hash_machine(host=host, per_step=per_step)) for _ in range(2))
     one.machine.log = log = []
     drive(one, actions, 0)
     replay(log, one.machine.turns, other)
     assert state_of(other.machine) == state_of(one.machine)
     assert other.results() == one.results()
+    log.clear()
     settle(one)
-    replay(log[-2:], one.machine.turns, other)
+    replay(log, one.machine.turns, other)
     assert state_of(other.machine) == state_of(one.machine)
     assert other.results() == one.results()
     for prompts, call in [(a[0], i) for i, a in enumerate(actions) if isinstance(a, tuple)]:

@@ -110,10 +110,10 @@ def test_output_that_cannot_be_made_ends_its_request_alone(engine, monkeypatch):
     expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
     take = Tracker.take_token
 
-    def broken(tracker, version):
+    def broken(tracker, version, now):
         if tracker.request.rid == "cursed" and tracker.request.generated > 3:
             raise ValueError("no such character")
-        return take(tracker, version)
+        return take(tracker, version, now)
 
     monkeypatch.setattr(Tracker, "take_token", broken)
     with pytest.raises(GenerationFailed, match=r"1 of 2 answers failed; request 'cursed': .*no such char") as failed:

@@ -4,6 +4,9 @@ A step checks that every position before a chunk finds, through the page table, 
 writes the chunk's. Reading a page that was freed, shared wrongly or written by somebody else cannot go unnoticed. The
 next token is a function of the prefix, so what a request must produce is known without any cache.
 
+With ``host`` what is cached is written down to a second tier as well, and comes back from there; a test lets the copies
+happen. With ``per_step`` a step gives up to so many tokens at once, and writes the keys and values of all but the last.
+
 With ``states`` the model also has recurrent layers: a slot of state holds the hash of all that went into it, and a step
 must find the one of everything before its chunk.
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from copies import Copies, host_capacity
 from rootcellar.cache import Kind, RadixCache, Tier, full, recurrent
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Chunk, Plan, Request, Scheduler, Snapshots
@@ -68,6 +72,8 @@ class World:
     states: int = 0
     interval: int = 16
     least: int = 4
+    host: int = 0
+    per_step: int = 1
     requests: list[Request] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
 
@@ -80,6 +86,8 @@ class World:
         if self.states:
             kinds.append(recurrent("state", (1,)))
             capacity["state", Tier.DEVICE] = self.states
+        if self.host:
+            capacity |= host_capacity(kinds, self.host)
         self.cache = self.core(
             kinds,
             page_size=self.page_size,
@@ -95,6 +103,9 @@ class World:
             for kind in self.paged
         }
         self.state_pool = [None] * (self.states + 1)
+        host = np.zeros((self.host // self.page_size + 1, self.page_size), np.int64)
+        self.host_pools = {kind.name: host.copy() for kind in self.paged}
+        self.copies = Copies(lambda kind, tier: (self.pools if tier is Tier.DEVICE else self.host_pools)[kind])
         self.scheduler = Scheduler(
             self.cache,
             chunked_prefill_size=self.chunk,
@@ -102,6 +113,8 @@ class World:
             schedule_policy=self.policy,
             reuse=self.reuse,
             snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
+            load_from=Tier.HOST if self.host else Tier.DEVICE,
+            tokens_per_step=self.per_step,
         )
 
     def add(self, prompt, most, **options):
@@ -117,10 +130,13 @@ class World:
         return request
 
     def step(self) -> Plan | None:
+        self.scheduler.learn(self.copies.reports())
         plan = self.scheduler.plan()
         assert not self.scheduler.failed
+        self.copies.dispatch(self.cache.moves())
         if plan is None:
             return None
+        assert all(request.lease.ready for request in plan.requests)
         assert sum(c.stop - c.start for c in plan.chunks) <= (self.running if plan.decode else self.chunk)
         assert len({c.request for c in plan.chunks}) == len(plan.chunks) <= self.running
         tokens = []
@@ -130,12 +146,23 @@ class World:
             hashes = extend_hashes(request.ids[: chunk.stop])
             for kind in self.paged:
                 self.step_pages(kind, chunk, hashes)
-            tokens.append(next_token(hashes[-1]))
+            tokens.append(self.choose(chunk, hashes))
         if self.states:
             self.step_states(plan)
         moved = self.scheduler.advance(plan, tokens)
         self.finished += [r for r in moved if r.finish is not None]
         return plan
+
+    def choose(self, chunk: Chunk, hashes: list[int]) -> list[int]:
+        """One to ``most`` tokens, each but the last with its keys and values; what ends an answer is not looked for."""
+        tokens = [next_token(hashes[-1])]
+        for _ in range(hashes[-1] % max(1, chunk.most)):
+            start = chunk.stop + len(tokens) - 1
+            hashes = hashes + extend_hashes(tokens[-1:], hashes[-1])
+            for kind in self.paged:
+                self.step_pages(kind, Chunk(chunk.request, start, start + 1, True, 1), hashes)
+            tokens.append(next_token(hashes[-1]))
+        return tokens
 
     def step_pages(self, kind: Kind, chunk: Chunk, hashes: list[int]) -> None:
         """All that the chunk's first token sees is there, and the chunk's own slots are written."""
@@ -164,9 +191,17 @@ class World:
         for _ in range(limit):
             if self.scheduler.idle:
                 return
-            assert self.step() is not None, "nothing can be computed although something waits"
+            if self.step() is None:
+                assert self.copies.finish(dst=Tier.DEVICE), "nothing can be computed although something waits"
             self.cache.check()
         raise AssertionError("the scheduler does not come to an end")
+
+    def land(self):
+        """All copies come to their ends, and those that follow from them."""
+        self.scheduler.learn(self.copies.drain())
+        while moves := self.cache.moves():
+            self.copies.dispatch(moves)
+            self.scheduler.learn(self.copies.drain())
 
     def verify(self):
         """All requests ended as they must, and the cache owns everything again."""
@@ -175,6 +210,7 @@ class World:
                 continue
             answer = request.output.tolist()
             assert answer == expected_answer(request.ids[: request.prompt_length], request.sampling.max_new_tokens)
+        self.land()
         self.cache.check()
         shelves = self.cache.stats().shelves
         for shelf in shelves.values():

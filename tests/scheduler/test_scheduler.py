@@ -191,8 +191,15 @@ class Machine(RuleBasedStateMachine):
         states=st.one_of(st.just(0), st.integers(2, 12)),
         interval=st.integers(1, 24),
         least=st.integers(1, 8),
+        host=st.sampled_from([0, 0, 64, 256]),
+        per_step=st.sampled_from([1, 1, 2, 4]),
     )
-    def start(self, window, spare, **options):
+    def start(self, window, spare, per_step, **options):
+        if options["states"]:  # they cannot be taken back, and have no bytes here
+            options["host"] = 0
+        else:
+            options["per_step"] = per_step
+            spare += per_step * options["page_size"]
         if window is not None:  # at least what the engine gives it: one request's pages
             size = options["page_size"]
             least = request_pages(window, size, options["tokens"], max(options["chunk"], size)) * size
@@ -225,8 +232,13 @@ class Machine(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             if self.world.step() is None:
-                assert self.world.scheduler.idle
+                assert self.world.scheduler.idle or self.world.scheduler.awaits_bytes
             self.world.cache.check()
+
+    @precondition(lambda self: self.world.copies.pending)
+    @rule(ok=st.sampled_from([True, True, False]))
+    def copy(self, ok):
+        self.world.copies.finish(ok=ok)
 
     def teardown(self):
         if hasattr(self, "world"):

@@ -85,6 +85,7 @@ class Submit(Command):
                 score_from=None if start is None else max(start - 1, 0),
                 tenant=self.tenant,
                 call=self.call,
+                single=item.logprobs is not None and item.logprobs.top > 0,
             )
             assert item.seed is not None
             tracker = Tracker(

@@ -99,11 +99,15 @@ class Loop:
         """Run ``function`` once, when nobody has wanted anything for a moment; for the engine's thread."""
         self._when_idle.append(function)
 
+    def wake(self) -> None:
+        """There is news for the machine to learn."""
+        self._inbox.put(lambda: None)
+
     def stop(self) -> None:
         """Abort what is left and end the thread."""
         if not self._stopped.is_set():
             self._stopped.set()
-            self._inbox.put(lambda: None)
+            self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -125,6 +129,7 @@ class Loop:
                 self._expire()
                 if self._stopped.is_set():
                     break
+                machine.learn()
                 if machine.ready:
                     machine.step()
                 elif quiet and self._may_idle:

@@ -170,13 +170,13 @@ class Tracker:
         self.stages.append((stage.value, now))
         return True
 
-    def take_token(self, weight_version: str) -> Finish | None:
+    def take_token(self, weight_version: str, now: float) -> Finish | None:
         """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""
         if not self.versions or self.versions[-1][0] != weight_version:
             self.versions.append((weight_version, self.request.generated - 1))
-        self.last_token = self._now()
+        self.last_token = now
         if self.first_token is None:
-            self.first_token = self.last_token
+            self.first_token = now
         complete = None if self.grammar is None else self.grammar.take(int(self.request.output[-1]))
         if self._detokenizer is None:
             return complete

@@ -24,7 +24,7 @@ from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.telemetry import Counts, Distributions
 from rootcellar.engine.trace import RequestRecord, StepRecord, chrome_trace
-from rootcellar.scheduler import Stage
+from rootcellar.scheduler import FORWARD, Stage
 
 SHOWN_REQUESTS = 64
 # Nodes of everybody's among which a tenant's own are sought.
@@ -162,7 +162,8 @@ class Sight:
     def _own_stats(self, counts: Counts, alive: list[Tracker]) -> dict[str, Any]:
         """What is about requests and their tokens: of all, or of one tenant."""
         by_stage = Counter(t.request.stage.value for t in alive)
-        stages = [s.value for s in Stage if s not in (Stage.TOKENIZE, Stage.FINISHED)]
+        # Those of every engine, and others while somebody is in them.
+        stages = [s.value for s in Stage if s is Stage.PREFILL_WAITING or s in FORWARD or by_stage[s.value]]
         running = sum(t.request.lease is not None for t in alive)
         return {
             "running": running,

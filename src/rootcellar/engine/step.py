@@ -1,21 +1,23 @@
 """The engine without its thread: commands and steps change it, and nothing else does.
 
-A step: plan, dispatch, run, take. Between two steps come commands (``commands.py``). The same commands between the same
-steps leave the same requests, tokens and cache: ``log`` can record them. Only how often the weights' bytes and the
-clock were asked differs, so what depends on time is a command that carries it.
+A step: learn, plan, dispatch, run, take. Between two steps come commands (``commands.py``), and what movers report is
+learned as one. The same commands between the same steps leave the same requests, tokens and cache: ``log`` can record
+them. What depends on time is a command that carries it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jax import Array
 
+from rootcellar.cache import Done, Event, Failed, Move, Tier
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
@@ -28,6 +30,46 @@ from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
 log = logging.getLogger(__name__)
+
+
+class Mover(Protocol):
+    """Carries out the copies that the cache decides on."""
+
+    def dispatch(self, moves: Sequence[Move]) -> None:
+        """Begin these copies, in order. A source on the device is read before the next step runs."""
+
+    def reports(self) -> list[Event]:
+        """What was seen since the last call, without waiting."""
+
+    def drain(self) -> list[Event]:
+        """Wait for all that is under way, then :meth:`reports`."""
+
+
+@dataclass(frozen=True)
+class Learn:
+    """The command that takes in what those saw who copy between tiers."""
+
+    events: tuple[Event, ...]
+    rest: None = None
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        machine.scheduler.learn(self.events)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a step gave.
+
+    Attributes:
+        tokens: for each chunk those that were chosen.
+        logprobs: float32 [chunks or more, tokens or more]: theirs.
+        top: logprobs and ids [chunks or more, k] of the likeliest in each first token's place; None: nobody asked.
+    """
+
+    tokens: list[list[int]]
+    logprobs: np.ndarray
+    top: tuple[np.ndarray, np.ndarray] | None
 
 
 class Order(Protocol):
@@ -64,10 +106,12 @@ class Machine:
         total_tokens: int,
         clock: Clock,
         log_interval: float,
+        mover: Mover | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
-        ``log_interval``: seconds between two lines of the log about the work under way.
+        ``log_interval``: seconds between two lines of the log about the work under way. ``mover``: who copies between
+        tiers; None where the device is the only one.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -82,6 +126,11 @@ class Machine:
         self.log: list[tuple[int, Order]] | None = None
         self._max_running = max_running
         self._max_queued = max_queued
+        self._mover = mover
+        self._planned: Plan | None = None
+        """The step under way: whose fault a failure is."""
+        self._stuck = False
+        """Whether nothing can be computed until there is news."""
         self._at_rest: deque[tuple[Order, Future[Any], tuple[Any, ...]]] = deque()
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -90,11 +139,13 @@ class Machine:
         """Carry out ``command``; ``reply`` has its result or its error, later if it must wait until nothing runs."""
         if self.log is not None:
             self.log.append((self.turns, command))
+        self._stuck = False
         if command.rest is None or self._come_to_rest(command.rest, reply):
             self._carry_out(command, reply, live)
         elif not reply.done():
             self._at_rest.append((command, reply, live))
         self._rested()
+        self._dispatch()
 
     def _carry_out(self, command: Order, reply: Future[Any], live: tuple[Any, ...]) -> None:
         try:
@@ -195,16 +246,24 @@ class Machine:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to compute, and it may be."""
-        return self.able and not self.scheduler.idle
+        """Whether there is something to compute, and it may be, and did not turn out to wait for bytes."""
+        return self.able and not self.scheduler.idle and not self._stuck
+
+    def learn(self) -> None:
+        """Take in what movers saw since the last time."""
+        if self._mover is not None and (events := self._mover.reports()):
+            self.do(Learn(tuple(events)), Future())
 
     def step(self) -> None:
         """One turn: a step, if one can be planned."""
         self.turns += 1
         self.recorder.step_begins()
-        plan = self._plan()
-        if plan is not None:
-            self._take(plan, self._run(plan))
+        self._planned = self._plan()
+        self._dispatch()
+        if self._planned is not None:
+            self._take(self._planned, self._run(self._planned))
+            self._dispatch()
+        self._planned = None
         self._rested()
 
     def _plan(self) -> Plan | None:
@@ -215,20 +274,28 @@ class Machine:
         self.scheduler.failed.clear()
         if plan is None:
             self._unblock()
-            return None
-        for chunk in plan.chunks:
-            self.trackers[chunk.request].note_stage()
+        for request in self.scheduler.loading if plan is None else [*self.scheduler.loading, *plan.requests]:
+            self.trackers[request].note_stage()
         return plan
 
     def _unblock(self) -> None:
-        """Nothing can be computed although something waits: end the first with the reason rather than hang."""
-        if not self.scheduler.idle and not self.scheduler.running:
+        """Nothing can be computed although something waits: for bytes, until they come; else it ends with the reason
+        rather than hang.
+        """
+        if self.scheduler.awaits_bytes:
+            self._stuck = True
+        elif not self.scheduler.idle and not self.scheduler.running:
             request = next(iter(self.scheduler.waiting))
             available = self.scheduler.cache.available_tokens()
             self.end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 
-    def _run(self, plan: Plan) -> np.ndarray:
-        """Run the step; the chosen token for each chunk (0 where a chunk gives none)."""
+    def _dispatch(self) -> None:
+        """Hand over the copies that were planned, before the step writes where their sources are."""
+        if self._mover is not None and (moves := self.scheduler.cache.moves()):
+            self._mover.dispatch(moves)
+
+    def _run(self, plan: Plan) -> Chosen:
+        """Compute the step and choose tokens."""
         cache, runner = self.scheduler.cache, self.runner
         parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
@@ -239,22 +306,49 @@ class Machine:
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
-            return np.zeros(len(plan.chunks), np.int32)
-        rows = [self._sampled(c) for c in plan.chunks]
-        tokens, logprobs = runner.sample(scores, rows)
-        self._keep_logprobs(plan, scores, logprobs)
-        return tokens[: len(plan.chunks)]
+            return Chosen([[]] * len(plan.chunks), np.zeros((0, 0)), None)
+        tokens, logprobs = runner.sample(scores, [self._sampled(c) for c in plan.chunks])
+        given = [[t for t in row if t >= 0] for row in tokens[: len(plan.chunks)].tolist()]
+        wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
+        k = max((kept.options.top for kept in wanted if kept is not None), default=0)
+        return Chosen(given, logprobs, runner.top_logprobs(scores, k) if k else None)
 
-    def _take(self, plan: Plan, tokens: np.ndarray) -> None:
+    def _take(self, plan: Plan, chosen: Chosen) -> None:
+        """Give each request its tokens, and its caller the news."""
         self.recorder.computed()
         self.steps += 1
-        for request in self.scheduler.advance(plan, tokens):
+        trackers = [self.trackers[chunk.request] for chunk in plan.chunks]
+        now, version = self.clock.now(), self.life.version
+
+        def follow(i: int, j: int) -> Finish | None:
             try:
-                self._deliver(request)
+                return self._follow(trackers[i], chosen, i, j, version, now)
             except Exception as error:  # one request's output is no other's concern
-                log.exception("could not follow request %s", request.rid)
-                self.end(request, Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}"))
+                return _unfollowed(trackers[i].request, error)
+
+        for request in self.scheduler.advance(plan, chosen.tokens, follow):
+            if request.finish is not None:
+                self._close(request)
+                continue
+            try:
+                self.trackers[request].publish()
+            except Exception as error:
+                self.end(request, _unfollowed(request, error))
         self.recorder.step_ended(plan, self.generated, self.prompted)
+
+    def _follow(self, tracker: Tracker, chosen: Chosen, i: int, j: int, version: str, now: float) -> Finish | None:
+        """A request got the ``j``-th token of chunk ``i``; a ``Finish`` when its text or its grammar ends there."""
+        self.generated += 1
+        kept = tracker.logprobs
+        if kept is not None:
+            kept.output.append(float(chosen.logprobs[i, j]))
+            if chosen.top is not None:
+                values, ids = (each[i, : kept.options.top].tolist() for each in chosen.top)
+                kept.output_top.append(list(zip(values, ids, strict=True)))
+        before = tracker.last_token
+        found = tracker.take_token(version, now)
+        self.recorder.token(tracker, before)
+        return found
 
     def _sampled(self, chunk: Chunk) -> Sampled:
         request, tracker = chunk.request, self.trackers[chunk.request]
@@ -268,20 +362,6 @@ class Machine:
             request.output,
             None if grammar is None else grammar.allowed(),
         )
-
-    def _keep_logprobs(self, plan: Plan, scores: Array, logprobs: np.ndarray) -> None:
-        wanted = [
-            (i, kept)
-            for i, c in enumerate(plan.chunks)
-            if c.ends and c.request.sampling.max_new_tokens and (kept := self.trackers[c.request].logprobs) is not None
-        ]
-        k = max((kept.options.top for _, kept in wanted), default=0)
-        values, ids = self.runner.top_logprobs(scores, k) if k else (None, None)
-        for i, kept in wanted:
-            kept.output.append(float(logprobs[i]))
-            if values is not None and ids is not None:
-                n = kept.options.top
-                kept.output_top.append(list(zip(values[i, :n].tolist(), ids[i, :n].tolist(), strict=True)))
 
     def _score_prompts(self, plan: Plan, batch: Batch, hidden: Array) -> None:
         """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was."""
@@ -307,33 +387,52 @@ class Machine:
                 kept.prompt_top[start + 1 : start + 1 + n] = values[at : at + n, :top]
                 kept.prompt_top_ids[start + 1 : start + 1 + n] = ids[at : at + n, :top]
 
-    def _deliver(self, request: Request) -> None:
-        """Follow a request's newest token: to its caller, or to its end."""
-        tracker = self.trackers[request]
-        if request.generated:
-            self.generated += 1
-            before = tracker.last_token
-            found = tracker.take_token(self.life.version)
-            self.recorder.token(tracker, before)
-            if found is not None and request.finish is None:
-                self.end(request, found)
-                return
-        if request.finish is not None:
-            self._close(request)
-        else:
-            tracker.publish()
+    # -- a step that failed -----------------------------------------------------------------------------------------
 
     def recover(self, error: Exception) -> None:
-        """After a failed step: its requests end, the pools are made anew, and the engine goes on."""
+        """After a failed step: its requests end, the pools are made anew, and the others are computed again.
+
+        Where nobody can say whose step it was, all end.
+        """
         message = f"the step failed: {type(error).__name__}: {error}"
-        self.end_all(self.roster.of(None), Finish.abort("failed", message))
-        # The buffers were donated to a step that did not give them back, so nothing cached can be trusted.
-        self.scheduler.cache.flush()
+        planned, self._planned = self._planned, None
+        alive = self.roster.of(None)
+        of_it = alive if planned is None else [t for t in alive if t.request in planned.requests]
+        self.end_all(of_it, Finish.abort("failed", message))
+        self.scheduler.retract_all()
+        # The buffers were donated to a step that did not give them back: what was on the device is lost.
+        self._forget_device()
         if "kv_cache" not in self.life.released:
             for pool in self.runner.pools.values():
                 pool.free()
                 pool.allocate()
+        self._stuck = False
         self._rested()
+
+    def _forget_device(self) -> None:
+        """Forget what lies on the device, and nothing else, once no copy is under way."""
+        cache = self.scheduler.cache
+        busy = True
+        while busy:
+            moves = cache.moves()
+            for move in moves:
+                if move.dst is Tier.DEVICE:
+                    cache.learn(Done(move.id))  # forgotten below; a failure would speak against its source
+                elif move.src is Tier.DEVICE or self._mover is None:
+                    cache.learn(Failed(move.id))
+                else:
+                    self._mover.dispatch([move])
+            events = [] if self._mover is None else self._mover.drain()
+            for event in events:
+                cache.learn(event)
+            busy = bool(moves or events)
+        cache.forget_tier(Tier.DEVICE)
+
+
+def _unfollowed(request: Request, error: Exception) -> Finish:
+    """The end of a request whose output cannot be made; called where ``error`` is handled."""
+    log.exception("could not follow request %s", request.rid)
+    return Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}")
 
 
 def _row(request: Request) -> int:

@@ -108,10 +108,14 @@ class Runner:
         return int(analysis.temp_size_in_bytes)
 
     def sample(self, scores: Array, rows: Sequence[sampler.Sampled]) -> tuple[np.ndarray, np.ndarray]:
-        """Choose a token for each of ``rows`` from the rows of ``scores`` [N, V]: (int32 [N], logprob float32 [N])."""
+        """Choose tokens for each of ``rows`` from the rows of ``scores`` [N, V].
+
+        Returns:
+            tokens int32 [N, K], -1 after a row's last, and their logprobs float32 [N, K]; K is 1.
+        """
         settings = sampler.build(rows, scores.shape[0], self._vocab)
         tokens, logprobs = jax.device_get(self.programs.sample(scores, settings))
-        return tokens, logprobs
+        return tokens[:, None], logprobs[:, None]
 
     def top_logprobs(self, scores: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first.

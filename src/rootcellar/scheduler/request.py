@@ -7,30 +7,19 @@
 
 ``0 <= committed <= computed < length``: the newest token never has its KV yet; computing it gives the next one. A
 request with one token left to compute is *decoding*, with more it is *prefilling*: a retracted request prefills its
-own answer.
+own answer. The lease has ``slots >= computed`` tokens of room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache import Key, Lease
 from rootcellar.sampling_params import SamplingParams
-
-
-class Stage(StrEnum):
-    """Where a request is in its life; TOKENIZE is before the scheduler knows of it."""
-
-    TOKENIZE = "TOKENIZE"
-    PREFILL_WAITING = "PREFILL_WAITING"
-    PREFILL_FORWARD = "PREFILL_FORWARD"
-    PREFILL_CHUNKED_FORWARD = "PREFILL_CHUNKED_FORWARD"
-    DECODE_LOOP = "DECODE_LOOP"
-    FINISHED = "FINISHED"
+from rootcellar.scheduler.stages import Stage, advance_stage
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class Request:
         namespace: requests of different namespaces share nothing.
         tenant: who asks (the name of an API key): for fairness alone, ``namespace`` says what is shared.
         call: which of the tenant's calls asks: one HTTP request or ``generate()``, whatever its prompts and ``n``.
+        single: its tokens come one at a time: something of each is wanted that a step gives for its first alone.
         epoch: the version of the weights that its KV is computed with; requests of different epochs share nothing.
         priority: higher goes first.
         score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
@@ -76,12 +66,16 @@ class Request:
         lease: its hold on the cache while it runs.
         computed: tokens whose KV is there.
         committed: tokens whose KV is shared.
+        commit_at: tokens at which the next ones are, while it decodes.
+        slots: tokens that its lease has slots for.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         cached_by_tier: where they came from, by tier.
         resumable: tokens after which it last began from a cached recurrent state, or left its own.
         branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
         claimed: whether others had to make way for it: once is enough.
+        stage: where it is; :meth:`enter` changes it.
+        finish: why it ended, once it has.
     """
 
     rid: str
@@ -95,12 +89,15 @@ class Request:
     score_from: int | None = None
     tenant: str = ""
     call: int = 0
+    single: bool = False
     epoch: str = ""
     order: int = 0
     since: int = 0
     lease: Lease | None = None
     computed: int = 0
     committed: int = 0
+    commit_at: int = 0
+    slots: int = 0
     cached: int | None = None
     cached_by_tier: dict[str, int] = field(default_factory=dict)
     resumable: int = 0
@@ -123,13 +120,29 @@ class Request:
         score_from: int | None = None,
         tenant: str = "",
         call: int = 0,
+        single: bool = False,
     ) -> Request:
         """A request for the continuation of ``prompt`` (token ids, at least one)."""
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
         ids[: len(prompt)] = prompt
         return cls(
-            rid, ids, len(prompt), len(prompt), sampling, stop_ids, namespace, priority, score_from, tenant, call
+            rid,
+            ids,
+            len(prompt),
+            len(prompt),
+            sampling,
+            stop_ids,
+            namespace,
+            priority,
+            score_from,
+            tenant,
+            call,
+            single,
         )
+
+    def enter(self, stage: Stage) -> None:
+        """Go to ``stage``; ``EngineError`` where the table of stages does not allow it."""
+        self.stage = advance_stage(self.rid, self.stage, stage)
 
     @property
     def remaining(self) -> int:
@@ -164,7 +177,7 @@ class Request:
         self.length += 1
         if token in self.stop_ids and self.generated > self.sampling.min_new_tokens:
             self.finish = Finish("stop", matched=token)
-        elif self.generated >= self.sampling.max_new_tokens:
+        elif self.length == len(self.ids):
             self.finish = Finish("length")
 
     @property

@@ -14,56 +14,29 @@ get a step of their own, before a large one and never two in a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rootcellar.cache import Hit, Key, RadixCache, Tier
-from rootcellar.scheduler.request import Finish, Request, Stage
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, call_of, light, place_of, portions
+from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
+from rootcellar.errors import ConfigError
+from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, room_for
+from rootcellar.scheduler.request import Finish, Request
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, light, place_of, portions
+from rootcellar.scheduler.sharing import Sharing, note_cached
 from rootcellar.scheduler.snapshots import Snapshots
+from rootcellar.scheduler.stages import FORWARD, Stage
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
 # the better order saves (SGLang draws the same line).
 _LPM_LIMIT = 128
-# A waiting request is held back while a running one computes a prefix that would save it at least this many tokens.
-_WORTH_WAITING = 32
 # Waiting requests that are passed over in one plan: the step has no tokens left for them, or they are held back.
 _LOOK = 128
-
-POLICIES: dict[str, Callable[[Request, Hit], tuple[int, ...]]] = {
-    "lpm": lambda request, hit: (-hit.length, request.order),
-    "fcfs": lambda request, _hit: (request.order,),
-}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, stop) of a request, to be computed in one step."""
-
-    request: Request
-    start: int
-    stop: int
-
-    @property
-    def ends(self) -> bool:
-        """Whether the step gives this request's next token."""
-        return self.stop == self.request.length
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step: chunks of several requests; ``decode`` when each is a single token."""
-
-    chunks: tuple[Chunk, ...]
-    decode: bool
 
 
 class Scheduler:
     """Decides; the engine carries out.
 
-    ``plan()`` gives the next step, ``advance()`` takes what it produced. In between, ``add``, ``abort`` and ``finish``
+    ``plan()`` gives the next step, ``advance()`` takes what it produced. In between, ``add``, ``finish`` and ``learn``
     may be called; nothing here waits or measures time.
     """
 
@@ -78,6 +51,8 @@ class Scheduler:
         tiles_of: Callable[[int], int] = lambda tokens: tokens,
         max_tiles: int | None = None,
         snapshots: Snapshots | None = None,
+        load_from: Tier = Tier.DEVICE,
+        tokens_per_step: int = 1,
     ) -> None:
         """Schedule over ``cache``.
 
@@ -90,10 +65,20 @@ class Scheduler:
             tiles_of: tiles that so many tokens of one request take in a prefill step.
             max_tiles: most tiles in a prefill step; None: as many as tokens.
             snapshots: where requests leave recurrent states; None: the model has none.
+            load_from: the farthest tier from which cached prefixes are loaded.
+            tokens_per_step: most tokens that a step may give one request.
+
+        Raises:
+            ConfigError: several tokens a step for a model with recurrent states, which cannot be taken back.
         """
+        if tokens_per_step > 1 and any(kind.rule == "recurrent" for kind in cache.kinds):
+            raise ConfigError("tokens_per_step must be 1 for a model with recurrent layers")
         self.cache = cache
         self.waiting = Waiting()
         self.running: list[Request] = []
+        """Requests that hold a lease, in the order in which they got it."""
+        self.loading: dict[Request, Hit] = {}
+        """Those of them whose lease is not ready, with what they hit."""
         self.failed: list[Request] = []
         """Requests that ``plan`` had to end; the engine takes them from here."""
         self.retracted: list[Request] = []
@@ -105,7 +90,11 @@ class Scheduler:
         self._max_running = max_running_requests
         self._rank = POLICIES[schedule_policy]
         self._needs_match = schedule_policy == "lpm" and reuse
-        self._reuse = reuse
+        self._sharing = Sharing(reuse, self._little, cache.page_size, snapshots is not None)
+        self._load_from = load_from
+        self._per_step = tokens_per_step
+        # Tokens after which a decoding request commits: whole pages, or several at a time when they are tiny.
+        self._stride = max(cache.page_size, min(16, chunked_prefill_size))
         self._tiles_of = tiles_of
         self._max_tiles = max_tiles if max_tiles is not None else chunked_prefill_size
         self._snapshots = snapshots
@@ -147,7 +136,7 @@ class Scheduler:
         request.finish = finish
         if request.lease is None:
             self.waiting.remove(request)
-            request.stage = Stage.FINISHED
+            request.enter(Stage.FINISHED)
         else:
             self._end(request)
 
@@ -175,36 +164,59 @@ class Scheduler:
             self.cache.drop_namespace(namespace)
         self._namespaces = {r.lease.namespace for r in self.running if r.lease is not None}
 
+    def learn(self, events: Iterable[Event]) -> None:
+        """Take in what the movers saw: who has all that it waited for may be planned, who lost it waits again."""
+        for event in events:
+            self.cache.learn(event)
+        for request, hit in list(self.loading.items()):
+            assert request.lease is not None
+            if request.lease.lost:
+                self._release(request)
+                self._wait_again(request)
+            elif request.lease.ready:
+                del self.loading[request]
+                note_cached(request, hit)
+
+    @property
+    def awaits_bytes(self) -> bool:
+        """Whether copies to the device are under way, for requests or only in the way of them."""
+        shelves = self.cache.stats().shelves
+        return bool(self.loading) or any(s.in_flight for (_, tier), s in shelves.items() if tier is Tier.DEVICE)
+
     def _end(self, request: Request) -> None:
         self._commit(request, everything=True)
         self._release(request)
-        request.stage = Stage.FINISHED
+        request.enter(Stage.FINISHED)
 
     def _release(self, request: Request) -> None:
         assert request.lease is not None
         self.cache.close(request.lease)
         request.lease = None
-        request.computed = request.committed = request.resumable = request.branch = 0
+        request.computed = request.committed = request.resumable = request.branch = request.slots = 0
         self.running.remove(request)
+        self.loading.pop(request, None)
         del self._admitted[request]
         self._settled = False
 
     def _retract(self, request: Request) -> None:
         self._commit(request, everything=True)
         self._release(request)
-        request.stage = Stage.PREFILL_WAITING
         request.retractions += 1
         self.retractions += 1
+        self._wait_again(request)
+        self.retracted.append(request)
+
+    def _wait_again(self, request: Request) -> None:
+        request.enter(Stage.PREFILL_WAITING)
         request.epoch = self._epoch
         self.waiting.add(request)
-        self.retracted.append(request)
 
     def _commit(self, request: Request, *, everything: bool, decode: bool = False) -> None:
         """Share whole pages that were computed: all of them, or a step's worth at a time when pages are tiny.
 
         ``decode``: a recurrent state is left only at its interval.
         """
-        step = self.cache.page_size if everything else max(self.cache.page_size, min(16, self._chunk))
+        step = self.cache.page_size if everything else self._stride
         snapshot = self._snapshots is not None and self._snapshots.due(request, decode)
         if request.computed // step > request.committed // step or snapshot:
             assert request.lease is not None
@@ -212,6 +224,7 @@ class Scheduler:
             request.committed = request.computed - request.computed % self.cache.page_size
             if snapshot:
                 request.resumable = request.computed
+        request.commit_at = (request.committed // self._stride + 1) * self._stride
 
     # -- the next step --------------------------------------------------------------------------------------------
 
@@ -220,8 +233,9 @@ class Scheduler:
         self._plans += 1
         started = self._turns.now
         self._admit()
-        decoding = [r for r in self.running if r.length - r.computed == 1]
-        prefilling = [r for r in self.running if r.length - r.computed > 1] if len(decoding) < len(self.running) else []
+        ready = [r for r in self.running if r not in self.loading] if self.loading else self.running
+        decoding = [r for r in ready if r.length - r.computed == 1]
+        prefilling = [r for r in ready if r.length - r.computed > 1] if len(decoding) < len(ready) else []
         if self._turns.now > started and not self._decode_next:
             # What is all cached but its last token need not wait for the next decode step.
             prefilling += [r for r in decoding if self._admitted[r][1] == self._plans]
@@ -233,8 +247,7 @@ class Scheduler:
             return plan
         self._jumped = False
         for decode in (self._decode_next, not self._decode_next):
-            plan = self._decode(decoding) if decode else self._prefill(prefilling)
-            if plan is not None:
+            if (plan := self._decode(decoding) if decode else self._prefill(prefilling)) is not None:
                 self._decode_next = not decode
                 return plan
         return None
@@ -250,10 +263,19 @@ class Scheduler:
     def _decode(self, decoding: list[Request]) -> Plan | None:
         if not decoding:
             return None
-        chunks = [Chunk(r, r.computed, r.length) for r in self._grow(decoding, [1] * len(decoding))]
-        for chunk in chunks:
-            chunk.request.stage = Stage.DECODE_LOOP
+        one = self._per_step == 1
+        requests = decoding
+        if not (one and self._one_slot_more(decoding)):
+            requests = self._grow(decoding, [r.computed + self._most(r) for r in decoding])
+        chunks = [Chunk(r, r.computed, r.length, True, 1 if one else self._most(r)) for r in requests]
+        for request in requests:
+            if request.stage is not Stage.DECODE_LOOP:
+                request.enter(Stage.DECODE_LOOP)
         return Plan(tuple(chunks), decode=True) if chunks else None
+
+    def _most(self, request: Request) -> int:
+        """Tokens that a step may give a request of which it computes the newest."""
+        return 1 if request.single else max(1, min(self._per_step, len(request.ids) - request.length))
 
     def _prefill(self, prefilling: list[Request]) -> Plan | None:
         tiles, spare = self._max_tiles, 0
@@ -266,9 +288,14 @@ class Scheduler:
                 continue
             tiles, spare = tiles - need, whole - n
             counts[request] = n
-        chunks = [Chunk(r, r.computed, r.computed + counts[r]) for r in self._grow(list(counts), counts.values())]
+        chunks = [
+            Chunk(r, r.computed, r.computed + n, n == r.remaining, self._most(r) if n == r.remaining else 0)
+            for r, n in counts.items()
+        ]
+        self._grow([c.request for c in chunks], [c.stop + max(0, c.most - 1) for c in chunks])
+        chunks = [chunk for chunk in chunks if chunk.request.lease is not None]
         for chunk in chunks:
-            chunk.request.stage = Stage.PREFILL_FORWARD if chunk.ends else Stage.PREFILL_CHUNKED_FORWARD
+            chunk.request.enter(Stage.PREFILL_FORWARD if chunk.ends else Stage.PREFILL_CHUNKED_FORWARD)
         return Plan(tuple(chunks), decode=False) if chunks else None
 
     def _end_well(self, request: Request, n: int) -> int:
@@ -277,33 +304,41 @@ class Scheduler:
             n -= (request.computed + n) % self.cache.page_size
         return n if self._snapshots is None else self._snapshots.stop(request, request.computed + n) - request.computed
 
-    def _grow(self, requests: Sequence[Request], counts: Iterable[int]) -> list[Request]:
-        """Slots for each request's next tokens, retracting the youngest of whoever has most while there is no room.
+    def _one_slot_more(self, requests: Sequence[Request]) -> bool:
+        """Let each have a slot for its newest token, in one call of the cache; whether all have theirs now."""
+        tight = [r for r in requests if r.slots == r.computed]
+        grown = self.cache.grow_many([r.lease for r in tight if r.lease is not None])
+        for request, ok in zip(tight, grown, strict=True):
+            request.slots += ok
+        return all(grown)
 
-        Returns those that got theirs and still run.
+    def _grow(self, requests: Sequence[Request], ends: Sequence[int]) -> list[Request]:
+        """Slots for each request's tokens up to its end, retracting the youngest of whoever has most while there is no
+        room. Returns those that got theirs and still run.
         """
-        needs = dict(zip(requests, counts, strict=True))
-        grown: list[Request] = []
-        waiting = self._grow_together(requests) if all(n == 1 for n in needs.values()) else list(requests)
-        for request in sorted(waiting, key=self._admitted.__getitem__):
-            while request.lease is not None:
-                # A lease keeps slots that it grew for a step that was then not run.
-                missing = request.computed + needs[request] - request.lease.length
-                if missing <= 0 or self.cache.grow(request.lease, missing):
-                    grown.append(request)
-                    break
-                if len(self.running) == 1:
-                    # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
-                    message = (
-                        f"the KV cache has no room for request {request.rid} although nothing else runs "
-                        f"({self.cache.available_tokens()} tokens available): raise max_total_tokens"
-                    )
-                    self.finish(request, Finish.abort("no_room", message))
-                    self.failed.append(request)
-                    break
-                self._retract(self._youngest(Held(self.running).largest(self.running)))
-        failed = set(waiting).difference(grown)
-        return [r for r in requests if r.lease is not None and r not in failed]
+        lacking = [(r, end) for r, end in zip(requests, ends, strict=True) if r.slots < end]
+        for request, end in sorted(lacking, key=lambda each: self._admitted[each[0]]):
+            while request.lease is not None and not self._grow_to(request, end):
+                if len(self.running) > 1 or self.awaits_bytes:
+                    # What copies under way will fill is theirs until they are done: then there is room again.
+                    self._retract(self._youngest(Held(self.running).largest(self.running)))
+                    continue
+                # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
+                message = (
+                    f"the KV cache has no room for request {request.rid} although nothing else runs "
+                    f"({self.cache.available_tokens()} tokens available): raise max_total_tokens"
+                )
+                self.finish(request, Finish.abort("no_room", message))
+                self.failed.append(request)
+        return [r for r in requests if r.lease is not None]
+
+    def _grow_to(self, request: Request, end: int) -> bool:
+        """Let ``request`` have slots for its first ``end`` tokens; False when there is no room."""
+        assert request.lease is not None
+        if not self.cache.grow(request.lease, end - request.slots):
+            return False
+        request.slots = end
+        return True
 
     def _youngest(self, requests: Iterable[Request]) -> Request:
         return max(requests, key=self._admitted.__getitem__)
@@ -333,7 +368,8 @@ class Scheduler:
             if stuck and held.tenants[request.tenant]:
                 return
             hit = hits.get(request) or self.cache.match(request.key(request.matchable))
-            if self._shares_with_running(request, hit) or not budget.allows(request, hit.length):
+            cached = hit.reach(self._load_from)
+            if self._sharing.soon(request, cached, self.running) or not budget.allows(request, cached):
                 looks -= 1
                 lines.settle(request)
             elif self._start(request, hit) or self._claim(request, hit, held):
@@ -350,7 +386,7 @@ class Scheduler:
             hits = {r: self.cache.match(r.key(r.matchable)) for r in self.waiting}
 
             def place(request: Request) -> Place:
-                return (*place_of(request)[:2], *self._rank(request, hits[request]))
+                return (*place_of(request)[:2], *self._rank(request, hits[request].reach(self._load_from)))
 
             ranked = {call: sorted(line, key=place, reverse=True) for call, line in self.waiting.calls.items()}
             return Lines(ranked, place, held, self._turns), hits
@@ -365,11 +401,12 @@ class Scheduler:
         if request.claimed:
             return False
         running, after, going = list(self.running), Held(self.running), list[Request]()
-        lacking = max(self._needs(request, hit.length).values(), default=0) + hit.length - self.cache.available_tokens()
+        cached = hit.reach(self._load_from)
+        lacking = max(self._needs(request, cached).values(), default=0) + cached - self.cache.available_tokens()
         while not going or len(running) >= self._max_running or lacking > 0:
             above = after.above(request, running)
             if not above and not after.tenants[request.tenant]:
-                above = self._had_their_turn(request, hit, running)
+                above = self._had_their_turn(request, cached, running)
             if not above:
                 return False
             gone = self._youngest(after.largest(above))
@@ -384,104 +421,77 @@ class Scheduler:
             held.add(gone, -1)
         return self._start(request, hit)
 
-    def _had_their_turn(self, request: Request, hit: Hit, running: list[Request]) -> list[Request]:
+    def _had_their_turn(self, request: Request, cached: int, running: list[Request]) -> list[Request]:
         """Running requests of other tenants that had as many steps as ``request`` asks for, and may wait as long."""
-        prefill = -(-(request.length - hit.length) // self._chunk)
+        prefill = -(-(request.length - cached) // self._chunk)
         steps = max(1, prefill + request.sampling.max_new_tokens - request.generated - 1)
-        served = (r for r in running if r.tenant != request.tenant and r.stage is not Stage.PREFILL_WAITING)
+        served = (r for r in running if r.tenant != request.tenant and r.stage in FORWARD)
         return [r for r in served if self._plans - self._admitted[r][1] >= steps]
-
-    def _shares_with_running(self, request: Request, hit: Hit) -> bool:
-        """Whether a running request is about to compute a prefix that this one could then take from the cache."""
-        if not self._reuse:
-            return False
-        little = request.length - hit.length <= self._little
-        worth = hit.length + max(_WORTH_WAITING, self.cache.page_size)
-        limit = request.matchable
-        for other in self.running:
-            end = min(limit, other.length)
-            if other.remaining <= 1 or end < worth:
-                continue
-            if call_of(other) != call_of(request) and (little or other.tenant != request.tenant):
-                continue  # nobody is kept waiting by others for what is soon computed, or by another tenant at all
-            if (other.namespace, other.epoch) != (request.namespace, request.epoch):
-                continue
-            if np.array_equal(request.ids[:worth], other.ids[:worth]):
-                if self._snapshots is not None:
-                    self._meet(request.ids[:end], other)
-                return True
-        return False
-
-    def _meet(self, ids: NDArray[np.int64], other: Request) -> None:
-        """Let a running request leave a state where one that waits for it will go another way."""
-        differs = ids != other.ids[: len(ids)]
-        shared = int(differs.argmax()) if differs.any() else len(ids)
-        shared -= shared % self.cache.page_size
-        if shared > other.computed and not other.computed < other.branch < shared:
-            other.branch = shared
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
         if len(self.running) >= self._max_running:
             return False
-        room = self._needs(request, hit.length) if self.running else None
-        lease = self.cache.open(hit, priority=request.priority, room=room)
+        room = self._needs(request, hit.reach(self._load_from)) if self.running else None
+        lease = self.cache.open(hit, self._load_from, priority=request.priority, room=room)
         if lease is None:
             return False
         request.lease = lease
         self._namespaces.add(lease.namespace)
-        request.computed = request.committed = request.resumable = lease.cached
+        request.computed = request.committed = request.resumable = request.slots = lease.cached
+        request.commit_at = 0
         request.branch = hit.branch
-        if request.cached is None:
-            request.cached = min(lease.cached, request.prompt_length)
-            request.cached_by_tier = _by_tier(hit, request.cached)
         self.waiting.remove(request)
         self.running.append(request)
         self._turns.take(request)
         self._admitted[request] = self._turns.now, self._plans
+        if lease.ready:
+            note_cached(request, hit)
+        else:
+            self.loading[request] = hit
+            request.enter(Stage.LOADING)
         return True
 
     def _needs(self, request: Request, cached: int) -> dict[str, int]:
         """Tokens that ``request`` and all that run will hold more of each paged kind until they decode."""
         pending = [request.length - cached, *(r.remaining for r in self.running)]
-        reserve = self.cache.page_size * len(pending)
-        return {
-            kind.name: sum(kind.held(n, self._chunk) for n in pending) + reserve
-            for kind in self.cache.kinds
-            if kind.rule != "recurrent"
-        }
+        return room_for(self.cache.kinds, pending, self._chunk, self.cache.page_size)
 
     # -- after the step -------------------------------------------------------------------------------------------
 
-    def advance(self, plan: Plan, tokens: Sequence[int]) -> list[Request]:
-        """Take what ``plan`` computed; ``tokens[i]`` was chosen for chunk i (ignored where the chunk does not end).
+    def advance(self, plan: Plan, tokens: Sequence[Sequence[int]], follow: Follow | None = None) -> list[Request]:
+        """Take what ``plan`` computed; ``tokens[i]`` were chosen for chunk i (ignored where the chunk does not end).
 
+        ``follow`` is asked after each token. Those after a request's last are dropped, wherever the list is cut.
         Returns the requests that got a token or ended, in the order of the chunks.
         """
         moved: list[Request] = []
-        for chunk, token in zip(plan.chunks, tokens, strict=True):
-            request = chunk.request
-            request.computed = chunk.stop
-            if chunk.ends:
-                request.score_from = None
-                if request.sampling.max_new_tokens == 0:
-                    request.finish = Finish("length")
-                else:
-                    request.append(int(token))
+        waits = plan.decode and self._snapshots is None  # to commit: the first chunks of a request are shared at once
+        for i, (request, _, stop, ends, most) in enumerate(plan.chunks):
+            if not ends:
+                request.computed = stop
+            else:
+                self._append(request, i, tokens[i][:most], follow)
                 moved.append(request)
             if request.finish is not None:
                 self._end(request)
-            else:
+            elif not waits or request.computed >= request.commit_at:
                 self._commit(request, everything=not plan.decode, decode=plan.decode)
         return moved
 
-
-def _by_tier(hit: Hit, cached: int) -> dict[str, int]:
-    """Which tier gave how many of the ``cached`` tokens, nearest first; SGLang's names of tiers."""
-    parts: dict[str, int] = {}
-    counted = 0
-    for tier in (Tier.DEVICE, Tier.HOST, Tier.STORAGE):
-        reach = min(hit.reach(tier), cached)
-        parts[tier.name.lower()] = max(0, reach - counted)
-        counted = max(counted, reach)
-    return parts
+    def _append(self, request: Request, i: int, tokens: Sequence[int], follow: Follow | None) -> None:
+        """Add chosen tokens to the request of chunk ``i``, up to its last."""
+        request.score_from = None
+        if request.sampling.max_new_tokens == 0:
+            request.computed = request.length
+            request.finish = Finish("length")
+            return
+        for j, token in enumerate(tokens):
+            request.append(token)
+            if follow is not None:
+                found = follow(i, j)
+                request.finish = request.finish or found
+            if request.finish is not None:
+                break
+        # Each token but the newest has its KV by now.
+        request.computed = request.length - 1

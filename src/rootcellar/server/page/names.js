@@ -13,6 +13,7 @@ export function nameOf(rid) {
 const STAGES = {
   TOKENIZE: "reading",
   PREFILL_WAITING: "waiting",
+  LOADING: "loading",
   PREFILL_CHUNKED_FORWARD: "prompt (chunk)",
   PREFILL_FORWARD: "prompt",
   DECODE_LOOP: "generating",

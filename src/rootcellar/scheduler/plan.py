@@ -1,0 +1,55 @@
+"""What a step computes, as the scheduler decides it; and what goes into the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rootcellar.cache import Kind
+from rootcellar.scheduler.request import Finish, Request
+
+POLICIES: dict[str, Callable[[Request, int], tuple[int, ...]]] = {
+    "lpm": lambda request, cached: (-cached, request.order),
+    "fcfs": lambda request, _cached: (request.order,),
+}
+Follow = Callable[[int, int], Finish | None]
+"""Told that token ``j`` of chunk ``i`` was added to its request; a ``Finish`` when that is to be its last."""
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, stop) of a request, to be computed in one step.
+
+    ``ends``: the step gives the request's next tokens, up to ``most``. It may write the KV of all of them but the last:
+    the slots are there.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    ends: bool
+    most: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: chunks of several requests; ``decode`` when each is a request's newest token alone."""
+
+    chunks: tuple[Chunk, ...]
+    decode: bool
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those whose chunks they are."""
+        return [chunk.request for chunk in self.chunks]
+
+
+def room_for(kinds: Sequence[Kind], pending: Sequence[int], chunk: int, page_size: int) -> dict[str, int]:
+    """Tokens of each paged kind, by its name, that requests with so many to compute hold more until they decode.
+
+    ``chunk``: most of a request in one step. A page for each is counted on top.
+    """
+    reserve = page_size * len(pending)
+    return {
+        kind.name: sum(kind.held(n, chunk) for n in pending) + reserve for kind in kinds if kind.rule != "recurrent"
+    }
