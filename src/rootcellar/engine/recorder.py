@@ -51,7 +51,7 @@ class Recorder:
         for request in self._scheduler.retracted:
             tracker = trackers.get(request)
             if tracker is not None and tracker.note_stage():
-                log.info("request %s lost its memory and waits again; it has %d tokens", request.rid, request.length)
+                log.info("request %s was retracted and waits again; it has %d tokens", request.rid, request.length)
         self._scheduler.retracted.clear()
 
     def dispatched(self) -> None:
