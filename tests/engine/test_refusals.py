@@ -115,7 +115,7 @@ def test_the_queue_has_a_limit(tiny_folder):
             engine.generate(input_ids=[[1], [2], [3], [4]], sampling_params=GREEDY)
         engine.pause_generation("in_place")
         waiting = engine.generate(input_ids=[[1], [2], [3]], sampling_params=GREEDY, stream=True)
-        with pytest.raises(QueueFull, match="3 wait and max_queued_requests is 1"):
+        with pytest.raises(QueueFull, match="1 more, and there is room for 0"):
             engine.generate(input_ids=[4], sampling_params=GREEDY)
         engine.continue_generation()
         assert sum(r["meta_info"]["finish_reason"] is not None for r in waiting) == 3

@@ -207,8 +207,7 @@ class Engine:
             GenerationFailed: an answer failed; it comes when all have ended, with their results. Aborts are results.
             EngineError: the engine was shut down.
         """
-        inputs = read_inputs(
-            self._parts,
+        inputs = self._read(
             prompt,
             input_ids,
             sampling_params,
@@ -259,17 +258,18 @@ class Engine:
         Cancelling the task, or leaving the iterator early, aborts the requests. A reader that is slower than the engine
         misses steps in between, never text: each result holds all that came before.
         """
-        mailbox = Mailbox(self._post())
+        post = self._post()
+        mailbox = Mailbox(post)
         input_ids = options.pop("input_ids", None)
         options["received"] = self._clock.now()
-        read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
+        read = functools.partial(self._read, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
-        inputs = await asyncio.to_thread(read) if takes_long(prompt, input_ids) else read()
+        inputs = await post.aside(read) if takes_long(prompt, input_ids) else read()
         compiling = self._start_grammars(inputs)
         grammars = None if compiling is None else await asyncio.wrap_future(compiling)
         submit = self._submit(inputs, stream)
         make = functools.partial(self._trackers, submit, grammars, mailbox.deliver)
-        trackers = await asyncio.to_thread(make) if len(inputs.items) > MANY_PROMPTS else make()
+        trackers = await post.aside(make) if len(inputs.items) > MANY_PROMPTS else make()
         try:
             await asyncio.wrap_future(self._loop.post(submit, trackers))
         except asyncio.CancelledError:
@@ -284,7 +284,7 @@ class Engine:
                     draw = functools.partial(
                         show, snapshot, index if inputs.several else None, raise_on_failure and stream
                     )
-                    yield await asyncio.to_thread(draw) if snapshot.unrendered > _MANY else draw()
+                    yield await post.aside(draw) if snapshot.unrendered > _MANY else draw()
             finally:
                 if ended < len(trackers):
                     self._loop.abandon(submit.call)
@@ -292,6 +292,17 @@ class Engine:
         if stream:
             return receive()
         return in_order([r async for r in receive()], several=inputs.several, strict=raise_on_failure)
+
+    def require_room(self, sequences: int, tenant: str = "") -> None:
+        """Raise ``QueueFull`` where so many more of ``tenant`` were refused now, as far as is known at once.
+
+        For callers that would work in vain on a request that has no place; one that has may still be refused.
+        """
+        self._loop.machine.require_known_room(tenant, sequences)
+
+    @property
+    def _read(self) -> Callable[..., Inputs]:
+        return functools.partial(read_inputs, self._parts, self.require_room)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""

@@ -37,6 +37,8 @@ class Loop:
         """Start the thread."""
         self.machine = machine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._abandoned: deque[int] = deque()
+        """Calls whose callers went away: ended piece by piece, as nobody waits for that."""
         self._when_idle: deque[Callable[[], None]] = deque()
         self._stopped = threading.Event()
         self._closing = threading.Lock()
@@ -59,14 +61,8 @@ class Loop:
     def abandon(self, call: int) -> None:
         """End a call whose caller went away. Does not wait; requests that ended already are left alone."""
 
-        def abandon() -> None:
-            future: Future[bool] = Future()
-            self.machine.do(Abandon(call), future)
-            if future.result():  # the others of a large call, when whoever came meanwhile had a turn
-                self._inbox.put(abandon)
-
         if not self._stopped.is_set():
-            self._inbox.put(abandon)
+            self._inbox.put(lambda: self._abandoned.append(call))
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a ``function`` that only reads between two steps, and give its result or raise its error."""
@@ -125,7 +121,8 @@ class Loop:
         machine = self.machine
         while not self._stopped.is_set():
             try:
-                quiet = not self._drain(wait=not machine.ready)
+                quiet = not self._drain(wait=not (machine.ready or self._abandoned))
+                self._end_abandoned()
                 self._expire()
                 if self._stopped.is_set():
                     break
@@ -149,6 +146,13 @@ class Loop:
         with self._closing:
             self._closed = True
         self._drain(wait=False)
+
+    def _end_abandoned(self) -> None:
+        if self._abandoned:
+            call, left = self._abandoned.popleft(), Future[bool]()
+            self.machine.do(Abandon(call), left)
+            if left.result():
+                self._abandoned.append(call)
 
     @property
     def _may_idle(self) -> bool:

@@ -9,20 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from rootcellar.engine.output import Deliver, Snapshot
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Post:
-    """Carries snapshots to one event loop. However many come before the loop looks, it is woken once."""
+    """Carries snapshots to one event loop. However many come before the loop looks, it is woken once.
+
+    What would keep the loop too long has one thread: more would only keep the interpreter from the engine's own.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._on_the_way: deque[tuple[Mailbox, int, Snapshot]] = deque()
         self._called = False
+        self._thread = ThreadPoolExecutor(1, "rootcellar-aside")
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do ``work`` beside the loop, one thing after the other."""
+        return await self.loop.run_in_executor(self._thread, work)
 
     def carry(self, mailbox: Mailbox, index: int, snapshot: Snapshot) -> None:
         """Bring a snapshot to ``mailbox``; for the engine's thread."""

@@ -103,6 +103,6 @@ class Recorder:
         # A copy: the request's own array has room for all that it might have generated.
         key = request.key(request.length)
         self.trace.ended(record, Key(key.tokens.copy(), key.namespace))
-        if finish.type == "abort":
+        if finish.type == "abort" and finish.cause != "gone":
             log.info("request %s ended early: %s", request.rid, finish.message)
         log.debug("request %s ended: %s", request.rid, record)

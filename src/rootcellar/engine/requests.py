@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -58,6 +58,7 @@ class Inputs:
 
 def read_inputs(
     parts: Parts,
+    require_room: Callable[[int, str], None],
     prompt: str | Sequence[str] | None,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
@@ -92,7 +93,7 @@ def read_inputs(
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
     named = names_of(rid, len(prompts))
     _check_stops(parts.config, settings)
-    _check_size(parts, prompts, settings, logprobs)
+    require_room(_check_size(parts, prompts, settings, logprobs), tenant)
     items: list[Item] = []
     read = _Read(parts)
     for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):
@@ -113,8 +114,8 @@ def _check_size(
     prompts: Sequence[NDArray[np.int64]],
     settings: Sequence[Mapping[str, Any] | None],
     logprobs: LogprobOptions | None,
-) -> None:
-    """Refuse what is too much together before anything is allocated for it."""
+) -> int:
+    """Refuse what is too much together before anything is allocated for it; how many sequences there are."""
     config = parts.config
     sequences = tokens = cells = 0
     for ids, given in zip(prompts, settings, strict=True):
@@ -132,6 +133,7 @@ def _check_size(
             raise RequestTooLarge(
                 f"{number} {what} in one request: at most {limit} are allowed; send fewer, or raise {setting}"
             )
+    return sequences
 
 
 def _count(given: Mapping[str, Any] | None, name: str, default: int) -> int:

@@ -131,6 +131,8 @@ class Machine:
         """The step under way: whose fault a failure is."""
         self._stuck = False
         """Whether nothing can be computed until there is news."""
+        self._full: dict[str, int] = {}
+        """Room in the queue for tenants that were refused lately. Replaced, never changed: other threads look at it."""
         self._at_rest: deque[tuple[Order, Future[Any], tuple[Any, ...]]] = deque()
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -146,6 +148,7 @@ class Machine:
             self._at_rest.append((command, reply, live))
         self._rested()
         self._dispatch()
+        self._look_for_room()
 
     def _carry_out(self, command: Order, reply: Future[Any], live: tuple[Any, ...]) -> None:
         try:
@@ -185,18 +188,39 @@ class Machine:
         """
         if self._max_queued is None:
             return
-        free = max(0, self._max_running - len(self.scheduler.running))
         if new > self._max_queued + self._max_running:
             raise RequestTooLarge(
                 f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
                 "wait: send fewer, or raise max_queued_requests"
             )
-        waiting = self.scheduler.waiting.places(tenant, self._max_queued - self._max_queued // 4 + free)
-        if waiting + new > self._max_queued + free:
-            raise QueueFull(
-                f"too many requests: {waiting} wait and max_queued_requests is {self._max_queued}; "
-                "try again later or raise it"
-            )
+        left = self._room(tenant, self._max_queued)
+        if new > left:
+            self._full = {**self._full, tenant: left}
+            raise self._queue_full(new, left)
+
+    def require_known_room(self, tenant: str, new: int) -> None:
+        """:meth:`require_room` for any thread: ``QueueFull`` where a tenant that was refused lately has no room yet."""
+        left = self._full.get(tenant)
+        if left is not None and new > left:
+            raise self._queue_full(new, left)
+
+    def _room(self, tenant: str, limit: int) -> int:
+        free = max(0, self._max_running - len(self.scheduler.running))
+        return limit + free - self.scheduler.waiting.places(tenant, limit - limit // 4 + free)
+
+    def _queue_full(self, new: int, left: int) -> QueueFull:
+        return QueueFull(
+            f"too many requests: {new} more, and there is room for {max(0, left)} (max_queued_requests is "
+            f"{self._max_queued}); try again later or raise it"
+        )
+
+    def _look_for_room(self) -> None:
+        """See whether there is some again for those who were refused."""
+        limit = self._max_queued
+        if self._full and limit is not None:
+            left = {tenant: self._room(tenant, limit) for tenant in self._full}
+            # Whoever has half of it again asks for itself.
+            self._full = {tenant: places for tenant, places in left.items() if places < limit // 2}
 
     def require_nothing_computed(self, what: str) -> None:
         """Raise ``EngineError`` where ``what`` would take away the KV of requests."""
@@ -265,6 +289,7 @@ class Machine:
             self._dispatch()
         self._planned = None
         self._rested()
+        self._look_for_room()
 
     def _plan(self) -> Plan | None:
         plan = self.scheduler.plan()

@@ -27,8 +27,8 @@ class Finish:
     """Why a request ended. ``type``: "stop", "length" or "abort".
 
     ``matched``: the token id or string that stopped it; ``message``: why it was aborted, for people; ``cause``: the
-    same in a word: "asked" (somebody wanted it), "timeout", "no_room", "grammar" (llguidance gave up on
-    it), "failed" (the engine could not) or "shutdown".
+    same in a word: "asked" (somebody wanted it), "gone" (its caller is), "timeout", "no_room", "grammar" (llguidance
+    gave up on it), "failed" (the engine could not) or "shutdown".
     """
 
     type: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 import orjson
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import ApiError, api_error, ended_early
+from rootcellar.server.pace import paced
 from rootcellar.server.state import State
 
 T = TypeVar("T")
@@ -31,6 +32,16 @@ async def whole(request: Request, state: State, **arguments: Any) -> list[Result
     arguments.setdefault("tenant", caller_of(request).name)
     results = await unless_gone(request, state.engine.async_generate(raise_on_failure=False, **arguments))
     return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
+
+
+def require_room(request: Request, state: State, prompts: object, n: int) -> None:
+    """Refuse ``n`` answers to each of these prompts before they are read, where the caller's queue is known to be full.
+
+    ``prompts``: one, as text or as a list of token ids, or a list of either.
+    """
+    several = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
+    count = len(prompts) if several else 1  # type: ignore[arg-type]
+    state.engine.require_room(count * n, caller_of(request).name)
 
 
 class Stream:
@@ -77,9 +88,9 @@ def counts(result: Result) -> Result:
     return result
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Do ``work`` and give its result; when the client goes away first, cancel it."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(paced(work))
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +128,7 @@ class EventStream(Response):
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send, until the end or until the client goes away."""
-        pump = asyncio.ensure_future(self._pump(send))
+        pump = asyncio.ensure_future(paced(self._pump(send)))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rootcellar.server.browsers import foreign
 from rootcellar.server.callers import note_caller
 from rootcellar.server.errors import ApiError, invalid
+from rootcellar.server.pace import at_the_pace_of
 from rootcellar.server.routes import note_link
 from rootcellar.server.state import State
 
@@ -38,17 +39,21 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        note_caller(scope, self._state.callers.of_token(_token(headers)))
+        caller = self._state.callers.of_token(_token(headers))
+        note_caller(scope, caller)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
+        # Whoever has no key, or the admin's, is one more tenant here: a name in parentheses is nobody's.
+        tenant = "(nobody)" if caller is None else "(admin)" if caller.admin else caller.name
+        answer = at_the_pace_of(self._state.pace.account(tenant), _coroutine(self._app, scope, receive, send))
         if scope["method"] != "POST":
-            await self._app(scope, receive, send)
+            await answer
             return
         self._state.enter()
         try:
-            await self._app(scope, receive, send)
+            await answer
         finally:
             self._state.leave()
 
@@ -68,6 +73,10 @@ class Gate:
                 503, "the server is shutting down", code="shutdown", headers={"Retry-After": "5", "Connection": "close"}
             )
         return None
+
+
+async def _coroutine(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
 
 
 def _token(headers: Headers) -> bytes:

@@ -16,6 +16,7 @@ from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Callers
 from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
+from rootcellar.server.pace import Pace
 from rootcellar.server.shared import Shared
 from rootcellar.server_config import ServerConfig
 from rootcellar.text.reader import Reader
@@ -39,6 +40,7 @@ class State:
         callers: who may call.
         browsers: which web pages may.
         reader: tokenizes what is long.
+        pace: who used how much of the event loop.
         sampling: what OpenAI's routes sample with where a request does not say.
     """
 
@@ -52,6 +54,7 @@ class State:
     callers: Callers = field(init=False)
     browsers: Browsers = field(init=False)
     reader: Reader = field(init=False)
+    pace: Pace = field(default_factory=Pace)
     sampling: dict[str, Any] = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from orjson import Fragment
 from starlette.responses import Response
 
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, whole
+from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, require_room, whole
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.fields import IGNORED, REFUSED
 from rootcellar.server.native.protocol import GenerateRequest
@@ -34,6 +34,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     arguments = body.arguments()
     params = arguments["sampling_params"]
     n = max((_count(each) for each in (params if isinstance(params, list) else [params])), default=1)
+    require_room(request, state, body.text if body.input_ids is None else body.input_ids, n)
     prompts = await read_prompts(state, body.text, body.input_ids, n)
     arguments["input_ids"] = prompts.input_ids
     arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rootcellar.server.answer import Result
+from rootcellar.server.answer import Result, require_room
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import Job
@@ -27,6 +27,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     state = state_of(request)
     state.require_model(body.model)
+    require_room(request, state, body.prompt, body.n or 1)
     with openai_names(body.form_names, max_new_tokens="max_tokens", min_new_tokens="min_tokens"):
         job = await _Completion.of(body, state)
         return await job.answer(request, state, body)
