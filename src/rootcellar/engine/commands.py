@@ -22,7 +22,7 @@ from rootcellar.scheduler import Finish, Request
 from rootcellar.text import Tokenizer
 
 # Requests of an abandoned call that are ended between two steps: a millisecond or two.
-_SLICE = 16
+_SLICE = 32
 
 MODES = ("wait", "abort", "retract")
 PAUSES = ("abort", "retract", "in_place")

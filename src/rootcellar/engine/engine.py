@@ -207,7 +207,9 @@ class Engine:
             GenerationFailed: an answer failed; it comes when all have ended, with their results. Aborts are results.
             EngineError: the engine was shut down.
         """
-        inputs = self._read(
+        inputs = read_inputs(
+            self._parts,
+            self.require_room,
             prompt,
             input_ids,
             sampling_params,
@@ -262,7 +264,9 @@ class Engine:
         mailbox = Mailbox(post)
         input_ids = options.pop("input_ids", None)
         options["received"] = self._clock.now()
-        read = functools.partial(self._read, prompt, input_ids, sampling_params, **options)
+        read = functools.partial(
+            read_inputs, self._parts, self.require_room, prompt, input_ids, sampling_params, **options
+        )
         # What is short is read sooner than a thread is woken.
         inputs = await post.aside(read) if takes_long(prompt, input_ids) else read()
         compiling = self._start_grammars(inputs)
@@ -294,15 +298,8 @@ class Engine:
         return in_order([r async for r in receive()], several=inputs.several, strict=raise_on_failure)
 
     def require_room(self, sequences: int, tenant: str = "") -> None:
-        """Raise ``QueueFull`` where so many more of ``tenant`` were refused now, as far as is known at once.
-
-        For callers that would work in vain on a request that has no place; one that has may still be refused.
-        """
+        """Raise ``QueueFull`` where so many more of ``tenant`` were refused now, as far as is known at once."""
         self._loop.machine.require_known_room(tenant, sequences)
-
-    @property
-    def _read(self) -> Callable[..., Inputs]:
-        return functools.partial(read_inputs, self._parts, self.require_room)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""

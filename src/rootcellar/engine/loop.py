@@ -62,7 +62,7 @@ class Loop:
         """End a call whose caller went away. Does not wait; requests that ended already are left alone."""
 
         if not self._stopped.is_set():
-            self._inbox.put(lambda: self._abandoned.append(call))
+            self._inbox.put(lambda: self._end_some(call))
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a ``function`` that only reads between two steps, and give its result or raise its error."""
@@ -149,10 +149,13 @@ class Loop:
 
     def _end_abandoned(self) -> None:
         if self._abandoned:
-            call, left = self._abandoned.popleft(), Future[bool]()
-            self.machine.do(Abandon(call), left)
-            if left.result():
-                self._abandoned.append(call)
+            self._end_some(self._abandoned.popleft())
+
+    def _end_some(self, call: int) -> None:
+        left = Future[bool]()
+        self.machine.do(Abandon(call), left)
+        if left.result():  # the others when whoever came meanwhile had a turn
+            self._abandoned.append(call)
 
     @property
     def _may_idle(self) -> bool:

@@ -201,7 +201,8 @@ class Machine:
     def require_known_room(self, tenant: str, new: int) -> None:
         """:meth:`require_room` for any thread: ``QueueFull`` where a tenant that was refused lately has no room yet."""
         left = self._full.get(tenant)
-        if left is not None and new > left:
+        most = (self._max_queued or 0) + self._max_running  # beyond it no time will do, which is another error
+        if left is not None and left < new <= most:
             raise self._queue_full(new, left)
 
     def _room(self, tenant: str, limit: int) -> int:
