@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.cache import Key, Kind, Lease, Tier, full
+from rootcellar.cache import Done, Key, Kind, Lease, Tier, full
 from rootcellar.cache.radix import PyRadixCache
 
 CORES: dict[str, type] = {"python": PyRadixCache}
@@ -54,3 +54,31 @@ def start(cache: PyRadixCache, tokens, *, namespace: str = "", chunk: int | None
 def tokens(*parts: tuple[int, int]) -> np.ndarray:
     """Runs of token ids: ``(first, count)`` each."""
     return np.concatenate([np.arange(first, first + count) for first, count in parts])
+
+
+def land(cache, event=Done) -> int:
+    """Report every move, and those that follow from it; how many there were."""
+    count = 0
+    while moves := cache.moves():
+        for move in moves:
+            cache.learn(event(move.id))
+            count += 1
+        cache.check()
+    return count
+
+
+def up(cache, src, dst) -> list:
+    """Report the moves of now, which are all from ``src`` to ``dst``."""
+    moves = cache.moves()
+    assert {(move.src, move.dst) for move in moves} == {(src, dst)}
+    for move in moves:
+        cache.learn(Done(move.id))
+    cache.check()
+    return moves
+
+
+def push_out(cache, count=16) -> None:
+    """Fill the device with other prompts, then let the copies land."""
+    for i in range(count):
+        serve(cache, tokens((10_000 + 100 * i, 16)))
+        land(cache)

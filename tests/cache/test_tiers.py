@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import make, serve, start, tokens
+from helpers import land, make, push_out, serve, start, tokens, up
 
 from rootcellar.cache import (
     Done,
@@ -23,34 +23,6 @@ from rootcellar.errors import CacheBusy, ConfigError
 pytestmark = pytest.mark.usefixtures("core")
 
 HOST, STORAGE, PEER = Tier.HOST, Tier.STORAGE, Tier.PEER
-
-
-def land(cache, event=Done) -> int:
-    """Report every move, and those that follow from it; how many there were."""
-    count = 0
-    while moves := cache.moves():
-        for move in moves:
-            cache.learn(event(move.id))
-            count += 1
-        cache.check()
-    return count
-
-
-def up(cache, src, dst) -> list:
-    """Report the moves of now, which are all from ``src`` to ``dst``."""
-    moves = cache.moves()
-    assert {(move.src, move.dst) for move in moves} == {(src, dst)}
-    for move in moves:
-        cache.learn(Done(move.id))
-    cache.check()
-    return moves
-
-
-def push_out(cache, count=16) -> None:
-    """Fill the device with other prompts, then let the copies land."""
-    for i in range(count):
-        serve(cache, tokens((10_000 + 100 * i, 16)))
-        land(cache)
 
 
 def test_write_through_copies_as_a_request_leaves_and_a_later_one_loads_it_back():
@@ -333,137 +305,6 @@ def test_a_store_needs_the_host_above_it():
 
 
 # ---- stores ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_store_is_asked_for_what_would_make_the_hit_longer():
-    kinds = (full("full"), sliding_window("window", window=6), recurrent("state"))
-    cache = make(kinds, tiers=(HOST, STORAGE), capacity={("full", STORAGE): 256}, fingerprint=b"m")
-    key = Key(tokens((0, 42)), "tenant")
-    names = digests(key, 4, b"m")
-    question = cache.ask(key)
-    assert (question.reach, question.firsts) == (0, (0, 0, 0))
-    assert list(question.pages) == [(kind.name, name) for kind in kinds for name in names]
-    # All of full attention, the window from page 4 on, the state after page 8 and the one after page 3.
-    states = (7, 2)
-    held = [kind != "window" or names.index(name) >= 4 for kind, name in question.pages[:20]]
-    found = question.answer([*held, *(page in states for page in range(10))])
-    assert [(event.kind, len(event.key), event.start) for event in found] == [
-        ("full", 32, 0), ("window", 32, 24), ("state", 32, 28),
-    ]  # fmt: skip
-    for event in found:
-        cache.learn(event)
-    assert cache.match(key).reach(STORAGE) == 32
-    again = cache.ask(key)
-    assert (again.reach, again.firsts) == (32, (8, 8, 8)), "the window begins in a page that is there"
-    assert again.answer([False] * len(again.pages)) == []
-    pages = {name: shelf.cached for (name, tier), shelf in cache.stats().shelves.items() if tier is STORAGE}
-    assert pages == {"full": 32, "window": 8, "state": 1}
-    cache.check()
-
-
-def test_a_store_is_not_asked_for_what_nearer_tiers_have_or_what_it_never_keeps():
-    cache = make(tiers=(HOST, STORAGE), write_policy="write_back")
-    key = Key(tokens((0, 32)))
-    serve(cache, key.tokens)
-    assert cache.ask(key) is None
-    longer = Key(tokens((0, 32), (90, 11)))
-    question = cache.ask(longer)
-    assert (question.reach, question.firsts, len(question.pages)) == (32, (8,), 2)
-    (found,) = question.answer([True, False])
-    assert (len(found.key), found.start) == (36, 32)
-    cache.learn(found)
-    assert cache.match(longer).reach(STORAGE) == 36
-    assert cache.stats().shelves["full", STORAGE].cached == 4, "it was not told of more"
-    assert make(tiers=(HOST,)).ask(key) is None
-    assert make(tiers=(HOST, STORAGE), reuse=False).ask(key) is None
-    mixed = make((full("full"), recurrent("state")), tiers=(HOST,), capacity={("full", STORAGE): 64})
-    assert mixed.ask(key) is None, "no boundary gets its state from there"
-    cache.check()
-
-
-# ---- peers ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_prefill_node_offers_what_a_decode_node_needs_and_no_more():
-    kinds = (full("full"), sliding_window("window", window=5))
-    prefill, decode = make(kinds, fingerprint=b"m"), make(kinds, tiers=(PEER,), fingerprint=b"m")
-    key = Key(tokens((0, 34)))
-    lease = start(prefill, key.tokens)
-    manifest = prefill.send(key)
-    assert manifest.tokens == 32, "whole pages"
-    assert {part.kind: (part.first, list(part.digests)) for part in manifest.parts} == {
-        "full": (0, digests(key, 4, b"m")), "window": (7, digests(key, 4, b"m")[7:]),
-    }  # fmt: skip
-    for part in manifest.parts:
-        assert part.slots.tolist() == prefill.tables[part.kind][lease.row, part.first : 8].tolist()
-    prefill.close(lease)
-    decode.learn(Found(key, PEER))
-    waiting = decode.open(decode.match(key), PEER)
-    moves = decode.moves()
-    assert {move.kind: move.digests for move in moves} == {part.kind: part.digests for part in manifest.parts}
-    assert waiting.cached == 32
-    assert prefill.send(key, 32) is None, "a peer that has all of it"
-    (part,) = prefill.send(Key(key.tokens[:32]), 31).parts[:1]
-    assert (part.first, len(part.slots)) == (7, 1)
-
-
-def test_a_manifest_grows_as_chunks_are_committed():
-    kinds = (full("full"), sliding_window("window", window=6))
-    cache = make(kinds, fingerprint=b"m")
-    key = Key(tokens((0, 48)))
-    names = digests(key, 4, b"m")
-    lease = cache.open(cache.match(key))
-    sent = {"full": set(), "window": set()}
-    reached = 0
-    for end in (10, 24, 48):
-        assert cache.grow(lease, end - lease.length)
-        cache.commit(lease, key[:end])
-        manifest = cache.send(key[:end], reached)
-        reached = manifest.tokens
-        for part in manifest.parts:
-            assert not sent[part.kind] & set(part.digests), "nothing twice"
-            sent[part.kind] |= set(part.digests)
-    assert reached == 48
-    assert sent["full"] == set(names)
-    assert sent["window"] >= set(names[kinds[1].start(48) // 4 :])
-    cache.check()
-
-
-@pytest.mark.parametrize("end", [Done, Failed])
-def test_what_is_offered_to_several_peers_stays_until_the_last_has_it(end):
-    kinds = (full("full"), sliding_window("window", window=5), recurrent("state"))
-    cache = make(kinds, fingerprint=b"m")
-    key = Key(tokens((0, 32)))
-    serve(cache, key.tokens)
-    offers = [cache.send(key) for _ in range(3)]
-    assert len({offer.id for offer in offers}) == 3
-    slots = {part.kind: part.slots.tolist() for part in offers[0].parts}
-    for offer in offers:
-        assert {part.kind: part.slots.tolist() for part in offer.parts} == slots
-        with pytest.raises(CacheBusy, match="copies under way"):
-            cache.flush()
-        for first in range(1000, 3000, 100):
-            serve(cache, tokens((first, 32)))
-        assert cache.match(key).length == 32
-        cache.learn(end(offer.id))
-    for first in range(1000, 3000, 100):
-        serve(cache, tokens((first, 32)))
-    assert cache.match(key).length == 0
-    cache.learn(end(offers[0].id))
-    cache.flush()
-    cache.check()
-
-
-def test_what_is_offered_of_a_dropped_namespace_stays_until_it_is_fetched():
-    cache = make()
-    key = Key(tokens((0, 32)), "lora")
-    serve(cache, key.tokens, namespace="lora")
-    manifest = cache.send(key)
-    assert cache.drop_namespace("lora") == 32
-    assert cache.available_tokens() == 32
-    cache.learn(Done(manifest.id))
-    assert cache.available_tokens() == 64
-    cache.check()
 
 
 def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():

@@ -120,6 +120,19 @@ def test_leaving_a_stream_early_aborts(engine):
     assert engine.stats()["running"] == 0
 
 
+def test_leaving_a_stream_before_its_first_result_aborts(engine):
+    settings = {**GREEDY, "max_new_tokens": 900}
+    engine.generate(prompt="hello", sampling_params=settings, stream=True).close()
+    assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+
+    async def main():
+        stream = await engine.async_generate(prompt="hello", sampling_params=settings, stream=True)
+        await stream.aclose()
+        assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+
+    asyncio.run(main())
+
+
 def test_async_generate(engine):
     async def main():
         whole, parts = await asyncio.gather(

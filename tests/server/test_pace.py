@@ -19,6 +19,13 @@ class Time:
         self.worked += seconds
 
 
+async def busy(time):
+    """A request that keeps the loop for a second, in ten pieces."""
+    for _ in range(10):
+        time.work(0.1)
+        await asyncio.sleep(0)
+
+
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
@@ -40,15 +47,10 @@ def pace(time):
 def test_whoever_kept_the_loop_busy_waits_as_long(pace, time):
     """Ten pieces of work of one tenant: half of the time that passes is others'."""
 
-    async def request():
-        for _ in range(10):
-            time.work(0.1)
-            await asyncio.sleep(0)
-
     async def main():
         pace.account("victim")
         began = time.now
-        await at_the_pace_of(pace.account("hostile"), request())
+        await at_the_pace_of(pace.account("hostile"), busy(time))
         return time.now - began
 
     took = asyncio.run(main())
@@ -73,16 +75,11 @@ def test_many_requests_of_a_tenant_wait_in_one_line(pace, time):
 
 
 def test_alone_nobody_waits(pace, time):
-    async def request():
-        for _ in range(10):
-            time.work(0.1)
-            await asyncio.sleep(0)
-
     async def main():
         pace.account("gone")
         time.now += 60
         began = time.now
-        await at_the_pace_of(pace.account("only"), request())
+        await at_the_pace_of(pace.account("only"), busy(time))
         return time.now - began
 
     assert asyncio.run(main()) == pytest.approx(1.0)

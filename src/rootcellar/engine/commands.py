@@ -107,7 +107,7 @@ class Submit(Command):
     def run(self, machine: Machine, trackers: Sequence[Tracker]) -> None:
         """``trackers`` follow the items, in their order."""
         machine.life.require_memory()
-        machine.require_room(self.tenant, len(trackers))
+        machine.places.require(self.tenant, len(trackers))
         machine.roster.add(self.call, trackers)
         for tracker in trackers:
             machine.scheduler.add(tracker.request)

@@ -209,7 +209,6 @@ class Engine:
         """
         inputs = read_inputs(
             self._parts,
-            self.require_room,
             prompt,
             input_ids,
             sampling_params,
@@ -231,6 +230,7 @@ class Engine:
         trackers = self._trackers(submit, grammars, lambda i: lambda snapshot: updates.put((i, snapshot)))
         self._loop.run(submit, trackers)
         results = self._receive(updates, submit, indexed=inputs.several, strict=raise_on_failure and stream)
+        next(results)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
 
     def _receive(
@@ -238,6 +238,7 @@ class Engine:
     ) -> Iterator[Result]:
         left = len(submit.items)
         try:
+            yield {}  # begun: only then does leaving it, before the first result too, end the requests
             while left:
                 index, snapshot = updates.get()
                 left -= snapshot.finish is not None
@@ -260,13 +261,9 @@ class Engine:
         Cancelling the task, or leaving the iterator early, aborts the requests. A reader that is slower than the engine
         misses steps in between, never text: each result holds all that came before.
         """
-        post = self._post()
-        mailbox = Mailbox(post)
-        input_ids = options.pop("input_ids", None)
-        options["received"] = self._clock.now()
-        read = functools.partial(
-            read_inputs, self._parts, self.require_room, prompt, input_ids, sampling_params, **options
-        )
+        mailbox, input_ids = Mailbox(post := self._post()), options.pop("input_ids", None)
+        options |= {"received": self._clock.now(), "require_room": self.require_room}
+        read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
         inputs = await post.aside(read) if takes_long(prompt, input_ids) else read()
         compiling = self._start_grammars(inputs)
@@ -280,26 +277,29 @@ class Engine:
             self._loop.abandon(submit.call)
             raise
 
+        strict = raise_on_failure and stream
+
         async def receive() -> AsyncIterator[Result]:
             ended = 0
             try:
+                yield {}  # begun, as in _receive
                 async for index, snapshot in mailbox.snapshots(len(trackers)):
                     ended += snapshot.finish is not None
-                    draw = functools.partial(
-                        show, snapshot, index if inputs.several else None, raise_on_failure and stream
-                    )
+                    draw = functools.partial(show, snapshot, index if inputs.several else None, strict)
                     yield await post.aside(draw) if snapshot.unrendered > _MANY else draw()
             finally:
                 if ended < len(trackers):
                     self._loop.abandon(submit.call)
 
+        results = receive()
+        await anext(results)
         if stream:
-            return receive()
-        return in_order([r async for r in receive()], several=inputs.several, strict=raise_on_failure)
+            return results
+        return in_order([r async for r in results], several=inputs.several, strict=raise_on_failure)
 
     def require_room(self, sequences: int, tenant: str = "") -> None:
         """Raise ``QueueFull`` where so many more of ``tenant`` were refused now, as far as is known at once."""
-        self._loop.machine.require_known_room(tenant, sequences)
+        self._loop.machine.places.require_known(tenant, sequences)
 
     def _post(self) -> Post:
         """The post to the running event loop; calls on one loop share it."""

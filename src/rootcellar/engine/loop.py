@@ -60,7 +60,6 @@ class Loop:
 
     def abandon(self, call: int) -> None:
         """End a call whose caller went away. Does not wait; requests that ended already are left alone."""
-
         if not self._stopped.is_set():
             self._inbox.put(lambda: self._end_some(call))
 
@@ -152,6 +151,8 @@ class Loop:
             self._end_some(self._abandoned.popleft())
 
     def _end_some(self, call: int) -> None:
+        if self._stopped.is_set():
+            return  # all end
         left = Future[bool]()
         self.machine.do(Abandon(call), left)
         if left.result():  # the others when whoever came meanwhile had a turn

@@ -58,7 +58,6 @@ class Inputs:
 
 def read_inputs(
     parts: Parts,
-    require_room: Callable[[int, str], None],
     prompt: str | Sequence[str] | None,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
@@ -73,6 +72,7 @@ def read_inputs(
     extra_key: str = "",
     cache_salt: str = "",
     tenant: str = "",
+    require_room: Callable[[int, str], None] | None = None,
 ) -> Inputs:
     """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
 
@@ -93,7 +93,9 @@ def read_inputs(
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
     named = names_of(rid, len(prompts))
     _check_stops(parts.config, settings)
-    require_room(_check_size(parts, prompts, settings, logprobs), tenant)
+    sequences = _check_size(parts, prompts, settings, logprobs)
+    if require_room is not None:
+        require_room(sequences, tenant)
     items: list[Item] = []
     read = _Read(parts)
     for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):

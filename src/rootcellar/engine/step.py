@@ -22,9 +22,10 @@ from rootcellar.engine.clock import Clock
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.pins import Pins
+from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder
 from rootcellar.engine.roster import Roster
-from rootcellar.errors import EngineError, QueueFull, RequestTooLarge, RootcellarError
+from rootcellar.errors import EngineError, RootcellarError
 from rootcellar.runner import Batch, Part
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
@@ -89,6 +90,7 @@ class Machine:
     Attributes:
         life, scheduler, runner: what is computed with.
         roster, trackers: the requests that have not ended.
+        places: who may still wait.
         pins: what is kept for tenants.
         clock, recorder: the time; what was counted, and what happened lately.
         paused: whether nothing is computed until somebody says so.
@@ -120,19 +122,16 @@ class Machine:
         self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock)
         self.roster = Roster()
         self.trackers = self.roster.trackers
+        self.places = Places(life.scheduler, max_running, max_queued)
         self.pins = Pins(life.scheduler.cache, total_tokens)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, Order]] | None = None
-        self._max_running = max_running
-        self._max_queued = max_queued
         self._mover = mover
         self._planned: Plan | None = None
         """The step under way: whose fault a failure is."""
         self._stuck = False
         """Whether nothing can be computed until there is news."""
-        self._full: dict[str, int] = {}
-        """Room in the queue for tenants that were refused lately. Replaced, never changed: other threads look at it."""
         self._at_rest: deque[tuple[Order, Future[Any], tuple[Any, ...]]] = deque()
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ class Machine:
             self._at_rest.append((command, reply, live))
         self._rested()
         self._dispatch()
-        self._look_for_room()
+        self.places.look()
 
     def _carry_out(self, command: Order, reply: Future[Any], live: tuple[Any, ...]) -> None:
         try:
@@ -181,47 +180,6 @@ class Machine:
             while self._at_rest:
                 self._carry_out(*self._at_rest.popleft())
             self.scheduler.admitting = True
-
-    def require_room(self, tenant: str, new: int) -> None:
-        """Raise when so many more may not wait: the queue has a limit for each tenant, of which one call takes three
-        quarters at most.
-        """
-        if self._max_queued is None:
-            return
-        if new > self._max_queued + self._max_running:
-            raise RequestTooLarge(
-                f"{new} sequences in one request; no more than {self._max_queued + self._max_running} can ever run and "
-                "wait: send fewer, or raise max_queued_requests"
-            )
-        left = self._room(tenant, self._max_queued)
-        if new > left:
-            self._full = {**self._full, tenant: left}
-            raise self._queue_full(new, left)
-
-    def require_known_room(self, tenant: str, new: int) -> None:
-        """:meth:`require_room` for any thread: ``QueueFull`` where a tenant that was refused lately has no room yet."""
-        left = self._full.get(tenant)
-        most = (self._max_queued or 0) + self._max_running  # beyond it no time will do, which is another error
-        if left is not None and left < new <= most:
-            raise self._queue_full(new, left)
-
-    def _room(self, tenant: str, limit: int) -> int:
-        free = max(0, self._max_running - len(self.scheduler.running))
-        return limit + free - self.scheduler.waiting.places(tenant, limit - limit // 4 + free)
-
-    def _queue_full(self, new: int, left: int) -> QueueFull:
-        return QueueFull(
-            f"too many requests: {new} more, and there is room for {max(0, left)} (max_queued_requests is "
-            f"{self._max_queued}); try again later or raise it"
-        )
-
-    def _look_for_room(self) -> None:
-        """See whether there is some again for those who were refused."""
-        limit = self._max_queued
-        if self._full and limit is not None:
-            left = {tenant: self._room(tenant, limit) for tenant in self._full}
-            # Whoever has half of it again asks for itself.
-            self._full = {tenant: places for tenant, places in left.items() if places < limit // 2}
 
     def require_nothing_computed(self, what: str) -> None:
         """Raise ``EngineError`` where ``what`` would take away the KV of requests."""
@@ -290,7 +248,7 @@ class Machine:
             self._dispatch()
         self._planned = None
         self._rested()
-        self._look_for_room()
+        self.places.look()
 
     def _plan(self) -> Plan | None:
         plan = self.scheduler.plan()
@@ -434,6 +392,7 @@ class Machine:
                 pool.allocate()
         self._stuck = False
         self._rested()
+        self.places.look()
 
     def _forget_device(self) -> None:
         """Forget what lies on the device, and nothing else, once no copy is under way."""

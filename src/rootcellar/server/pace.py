@@ -110,23 +110,24 @@ class _Paced(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         account, spent = self._account, self._account.pace.spent
-        step: Callable[[Any], Any] = self._work.send
-        value: Any = None
+        thrown: BaseException | None = None
         while True:
-            try:
-                if not account.free:
+            if thrown is None and not account.free:
+                try:
                     yield from account.turn().__await__()
-            except BaseException as error:
-                step, value = self._work.throw, error
+                except BaseException as error:
+                    thrown = error
             began = spent()
             try:
-                waits_for = step(value)
+                # What is thrown, as when the client went away, is told at once: it makes less of the work.
+                waits_for = self._work.send(None) if thrown is None else self._work.throw(thrown)
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
                 account.spend(spent() - began)
+            thrown = None
             try:
-                step, value = self._work.send, (yield waits_for)
+                yield waits_for
             except BaseException as error:
-                step, value = self._work.throw, error
+                thrown = error
