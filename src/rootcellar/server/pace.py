@@ -17,8 +17,10 @@ T = TypeVar("T")
 
 # Seconds without a request after which a tenant is not there.
 _GONE = 2.0
-# Seconds of the loop that are used before a tenant waits: what a usual request takes.
-_FREE = 0.005
+# Seconds of the loop that are used before a tenant waits: about what one piece of a usual request takes.
+_FREE = 0.001
+# Seconds that are not worth sleeping for.
+_LEAST = 1e-5
 # Tenants that are remembered.
 _MOST = 1024
 
@@ -63,7 +65,7 @@ class Account:
     def owed(self) -> float:
         """Seconds until its next request goes on."""
         owed = self.until - self.pace.clock() - _FREE
-        return owed if owed > 0 and self.pace.others(self) else 0.0
+        return owed if owed > _LEAST and self.pace.others(self) else 0.0
 
     @property
     def free(self) -> bool:

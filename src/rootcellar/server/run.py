@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 # After the drain, for writing error answers and closing connections.
 _LAST_SECONDS = 3
+# Connections that may wait to be accepted, and those that are accepted in one go. asyncio takes one number for both,
+# and whoever opens hundreds at once would keep the loop from everybody for as long.
+_BACKLOG = 2048
+_ACCEPTED = 8
 # After which a thread that computes in Python lets another do so. A step asks for its turn a dozen times, and would
 # wait Python's 5 ms each time for whoever reads a large body.
 _SWITCH_SECONDS = 0.0005
@@ -83,6 +87,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
         ws="none",
         server_header=False,
         http=cast(Any, protocol(config)),
+        backlog=_ACCEPTED,
         timeout_keep_alive=config.timeout_keep_alive,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
@@ -102,7 +107,7 @@ def _listen(config: ServerConfig) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {error}; choose another host or port"
@@ -153,6 +158,8 @@ class Server(uvicorn.Server):
         """Listen, and begin to load."""
         loop = self._event_loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
 
         def failed() -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
