@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,6 +54,18 @@ class HashPool:
     @property
     def nbytes(self):
         return sum(b.nbytes for b in self.buffers)
+
+
+@dataclass(frozen=True)
+class HashUnread:
+    """What a step over hashes gave, for whoever reads it."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top: tuple | None
+
+    def read(self):
+        return self.tokens, self.logprobs, self.top
 
 
 class HashRunner:
@@ -108,9 +121,10 @@ class HashRunner:
         assert page > 0
         return page, position % self._page_size
 
-    def sample(self, scores, rows):
-        """Every token's logprob is a function of it."""
-        return scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB
+    def sample(self, scores, rows, k=0):
+        """Every token's logprob is a function of it; the likeliest are it alone."""
+        top = (scores[:, :1] * -1.0, scores[:, :1]) if k else None
+        return HashUnread(scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB, top)
 
 
 def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, per_step=1, **options):

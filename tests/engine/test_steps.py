@@ -265,7 +265,6 @@ def test_tokens_after_the_last_are_dropped_and_their_slots_given_back():
 
 def test_who_wants_the_likeliest_tokens_gets_one_at_a_time():
     machine = hash_machine(tokens=256, per_step=4)
-    machine.runner.top_logprobs = lambda scores, k: (scores[:, :1] * -1.0, scores[:, :1])
     callers = Callers(machine)
     callers.do(callers.submit([prompt(1, 8)], 0, logprobs=LogprobOptions(top=1, texts=False), max_new_tokens=9))
     callers.run()

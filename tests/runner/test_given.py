@@ -122,7 +122,7 @@ def test_penalties_and_logprobs_pass_over_what_is_no_token(runner):
     none = np.zeros(0, np.int64)
 
     def choose(prompt):
-        return int(runner.sample(scores, [Sampled(settings, 0, 0, (), prompt, none)])[0].reshape(-1)[0])
+        return int(runner.sample(scores, [Sampled(settings, 0, 0, (), prompt, none)]).read()[0].item())
 
     assert choose(placeholder_ids(b"cat", 9)) == best
     assert choose(np.array([best, *placeholder_ids(b"cat", 9), -3])) == choose(np.array([best])) != best

@@ -26,7 +26,7 @@ from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder
 from rootcellar.engine.roster import Roster
 from rootcellar.errors import EngineError, RootcellarError
-from rootcellar.runner import Batch, Part
+from rootcellar.runner import Batch, Part, Unread
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
@@ -278,8 +278,8 @@ class Machine:
         if self._mover is not None and (moves := self.scheduler.cache.moves()):
             self._mover.dispatch(moves)
 
-    def _run(self, plan: Plan) -> Chosen:
-        """Compute the step and choose tokens."""
+    def _run(self, plan: Plan) -> Unread | None:
+        """Let the step be computed and tokens be chosen; None where no chunk ends."""
         cache, runner = self.scheduler.cache, self.runner
         parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
@@ -290,15 +290,14 @@ class Machine:
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
-            return Chosen([[]] * len(plan.chunks), np.zeros((0, 0)), None)
-        tokens, logprobs = runner.sample(scores, [self._sampled(c) for c in plan.chunks])
-        given = [[t for t in row if t >= 0] for row in tokens[: len(plan.chunks)].tolist()]
+            return None
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        return Chosen(given, logprobs, runner.top_logprobs(scores, k) if k else None)
+        return runner.sample(scores, [self._sampled(c) for c in plan.chunks], k)
 
-    def _take(self, plan: Plan, chosen: Chosen) -> None:
-        """Give each request its tokens, and its caller the news."""
+    def _take(self, plan: Plan, unread: Unread | None) -> None:
+        """Wait for what a step gave; give each request its tokens, and its caller the news."""
+        chosen = _read(unread, len(plan.chunks))
         self.recorder.computed()
         self.steps += 1
         trackers = [self.trackers[chunk.request] for chunk in plan.chunks]
@@ -412,6 +411,14 @@ class Machine:
                 cache.learn(event)
             busy = bool(moves or events)
         cache.forget_tier(Tier.DEVICE)
+
+
+def _read(unread: Unread | None, chunks: int) -> Chosen:
+    """What a step of so many chunks gave, once it is there."""
+    if unread is None:
+        return Chosen([[]] * chunks, np.zeros((0, 0)), None)
+    tokens, logprobs, top = unread.read()
+    return Chosen([[t for t in row if t >= 0] for row in tokens[:chunks].tolist()], logprobs, top)
 
 
 def _unfollowed(request: Request, error: Exception) -> Finish:

@@ -4,7 +4,7 @@ from rootcellar.runner.batch import Batch, Part, Shapes, Vectors
 from rootcellar.runner.compiles import CompileCounter
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.programs import Programs
-from rootcellar.runner.runner import Runner, pools_of
+from rootcellar.runner.runner import Runner, Unread, pools_of
 from rootcellar.runner.sampler import SamplingBatch
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Runner",
     "SamplingBatch",
     "Shapes",
+    "Unread",
     "Vectors",
     "pools_of",
 ]

@@ -35,6 +35,32 @@ class Program:
     run: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What :meth:`Runner.sample` chose, on the device: the host goes on, and waits for it when it reads.
+
+    Attributes:
+        tokens, logprobs: int32 [N] and float32 [N], of each row.
+        top: logprobs and ids [N, programs.likeliest] of the likeliest tokens; None: nobody asked.
+        k: how many of those were asked for.
+    """
+
+    tokens: Array
+    logprobs: Array
+    top: tuple[Array, Array] | None
+    k: int
+
+    def read(self) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """Wait for it.
+
+        Returns:
+            tokens int32 [N, K], -1 after a row's last, and their logprobs float32 [N, K]; K is 1. Then logprobs and ids
+            [N, k] of the likeliest, best first.
+        """
+        tokens, logprobs, top = jax.device_get((self.tokens, self.logprobs, self.top))
+        return tokens[:, None], logprobs[:, None], None if top is None else (top[0][:, : self.k], top[1][:, : self.k])
+
+
 def pools_of(paging: Paging, placement: Placement, pages: Mapping[str, int]) -> dict[str, Pool]:
     """The pools that a model's kinds lie in, allocated, with so many ``pages`` each, by name."""
     return {
@@ -107,23 +133,14 @@ class Runner:
         analysis = self.programs.step.lower(*self.arguments(batch)).compile().memory_analysis()
         return int(analysis.temp_size_in_bytes)
 
-    def sample(self, scores: Array, rows: Sequence[sampler.Sampled]) -> tuple[np.ndarray, np.ndarray]:
-        """Choose tokens for each of ``rows`` from the rows of ``scores`` [N, V].
+    def sample(self, scores: Array, rows: Sequence[sampler.Sampled], k: int = 0) -> Unread:
+        """Choose tokens for each of ``rows`` from the rows of ``scores`` [N, V], and find the ``k`` likeliest of each.
 
-        Returns:
-            tokens int32 [N, K], -1 after a row's last, and their logprobs float32 [N, K]; K is 1.
+        ``k``: at most ``programs.likeliest``, here and in :meth:`score`. Waits for nothing.
         """
         settings = sampler.build(rows, scores.shape[0], self._vocab)
-        tokens, logprobs = jax.device_get(self.programs.sample(scores, settings))
-        return tokens[:, None], logprobs[:, None]
-
-    def top_logprobs(self, scores: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ``k`` likeliest tokens of each row of ``scores``: logprobs [N, k] and ids [N, k], best first.
-
-        At most ``programs.likeliest``, here and in :meth:`score`.
-        """
-        values, ids = jax.device_get(self.programs.top(scores))
-        return values[:, :k], ids[:, :k]
+        tokens, logprobs = self.programs.sample(scores, settings)
+        return Unread(tokens, logprobs, self.programs.top(scores) if k else None, k)
 
     def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logprobs of ``targets`` [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
@@ -170,7 +187,7 @@ class Runner:
 
     def _likeliest(self, shape: tuple[int, int]) -> Program:
         def run() -> None:
-            self.top_logprobs(self._run_padding(*shape)[0], 1)
+            jax.block_until_ready(self.programs.top(self._run_padding(*shape)[0]))
 
         return Program(f"the likeliest tokens for {shape[0]}", False, run)
 
