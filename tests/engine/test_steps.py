@@ -168,9 +168,9 @@ def test_the_loop_sleeps_until_it_is_woken():
         assert [loop.call(lambda: machine.turns) for _ in range(50)] == [turns] * 50, "nothing is tried again and again"
         machine.copies.finish(dst=Tier.DEVICE)
         loop.wake()
-        while (snapshot := updates.get(timeout=60)).finish is None:
+        while (output := updates.get(timeout=60)).finish is None:
             pass
-        assert snapshot.render()["output_ids"] == expected_answer(prompt(1, 21), 4)
+        assert output.render()["output_ids"] == expected_answer(prompt(1, 21), 4)
     finally:
         loop.stop()
 

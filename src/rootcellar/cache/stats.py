@@ -30,7 +30,7 @@ class ShelfStats:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """A snapshot of the cache: ``shelves[kind name, tier]`` and running totals in tokens."""
+    """The cache at one moment: ``shelves[kind name, tier]`` and running totals in tokens."""
 
     shelves: dict[tuple[str, Tier], ShelfStats]
     leases: int

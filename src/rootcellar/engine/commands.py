@@ -71,7 +71,7 @@ class Submit(Command):
         grammars: Sequence[Grammar | None] | None,
         deliver_to: Callable[[int], Deliver],
     ) -> list[Tracker]:
-        """What follows the items, in their order; ``deliver_to(i)`` takes the snapshots of item ``i``."""
+        """What follows the items, in their order; ``deliver_to(i)`` takes the outputs of item ``i``."""
         made = []
         for i, item in enumerate(self.items):
             start = None if item.logprobs is None else item.logprobs.start

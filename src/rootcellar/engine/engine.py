@@ -39,7 +39,7 @@ from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
-from rootcellar.engine.output import Deliver, Snapshot, Tracker, in_order, show
+from rootcellar.engine.output import Deliver, RequestOutput, Tracker, in_order, show
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import MANY_PROMPTS, Inputs, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
@@ -223,26 +223,26 @@ class Engine:
             cache_salt=cache_salt,
             tenant=tenant,
         )
-        updates: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         compiling = self._start_grammars(inputs)
         grammars = None if compiling is None else compiling.result()
         submit = self._submit(inputs, stream)
-        trackers = self._trackers(submit, grammars, lambda i: lambda snapshot: updates.put((i, snapshot)))
+        trackers = self._trackers(submit, grammars, lambda i: lambda output: updates.put((i, output)))
         self._loop.run(submit, trackers)
         results = self._receive(updates, submit, indexed=inputs.several, strict=raise_on_failure and stream)
         next(results)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
 
     def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, Snapshot]], submit: Submit, *, indexed: bool, strict: bool
+        self, updates: queue.SimpleQueue[tuple[int, RequestOutput]], submit: Submit, *, indexed: bool, strict: bool
     ) -> Iterator[Result]:
         left = len(submit.items)
         try:
             yield {}  # begun: only then does leaving it, before the first result too, end the requests
             while left:
-                index, snapshot = updates.get()
-                left -= snapshot.finish is not None
-                yield show(snapshot, index if indexed else None, strict)
+                index, output = updates.get()
+                left -= output.finish is not None
+                yield show(output, index if indexed else None, strict)
         finally:
             if left:
                 self._loop.abandon(submit.call)
@@ -283,10 +283,10 @@ class Engine:
             ended = 0
             try:
                 yield {}  # begun, as in _receive
-                async for index, snapshot in mailbox.snapshots(len(trackers)):
-                    ended += snapshot.finish is not None
-                    draw = functools.partial(show, snapshot, index if inputs.several else None, strict)
-                    yield await post.aside(draw) if snapshot.unrendered > _MANY else draw()
+                async for index, output in mailbox.outputs(len(trackers)):
+                    ended += output.finish is not None
+                    draw = functools.partial(show, output, index if inputs.several else None, strict)
+                    yield await post.aside(draw) if output.unrendered > _MANY else draw()
             finally:
                 if ended < len(trackers):
                     self._loop.abandon(submit.call)

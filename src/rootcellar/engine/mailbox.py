@@ -1,7 +1,7 @@
-"""From the engine's thread into an event loop: the newest snapshot of each request, and one wake-up for many.
+"""From the engine's thread into an event loop: the newest output of each request, and one wake-up for many.
 
-The engine's thread puts snapshots down and goes on; it never waits for a reader. A reader that is slow finds, when it
-comes back, one snapshot for each of its requests: snapshots are cumulative, so the newest says all that it missed.
+The engine's thread puts outputs down and goes on; it never waits for a reader. A reader that is slow finds, when it
+comes back, one output for each of its requests: outputs are cumulative, so the newest says all that it missed.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from rootcellar.engine.output import Deliver, Snapshot
+from rootcellar.engine.output import Deliver, RequestOutput
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Post:
-    """Carries snapshots to one event loop. However many come before the loop looks, it is woken once.
+    """Carries outputs to one event loop. However many come before the loop looks, it is woken once.
 
     What would keep the loop too long has one thread: more would only keep the interpreter from the engine's own.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._on_the_way: deque[tuple[Mailbox, int, Snapshot]] = deque()
+        self._on_the_way: deque[tuple[Mailbox, int, RequestOutput]] = deque()
         self._called = False
         self._thread = ThreadPoolExecutor(1, "rootcellar-aside")
 
@@ -35,9 +35,9 @@ class Post:
         """Do ``work`` beside the loop, one thing after the other."""
         return await self.loop.run_in_executor(self._thread, work)
 
-    def carry(self, mailbox: Mailbox, index: int, snapshot: Snapshot) -> None:
-        """Bring a snapshot to ``mailbox``; for the engine's thread."""
-        self._on_the_way.append((mailbox, index, snapshot))
+    def carry(self, mailbox: Mailbox, index: int, output: RequestOutput) -> None:
+        """Bring an output to ``mailbox``; for the engine's thread."""
+        self._on_the_way.append((mailbox, index, output))
         if not self._called:
             self._called = True
             try:
@@ -48,34 +48,34 @@ class Post:
     def _hand_out(self) -> None:
         self._called = False  # before looking: what comes from here on calls again
         while self._on_the_way:
-            mailbox, index, snapshot = self._on_the_way.popleft()
-            mailbox.put(index, snapshot)
+            mailbox, index, output = self._on_the_way.popleft()
+            mailbox.put(index, output)
 
 
 class Mailbox:
-    """The snapshots of one call's requests, for one reader on the event loop."""
+    """The outputs of one call's requests, for one reader on the event loop."""
 
     def __init__(self, post: Post) -> None:
         self._post = post
-        self._newest: dict[int, Snapshot] = {}
+        self._newest: dict[int, RequestOutput] = {}
         self._filled = asyncio.Event()
 
     def deliver(self, index: int) -> Deliver:
-        """What the engine calls with the snapshots of request ``index``."""
-        return lambda snapshot: self._post.carry(self, index, snapshot)
+        """What the engine calls with the outputs of request ``index``."""
+        return lambda output: self._post.carry(self, index, output)
 
-    def put(self, index: int, snapshot: Snapshot) -> None:
+    def put(self, index: int, output: RequestOutput) -> None:
         """Replace what was there of request ``index``; it keeps its place in the order."""
-        self._newest[index] = snapshot
+        self._newest[index] = output
         self._filled.set()
 
-    async def snapshots(self, requests: int) -> AsyncIterator[tuple[int, Snapshot]]:
-        """Snapshots as they come, the longest waiting first, until each of so many requests has ended."""
+    async def outputs(self, requests: int) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs as they come, the longest waiting first, until each of so many requests has ended."""
         while requests:
             await self._filled.wait()
             index = next(iter(self._newest))
-            snapshot = self._newest.pop(index)
+            output = self._newest.pop(index)
             if not self._newest:
                 self._filled.clear()
-            requests -= snapshot.finish is not None
-            yield index, snapshot
+            requests -= output.finish is not None
+            yield index, output

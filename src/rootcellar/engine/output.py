@@ -63,11 +63,11 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class RequestOutput:
     """What a request had at one moment. Making one costs the engine's thread next to nothing; its reader renders it.
 
     What it refers to only ever grows, so it stays true while the request goes on. One reader at a time may render the
-    snapshots of a request.
+    outputs of a request.
     """
 
     tracker: Tracker
@@ -92,8 +92,8 @@ class Snapshot:
         return kept.options.cells(self.tracker.request.prompt_length - before, self.generated - len(kept.shown))
 
 
-Deliver = Callable[[Snapshot], None]
-"""Called from the engine's thread with each snapshot, the last of which has a ``finish``; must not block."""
+Deliver = Callable[[RequestOutput], None]
+"""Called from the engine's thread with each output, the last of which has a ``finish``; must not block."""
 
 
 class Tracker:
@@ -226,7 +226,7 @@ class Tracker:
     def publish(self) -> None:
         """Deliver an update if the caller streams."""
         if self._stream:
-            self._deliver(self._snapshot(None))
+            self._deliver(self._output(None))
 
     def close(self) -> None:
         """Deliver the final update."""
@@ -237,21 +237,21 @@ class Tracker:
             if found is not None and finish.type != "abort":
                 finish = found
         self._ended = True
-        self._deliver(self._snapshot(finish))
+        self._deliver(self._output(finish))
 
     def fail(self, cause: str, message: str) -> None:
         """Deliver the final update of a request whose output cannot be made any more: what there is, and why."""
         self.logprobs = None  # they may lack the newest token
         with contextlib.suppress(Exception):  # a consumer that went away: there is nobody to tell
-            self._deliver(self._snapshot(Finish.abort(cause, message)))
+            self._deliver(self._output(Finish.abort(cause, message)))
 
-    def _snapshot(self, finish: Finish | None) -> Snapshot:
+    def _output(self, finish: Finish | None) -> RequestOutput:
         held = 0 if self._ended or self._search is None else self._search.held
         text = self._text[: len(self._text) - held]
         now = self._now()
-        return Snapshot(self, finish, now, self.request.generated, text, len(self.stages), len(self.versions))
+        return RequestOutput(self, finish, now, self.request.generated, text, len(self.stages), len(self.versions))
 
-    def render(self, then: Snapshot) -> Update:
+    def render(self, then: RequestOutput) -> Update:
         """What the request had then, in the words of ``Engine.generate``."""
         request, n = self.request, then.generated
         versions = self.versions[: then.versions]
@@ -352,9 +352,9 @@ def refuse_failed(results: list[Update]) -> None:
         raise GenerationFailed(f"{len(failed)} of {len(results)} answers failed; request {rid!r}: {message}", results)
 
 
-def show(snapshot: Snapshot, index: int | None, strict: bool) -> Update:
-    """A snapshot as its caller sees it, with its ``index`` where there are several; ``strict`` as in ``in_order``."""
-    result = snapshot.render() if index is None else {**snapshot.render(), "index": index}
+def show(output: RequestOutput, index: int | None, strict: bool) -> Update:
+    """An output as its caller sees it, with its ``index`` where there are several; ``strict`` as in ``in_order``."""
+    result = output.render() if index is None else {**output.render(), "index": index}
     if strict:
         refuse_failed([result])
     return result
