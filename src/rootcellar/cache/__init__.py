@@ -16,9 +16,9 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
-from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
+from rootcellar.cache.views import NodeView, TreeView
 
 __all__ = [
     "CORE",

@@ -16,8 +16,8 @@ from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit
 from rootcellar.cache.moves import Event, Manifest, Move, Question
-from rootcellar.cache.sight import TreeView
 from rootcellar.cache.stats import CacheStats
+from rootcellar.cache.views import TreeView
 
 
 class PrefixCache(Protocol):
@@ -147,7 +147,7 @@ class PrefixCache(Protocol):
     def drop_namespace(self, namespace: str) -> int:
         """Forget a namespace (LoRA, tenant, old weights). Returns the tokens that live leases keep till they close."""
 
-    # ---- sight --------------------------------------------------------------------------------------------------
+    # ---- observability ------------------------------------------------------------------------------------------
 
     def available_tokens(self) -> int:
         """Tokens that could be grown now: free plus evictable, the least over the paged kinds. O(kinds).

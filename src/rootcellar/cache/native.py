@@ -29,10 +29,10 @@ from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
 from rootcellar.cache.settings import Settings
-from rootcellar.cache.sight import NodeView, TreeView
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, count_shelf
 from rootcellar.cache.tree import Tree
+from rootcellar.cache.views import NodeView, TreeView
 
 
 class NativeRadixCache(_core.Core):
@@ -115,7 +115,7 @@ class NativeRadixCache(_core.Core):
         _, leases, *_, flights = self._counts()
         return leases, flights
 
-    # ---- sight ------------------------------------------------------------------------------------------------------
+    # ---- observability ----------------------------------------------------------------------------------------------
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
         (shelf,) = (i for i, (its, at) in enumerate(self._shelves) if its.name == kind and at is tier)

@@ -24,11 +24,11 @@ from rootcellar.cache.lease import Lease, ReqToTokenPool
 from rootcellar.cache.match import Hit, find, fresh, slots, touch
 from rootcellar.cache.moves import Done, Event, Failed, Found, Manifest, Move, Question
 from rootcellar.cache.settings import Settings
-from rootcellar.cache.sight import TreeView, trail, tree_view
 from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
+from rootcellar.cache.views import TreeView, trail, tree_view
 
 
 class PyRadixCache(PrefixCache):
@@ -160,7 +160,7 @@ class PyRadixCache(PrefixCache):
     def drop_namespace(self, namespace: str) -> int:
         return control.drop_namespace(self._desk, namespace)
 
-    # ---- sight --------------------------------------------------------------------------------------------------
+    # ---- observability ------------------------------------------------------------------------------------------
 
     def available_tokens(self) -> int:
         sharers = Counter(shelf.arena for shelf in self._desk.paged)

@@ -304,7 +304,7 @@ class Core {
         return cache_.tree.make_room(*shelf->arena, tokens / size + (tokens % size > 0));
     }
 
-    // ---- sight
+    // ---- observability
 
     std::int64_t available_tokens() const {
         std::int64_t least = -1;

@@ -143,7 +143,7 @@ nb::tuple state_of(Cache& cache);
 nb::list nodes_of(Cache& cache, std::int64_t limit);
 nb::list nodes_along(Cache& cache, const Key& key);
 
-// sight.cc
+// views.cc
 nb::list tree_of(Cache& cache, std::int64_t limit);
 nb::tuple trail_of(Cache& cache, const Key& key);
 

@@ -1,4 +1,4 @@
-// The tree for pictures. The twin of sight.py, which says what the fields are and in which order nodes come.
+// The tree for pictures. The twin of views.py, which says what the fields are and in which order nodes come.
 #include <algorithm>
 #include <queue>
 #include <tuple>
