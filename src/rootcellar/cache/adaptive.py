@@ -78,14 +78,14 @@ class Shadow:
         """The age bucket of an age in tokens."""
         return bisect_right(EDGES, age) - 1
 
-    def hashes(self, trail: int, tokens: NDArray[np.int64]) -> list[int]:
-        """Hashes of the prefixes that end with each whole stride of ``tokens``, which follow a prefix ``trail``."""
+    def hashes(self, prefix: int, tokens: NDArray[np.int64]) -> list[int]:
+        """Hashes of the prefixes that end with each whole stride of ``tokens``, after the one of hash ``prefix``."""
         count = len(tokens) // self.stride
         blocks = tokens[: count * self.stride].view(np.uint64).reshape(count, self.stride)
         chained = []
         for block in ((blocks * self._weights).sum(axis=1, dtype=np.uint64)).tolist():
-            trail = mix((trail * _ODD + block + 1) & _MASK)
-            chained.append(trail)
+            prefix = mix((prefix * _ODD + block + 1) & _MASK)
+            chained.append(prefix)
         return chained
 
     def observe(self, prefixes: list[int], above: int) -> tuple[list[int], int]:

@@ -104,7 +104,7 @@ def _lease(lease: Lease) -> Record:
         tuple(lease.starts),
         tuple(source.id if source is not None else None for source in lease.sources),
         *(lease.stepped, tuple(sorted(lease.waits)), lease.lost),
-        *lease.trail,
+        *lease.observed,
     )
 
 
@@ -246,9 +246,9 @@ def _thaw_lease(values: Record, nodes: dict[int, Node]) -> Lease:
     lease = Lease(row, serial, nodes[place], namespace, cached, priority)
     lease.length, lease.committed, lease.starts = length, committed, list(starts)
     lease.sources = [nodes.get(source) for source in sources]
-    lease.stepped, waits, lease.lost, *trail = last
+    lease.stepped, waits, lease.lost, *observed = last
     lease.waits = set(waits)
-    lease.trail = (trail[0], trail[1], trail[2])
+    lease.observed = (observed[0], observed[1], observed[2])
     return lease
 
 

@@ -29,8 +29,22 @@ class Lease:
     that one failed: close the lease and match again.
     """
 
-    __slots__ = ("cached", "committed", "length", "lost", "namespace", "node", "priority", "row", "serial",
-                 "sources", "starts", "stepped", "trail", "waits")  # fmt: skip
+    __slots__ = (
+        "cached",
+        "committed",
+        "length",
+        "lost",
+        "namespace",
+        "node",
+        "observed",
+        "priority",
+        "row",
+        "serial",
+        "sources",
+        "starts",
+        "stepped",
+        "waits",
+    )  # fmt: skip
 
     def __init__(self, row: int, serial: int, node: Node, namespace: str, cached: int, priority: int) -> None:
         self.row = row
@@ -46,7 +60,7 @@ class Lease:
         self.stepped = False  # whether tokens were grown since the state to read last changed
         self.waits: set[int] = set()  # ids of the moves that must be done first
         self.lost = False
-        self.trail: tuple[int, int, int] = (0, 0, -1)  # adaptive policy: strides observed, prefix hash, class above
+        self.observed: tuple[int, int, int] = (0, 0, -1)  # adaptive policy: strides observed, prefix hash, class above
 
     @property
     def ready(self) -> bool:

@@ -73,7 +73,7 @@ def open_lease(desk: Desk, hit: Hit, tier: Tier, priority: int, room: Mapping[st
     node.count_hit(priority)
     if tree.shadow is not None and desk.given.reuse:
         tree.shadow.advance(len(hit.key))
-        lease.trail = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
+        lease.observed = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
         _observe(desk, lease, hit.key, 0, boundary // tree.page_size)
     return lease
 
@@ -105,10 +105,10 @@ def _observe(desk: Desk, lease: Lease, key: Key, first: int, pages: int) -> None
     """Tell the shadow that pages ``[first, pages)`` of a request are in the tree; put each node in its class."""
     tree, shadow = desk.tree, desk.tree.shadow
     assert shadow is not None
-    strides, trail, above = lease.trail
-    prefixes = shadow.hashes(trail, key.tokens[strides * shadow.stride : pages * tree.page_size])
+    strides, prefix, above = lease.observed
+    prefixes = shadow.hashes(prefix, key.tokens[strides * shadow.stride : pages * tree.page_size])
     classes, above = shadow.observe(prefixes, above)
-    lease.trail = (strides + len(prefixes), prefixes[-1] if prefixes else trail, above)
+    lease.observed = (strides + len(prefixes), prefixes[-1] if prefixes else prefix, above)
     per_stride = shadow.stride // tree.page_size
     climb = lease.node
     while classes and climb.parent is not None and climb.end > first:

@@ -107,14 +107,14 @@ int Shadow::bucket(std::int64_t age) const {
     return static_cast<int>(std::upper_bound(edges_.begin(), edges_.end(), age) - edges_.begin()) - 1;
 }
 
-void Shadow::hashes(std::uint64_t trail, const std::int64_t* tokens, std::int64_t count,
+void Shadow::hashes(std::uint64_t prefix, const std::int64_t* tokens, std::int64_t count,
                     std::vector<std::uint64_t>& into) const {
     into.clear();
     for (std::int64_t at = 0; at + stride <= count; at += stride) {
         std::uint64_t block = 0;
         for (std::int64_t i = 0; i < stride; ++i) block += static_cast<std::uint64_t>(tokens[at + i]) * weights_[i];
-        trail = mix(trail * ODD + block + 1);
-        into.push_back(trail);
+        prefix = mix(prefix * ODD + block + 1);
+        into.push_back(prefix);
     }
 }
 

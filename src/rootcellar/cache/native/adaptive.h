@@ -56,8 +56,8 @@ class Shadow {
     Shadow(std::int64_t capacity, std::int64_t page_size, const Edges& edges);
 
     int bucket(std::int64_t age) const;
-    // Hashes of the prefixes that end with each whole stride of the tokens, which follow a prefix `trail`.
-    void hashes(std::uint64_t trail, const std::int64_t* tokens, std::int64_t count,
+    // Hashes of the prefixes that end with each whole stride of the tokens, after the one of hash `prefix`.
+    void hashes(std::uint64_t prefix, const std::int64_t* tokens, std::int64_t count,
                 std::vector<std::uint64_t>& into) const;
     // A request used these prefixes; gives the class of each now and moves `above` to the last that was known.
     void observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& above, std::vector<std::int32_t>& classes);

@@ -227,7 +227,7 @@ struct Lease {
     bool lost = false;
     // The adaptive policy: strides observed, hash of the prefix, class of the last known prefix above.
     std::int64_t strides = 0;
-    std::uint64_t trail = 0;
+    std::uint64_t prefix = 0;
     std::int32_t above = -1;
 };
 

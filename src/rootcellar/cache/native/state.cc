@@ -78,7 +78,7 @@ nb::tuple lease_of(const Lease& lease) {
                           python_name(lease.name->text), lease.cached, lease.length, lease.committed, lease.priority,
                           nb::tuple(starts), nb::tuple(sources), lease.stepped,
                           python_tuple(waits, [](std::int64_t id) { return nb::int_(id); }), lease.lost, lease.strides,
-                          lease.trail, lease.above);
+                          lease.prefix, lease.above);
 }
 
 nb::tuple flight_of(const Flight& flight) {

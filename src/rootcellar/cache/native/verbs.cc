@@ -99,7 +99,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
     }
     if (tree.shadow && given.reuse) {
         tree.shadow->advance(key.count);
-        lease->trail = mix(crc32(key.name->text));
+        lease->prefix = mix(crc32(key.name->text));
         observe(*lease, key, 0, tree.page_at(reach));
     }
     return lease;
@@ -158,10 +158,10 @@ void Cache::fill_row(const Lease& lease, const Shelf& shelf) {
 void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages) {
     Shadow& shadow = *tree.shadow;
     const std::int64_t strides = lease.strides, from = strides * shadow.stride;
-    shadow.hashes(lease.trail, key.tokens + std::min(from, key.count), pages * tree.page_size - from, prefixes_);
+    shadow.hashes(lease.prefix, key.tokens + std::min(from, key.count), pages * tree.page_size - from, prefixes_);
     shadow.observe(prefixes_, lease.above, classes_);
     lease.strides += static_cast<std::int64_t>(prefixes_.size());
-    if (!prefixes_.empty()) lease.trail = prefixes_.back();
+    if (!prefixes_.empty()) lease.prefix = prefixes_.back();
     const std::int64_t per_stride = shadow.stride / tree.page_size;
     const auto known = static_cast<std::int64_t>(classes_.size());
     Node* climb = lease.node;
