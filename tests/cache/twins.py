@@ -61,7 +61,7 @@ class Twins:
 
     def compare(self) -> None:
         """Raises unless the whole state of both is the same."""
-        ours, theirs = self.python._state(), self.native._state()
+        ours, theirs = self.python._frozen(), self.native._frozen()
         if ours != theirs:
             raise Differ(first_difference(ours, theirs))
         for a, b in zip(self.python.tables.by_kind, self.native.tables.by_kind, strict=True):

@@ -274,9 +274,9 @@ class World:
         if lease is not None:
             assert self.lacks(room) == 0, f"{room} does not fit beside {lease}"
             return lease
-        before = self.cache._state()
+        before = self.cache._frozen()
         assert self.cache.open(hit, tier, priority=priority, room=room) is None
-        assert self.cache._state() == before, "a refused open changed something"
+        assert self.cache._frozen() == before, "a refused open changed something"
         if not rows or hit.version != version or desk.traffic.flights:
             return None  # for want of a row, or because the hit became shorter, or a copy keeps what its end will free
         lease = self.cache.open(hit, tier, priority=priority)

@@ -22,7 +22,7 @@ from rootcellar.cache.control import Prefetch, question
 from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import Naming
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
-from rootcellar.cache.glimpse import State, thaw, thaw_desk
+from rootcellar.cache.freeze import thaw, thaw_desk
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
@@ -188,11 +188,7 @@ class NativeRadixCache(_core.Core):
 
     def _inside(self) -> Desk:
         """The cache's insides, to read: a copy, but for the page tables."""
-        return thaw_desk(self._given, self._state(), self.tables)
-
-    def _state(self) -> State:
-        """Everything, as plain values that equal those of the Python cache in the same state."""
-        return self._frozen()
+        return thaw_desk(self._given, self._frozen(), self.tables)
 
 
 for _name, _verb in vars(PrefixCache).items():

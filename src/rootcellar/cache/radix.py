@@ -16,7 +16,7 @@ from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import chain
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
-from rootcellar.cache.glimpse import State, memory_bytes, state
+from rootcellar.cache.freeze import Frozen, freeze, memory_bytes
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Journal, KVEvent
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
@@ -217,6 +217,6 @@ class PyRadixCache(PrefixCache):
         """The cache's insides, to read."""
         return self._desk
 
-    def _state(self) -> State:
+    def _frozen(self) -> Frozen:
         """Everything, as plain values that equal those of the native core in the same state."""
-        return state(self._desk, self._requests, self._input_tokens)
+        return freeze(self._desk, self._requests, self._input_tokens)

@@ -190,7 +190,7 @@ NB_MODULE(_core, module) {
         .def_prop_ro("tick", &Core::tick)
         .def("_top_nodes", &Core::tree)
         .def("trail", &Core::trail, "key"_a)
-        .def("_frozen", &Core::state)
+        .def("_frozen", &Core::frozen)
         .def("_nodes", &Core::nodes)
         .def("_nodes_on_the_way", &Core::nodes_on_the_way)
         .def("memory_bytes", &Core::memory_bytes)

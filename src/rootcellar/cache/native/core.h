@@ -367,7 +367,7 @@ class Core {
         return trail_of(cache_, keys.key);
     }
 
-    nb::tuple state() { return state_of(cache_); }
+    nb::tuple frozen() { return frozen_of(cache_); }
     nb::list nodes(std::int64_t limit) { return nodes_of(cache_, limit); }
     nb::list nodes_on_the_way(nb::handle key) {
         const KeyView keys = view(key);

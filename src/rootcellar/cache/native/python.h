@@ -138,8 +138,8 @@ nb::object python_tuple(const Values& values, Make make) {
     return nb::tuple(list);
 }
 
-// state.cc: everything, as plain Python values that equal those that glimpse.py makes of the twin.
-nb::tuple state_of(Cache& cache);
+// freeze.cc: everything, as plain Python values that equal those that freeze.py makes of the twin.
+nb::tuple frozen_of(Cache& cache);
 nb::list nodes_of(Cache& cache, std::int64_t limit);
 nb::list nodes_along(Cache& cache, const Key& key);
 

@@ -1,7 +1,7 @@
 """A cache as plain values, and back: how the two cores are compared, checked and explained with the same code.
 
-``state`` of the Python cache and ``_state`` of the native core are equal tuples when the caches are. ``thaw`` makes the
-Python objects that such a state, or a part of it, describes, so that ``check``, ``explain`` and ``pretty_print`` exist
+``freeze`` of the Python cache and ``_frozen`` of the native core are equal tuples when the caches are. ``thaw``
+makes the Python objects that such a tuple, or a part of it, describes, so that ``check``, ``explain`` and ``pretty_print`` exist
 once: the native core is checked by code that shares nothing with it.
 """
 
@@ -21,7 +21,7 @@ from rootcellar.cache.node import Entry, Flight, Node
 from rootcellar.cache.settings import Settings
 from rootcellar.cache.tree import Tree
 
-State = tuple[Any, ...]
+Frozen = tuple[Any, ...]
 Record = tuple[Any, ...]
 _NO_PAGES = np.empty(0, np.int32)
 
@@ -29,7 +29,7 @@ _NO_PAGES = np.empty(0, np.int32)
 # ---- to values ----------------------------------------------------------------------------------------------------
 
 
-def state(desk: Desk, requests: int, input_tokens: int) -> State:
+def freeze(desk: Desk, requests: int, input_tokens: int) -> Frozen:
     """Everything in the cache: counts, nodes, shelves, arenas, leases, free rows, pins, offers, expiries, ..."""
     tree, traffic = desk.tree, desk.traffic
     counts = (
@@ -207,8 +207,8 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
     return node
 
 
-def thaw_desk(given: Settings, frozen: State, tables: ReqToTokenPool) -> Desk:
-    """The leases and everything else of a whole :func:`state`, over page tables that are shared with the cache."""
+def thaw_desk(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Desk:
+    """The leases and everything else of a whole :func:`freeze`, over page tables that are shared with the cache."""
     counts, records, shelves, arenas, leases, free_rows, pins, offers, expiries, flights, *_ = frozen
     tree = thaw(given, records, full=True)
     tree.tick, tree.version, tree.nodes, tree.last_id = counts[:4]

@@ -1,4 +1,4 @@
-// A cache as plain Python values: what checks, explanations and comparisons read. glimpse.py does the same for the twin
+// A cache as plain Python values: what checks, explanations and comparisons read. freeze.py does the same for the twin
 // and says what the fields are; every tuple here has its counterpart there, field by field.
 #include <algorithm>
 
@@ -141,7 +141,7 @@ nb::list nodes_along(Cache& cache, const Key& key) {
     return records;
 }
 
-nb::tuple state_of(Cache& cache) {
+nb::tuple frozen_of(Cache& cache) {
     Tree& tree = cache.tree;
     nb::list shelves, arenas, leases, pins, offers, expiries, flights;
     for (const Shelf& shelf : tree.shelves)
