@@ -25,7 +25,7 @@ MUTATIONS = {
     ),
     "1: pages of an aborted request are not given back": (
         "verbs.py",
-        "        shelf.give(desk.tables.by_kind[shelf.kind_index][lease.row, owned:pages])\n",
+        "        shelf.give(cache.tables.by_kind[shelf.kind_index][lease.row, owned:pages])\n",
         "",
     ),
     "2: a held node is evicted": (
@@ -45,8 +45,8 @@ MUTATIONS = {
     ),
     "3: a window is released a page too early": (
         "verbs.py",
-        "old, start = lease.starts[k], desk.start_page(k, tokens)",
-        "old, start = lease.starts[k], desk.start_page(k, tokens + desk.tree.page_size)",
+        "old, start = lease.starts[k], cache.start_page(k, tokens)",
+        "old, start = lease.starts[k], cache.start_page(k, tokens + cache.tree.page_size)",
     ),
     "4: match forgets what a kind needs": (
         "match.py",

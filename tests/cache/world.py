@@ -268,8 +268,8 @@ class World:
     def open_beside(self, hit: Hit, tier: Tier, priority: int) -> Lease | None:
         """Open where so much more could then be grown, and only there; a refusal leaves no trace."""
         room = {kind.name: self.pick(60) for kind in self.paged}
-        desk = self.cache._inside()
-        rows, version = len(desk.free_rows), desk.tree.version
+        inside = self.cache._inside()
+        rows, version = len(inside.free_rows), inside.tree.version
         lease = self.cache.open(hit, tier, priority=priority, room=room)
         if lease is not None:
             assert self.lacks(room) == 0, f"{room} does not fit beside {lease}"
@@ -277,7 +277,7 @@ class World:
         before = self.cache._frozen()
         assert self.cache.open(hit, tier, priority=priority, room=room) is None
         assert self.cache._frozen() == before, "a refused open changed something"
-        if not rows or hit.version != version or desk.traffic.flights:
+        if not rows or hit.version != version or inside.traffic.flights:
             return None  # for want of a row, or because the hit became shorter, or a copy keeps what its end will free
         lease = self.cache.open(hit, tier, priority=priority)
         if lease is not None and lease.cached == hit.reach(tier) and lease.ready:

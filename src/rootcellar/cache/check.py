@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rootcellar.cache.desk import Desk
+from rootcellar.cache.cache import Cache
 from rootcellar.cache.digest import chain, seed_digest
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease
@@ -27,34 +27,34 @@ def walk(tree: Tree) -> Iterator[Node]:
         stack.extend(node.children.values())
 
 
-def check(desk: Desk) -> None:
+def check(cache: Cache) -> None:
     """Recount everything in O(nodes + pages), and hash the way to each node that has digests.
 
     Raises ``CacheBroken`` with the first thing that does not add up.
     """
-    nodes = list(walk(desk.tree))
-    if len(nodes) != desk.tree.nodes:
-        raise CacheBroken(f"{len(nodes)} nodes in the tree, {desk.tree.nodes} counted")
+    nodes = list(walk(cache.tree))
+    if len(nodes) != cache.tree.nodes:
+        raise CacheBroken(f"{len(nodes)} nodes in the tree, {cache.tree.nodes} counted")
     for node in nodes:
-        _check_node(desk.tree, node)
-        _check_digests(desk.tree, node)
-    _check_holds(desk, nodes)
-    for shelf in desk.tree.shelves:
-        _check_counts(desk, shelf, nodes)
-    for arena in desk.tree.arenas:
-        _check_slots(desk, arena, nodes)
-    for lease in desk.leases.values():
-        _check_lease(desk, lease)
-    for root in desk.tree.detached:
+        _check_node(cache.tree, node)
+        _check_digests(cache.tree, node)
+    _check_holds(cache, nodes)
+    for shelf in cache.tree.shelves:
+        _check_counts(cache, shelf, nodes)
+    for arena in cache.tree.arenas:
+        _check_slots(cache, arena, nodes)
+    for lease in cache.leases.values():
+        _check_lease(cache, lease)
+    for root in cache.tree.detached:
         if any(child.refs == 0 for child in root.children.values()):
             raise CacheBroken(f"the dropped namespace {root.namespace!r} keeps what nobody holds")
-    for root in [*desk.tree.roots.values(), *desk.tree.detached]:
+    for root in [*cache.tree.roots.values(), *cache.tree.detached]:
         if not root.refs and not root.children:
             raise CacheBroken(f"namespace {root.namespace!r} is empty and was not forgotten")
-    for table in desk.tables.by_kind:
+    for table in cache.tables.by_kind:
         if table[0].any():
             raise CacheBroken("row 0 of a page table, the padding row, is not zero")
-    if not desk.given.reuse and nodes:
+    if not cache.given.reuse and nodes:
         raise CacheBroken("reuse is off and the tree has nodes")
 
 
@@ -114,18 +114,18 @@ def _shelf(shelf: Shelf) -> str:
     return f"{shelf.kind.name}/{shelf.tier.name}"
 
 
-def _check_holds(desk: Desk, nodes: list[Node]) -> None:
+def _check_holds(cache: Cache, nodes: list[Node]) -> None:
     """Invariant 2: holds and pins are the sum of what live leases and moves need."""
-    tree = desk.tree
+    tree = cache.tree
     places: Counter[int] = Counter()
     pins: Counter[tuple[int, int, int]] = Counter()  # node, kind, first page; -1: from the node's start
-    for node in desk.places():
+    for node in cache.places():
         places[node.id] += 1
-    for lease in desk.holders():
+    for lease in cache.holders():
         for k in tree.windows:
             recurrent = tree.kinds[k].rule == "recurrent"
             place = lease.sources[k] if recurrent else lease.node
-            if place is None or place.parent is None or not desk.given.reuse:
+            if place is None or place.parent is None or not cache.given.reuse:
                 continue
             start = place.end - 1 if recurrent else lease.starts[k]
             climb: Node | None = place
@@ -149,12 +149,12 @@ def _check_holds(desk: Desk, nodes: list[Node]) -> None:
         raise CacheBroken(f"pins by (node, kind, page) that no node has: {dict(pins)}")
 
 
-def _check_slots(desk: Desk, arena: Arena, nodes: list[Node]) -> None:
+def _check_slots(cache: Cache, arena: Arena, nodes: list[Node]) -> None:
     """Invariant 1: free + tree + leases + moves in flight = all, and no slot twice."""
-    shelves = [shelf for shelf in desk.tree.shelves if shelf.arena is arena]
+    shelves = [shelf for shelf in cache.tree.shelves if shelf.arena is arena]
     groups = [arena.slots.free_list()]
     for shelf in shelves:
-        taken = _taken(desk, shelf, nodes)
+        taken = _taken(cache, shelf, nodes)
         if sum(map(len, taken)) != shelf.used:
             raise CacheBroken(f"{_shelf(shelf)}: {shelf.used} pages counted as used, {sum(map(len, taken))} found")
         groups += taken
@@ -168,25 +168,25 @@ def _check_slots(desk: Desk, arena: Arena, nodes: list[Node]) -> None:
         )
 
 
-def _taken(desk: Desk, shelf: Shelf, nodes: list[Node]) -> list[Pages]:
+def _taken(cache: Cache, shelf: Shelf, nodes: list[Node]) -> list[Pages]:
     """The pages that a shelf's owners have: the tree, leases, and moves in flight."""
     k = shelf.kind_index
     groups = [entry.pages for node in nodes if (entry := node.entries[shelf.index]) is not None]
     if shelf.tier is Tier.DEVICE:
-        table = desk.tables.by_kind[k]
-        for lease in desk.leases.values():
+        table = cache.tables.by_kind[k]
+        for lease in cache.leases.values():
             if shelf.kind.rule == "recurrent":
                 groups.append(table[lease.row, 1:])
             else:
-                begin = max(lease.committed // desk.tree.page_size, lease.starts[k])
-                groups.append(table[lease.row, begin : -(-lease.length // desk.tree.page_size)])
-    flying = desk.in_flight(shelf)
+                begin = max(lease.committed // cache.tree.page_size, lease.starts[k])
+                groups.append(table[lease.row, begin : -(-lease.length // cache.tree.page_size)])
+    flying = cache.in_flight(shelf)
     if sum(map(len, flying)) != shelf.in_flight:
         raise CacheBroken(f"{_shelf(shelf)}: {shelf.in_flight} pages counted in flight")
     return groups + flying
 
 
-def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
+def _check_counts(cache: Cache, shelf: Shelf, nodes: list[Node]) -> None:
     cached = evictable = entries = 0
     for node in nodes:
         entry = node.entries[shelf.index]
@@ -198,7 +198,7 @@ def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
         if shelf.full:
             may = 0 if node.refs else len(entry.pages)
         else:
-            may = desk.tree.unpinned(node, shelf, entry)
+            may = cache.tree.unpinned(node, shelf, entry)
         if entry.evictable != may:
             raise CacheBroken(f"{_name(node)} on {_shelf(shelf)}: {entry.evictable} evictable, {may} unpinned")
         ready = may and not (shelf.full and node.kids[shelf.index])
@@ -209,18 +209,18 @@ def _check_counts(desk: Desk, shelf: Shelf, nodes: list[Node]) -> None:
         raise CacheBroken(f"{_shelf(shelf)}: counts {counted}, found {entries, cached, evictable}")
 
 
-def _check_lease(desk: Desk, lease: Lease) -> None:
+def _check_lease(cache: Cache, lease: Lease) -> None:
     """Invariant 3: a ready lease has on the device all that the rule asks for, in its row."""
-    size = desk.tree.page_size
+    size = cache.tree.page_size
     place = lease.node
-    if desk.given.reuse and place.end * size != lease.committed:
+    if cache.given.reuse and place.end * size != lease.committed:
         raise CacheBroken(f"{lease!r} committed {lease.committed} tokens, its place ends at {place.end * size}")
     pages = -(-lease.length // size)
-    for shelf in desk.paged:
+    for shelf in cache.paged:
         k = shelf.kind_index
-        row = desk.tables.by_kind[k][lease.row]
+        row = cache.tables.by_kind[k][lease.row]
         start = lease.starts[k]
-        if start > desk.start_page(k, lease.length):
+        if start > cache.start_page(k, lease.length):
             raise CacheBroken(
                 f"{lease!r}: {shelf.kind.name} was released from page {start} on, the rule needs it earlier"
             )
@@ -231,7 +231,7 @@ def _check_lease(desk: Desk, lease: Lease) -> None:
         if lease.ready and not row[start:pages].all():
             raise CacheBroken(f"{lease!r}: {shelf.kind.name} lacks pages that the rule needs")
         climb: Node | None = place
-        while desk.given.reuse and climb is not None and climb.end > start:
+        while cache.given.reuse and climb is not None and climb.end > start:
             entry = climb.entries[shelf.index]
             first = max(start, climb.start)
             if lease.ready and not (
@@ -241,8 +241,8 @@ def _check_lease(desk: Desk, lease: Lease) -> None:
             ):
                 raise CacheBroken(f"{lease!r}: its row of {shelf.kind.name} differs from {_name(climb)}")
             climb = climb.parent
-    for shelf in desk.states:
-        read, write = desk.tables.by_kind[shelf.kind_index][lease.row]
+    for shelf in cache.states:
+        read, write = cache.tables.by_kind[shelf.kind_index][lease.row]
         if write <= 0:
             raise CacheBroken(f"{lease!r} has no state of {shelf.kind.name} to write")
         if not lease.ready:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache import words
-from rootcellar.cache.desk import Desk, pin_place, unpin_place
+from rootcellar.cache.cache import Cache, pin_place, unpin_place
 from rootcellar.cache.digest import Naming, page_digests, seed_digest
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
@@ -32,54 +32,54 @@ PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 # ---- pins ---------------------------------------------------------------------------------------------------------
 
 
-def pin(desk: Desk, key: Key, ttl: int) -> int:
+def pin(cache: Cache, key: Key, ttl: int) -> int:
     """Keep what is on the device of ``key`` for ``ttl`` ticks. Returns how many tokens that is."""
-    tree = desk.tree
+    tree = cache.tree
     hit = find(tree, key)
     if not hit.length:
         return 0
-    desk.serial += 1
-    lease = Lease(0, desk.serial, place_of(tree, hit, hit.length // tree.page_size), key.namespace, hit.length, 0)
-    pin_place(desk, lease)
-    desk.pins[lease.serial] = lease
-    heappush(desk.expiries, (tree.tick + min(ttl, FOREVER), lease.serial))
+    cache.serial += 1
+    lease = Lease(0, cache.serial, place_of(tree, hit, hit.length // tree.page_size), key.namespace, hit.length, 0)
+    pin_place(cache, lease)
+    cache.pins[lease.serial] = lease
+    heappush(cache.expiries, (tree.tick + min(ttl, FOREVER), lease.serial))
     return hit.length
 
 
-def unpin(desk: Desk, key: Key) -> int:
+def unpin(cache: Cache, key: Key) -> int:
     """Undo every pin of a prefix of ``key``. Returns how many pins there were."""
-    path = {id(node) for node in find(desk.tree, key).path}
-    gone = [serial for serial, lease in desk.pins.items() if id(lease.node) in path]
+    path = {id(node) for node in find(cache.tree, key).path}
+    gone = [serial for serial, lease in cache.pins.items() if id(lease.node) in path]
     for serial in gone:
-        _drop_pin(desk, serial)
+        _drop_pin(cache, serial)
     return len(gone)
 
 
-def expire(desk: Desk) -> None:
+def expire(cache: Cache) -> None:
     """Undo the pins whose time has come."""
-    while desk.expiries and desk.expiries[0][0] <= desk.tree.tick:
-        _, serial = heappop(desk.expiries)
-        if serial in desk.pins:
-            _drop_pin(desk, serial)
+    while cache.expiries and cache.expiries[0][0] <= cache.tree.tick:
+        _, serial = heappop(cache.expiries)
+        if serial in cache.pins:
+            _drop_pin(cache, serial)
 
 
-def _drop_pin(desk: Desk, serial: int) -> None:
-    lease = desk.pins.pop(serial)
-    unpin_place(desk, lease)
-    prune(desk.tree, lease.node)
+def _drop_pin(cache: Cache, serial: int) -> None:
+    lease = cache.pins.pop(serial)
+    unpin_place(cache, lease)
+    prune(cache.tree, lease.node)
 
 
 # ---- namespaces and tiers -----------------------------------------------------------------------------------------
 
 
-def drop_namespace(desk: Desk, namespace: str) -> int:
+def drop_namespace(cache: Cache, namespace: str) -> int:
     """Forget a namespace: nothing in it is a hit again. Returns the tokens that live leases keep until they close."""
-    tree = desk.tree
+    tree = cache.tree
     root = tree.roots.pop(namespace, None)
     if root is None:
         return 0
-    for serial in [s for s, lease in desk.pins.items() if lease.namespace == namespace]:
-        _drop_pin(desk, serial)
+    for serial in [s for s, lease in cache.pins.items() if lease.namespace == namespace]:
+        _drop_pin(cache, serial)
     tree.detached.append(root)
     held = 0
     stack = list(root.children.values())
@@ -94,14 +94,14 @@ def drop_namespace(desk: Desk, namespace: str) -> int:
     return held
 
 
-def forget_tier(desk: Desk, tier: Tier) -> None:
+def forget_tier(cache: Cache, tier: Tier) -> None:
     """Forget all that a tier holds (its memory is about to go). Raises ``CacheBusy`` while anything is in use."""
-    leases, copies = desk.busy()
+    leases, copies = cache.busy()
     if leases or copies:
         raise words.busy(f"{tier.name} cannot be emptied", leases, copies)
-    tree = desk.tree
-    for serial in list(desk.pins):
-        _drop_pin(desk, serial)
+    tree = cache.tree
+    for serial in list(cache.pins):
+        _drop_pin(cache, serial)
     stack = [child for root in tree.roots.values() for child in root.children.values()]
     order: list[Node] = []
     while stack:
@@ -115,24 +115,24 @@ def forget_tier(desk: Desk, tier: Tier) -> None:
         prune(tree, node)
 
 
-def make_room(desk: Desk, kind: str, tokens: int, tier: Tier) -> bool:
+def make_room(cache: Cache, kind: str, tokens: int, tier: Tier) -> bool:
     """Evict until ``tokens`` of a kind are free on a tier."""
-    for shelf in desk.tree.shelves:
+    for shelf in cache.tree.shelves:
         if shelf.kind.name == kind and shelf.tier is tier:
-            size = 1 if kind in (state.kind.name for state in desk.states) else desk.tree.page_size
-            return make_room_in(desk.tree, shelf.arena, -(-tokens // size))
+            size = 1 if kind in (state.kind.name for state in cache.states) else cache.tree.page_size
+            return make_room_in(cache.tree, shelf.arena, -(-tokens // size))
     raise words.no_shelf(kind)
 
 
 # ---- copies on request --------------------------------------------------------------------------------------------
 
 
-def save(desk: Desk) -> int:
+def save(cache: Cache) -> int:
     """Plan to copy to HOST all that the device holds and HOST lacks (before the device's memory is dropped).
 
     Returns the number of moves.
     """
-    tree = desk.tree
+    tree = cache.tree
     planned = 0
     nodes = [child for root in tree.roots.values() for child in root.children.values()]
     for node in nodes:  # parents first: the list grows as it is read
@@ -142,7 +142,7 @@ def save(desk: Desk) -> int:
                 continue
             entry = node.entries[source.index]
             if entry is not None and flying_to(node, source.kind_index, Tier.HOST) is None:
-                planned += plan(tree, desk.traffic, node, source, target, node.start + entry.lo) is not None
+                planned += plan(tree, cache.traffic, node, source, target, node.start + entry.lo) is not None
     return planned
 
 
@@ -154,13 +154,13 @@ class Prefetch:
     tokens: int
 
 
-def prefetch(desk: Desk, hit: Hit, tier: Tier) -> Prefetch | None:
+def prefetch(cache: Cache, hit: Hit, tier: Tier) -> Prefetch | None:
     """Plan to bring what ``tier`` would add to a hit to HOST. None when it adds less than ``min_load`` asks for.
 
     Moves under way already are among those returned; where there is no room the rest is left out.
     """
-    tree, traffic = desk.tree, desk.traffic
-    reach = desk.boundary(hit, tier)
+    tree, traffic = cache.tree, cache.traffic
+    reach = cache.boundary(hit, tier)
     if reach <= hit.reach(Tier.HOST):
         return None
     hit = fresh(tree, hit)
@@ -169,7 +169,7 @@ def prefetch(desk: Desk, hit: Hit, tier: Tier) -> Prefetch | None:
     ids: set[int] = set()
     tree.hold(place)
     for k in range(len(tree.kinds)):
-        start = desk.start_page(k, boundary)
+        start = cache.start_page(k, boundary)
         target = tree.by_tier[Tier.HOST][k]
         for node, first in missing(tree, place, k, start, Tier.HOST):
             flight = flying_to(node, k, Tier.HOST)
@@ -200,16 +200,16 @@ def prefetch_verdict(policy: PrefetchPolicy, pending: int, waited: float, timeou
 # ---- stores and peers ---------------------------------------------------------------------------------------------
 
 
-def ask(desk: Desk, key: Key, tier: Tier) -> tuple[int, list[int]] | None:
+def ask(cache: Cache, key: Key, tier: Tier) -> tuple[int, list[int]] | None:
     """How far a key can be resumed with ``tier`` (tokens), and by kind the first page to ask for. None: ask nothing."""
-    tree = desk.tree
+    tree = cache.tree
     hit = find(tree, key)
     reach = hit.reach(tier)
-    if not desk.given.reuse or len(key) < reach + tree.page_size or None in tree.by_tier[tier]:
+    if not cache.given.reuse or len(key) < reach + tree.page_size or None in tree.by_tier[tier]:
         return None
     firsts = []
     for k in range(len(tree.kinds)):
-        first = desk.start_page(k, reach + tree.page_size)
+        first = cache.start_page(k, reach + tree.page_size)
         shelves = [shelf for nearer in tree.tiers if nearer <= tier and (shelf := tree.by_tier[nearer][k]) is not None]
         for node in hit.path:
             begins = [node.start + entry.lo for shelf in shelves if (entry := node.entries[shelf.index]) is not None]
@@ -229,18 +229,18 @@ def question(
     return Question(key, tier, kinds, naming.page_size, reach, tuple(firsts), pages)
 
 
-def offer(desk: Desk, key: Key, start: int) -> Manifest | None:
+def offer(cache: Cache, key: Key, start: int) -> Manifest | None:
     """Pin what a peer that can resume at ``start`` needs to resume at the end of ``key``, and say what it is."""
-    tree = desk.tree
+    tree = cache.tree
     hit = find(tree, key)
     pages, least = hit.length // tree.page_size, start // tree.page_size
     if pages <= least:
         return None
-    desk.traffic.serial += 1
+    cache.traffic.serial += 1
     place = place_of(tree, hit, pages)
-    lease = Lease(0, desk.traffic.serial, place, key.namespace, hit.length, 0)
-    pin_place(desk, lease)
-    desk.offers[lease.serial] = lease
+    lease = Lease(0, cache.traffic.serial, place, key.namespace, hit.length, 0)
+    pin_place(cache, lease)
+    cache.offers[lease.serial] = lease
     page_digests(tree.naming, place)
     parts = []
     for shelf in tree.by_tier[Tier.DEVICE]:
@@ -261,11 +261,11 @@ def offer(desk: Desk, key: Key, start: int) -> Manifest | None:
     return Manifest(lease.serial, hit.length, tuple(parts))
 
 
-def settle(desk: Desk, ident: int) -> bool:
+def settle(cache: Cache, ident: int) -> bool:
     """A manifest was fetched or given up: unpin what it offers. False: there is none of this id."""
-    lease = desk.offers.pop(ident, None)
+    lease = cache.offers.pop(ident, None)
     if lease is None:
         return False
-    unpin_place(desk, lease)
-    prune(desk.tree, lease.node)
+    unpin_place(cache, lease)
+    prune(cache.tree, lease.node)
     return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.cache.desk import Desk
+from rootcellar.cache.cache import Cache
 from rootcellar.cache.flights import Traffic
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.lease import Lease, ReqToTokenPool
@@ -29,23 +29,23 @@ _NO_PAGES = np.empty(0, np.int32)
 # ---- to values ----------------------------------------------------------------------------------------------------
 
 
-def freeze(desk: Desk, requests: int, input_tokens: int) -> Frozen:
+def freeze(cache: Cache, requests: int, input_tokens: int) -> Frozen:
     """Everything in the cache: counts, nodes, shelves, arenas, leases, free rows, pins, offers, expiries, ..."""
-    tree, traffic = desk.tree, desk.traffic
+    tree, traffic = cache.tree, cache.traffic
     counts = (
         *(tree.tick, tree.version, tree.nodes, tree.last_id),
-        *(desk.serial, traffic.serial, traffic.failed, requests, input_tokens),
+        *(cache.serial, traffic.serial, traffic.failed, requests, input_tokens),
     )
     return (
         counts,
         tuple(map(_node, _preorder([*tree.roots.values(), *tree.detached], tree))),
         tuple((s.used, s.entries, s.cached, s.evictable, s.in_flight, s.evicted) for s in tree.shelves),
         tuple((arena.evictable, arena.slots.free_list().tobytes()) for arena in tree.arenas),
-        tuple(_lease(lease) for _, lease in sorted(desk.leases.items())),
-        tuple(desk.free_rows),
-        tuple(_lease(lease) for lease in desk.pins.values()),
-        tuple(_lease(lease) for lease in desk.offers.values()),
-        tuple(sorted(desk.expiries)),
+        tuple(_lease(lease) for _, lease in sorted(cache.leases.items())),
+        tuple(cache.free_rows),
+        tuple(_lease(lease) for lease in cache.pins.values()),
+        tuple(_lease(lease) for lease in cache.offers.values()),
+        tuple(sorted(cache.expiries)),
         tuple(_flight(flight) for _, flight in sorted(traffic.flights.items())),
         _shadow(tree),
         _evictions(tree),
@@ -137,9 +137,9 @@ def _evictions(tree: Tree) -> Record:
     )
 
 
-def memory_bytes(desk: Desk) -> int:
+def memory_bytes(cache: Cache) -> int:
     """Bytes of what the tree, the orders of leaving and the allocators consist of, as ``sys.getsizeof`` counts them."""
-    tree = desk.tree
+    tree = cache.tree
     seen: set[int] = set()
 
     def size(thing: object) -> int:
@@ -207,7 +207,7 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
     return node
 
 
-def thaw_desk(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Desk:
+def thaw_cache(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Cache:
     """The leases and everything else of a whole :func:`freeze`, over page tables that are shared with the cache."""
     counts, records, shelves, arenas, leases, free_rows, pins, offers, expiries, flights, *_ = frozen
     tree = thaw(given, records, full=True)
@@ -217,28 +217,28 @@ def thaw_desk(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Desk:
     for arena, (evictable, free) in zip(tree.arenas, arenas, strict=True):
         arena.evictable = evictable
         arena.slots.reset(np.frombuffer(free, np.int32))
-    desk = Desk(tree, tables, Traffic(), given)
-    desk.serial, desk.traffic.serial, desk.traffic.failed = counts[4:7]
-    desk.free_rows, desk.expiries = list(free_rows), list(expiries)
+    cache = Cache(tree, tables, Traffic(), given)
+    cache.serial, cache.traffic.serial, cache.traffic.failed = counts[4:7]
+    cache.free_rows, cache.expiries = list(free_rows), list(expiries)
     roots = [*tree.roots.values(), *tree.detached]
     nodes = {node.id: node for node, _ in _preorder(roots, tree)}
     for values in leases:
-        desk.leases[values[0]] = _thaw_lease(values, nodes)
+        cache.leases[values[0]] = _thaw_lease(values, nodes)
     for values in pins:
-        desk.pins[values[1]] = _thaw_lease(values, nodes)
+        cache.pins[values[1]] = _thaw_lease(values, nodes)
     for values in offers:
-        desk.offers[values[1]] = _thaw_lease(values, nodes)
+        cache.offers[values[1]] = _thaw_lease(values, nodes)
     for values in flights:
-        desk.traffic.flights[values[0]] = _thaw_flight(values, nodes)
+        cache.traffic.flights[values[0]] = _thaw_flight(values, nodes)
     for record in records:
-        nodes[record[0]].flights = [desk.traffic.flights[ident] for ident, *_ in record[-2]]
+        nodes[record[0]].flights = [cache.traffic.flights[ident] for ident, *_ in record[-2]]
     for values in flights:
-        desk.traffic.flights[values[0]].after = desk.traffic.flights.get(values[-2])
-    by_serial = {lease.serial: lease for lease in desk.leases.values()}
+        cache.traffic.flights[values[0]].after = cache.traffic.flights.get(values[-2])
+    by_serial = {lease.serial: lease for lease in cache.leases.values()}
     for values in flights:
         waiting = (by_serial.get(serial) for serial in values[-1])
-        desk.traffic.flights[values[0]].waiters = [lease for lease in waiting if lease is not None]
-    return desk
+        cache.traffic.flights[values[0]].waiters = [lease for lease in waiting if lease is not None]
+    return cache
 
 
 def _thaw_lease(values: Record, nodes: dict[int, Node]) -> Lease:

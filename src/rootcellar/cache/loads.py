@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rootcellar.cache.desk import Desk
+from rootcellar.cache.cache import Cache
 from rootcellar.cache.evict import fits, make_room_for
 from rootcellar.cache.flights import call_off, fetch, flying_to, missing, sources
 from rootcellar.cache.kind import Tier
@@ -14,16 +14,16 @@ from rootcellar.cache.node import Flight, Node
 from rootcellar.cache.shelf import Shelf
 
 
-def fits_beside(desk: Desk, hit: Hit, pages: int, room: Mapping[str, int]) -> bool:
+def fits_beside(cache: Cache, hit: Hit, pages: int, room: Mapping[str, int]) -> bool:
     """Whether a fresh hit can be opened at boundary ``pages`` and ``room`` more of each paged kind then be grown.
 
     It is counted, not tried: a request that has to wait for room leaves no trace, not even an edge that was split.
     """
-    tree = desk.tree
+    tree = cache.tree
     needs: list[tuple[Shelf, int]] = []
-    for shelf in desk.paged + desk.states:
+    for shelf in cache.paged + cache.states:
         k = shelf.kind_index
-        start = desk.start_page(k, pages * tree.page_size)
+        start = cache.start_page(k, pages * tree.page_size)
         count = 1 if shelf.kind.rule == "recurrent" else -(-room[shelf.kind.name] // tree.page_size)
         for node in hit.path:
             first, end = max(start, node.start), min(pages, node.end)
@@ -39,19 +39,19 @@ def fits_beside(desk: Desk, hit: Hit, pages: int, room: Mapping[str, int]) -> bo
     return fits(needs)
 
 
-def staged(desk: Desk, hit: Hit, pages: int) -> list[tuple[Shelf, int]]:
+def staged(cache: Cache, hit: Hit, pages: int) -> list[tuple[Shelf, int]]:
     """What HOST must have room for so that a fresh hit can be opened at boundary ``pages``, by shelf.
 
     What only STORAGE has passes through it, and what HOST holds on the way may leave now, and not then.
     """
-    tree = desk.tree
+    tree = cache.tree
     needs: list[tuple[Shelf, int]] = []
-    for shelf in desk.paged + desk.states:
+    for shelf in cache.paged + cache.states:
         k = shelf.kind_index
         host, storage = tree.by_tier[Tier.HOST][k], tree.by_tier[Tier.STORAGE][k]
         if host is None or storage is None:
             continue
-        start = desk.start_page(k, pages * tree.page_size)
+        start = cache.start_page(k, pages * tree.page_size)
         passing = staying = 0
         for node in hit.path:
             first, end = max(start, node.start), min(pages, node.end)
@@ -71,12 +71,12 @@ def staged(desk: Desk, hit: Hit, pages: int) -> list[tuple[Shelf, int]]:
     return needs
 
 
-def load(desk: Desk, lease: Lease) -> bool:
+def load(cache: Cache, lease: Lease) -> bool:
     """Make room for the copies and states a new lease needs, and plan the copies. False: no room, nothing planned."""
-    tree, traffic = desk.tree, desk.traffic
+    tree, traffic = cache.tree, cache.traffic
     needs: list[tuple[Shelf, int]] = []
     wanted: list[tuple[Shelf, list[tuple[Node, int]]]] = []
-    for shelf in desk.paged + desk.states:
+    for shelf in cache.paged + cache.states:
         start = lease.starts[shelf.kind_index]
         lacking = missing(tree, lease.node, shelf.kind_index, start, Tier.DEVICE) if lease.cached else []
         pages = sum(node.end - first for node, first in lacking if not flying_to(node, shelf.kind_index, Tier.DEVICE))

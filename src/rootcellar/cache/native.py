@@ -17,12 +17,12 @@ from rootcellar.cache import (
 )
 from rootcellar.cache.adaptive import EDGES
 from rootcellar.cache.api import PrefixCache
+from rootcellar.cache.cache import Cache
 from rootcellar.cache.check import check
 from rootcellar.cache.control import Prefetch, question
-from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import Naming
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
-from rootcellar.cache.freeze import thaw, thaw_desk
+from rootcellar.cache.freeze import thaw, thaw_cache
 from rootcellar.cache.journal import AllBlocksCleared, Eviction, Evictions, KVEvent, removed, stored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
@@ -186,9 +186,9 @@ class NativeRadixCache(_core.Core):
     def check(self) -> None:
         check(self._inside())
 
-    def _inside(self) -> Desk:
+    def _inside(self) -> Cache:
         """The cache's insides, to read: a copy, but for the page tables."""
-        return thaw_desk(self._given, self._frozen(), self.tables)
+        return thaw_cache(self._given, self._frozen(), self.tables)
 
 
 for _name, _verb in vars(PrefixCache).items():

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import control, words
 from rootcellar.cache.api import PrefixCache
+from rootcellar.cache.cache import Cache
 from rootcellar.cache.check import check
-from rootcellar.cache.desk import Desk
 from rootcellar.cache.digest import chain
 from rootcellar.cache.explain import Explanation, everybody, explain, pretty_print
 from rootcellar.cache.flights import Traffic, learn, spill
@@ -39,8 +39,8 @@ class PyRadixCache(PrefixCache):
         self.kinds, self.page_size = given.kinds, given.page_size
         self._tree = Tree(given, given.sizes)
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
-        self._desk = Desk(self._tree, self.tables, Traffic(), given)
-        self._traffic = self._desk.traffic
+        self._cache = Cache(self._tree, self.tables, Traffic(), given)
+        self._traffic = self._cache.traffic
         if given.write_back:
             self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
         self._tree.journal = Journal(self._tree.naming, self.kinds) if given.events else None
@@ -58,12 +58,12 @@ class PyRadixCache(PrefixCache):
     def open(
         self, hit: Hit, tier: Tier = Tier.DEVICE, *, priority: int = 0, room: Mapping[str, int] | None = None
     ) -> Lease | None:
-        if self._desk.expiries:
-            control.expire(self._desk)
+        if self._cache.expiries:
+            control.expire(self._cache)
         seen, hit = hit, fresh(self._tree, hit)
-        if room is not None and self._desk.boundary(hit, tier) < self._desk.boundary(seen, tier):
+        if room is not None and self._cache.boundary(hit, tier) < self._cache.boundary(seen, tier):
             return None
-        lease = open_lease(self._desk, hit, tier, priority, room)
+        lease = open_lease(self._cache, hit, tier, priority, room)
         if lease is not None:
             self._requests += 1
             self._input_tokens += len(hit.key)
@@ -74,42 +74,42 @@ class PyRadixCache(PrefixCache):
         return lease
 
     def grow(self, lease: Lease, tokens: int) -> bool:
-        return grow(self._desk, lease, tokens)
+        return grow(self._cache, lease, tokens)
 
     def grow_many(self, leases: Sequence[Lease], tokens: int | Sequence[int] = 1) -> list[bool]:
-        return grow_many(self._desk, leases, tokens)
+        return grow_many(self._cache, leases, tokens)
 
     def commit(self, lease: Lease, key: Key, *, snapshot: bool = True) -> None:
-        commit(self._desk, lease, key, snapshot)
+        commit(self._cache, lease, key, snapshot)
 
     def commit_many(self, leases: Sequence[Lease], keys: Sequence[Key], *, snapshot: bool = True) -> None:
-        must_be_open(self._desk, *leases)
+        must_be_open(self._cache, *leases)
         if len(keys) != len(leases):
             raise words.uneven("keys")
         for lease, key in zip(leases, keys, strict=True):
-            commit(self._desk, lease, key, snapshot)
+            commit(self._cache, lease, key, snapshot)
 
     def close(self, lease: Lease, keep: bool = True) -> None:
-        close(self._desk, lease, keep)
+        close(self._cache, lease, keep)
 
     def close_many(self, leases: Sequence[Lease], keep: bool = True) -> None:
-        must_be_open(self._desk, *leases)
+        must_be_open(self._cache, *leases)
         for lease in leases:
-            close(self._desk, lease, keep)
+            close(self._cache, lease, keep)
 
     def slots(self, hit: Hit, kind: str) -> NDArray[np.int32]:
         return slots(self._tree, hit, kind)
 
     def make_room(self, kind: str, tokens: int, tier: Tier = Tier.DEVICE) -> bool:
-        return control.make_room(self._desk, kind, tokens, tier)
+        return control.make_room(self._cache, kind, tokens, tier)
 
     def flush(self) -> None:
-        leases, copies = self._desk.busy()
+        leases, copies = self._cache.busy()
         if leases or copies:
             raise words.busy("the cache cannot be flushed", leases, copies)
         journal, self._tree.journal = self._tree.journal, None
         for namespace in list(self._tree.roots):
-            control.drop_namespace(self._desk, namespace)
+            control.drop_namespace(self._cache, namespace)
         self._tree.detached.clear()
         self._tree.journal = journal
         if journal is not None:
@@ -122,29 +122,29 @@ class PyRadixCache(PrefixCache):
         return outbox
 
     def learn(self, event: Event) -> None:
-        if isinstance(event, Found) and not self._desk.given.reuse:
+        if isinstance(event, Found) and not self._cache.given.reuse:
             return
-        if isinstance(event, Done | Failed) and control.settle(self._desk, event.move):
+        if isinstance(event, Done | Failed) and control.settle(self._cache, event.move):
             return
         for lease in learn(self._tree, self._traffic, event):
-            if self._desk.leases.get(lease.row) is lease:
-                fill_rows(self._desk, lease)
+            if self._cache.leases.get(lease.row) is lease:
+                fill_rows(self._cache, lease)
 
     def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
-        found = control.ask(self._desk, key, tier)
+        found = control.ask(self._cache, key, tier)
         return None if found is None else control.question(self.kinds, self._tree.naming, chain, key, tier, *found)
 
     def send(self, key: Key, start: int = 0) -> Manifest | None:
-        return control.offer(self._desk, key, start)
+        return control.offer(self._cache, key, start)
 
     def save(self) -> int:
-        return control.save(self._desk)
+        return control.save(self._cache)
 
     def forget_tier(self, tier: Tier) -> None:
-        control.forget_tier(self._desk, tier)
+        control.forget_tier(self._cache, tier)
 
     def prefetch(self, hit: Hit, tier: Tier = Tier.STORAGE) -> control.Prefetch | None:
-        return control.prefetch(self._desk, hit, tier)
+        return control.prefetch(self._cache, hit, tier)
 
     def pending(self, prefetch: control.Prefetch) -> int:
         return sum(move in self._traffic.flights for move in prefetch.moves)
@@ -152,18 +152,18 @@ class PyRadixCache(PrefixCache):
     # ---- control ------------------------------------------------------------------------------------------------
 
     def pin(self, key: Key, ttl: int) -> int:
-        return control.pin(self._desk, key, ttl)
+        return control.pin(self._cache, key, ttl)
 
     def unpin(self, key: Key) -> int:
-        return control.unpin(self._desk, key)
+        return control.unpin(self._cache, key)
 
     def drop_namespace(self, namespace: str) -> int:
-        return control.drop_namespace(self._desk, namespace)
+        return control.drop_namespace(self._cache, namespace)
 
     # ---- observability ------------------------------------------------------------------------------------------
 
     def available_tokens(self) -> int:
-        sharers = Counter(shelf.arena for shelf in self._desk.paged)
+        sharers = Counter(shelf.arena for shelf in self._cache.paged)
         return min((arena.room // count for arena, count in sharers.items()), default=0) * self.page_size
 
     def used_pages(self, kind: str, tier: Tier = Tier.DEVICE) -> NDArray[np.int32]:
@@ -173,7 +173,7 @@ class PyRadixCache(PrefixCache):
     def stats(self) -> CacheStats:
         return CacheStats(
             shelves={(s.kind.name, s.tier): shelf_stats(s, self.page_size) for s in self._tree.shelves},
-            leases=len(self._desk.leases),
+            leases=len(self._cache.leases),
             nodes=self._tree.nodes,
             ticks=self._tree.tick,
             requests=self._requests,
@@ -208,15 +208,15 @@ class PyRadixCache(PrefixCache):
         return pretty_print(self._tree, limit)
 
     def check(self) -> None:
-        check(self._desk)
+        check(self._cache)
 
     def memory_bytes(self) -> int:
-        return memory_bytes(self._desk)
+        return memory_bytes(self._cache)
 
-    def _inside(self) -> Desk:
+    def _inside(self) -> Cache:
         """The cache's insides, to read."""
-        return self._desk
+        return self._cache
 
     def _frozen(self) -> Frozen:
         """Everything, as plain values that equal those of the native core in the same state."""
-        return freeze(self._desk, self._requests, self._input_tokens)
+        return freeze(self._cache, self._requests, self._input_tokens)

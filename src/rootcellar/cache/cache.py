@@ -1,4 +1,4 @@
-"""The leases of one cache, and what their verbs need at hand."""
+"""One cache as its verbs see it: leases, page tables, copies under way, and the tree."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 
 
-class Desk:
-    """The leases of one cache, and what their verbs need at hand: the tree, the page tables, the device's shelves."""
+class Cache:
+    """One cache as its verbs see it: leases, page tables, copies under way, and the tree."""
 
     def __init__(self, tree: Tree, tables: ReqToTokenPool, traffic: Traffic, given: Settings) -> None:
         self.tree = tree
@@ -73,36 +73,36 @@ class Desk:
         return self.tree.kinds[k].start(tokens) // self.tree.page_size
 
 
-def pin_place(desk: Desk, lease: Lease) -> None:
+def pin_place(cache: Cache, lease: Lease) -> None:
     """Hold a lease's place and pin what resuming there needs."""
-    tree = desk.tree
-    lease.starts = [desk.start_page(k, lease.cached) for k in range(len(tree.kinds))]
+    tree = cache.tree
+    lease.starts = [cache.start_page(k, lease.cached) for k in range(len(tree.kinds))]
     lease.sources = [None] * len(tree.kinds)
     tree.hold(lease.node)
-    pin_windows(desk, lease, 1)
-    pin_sources(desk, lease, lease.node)
+    pin_windows(cache, lease, 1)
+    pin_sources(cache, lease, lease.node)
 
 
-def unpin_place(desk: Desk, lease: Lease) -> None:
+def unpin_place(cache: Cache, lease: Lease) -> None:
     """Undo :func:`pin_place`, wherever the place is by now."""
-    pin_windows(desk, lease, -1)
-    pin_sources(desk, lease, None)
-    desk.tree.release(lease.node)
+    pin_windows(cache, lease, -1)
+    pin_sources(cache, lease, None)
+    cache.tree.release(lease.node)
 
 
-def pin_sources(desk: Desk, lease: Lease, node: Node | None) -> None:
+def pin_sources(cache: Cache, lease: Lease, node: Node | None) -> None:
     """Pin the snapshots at a node's end (None: at none) in place of those the lease has pinned."""
-    for shelf in desk.states:
+    for shelf in cache.states:
         k = shelf.kind_index
         old = lease.sources[k]
         if node is not None and node.parent is not None:
-            desk.tree.pin(node, k, node.end - 1, 1)
+            cache.tree.pin(node, k, node.end - 1, 1)
         if old is not None and old.parent is not None:
-            desk.tree.pin(old, k, old.end - 1, -1)
+            cache.tree.pin(old, k, old.end - 1, -1)
         lease.sources[k] = node
 
 
-def pin_windows(desk: Desk, lease: Lease, count: int) -> None:
+def pin_windows(cache: Cache, lease: Lease, count: int) -> None:
     """Pin (1) or unpin (-1) what the lease's place needs of each window and chunk."""
-    for shelf in desk.windows:
-        desk.tree.pin(lease.node, shelf.kind_index, lease.starts[shelf.kind_index], count)
+    for shelf in cache.windows:
+        cache.tree.pin(lease.node, shelf.kind_index, lease.starts[shelf.kind_index], count)
