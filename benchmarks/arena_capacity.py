@@ -18,7 +18,7 @@ from rootcellar.cache.kind import full
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.sizing import Rules
-from rootcellar.sim.mix import Budget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
+from rootcellar.sim.mix import MemoryBudget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
 
 PAGE = 64
 # Preset -> tokens that an all-full cache would hold, the step in tokens.
@@ -32,7 +32,7 @@ def measure(name: str) -> dict[str, object]:
     layer_bytes = groups[0].token_bytes(2) // len(groups[0].kind.layers) * PAGE
     kinds = tuple(group.kind for group in groups)
     layers = sum(len(kind.layers) for kind in kinds)
-    budget = Budget(kinds, layer_bytes, layers * layer_bytes * (tokens // PAGE + 1), Rules(PAGE, inflight=step))
+    budget = MemoryBudget(kinds, layer_bytes, layers * layer_bytes * (tokens // PAGE + 1), Rules(PAGE, inflight=step))
     cache, division = arena_cache(budget)
     flat, _ = split_cache(replace(budget, kinds=(full("full", tuple(range(layers))),)))
     span = max(kind.span for kind in kinds)

@@ -19,7 +19,7 @@ import numpy as np
 
 from rootcellar.ops.backends import Reach, attention, native
 from rootcellar.pools.layouts import PagedHeads
-from rootcellar.runner import Batch, Part
+from rootcellar.runner import Batch, BatchPart
 
 PAGE = 16
 CHUNK = 512
@@ -64,18 +64,18 @@ def main() -> int:
     return 0
 
 
-def shapes(context: int) -> list[tuple[str, list[Part], int]]:
+def shapes(context: int) -> list[tuple[str, list[BatchPart], int]]:
     """Name, parts and tile of each batch that is timed; the last position of each is ``context - 1``."""
     one = np.zeros(1, np.int32)
     return [
-        ("decode 1", [Part(1, context - 1, one)], 1),
-        ("decode 16", [Part(row + 1, context - 1, one) for row in range(16)], 1),
-        ("prefill", [Part(1, context - CHUNK, np.zeros(CHUNK, np.int32))], 16),
+        ("decode 1", [BatchPart(1, context - 1, one)], 1),
+        ("decode 16", [BatchPart(row + 1, context - 1, one) for row in range(16)], 1),
+        ("prefill", [BatchPart(1, context - CHUNK, np.zeros(CHUNK, np.int32))], 16),
     ]
 
 
 def compare(
-    heads: tuple[int, int, int], parts: list[Part], tile: int, context: int, rounds: int
+    heads: tuple[int, int, int], parts: list[BatchPart], tile: int, context: int, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each round of both backends."""
     queries, pairs, dim = heads

@@ -22,7 +22,7 @@ from rootcellar.models.config import read_config
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
 from rootcellar.ops.backends import choose_backend
-from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, pools_of
+from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, pools_of
 
 SIZES = (4096, 262144)
 PAGE = 16
@@ -78,7 +78,7 @@ def compare(backend: str, runners: dict[int, Runner], batch: int, rounds: int) -
         pages = np.random.default_rng(0).permutation(np.arange(1, size // PAGE + 1))
         table = np.zeros((batch + 1, 256), np.int32)
         table[1:, : CONTEXT // PAGE] = pages[: batch * CONTEXT // PAGE].reshape(batch, -1)
-        parts = [Part(i + 1, CONTEXT - 1, np.array([i])) for i in range(batch)]
+        parts = [BatchPart(i + 1, CONTEXT - 1, np.array([i])) for i in range(batch)]
         batches[size] = Batch.build(parts, {"full": table}, 1)
         jax.block_until_ready(runner.step(batches[size]))
     times: dict[int, list[float]] = {size: [] for size in runners}

@@ -26,7 +26,7 @@ from rootcellar.models.config import read_config
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
 from rootcellar.ops.backends import choose_backend
-from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, pools_of
+from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Request, Scheduler
 
@@ -79,7 +79,7 @@ def forward_pass(steps: int) -> float:
     runner = Runner(programs, placement.place(init_params(cfg, 0, np.float32)), pools)
     table = np.zeros((BATCH + 1, context // page), np.int32)
     table[1:] = 1 + np.arange(BATCH * context // page).reshape(BATCH, -1)
-    batch = Batch.build([Part(i + 1, context - 1, np.array([i])) for i in range(BATCH)], {"full": table}, 1)
+    batch = Batch.build([BatchPart(i + 1, context - 1, np.array([i])) for i in range(BATCH)], {"full": table}, 1)
     times = []
     for _ in range(steps + 3):
         began = time.perf_counter()

@@ -25,7 +25,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import count_bytes
-from rootcellar.plan.capacity import Ask, plan
+from rootcellar.plan.capacity import Ask, capacity
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.sizing import divide
@@ -358,10 +358,11 @@ def test_the_plan_is_what_the_engine_allocates(name, page_size, tmp_path):
         held = sum(b.nbytes for pool in engine._parts.runner.pools.values() for b in jax.tree.leaves(pool.buffers))
     model = read_architecture(raw)
     ask = Ask(model, page_size=page_size, kv_bytes_per_device=report["available_kv_cache_bytes"])
-    assert plan(ask).kv_cache_bytes_all_devices == held == report["kv_cache_bytes"]
-    assert plan(ask).max_total_num_tokens == report["max_total_num_tokens"] == report["max_tokens"]
-    assert plan(ask).bytes_per_token_full == report["cell_size_bytes"]
-    again = plan(dataclasses.replace(ask, kv_bytes_per_device=None, max_total_tokens=report["max_total_num_tokens"]))
+    assert capacity(ask).kv_cache_bytes_all_devices == held == report["kv_cache_bytes"]
+    assert capacity(ask).max_total_num_tokens == report["max_total_num_tokens"] == report["max_tokens"]
+    assert capacity(ask).bytes_per_token_full == report["cell_size_bytes"]
+    tokens = report["max_total_num_tokens"]
+    again = capacity(dataclasses.replace(ask, kv_bytes_per_device=None, max_total_tokens=tokens))
     assert again.kv_cache_bytes_all_devices == held
 
 
@@ -377,7 +378,7 @@ def test_the_plan_is_what_pools_of_every_kind_allocate(name):
         pool = Pool(layout, len(group.kind.layers), division.pages[group.kind.name])
         held += sum(b.nbytes for b in jax.tree.leaves(pool.buffers))
         pool.free()
-    assert plan(ask).kv_cache_bytes_per_device == held <= 6 * 10**7
+    assert capacity(ask).kv_cache_bytes_per_device == held <= 6 * 10**7
 
 
 def test_the_plan_is_what_pools_of_latents_and_states_allocate():
@@ -387,9 +388,9 @@ def test_the_plan_is_what_pools_of_latents_and_states_allocate():
     latents = Pool(layout_of(group.stored, "bfloat16", 16), 2, 10)
     buffers = jax.tree.leaves(latents.buffers)
     assert [b.shape for b in buffers] == [(11, 16, 512 + 64)] * 2
-    assert plan(ask).kv_cache_bytes_per_device == sum(b.nbytes for b in buffers) == latents.nbytes
+    assert capacity(ask).kv_cache_bytes_per_device == sum(b.nbytes for b in buffers) == latents.nbytes
     ask = Ask(read_architecture(shrunk("bamba-9b")), kv_bytes_per_device=10**8)
-    tokens = plan(ask).pool_tokens
+    tokens = capacity(ask).pool_tokens
     layouts = [layout_of(group.stored, "bfloat16", 16) for group in ask.model.groups]
     pools = [
         Pool(layout, 1, tokens[group.kind.name] // layout.page_size)
@@ -398,7 +399,7 @@ def test_the_plan_is_what_pools_of_latents_and_states_allocate():
     assert [b.dtype for b in jax.tree.leaves(pools[1].buffers)] == [jnp.bfloat16, jnp.float32]
     assert pools[1].buffers[0][0].shape[1:] == (3, 8192 + 256)
     held = sum(b.nbytes for pool in pools for b in jax.tree.leaves(pool.buffers))
-    assert plan(ask).kv_cache_bytes_per_device == held == sum(pool.nbytes for pool in pools) <= 10**8
+    assert capacity(ask).kv_cache_bytes_per_device == held == sum(pool.nbytes for pool in pools) <= 10**8
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -408,7 +409,7 @@ def test_the_plan_divides_heads_as_the_engine_places_them(tp, heads, monkeypatch
     raw = {**MODEL, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     placement = Placement(read_config(raw), tp)
     on_each = placement.served.layers[0].mixer.num_kv_heads // (tp if placement.splits_heads else 1)
-    figures = plan(Ask(read_architecture(raw), tp=tp, devices=tp))
+    figures = capacity(Ask(read_architecture(raw), tp=tp, devices=tp))
     assert figures.bytes_per_token_per_device == 2 * 2 * on_each * 8 * 2
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from rootcellar.cache.kind import Kind, chunked_local, full, recurrent, sliding_window
 from rootcellar.plan.arena import MOST_GROUPS, group
-from rootcellar.plan.capacity import Ask, plan
+from rootcellar.plan.capacity import Ask, capacity
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.sizing import ARENA, Cost, Rules, divide, longest_request, smallest
-from rootcellar.sim.mix import Budget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
+from rootcellar.sim.mix import MemoryBudget, arena_cache, best_split, fitting_tokens, longest, mixed_load, split_cache
 
 unhurried = settings(deadline=None, max_examples=200)
 BYTES = 1000
@@ -37,7 +37,7 @@ def shrunken(name):
 
 def budget_of(name, page_size, nbytes=8 * 20_000 * BYTES, inflight=32):
     kinds = tuple(g.kind for g in shrunken(name).groups)
-    return Budget(kinds, BYTES * page_size, nbytes, Rules(page_size, inflight=inflight))
+    return MemoryBudget(kinds, BYTES * page_size, nbytes, Rules(page_size, inflight=inflight))
 
 
 def test_groups_of_the_known_models():
@@ -187,8 +187,8 @@ def _held(kinds, done, end, size):
 
 def test_the_planner_gives_both():
     ask = Ask(read_architecture(PRESETS["gpt-oss-120b"]), kv_bytes_per_device=10 * 10**9, page_size=16)
-    figures = plan(ask)
+    figures = capacity(ask)
     assert figures.arena_groups == {"full": 18, "window": 18}
     assert 1.9 * figures.max_total_num_tokens < figures.arena_longest_request < 2 * figures.max_total_num_tokens
     assert (figures.arena_pages + 1) * 16 * 36864 <= 10 * 10**9
-    assert plan(Ask(read_architecture(PRESETS["qwen2.5-3b"]), kv_bytes_per_device=10**9)).arena_groups is None
+    assert capacity(Ask(read_architecture(PRESETS["qwen2.5-3b"]), kv_bytes_per_device=10**9)).arena_groups is None

@@ -12,7 +12,7 @@ from rootcellar.commands import plan as command
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.options import options_of
-from rootcellar.plan.capacity import Ask, plan, what_if
+from rootcellar.plan.capacity import Ask, capacity, what_if
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.weights import weight_bytes
@@ -42,7 +42,7 @@ def preset(name, **changes):
     ],
 )
 def test_bytes_per_token_and_per_request(name, full, hybrid, constant):
-    figures = plan(Ask(preset(name)))
+    figures = capacity(Ask(preset(name)))
     assert figures.bytes_per_token_full == full
     assert figures.bytes_per_token_hybrid == hybrid
     assert figures.constant_bytes_per_request == constant
@@ -52,7 +52,7 @@ def test_bytes_per_token_and_per_request(name, full, hybrid, constant):
 
 def test_fewer_kv_heads_than_devices_are_repeated():
     """What dropping the cache of Qwen2.5-3B on four TPU chips gave back: 2,415,992,832 bytes."""
-    figures = plan(Ask(preset("qwen2.5-3b"), tp=4, devices=4, page_size=1, max_total_tokens=32768))
+    figures = capacity(Ask(preset("qwen2.5-3b"), tp=4, devices=4, page_size=1, max_total_tokens=32768))
     assert figures.bytes_per_token_all_devices == 73_728
     assert figures.kv_cache_bytes_all_devices == 2_415_992_832
 
@@ -60,18 +60,18 @@ def test_fewer_kv_heads_than_devices_are_repeated():
 @pytest.mark.parametrize(("tp", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1), (3, 8), (64, 1), (128, 8)])
 def test_heads_are_split_repeated_or_kept_whole(tp, heads):
     """gpt-oss has 8 KV heads of 64, each shared by 8 query heads: no more than 64 devices have one of their own."""
-    figures = plan(Ask(preset("gpt-oss-120b"), tp=tp, devices=tp))
+    figures = capacity(Ask(preset("gpt-oss-120b"), tp=tp, devices=tp))
     assert figures.bytes_per_token_per_device == 36 * 2 * heads * 64 * 2
 
 
 def test_a_latent_is_not_split():
-    figures = plan(Ask(preset("deepseek-v3"), tp=8, devices=8))
+    figures = capacity(Ask(preset("deepseek-v3"), tp=8, devices=8))
     assert figures.bytes_per_token_per_device == 70_272
 
 
 def test_a_state_does_not_follow_the_dtype_of_the_kv_cache_and_is_not_split():
     model = preset("bamba-9b")
-    assert plan(Ask(model, kv_cache_dtype="fp8_e4m3")).constant_bytes_per_request == 123_104_768
+    assert capacity(Ask(model, kv_cache_dtype="fp8_e4m3")).constant_bytes_per_request == 123_104_768
     (cost,) = (c for c in Ask(model, tp=4, devices=4).costs() if c.recurrent)
     assert cost.page_bytes == 29 * ((8192 + 256) * 3 * 2 + 128 * 64 * 128 * 4)
 
@@ -82,14 +82,14 @@ def test_a_state_does_not_follow_the_dtype_of_the_kv_cache_and_is_not_split():
 @pytest.mark.parametrize(("length", "requests"), [(5_242_880, 2.96), (8_388_608, 1.86)])
 def test_concurrency_is_that_of_vllms_hybrid_manager(length, requests):
     ask = Ask(preset("llama-4-scout"), tp=8, devices=8, kv_bytes_per_device=SCOUT_KV, request_length=length)
-    figures = plan(ask)
+    figures = capacity(ask)
     assert figures.concurrency == pytest.approx(requests, rel=0.01)
     assert figures.max_total_num_tokens == pytest.approx(3_919_664, rel=0.001)
 
 
 def test_without_the_hybrid_manager_a_request_of_five_million_tokens_does_not_fit():
     ask = Ask(preset("llama-4-scout"), tp=8, devices=8, kv_bytes_per_device=SCOUT_KV, request_length=5_242_880)
-    assert plan(ask).concurrency_all_full == pytest.approx(0.75, rel=0.01)
+    assert capacity(ask).concurrency_all_full == pytest.approx(0.75, rel=0.01)
 
 
 def test_the_ratio_that_suits_a_request_makes_the_division_as_good_as_shared_pages():
@@ -97,7 +97,7 @@ def test_the_ratio_that_suits_a_request_makes_the_division_as_good_as_shared_pag
     ask = replace(ask, chunked_prefill_size=8192)
     rows = dict(what_if(ask))
     suited = rows[f"swa_full_tokens_ratio={1024 / 327680:.4g}"]
-    assert plan(ask).concurrency_as_divided == pytest.approx(0.7476, rel=1e-3)
+    assert capacity(ask).concurrency_as_divided == pytest.approx(0.7476, rel=1e-3)
     assert suited.concurrency_as_divided == pytest.approx(suited.concurrency, rel=1e-3)
 
 
@@ -111,16 +111,16 @@ def test_what_if_covers_dtype_tp_and_window():
 
 def test_the_host_tier_is_a_multiple_of_the_device():
     ask = Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**10, hicache_ratio=2.5)
-    figures = plan(ask)
+    figures = capacity(ask)
     assert figures.host_bytes_per_device == int(2.5 * figures.kv_cache_bytes_per_device)
     assert figures.host_tokens <= 2.5 * figures.max_total_num_tokens < figures.host_tokens + 16
-    sized = plan(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**10, hicache_size=10**11))
+    sized = capacity(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**10, hicache_size=10**11))
     assert sized.hicache_ratio == pytest.approx(10, rel=1e-3)
 
 
 def test_every_figure_has_a_formula():
     for name in PRESETS:
-        figures = plan(Ask(preset(name), tp=8, devices=8, hbm=141 * 10**9, hicache_ratio=1.0))
+        figures = capacity(Ask(preset(name), tp=8, devices=8, hbm=141 * 10**9, hicache_ratio=1.0))
         unexplained = {k for k, v in figures.as_dict().items() if v is not None} - set(figures.formulas)
         assert unexplained == {"formulas", "request_length", "replicas"}
 
@@ -146,7 +146,7 @@ def test_weights_are_counted_within_one_percent(name, billions):
 
 def test_memory_is_usable_bytes_less_weights_and_activations():
     ask = Ask(preset("qwen2.5-3b"), tp=2, devices=4, hbm=24 * 10**9, weight_bytes=6 * 10**9, activation_bytes=10**9)
-    figures = plan(ask)
+    figures = capacity(ask)
     assert figures.kv_bytes_per_device == int(24e9 * 0.9) - 3 * 10**9 - 10**9
     assert figures.kv_cache_bytes_per_device <= figures.kv_bytes_per_device
     assert figures.kv_bytes_per_device - figures.kv_cache_bytes_per_device < 36_864 // 2 * 16
@@ -159,19 +159,19 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         r"0.79 GB, so 3.36 GB are lacking .* Raise mem_fraction_static, hbm or tp\.$"
     )
     with pytest.raises(ConfigError, match=said):
-        plan(Ask(preset("qwen2.5-3b"), hbm=4 * 10**9))
+        capacity(Ask(preset("qwen2.5-3b"), hbm=4 * 10**9))
     with pytest.raises(ConfigError, match=r"the smallest one takes"):
-        plan(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**9, max_total_tokens=10**6))
+        capacity(Ask(preset("qwen2.5-3b"), kv_bytes_per_device=10**9, max_total_tokens=10**6))
 
 
 def test_activations_that_leave_nothing_are_named_with_the_prefill_that_fits():
     ask = Ask(preset("qwen2.5-3b"), hbm=8 * 10**9, chunked_prefill_size=8192)
     with pytest.raises(ConfigError, match=r"activations of a prefill of 8192 tokens 6\.66 GB") as refused:
-        plan(ask)
+        capacity(ask)
     (fits,) = re.findall(r"Lower chunked_prefill_size \(--chunked-prefill-size\) to (\d+)", str(refused.value))
-    assert plan(replace(ask, chunked_prefill_size=int(fits))).max_total_num_tokens > 0
+    assert capacity(replace(ask, chunked_prefill_size=int(fits))).max_total_num_tokens > 0
     with pytest.raises(ConfigError):
-        plan(replace(ask, chunked_prefill_size=2 * int(fits)))
+        capacity(replace(ask, chunked_prefill_size=2 * int(fits)))
 
 
 def test_what_is_not_said_is_planned_with_the_engines_defaults():
@@ -188,7 +188,7 @@ def test_what_is_not_said_is_planned_with_the_engines_defaults():
 def test_a_field_that_weights_need_is_named(name):
     raw = {key: value for key, value in PRESETS["gpt-oss-120b"].items() if key != name}
     with pytest.raises(ConfigError, match=f"lacks '{name}'"):
-        plan(Ask(read_architecture(raw), hbm=10**11))
+        capacity(Ask(read_architecture(raw), hbm=10**11))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_field_that_weights_need_is_named(name):
 )
 def test_what_cannot_be_planned_is_refused_by_name(changes, said):
     with pytest.raises(ConfigError, match=said):
-        plan(Ask(preset("gpt-oss-120b"), **changes))
+        capacity(Ask(preset("gpt-oss-120b"), **changes))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootcellar.runner import Batch, Part, Shapes
+from rootcellar.runner import Batch, BatchPart, Shapes
 
 
 @given(
@@ -14,7 +14,7 @@ from rootcellar.runner import Batch, Part, Shapes
 )
 def test_every_token_lies_once_in_a_tile_of_its_row(lengths, tile, start):
     tables = {"full": np.arange(40, dtype=np.int32).reshape(10, 4)}
-    parts = [Part(i + 1, start + i, np.arange(n) + 100 * i) for i, n in enumerate(lengths)]
+    parts = [BatchPart(i + 1, start + i, np.arange(n) + 100 * i) for i, n in enumerate(lengths)]
     batch = Batch.build(parts, tables, tile)
     tiles = len(batch.rows)
     assert tiles & (tiles - 1) == 0

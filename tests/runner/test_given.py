@@ -12,7 +12,7 @@ from rootcellar.errors import EngineError
 from rootcellar.models.config import read_config
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
-from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, Vectors, pools_of
+from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, Vectors, pools_of
 from rootcellar.runner.sampler import Sampled
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler.placeholders import placeholder_ids
@@ -47,7 +47,7 @@ def run(runner, cache, ids, vectors):
     where = np.flatnonzero(np.isin(AT, np.arange(start, len(ids))))
     given = Vectors(AT[where] - start, vectors[where]) if vectors is not None and len(where) else None
     tables = {kind.name: cache.tables[kind.name] for kind in runner.programs.paging.kinds}
-    scores, _ = runner.step(Batch.build([Part(lease.row, start, ids[start:], given)], tables, 16))
+    scores, _ = runner.step(Batch.build([BatchPart(lease.row, start, ids[start:], given)], tables, 16))
     cache.commit(lease, Key(ids))
     cache.close(lease)
     return start, np.asarray(scores[0])
@@ -111,7 +111,7 @@ def test_an_id_that_is_no_token_and_has_no_vector_is_an_error_and_not_another_to
     tables = {kind.name: np.zeros((2, WIDTH), np.int32) for kind in runner.programs.paging.kinds}
     for strange in (runner.placement.served.vocab_size, (1 << 32) + 5, -1):
         with pytest.raises(EngineError, match=f"token {strange} is not in the vocabulary"):
-            runner.step(Batch.build([Part(1, 0, np.array([5, strange]))], tables, 16))
+            runner.step(Batch.build([BatchPart(1, 0, np.array([5, strange]))], tables, 16))
 
 
 def test_penalties_and_logprobs_pass_over_what_is_no_token(runner):

@@ -16,7 +16,7 @@ from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
 from rootcellar.ops.backends import BACKENDS, choose_backend, xla
 from rootcellar.pools.layouts import LAYOUTS
-from rootcellar.runner import Batch, Part, Placement, Programs, Runner, Shapes, pools_of
+from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, pools_of
 
 PAGE, WIDTH = 4, 8
 
@@ -72,8 +72,8 @@ def answers(runner):
     tables = {kind.name: np.zeros((2, WIDTH), np.int32) for kind in runner.programs.paging.kinds}
     for table in tables.values():
         table[1] = rng.permutation(np.arange(1, 17))[:WIDTH]
-    prefill, _ = runner.step(Batch.build([Part(1, 0, tokens[:24])], tables, 16))
-    decode, _ = runner.step(Batch.build([Part(1, 24, tokens[24:])], tables, 1))
+    prefill, _ = runner.step(Batch.build([BatchPart(1, 0, tokens[:24])], tables, 16))
+    decode, _ = runner.step(Batch.build([BatchPart(1, 24, tokens[24:])], tables, 1))
     return np.stack([prefill[0], decode[0]])
 
 

@@ -18,10 +18,10 @@ from rootcellar.cache.settings import Settings
 from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages, SlotAllocator
 
-Part = TypeVar("Part", bound=np.generic)
+Item = TypeVar("Item", bound=np.generic)
 
 
-def _part(array: NDArray[Part], begin: int, end: int) -> NDArray[Part]:
+def _part(array: NDArray[Item], begin: int, end: int) -> NDArray[Item]:
     """``array[begin:end]``, as a copy where a view would keep more than twice its size in memory."""
     part = array[begin:end]
     whole = array if array.base is None else array.base

@@ -10,7 +10,7 @@ from typing import Any
 
 from rootcellar.errors import ConfigError
 from rootcellar.models.files import hub_hint
-from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Plan, plan, what_if
+from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Capacity, capacity, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.units import gb, parse_bytes
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise ConfigError(f"{name}={vars(args)[name]} is not allowed: it must be at least 1")
     ask = _ask(args, read_architecture(_config(args.model), window=args.window))
-    figures = plan(ask)
+    figures = capacity(ask)
     rows = [("as asked", figures), *what_if(ask)]
     if args.json:
         answer = {"model": args.model, "groups": _groups(ask), **figures.as_dict()}
@@ -166,12 +166,12 @@ _SHORT = (
 )
 
 
-def _short(figures: Plan) -> dict[str, Any]:
+def _short(figures: Capacity) -> dict[str, Any]:
     values = figures.as_dict()
     return {name: values[name] for name in _SHORT}
 
 
-def _print(model: str, ask: Ask, figures: Plan, rows: Sequence[tuple[str, Plan]]) -> None:
+def _print(model: str, ask: Ask, figures: Capacity, rows: Sequence[tuple[str, Capacity]]) -> None:
     print(f"{model}: {ask.model.num_layers} layers, tp={ask.tp}, pages of {ask.page_size} tokens")
     for group in _groups(ask):
         span = f" of {group['span']} tokens" if group["span"] else ""

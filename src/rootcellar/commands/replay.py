@@ -13,7 +13,7 @@ from time import perf_counter
 from rootcellar.cache.order import POLICIES
 from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
-from rootcellar.plan.capacity import KV_DTYPES, Ask, plan
+from rootcellar.plan.capacity import KV_DTYPES, Ask, capacity
 from rootcellar.plan.layers import read_architecture
 from rootcellar.sim.replay import Outcome, Progress, optimal, replay
 from rootcellar.sim.trace import BLOCK, BadLine, TraceRequest, parse
@@ -152,7 +152,7 @@ def _token_bytes(args: argparse.Namespace) -> float | None:
         config = json.loads(args.model_config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--model-config {args.model_config} cannot be read: {error}") from None
-    return plan(Ask(read_architecture(config), kv_cache_dtype=args.kv_cache_dtype)).bytes_per_token_full
+    return capacity(Ask(read_architecture(config), kv_cache_dtype=args.kv_cache_dtype)).bytes_per_token_full
 
 
 @contextmanager

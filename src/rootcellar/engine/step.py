@@ -26,7 +26,7 @@ from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder
 from rootcellar.engine.roster import Roster
 from rootcellar.errors import EngineError, RootcellarError
-from rootcellar.runner import Batch, Part, Unread
+from rootcellar.runner import Batch, BatchPart, Unread
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
@@ -73,7 +73,7 @@ class Chosen:
     top: tuple[np.ndarray, np.ndarray] | None
 
 
-class Order(Protocol):
+class AnyCommand(Protocol):
     """A command, as the machine sees it."""
 
     @property
@@ -126,17 +126,17 @@ class Machine:
         self.pins = Pins(life.scheduler.cache, total_tokens)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
-        self.log: list[tuple[int, Order]] | None = None
+        self.log: list[tuple[int, AnyCommand]] | None = None
         self._mover = mover
         self._planned: Plan | None = None
         """The step under way: whose fault a failure is."""
         self._stuck = False
         """Whether nothing can be computed until there is news."""
-        self._at_rest: deque[tuple[Order, Future[Any], tuple[Any, ...]]] = deque()
+        self._at_rest: deque[tuple[AnyCommand, Future[Any], tuple[Any, ...]]] = deque()
 
     # -- commands -------------------------------------------------------------------------------------------------
 
-    def do(self, command: Order, reply: Future[Any], *live: Any) -> None:
+    def do(self, command: AnyCommand, reply: Future[Any], *live: Any) -> None:
         """Carry out ``command``; ``reply`` has its result or its error, later if it must wait until nothing runs."""
         if self.log is not None:
             self.log.append((self.turns, command))
@@ -149,7 +149,7 @@ class Machine:
         self._dispatch()
         self.places.look()
 
-    def _carry_out(self, command: Order, reply: Future[Any], live: tuple[Any, ...]) -> None:
+    def _carry_out(self, command: AnyCommand, reply: Future[Any], live: tuple[Any, ...]) -> None:
         try:
             reply.set_result(command.run(self, *live))
         except BaseException as error:
@@ -281,7 +281,7 @@ class Machine:
     def _run(self, plan: Plan) -> Unread | None:
         """Let the step be computed and tokens be chosen; None where no chunk ends."""
         cache, runner = self.scheduler.cache, self.runner
-        parts = [Part(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
+        parts = [BatchPart(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
         self.recorder.dispatched()

@@ -32,7 +32,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class SchemaNode:
     """One object or array of a schema's text; ``depth``: containers around it."""
 
     value: Any
@@ -40,9 +40,9 @@ class Node:
     depth: int
 
 
-def walk(schema: Any, *, definitions: bool = True) -> Iterator[Node]:
+def walk(schema: Any, *, definitions: bool = True) -> Iterator[SchemaNode]:
     """Every container in ``schema``, itself first; without ``definitions``, not what its definitions hold."""
-    waiting = [Node(schema, Role.SCHEMA, 0)]
+    waiting = [SchemaNode(schema, Role.SCHEMA, 0)]
     while waiting:
         node = waiting.pop()
         if not isinstance(node.value, dict | list):
@@ -51,10 +51,10 @@ def walk(schema: Any, *, definitions: bool = True) -> Iterator[Node]:
         if node.role is Role.DEFINITIONS and not definitions:
             continue
         pairs = node.value.items() if isinstance(node.value, dict) else ((None, each) for each in node.value)
-        waiting += [Node(value, _role(node, key, value), node.depth + 1) for key, value in pairs]
+        waiting += [SchemaNode(value, _role(node, key, value), node.depth + 1) for key, value in pairs]
 
 
-def _role(parent: Node, key: str | None, value: Any) -> Role:
+def _role(parent: SchemaNode, key: str | None, value: Any) -> Role:
     if parent.role is Role.DATA or (parent.role is Role.SCHEMA and key in _DATA):
         return Role.DATA
     if parent.role is Role.SCHEMA and key in _DEFINITIONS:

@@ -1,7 +1,7 @@
 """Capacity from first principles: what a model's KV cache costs, what fits a device, and how many requests that is.
 
 Bytes per token and per request count the model once; budgets, pools and requests are counted on one device of ``tp``.
-Every figure of a :class:`Plan` has its formula, with the numbers in it, under the same name in ``Plan.formulas``.
+Every figure of a :class:`Capacity` has its formula, with the numbers in it, under the same name in its ``formulas``.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Capacity:
     """The figures. None where the hardware was not given.
 
     ``bytes_per_token_full``: were every attention layer to keep every token; ``bytes_per_token_hybrid``: what one more
@@ -178,7 +178,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(ask: Ask) -> Plan:
+def capacity(ask: Ask) -> Capacity:
     """All figures that ``ask`` gives grounds for.
 
     Raises ``ConfigError`` when tp does not divide recurrent layers, the config lacks a field, or nothing fits.
@@ -186,7 +186,7 @@ def plan(ask: Ask) -> Plan:
     figures, formulas = _per_token(ask)
     budget, spent = _budget(ask, formulas)
     if budget is None and ask.max_total_tokens is None:
-        return Plan(**figures, formulas=formulas)
+        return Capacity(**figures, formulas=formulas)
     costs = ask.costs()
     if budget is None:  # the pools that max_total_tokens asks for, whatever the device
         budget = smallest(costs, ask.rules)
@@ -199,7 +199,7 @@ def plan(ask: Ask) -> Plan:
     figures |= _arena(ask, costs, budget, formulas)
     figures |= _requests(ask, costs, division, budget, formulas)
     figures |= _host(ask, division, formulas)
-    return Plan(**figures, formulas=formulas)
+    return Capacity(**figures, formulas=formulas)
 
 
 def _refusal(ask: Ask, costs: Sequence[Cost], budget: int, spent: dict[str, int]) -> str:
@@ -424,12 +424,12 @@ def _host(ask: Ask, division: Division, formulas: dict[str, str]) -> dict[str, A
 # --- what if ----------------------------------------------------------------------------------------------------------
 
 
-def what_if(ask: Ask) -> list[tuple[str, Plan]]:
+def what_if(ask: Ask) -> list[tuple[str, Capacity]]:
     """The plan with one thing changed at a time: dtype, tp, window. What does not fit is left out."""
     rows = []
     for label, changed in _changes(ask):
         try:
-            rows.append((label, plan(changed)))
+            rows.append((label, capacity(changed)))
         except ConfigError:  # this tp does not suit the model, or nothing fits: no row
             continue
     return rows
@@ -448,7 +448,7 @@ def _changes(ask: Ask) -> Iterator[tuple[str, Ask]]:
     half = max(1, spanned[0].kind.span // 2)
     yield f"window={half}", _with_kinds(ask, lambda kind: replace(kind, span=half) if kind.span else kind)
     yield "all layers full", _with_kinds(ask, lambda kind: replace(kind, rule="full", span=0) if kind.span else kind)
-    suits = plan(ask).swa_full_tokens_ratio_for_request
+    suits = capacity(ask).swa_full_tokens_ratio_for_request
     if suits is not None and suits != ask.swa_full_tokens_ratio:
         yield f"swa_full_tokens_ratio={suits:.4g}", replace(ask, swa_full_tokens_ratio=suits)
 

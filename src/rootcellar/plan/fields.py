@@ -125,7 +125,7 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Limits:
+class StepLimit:
     """``time_step_limit``: two numbers, of which transformers 5 writes infinity as an object."""
 
     said: str = "a list of two numbers"
@@ -278,7 +278,7 @@ FIELDS: Mapping[str, Field] = {
     "mamba_expand": Whole(1, 64),
     "mamba_conv_bias": Flag(),
     "mamba_proj_bias": Flag(),
-    "time_step_limit": Limits(),
+    "time_step_limit": StepLimit(),
     "linear_num_value_heads": _SIZE,
     "linear_num_key_heads": _SIZE,
     "linear_key_head_dim": _SIZE,

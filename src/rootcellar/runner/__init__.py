@@ -1,6 +1,6 @@
 """Compute: one compiled step over a packed batch, and the sampler."""
 
-from rootcellar.runner.batch import Batch, Part, Shapes, Vectors
+from rootcellar.runner.batch import Batch, BatchPart, Shapes, Vectors
 from rootcellar.runner.compiles import CompileCounter
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.programs import Programs
@@ -9,8 +9,8 @@ from rootcellar.runner.sampler import SamplingBatch
 
 __all__ = [
     "Batch",
+    "BatchPart",
     "CompileCounter",
-    "Part",
     "Placement",
     "Programs",
     "Runner",

@@ -35,7 +35,7 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Tokens [start, start + len(tokens)) of one request.
 
     ``row``: its row in the cache's page tables. ``tokens``: ids as the cache knows them; those for which there are
@@ -123,7 +123,7 @@ class Batch:
         return cls(np.zeros(size, np.int64), np.full(size, -1, np.int32), zeros, tables, zeros)
 
     @classmethod
-    def build(cls, parts: Sequence[Part], tables: Mapping[str, Ints], tile: int) -> Batch:
+    def build(cls, parts: Sequence[BatchPart], tables: Mapping[str, Ints], tile: int) -> Batch:
         """Lay out ``parts``. ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile."""
         counts = [-(-len(p.tokens) // tile) for p in parts]
         tiles = 1 << (sum(counts) - 1).bit_length()
@@ -148,7 +148,7 @@ class Batch:
         return cls(tokens, positions, rows, chosen, last, tuple(starts), given)
 
 
-def _given(parts: Sequence[Part], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:
+def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:
     """The parts' vectors at their places in the batch, whose ``tokens`` become 0 there."""
     found = [(at + p.given.at, p.given.vectors) for p, at in zip(parts, starts, strict=True) if p.given is not None]
     if not found:

@@ -21,7 +21,7 @@ _MOST = 1024  # requests in a wave
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryBudget:
     """Memory for the cache: ``nbytes``, for ``kinds`` whose layers all take ``layer_bytes`` for a page."""
 
     kinds: tuple[Kind, ...]
@@ -44,7 +44,7 @@ def mixed_load(seed: int, waves: int, short: tuple[int, int], long: tuple[int, i
     return load
 
 
-def split_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
+def split_cache(budget: MemoryBudget) -> tuple[RadixCache, Division] | None:
     """A cache with a pool for each kind, divided by the rules' ratio; None when not even the smallest pools fit."""
     costs = [Cost(kind, len(kind.layers) * budget.layer_bytes) for kind in budget.kinds]
     division = divide(costs, budget.rules, budget.nbytes)
@@ -55,7 +55,7 @@ def split_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
     return _cache(budget.kinds, page, sizes, {}), division
 
 
-def arena_cache(budget: Budget) -> tuple[RadixCache, Division] | None:
+def arena_cache(budget: MemoryBudget) -> tuple[RadixCache, Division] | None:
     """A cache whose kinds share an arena; None when they cannot, or when it would not fit."""
     grouping = group(budget.kinds, dict.fromkeys((kind.name for kind in budget.kinds), budget.layer_bytes))
     if grouping is None:
@@ -114,7 +114,7 @@ def _wave(cache: RadixCache, wave: Wave, chunk: int, fresh: Iterator[int]) -> in
     return total
 
 
-def best_split(budget: Budget, load: Sequence[Wave], chunk: int, ratios: Iterable[float]) -> tuple[float, int]:
+def best_split(budget: MemoryBudget, load: Sequence[Wave], chunk: int, ratios: Iterable[float]) -> tuple[float, int]:
     """The ratio of window to full tokens with which most of the load fits, and how many tokens that is."""
     best = (1.0, 0)
     for ratio in ratios:

@@ -69,9 +69,9 @@ void construct(Core* self, nb::handle given, const std::vector<std::tuple<int, i
 #undef HAS
     if (edges.size() != BUCKETS || settings.loads.size() != TIERS || nb::len(tables) != settings.kinds.size())
         throw nb::value_error("edges, loads or tables have another length than this core was built for");
-    Layout layout{.shelves = {}, .arenas = arenas, .edges = {}};
-    for (const auto& [k, tier, arena] : shelves) layout.shelves.push_back({k, static_cast<Tier>(tier), arena});
-    std::copy(edges.begin(), edges.end(), layout.edges.begin());
+    Sizes sizes{.shelves = {}, .arenas = arenas, .edges = {}};
+    for (const auto& [k, tier, arena] : shelves) sizes.shelves.push_back({k, static_cast<Tier>(tier), arena});
+    std::copy(edges.begin(), edges.end(), sizes.edges.begin());
     std::vector<Buffer> buffers;
     std::vector<Table> pointers;
     for (const nb::handle table : tables) {
@@ -82,7 +82,7 @@ void construct(Core* self, nb::handle given, const std::vector<std::tuple<int, i
         pointers.push_back({pages, buffer.extent(1)});
         buffers.push_back(std::move(buffer));
     }
-    new (self) Core(settings, layout, std::move(pointers), std::move(buffers), least_shared);
+    new (self) Core(settings, sizes, std::move(pointers), std::move(buffers), least_shared);
 }
 
 nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, int most) {

@@ -58,7 +58,7 @@ constexpr int ALL = -1;
 
 class Cache {
   public:
-    Cache(const Settings& settings, const Layout& layout, std::vector<Table> tables);
+    Cache(const Settings& settings, const Sizes& sizes, std::vector<Table> tables);
 
     // verbs.cc
     // `room`: tokens by paged kind that must fit beside the lease; null: none are asked for.

@@ -70,9 +70,9 @@ inline const PyHit& hit_of(nb::handle object) {
 
 class Core {
   public:
-    Core(const Settings& settings, const Layout& layout, std::vector<Table> tables, std::vector<Buffer> buffers,
+    Core(const Settings& settings, const Sizes& sizes, std::vector<Table> tables, std::vector<Buffer> buffers,
          std::int64_t least_shared)
-        : cache_(settings, layout, std::move(tables)), buffers_(std::move(buffers)) {
+        : cache_(settings, sizes, std::move(tables)), buffers_(std::move(buffers)) {
         cache_.tree.least_shared = least_shared;
         if (settings.events) cache_.tree.journal = std::make_unique<Journal>(cache_.tree);
     }

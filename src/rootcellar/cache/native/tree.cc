@@ -17,14 +17,14 @@ void broken(const std::string& what) {
 
 // ---- making and unmaking -----------------------------------------------------------------------------------------
 
-Tree::Tree(const Settings& settings, const Layout& layout)
+Tree::Tree(const Settings& settings, const Sizes& sizes)
     : given(settings),
       shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size))
                  ? std::countr_zero(static_cast<std::uint64_t>(page_size))
                  : -1),
       children_(page_size) {
-    if (given.policy == Policy::adaptive) shadow = std::make_unique<Shadow>(given.device_size, page_size, layout.edges);
-    for (const auto& [name, pages] : layout.arenas) {
+    if (given.policy == Policy::adaptive) shadow = std::make_unique<Shadow>(given.device_size, page_size, sizes.edges);
+    for (const auto& [name, pages] : sizes.arenas) {
         std::unique_ptr<Order> order;
         if (shadow)
             order = std::make_unique<LearnedOrder>(*shadow);
@@ -33,7 +33,7 @@ Tree::Tree(const Settings& settings, const Layout& layout)
         arenas.push_back(std::make_unique<Arena>(name, pages, std::move(order)));
     }
     for (auto& row : by_tier) row.assign(kinds.size(), nullptr);
-    for (const ShelfSize& size : layout.shelves) {
+    for (const ShelfSize& size : sizes.shelves) {
         const int index = static_cast<int>(shelves.size());
         shelves.push_back({index, size.k, kinds[size.k].rule, size.tier, arenas[size.arena].get()});
         Shelf& shelf = shelves.back();

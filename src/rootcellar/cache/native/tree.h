@@ -47,7 +47,7 @@ struct ShelfSize {
 };
 
 // What follows from the settings, worked out by the twin.
-struct Layout {
+struct Sizes {
     std::vector<ShelfSize> shelves;
     std::vector<std::pair<std::string, std::int32_t>> arenas;  // name and pages of each
     Edges edges{};
@@ -57,7 +57,7 @@ struct Layout {
 using Needs = std::vector<std::pair<Shelf*, std::int64_t>>;
 
 struct Tree {
-    Tree(const Settings& settings, const Layout& layout);
+    Tree(const Settings& settings, const Sizes& sizes);
     ~Tree();
     Tree(const Tree&) = delete;
     Tree& operator=(const Tree&) = delete;

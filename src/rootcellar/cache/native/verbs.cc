@@ -7,8 +7,8 @@
 
 namespace rootcellar {
 
-Cache::Cache(const Settings& settings, const Layout& layout, std::vector<Table> its_tables)
-    : tree(settings, layout), tables(std::move(its_tables)), leases(given.max_leases + 1) {
+Cache::Cache(const Settings& settings, const Sizes& sizes, std::vector<Table> its_tables)
+    : tree(settings, sizes), tables(std::move(its_tables)), leases(given.max_leases + 1) {
     for (std::int32_t row = given.max_leases; row > 0; --row) free_rows.push_back(row);
     for (Shelf* shelf : tree.by_tier[DEVICE]) {
         if (shelf == nullptr) continue;
