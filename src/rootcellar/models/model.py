@@ -14,10 +14,10 @@ import jax
 
 from rootcellar.cache.kind import Rule
 from rootcellar.errors import ModelError
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig
 from rootcellar.models.spec import Declare, Params
-from rootcellar.models.step import Step
 from rootcellar.plan.stored import DTYPES, Stored
 
 
@@ -49,7 +49,7 @@ class Mixer(Protocol):
         ...
 
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+        self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """``x`` [T, E] of a packed batch mixed through the layer's ``buffers`` (its layout's arrays, donated).
 

@@ -66,21 +66,21 @@ def course(tables: Array, rows: Array, positions: Array) -> Course:
     )
 
 
-Step = Callable[[Array], tuple[Array, Array]]
-TileStep = Callable[[Array, Array], tuple[Array, Array]]
+Recurrence = Callable[[Array], tuple[Array, Array]]
+TileRecurrence = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def each_row(pool: Array, way: Course, step: Step) -> tuple[Array, Array]:
-    """Every tile at once, for batches in which no row has two: ``step(states [n, ...]) -> (states, out [n, ...])``.
+def each_row(pool: Array, way: Course, recur: Recurrence) -> tuple[Array, Array]:
+    """Every tile at once, for batches in which no row has two: ``recur(states [n, ...]) -> (states, out [n, ...])``.
 
     Returns ``(out, pool)``.
     """
-    states, out = step(_gather(pool, way))
+    states, out = recur(_gather(pool, way))
     return out, _scatter(pool, way.target, states)
 
 
-def tile_by_tile(pool: Array, way: Course, out: jax.ShapeDtypeStruct, step: TileStep) -> tuple[Array, Array]:
-    """One tile after another: ``step(tile, state) -> (state, out of the tile)``; ``out``: of one tile.
+def tile_by_tile(pool: Array, way: Course, out: jax.ShapeDtypeStruct, recur: TileRecurrence) -> tuple[Array, Array]:
+    """One tile after another: ``recur(tile, state) -> (state, out of the tile)``; ``out``: of one tile.
 
     Returns ``(out [n, ...], pool)``; the tiles of padding hold zeros.
     """
@@ -88,7 +88,7 @@ def tile_by_tile(pool: Array, way: Course, out: jax.ShapeDtypeStruct, step: Tile
 
     def body(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         pool, outs = carry
-        state, result = step(t, _read(pool, way.source[t], way.fresh[t]))
+        state, result = recur(t, _read(pool, way.source[t], way.fresh[t]))
         pool = lax.dynamic_update_index_in_dim(pool, state.astype(pool.dtype), way.target[t], 0)
         return pool, lax.dynamic_update_index_in_dim(outs, result.astype(outs.dtype), t, 0)
 

@@ -112,7 +112,7 @@ class Placement:
         inputs: Sequence[Sequence[str | None]],
         outputs: Sequence[Sequence[str | None]],
     ) -> Callable[..., Any]:
-        """``function`` as each device runs it on its part of the arguments; see ``models.step.Local``."""
+        """``function`` as each device runs it on its part of the arguments; see ``models.forward_batch.Local``."""
         if self.mesh is None:
             return function
         return jax.shard_map(

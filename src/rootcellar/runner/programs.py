@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from rootcellar.models.decoder import embed, logits, through_layers
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.kinds import Paging
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.spec import Params
-from rootcellar.models.step import Step
 from rootcellar.plan.sizing import SCORED_TOKENS
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
@@ -88,7 +88,7 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     def step(params, buffers, tokens, positions, rows, tables, last, given):  # type: ignore[no-untyped-def]
         buffers = {name: list(layers) for name, layers in buffers.items()}
         steps = {
-            name: Step(positions, rows, tables[name], layout, backend, placement.local)
+            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local)
             for name, layout in paging.layouts.items()
         }
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.norms import Norm, scaled
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
-from rootcellar.models.step import Step
 from rootcellar.ops.backends import Reach, attention
 from rootcellar.plan.stored import Heads
 
@@ -119,18 +119,18 @@ class Attention:
         return params
 
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+        self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
-        q, k, v, gate = self.project(params, x, jnp.maximum(step.positions, 0))
-        axes = step.layout.axes
-        attend = step.local(
-            attention(step.backend, step.layout, self.reach),
+        q, k, v, gate = self.project(params, x, jnp.maximum(batch.positions, 0))
+        axes = batch.layout.axes
+        attend = batch.local(
+            attention(batch.backend, batch.layout, self.reach),
             (_ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), (), *axes),
             (_ROWS, *axes),
         )
         sinks = self._sinks(params)
-        out, *buffers = attend(q, k, v, sinks, step.table, step.rows, step.positions, *buffers)
+        out, *buffers = attend(q, k, v, sinks, batch.table, batch.rows, batch.positions, *buffers)
         return self.merge(params, out.astype(x.dtype), gate), buffers
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:

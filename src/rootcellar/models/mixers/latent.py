@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from rootcellar.cache.kind import Rule
 from rootcellar.models import packing
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
-from rootcellar.models.step import Step
 from rootcellar.ops.backends import Reach, attention
 from rootcellar.plan.stored import Latents
 
@@ -100,16 +100,16 @@ class Latent:
         return params
 
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+        self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``: absorbed."""
-        straight, turned, latents = self._project(params, x, jnp.maximum(step.positions, 0))
+        straight, turned, latents = self._project(params, x, jnp.maximum(batch.positions, 0))
         keys = params["kv_b"][:, : self.nope_dim]
         q = jnp.concatenate([jnp.einsum("thd,hdr->thr", straight, keys), turned], axis=-1) * self.scale
-        axes = step.layout.axes
-        function = attention(step.backend, step.layout, Reach())
-        attend = step.local(function, (_HEADS, (), (), (), (), *axes), (_HEADS, *axes))
-        out, *buffers = attend(q, latents, step.table, step.rows, step.positions, *buffers)
+        axes = batch.layout.axes
+        function = attention(batch.backend, batch.layout, Reach())
+        attend = batch.local(function, (_HEADS, (), (), (), (), *axes), (_HEADS, *axes))
+        out, *buffers = attend(q, latents, batch.table, batch.rows, batch.positions, *buffers)
         values = params["kv_b"][:, self.nope_dim :]
         out = jnp.einsum("thr,hvr->thv", out[..., : self.kv_rank].astype(x.dtype), values)
         return self._merge(params, out), buffers

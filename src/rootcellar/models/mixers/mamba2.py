@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
 from rootcellar.models.spec import Declare, Params
-from rootcellar.models.step import Step
 from rootcellar.ops.recurrent import causal_conv, causal_conv_sequential, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
 from rootcellar.plan.stored import States
@@ -83,10 +83,10 @@ class Mamba2(Recurrent):
         return params
 
     def run(
-        self, params: Params, x: jax.Array, step: Step, buffers: Sequence[jax.Array]
+        self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
-        way = course(step.table, step.rows, step.positions)
+        way = course(batch.table, batch.rows, batch.positions)
         gate, mixed, dt = self._project(params, x)
         mixed, conv = causal_conv(buffers[0], mixed, params["mamba_conv"], self._conv_bias(params), way)
         inputs, b, c = self._split(mixed)

@@ -18,7 +18,7 @@ what is not named is whole on every device. On one device: ``function`` itself."
 
 
 @dataclass(frozen=True)
-class Step:
+class ForwardBatch:
     """One packed batch, as the layers of one kind see it (see ``runner.batch``).
 
     Attributes:
