@@ -18,7 +18,7 @@ from rootcellar.models.families.family import (
     size,
 )
 from rootcellar.models.feed_forward import Dense, Experts
-from rootcellar.models.mixers import Latent
+from rootcellar.models.mixers import LatentAttention
 from rootcellar.models.model import LayerConfig
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig, read_rope, yarn_mscale
@@ -68,12 +68,12 @@ def _layers(raw: Raw, router: Router, dense: int, shared: int) -> dict[str, Any]
     return {"layers": layers, "rope": rope}
 
 
-def _latent(raw: Raw, rope: RopeConfig) -> Latent:
+def _latent(raw: Raw, rope: RopeConfig) -> LatentAttention:
     straight, turned = size(raw, "qk_nope_head_dim", 128), size(raw, "qk_rope_head_dim", 64)
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     # Where the context is stretched, the scores are sharpened as well: once for queries and once for keys.
     sharper = yarn_mscale(rope.factor, float(fields.get("mscale_all_dim") or 0)) if rope.type != "default" else 1.0
-    return Latent(
+    return LatentAttention(
         num_heads=size(raw, "num_attention_heads"),
         nope_dim=straight,
         rope_dim=turned,

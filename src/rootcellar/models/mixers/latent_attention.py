@@ -22,7 +22,7 @@ _HEADS: tuple[Axis, ...] = (None, "heads")
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentAttention:
     """Latent attention of one layer, to everything before a token.
 
     Attributes:
