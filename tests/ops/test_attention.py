@@ -129,7 +129,7 @@ def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
         args += [((4,), "f4"), ((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
         shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
         step = jax.jit(attention(backend, layout, reach), donate_argnums=7)
-        return step.lower(*shapes, *layout.arrays(pages)).compile().memory_analysis().temp_size_in_bytes
+        return step.lower(*shapes, *layout.buffers(pages)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= temporary(256) + 4096
 

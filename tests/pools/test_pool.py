@@ -28,7 +28,7 @@ def test_a_layout_takes_what_is_stored_times_the_width_of_an_element(form, dtype
     expected = 16 * stored.token_elements(1) * itemsize + stored.request_bytes(itemsize)
     layout = layout_of(stored, dtype, 16)
     assert page_bytes(layout) == expected
-    assert len(layout.axes) == len(layout.arrays(1))
+    assert len(layout.axes) == len(layout.buffers(1))
 
 
 def test_a_type_without_a_layout_is_refused_by_name():

@@ -32,19 +32,19 @@ class Eight:
     head_dim: int
     page_size: int
 
-    def arrays(self, pages):
+    def buffers(self, pages):
         shape = (pages, 2, self.kv_heads, self.page_size)
         return jax.ShapeDtypeStruct((*shape, self.head_dim), jnp.int8), jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def write(self, arrays, pages, offsets, parts):
-        values, scales = arrays
+    def write(self, buffers, pages, offsets, parts):
+        values, scales = buffers
         kv = jnp.stack(list(parts), axis=1).astype(jnp.float32)
         scale = jnp.max(jnp.abs(kv), axis=-1) / 127 + 1e-9
         narrow = jnp.round(kv / scale[..., None]).astype(jnp.int8)
         return values.at[pages, :, :, offsets].set(narrow), scales.at[pages, :, :, offsets].set(scale)
 
-    def read(self, arrays, pages):
-        values, scales = (array[pages] for array in arrays)
+    def read(self, buffers, pages):
+        values, scales = (array[pages] for array in buffers)
         kv = values.astype(jnp.float32) * scales[..., None]
         return kv[..., 0, :, :, :], kv[..., 1, :, :, :]
 

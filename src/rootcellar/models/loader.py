@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -20,7 +21,7 @@ from rootcellar.models.files import find_file, read_json
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import pack, source_shapes, unpack
 from rootcellar.models.params import check_params, declare
-from rootcellar.models.spec import Array, Params, ParamSpec
+from rootcellar.models.spec import Params, ParamSpec
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _embed_and_head(cfg: ModelConfig) -> tuple[str, str]:
     return names["embed"][0], names["head"][0]
 
 
-def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any) -> Params:
+def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, NDArray[Any]], dtype: Any) -> Params:
     """The params pytree from tensors already in memory, under the names that the checkpoint's family uses.
 
     ``ModelError`` names a tensor that is missing or misshapen.
@@ -105,7 +106,7 @@ def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: A
     return params
 
 
-def tensors_from_params(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, Array]]:
+def tensors_from_params(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, NDArray[Any]]]:
     """The checkpoint's tensors, one after another with their names: the inverse of ``params_from_tensors``."""
     check_params(cfg, params)
     for spec, array in zip(jax.tree.leaves(declare(cfg)), jax.tree.leaves(params), strict=True):
@@ -171,7 +172,7 @@ class _Checkpoint:
                     f"only {', '.join(sorted(FLOATS))} are supported"
                 )
 
-    def readers(self, spec: ParamSpec) -> list[Callable[[], Array]]:
+    def readers(self, spec: ParamSpec) -> list[Callable[[], NDArray[Any]]]:
         """Functions that read the sources of ``spec``, in order."""
         return [
             partial(self._files[self._where[name]].get_tensor, self._stored.get(name, name)) for name in spec.sources

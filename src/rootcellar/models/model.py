@@ -51,7 +51,7 @@ class Mixer(Protocol):
     def run(
         self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
-        """``x`` [T, E] of a packed batch mixed through the layer's ``buffers`` (its layout's arrays, donated).
+        """``x`` [T, E] of a packed batch mixed through the layer's ``buffers`` (donated).
 
         Returns ``[T, E]`` in the dtype of ``x`` and the buffers with what the batch added. Rows of padding come out as
         anything.

@@ -13,53 +13,54 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rootcellar.models.spec import Array, ParamSpec
+from rootcellar.models.spec import ParamSpec
 
-Views = list[tuple[Array, tuple[int, ...]]]
+Views = list[tuple[NDArray[Any], tuple[int, ...]]]
 
 
-def same(packed: Array) -> Views:
+def same(packed: NDArray[Any]) -> Views:
     """One tensor, stored as it is here."""
     return [(packed, packed.shape)]
 
 
-def transposed(packed: Array) -> Views:
+def transposed(packed: NDArray[Any]) -> Views:
     """One linear layer ``[in, out]``."""
     return [_linear(packed, 1)]
 
 
-def depthwise(packed: Array) -> Views:
+def depthwise(packed: NDArray[Any]) -> Views:
     """One depthwise convolution ``[taps, channels]``."""
     return [(packed.T[:, None], (packed.shape[1], 1, packed.shape[0]))]
 
 
-def qkv(packed: Array) -> Views:
+def qkv(packed: NDArray[Any]) -> Views:
     """Queries, keys and values ``[in, K, G + 2, D]``: three linear layers."""
     return [_linear(part, 1) for part in _by_group(packed)]
 
 
-def qkv_bias(packed: Array) -> Views:
+def qkv_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``qkv``: ``[K, G + 2, D]``."""
     return [_linear(part, 0) for part in _by_group(packed)]
 
 
-def heads_in(packed: Array) -> Views:
+def heads_in(packed: NDArray[Any]) -> Views:
     """One linear layer whose inputs are heads: ``[H, D, out]``."""
     return [_linear(packed, 2)]
 
 
-def gate_up(packed: Array) -> Views:
+def gate_up(packed: NDArray[Any]) -> Views:
     """Gate and up ``[in, 2, I]``: two linear layers."""
     return [_linear(packed[:, i], 1) for i in range(2)]
 
 
-def gate_up_bias(packed: Array) -> Views:
+def gate_up_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``gate_up``: ``[2, I]``."""
     return [_linear(packed[i], 0) for i in range(2)]
 
 
-def outputs_first(packed: Array) -> Views:
+def outputs_first(packed: NDArray[Any]) -> Views:
     """One linear layer ``[..., in]``, stored as it is here."""
     return [(packed, (prod(packed.shape[:-1]), packed.shape[-1]))]
 
@@ -67,43 +68,43 @@ def outputs_first(packed: Array) -> Views:
 # Experts: gate and up ``[N, in, 2, I]``, down ``[N, I, out]``.
 
 
-def each_gate_up(packed: Array) -> Views:
+def each_gate_up(packed: NDArray[Any]) -> Views:
     """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
     return [view for expert in packed for view in gate_up(expert)]
 
 
-def each_transposed(packed: Array) -> Views:
+def each_transposed(packed: NDArray[Any]) -> Views:
     """Experts' ``[N, in, out]``, each a linear layer of its own."""
     return [view for expert in packed for view in transposed(expert)]
 
 
-def all_gate_up(packed: Array) -> Views:
+def all_gate_up(packed: NDArray[Any]) -> Views:
     """All in one tensor ``[N, 2 * I, in]``, an expert's gate before its up."""
     count, inputs, _, inner = packed.shape
     return [(packed.transpose(0, 2, 3, 1), (count, 2 * inner, inputs))]
 
 
-def all_transposed(packed: Array) -> Views:
+def all_transposed(packed: NDArray[Any]) -> Views:
     """``[N, in, out]`` in one tensor ``[N, out, in]``."""
     view = packed.transpose(0, 2, 1)
     return [(view, view.shape)]
 
 
-def halves(packed: Array) -> Views:
+def halves(packed: NDArray[Any]) -> Views:
     """``[..., 2, I]`` as ``[..., 2 * I]``: gates before ups."""
     return [(packed, (*packed.shape[:-2], 2 * packed.shape[-1]))]
 
 
-def interleaved(packed: Array) -> Views:
+def interleaved(packed: NDArray[Any]) -> Views:
     """``[..., 2, I]`` as ``[..., 2 * I]``: gates and ups take turns."""
     return [(packed.swapaxes(-1, -2), (*packed.shape[:-2], 2 * packed.shape[-1]))]
 
 
-def _by_group(packed: Array) -> list[Array]:
+def _by_group(packed: NDArray[Any]) -> list[NDArray[Any]]:
     return [packed[..., :-2, :], packed[..., -2, :], packed[..., -1, :]]
 
 
-def _linear(part: Array, inputs: int) -> tuple[Array, tuple[int, ...]]:
+def _linear(part: NDArray[Any], inputs: int) -> tuple[NDArray[Any], tuple[int, ...]]:
     """A linear layer's view and shape: outputs first, inputs (the ``inputs`` leading axes here) last."""
     view = part.transpose(*range(inputs, part.ndim), *range(inputs))
     outputs = prod(part.shape[inputs:])
@@ -115,7 +116,7 @@ def source_shapes(spec: ParamSpec) -> list[tuple[int, ...]]:
     return [shape for _, shape in spec.packing(np.broadcast_to(np.uint8(0), spec.shape))]
 
 
-def pack(spec: ParamSpec, sources: Sequence[Callable[[], Array]], dtype: Any) -> Array:
+def pack(spec: ParamSpec, sources: Sequence[Callable[[], NDArray[Any]]], dtype: Any) -> NDArray[Any]:
     """One parameter in ``dtype``, from functions that read its sources; they are called one at a time."""
     packed = np.empty(spec.shape, spec.dtype(dtype))
     for (view, _), source in zip(spec.packing(packed), sources, strict=True):
@@ -123,6 +124,6 @@ def pack(spec: ParamSpec, sources: Sequence[Callable[[], Array]], dtype: Any) ->
     return packed
 
 
-def unpack(spec: ParamSpec, packed: Array) -> list[Array]:
+def unpack(spec: ParamSpec, packed: NDArray[Any]) -> list[NDArray[Any]]:
     """The checkpoint's tensors of one parameter, in its dtype: the inverse of ``pack``."""
     return [np.ascontiguousarray(view).reshape(shape) for view, shape in spec.packing(packed)]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 Params = dict[str, Any]
 Axis = Literal["embed", "heads", "kv_heads", "mlp", "vocab"] | None
 Init = Literal["random", "ones", "zeros"]
-Array = np.ndarray[Any, Any]
-Packing = Callable[[Array], list[tuple[Array, tuple[int, ...]]]]
+Packing = Callable[[NDArray[Any]], list[tuple[NDArray[Any], tuple[int, ...]]]]
 """From a parameter to the checkpoint's tensors it holds: for each a view (never a copy) whose axes are in the
 tensor's order, perhaps split further, and the tensor's own shape. See ``packing``."""
 

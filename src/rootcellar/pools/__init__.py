@@ -1,4 +1,4 @@
-"""Compute: the arrays that hold the cache's bytes, and how the bytes lie in them."""
+"""Compute: the buffers that hold the cache's bytes, and how the bytes lie in them."""
 
 from rootcellar.pools.layouts import Layout, layout_of
 from rootcellar.pools.pool import Pool

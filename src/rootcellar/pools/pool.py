@@ -43,9 +43,9 @@ class Pool:
         self.layout = layout
         self.layers = layers
         self.pages = pages
-        arrays = layout.arrays(pages + 1)
+        buffers = layout.buffers(pages + 1)
         here = SingleDeviceSharding(jax.devices()[0])
-        self._placed = tuple(zip(arrays, shardings or (here,) * len(arrays), strict=True))
+        self._placed = tuple(zip(buffers, shardings or (here,) * len(buffers), strict=True))
         self._buffers: list[tuple[Array, ...]] | None = None
         self.allocate()
 
@@ -56,7 +56,7 @@ class Pool:
 
     @property
     def buffers(self) -> list[tuple[Array, ...]]:
-        """The arrays of each layer.
+        """The buffers of each layer.
 
         Raises:
             EngineError: the pool is not allocated.

@@ -103,7 +103,7 @@ class Placement:
 
     def page_bytes(self, layout: Layout) -> int:
         """Bytes that one device stores of a page of one layer."""
-        placed = zip(layout.arrays(1), self.pool_shardings(layout), strict=True)
+        placed = zip(layout.buffers(1), self.pool_shardings(layout), strict=True)
         return sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
 
     def local(

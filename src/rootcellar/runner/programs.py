@@ -57,7 +57,7 @@ class Programs:
     def step(self) -> Any:
         """One batch through the model: ``(buffers, logits [tiles, V] of each part's end, hidden [T, E])``.
 
-        Arguments: params as placed; ``{pool: arrays of each layer}``, donated; then what a ``Batch`` holds.
+        Arguments: params as placed; ``{pool: buffers of each layer}``, donated; then what a ``Batch`` holds.
         """
         return compiled_step(self.placement, self.paging, self.backend)
 

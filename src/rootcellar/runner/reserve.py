@@ -44,7 +44,7 @@ def arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
     placement, pages = programs.placement, programs.table_width + 1
     buffers = {}
     for name, (layout, layers) in programs.paging.pools.items():
-        placed = zip(layout.arrays(pages), placement.pool_shardings(layout), strict=True)
+        placed = zip(layout.buffers(pages), placement.pool_shardings(layout), strict=True)
         of_layer = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at) for a, at in placed)
         buffers[name] = [of_layer] * layers
     ints = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)

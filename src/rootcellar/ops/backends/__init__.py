@@ -3,7 +3,7 @@
 A packed batch is a flat list of tokens, cut into *tiles* of equally many consecutive positions of one row, padding
 (position -1) last; decoding is the case of one token a tile. A backend writes what is new into the pages and attends to
 each row's. A file says of a layout whether it ``lacks`` anything to attend over it, and ``attend`` gives the function,
-which takes and gives back a layer's arrays. The caller donates them: a step never copies the pool.
+which takes and gives back a layer's buffers. The caller donates them: a step never copies the pool.
 """
 
 from __future__ import annotations

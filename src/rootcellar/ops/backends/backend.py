@@ -13,9 +13,9 @@ from rootcellar.pools.layouts import TokenLayout
 
 Attend = Callable[..., tuple[Array, ...]]
 """Attention over the pages of one layer, inside a compiled step: ``attend(q, *parts, [sinks,] tables, rows, positions,
-*arrays) -> (out, *arrays)``.
+*buffers) -> (out, *buffers)``.
 
-``arrays`` are the layout's; ``parts`` what it stores of each token. Over heads: ``q [T, heads, head_dim]``, keys and
+``buffers`` are the layout's; ``parts`` what it stores of each token. Over heads: ``q [T, heads, head_dim]``, keys and
 values ``[T, kv_heads, head_dim]``, and float32 ``sinks [heads]`` (scores that take weight and give nothing; minus
 infinity for none). Over latents: ``q [T, heads, D]``, absorbed and scaled, and latents ``[T, D]``; there are no sinks.
 

@@ -51,7 +51,7 @@ def lacks(layout: Layout, platform: str) -> str | None:
         return f"it attends by head, and a layer of this model stores {layout.form}"
     if layout.name != "heads":
         return f"it reads the layout 'heads', and the cache has {layout.name!r}"
-    (array,) = layout.arrays(1)
+    (array,) = layout.buffers(1)
     if array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
     opened = library()

@@ -34,18 +34,18 @@ def attend(layout: TokenLayout, reach: Reach) -> Attend:
 
 
 def write(
-    layout: TokenLayout, arrays: Sequence[Array], parts: Sequence[Array], tables: Array, rows: Array, positions: Array
+    layout: TokenLayout, buffers: Sequence[Array], parts: Sequence[Array], tables: Array, rows: Array, positions: Array
 ) -> tuple[Array, ...]:
-    """The ``arrays`` of a layer with the ``parts`` of a packed batch in their pages; padding goes to page 0."""
+    """The ``buffers`` of a layer with the ``parts`` of a packed batch in their pages; padding goes to page 0."""
     pages, offsets = places(tables, rows, positions, layout.page_size)
-    return layout.write(arrays, pages, offsets, [padded(part, pages) for part in parts])
+    return layout.write(buffers, pages, offsets, [padded(part, pages) for part in parts])
 
 
 def _by_head(
     layout: TokenLayout, reach: Reach, q: Array, k: Array, v: Array, sinks: Array,
-    tables: Array, rows: Array, positions: Array, *arrays: Array,
+    tables: Array, rows: Array, positions: Array, *buffers: Array,
 ) -> tuple[Array, ...]:  # fmt: skip
-    arrays = write(layout, arrays, (k, v), tables, rows, positions)
+    buffers = write(layout, buffers, (k, v), tables, rows, positions)
     kv_heads, head_dim = k.shape[1:]
     page_size = layout.page_size
     n = rows.shape[0]
@@ -63,7 +63,7 @@ def _by_head(
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        keys, values = layout.read(arrays, pages_of(i))  # [n, per_block, kv_heads, page_size, head_dim]
+        keys, values = layout.read(buffers, pages_of(i))  # [n, per_block, kv_heads, page_size, head_dim]
         # Slots that nobody has written for this row hold what an earlier owner left, which may be anything: a weight of
         # zero does not silence a NaN.
         at = (first[:, None] * page_size + i * block + jnp.arange(block)).reshape(n, per_block, page_size)
@@ -83,7 +83,7 @@ def _by_head(
     start = (jnp.maximum(sinks, MASKED), jnp.where(sinks > MASKED, 1.0, 0.0), jnp.zeros((*shape, head_dim)))
     _, total, out = lax.fori_loop(0, blocks, body, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), *arrays
+    return out.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), *buffers
 
 
 def _block_of_pages(reach: Reach, tables: Array, rows: Array, first: Array, per_block: int) -> Callable[[Array], Array]:
@@ -101,7 +101,7 @@ def _block_of_pages(reach: Reach, tables: Array, rows: Array, first: Array, per_
 
 def _over_latents(
     layout: TokenLayout, reach: Reach, q: Array, latents: Array,
-    tables: Array, rows: Array, positions: Array, *arrays: Array,
+    tables: Array, rows: Array, positions: Array, *buffers: Array,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Attention over latents, which all heads share (multi-head latent attention: DeepSeek-V2, 2024).
 
@@ -110,7 +110,7 @@ def _over_latents(
     the result instead, and attention is that of many query heads on one key head whose values are its keys. The pool is
     read once for all heads, and no key or value of a head ever exists.
     """
-    arrays = write(layout, arrays, (latents,), tables, rows, positions)
+    buffers = write(layout, buffers, (latents,), tables, rows, positions)
     page_size, dim = layout.page_size, latents.shape[1]
     n = rows.shape[0]
     tile, heads = positions.shape[0] // n, q.shape[1]
@@ -124,7 +124,7 @@ def _over_latents(
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        (held,) = layout.read(arrays, pages_of(i))  # [n, per_block, page_size, dim]
+        (held,) = layout.read(buffers, pages_of(i))  # [n, per_block, page_size, dim]
         at = first[:, None] * page_size + i * block + jnp.arange(block)  # [n, block]
         # A weight of zero does not silence a NaN that an earlier owner left in a slot that this row has not written.
         held = jnp.where((at <= newest[:, None])[:, :, None], held.reshape(n, block, dim), 0.0)
@@ -141,7 +141,7 @@ def _over_latents(
     start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim)))
     _, total, out = lax.fori_loop(0, (jnp.max(newest - first * page_size) + block) // block, body, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out.reshape(n * tile, heads, dim), *arrays
+    return out.reshape(n * tile, heads, dim), *buffers
 
 
 _BY_FORM: Mapping[str, Callable[..., tuple[Array, ...]]] = {"heads": _by_head, "latents": _over_latents}

@@ -1,7 +1,7 @@
 """Compute: layouts, one small file each: how the bytes lie that one layer stores.
 
 A file says which types of the KV cache it ``SERVES``, as the setting ``kv_cache_dtype`` calls them, and ``make`` gives
-its layout of what a layer stores. A type that is quantised is a file of its own here, with arrays of its own (its
+its layout of what a layer stores. A type that is quantised is a file of its own here, with buffers of its own (its
 scales), and how a token goes in and comes out: nothing else knows of them.
 """
 

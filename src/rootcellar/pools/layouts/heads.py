@@ -32,18 +32,20 @@ class PagedHeads:
     dtype: jnp.dtype
     page_size: int
 
-    def arrays(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """One array, ``[pages, 2, kv_heads, page_size, head_dim]``."""
         return (jax.ShapeDtypeStruct((pages, 2, self.kv_heads, self.page_size, self.head_dim), self.dtype),)
 
-    def write(self, arrays: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]) -> tuple[Array, ...]:
+    def write(
+        self, buffers: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]
+    ) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
-        (pool,) = arrays
+        (pool,) = buffers
         return (pool.at[pages, :, :, offsets].set(jnp.stack(list(parts), axis=1).astype(pool.dtype)),)
 
-    def read(self, arrays: Sequence[Array], pages: Array) -> tuple[Array, ...]:
+    def read(self, buffers: Sequence[Array], pages: Array) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
-        kv = arrays[0][pages].astype(jnp.float32)
+        kv = buffers[0][pages].astype(jnp.float32)
         return kv[..., 0, :, :, :], kv[..., 1, :, :, :]
 
 

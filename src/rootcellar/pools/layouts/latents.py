@@ -30,18 +30,20 @@ class PagedLatents:
     dtype: jnp.dtype
     page_size: int
 
-    def arrays(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """One array, ``[pages, page_size, dim]``."""
         return (jax.ShapeDtypeStruct((pages, self.page_size, self.dim), self.dtype),)
 
-    def write(self, arrays: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]) -> tuple[Array, ...]:
+    def write(
+        self, buffers: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]
+    ) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
-        (pool,), (latents,) = arrays, parts
+        (pool,), (latents,) = buffers, parts
         return (pool.at[pages, offsets].set(latents.astype(pool.dtype)),)
 
-    def read(self, arrays: Sequence[Array], pages: Array) -> tuple[Array, ...]:
+    def read(self, buffers: Sequence[Array], pages: Array) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
-        return (arrays[0][pages].astype(jnp.float32),)
+        return (buffers[0][pages].astype(jnp.float32),)
 
 
 def make(stored: Latents, dtype: str, page_size: int) -> PagedLatents:

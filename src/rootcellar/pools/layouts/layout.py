@@ -1,4 +1,4 @@
-"""What a layout is: the one place that knows how the bytes of a page lie in a layer's arrays."""
+"""What a layout is: the one place that knows how the bytes of a page lie in a layer's buffers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Axes = tuple[str | None, ...]
 
 
 class Layout(Protocol):
-    """How what one layer stores lies in its arrays. One frozen dataclass each, hashable; a file each.
+    """How what one layer stores lies in its buffers. One frozen dataclass each, hashable; a file each.
 
     Page 0, the padding target, is among the pages.
     """
@@ -41,8 +41,8 @@ class Layout(Protocol):
         """Of each array the logical axes."""
         ...
 
-    def arrays(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of one layer's arrays, addressed by page in their first axis."""
+    def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of one layer's buffers, addressed by page in their first axis."""
         ...
 
 
@@ -50,14 +50,16 @@ class TokenLayout(Layout, Protocol):
     """A layout whose pages hold tokens: attention writes and reads them by these two functions, inside a compiled step.
 
     What is written and read are the parts of ``form``: keys and values ``[..., kv_heads, head_dim]`` for heads, one
-    vector ``[..., D]`` for latents. On each device of a mesh ``arrays`` and parts are the device's own.
+    vector ``[..., D]`` for latents. On each device of a mesh ``buffers`` and parts are the device's own.
     """
 
-    def write(self, arrays: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]) -> tuple[Array, ...]:
-        """``arrays`` with the ``parts`` [N, ...] of tokens at ``offsets`` [N] of ``pages`` [N]."""
+    def write(
+        self, buffers: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        """``buffers`` with the ``parts`` [N, ...] of tokens at ``offsets`` [N] of ``pages`` [N]."""
         ...
 
-    def read(self, arrays: Sequence[Array], pages: Array) -> tuple[Array, ...]:
+    def read(self, buffers: Sequence[Array], pages: Array) -> tuple[Array, ...]:
         """The float32 parts of all tokens of ``pages`` [...]: ``[..., kv_heads, page_size, head_dim]`` for heads, and
         ``[..., page_size, D]`` for latents.
         """  # fmt: skip
@@ -66,4 +68,4 @@ class TokenLayout(Layout, Protocol):
 
 def page_bytes(layout: Layout) -> int:
     """Bytes of one page in one layer, over all devices that share its heads."""
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in layout.arrays(1))
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in layout.buffers(1))

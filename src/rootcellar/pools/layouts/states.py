@@ -30,8 +30,8 @@ class Slots:
     state: tuple[int, ...]
     dtype: jnp.dtype
 
-    def arrays(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Two arrays, ``[pages, *conv]`` and ``[pages, *state]``."""
+    def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Two buffers, ``[pages, *conv]`` and ``[pages, *state]``."""
         return (
             jax.ShapeDtypeStruct((pages, *self.conv), self.dtype),
             jax.ShapeDtypeStruct((pages, *self.state), jnp.float32),
