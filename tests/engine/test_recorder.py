@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import rootcellar
 from rootcellar.cache import Eviction, Key, Tier
 from rootcellar.engine.history import INTERVAL, SAMPLES, TENANTS_SAMPLES, History
-from rootcellar.engine.telemetry import MOST_TENANTS, Histogram, Telemetry, TickTimes
-from rootcellar.engine.trace import KEY_TOKENS, KEYS, RequestRecord, Trace, chrome_trace
+from rootcellar.engine.metrics import MOST_TENANTS, Histogram, Metrics, TickTimes
+from rootcellar.engine.timeline import KEY_TOKENS, KEYS, RequestRecord, Timeline, chrome_trace
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 
@@ -48,12 +48,12 @@ def test_tick_times_equal_a_list_of_all_of_them(steps, size):
 
 
 def test_kv_is_aged_by_its_ticks_and_counted_by_the_token():
-    telemetry = Telemetry(100.0)
+    metrics = Metrics(100.0)
     for tick, now in ((1, 101.0), (2, 110.0), (3, 150.0)):
-        telemetry.cache_moved_on(tick, [], now)
+        metrics.cache_moved_on(tick, [], now)
     gone = Eviction(3, "full", Tier.DEVICE, 48, created=1, used=2)
-    telemetry.cache_moved_on(3, [gone], 160.0)
-    found = telemetry.distributions()
+    metrics.cache_moved_on(3, [gone], 160.0)
+    found = metrics.distributions()
     for name, age in (("kv_age_at_eviction_seconds", 59.0), ("kv_idle_at_eviction_seconds", 50.0)):
         ((labels, distribution),) = found[name]
         assert labels == {"kind": "full", "tier": "DEVICE"}
@@ -86,13 +86,13 @@ def test_what_lives_lasts_until_now_in_a_trace():
 
 
 def test_prompts_are_remembered_within_bounds():
-    trace = Trace()
+    timeline = Timeline()
     for i in range(KEYS + 10):
-        trace.ended(record(str(i), 0, 1), Key(range(10)))
-    assert [each.rid for each, _ in trace.keys] == [str(i) for i in range(10, KEYS + 10)]
-    trace.ended(record("long", 0, 1), Key(range(KEY_TOKENS - 25)))
-    assert [each.rid for each, _ in trace.keys][-3:] == [str(KEYS + 8), str(KEYS + 9), "long"]
-    assert sum(len(key) for _, key in trace.keys) <= KEY_TOKENS
+        timeline.ended(record(str(i), 0, 1), Key(range(10)))
+    assert [each.rid for each, _ in timeline.keys] == [str(i) for i in range(10, KEYS + 10)]
+    timeline.ended(record("long", 0, 1), Key(range(KEY_TOKENS - 25)))
+    assert [each.rid for each, _ in timeline.keys][-3:] == [str(KEYS + 8), str(KEYS + 9), "long"]
+    assert sum(len(key) for _, key in timeline.keys) <= KEY_TOKENS
 
 
 def test_a_retraction_is_a_stage_of_its_own(tiny_folder, caplog):
@@ -128,7 +128,7 @@ def engine(tiny_folder):
 
 def at(engine, *times: float) -> list[float]:
     """The times of the samples that idle steps at these times leave, in a history of their own."""
-    history = History(engine._parts.scheduler, engine._parts.runner, Telemetry(times[0]), times[0])
+    history = History(engine._parts.scheduler, engine._parts.runner, Metrics(times[0]), times[0])
     for now in times:
         history.step_ended(0, now)
     return [sample.at for sample in history.of(None)]
@@ -158,16 +158,16 @@ def test_samples_are_what_a_reading_says_and_a_tenants_are_its_own(engine):
 
 
 def test_samples_of_tenants_are_bounded_together(engine):
-    telemetry = Telemetry(0.0)
-    history = History(engine._parts.scheduler, engine._parts.runner, telemetry, 0.0)
+    metrics = Metrics(0.0)
+    history = History(engine._parts.scheduler, engine._parts.runner, metrics, 0.0)
     names = [f"tenant {i}" for i in range(MOST_TENANTS)]
     for now in range(20):
         for name in names:
-            telemetry.of(name).next_token(0.1)
+            metrics.of(name).next_token(0.1)
         history.step_ended(now, 2.0 * now)
     assert sum(len(history.of(name)) for name in names) <= TENANTS_SAMPLES
     assert {len(history.of(name)) for name in names} == {TENANTS_SAMPLES // MOST_TENANTS}
-    telemetry.of("one too many")
+    metrics.of("one too many")
     history.step_ended(0, 1000.0)
     assert history.of(names[0]) == []
     assert history.of(names[1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rootcellar.cache import CacheStats, Kind, RadixCache, ShelfStats, Tier
-from rootcellar.engine.telemetry import Counts, Telemetry
+from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.runner import Runner
 from rootcellar.scheduler import Scheduler
 
@@ -54,10 +54,10 @@ class Sample:
 class History:
     """The samples of all, and those of each tenant's own. Written and read on the engine's thread."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, telemetry: Telemetry, now: float) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics, now: float) -> None:
         self._scheduler = scheduler
         self._runner = runner
-        self._telemetry = telemetry
+        self._metrics = metrics
         self._taken = now - INTERVAL
         self._all: deque[Sample] = deque()
         self._own: dict[str, deque[Sample]] = {}
@@ -75,8 +75,8 @@ class History:
         stats = cache.stats()
         used = occupancy(cache, self._runner, stats)
         totals = stats.input_tokens, stats.hit_tokens, generated
-        _keep(self._all, Sample(now, used, *totals, *self._telemetry.all.first_tokens()), SAMPLES)
-        tenants = self._telemetry.tenants()
+        _keep(self._all, Sample(now, used, *totals, *self._metrics.all.first_tokens()), SAMPLES)
+        tenants = self._metrics.tenants()
         for gone in self._own.keys() - tenants.keys():
             del self._own[gone]
         most = max(2, min(SAMPLES, TENANTS_SAMPLES // max(1, len(tenants))))

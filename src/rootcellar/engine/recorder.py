@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from rootcellar.cache import Key
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.history import History
+from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.engine.output import Tracker
-from rootcellar.engine.report import Reporter
-from rootcellar.engine.telemetry import Counts, Telemetry
-from rootcellar.engine.trace import RequestRecord, StepRecord, Trace
+from rootcellar.engine.stats_logger import StatsLogger
+from rootcellar.engine.timeline import RequestRecord, StepRecord, Timeline
 from rootcellar.runner import Runner
 from rootcellar.scheduler import Plan, Request, Scheduler
 
@@ -26,18 +26,18 @@ class Recorder:
 
     Attributes:
         began: when the engine did, by the clock.
-        telemetry, trace, history: what was counted, what happened lately, and the last minutes in samples.
+        metrics, timeline, history: what was counted, what happened lately, and the last minutes in samples.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock) -> None:
         """``log_interval``: seconds between two lines of the log about the work under way."""
         self._now = clock.now
         self.began = self._now()
-        self.telemetry = Telemetry(self.began)
-        self.trace = Trace()
-        self.history = History(scheduler, runner, self.telemetry, self.began)
+        self.metrics = Metrics(self.began)
+        self.timeline = Timeline()
+        self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
-        self._reporter = Reporter(log_interval, self.began)
+        self._stats_logger = StatsLogger(log_interval, self.began)
         self._step_began = self._dispatched = self._computed = self.began
 
     def step_begins(self) -> None:
@@ -47,7 +47,7 @@ class Recorder:
     def planned(self, trackers: Mapping[Request, Tracker]) -> None:
         """The scheduler planned: requests may have been retracted, and entries evicted."""
         cache = self._scheduler.cache
-        self.telemetry.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
+        self.metrics.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
         for request in self._scheduler.retracted:
             tracker = trackers.get(request)
             if tracker is not None and tracker.note_stage():
@@ -79,19 +79,19 @@ class Recorder:
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""
-        telemetry = self.telemetry
-        return (telemetry.all, telemetry.of(request.tenant)) if request.tenant else (telemetry.all,)
+        metrics = self.metrics
+        return (metrics.all, metrics.of(request.tenant)) if request.tenant else (metrics.all,)
 
     def step_ended(self, plan: Plan, generated: int, prompted: int) -> None:
         """All is followed up; ``generated`` and ``prompted``: tokens since the engine began."""
         now = self._now()
         tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
-        self.trace.steps.append(
+        self.timeline.steps.append(
             StepRecord(self._step_began, self._dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
         )
-        self.telemetry.step(plan.decode, now - self._step_began, self._computed - self._dispatched)
+        self.metrics.step(plan.decode, now - self._step_began, self._computed - self._dispatched)
         self.history.step_ended(generated, now)
-        self._reporter.report(self._scheduler, generated, prompted, self._step_began, now)
+        self._stats_logger.step_ended(self._scheduler, generated, prompted, self._step_began, now)
 
     def request_ended(self, tracker: Tracker) -> None:
         """A request came to its end."""
@@ -102,7 +102,7 @@ class Recorder:
             counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
         # A copy: the request's own array has room for all that it might have generated.
         key = request.key(request.length)
-        self.trace.ended(record, Key(key.tokens.copy(), key.namespace))
+        self.timeline.ended(record, Key(key.tokens.copy(), key.namespace))
         if finish.type == "abort" and finish.cause != "gone":
             log.info("request %s ended early: %s", request.rid, finish.message)
         log.debug("request %s ended: %s", request.rid, record)

@@ -21,9 +21,9 @@ from rootcellar.engine.build import Parts
 from rootcellar.engine.history import kinds_by_pool, occupancy
 from rootcellar.engine.identity import tenant_in
 from rootcellar.engine.loop import Loop
+from rootcellar.engine.metrics import Counts, Distributions
 from rootcellar.engine.output import Tracker
-from rootcellar.engine.telemetry import Counts, Distributions
-from rootcellar.engine.trace import RequestRecord, StepRecord, chrome_trace
+from rootcellar.engine.timeline import RequestRecord, StepRecord, chrome_trace
 from rootcellar.scheduler import FORWARD, Stage
 
 SHOWN_REQUESTS = 64
@@ -142,7 +142,7 @@ class Sight:
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
     def _reading(self, tenant: str | None) -> Reading:
-        now, telemetry = self._machine.clock.now(), self._machine.recorder.telemetry
+        now, metrics = self._machine.clock.now(), self._machine.recorder.metrics
         alive = self._machine.roster.of(tenant)[:SHOWN_REQUESTS]
         requests = [
             {
@@ -156,7 +156,7 @@ class Sight:
             }
             for t in alive
         ]
-        distributions = telemetry.distributions() if tenant is None else telemetry.of(tenant).distributions()
+        distributions = metrics.distributions() if tenant is None else metrics.of(tenant).distributions()
         return Reading(self._stats(tenant), distributions, requests, now - self._machine.recorder.began, tenant)
 
     def _own_stats(self, counts: Counts, alive: list[Tracker]) -> dict[str, Any]:
@@ -176,21 +176,21 @@ class Sight:
         }
 
     def _stats(self, tenant: str | None = None) -> dict[str, Any]:
-        machine, scheduler, telemetry = self._machine, self._parts.scheduler, self._machine.recorder.telemetry
+        machine, scheduler, metrics = self._machine, self._parts.scheduler, self._machine.recorder.metrics
         if tenant is not None:
-            counts = telemetry.of(tenant)
+            counts = metrics.of(tenant)
             found = {"input_tokens": counts.prompt_tokens, "hit_tokens": counts.cached_tokens, "occupancy": {}}
             return {**self._own_stats(counts, machine.roster.of(tenant)), **found}
         cache = self._cache.stats()
         return {
-            **self._own_stats(telemetry.all, machine.roster.of(None)),
+            **self._own_stats(metrics.all, machine.roster.of(None)),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "retractions": scheduler.retractions,
             "steps": machine.steps,
             "generated_tokens": machine.generated,
             "prefill_tokens": machine.prompted,
-            "outside_seconds": dict(telemetry.outside_seconds),
+            "outside_seconds": dict(metrics.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
             "occupancy": occupancy(self._cache, self._parts.runner, cache),
@@ -209,20 +209,20 @@ class Sight:
 
     def _newest(self, limit: int, tenant: str | None) -> tuple[list[RequestRecord], list[StepRecord], float]:
         """The newest requests, the steps since the first of them came, and the time."""
-        trace, now = self._machine.recorder.trace, self._machine.clock.now()
+        timeline, now = self._machine.recorder.timeline, self._machine.clock.now()
         alive = [RequestRecord.of(t, end=None) for t in self._machine.roster.of(tenant)]
-        ended = [record for record in trace.requests if tenant in (None, record.tenant)]
+        ended = [record for record in timeline.requests if tenant in (None, record.tenant)]
         records = [*ended, *alive][-limit:]
         if tenant is not None:
             return records, [], now
         first = min((record.stages[0][1] for record in records), default=now)
-        return records, [step for step in trace.steps if step.ended >= first], now
+        return records, [step for step in timeline.steps if step.ended >= first], now
 
     def _tree(self, limit: int, tenant: str | None) -> dict[str, Any]:
         now = self._machine.clock.now()
         alive = [t.request for t in self._machine.roster.of(tenant)][:SHOWN_REQUESTS]
         found = [(r.rid, r.stage.value, r.key(r.length)) for r in alive]
-        ended = self._machine.recorder.trace.keys
+        ended = self._machine.recorder.timeline.keys
         found += [(r.rid, Stage.FINISHED.value, key) for r, key in ended if tenant in (None, r.tenant)]
         requests = [
             {"rid": rid, "stage": stage, "tokens": len(key), "nodes": list(self._cache.trail(key))}
@@ -254,7 +254,7 @@ class Sight:
         held: dict[str, dict[str, int]] = {}
         for (kind, tier), tokens in node.held.items():
             held.setdefault(kind, {})[tier.name] = tokens
-        at = self._machine.recorder.telemetry.ticks.at
+        at = self._machine.recorder.metrics.ticks.at
         return {
             "id": node.id,
             "parent": node.parent,

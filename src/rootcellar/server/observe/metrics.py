@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.utils import floatToGoString
 
 import rootcellar
+from rootcellar.engine.metrics import Distribution
 from rootcellar.engine.sight import Reading
-from rootcellar.engine.telemetry import Distribution
 
 Stats = dict[str, Any]
 Samples = Iterable[tuple[tuple[str, ...], float]]

@@ -1,6 +1,6 @@
 """What happened lately, request by request and step by step, and the same as a Chrome trace.
 
-A trace holds the newest requests that ended and the newest steps, in rings of fixed length. Load what
+A timeline holds the newest requests that ended and the newest steps, in rings of fixed length. Load what
 :func:`chrome_trace` gives into https://ui.perfetto.dev or chrome://tracing.
 """
 
@@ -64,7 +64,7 @@ class StepRecord(NamedTuple):
     tokens: int
 
 
-class Trace:
+class Timeline:
     """The rings. Written and read on the engine's thread."""
 
     def __init__(self) -> None:

@@ -135,7 +135,7 @@ class Counts:
         }
 
 
-class Telemetry:
+class Metrics:
     """Running totals and histograms of one engine.
 
     Attributes:

@@ -1,6 +1,6 @@
 """What counting, timing and remembering cost a step: the recorder's own work against the step it describes.
 
-    .venv/bin/python benchmarks/telemetry_cost.py
+    .venv/bin/python benchmarks/metrics_cost.py
 
 Prints, for decode steps of several batch sizes of the embedded model (a small one: the worst case for the share), the
 mean time of a step, the mean time of the recorder's calls for it (less what timing them costs), and the ratio.

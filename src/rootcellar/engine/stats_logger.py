@@ -10,8 +10,8 @@ from rootcellar.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 
-class Reporter:
-    """Reports after every interval of work, and when the work ends, at most once an interval; an idle engine is silent.
+class StatsLogger:
+    """Logs after every interval of work, and when the work ends, at most once an interval; an idle engine is silent.
 
     Rates and the hit rate are those of the time since work began or the last line.
     """
@@ -23,7 +23,7 @@ class Reporter:
         self._busy_since = now
         self._before = (0, 0, 0, 0)
 
-    def report(self, scheduler: Scheduler, generated: int, prompted: int, began: float, ended: float) -> None:
+    def step_ended(self, scheduler: Scheduler, generated: int, prompted: int, began: float, ended: float) -> None:
         """A step ended; ``generated`` and ``prompted``: tokens so far. Logs the line if one is due."""
         if self._idle:
             self._busy_since = began
