@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import ApiError, api_error, ended_early
 from rootcellar.server.pace import paced
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 _CLIENT_WENT_AWAY = 499  # nginx's number; nobody reads it
 
 
-async def whole(request: Request, state: State, **arguments: Any) -> list[Result]:
+async def whole(request: Request, state: ServerState, **arguments: Any) -> list[Result]:
     """Every result of ``Engine.generate(**arguments)``, in order. Aborts when the client goes away.
 
     What is computed for a request is its caller's, unless ``tenant`` is among the arguments.
@@ -34,7 +34,7 @@ async def whole(request: Request, state: State, **arguments: Any) -> list[Result
     return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
 
 
-def require_room(request: Request, state: State, prompts: object, n: int) -> None:
+def require_room(request: Request, state: ServerState, prompts: object, n: int) -> None:
     """Refuse ``n`` answers to each of these prompts before they are read, where the caller's queue is known to be full.
 
     ``prompts``: one, as text or as a list of token ids, or a list of either.
@@ -62,7 +62,7 @@ class Stream:
         await self._rest.aclose()
 
 
-async def begin(request: Request, state: State, **arguments: Any) -> Stream:
+async def begin(request: Request, state: ServerState, **arguments: Any) -> Stream:
     """The growing results of ``Engine.generate(**arguments)``, from the first one on.
 
     What fails before that is an error of the whole answer, with a status of its own.

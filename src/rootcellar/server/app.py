@@ -17,11 +17,11 @@ from rootcellar.server.native import control, generate, health, info, prefixes
 from rootcellar.server.openai import chat, completions, models, render
 from rootcellar.server.routes import must_be_checked, unmatched
 from rootcellar.server.shared import Shared
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 from rootcellar.server_config import ServerConfig
 
 
-def routers(state: State) -> list[APIRouter]:
+def routers(state: ServerState) -> list[APIRouter]:
     """All routes; each router's ``route_class`` says who may call them."""
     return [
         completions.router,
@@ -43,7 +43,7 @@ def routers(state: State) -> list[APIRouter]:
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
-    """The ASGI app over ``engine``; ``app.state.server`` is its :class:`State`."""
+    """The ASGI app over ``engine``; ``app.state.server`` is its :class:`ServerState`."""
     app = FastAPI(
         title="rootcellar",
         version=rootcellar.__version__,
@@ -52,7 +52,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         redirect_slashes=False,  # one spelling a route; and a redirect would say where by the Host header
         dependencies=[must_be_checked],
     )
-    state = State(engine, config)
+    state = ServerState(engine, config)
     state.health = Shared(functools.partial(health.check, state), health.FRESH_SECONDS)
     app.state.server = state
     app.state.paths = []  # what there is, for whoever asks for something else

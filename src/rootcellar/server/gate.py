@@ -16,7 +16,7 @@ from rootcellar.server.callers import note_caller
 from rootcellar.server.errors import ApiError, invalid
 from rootcellar.server.pace import at_the_pace_of
 from rootcellar.server.routes import note_link
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 
 # No path of ours has one, and who writes one means to be read in two ways.
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -25,7 +25,7 @@ _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 class Gate:
     """The part of the app before its routes."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
         """``app`` behind the gate."""
         self._app = app
         self._state = state

@@ -20,7 +20,7 @@ from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
 from rootcellar.server.door import Door
 from rootcellar.server.errors import ApiError, json_response
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 from rootcellar.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class Loading:
         self._app: ASGIApp | None = None
         self._stopped = False
         self.progress = "loading the model"
-        self.state: State | None = None
+        self.state: ServerState | None = None
         self.engine: Engine | None = None
         self.error: BaseException | None = None
 
-    def start(self, ready: Callable[[State], None], failed: Callable[[], None]) -> None:
+    def start(self, ready: Callable[[ServerState], None], failed: Callable[[], None]) -> None:
         """Load on a thread, which calls one of the two at its end."""
         threading.Thread(target=self._load, args=(ready, failed), name="rootcellar-loading", daemon=True).start()
 
@@ -59,7 +59,7 @@ class Loading:
         """Be ready for no more; what is under way is not waited for."""
         self._stopped = True
 
-    def _load(self, ready: Callable[[State], None], failed: Callable[[], None]) -> None:
+    def _load(self, ready: Callable[[ServerState], None], failed: Callable[[], None]) -> None:
         began = time.monotonic()
         try:
             engine = self.engine = Engine(**self._options)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rootcellar.errors import RequestTooLarge
 from rootcellar.server.errors import invalid
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 from rootcellar.text import Chat, TemplateTimeout
 from rootcellar.text.reader import SHORT, is_short
 
@@ -40,7 +40,7 @@ class Prompts:
 
 
 async def read_prompts(
-    state: State,
+    state: ServerState,
     texts: str | list[str] | None,
     ids: list[Any] | None,
     n: int = 1,
@@ -70,7 +70,13 @@ async def read_prompts(
     return Prompts(tokens, given if ids is None else None, one)
 
 
-async def read_chat(state: State, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Any) -> Prompts:
+async def read_chat(
+    state: ServerState,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    n: int = 1,
+    **options: Any,
+) -> Prompts:
     """The prompt that a conversation becomes by the model's template; ``options`` as for :func:`rendered`.
 
     Refuses what ``read_prompts`` does.
@@ -81,7 +87,7 @@ async def read_chat(state: State, messages: Sequence[Mapping[str, Any]], *, n: i
     return Prompts([chat.ids], [chat.text], True)
 
 
-async def rendered(state: State, messages: Sequence[Mapping[str, Any]], **options: Any) -> Chat:
+async def rendered(state: ServerState, messages: Sequence[Mapping[str, Any]], **options: Any) -> Chat:
     """A conversation by the model's template; ``options``: those of ``Tokenizer.chat`` that say how.
 
     Its token ids are those of the template's text with nothing put around, and special tokens in it are the template's
@@ -97,7 +103,7 @@ async def rendered(state: State, messages: Sequence[Mapping[str, Any]], **option
     return await asyncio.wrap_future(state.reader.chat(messages, allow_special_tokens=allowed, **options))
 
 
-def checked_ids(state: State, ids: list[Any]) -> list[int]:
+def checked_ids(state: ServerState, ids: list[Any]) -> list[int]:
     """The token ids of one prompt, which no engine is asked to check; ``ApiError`` when one of them is none."""
     vocab = state.engine.vocab_size
     if not all(type(token) is int and 0 <= token < vocab for token in ids):
@@ -105,7 +111,7 @@ def checked_ids(state: State, ids: list[Any]) -> list[int]:
     return ids
 
 
-async def tokenize(state: State, texts: list[str], add_special_tokens: bool | None = None) -> list[list[int]]:
+async def tokenize(state: ServerState, texts: list[str], add_special_tokens: bool | None = None) -> list[list[int]]:
     """Token ids of each text; ``add_special_tokens`` None: as the engine would put them around a prompt.
 
     Refuses, before it does anything, a text that cannot be short enough for this server (no token stands for more than
@@ -127,13 +133,13 @@ async def tokenize(state: State, texts: list[str], add_special_tokens: bool | No
     return [next(rest if each else bare) for each in wanted]
 
 
-async def _encode(state: State, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+async def _encode(state: ServerState, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
     if is_short(texts):
         return state.engine.tokenizer.encode_all(texts, add_special_tokens)
     return await asyncio.wrap_future(state.reader.encode(texts, add_special_tokens))
 
 
-async def detokenize(state: State, lists: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+async def detokenize(state: ServerState, lists: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
     """The text of each list of token ids, which are checked already."""
     total = sum(map(len, lists))
     _require_few(total, "tokens", state.reader.characters)
@@ -142,17 +148,17 @@ async def detokenize(state: State, lists: Sequence[Sequence[int]], skip_special_
     return await asyncio.wrap_future(state.reader.decode(lists, skip_special_tokens))
 
 
-async def texts_of(state: State, prompts: Prompts) -> list[str]:
+async def texts_of(state: ServerState, prompts: Prompts) -> list[str]:
     """The prompts as text: what came, or the token ids decoded (they were checked before)."""
     return prompts.texts if prompts.texts is not None else await detokenize(state, prompts.ids)
 
 
-def _require_answers(state: State, n: int) -> None:
+def _require_answers(state: ServerState, n: int) -> None:
     if n > state.config.max_n:
         raise invalid(f"n={n} is more than this server allows: max_n is {state.config.max_n}", "n")
 
 
-def _require_room(state: State, ids: list[Any], what: str) -> None:
+def _require_room(state: ServerState, ids: list[Any], what: str) -> None:
     if len(ids) > state.longest_prompt:
         raise RequestTooLarge(f"{what} has {len(ids)} tokens; this server takes {state.longest_prompt}")
 

@@ -20,7 +20,7 @@ from rootcellar.server.browsers import Browsers, is_loopback
 from rootcellar.server.callers import Callers
 from rootcellar.server.connections import allow_files, protocol
 from rootcellar.server.loading import Loading
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 from rootcellar.server_config import ServerConfig
 from rootcellar.units import gb
 
@@ -115,7 +115,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def banner(state: State, port: int) -> str:
+def banner(state: ServerState, port: int) -> str:
     """What is served, from how much memory, and what to try first."""
     engine, config = state.engine, state.config
     url = url_of(config, port)
@@ -167,7 +167,7 @@ class Server(uvicorn.Server):
 
         self._loading.start(self._ready, failed)
 
-    def _ready(self, state: State) -> None:
+    def _ready(self, state: ServerState) -> None:
         # Nothing of what is there now becomes garbage: the collector need not walk through it while requests wait.
         gc.collect()
         gc.freeze()
@@ -195,7 +195,7 @@ class Server(uvicorn.Server):
         else:
             self._hurry.set()
 
-    async def _finish(self, why: str, state: State) -> None:
+    async def _finish(self, why: str, state: ServerState) -> None:
         seconds = state.config.drain_timeout
         state.draining = True
         await state.observer.close()

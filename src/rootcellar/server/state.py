@@ -26,7 +26,7 @@ _CHARACTERS = 2**18
 
 
 @dataclass
-class State:
+class ServerState:
     """One server.
 
     Attributes:
@@ -118,7 +118,7 @@ class State:
         return True
 
 
-def state_of(request: Request) -> State:
+def state_of(request: Request) -> ServerState:
     """The state of the server that ``request`` came to."""
-    state: State = request.app.state.server
+    state: ServerState = request.app.state.server
     return state

@@ -17,7 +17,7 @@ from rootcellar.server.errors import ApiError, invalid, json_response
 from rootcellar.server.fields import CONTROL_IGNORED, CONTROL_REFUSED
 from rootcellar.server.parsing import Body
 from rootcellar.server.routes import AdminRoute, UserRoute, check
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=AdminRoute, tags=["Control"])
 """For whoever has the admin key."""
@@ -44,7 +44,7 @@ async def flush_cache(request: Request, timeout: Seconds = 0.0) -> Response:
     return _ok("Cache flushed.")
 
 
-async def _flush(state: State, timeout: float) -> None:
+async def _flush(state: ServerState, timeout: float) -> None:
     end = time.monotonic() + timeout
     while True:
         try:

@@ -14,7 +14,7 @@ from rootcellar.errors import QueueFull
 from rootcellar.server.answer import Result, counts
 from rootcellar.server.errors import ApiError, json_response
 from rootcellar.server.routes import PublicRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=PublicRoute, tags=["Health"])
 
@@ -54,7 +54,7 @@ async def version() -> Response:
     return json_response({"version": rootcellar.__version__})
 
 
-async def check(state: State) -> dict[str, Any]:
+async def check(state: ServerState) -> dict[str, Any]:
     """What ``/health`` says of this server; ``ApiError`` when it is not well."""
     before = await _status(state)
     try:
@@ -72,7 +72,7 @@ async def check(state: State) -> dict[str, Any]:
     return {"status": "ok"}
 
 
-async def _one_token(state: State) -> None:
+async def _one_token(state: ServerState) -> None:
     with contextlib.suppress(QueueFull):  # others came first, and the engine has something to do
         counts(cast(Result, await state.engine.async_generate(raise_on_failure=False, **_ONE_TOKEN)))
 
@@ -90,7 +90,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready"})
 
 
-async def _status(state: State) -> dict[str, Any]:
+async def _status(state: ServerState) -> dict[str, Any]:
     """The engine's own word, from its thread."""
     try:
         return await asyncio.wait_for(asyncio.wrap_future(state.engine.sight.asked_status()), _SECONDS)

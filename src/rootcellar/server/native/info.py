@@ -15,7 +15,7 @@ from rootcellar.server.answer import on_thread
 from rootcellar.server.callers import own_of
 from rootcellar.server.errors import json_response
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
@@ -100,7 +100,7 @@ async def get_load(request: Request) -> Response:
     return json_response([content])
 
 
-async def _load(state: State) -> dict[str, Any]:
+async def _load(state: ServerState) -> dict[str, Any]:
     stats = await asyncio.wrap_future(state.engine.sight.asked_stats())
     usage = stats["occupancy"]["DEVICE"]["busy"]
     return {

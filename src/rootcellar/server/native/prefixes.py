@@ -16,7 +16,7 @@ from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
 from rootcellar.server.prompts import checked_ids, read_chat, read_prompts
 from rootcellar.server.routes import AdminRoute, OwnerRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=OwnerRoute, tags=["Cache"])
 """For whoever owns what is cached."""
@@ -33,7 +33,7 @@ class PromptRequest(Rendering):
     extra_key: str | None = None
     tenant: str | None = None
 
-    async def tokens(self, state: State) -> list[int]:
+    async def tokens(self, state: ServerState) -> list[int]:
         """The token ids, checked."""
         if self.messages is None:
             prompts = await read_prompts(state, self.text, self.input_ids)

@@ -16,7 +16,7 @@ from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
 from rootcellar.server.prompts import Prompts, read_chat
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 from rootcellar.text import Tokenizer
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
@@ -62,13 +62,13 @@ def for_template(messages: list[ChatMessage], how: Rendering) -> tuple[list[dict
     return [message.for_template() for message in messages], options
 
 
-async def chat_tokens(state: State, body: ChatRequest) -> Prompts:
+async def chat_tokens(state: ServerState, body: ChatRequest) -> Prompts:
     """The token ids of a conversation."""
     messages, options = for_template(body.messages, body)
     return await read_chat(state, messages, n=body.n or 1, **options)
 
 
-def answer_limit(state: State, body: ChatRequest, ids: list[int]) -> int:
+def answer_limit(state: ServerState, body: ChatRequest, ids: list[int]) -> int:
     """Most tokens of the answer to a chat of these: what was asked for, or else what is left of the context."""
     limit = body.limit()
     return max(1, state.engine.longest_prompt + 1 - len(ids)) if limit is None else limit
@@ -85,7 +85,7 @@ class _Chat(Job):
     """What every answer begins with."""
 
     @classmethod
-    async def of(cls, body: ChatRequest, state: State) -> _Chat:
+    async def of(cls, body: ChatRequest, state: ServerState) -> _Chat:
         """Read ``body``."""
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:

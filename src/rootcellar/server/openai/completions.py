@@ -16,7 +16,7 @@ from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import MOST_LOGPROBS, CompletionRequest
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 from rootcellar.text import Offsets
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
@@ -33,7 +33,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return await job.answer(request, state, body)
 
 
-async def completion_prompts(state: State, body: CompletionRequest) -> Prompts:
+async def completion_prompts(state: ServerState, body: CompletionRequest) -> Prompts:
     """The prompts of a completion."""
     texts, ids = _split(body.prompt)
     return await read_prompts(state, texts, ids, body.n or 1, add_special_tokens=body.add_special_tokens)
@@ -46,7 +46,7 @@ class _Completion(Job):
     object_name = event_name = "text_completion"
     in_choices = True
 
-    state: State
+    state: ServerState
     prompts: Prompts
     echo: bool
     skip_special_tokens: bool
@@ -54,7 +54,7 @@ class _Completion(Job):
     _offsets: dict[int, Offsets] = field(default_factory=dict, init=False)
 
     @classmethod
-    async def of(cls, body: CompletionRequest, state: State) -> _Completion:
+    async def of(cls, body: CompletionRequest, state: ServerState) -> _Completion:
         n = body.n or 1
         if body.logprobs is not None and not 0 <= body.logprobs <= MOST_LOGPROBS:
             raise invalid(f"logprobs must be from 0 to {MOST_LOGPROBS}", "logprobs")

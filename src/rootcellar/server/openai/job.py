@@ -17,7 +17,7 @@ from rootcellar.server.errors import json_bytes
 from rootcellar.server.openai.choices import Sent, extension, finish, usage
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.protocol import Sampling, StreamOptions
-from rootcellar.server.state import State
+from rootcellar.server.state import ServerState
 from rootcellar.server.writing import dumps, logprobs_of, written
 
 
@@ -60,7 +60,7 @@ class Job(ABC):
     def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
         """Logprobs of choice ``i`` that were not sent before, with ``top`` of the likeliest; None: none."""
 
-    async def answer(self, request: Request, state: State, body: Sampling) -> Response:
+    async def answer(self, request: Request, state: ServerState, body: Sampling) -> Response:
         """Ask the engine, and answer as ``body`` wants it."""
         if body.stream:
             stream = await begin(request, state, **self.arguments)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from rootcellar.server.errors import json_response
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
@@ -28,7 +28,7 @@ async def model(model: str, request: Request) -> Response:
     return json_response(_card(state))
 
 
-def _card(state: State) -> dict[str, Any]:
+def _card(state: ServerState) -> dict[str, Any]:
     return {
         "id": state.model_name,
         "object": "model",

@@ -19,7 +19,7 @@ from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest, Sampling
 from rootcellar.server.prompts import checked_ids
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import State, state_of
+from rootcellar.server.state import ServerState, state_of
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
 
@@ -53,7 +53,14 @@ async def render_completion(body: CompletionRequest, request: Request) -> Respon
         )
 
 
-def _rendered(state: State, body: Sampling, name: str, ids: list[Any], limit: int, top: int | None) -> dict[str, Any]:
+def _rendered(
+    state: ServerState,
+    body: Sampling,
+    name: str,
+    ids: list[Any],
+    limit: int,
+    top: int | None,
+) -> dict[str, Any]:
     """vLLM's ``GenerateRequest``. Raises as the request itself would, but for grammars, which are not compiled."""
     if not checked_ids(state, ids):
         raise invalid("the prompt is empty: give at least one token")
