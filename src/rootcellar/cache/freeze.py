@@ -1,8 +1,8 @@
 """A cache as plain values, and back: how the two cores are compared, checked and explained with the same code.
 
-``freeze`` of the Python cache and ``_frozen`` of the native core are equal tuples when the caches are. ``thaw``
-makes the Python objects that such a tuple, or a part of it, describes, so that ``check``, ``explain`` and ``pretty_print`` exist
-once: the native core is checked by code that shares nothing with it.
+``freeze`` of the Python cache and ``_frozen`` of the native core are equal tuples when the caches are. ``thaw`` makes
+the Python objects that such a tuple, or a part of it, describes, so that ``check``, ``explain`` and ``pretty_print``
+exist once: the native core is checked by code that shares nothing with it.
 """
 
 from __future__ import annotations
