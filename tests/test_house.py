@@ -115,6 +115,26 @@ def test_nothing_is_probed_for_by_name(path):
     assert not [probe.lineno for probe in probes]
 
 
+def _types_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and meaning of each public class and type alias of a module: a class is itself, an alias what it says."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name, f"class of {_id(path)}"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name[0].isupper() and not name.isupper():
+                yield name, ast.unparse(node.value)
+
+
+def test_no_two_types_of_the_package_have_one_name():
+    """One word per concept; docs/architecture.md has the table."""
+    meanings: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for name, meaning in _types_of(path):
+            meanings.setdefault(name, set()).add(meaning)
+    assert not {name: each for name, each in meanings.items() if len(each) > 1}
+
+
 # --- the project file, the lock and the wheel -------------------------------------------------------------------------
 
 

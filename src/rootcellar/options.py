@@ -30,7 +30,7 @@ _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a n
 MOST_ITEMS = 16_384
 """The longest list that an option takes."""
 
-Weights = tuple[tuple[int, float], ...]
+TokenWeights = tuple[tuple[int, float], ...]
 """A number for each of some token ids: given as a mapping, whose keys may be text as in JSON, and stored as pairs."""
 
 
@@ -132,8 +132,8 @@ class Option:
                 return number
         raise self._refusal(given, error)
 
-    def _accept_weights(self, value: object, error: type[RootcellarError]) -> Weights:
-        """``Weights`` in the order of their ids; each id once, from 0 on and within 32 bits."""
+    def _accept_weights(self, value: object, error: type[RootcellarError]) -> TokenWeights:
+        """``TokenWeights`` in the order of their ids; each id once, from 0 on and within 32 bits."""
         pairs = value.items() if isinstance(value, Mapping) else () if value is None else value
         weights: dict[int, float] = {}
         for pair in pairs if isinstance(pairs, Iterable) and not isinstance(pairs, str) else [None]:
@@ -279,7 +279,7 @@ def _read_annotation(hint: Any) -> tuple[type, bool, bool]:
         (inner,) = (arm for arm in typing.get_args(hint) if arm is not types.NoneType)
         kind, _, many = _read_annotation(inner)
         return kind, True, many
-    if hint == Weights:
+    if hint == TokenWeights:
         return tuple, False, False
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], False, True

@@ -19,7 +19,7 @@ from rootcellar.engine.build import build
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.commands import Submit
 from rootcellar.engine.lifecycle import Lifecycle
-from rootcellar.engine.requests import Item
+from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Learn, Machine
 from rootcellar.runner import Shapes
 from rootcellar.sampling_params import SamplingParams
@@ -197,7 +197,7 @@ class Callers:
         """The command that asks for the continuation of ``prompts``."""
         params = SamplingParams(**sampling)
         items = tuple(
-            Item(np.asarray(p), params, frozenset([EOS]), 0, (f"c{call}", f"c{call}-{i}"), logprobs, 0, "")
+            InputItem(np.asarray(p), params, frozenset([EOS]), 0, (f"c{call}", f"c{call}-{i}"), logprobs, 0, "")
             for i, p in enumerate(prompts)
         )
         return Submit(items, call, "", True, 0.0, deadline)

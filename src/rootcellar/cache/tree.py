@@ -18,10 +18,10 @@ from rootcellar.cache.settings import Settings
 from rootcellar.cache.shelf import Arena, Shelf
 from rootcellar.cache.slots import Pages, SlotAllocator
 
-Item = TypeVar("Item", bound=np.generic)
+Element = TypeVar("Element", bound=np.generic)
 
 
-def _part(array: NDArray[Item], begin: int, end: int) -> NDArray[Item]:
+def _part(array: NDArray[Element], begin: int, end: int) -> NDArray[Element]:
     """``array[begin:end]``, as a copy where a view would keep more than twice its size in memory."""
     part = array[begin:end]
     whole = array if array.base is None else array.base

@@ -15,7 +15,7 @@ from rootcellar.engine.build import Weights
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.output import Deliver, Tracker
-from rootcellar.engine.requests import Item
+from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
 from rootcellar.errors import ConfigError
 from rootcellar.scheduler import Finish, Request
@@ -57,7 +57,7 @@ class Submit(Command):
     ``received``, ``deadline``: when the call came, and when it is too late, in seconds of the engine's clock.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[InputItem, ...]
     call: int
     tenant: str
     stream: bool

@@ -37,7 +37,7 @@ _BYTES_PER_CHARACTER = 64
 _STEP_SECONDS = 1.0
 
 
-Key = tuple[str, str]
+Definition = tuple[str, str]
 """A grammar: the parameter that names it, and its text."""
 
 
@@ -68,7 +68,7 @@ class Grammars:
         self._bounds = bounds
         self._max_waiting = max_waiting
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._kept: OrderedDict[Definition, _Kept] = OrderedDict()
         self._waiting = 0
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
@@ -85,10 +85,10 @@ class Grammars:
             RequestTooLarge: a text is longer than ``max_grammar_length``.
             QueueFull: too many calls wait.
         """
-        keys = [
+        definitions = [
             None if each.grammar is None else (each.grammar, str(getattr(each, each.grammar))) for each in samplings
         ]
-        wanted = {key for key in keys if key is not None}
+        wanted = {definition for definition in definitions if definition is not None}
         if not wanted:
             return None
         for name, source in wanted:
@@ -97,11 +97,11 @@ class Grammars:
                     f"{name} has {len(source)} characters: at most {self._bounds.length} are allowed "
                     "(max_grammar_length)"
                 )
-        kept = {key: found for key in wanted if (found := self._find(key)) is not None}
+        kept = {definition: found for definition in wanted if (found := self._find(definition)) is not None}
         if len(kept) < len(wanted):
-            return self._enqueue(keys)
+            return self._enqueue(definitions)
         future: Future[list[Grammar | None]] = Future()
-        future.set_result([self._begin(key, kept) for key in keys])
+        future.set_result([self._begin(definition, kept) for definition in definitions])
         return future
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Grammars:
             executor.shutdown()
             worker.close()
 
-    def _enqueue(self, keys: list[Key | None]) -> Future[list[Grammar | None]]:
+    def _enqueue(self, definitions: list[Definition | None]) -> Future[list[Grammar | None]]:
         with self._lock:
             if self._closed:
                 raise EngineError("the engine was shut down; make a new Engine")
@@ -123,7 +123,7 @@ class Grammars:
                     f"{self._waiting} grammars wait to be compiled (max_queued_requests); try again later or raise it"
                 )
             self._waiting += 1
-            future = self._threads().submit(self._compile_all, keys)
+            future = self._threads().submit(self._compile_all, definitions)
         future.add_done_callback(self._no_longer_waits)
         return future
 
@@ -146,53 +146,53 @@ class Grammars:
     def _read_words(self, vocabulary: Vocabulary) -> None:
         self._words = vocabulary.read()
 
-    def _find(self, key: Key) -> LLMatcher | None:
+    def _find(self, definition: Definition) -> LLMatcher | None:
         with self._lock:
-            if key not in self._kept:
+            if definition not in self._kept:
                 return None
-            self._kept.move_to_end(key)
-            return self._kept[key].matcher
+            self._kept.move_to_end(definition)
+            return self._kept[definition].matcher
 
-    def _compile_all(self, keys: list[Key | None]) -> list[Grammar | None]:
+    def _compile_all(self, definitions: list[Definition | None]) -> list[Grammar | None]:
         """On the thread that compiles, within the time of one call."""
         end = time.monotonic() + self._bounds.seconds
-        kept: dict[Key, LLMatcher] = {}
-        for key in keys:
-            if key is not None and key not in kept:
-                kept[key] = self._find(key) or self._compile(key, end)
-        return [self._begin(key, kept) for key in keys]
+        kept: dict[Definition, LLMatcher] = {}
+        for definition in definitions:
+            if definition is not None and definition not in kept:
+                kept[definition] = self._find(definition) or self._compile(definition, end)
+        return [self._begin(definition, kept) for definition in definitions]
 
-    def _compile(self, key: Key, end: float) -> LLMatcher:
+    def _compile(self, definition: Definition, end: float) -> LLMatcher:
         if self._closed:
             raise EngineError("the engine was shut down; make a new Engine")
         assert self._worker is not None
         assert self._words is not None
         try:
-            text, nbytes = self._worker.try_out(*key, max(0.0, end - time.monotonic()))
+            text, nbytes = self._worker.try_out(*definition, max(0.0, end - time.monotonic()))
         except RequestError as error:
             if self._closed:  # which is what ended the process
                 raise EngineError("the engine was shut down") from error
             raise
         made = matcher(self._words, text)
-        self._keep(key, _Kept(made, max(nbytes, _BYTES_PER_CHARACTER * len(key[1]))))
+        self._keep(definition, _Kept(made, max(nbytes, _BYTES_PER_CHARACTER * len(definition[1]))))
         return made
 
-    def _keep(self, key: Key, kept: _Kept) -> None:
+    def _keep(self, definition: Definition, kept: _Kept) -> None:
         with self._lock:
-            self._kept[key] = kept
+            self._kept[definition] = kept
             while len(self._kept) > _KEPT or sum(each.nbytes for each in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
 
-    def _begin(self, key: Key | None, kept: Mapping[Key, LLMatcher]) -> Grammar | None:
-        if key is None:
+    def _begin(self, definition: Definition | None, kept: Mapping[Definition, LLMatcher]) -> Grammar | None:
+        if definition is None:
             return None
         assert self._words is not None
 
         def forget() -> None:
             with self._lock:
-                self._kept.pop(key, None)
+                self._kept.pop(definition, None)
 
-        return Grammar(kept[key].deep_copy(), self._vocab_size, self._words.vocab_size, forget)
+        return Grammar(kept[definition].deep_copy(), self._vocab_size, self._words.vocab_size, forget)
 
 
 class Grammar:

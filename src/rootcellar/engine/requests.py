@@ -29,7 +29,7 @@ _DEFAULTS = SamplingParams()
 
 
 @dataclass(frozen=True)
-class Item:
+class InputItem:
     """One sequence to generate: a prompt of ``n`` answers is ``n`` of them. ``names``: what its caller calls it."""
 
     ids: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Inputs:
     ``tenant``: who asks.
     """
 
-    items: list[Item]
+    items: list[InputItem]
     several: bool
     received: float
     tenant: str = ""
@@ -96,7 +96,7 @@ def read_inputs(
     sequences = _check_size(parts, prompts, settings, logprobs)
     if require_room is not None:
         require_room(sequences, tenant)
-    items: list[Item] = []
+    items: list[InputItem] = []
     read = _Read(parts)
     for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):
         where = "" if one else f"prompt {i}: "
@@ -107,7 +107,7 @@ def read_inputs(
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
-            items.append(Item(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached))
+            items.append(InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached))
     return Inputs(items, not one or len(items) > 1, received, tenant)
 
 

@@ -1,7 +1,7 @@
-"""Who calls: from the key that a request brings to its caller, and what that caller may do.
+"""Who calls: from the API key that a request brings to its caller, and what that caller may do.
 
-Keys are the only identity. The admin key may do everything; each user key is a *tenant*, whose cache, request ids and
-pins are its own. Without user keys everybody is the one anonymous user.
+API keys are the only identity. The admin's may do everything; each user's is a *tenant*, whose cache, request ids and
+pins are its own. Without users' keys everybody is the one anonymous user.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Callers:
-    """The keys of one server: who has which. ``users``: (key, tenant) of each user key."""
+    """The API keys of one server: who has which. ``users``: (API key, tenant) of each user."""
 
     users: tuple[tuple[bytes, str], ...]
     admin: bytes | None
@@ -57,17 +57,17 @@ class Callers:
         given = [*config.api_key, *_lines(config.api_key_file)]
         # Only one key and no name: there is nobody to tell its owner from.
         pairs = [_named(word, f"key-{i + 1}" if len(given) > 1 else "") for i, word in enumerate(given)]
-        keys = [key for key, _ in pairs] + ([] if config.admin_api_key is None else [config.admin_api_key])
-        if len(set(keys)) < len(keys):
+        api_keys = [api_key for api_key, _ in pairs] + ([] if config.admin_api_key is None else [config.admin_api_key])
+        if len(set(api_keys)) < len(api_keys):
             raise ConfigError(
                 "two of the keys are equal (api_key, api_key_file, admin_api_key): give each caller its own"
             )
         admin = None if config.admin_api_key is None else config.admin_api_key.encode()
-        return cls(tuple((key.encode(), name) for key, name in pairs), admin)
+        return cls(tuple((api_key.encode(), name) for api_key, name in pairs), admin)
 
     @property
     def open(self) -> bool:
-        """Whether users need no key."""
+        """Whether users need no API key."""
         return not self.users
 
     @property
@@ -76,10 +76,12 @@ class Callers:
         return tuple(dict.fromkeys(name for _, name in self.users))
 
     def of_token(self, token: bytes) -> Caller | None:
-        """Who has this key; None: nobody, and users need one."""
+        """Who has this API key; None: nobody, and users need one."""
         if self.admin is not None and hmac.compare_digest(token, self.admin):
             return Caller(admin=True)
-        found = [name for key, name in self.users if hmac.compare_digest(token, key)]  # all of them, for one time
+        found = [
+            name for api_key, name in self.users if hmac.compare_digest(token, api_key)
+        ]  # all of them, for one time
         if found:
             # One key for everything is an admin's too; of several none may look at the others.
             return Caller(found[0], admin=self.admin is None and len(self.tenants) == 1)
@@ -106,7 +108,7 @@ def note_caller(scope: Scope, caller: Caller | None) -> None:
 
 
 def noted_caller(scope: Scope) -> Caller | None:
-    """Who sent the request; None: somebody without the key that users need."""
+    """Who sent the request; None: somebody without the API key that users need."""
     caller: Caller | None = scope[_CALLER]
     return caller
 
@@ -129,7 +131,7 @@ def own_of(request: Request) -> str | None:
 
 
 def unauthorized(message: str) -> ApiError:
-    """The answer to a missing or wrong key."""
+    """The answer to a missing or wrong API key."""
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -148,11 +150,11 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _named(word: str, otherwise: str) -> tuple[str, str]:
-    """(key, name) of ``name:key``, or of a key alone. A key with a colon in it is written with a name, or ``:key``."""
+    """(API key, name) of ``name:key`` or a key alone. With a colon in it it is written with a name, or ``:key``."""
     head, colon, tail = word.partition(":")
-    key, name = (tail, head or otherwise) if colon else (word, otherwise)
-    if not key or not key.isprintable() or key != key.strip():
+    api_key, name = (tail, head or otherwise) if colon else (word, otherwise)
+    if not api_key or not api_key.isprintable() or api_key != api_key.strip():
         raise ConfigError("a key of api_key or api_key_file is empty, or has spaces around it: write KEY or name:KEY")
     if name and not _NAME.fullmatch(name):
         raise ConfigError(f"the name {name!r} of a key is not allowed: up to 64 letters, digits, '.', '_' and '-'")
-    return key, name
+    return api_key, name

@@ -41,13 +41,13 @@ class PublicRoute(_Checked):
 
 
 class UserRoute(_Checked):
-    """For whoever has a key, where the server has keys."""
+    """For whoever has an API key, where the server has some."""
 
     access = Access.USER
 
 
 class OwnerRoute(_Checked):
-    """For whoever has a key with a name, and sees or changes its own; the admin key reaches all.
+    """For whoever has an API key with a name, and sees or changes its own; the admin key reaches all.
 
     Where users share one key, or need none, it is the admin's: what is theirs is everybody's.
     """

@@ -119,7 +119,7 @@ def banner(state: ServerState, port: int) -> str:
     """What is served, from how much memory, and what to try first."""
     engine, config = state.engine, state.config
     url = url_of(config, port)
-    key = " -H 'Authorization: Bearer $API_KEY'" if not state.callers.open else ""
+    with_key = " -H 'Authorization: Bearer $API_KEY'" if not state.callers.open else ""
     kv = engine.stats()["kv_cache_bytes"]
     lines = [
         f"rootcellar serves {state.model_name} at {url}",
@@ -128,7 +128,7 @@ def banner(state: ServerState, port: int) -> str:
         f"  limits   prompts of {state.longest_prompt:,} tokens, {engine.max_running_requests} requests at a time, "
         f"{engine.config.max_queued_requests} waiting",
         f"  page     {url}/ shows the cache at work",
-        f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
+        f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{with_key} -d "
         """'{"messages": [{"role": "user", "content": "What is a KV cache?"}]}'""",
     ]
     if state.callers.open and not is_loopback(config.host):

@@ -9,9 +9,9 @@ from typing import Any
 from rootcellar.cache.kind import Rule
 from rootcellar.errors import ConfigError, ModelError
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.plan.fields import Raw
 from rootcellar.plan.layers import layer_rules
 
-Raw = Mapping[str, Any]
 Names = Mapping[str, tuple[str, ...]]
 
 

@@ -31,7 +31,7 @@ Prompt = Annotated[
         }
     ),
 ]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
 # Of the likeliest tokens beside each, as at OpenAI.
 MOST_LOGPROBS = 20
 
@@ -50,21 +50,21 @@ class Sampling(Forms):
     refused = REFUSED
 
     model: str | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
+    temperature: FiniteNumber | None = None
+    top_p: FiniteNumber | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
+    frequency_penalty: FiniteNumber | None = None
+    presence_penalty: FiniteNumber | None = None
     logit_bias: dict[str, Any] | None = None
     best_of: int | None = None
 
     top_k: int | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
+    min_p: FiniteNumber | None = None
+    repetition_penalty: FiniteNumber | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
