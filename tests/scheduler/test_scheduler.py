@@ -93,6 +93,23 @@ def test_without_memory_the_youngest_waits_again_and_the_answer_is_the_same():
     assert next(r.rid for r in world.finished) == "r0"
 
 
+def test_who_decodes_goes_on_where_prefill_took_anothers_memory_and_found_too_little():
+    """The prompt's next chunk costs its rival's youngest request its memory, then, being the youngest, its own."""
+    world = World(tokens=63, page_size=1, chunk=8, reuse=False)
+    first = world.add(prompt(1, 12), 50, tenant="a")
+    world.step()
+    large = world.add(prompt(2, 47), 1, tenant="b")
+    small = world.add(prompt(3, 1), 20, tenant="a")
+    while not (large.retractions and small.retractions):
+        before = first.length
+        plan = world.step()
+    assert plan.decode
+    assert plan.requests == [first]
+    assert first.length == before + 1
+    world.run()
+    world.verify()
+
+
 def test_lpm_starts_the_longest_cached_prefix_first_and_fcfs_the_oldest():
     order = {}
     for policy in ("lpm", "fcfs"):

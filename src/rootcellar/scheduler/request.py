@@ -173,11 +173,12 @@ class Request:
 
     def append(self, token: int) -> None:
         """Add the chosen token, and end the request if it was the last."""
-        self.ids[self.length] = token
-        self.length += 1
+        ids, at = self.ids, self.length
+        ids[at] = token
+        self.length = at + 1
         if token in self.stop_ids and self.generated > self.sampling.min_new_tokens:
             self.finish = Finish("stop", matched=token)
-        elif self.length == len(self.ids):
+        elif at + 1 == len(ids):
             self.finish = Finish("length")
 
     @property

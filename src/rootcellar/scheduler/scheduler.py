@@ -264,14 +264,15 @@ class Scheduler:
         if not decoding:
             return None
         one = self._per_step == 1
-        requests = decoding
-        if not (one and self._one_slot_more(decoding)):
-            requests = self._grow(decoding, [r.computed + self._most(r) for r in decoding])
+        requests = [r for r in decoding if r.lease is not None]  # prefill that found no room may have retracted some
+        if not (one and self._one_slot_more(requests)):
+            requests = self._grow(requests, [r.computed + self._most(r) for r in requests])
         new = tuple.__new__  # half as long as a call of the class, for each row of each step
         chunks = [new(Chunk, (r, r.computed, r.length, True, 1 if one else self._most(r))) for r in requests]
+        loop = Stage.DECODE_LOOP  # once: to look up a member of an enumeration takes as long as all else for a row
         for request in requests:
-            if request.stage is not Stage.DECODE_LOOP:
-                request.enter(Stage.DECODE_LOOP)
+            if request.stage is not loop:
+                request.enter(loop)
         return Plan(tuple(chunks), decode=True) if chunks else None
 
     def _most(self, request: Request) -> int:
@@ -310,7 +311,8 @@ class Scheduler:
         tight = [r for r in requests if r.slots == r.computed]
         grown = self.cache.grow_many([r.lease for r in tight if r.lease is not None])
         for request, ok in zip(tight, grown, strict=True):
-            request.slots += ok
+            if ok:
+                request.slots += 1
         return all(grown)
 
     def _grow(self, requests: Sequence[Request], ends: Sequence[int]) -> list[Request]:
@@ -343,12 +345,6 @@ class Scheduler:
 
     def _youngest(self, requests: Iterable[Request]) -> Request:
         return max(requests, key=self._admitted.__getitem__)
-
-    def _grow_together(self, requests: Sequence[Request]) -> list[Request]:
-        """Slots for the next token of each, in one call of the cache; those that it left without."""
-        tight = [r for r in requests if r.lease is not None and r.lease.length == r.computed]
-        leases = [r.lease for r in tight if r.lease is not None]
-        return [r for r, ok in zip(tight, self.cache.grow_many(leases), strict=True) if not ok]
 
     # -- admission ------------------------------------------------------------------------------------------------
 
@@ -469,12 +465,15 @@ class Scheduler:
         moved: list[Request] = []
         waits = plan.decode and self._snapshots is None  # to commit: the first chunks of a request are shared at once
         for i, (request, _, stop, ends, most) in enumerate(plan.chunks):
+            request.computed = stop
             if ends:
-                given = tokens[i]
-                self._append(request, i, given if len(given) <= most else given[:most], follow)
                 moved.append(request)
-            else:
-                request.computed = stop
+                if most > 1 or stop == request.prompt_length:
+                    self._append(request, i, tokens[i][:most], follow)
+                else:  # one more of its answer, which it is nearly always
+                    request.append(tokens[i][0])
+                    if follow is not None and (found := follow(i, 0)) is not None:
+                        request.finish = request.finish or found
             if request.finish is not None:
                 self._end(request)
             elif not waits or request.computed >= request.commit_at:
@@ -482,7 +481,7 @@ class Scheduler:
         return moved
 
     def _append(self, request: Request, i: int, tokens: Sequence[int], follow: Follow | None) -> None:
-        """Add chosen tokens to the request of chunk ``i``, up to its last."""
+        """Add chosen tokens, the first of its answer maybe, to the request of chunk ``i``, up to its last."""
         request.score_from = None
         if request.sampling.max_new_tokens == 0:
             request.computed = request.length
