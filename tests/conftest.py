@@ -35,6 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything imports JAX: what it reads from the environment, which processes of tests inherit."""
     for name, value in KEEP_ALL.items():
         os.environ.setdefault(name, value)
+    if config.option.markexpr not in ("reference", "clients"):
+        # Nobody is asked over TLS: reading all certificates would cost every HTTP client 40 ms.
+        os.environ.pop("SSL_CERT_FILE", None)
+        os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
     if config.option.markexpr not in ("long", "reference", "clients"):
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_backend_optimization_level" not in flags:

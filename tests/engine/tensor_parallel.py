@@ -1,6 +1,6 @@
-"""Run by test_tensor_parallel.py in a process with four virtual devices: answers of one checkpoint at one tp_size.
+"""Run by test_tensor_parallel.py in a process with four virtual devices: answers of checkpoints, each at one tp_size.
 
-python tensor_parallel.py FOLDER TP_SIZE  <  prompts as JSON   >  {"output_ids", "shards", ...} as JSON
+python tensor_parallel.py  <  a line each: {"folder", "tp_size", "prompts", "most"} as JSON   >  a line of results
 """
 
 import json
@@ -23,23 +23,22 @@ def gathered(runner):
     return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
 
 
-folder, tp_size = sys.argv[1], int(sys.argv[2])
-prompts = json.load(sys.stdin)
-settings = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
-with rootcellar.Engine(
-    model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=64,
-    max_running_requests=16, compilation_cache_dir="off",
-) as engine:  # fmt: skip
-    answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
-    engine.check()
-    compiled = engine.stats()["compilations"]
-    engine.release_memory_occupation("kv_cache")
-    engine.resume_memory_occupation()
-    again = engine.generate(input_ids=prompts, sampling_params=settings)
-    runner = engine._parts.runner
-    pool = next(iter(runner.pools.values())).buffers[0][0]
-    json.dump(
-        {
+def answer(folder, tp_size, prompts, most):
+    """Cold, from the cache, and after dropping it: the answers, and what lies where."""
+    settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+    with rootcellar.Engine(
+        model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=64,
+        max_running_requests=4,
+    ) as engine:  # fmt: skip
+        answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
+        engine.check()
+        compiled = engine.stats()["compilations"]
+        engine.release_memory_occupation("kv_cache")
+        engine.resume_memory_occupation()
+        again = engine.generate(input_ids=prompts, sampling_params=settings)
+        runner = engine._parts.runner
+        pool = next(iter(runner.pools.values())).buffers[0][0]
+        return {
             "devices": jax.device_count(),
             "output_ids": [[r["output_ids"] for r in run] for run in (*answers, again)],
             "cached": [r["meta_info"]["cached_tokens"] for r in answers[1]],
@@ -47,6 +46,8 @@ with rootcellar.Engine(
             "on_each_device": sorted({tuple(s.data.shape) for s in pool.addressable_shards}),
             "compiled_by_rebuild": engine.stats()["compilations"] - compiled,
             "gathered": gathered(engine._parts.runner),
-        },
-        sys.stdout,
-    )
+        }
+
+
+for line in sys.stdin:
+    print(json.dumps(answer(**json.loads(line))), flush=True)

@@ -163,7 +163,7 @@ def test_shutdown_twice_and_then_no_more(tiny_folder):
 def test_no_compilation_in_steady_state(tiny_folder):
     """After warm-up a mixed workload compiles nothing: all batch sizes, chunks, samplers, retraction and eviction."""
     with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=384, max_running_requests=4, chunked_prefill_size=32, page_size=4
+        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
     ) as engine:
         assert engine.warm_up() > 0
         before = engine.stats()["compilations"]
@@ -176,7 +176,7 @@ def test_no_compilation_in_steady_state(tiny_folder):
         ]
         for _ in range(4):
             n = int(rng.integers(1, 14))
-            prompts = [rng.integers(0, 500, int(rng.integers(1, 150))).tolist() for _ in range(n)]
+            prompts = [rng.integers(0, 500, int(rng.integers(1, 300))).tolist() for _ in range(n)]
             engine.generate(input_ids=prompts, sampling_params=[settings[int(rng.integers(4))] for _ in range(n)])
         stats = engine.stats()
         assert stats["compilations"] == before

@@ -27,54 +27,61 @@ def case(tmp_path_factory):
 
 
 def engine(folder, **options):
-    options = {"max_total_tokens": 4096, "max_running_requests": 16, "skip_tokenizer_init": True, **options}
+    options = {"max_total_tokens": 4096, "max_running_requests": 4, "skip_tokenizer_init": True, **options}
     return rootcellar.Engine(model_path=folder, **options)
 
 
-def run_twice(engine, case, batch):
-    """All prompts in a shuffled order, ``batch`` at a time; then again, from the cache. Returns the second results."""
-    order = list(range(len(case.prompts)))
+def run_twice(engine, case, batch, again=24):
+    """Prompts in a shuffled order, ``batch`` at a time; then again, from the cache, for ``again`` tokens.
+
+    All of them, or a third when each is alone. Returns the second results, by prompt.
+    """
+    order = list(range(0, len(case.prompts), 3 if batch == 1 else 1))
     random.Random(3).shuffle(order)
-    for _ in range(2):
+    for most in (64, again):
         results = {}
         for at in range(0, len(order), batch):
             part = order[at : at + batch]
-            answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
+            settings = {**GREEDY, "max_new_tokens": most}
+            answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=settings)
             results.update(zip(part, answers, strict=True))
-        for i, expected in enumerate(case.tokens):
-            assert results[i]["output_ids"] == expected, f"prompt {i}"
+        for i, result in results.items():
+            assert result["output_ids"] == case.tokens[i][:most], f"prompt {i}"
     return results
 
 
 @pytest.mark.parametrize(
-    ("page_size", "chunk", "batch", "backend"),
+    ("page_size", "chunk", "batch", "running", "backend"),
     [
-        (1, 256, 16, "auto"),
-        (1, 16, 1, "auto"),
-        (16, 256, 16, "auto"),
-        (16, 7, 16, "auto"),
-        (64, 256, 1, "auto"),
-        (64, 16, 16, "auto"),
-        (1, 256, 16, "xla"),
-        pytest.param(16, 7, 16, "xla", marks=pytest.mark.long),
-        pytest.param(16, 16, 16, "auto", marks=pytest.mark.long),
+        (1, 256, 16, 4, "auto"),
+        (1, 16, 1, 1, "auto"),
+        (16, 256, 16, 16, "auto"),
+        (16, 7, 16, 4, "auto"),
+        (64, 256, 16, 4, "auto"),
+        (64, 16, 1, 1, "xla"),
+        pytest.param(64, 256, 1, 1, "auto", marks=pytest.mark.long),
+        pytest.param(64, 16, 16, 16, "auto", marks=pytest.mark.long),
+        pytest.param(1, 256, 16, 16, "auto", marks=pytest.mark.long),
+        pytest.param(1, 256, 16, 16, "xla", marks=pytest.mark.long),
+        pytest.param(16, 7, 16, 16, "xla", marks=pytest.mark.long),
+        pytest.param(16, 16, 16, 16, "auto", marks=pytest.mark.long),
     ],
 )
-def test_page_size_chunk_and_batch(case, page_size, chunk, batch, backend):
+def test_page_size_chunk_and_batch(case, page_size, chunk, batch, running, backend):
     case, folder = case
     options = {"page_size": page_size, "chunked_prefill_size": chunk, "attention_backend": backend}
-    with engine(folder, **options) as e:
+    with engine(folder, max_running_requests=running, **options) as e:
         results = run_twice(e, case, batch)
-        for i, prompt in enumerate(case.prompts):
-            cached = results[i]["meta_info"]["cached_tokens"]
-            assert cached == (len(prompt) - 1) // page_size * page_size  # the second run comes from the cache
+        for i, result in results.items():
+            cached = result["meta_info"]["cached_tokens"]  # the second run comes from the cache
+            assert cached == (len(case.prompts[i]) - 1) // page_size * page_size
         check_idle(e)
 
 
 def test_cache_off(case):
     case, folder = case
     with engine(folder, disable_radix_cache=True) as e:
-        results = run_twice(e, case, 16)
+        results = run_twice(e, case, 16, again=1)
         assert all(r["meta_info"]["cached_tokens"] == 0 for r in results.values())
         check_idle(e)
 

@@ -153,7 +153,7 @@ def test_an_abort_ends_all_answers_of_a_call_or_of_one_of_its_prompts(paused):
 
 
 def test_a_name_stands_for_one_thing(paused):
-    begin(paused, n=2, rid="a")
+    held = begin(paused, n=2, rid="a")  # a stream that nobody holds ends
     for options in ({"rid": "a"}, {"rid": "a-0"}, {"rid": "a", "n": 2}, {"rid": "a", "prompts": 2}):
         with pytest.raises(RequestError, match="in use"):
             begin(paused, **options)
@@ -162,6 +162,7 @@ def test_a_name_stands_for_one_thing(paused):
             begin(paused, prompts=2, n=2, rid=rids)
     assert paused.stats()["waiting"] == 2
     begin(paused, rid="b")  # what was refused left nothing behind
+    held.close()
 
 
 def test_tenants_may_use_the_same_names(paused):

@@ -179,7 +179,7 @@ print(json.dumps([t.reserve_bytes(asked), t.memory.estimate_reserve(asked), weig
 def test_over_a_mesh_no_device_gathers_the_vocabulary():
     """Each computes the scores of its own part, and the scores are gathered: a little, where the weights are much."""
     raw = {**MODEL, "vocab_size": 40_000, "num_hidden_layers": 1}
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", OVER_A_MESH, json.dumps(raw)],

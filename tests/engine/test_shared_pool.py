@@ -34,7 +34,7 @@ def groups_of_two():
 def engine(folder, **options):
     options = {
         "max_total_tokens": 2048,
-        "max_running_requests": 8,
+        "max_running_requests": 4,
         "page_size": 4,
         "chunked_prefill_size": 32,
     } | options
@@ -92,7 +92,7 @@ def test_one_buffer_for_each_layer_of_a_page_and_the_bytes_that_were_planned(fol
 
 
 def test_scarce_memory_evicts_and_retracts_and_answers_the_same(folder, expected):
-    with engine(folder, max_total_tokens=220, max_running_requests=8) as e:
+    with engine(folder, max_total_tokens=220) as e:
         assert answers(e) == expected
         found = shelves(e)
         assert sum(shelf["evicted"] for shelf in found.values()) > 0
@@ -102,8 +102,7 @@ def test_scarce_memory_evicts_and_retracts_and_answers_the_same(folder, expected
 @pytest.mark.parametrize("preserve", [False, True])
 def test_dropped_and_rebuilt(folder, expected, preserve):
     with engine(folder) as e:
-        e.warm_up()
-        assert answers(e) == expected
+        assert answers(e) == answers(e) == expected  # compiles what cold and cached prompts need
         before = e.stats()["compilations"]
         e.release_memory_occupation("kv_cache", preserve=preserve)
         e.resume_memory_occupation("kv_cache")

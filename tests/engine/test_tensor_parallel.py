@@ -17,60 +17,83 @@ from rootcellar.runner import Placement
 SCRIPT = Path(__file__).with_name("tensor_parallel.py")
 
 
-def run(folder, tp_size, prompts):
+MOST = 32
+"""Tokens of an answer."""
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    """A process with four virtual devices: its end to write questions to, and what reads an answer or says why not."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, SCRIPT, folder, str(tp_size)],
-        input=json.dumps(prompts), env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    errors = tmp_path_factory.mktemp("devices") / "errors"
+    with (
+        errors.open("w") as said,
+        subprocess.Popen(
+            [sys.executable, SCRIPT], env={**os.environ, "XLA_FLAGS": flags},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+        ) as process,
+    ):  # fmt: skip
+
+        def ask(**question):
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, errors.read_text()[-3000:]
+            return json.loads(line)
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(devices, tmp_path):
+    """What a golden checkpoint answers on so many devices to a quarter of its prompts, and what it must."""
+
+    def run(name, tp_size):
+        case = golden(name)
+        case.make(tmp_path)
+        prompts = case.prompts[::5]  # from the shortest to the longest
+        result = devices(folder=str(tmp_path), tp_size=tp_size, prompts=prompts, most=MOST)
+        expected = [tokens[:MOST] for tokens in case.tokens[::5]]
+        assert result["output_ids"] == [expected] * 3  # cold, from the cache, and after dropping it
+        return prompts, result
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("name", "tp_size", "heads_on_each"),
     [
         ("qwen2-4kv", 2, 2),
-        ("qwen2-4kv", 4, 1),
         ("qwen3-tied-1kv-d128", 4, 1),
-        ("llama2", 4, 1),
         ("gpt-oss", 4, 1),
+        pytest.param("qwen2-4kv", 4, 1, marks=pytest.mark.long),
+        pytest.param("llama2", 4, 1, marks=pytest.mark.long),
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
         pytest.param("llama4", 2, 1, marks=pytest.mark.long),
     ],
 )
-def test_answers_equal_transformers(name, tp_size, heads_on_each, tmp_path):
-    case = golden(name)
-    case.make(tmp_path)
-    result = run(tmp_path, tp_size, case.prompts)
+def test_answers_equal_transformers(run, name, tp_size, heads_on_each):
+    prompts, result = run(name, tp_size)
     assert result["devices"] == 4
-    for answers in result["output_ids"]:  # cold, from the cache, and after dropping it
-        assert answers == case.tokens
-    assert result["cached"] == [(len(p) - 1) // 16 * 16 for p in case.prompts]
+    assert result["cached"] == [(len(p) - 1) // 16 * 16 for p in prompts]
     shards = result["on_each_device"]
     assert [s[2] for s in shards] == [heads_on_each]
     assert result["pool"][2] == tp_size * heads_on_each
 
 
 @pytest.mark.parametrize("name", ["bamba", pytest.param("qwen3-next", marks=pytest.mark.long)])
-def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split(name, tmp_path):
-    case = golden(name)
-    case.make(tmp_path)
-    result = run(tmp_path, 2, case.prompts)
-    for answers in result["output_ids"]:
-        assert answers == case.tokens
+def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split(run, name):
+    _, result = run(name, 2)
     assert result["cached"][-1] == 96
     assert [s[2] for s in result["on_each_device"]] == [1]
     assert result["compiled_by_rebuild"] == 0
 
 
-def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(tmp_path):
-    case = golden("deepseek3")
-    case.make(tmp_path)
-    result = run(tmp_path, 2, case.prompts)
-    assert all(answers == case.tokens for answers in result["output_ids"])
+def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(run):
+    _, result = run("deepseek3", 2)
     assert result["on_each_device"] == [result["pool"]]
-    logits = 16 * 512  # the largest decode step's
+    logits = 4 * 512  # the largest decode step's
     assert 0 < result["gathered"] <= logits
 
 

@@ -20,6 +20,7 @@ def rows_of(*words, timeout):
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_one_token_is_soon_there_while_another_client_asks_for_much():
     """Without shares it takes as long as all that was asked for before: seconds."""
     (row,) = rows_of("--quick", "--seconds", "2", "--idle", "10", "--attacks", "many_prompts", timeout=280)

@@ -255,7 +255,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_changes_of_bodies(small, data):
     """As above with values that Hypothesis invents, lone surrogates and NaN among them; broken bytes too."""
@@ -338,7 +338,7 @@ def test_broken_http(small):
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-@pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [3, pytest.param(400, marks=pytest.mark.long)])
 def test_what_the_schema_allows_and_what_it_does_not(small, mode, examples):
     """Every operation of the OpenAPI schema, with data that fits it and with data that does not (schemathesis)."""
     import schemathesis  # seconds, which no other test should wait for
