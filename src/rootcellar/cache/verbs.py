@@ -27,8 +27,9 @@ from rootcellar.cache.tree import Tree
 
 def must_be_open(cache: Cache, *leases: Lease) -> None:
     """Raises ``RequestError`` for a lease that is closed, or of another cache."""
+    known = cache.leases
     for lease in leases:
-        if cache.leases.get(lease.row) is not lease:
+        if known.get(lease.row) is not lease:
             raise words.closed(repr(lease))
 
 
@@ -156,8 +157,8 @@ def grow_many(cache: Cache, leases: Sequence[Lease], tokens: int | Sequence[int]
         raise words.uneven("numbers of tokens")
     short = [lease for lease in leases if lease.length % size == 0]
     together = (
-        all(count == 1 for count in counts)
-        and all(lease.length < cache.given.max_length for lease in leases)
+        set(counts) <= {1}
+        and max([lease.length for lease in leases], default=0) < cache.given.max_length
         and len({lease.row for lease in leases}) == len(leases)
     )
     if not together or (short and not make_room_for(cache.tree, [(shelf, len(short)) for shelf in cache.paged])):
@@ -167,9 +168,10 @@ def grow_many(cache: Cache, leases: Sequence[Lease], tokens: int | Sequence[int]
         columns = [lease.length // size for lease in short]
         for shelf in cache.paged:
             cache.tables.by_kind[shelf.kind_index][rows, columns] = shelf.take(len(short))
-    for lease in leases:
-        if cache.states:
+    if cache.states:
+        for lease in leases:
             _step_states(cache, lease)
+    for lease in leases:
         lease.length += 1
     return [True] * len(leases)
 

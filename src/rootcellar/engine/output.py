@@ -162,7 +162,7 @@ class Tracker:
     def note_stage(self) -> bool:
         """Record the request's stage when it changed; whether it did."""
         stage = self.request.stage
-        if stage.value == self.stages[-1][0]:
+        if stage == self.stages[-1][0]:  # a stage is a string, and its ``value`` slow to look up
             return False
         now = self._now()
         if self.started is None and stage is not Stage.FINISHED:
@@ -186,17 +186,16 @@ class Tracker:
         assert self._detokenizer is not None
         assert self._tokenizer is not None
         request = self.request
-        output = request.output
         if self._search is None and request.sampling.stop:  # here, so that what waits takes no memory for it
             skipped = self._tokenizer.skipped if request.sampling.skip_special_tokens else {}
             self._search = Search(request.sampling.stop, skipped)
-        finish = request.finish
+        finish, start, end = request.finish, request.prompt_length, request.length
         # A stop token is part of output_ids and, unless asked for, not of the text.
         stopped = finish is not None and finish.type == "stop" and isinstance(finish.matched, int)
         if stopped and not request.sampling.no_stop_trim:
-            output = output[:-1]
-        new = output[self._seen :].tolist()
-        self._seen = max(self._seen, len(output))
+            end -= 1
+        new = request.ids[start + self._seen : end].tolist()
+        self._seen = max(self._seen, end - start)
         if self._search is None:
             self._text += self._detokenizer.add(new)
             self._text += self._detokenizer.finish() if final else ""

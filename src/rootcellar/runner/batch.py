@@ -10,8 +10,10 @@ tiles of `Shapes.tile` tokens. The number of tiles is rounded up to a power of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,8 +36,7 @@ class Vectors:
     vectors: NDArray[np.floating] | Array
 
 
-@dataclass(frozen=True)
-class BatchPart:
+class BatchPart(NamedTuple):
     """Tokens [start, start + len(tokens)) of one request.
 
     ``row``: its row in the cache's page tables. ``tokens``: ids as the cache knows them; those for which there are
@@ -125,24 +126,27 @@ class Batch:
     @classmethod
     def build(cls, parts: Sequence[BatchPart], tables: Mapping[str, Ints], tile: int) -> Batch:
         """Lay out ``parts``. ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile."""
-        counts = [-(-len(p.tokens) // tile) for p in parts]
+        lengths = [len(part.tokens) for part in parts]
+        counts = [-(-n // tile) for n in lengths]
         tiles = 1 << (sum(counts) - 1).bit_length()
         tokens = np.zeros(tiles * tile, np.int64)
         positions = np.full(tiles * tile, -1, np.int32)
         rows = np.zeros(tiles, np.int32)
         last = np.zeros(tiles, np.int32)
         ids = np.zeros(tiles, np.int64)
-        starts = []
-        at = 0
-        for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            n = len(part.tokens)
-            tokens[at : at + n] = part.tokens
-            positions[at : at + n] = np.arange(part.start, part.start + n)
-            rows[at // tile : at // tile + count] = i
-            last[i] = at + n - 1
-            starts.append(at)
-            ids[i] = part.row
-            at += count * tile
+        ids[: len(parts)] = [part.row for part in parts]
+        if sum(lengths) == len(parts) and tile == 1:  # decode: one token of each
+            tokens[: len(parts)] = np.concatenate([part.tokens for part in parts])
+            positions[: len(parts)] = [part.start for part in parts]
+            rows[: len(parts)] = last[: len(parts)] = np.arange(len(parts))
+            starts = list(range(len(parts)))
+        else:
+            starts = [tile * before for before in itertools.accumulate(counts[:-1], initial=0)]
+            for i, (part, n, count, at) in enumerate(zip(parts, lengths, counts, starts, strict=True)):
+                tokens[at : at + n] = part.tokens
+                positions[at : at + n] = np.arange(part.start, part.start + n)
+                rows[at // tile : at // tile + count] = i
+                last[i] = at + n - 1
         chosen = {name: table[ids] for name, table in tables.items()}
         given = _given(parts, starts, tokens)
         return cls(tokens, positions, rows, chosen, last, tuple(starts), given)

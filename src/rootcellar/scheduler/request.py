@@ -162,7 +162,7 @@ class Request:
     def key(self, n: int) -> Key:
         """The cache key of the first ``n`` tokens. They never change, so the tree may refer to them where they are."""
         ids = self.ids[:n]
-        ids.flags.writeable = False
+        ids.setflags(write=False)
         return Key(ids, f"{self.epoch}/{self.namespace}")
 
     @property
