@@ -48,7 +48,14 @@ def _modules_loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import rootcellar", "import rootcellar.cache", "import rootcellar.config", "import rootcellar.cli"]
+    "statement",
+    [
+        "import rootcellar",
+        "import rootcellar.cache",
+        "import rootcellar.config",
+        "import rootcellar.cli",
+        "import rootcellar.tiers.stores.file",
+    ],
 )
 def test_importing_the_values_and_the_cache_loads_nothing_heavy(statement):
     heavy = {"jax", "jaxlib", "ml_dtypes", "scipy", "torch", "tokenizers", "safetensors", "rich", "matplotlib"}

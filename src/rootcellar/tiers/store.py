@@ -1,0 +1,70 @@
+"""What a store is: a place outside the process that keeps pages by name.
+
+A *name* is 32 bytes and stands for all that the bytes of its page follow from, so a page is never changed: putting a
+name that is there is no work. An *image* is the bytes of one page of one kind, all its layers, in one block; equal
+names have images of equal length.
+
+A store is three calls and :meth:`Store.close`. They may come from several threads at once, and they block, so only
+those who move bytes make them. What a store cannot do it says by ``False``, page by page; it raises ``OSError`` when
+its medium fails, and then whatever it did not confirm may or may not be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Protocol
+
+NAME_BYTES = 32
+"""Length of a name."""
+
+
+class Store(Protocol):
+    """Pages by name. ``ValueError`` for a name of another length and for lists of different lengths."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether ``get`` itself checks name, length and checksum of what it returns; ``Guard`` does it for others."""
+        ...
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """Which of these pages are there, as far as can be known without reading them; ``get`` may still miss."""
+        ...
+
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """Copy the image of ``names[i]`` over ``into[i]``, whose length in bytes it must have, where it is there.
+
+        False: it is not there, has another length or is damaged. What ``into[i]`` then holds means nothing.
+        """
+        ...
+
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """Keep ``blocks[i]``, an image of one byte or more, as ``names[i]``.
+
+        True: it is there, and survives the end of this process by whatever means. False: there is no room for it.
+        ``blocks`` may be changed as soon as the call has returned.
+        """
+        ...
+
+    def register(self, buffer: memoryview) -> None:
+        """``into`` and ``blocks`` will lie in this memory. Stores that get nothing out of that do nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give up what the store holds in this process; its pages stay. May be called twice, and nothing after it."""
+        ...
+
+
+def page_name(kind: str, digest: bytes) -> bytes:
+    """The name of a kind's page: the digest of its tokens (``cache/digest.py``) is the same for all kinds."""
+    return sha256(b"rootcellar.image.v1" + len(digest).to_bytes(1, "little") + digest + kind.encode()).digest()
+
+
+def check_names(names: Sequence[bytes], blocks: Sequence[memoryview] | None = None) -> None:
+    """Raise ``ValueError`` for what no store takes; see :class:`Store`."""
+    if any(len(name) != NAME_BYTES for name in names):
+        raise ValueError(f"a name has {NAME_BYTES} bytes, not {sorted({len(name) for name in names})}")
+    if blocks is not None and len(blocks) != len(names):
+        raise ValueError(f"{len(names)} names and {len(blocks)} blocks")
+    if blocks is not None and any(block.nbytes == 0 for block in blocks):
+        raise ValueError("a block has no bytes")

@@ -1,0 +1,194 @@
+"""The file store: pages in slots of a few large files, found by an index that a killed process cannot spoil.
+
+What it promises, and what not:
+
+- A page that ``put`` confirmed is there when the process is killed at any instant, and until ``max_size`` or
+  ``min_free_space`` ask for its room. After a power cut it is there if ``fsync`` is set, and else if the system had
+  written it by then.
+- ``get`` never returns what is not whole and the name's own: format, name, length and bytes are in one checksum.
+- One process writes in a folder, any number read. A reader sees what is put while it runs, and is no use of a page.
+- The least recently used page of its size goes first; a whole file of pages of another size, or of another identity,
+  where all of them were used before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rootcellar.tiers.store import check_names
+from rootcellar.tiers.stores.file_settings import FileSettings
+from rootcellar.tiers.stores.index import Index, Page, Slot
+from rootcellar.tiers.stores.segment import Segment, seed_of
+from rootcellar.tiers.stores.slotio import Buffered, Direct, runs
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a file store holds and has done since it was opened."""
+
+    pages: int
+    file_bytes: int
+    evicted: int
+    """Pages that made room."""
+    damaged: int
+    """Pages that were found not to be whole, and are forgotten."""
+
+
+class FileStore:
+    """A :class:`~rootcellar.tiers.store.Store` in a folder."""
+
+    verifies = True
+
+    def __init__(self, settings: FileSettings, now: Callable[[], float] = time.time) -> None:
+        """Open the folder; ``now``: seconds since 1970. Raises ``ConfigError``: it cannot be used, or is written in."""
+        self.settings = settings
+        self._medium = Direct() if settings.direct else Buffered()
+        self._index = Index(settings, self._medium, now)
+        self._lock = threading.Lock()
+        """Of the index; images are read and written without it."""
+        self._putting = threading.Lock()
+        """Puts are one after the other; gets go on meanwhile."""
+        self._closed = False
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """See ``Store``. Raises ``ValueError`` when it is closed."""
+        check_names(names)
+        with self._lock:
+            self._look()
+            return self._index.has(names)
+
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``. Raises ``OSError`` when nothing could be read, ``ValueError`` when it is closed."""
+        check_names(names, into)
+        views = [view.cast("B") for view in into]
+        wanted: dict[Segment, list[tuple[int, int, Page]]] = defaultdict(list)
+        with self._lock:
+            self._look()
+            for i, name in enumerate(names):
+                page = self._index.find(name, len(views[i]))
+                if page is not None:
+                    wanted[page.segment].append((page.slot, i, page))
+            self._index.enter(wanted)
+        whole: dict[int, bool] = {}
+        errors: list[OSError] = []
+        try:
+            for segment, rows in wanted.items():
+                rows.sort()
+                order = [i for _, i, _ in rows]
+                seeds = [seed_of(names[i], len(views[i])) for i in order]
+                sums = self._read(segment, [slot for slot, _, _ in rows], [views[i] for i in order], seeds, errors)
+                whole.update((i, page.checksum == found) for (_, i, page), found in zip(rows, sums, strict=True))
+        finally:
+            with self._lock:
+                self._index.leave(wanted)
+                self._index.used(
+                    [(names[i], page, whole[i]) for rows in wanted.values() for _, i, page in rows if i in whole]
+                )
+        if errors and not any(whole.values()):
+            raise errors[0]
+        return [whole.get(i, False) for i in range(len(names))]
+
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``. Raises ``OSError`` when the medium fails, ``ValueError`` when it is closed."""
+        check_names(names, blocks)
+        views = [block.cast("B") for block in blocks]
+        if self.settings.read_only:
+            return [False] * len(names)
+        with self._putting:
+            with self._lock:
+                self._look()
+                self._index.keep_free()
+                places: dict[int, Slot] = {}
+                for size, group in self._index.absent(names, views).items():
+                    taken = self._index.take(size, group)
+                    self._index.enter(_segments_of(taken))
+                    places |= taken
+            written: dict[int, int] = {}
+            try:
+                self._write(places, names, views, written)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            finally:
+                with self._lock:
+                    try:
+                        self._index.publish(names, views, places, written)
+                    finally:
+                        self._index.leave(_segments_of(places))
+            self._sync(places)
+            with self._lock:
+                return [self._index.find(name, len(view)) is not None for name, view in zip(names, views, strict=True)]
+
+    def register(self, _buffer: memoryview) -> None:
+        """Nothing comes of it."""
+
+    def close(self) -> None:
+        """See ``Store``. A ``put`` that is under way ends first."""
+        with self._putting, self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._index.close()
+
+    def usage(self) -> Usage:
+        """What it holds and has done."""
+        with self._lock:
+            index = self._index
+            return Usage(index.pages, index.file_bytes, index.evicted, index.damaged)
+
+    def _look(self) -> None:
+        if self._closed:
+            raise ValueError("the file store is closed")
+        self._index.look()
+
+    # --- bytes, without the lock --------------------------------------------------------------------------------------
+
+    def _read(
+        self,
+        segment: Segment,
+        slots: Sequence[int],
+        views: Sequence[memoryview],
+        seeds: Sequence[int],
+        errors: list[OSError],
+    ) -> list[int | None]:
+        """Fill the views from slots, ascending. Checksums; None where a read failed, its error then in ``errors``."""
+        sums: list[int | None] = []
+        for run in runs(slots, views, seeds, self._medium.piece):
+            try:
+                sums += self._medium.read(segment.images, segment.offset(run.slot), segment.head.slot_bytes, run)
+            except OSError as error:
+                errors.append(error)
+                sums += [None] * len(run.views)
+        return sums
+
+    def _write(
+        self, places: Mapping[int, Slot], names: Sequence[bytes], views: Sequence[memoryview], written: dict[int, int]
+    ) -> None:
+        """Write images to their places, ascending within a file; ``written`` gets the checksums of those that were."""
+        by_file: dict[Segment, list[int]] = defaultdict(list)
+        for i, (segment, _) in places.items():
+            by_file[segment].append(i)
+        for segment, order in by_file.items():
+            slots = [places[i][1] for i in order]
+            seeds = [seed_of(names[i], len(views[i])) for i in order]
+            start = 0
+            for run in runs(slots, [views[i] for i in order], seeds, self._medium.piece):
+                at, stride = segment.offset(run.slot), segment.head.slot_bytes
+                sums = self._medium.write(segment.images, at, stride, run)
+                written.update(zip(order[start : start + len(sums)], sums, strict=True))
+                start += len(sums)
+        self._sync(places)
+
+    def _sync(self, places: Mapping[int, Slot]) -> None:
+        if self.settings.fsync:
+            for segment in _segments_of(places):
+                segment.sync()
+
+
+def _segments_of(places: Mapping[int, Slot]) -> set[Segment]:
+    return {segment for segment, _ in places.values()}
