@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from rootcellar.engine.output import Deliver, RequestOutput
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Seconds of its own that the loop's thread spends on one reader's outputs before others on the loop get their turn.
+_TURN = 0.001
 
 
 class Post:
@@ -70,9 +74,18 @@ class Mailbox:
         self._filled.set()
 
     async def outputs(self, requests: int) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Outputs as they come, the longest waiting first, until each of so many requests has ended."""
+        """Outputs as they come, the longest waiting first, until each of so many requests has ended.
+
+        Others on the loop get their turn while many are there: neither they nor most of what is done with them waits.
+        """
+        began = time.thread_time()
         while requests:
-            await self._filled.wait()
+            if not self._filled.is_set():
+                await self._filled.wait()
+                began = time.thread_time()
+            elif time.thread_time() - began > _TURN:
+                await asyncio.sleep(0)
+                began = time.thread_time()
             index = next(iter(self._newest))
             output = self._newest.pop(index)
             if not self._newest:
