@@ -25,7 +25,7 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-@pytest.mark.parametrize("each, turns", [(0.0, 0), (0.0004, 3), (0.01, 9)])
+@pytest.mark.parametrize(("each", "turns"), [(0.0, 0), (0.0004, 3), (0.01, 9)])
 def test_a_reader_of_many_outputs_gives_others_their_turn(spent: list[float], each: float, turns: int) -> None:
     async def main() -> tuple[list[int], int]:
         box = Mailbox(Post(asyncio.get_running_loop()))
@@ -49,7 +49,8 @@ def test_a_reader_of_many_outputs_gives_others_their_turn(spent: list[float], ea
 
     read, seen = asyncio.run(main())
     assert read == list(range(10))
-    assert abs(seen - turns) <= 1 and bool(seen) == bool(turns)
+    assert abs(seen - turns) <= 1
+    assert bool(seen) == bool(turns)
 
 
 def test_the_newest_output_takes_the_place_of_those_before() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import socket
@@ -10,11 +11,13 @@ import time
 
 import httpx
 import pytest
+import uvicorn
 from pydantic import BaseModel
 
 from rootcellar.server import run
 from rootcellar.server.app import create_app, routers
 from rootcellar.server.connections import protocol
+from rootcellar.server.pace import Pace
 from rootcellar.server.parsing import Body
 from rootcellar.server_config import ServerConfig
 from serving import on_thread, wait_until
@@ -386,6 +389,84 @@ def test_health_asks_a_busy_engine_for_nothing_but_a_step(client, engine, url):
 def test_limits_belong_to_one_server():
     one, other = protocol(ServerConfig()), protocol(ServerConfig())
     assert one.keywords["held_up"] is not other.keywords["held_up"]
+
+
+# -- whose turn it is -------------------------------------------------------------------------------------------------
+
+
+def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(monkeypatch):
+    """What comes meanwhile is read later, in its order; others' connections go on."""
+    asked, now = [], [100.0]
+
+    async def app(scope, receive, send):
+        asked.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main():
+        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0)
+        config = run.uvicorn_config(app, ServerConfig())
+        config.load()
+        state = uvicorn.server.ServerState()
+        made = functools.partial(config.http_protocol_class, config, state, {}, None)
+        busy, other = made(), made()
+        for connection, tenant in ((busy, "hostile"), (other, "victim")):
+            connection._pace, connection._payer = pace, tenant
+            connection.connection_made(Transport())
+            pace.account(tenant)
+        pace.account("hostile").spend(1.0)
+        for piece in (b"GET /a HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
+            busy.data_received(piece)
+        other.data_received(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.01)
+        assert asked == ["/b"]
+        assert busy.flow.read_paused
+        assert not other.flow.read_paused
+        now[0] += 1.0
+        await wait_for(lambda: asked == ["/b", "/a"])
+        assert not busy.flow.read_paused
+        # Nothing is left of one that goes away while it waits.
+        pace.account("hostile").spend(1.0)
+        busy._payer = "hostile"
+        busy.data_received(b"GET /c HTTP/1.1\r\n\r\n")
+        busy.connection_lost(None)
+        other.connection_lost(None)
+        now[0] += 1.0
+        await asyncio.sleep(0.01)
+        assert asked == ["/b", "/a"]
+        assert len(asyncio.all_tasks()) == 1
+
+    async def wait_for(happened):
+        async with asyncio.timeout(20):
+            while not happened():
+                await asyncio.sleep(0.001)
+
+    sleep = asyncio.sleep
+    monkeypatch.setattr("rootcellar.server.pace.asyncio.sleep", lambda seconds: sleep(min(seconds, 0.001)))
+    asyncio.run(main())
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.written, self.closing = b"", False
+
+    def write(self, data):
+        self.written += bytes(data)
+
+    def close(self):
+        self.closing = True
+
+    def is_closing(self):
+        return self.closing
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
 
 
 # -- packets ----------------------------------------------------------------------------------------------------------

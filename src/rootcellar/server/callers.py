@@ -113,6 +113,13 @@ def noted_caller(scope: Scope) -> Caller | None:
     return caller
 
 
+def paying(scope: Scope | None) -> str:
+    """Who pays for the time that a request takes, by name; ``scope`` None: nobody knows yet whose it is."""
+    caller: Caller | None = None if scope is None else scope.get(_CALLER)
+    # Whoever has no key, or the admin's, is one more tenant here: a name in parentheses is nobody's.
+    return "(nobody)" if caller is None else "(admin)" if caller.admin else caller.name
+
+
 def caller_of(request: Request) -> Caller:
     """Who sent the request, for routes that only users reach."""
     caller = noted_caller(request.scope)

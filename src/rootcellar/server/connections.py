@@ -7,6 +7,10 @@ A connection is *held up* while the next step is its client's: it was opened and
 not there yet, it is kept alive between two requests, or its client does not read. When there are too many connections,
 the one that has been held up longest makes room; only when each of them has a request that this server works on is a
 new one turned away.
+
+Reading a request takes time of the event loop before the app knows whose it is, and hundreds of connections may send
+at once: whoever's requests took much of it lately waits with the next (``pace.py``). A connection is its last request's
+tenant's, and at first nobody's.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from rootcellar.server.callers import paying
 from rootcellar.server.errors import ApiError
+from rootcellar.server.pace import Pace
 from rootcellar.server_config import ServerConfig
 
 # Requests that one connection may send before it has the answer to the first; each of them waits in memory.
@@ -37,7 +43,8 @@ class _Refused(Exception):
 class Connection(HttpToolsProtocol):
     """One connection; uvicorn makes it.
 
-    ``limits`` are the server's settings; ``held_up`` has the connections of the whole server that are, longest first.
+    ``limits`` are the server's settings; ``held_up`` has the connections of the whole server that are, longest first;
+    ``pace`` says whose requests may be read.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class Connection(HttpToolsProtocol):
         *,
         limits: ServerConfig,
         held_up: dict[Connection, None],
+        pace: Pace,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
@@ -59,6 +67,10 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the head under way: what its parsed fields have
         self._raw_bytes = 0  # and the pieces that held nothing else, whose last field may still be growing
         self._answering = 0
+        self._pace = pace
+        self._payer = paying(None)
+        self._unread: list[bytes] = []
+        self._turn: asyncio.Task[None] | None = None  # in which what is unread will be read
 
     # -- how many -------------------------------------------------------------------------------------------------
 
@@ -97,6 +109,8 @@ class Connection(HttpToolsProtocol):
         """Forget it."""
         self._held_up.pop(self, None)
         self._cancel()
+        if self._turn is not None:
+            self._turn.cancel()
         super().connection_lost(exc)
 
     # -- how long -------------------------------------------------------------------------------------------------
@@ -146,6 +160,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer has been written, to the socket or to the buffer before it."""
         super().on_response_complete()
+        self._payer = paying(self.scope)
         self._answering -= 1
         if self.transport.is_closing():
             self._expect(self._limits.timeout_write)  # for what the client has not read yet
@@ -155,15 +170,34 @@ class Connection(HttpToolsProtocol):
     # -- heads and bodies -----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        """Read, in its tenant's turn."""
+        account = self._pace.account(self._payer)
+        if self._turn is None and account.free:
+            self._read(data)
+            return
+        self._unread.append(data)
+        self.flow.pause_reading()
+        if self._turn is None:
+            self._turn = self.loop.create_task(self._read_in_turn())
+
+    async def _read_in_turn(self) -> None:
+        await self._pace.account(self._payer).turn()
+        data, self._unread, self._turn = b"".join(self._unread), [], None
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         """Parse; what follows a refusal is read and dropped, so that the client gets to read the answer."""
         if self._refusal is not None:
             return
-        began_before = self._in_head
+        began, began_before = self._pace.spent(), self._in_head
         super().data_received(data)
         if self._in_head and began_before and self._refusal is None:
             self._raw_bytes += len(data)
             if self._raw_bytes > self._limits.max_header_bytes:
                 self._refuse(self._too_large())
+        self._pace.account(self._payer).spend(self._pace.spent() - began)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -247,7 +281,7 @@ def _too_slow(what: str, name: str, seconds: float) -> ApiError:
 def protocol(limits: ServerConfig) -> Callable[..., Connection]:
     """What uvicorn makes connections with (its setting ``http``), for one server."""
     held_up: dict[Connection, None] = {}
-    return functools.partial(Connection, limits=limits, held_up=held_up)
+    return functools.partial(Connection, limits=limits, held_up=held_up, pace=Pace())
 
 
 def allow_files(connections: int) -> None:

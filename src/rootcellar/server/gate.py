@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rootcellar.server.browsers import foreign
-from rootcellar.server.callers import note_caller
+from rootcellar.server.callers import note_caller, paying
 from rootcellar.server.errors import ApiError, invalid
 from rootcellar.server.pace import at_the_pace_of
 from rootcellar.server.routes import note_link
@@ -45,9 +45,8 @@ class Gate:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        # Whoever has no key, or the admin's, is one more tenant here: a name in parentheses is nobody's.
-        tenant = "(nobody)" if caller is None else "(admin)" if caller.admin else caller.name
-        answer = at_the_pace_of(self._state.pace.account(tenant), _coroutine(self._app, scope, receive, send))
+        account = self._state.pace.account(paying(scope))
+        answer = at_the_pace_of(account, _coroutine(self._app, scope, receive, send))
         if scope["method"] != "POST":
             await answer
             return
