@@ -17,7 +17,7 @@ class Copies:
         self.pending = {}
         self._seen = []
 
-    def dispatch(self, moves):
+    def dispatch(self, moves, *, patient=False):
         for move in moves:
             self.pending[move.id] = move, self._pool_of(move.kind, move.src)[move.src_slots].copy()
 

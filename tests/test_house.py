@@ -198,7 +198,8 @@ def test_the_wheel_builds_with_and_without_a_compiler(tmp_path, variables, nativ
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("rootcellar-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
-    assert ("rootcellar/ops/_native.so" in files) is native
+    for library in ("rootcellar/ops/_native.so", "rootcellar/pools/_copies.so"):
+        assert (library in files) is native
     assert any(name.startswith("rootcellar/cache/_core.") and name.endswith(".so") for name in files) is native
     assert {f"rootcellar/{_id(path)}" for path in [*SOURCES, *(PACKAGE / "server" / "page").iterdir()]} <= files
     assert not [name for name in files if name.endswith((".cc", ".h", ".inc"))]

@@ -145,6 +145,34 @@ class EngineConfig:
     disable_radix_cache: bool = option(
         False, "Share nothing between requests: every prompt is computed in full. For comparison and debugging."
     )
+    enable_hierarchical_cache: bool = option(
+        False,
+        "Keep what the device evicts in host memory, from where it is loaded when it is asked for again "
+        "(docs/tiers.md).",
+    )
+    hicache_ratio: float = option(
+        2.0,
+        "With enable_hierarchical_cache: pages of host memory for each on the device. It may be less than 1.",
+        low=0,
+        above=True,
+    )
+    hicache_size: float = option(
+        0.0, "Host memory for the cache in GB (of 1e9 bytes), instead of by hicache_ratio. 0: by the ratio.", low=0
+    )
+    hicache_host_memory_fraction: float | None = option(
+        None,
+        "The part of the free host memory, less 10 GiB that are kept back, to take instead of by hicache_ratio. None: "
+        "by the ratio. Without effect where hicache_size is given.",
+        low=0,
+        high=1,
+        above=True,
+    )
+    hicache_write_policy: str = option(
+        "write_through",
+        "When pages are copied to host memory: 'write_through' as soon as a request leaves them, "
+        "'write_through_selective' once two requests resumed from them, 'write_back' when the device evicts them.",
+        choices=("write_through", "write_through_selective", "write_back"),
+    )
     share_cache_across_keys: bool = option(
         False,
         "Let tenants (the server's API keys) hit each other's cached prefixes. Their requests, names and pins stay "
@@ -224,6 +252,11 @@ class EngineConfig:
             raise ConfigError(
                 f"max_total_tokens={self.max_total_tokens} is less than one page (page_size={self.page_size}): "
                 "raise max_total_tokens or lower page_size."
+            )
+        if self.enable_hierarchical_cache and self.disable_radix_cache:
+            raise ConfigError(
+                "enable_hierarchical_cache keeps cached prefixes in host memory, and disable_radix_cache caches none: "
+                "leave one of the two out"
             )
 
     @classmethod

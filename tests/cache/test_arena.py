@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import RadixCache, make, serve, start, tokens
 
-from rootcellar.cache import Key, Tier, full, recurrent, sliding_window
+from rootcellar.cache import Done, Key, Tier, full, recurrent, sliding_window
 from rootcellar.cache.radix import PyRadixCache
 from rootcellar.errors import ConfigError
 
@@ -94,6 +94,30 @@ def test_two_snapshots_of_one_arena_do_not_evict_each_other():
     cache.check()
 
 
+def test_an_arena_may_have_room_on_the_host_too():
+    """What one kind leaves there another may take; and what was evicted from the device comes back from it."""
+    cache = RadixCache(
+        (FULL, WINDOW),
+        page_size=4,
+        capacity={("arena", Tier.DEVICE): 128, ("arena", Tier.HOST): 64},
+        arenas={"arena": ["full", "window"]},
+    )
+    serve(cache, tokens((0, 40)))
+    moves = cache.moves()
+    assert [(m.kind, len(m.src_slots)) for m in moves] == [("full", 10), ("window", 2)]
+    assert len({page for move in moves for page in move.dst_slots.tolist()}) == 12
+    for move in moves:
+        cache.learn(Done(move.id))
+    cache.check()
+    host = {kind: cache.stats().shelves[kind, Tier.HOST] for kind in ("full", "window")}
+    assert {kind: (s.size, s.free, s.cached) for kind, s in host.items()} == {
+        "full": (64, 16, 40), "window": (64, 16, 8),
+    }  # fmt: skip
+    cache.forget_tier(Tier.DEVICE)
+    assert cache.match(Key(tokens((0, 40)))).reach(Tier.HOST) == 40
+    cache.check()
+
+
 @pytest.mark.parametrize(
     ("arenas", "capacity", "words"),
     [
@@ -103,6 +127,11 @@ def test_two_snapshots_of_one_arena_do_not_evict_each_other():
         ({"arena": ["full"], "other": ["full"]}, {("arena", Tier.DEVICE): 64, ("other", Tier.DEVICE): 64}, "in one"),
         ({"arena": ["full"]}, {("arena", Tier.DEVICE): 64, ("full", Tier.DEVICE): 64}, "out of"),
         ({"arena": ["full"]}, {("arena", Tier.DEVICE): 64}, r"lacks \('window'"),
+        (
+            {"arena": ["full", "window"]},
+            {("arena", Tier.DEVICE): 64, ("arena", Tier.HOST): 64, ("full", Tier.HOST): 64},
+            "'full' room on HOST by itself and in an arena",
+        ),
     ],
 )
 def test_wrong_arenas_are_refused(arenas, capacity, words):

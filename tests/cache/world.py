@@ -7,6 +7,7 @@ or left to, the wrong request is noticed as soon as it is read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,8 @@ class World:
             arenas["arena"] = [kind.name for kind in kinds[: len(kinds) - pick(2) * (len(kinds) > 2)]]
             sizes = [capacity.pop((name, Tier.DEVICE)) for name in arenas["arena"]]
             capacity["arena", Tier.DEVICE] = sum(sizes)
+            if Tier.HOST in tiers and pick(2):  # and those on the host
+                capacity["arena", Tier.HOST] = sum(capacity.pop((name, Tier.HOST)) for name in arenas["arena"])
         self.cache = self.make(
             kinds,
             page_size=self.page,
@@ -134,8 +137,9 @@ class World:
         self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
         self.states = [kind for kind in kinds if kind.rule == "recurrent"]
         self.content: dict[tuple[str, Tier], dict[int, int]] = {(k.name, t): {} for k in kinds for t in Tier}
-        for name in arenas.get("arena", ()):
-            self.content[name, Tier.DEVICE] = self.content[arenas["arena"][0], Tier.DEVICE]
+        for name, tier in itertools.product(arenas.get("arena", ()), (Tier.DEVICE, Tier.HOST)):
+            if ("arena", tier) in capacity:
+                self.content[name, tier] = self.content[arenas["arena"][0], tier]
 
     # ---- content -----------------------------------------------------------------------------------------------
 

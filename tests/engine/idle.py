@@ -9,4 +9,5 @@ def check_idle(engine):
         assert shelf["used"] == shelf["cached"]
         assert shelf["pinned"] == shelf["leased"] == 0
     engine.flush_cache()
-    assert all(tiers["DEVICE"]["free"] == tiers["DEVICE"]["size"] for tiers in engine.stats()["cache"].values())
+    shelves = [shelf for tiers in engine.stats()["cache"].values() for shelf in tiers.values()]
+    assert all(shelf["free"] == shelf["size"] for shelf in shelves)

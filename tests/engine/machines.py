@@ -152,10 +152,10 @@ def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, 
         load_from=Tier.HOST if host else Tier.DEVICE,
         tokens_per_step=per_step,
     )
-    life = Lifecycle(scheduler, runner, None, "hashes")
     held = np.zeros((host // page_size + 1, page_size), np.uint32)
     copies = Copies(lambda kind, tier: runner.pools[kind].buffers[0] if tier is Tier.DEVICE else held)
-    return _machine(life, running, tokens, time, copies, mover=copies if host else None, **options)
+    life = Lifecycle(scheduler, runner, None, "hashes", mover=copies if host else None)
+    return _machine(life, running, tokens, time, copies, **options)
 
 
 def real_machine(folder, time=None, **settings):

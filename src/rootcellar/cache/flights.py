@@ -248,8 +248,13 @@ def spill(tree: Tree, traffic: Traffic, node: Node, shelf: Shelf) -> None:
         return
     entry = node.entries[shelf.index]
     assert entry is not None
-    if flying_to(node, shelf.kind_index, Tier.HOST) is None and target.arena.room >= len(entry.pages):
+    if flying_to(node, shelf.kind_index, Tier.HOST) is not None:
+        return
+    # Room in an arena is made by whichever kind may leave: nothing that this place in the tree needs may.
+    tree.hold(node)
+    if target.arena.room >= len(entry.pages):
         plan(tree, traffic, node, shelf, target, node.start + entry.lo, held=False)
+    tree.release(node)
 
 
 # ---- learn --------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ class Settings:
         capacity: tokens (states, for a recurrent kind) by ``(kind name, tier)``, rounded down to whole pages. Each
             kind needs ``Tier.DEVICE``; any other tier is there only when named, STORAGE only above HOST. Pages are
             numbered from 1; page 0 is the padding target and never allocated.
-        arenas: kinds that draw their device pages from one allocator, by the name that ``capacity`` then sizes it
-            under instead of theirs: kinds whose pages take the same bytes and lie in the same buffers. A state of a
-            recurrent kind among paged ones takes a page.
+        arenas: kinds that draw their pages from one allocator, by the name that ``capacity`` then sizes it under
+            instead of theirs: kinds whose pages take the same bytes and lie in the same buffers. A state of a
+            recurrent kind among paged ones takes a page. On a tier where ``capacity`` names them they stay apart; on
+            the device they may not.
         max_leases: rows of the page tables.
         max_length: tokens in a row.
         policy: the order in which entries leave; see ``order.POLICIES``.
@@ -129,11 +130,15 @@ def _sizes(given: Settings, shared: Mapping[int, str]) -> dict[tuple[int, Tier],
     sizes: dict[tuple[int, Tier], int] = {}
     for (name, tier), size in given.capacity.items():
         members = [k for k, arena in shared.items() if arena == name]
-        if name not in names and not (members and tier == Tier.DEVICE):
+        if name not in names and not members:
             raise ConfigError(f"capacity names the kind {name!r}; the kinds are {names}")
         if size < 0:
             raise ConfigError(f"capacity[{name!r}, {Tier(tier).name}]={size}: give a number of tokens, at least 0")
         for k in members or [names.index(name)]:
+            if (k, Tier(tier)) in sizes:
+                raise ConfigError(
+                    f"capacity gives {names[k]!r} room on {Tier(tier).name} by itself and in an arena: choose one"
+                )
             sizes[k, Tier(tier)] = size
     for k, name in enumerate(names):
         if (k, Tier.DEVICE) not in sizes:

@@ -52,9 +52,10 @@ class Tree:
         arenas: dict[str, Arena] = {}
         for (k, tier), size in sorted(capacity.items(), key=lambda item: (item[0][1], item[0][0])):
             kind = kinds[k]
-            name = shared[k] if tier is Tier.DEVICE and k in shared else f"{kind.name} on {tier.name}"
+            owner = shared[k] if k in shared and (shared[k], tier) in given.capacity else kind.name
+            name = owner if owner == shared.get(k) and tier is Tier.DEVICE else f"{owner} on {tier.name}"
             if name not in arenas:
-                mates = [kinds[m] for m in shared if shared[m] == name] or [kind]
+                mates = [kinds[m] for m in shared if shared[m] == owner] or [kind]
                 states = all(mate.rule == "recurrent" for mate in mates)
                 arenas[name] = Arena(name, SlotAllocator(size, 1 if states else page_size), self.shadow)
             shelf = Shelf(len(self.shelves), kind, k, tier, arenas[name])

@@ -36,9 +36,14 @@ from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shape
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Scheduler, Snapshots
 from rootcellar.text import Tokenizer
+from rootcellar.tiers.host import HostMemory, free_memory, host_rows
+from rootcellar.tiers.mover import Mover
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
+
+WORTH_LOADING = 10
+"""Tokens that host memory must add to a hit; fewer are computed sooner than loaded (SGLang draws the same line)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Parts:
     """What makes requests' grammars; None without a tokenizer."""
     sizing: Sizing
     """How the KV cache's size came about: ``memory.report`` puts it into words."""
+    host: HostMemory | None
+    mover: Mover | None
+    """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
 
 
 def folder_of(model_path: str) -> Path:
@@ -164,7 +172,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     _log_pools(pools, programs, total)
     runner = Runner(programs, placement.place(weights.params), pools)
     names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size)
-    scheduler = _scheduler(config, programs, pools, running, names)
+    host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
+    mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
+    scheduler = _scheduler(config, programs, pools, running, names, host)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
         config,
@@ -184,7 +194,26 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         reload,
         None if tokenizer is None else _grammars(config, tokenizer, model.vocab_size, stop_ids),
         sizing,
+        host,
+        mover,
     )
+
+
+def _host_memory(config: EngineConfig, runner: Runner) -> HostMemory:
+    """The tier in host memory. Raises ``ConfigError`` where there is not so much."""
+    image_bytes = {name: copier.image.nbytes for name, copier in runner.copiers.items()}
+    rows = host_rows(
+        {name: pool.pages for name, pool in runner.pools.items()},
+        image_bytes,
+        ratio=config.hicache_ratio,
+        size=config.hicache_size,
+        fraction=config.hicache_host_memory_fraction,
+        free=free_memory(),
+    )
+    host = HostMemory(rows, image_bytes)
+    counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+    log.info("Host KV cache allocated. #pages: %s, size: %s GB", counts, gb(host.nbytes))
+    return host
 
 
 def _grammars(config: EngineConfig, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> Grammars:
@@ -209,17 +238,27 @@ def _scheduler(
     pools: Mapping[str, Pool],
     running: int,
     fingerprint: bytes,
+    host: HostMemory | None,
 ) -> Scheduler:
-    """The cache over the pools' pages, and the scheduler over the cache."""
+    """The cache over the pools' pages and the host's rows, and the scheduler over the cache."""
     kinds, arena, shapes = programs.paging.kinds, programs.paging.arena, programs.shapes
+    tiers = {Tier.DEVICE: {name: pool.pages for name, pool in pools.items()}}
+    if host is not None:
+        tiers[Tier.HOST] = {name: len(images) for name, images in host.images.items()}
     cache = RadixCache(
         kinds,
         page_size=config.page_size,
-        capacity={(name, Tier.DEVICE): pool.pages * pool.layout.page_size for name, pool in pools.items()},
+        capacity={
+            (name, tier): count * pools[name].layout.page_size
+            for tier, pages in tiers.items()
+            for name, count in pages.items()
+        },
         arenas={ARENA: arena} if arena else None,
         max_leases=running,
         max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
+        write_policy=config.hicache_write_policy,
+        min_load={Tier.HOST: WORTH_LOADING},
         fingerprint=fingerprint,
         reuse=not config.disable_radix_cache,
     )
@@ -233,6 +272,7 @@ def _scheduler(
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
         snapshots=Snapshots(config.page_size, config.mamba_track_interval) if recurrent else None,
+        load_from=max(tiers),
     )
 
 

@@ -31,6 +31,9 @@ def _close(loop: Loop, parts: Parts) -> None:
     if parts.grammars is not None:
         parts.grammars.close()
     loop.stop()
+    if parts.mover is not None and parts.host is not None:
+        parts.mover.close()
+        parts.host.images.clear()
     for pool in parts.runner.pools.values():
         pool.free()
 

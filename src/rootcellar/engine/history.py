@@ -113,15 +113,15 @@ def kinds_by_pool(cache: RadixCache, runner: Runner) -> dict[str, list[Kind]]:
 def occupancy(cache: RadixCache, runner: Runner, stats: CacheStats) -> dict[str, dict[str, float]]:
     """By tier, the parts of the room that are used, and used by what cannot be evicted now.
 
-    The device's pools count by their bytes; on other tiers each kind has its own room and counts by its tokens.
+    Pools count by their bytes, or those of as many pages of theirs as a tier has.
     """
     rooms: dict[Tier, list[tuple[float, list[ShelfStats]]]] = {}
     for name, kinds in kinds_by_pool(cache, runner).items():
-        shelves = [stats.shelves[kind.name, Tier.DEVICE] for kind in kinds]
-        rooms.setdefault(Tier.DEVICE, []).append((runner.pools[name].nbytes, shelves))
-    for (_, tier), shelf in stats.shelves.items():
-        if tier is not Tier.DEVICE:
-            rooms.setdefault(tier, []).append((shelf.size, [shelf]))
+        device = stats.shelves[kinds[0].name, Tier.DEVICE].size
+        for tier in dict.fromkeys(tier for _, tier in stats.shelves):
+            shelves = [stats.shelves[kind.name, tier] for kind in kinds]
+            weight = runner.pools[name].nbytes * (shelves[0].size / device if device else 0.0)
+            rooms.setdefault(tier, []).append((weight, shelves))
     return {
         tier.name: {
             "used": _share(room, [sum(s.used for s in shelves) for _, shelves in room]),

@@ -23,17 +23,18 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from rootcellar.cache import Tier
 from rootcellar.engine.build import Weights
+from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.params import check_params, path_name
-from rootcellar.pools import Pool
+from rootcellar.pools.copying import BLOCKS, Copier
+from rootcellar.pools.images import Images
 from rootcellar.runner import Runner
 from rootcellar.scheduler import Scheduler
 
 TAGS = ("kv_cache", "weights")
-# Pages copied at a time when cached prefixes are saved: one shape, so that saving compiles once.
-_BLOCK = 64
 
 
 @dataclass
@@ -45,7 +46,8 @@ class Lifecycle:
         weights: what the weights are, in a word (``identity``): KV computed with other ones is never a hit.
         version: what users call them.
         released: tags whose memory is given back.
-        saved: for each pool whose cached pages wait on the host, their numbers and bytes.
+        mover: who copies between tiers; None where the device is the only one.
+        saved: for each pool whose cached pages wait on the host without a tier there, their numbers and bytes.
     """
 
     scheduler: Scheduler
@@ -53,6 +55,7 @@ class Lifecycle:
     reload: Callable[[], Weights] | None
     weights: str
     version: str = "0"
+    mover: AnyMover | None = None
     released: set[str] = field(default_factory=set)
     saved: dict[str, Saved] = field(default_factory=dict)
     _dtypes: list[jnp.dtype] = field(default_factory=list)
@@ -74,10 +77,15 @@ class Lifecycle:
         before = _resident_bytes()
         buffers = nbytes = 0
         if "kv_cache" in tags and "kv_cache" not in self.released:
-            if preserve:
-                self.saved = {name: self._save(name, pool) for name, pool in self.runner.pools.items()}
-            else:
+            settle(self.scheduler, self.mover)
+            if not preserve:
                 self.scheduler.cache.flush()
+            elif self.mover is not None:
+                self.scheduler.cache.save()
+                settle(self.scheduler, self.mover)
+                self.scheduler.cache.forget_tier(Tier.DEVICE)
+            else:
+                self.saved = {name: self._save(name) for name in self.runner.pools}
             for pool in self.runner.pools.values():
                 buffers += len(jax.tree.leaves(pool.buffers))
                 nbytes += pool.free()
@@ -116,17 +124,18 @@ class Lifecycle:
                 buffers += len(jax.tree.leaves(pool.buffers))
                 nbytes += pool.nbytes
                 if name in self.saved:
-                    self.saved[name].restore(pool)
+                    self.saved[name].restore(self.runner.copiers[name])
             self.saved = {}
             self.released.discard("kv_cache")
         return {"buffers": buffers, "bytes": nbytes}
 
-    def _save(self, name: str, pool: Pool) -> Saved:
+    def _save(self, name: str) -> Saved:
         kind = self.runner.kind_in(name)
-        return Saved.take(self.scheduler.cache.used_pages(kind), pool)
+        return Saved.take(self.scheduler.cache.used_pages(kind), self.runner.copiers[name])
 
     def flush(self) -> None:
         """Forget every cached prefix, those saved on the host too; no request runs."""
+        settle(self.scheduler, self.mover)
         self.scheduler.cache.flush()
         self.saved = {}
 
@@ -194,35 +203,25 @@ def read_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Saved:
-    """Pages of one pool on the host: blocks of their numbers (padded with page 0), and their bytes of each buffer."""
+    """Pages of one pool that wait in memory taken for the occasion: their numbers, and their images."""
 
-    blocks: NDArray[np.int32]
-    buffers: list[list[np.ndarray]]
+    pages: NDArray[np.int32]
+    images: Images
 
     @classmethod
-    def take(cls, pages: NDArray[np.int32], pool: Pool) -> Saved:
-        """Copy ``pages`` of every buffer of ``pool``."""
-        blocks = np.pad(pages, (0, -len(pages) % _BLOCK)).reshape(-1, _BLOCK)
-        # Copied: on a CPU what comes from the device would otherwise keep the device's own array alive.
-        buffers = jax.tree.leaves(pool.buffers)
-        return cls(blocks, [[np.array(_gather(buffer, block)) for block in blocks] for buffer in buffers])
+    def take(cls, pages: NDArray[np.int32], copier: Copier) -> Saved:
+        """Copy ``pages``."""
+        saved = cls(pages, np.empty((len(pages), copier.image.nbytes), np.uint8))
+        for rows in saved.blocks():
+            copier.read(pages[rows], saved.images, rows)()
+        return saved
 
-    def restore(self, pool: Pool) -> None:
+    def restore(self, copier: Copier) -> None:
         """Write the pages back where they were."""
-        buffers, form = jax.tree.flatten(pool.buffers)
-        for i, saved in enumerate(self.buffers):
-            for block, data in zip(self.blocks, saved, strict=True):
-                buffers[i] = _scatter(buffers[i], block, data)
-        pool.buffers = jax.tree.unflatten(form, buffers)
+        for rows in self.blocks():
+            copier.write(self.pages[rows], copier.fetch(self.images, rows))()
 
-
-@jax.jit
-def _gather(buffer: Array, pages: Array) -> Array:
-    return buffer[pages]
-
-
-def _scatter_pages(buffer: Array, pages: Array, data: Array) -> Array:
-    return buffer.at[pages].set(jnp.asarray(data, buffer.dtype))
-
-
-_scatter = jax.jit(_scatter_pages, donate_argnums=0)
+    def blocks(self) -> list[NDArray[np.int64]]:
+        """The rows, in parts: what is copied lies on the device twice for a while."""
+        rows = np.arange(len(self.pages))
+        return np.split(rows, range(BLOCKS[-1], len(rows), BLOCKS[-1])) if len(rows) else []

@@ -177,6 +177,7 @@ class Sight:
 
     def _stats(self, tenant: str | None = None) -> dict[str, Any]:
         machine, scheduler, metrics = self._machine, self._parts.scheduler, self._machine.recorder.metrics
+        parts = self._parts
         if tenant is not None:
             counts = metrics.of(tenant)
             found = {"input_tokens": counts.prompt_tokens, "hit_tokens": counts.cached_tokens, "occupancy": {}}
@@ -193,6 +194,8 @@ class Sight:
             "outside_seconds": dict(metrics.outside_seconds),
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
+            "host_cache_bytes": 0 if parts.host is None else parts.host.nbytes,
+            "copies": {} if parts.mover is None else parts.mover.stats(),
             "occupancy": occupancy(self._cache, self._parts.runner, cache),
             **_cache_fields(cache),
         }

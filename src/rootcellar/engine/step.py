@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
-from rootcellar.cache import Done, Event, Failed, Move, Tier
+from rootcellar.cache import Event
 from rootcellar.engine.clock import Clock
+from rootcellar.engine.copies import forget_device
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.pins import Pins
@@ -31,19 +32,6 @@ from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Finish, Plan, Request
 
 log = logging.getLogger(__name__)
-
-
-class Mover(Protocol):
-    """Carries out the copies that the cache decides on."""
-
-    def dispatch(self, moves: Sequence[Move]) -> None:
-        """Begin these copies, in order. A source on the device is read before the next step runs."""
-
-    def reports(self) -> list[Event]:
-        """What was seen since the last call, without waiting."""
-
-    def drain(self) -> list[Event]:
-        """Wait for all that is under way, then :meth:`reports`."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +96,10 @@ class Machine:
         total_tokens: int,
         clock: Clock,
         log_interval: float,
-        mover: Mover | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
-        ``log_interval``: seconds between two lines of the log about the work under way. ``mover``: who copies between
-        tiers; None where the device is the only one.
+        ``log_interval``: seconds between two lines of the log about the work under way.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -127,7 +113,7 @@ class Machine:
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
-        self._mover = mover
+        self._mover = life.mover
         self._planned: Plan | None = None
         """The step under way: whose fault a failure is."""
         self._stuck = False
@@ -384,33 +370,14 @@ class Machine:
         self.end_all(of_it, Finish.abort("failed", message))
         self.scheduler.retract_all()
         # The buffers were donated to a step that did not give them back: what was on the device is lost.
-        self._forget_device()
         if "kv_cache" not in self.life.released:
             for pool in self.runner.pools.values():
                 pool.free()
                 pool.allocate()
+        forget_device(self.scheduler, self._mover)
         self._stuck = False
         self._rested()
         self.places.look()
-
-    def _forget_device(self) -> None:
-        """Forget what lies on the device, and nothing else, once no copy is under way."""
-        cache = self.scheduler.cache
-        busy = True
-        while busy:
-            moves = cache.moves()
-            for move in moves:
-                if move.dst is Tier.DEVICE:
-                    cache.learn(Done(move.id))  # forgotten below; a failure would speak against its source
-                elif move.src is Tier.DEVICE or self._mover is None:
-                    cache.learn(Failed(move.id))
-                else:
-                    self._mover.dispatch([move])
-            events = [] if self._mover is None else self._mover.drain()
-            for event in events:
-                cache.learn(event)
-            busy = bool(moves or events)
-        cache.forget_tier(Tier.DEVICE)
 
 
 def _read(unread: Unread | None, chunks: int) -> Chosen:

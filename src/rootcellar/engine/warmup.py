@@ -19,7 +19,11 @@ class WarmUp:
     def __init__(self, loop: Loop, compiles: CompileCounter) -> None:
         self._loop = loop
         self._compiles = compiles
-        self._left = loop.machine.runner.each_program()
+        runner = loop.machine.runner
+        self._left = runner.each_program()
+        if loop.machine.life.mover is not None:
+            copies = [Program(f"copies of {name}", False, each.compile) for name, each in runner.copiers.items()]
+            self._left += copies
         self._of = len(self._left)
 
     @property

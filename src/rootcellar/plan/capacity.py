@@ -28,6 +28,7 @@ from rootcellar.plan.sizing import (
     concurrency,
     concurrency_of,
     divide,
+    host_pages,
     request_pages,
     smallest,
 )
@@ -405,19 +406,24 @@ def _requests(
 
 def _host(ask: Ask, division: Division, formulas: dict[str, str]) -> dict[str, Any]:
     if ask.hicache_size is not None:
-        ratio = ask.hicache_size / division.nbytes
-        formulas["hicache_ratio"] = f"{ask.hicache_size} / {division.nbytes} bytes"
+        each = sum(division.pages[cost.kind.name] * cost.page_bytes for cost in ask.costs())
+        ratio = ask.hicache_size / each
+        formulas["hicache_ratio"] = f"{ask.hicache_size} / {each} bytes, pages of padding left out"
     elif ask.hicache_ratio is not None:
         ratio = ask.hicache_ratio
         formulas["hicache_ratio"] = "given"
     else:
         return {}
+    rows = host_pages(division.pages, ratio)
+    costs = ask.costs()
     formulas["host_tokens"] = f"{ratio:.4g} x {division.tokens}, in whole pages"
-    formulas["host_bytes_per_device"] = f"{ratio:.4g} x {division.nbytes}"
+    formulas["host_bytes_per_device"] = " + ".join(
+        f"{rows[c.kind.name]} x {c.page_bytes} ({c.kind.name})" for c in costs
+    )
     return {
         "hicache_ratio": ratio,
-        "host_tokens": int(division.tokens * ratio) // ask.page_size * ask.page_size,
-        "host_bytes_per_device": int(division.nbytes * ratio),
+        "host_tokens": int(division.tokens // ask.page_size * ratio) * ask.page_size,
+        "host_bytes_per_device": sum(rows[cost.kind.name] * cost.page_bytes for cost in costs),
     }
 
 

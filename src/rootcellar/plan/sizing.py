@@ -183,6 +183,11 @@ def _divide_arena(costs: Sequence[Cost], rules: Rules, budget: int) -> Division 
     return Division(counts, tokens, (pages + 1) * page + state_bytes(costs, states))
 
 
+def host_pages(pages: Mapping[str, int], ratio: float) -> dict[str, int]:
+    """Pages of each pool in host memory, when there are ``ratio`` for each on the device; none is for padding."""
+    return {pool: int(count * ratio) for pool, count in pages.items()}
+
+
 def longest_request(kinds: Sequence[Kind], pages: int, rules: Rules) -> int:
     """Tokens, in whole pages, to which one request can grow in an arena of ``pages`` that it has for itself.
 

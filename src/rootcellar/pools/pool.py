@@ -55,6 +55,11 @@ class Pool:
         return self.layers * sum(math.prod(a.shape) * a.dtype.itemsize for a, _ in self._placed)
 
     @property
+    def shardings(self) -> tuple[Sharding, ...]:
+        """Where each of a layer's buffers lies."""
+        return tuple(sharding for _, sharding in self._placed)
+
+    @property
     def buffers(self) -> list[tuple[Array, ...]]:
         """The buffers of each layer.
 

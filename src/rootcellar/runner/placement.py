@@ -9,7 +9,7 @@ heads that shared it are divided among the copies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
 from rootcellar.models.spec import Params, ParamSpec
+from rootcellar.plan.stored import Heads
 from rootcellar.pools import Layout
 
 AXIS = "tensor"
@@ -105,6 +106,15 @@ class Placement:
         """Bytes that one device stores of a page of one layer."""
         placed = zip(layout.buffers(1), self.pool_shardings(layout), strict=True)
         return sum(math.prod(at.shard_shape(array.shape)) * array.dtype.itemsize for array, at in placed)
+
+    def copies(self, layers: Iterable[int]) -> int:
+        """How often each KV head of these layers is repeated; 1 where that is not the same for all."""
+        found: set[int] = set()
+        for layer in layers:
+            ours, theirs = (cfg.layers[layer].mixer.stored for cfg in (self.model, self.served))
+            if isinstance(ours, Heads) and isinstance(theirs, Heads):
+                found.add(theirs.kv_heads // ours.kv_heads)
+        return found.pop() if len(found) == 1 else 1
 
     def local(
         self,

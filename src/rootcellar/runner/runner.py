@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from rootcellar.errors import EngineError
 from rootcellar.models.kinds import Paging
 from rootcellar.models.spec import Params
 from rootcellar.pools import Pool
+from rootcellar.pools.copying import Copier, copier
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Batch, Shapes
 from rootcellar.runner.placement import Placement
@@ -95,6 +97,13 @@ class Runner:
     def pool_of(self) -> Mapping[str, str]:
         """The name of the pool that each kind lies in."""
         return self.programs.paging.pool_of
+
+    @cached_property
+    def copiers(self) -> dict[str, Copier]:
+        """What copies pages of each pool to host memory and back."""
+        kinds = self.programs.paging.kinds
+        layers = {name: [i for k in kinds if self.pool_of[k.name] == name for i in k.layers] for name in self.pools}
+        return {name: copier(pool, self.placement.copies(layers[name])) for name, pool in self.pools.items()}
 
     def kind_in(self, pool: str) -> str:
         """A kind whose layers lie in the pool of this name."""

@@ -202,9 +202,12 @@ void Cache::copy_down(Node* node, Tier src, Tier dst) {
 void Cache::spill(Node* node, Shelf& shelf) {
     Shelf* target = tree.shelf(HOST, shelf.k);
     if (shelf.tier != DEVICE || target == nullptr || node->entry(target->index).present()) return;
+    if (flying_to(node, shelf.k, HOST) != nullptr) return;
+    // Room in an arena is made by whichever kind may leave: nothing that this place in the tree needs may.
+    tree.hold(node);
     const Entry& entry = node->entry(shelf.index);
-    if (flying_to(node, shelf.k, HOST) == nullptr && target->arena->room() >= entry.count())
-        plan(node, shelf, *target, node->start + entry.lo, false);
+    if (target->arena->room() >= entry.count()) plan(node, shelf, *target, node->start + entry.lo, false);
+    tree.release(node);
 }
 
 // ---- learn -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,15 @@ class Layout(Protocol):
         """Of each array the logical axes."""
         ...
 
+    @property
+    def image(self) -> tuple[tuple[int, ...], ...]:
+        """Of each array the axes of a page, counted without the pages' own, in the order that an image has them.
+
+        What every layout of a form and a type must agree on: keys and values by head are ``[2, kv_heads, page_size,
+        head_dim]``, latents ``[page_size, dim]``, states as they are; scales come after, in the same order.
+        """
+        ...
+
     def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of one layer's buffers, addressed by page in their first axis."""
         ...

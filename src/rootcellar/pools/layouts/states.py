@@ -30,6 +30,11 @@ class Slots:
     state: tuple[int, ...]
     dtype: jnp.dtype
 
+    @property
+    def image(self) -> tuple[tuple[int, ...], ...]:
+        """As they are."""
+        return tuple(range(len(self.conv))), tuple(range(len(self.state)))
+
     def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Two buffers, ``[pages, *conv]`` and ``[pages, *state]``."""
         return (

@@ -56,6 +56,11 @@ def _shelves(*fields: str) -> Callable[[Stats], Samples]:
     return read
 
 
+def _copies(field: str) -> Callable[[Stats], Samples]:
+    """A field of each pair of tiers between which pages are copied, as ``device-host``."""
+    return lambda stats: [((lane,), counts[field]) for lane, counts in stats["copies"].items()]
+
+
 TABLE = (
     Row("requests", "gauge", "Requests alive, by the stage that they are in.", ("stage",), _by("stages"), own=True),
     Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running"), own=True),
@@ -117,6 +122,25 @@ TABLE = (
     Row("evicted_tokens", "counter", "Tokens that left to make room.", ("kind", "tier"), _shelves("evicted")),
     Row("cache_nodes", "gauge", "Nodes of the radix tree.", (), _total("nodes")),
     Row("kv_cache_bytes", "gauge", "Bytes of the KV cache's buffers on the device.", (), _total("kv_cache_bytes")),
+    Row("host_cache_bytes", "gauge", "Bytes of the KV cache in host memory.", (), _total("host_cache_bytes")),
+    Row("copied_pages", "counter", "Pages copied between two tiers.", ("lane",), _copies("pages")),
+    Row("copied_bytes", "counter", "Bytes copied between two tiers.", ("lane",), _copies("bytes")),
+    Row(
+        "copy_seconds",
+        "counter",
+        "Time that those who copy between two tiers worked or waited for the device.",
+        ("lane",),
+        _copies("seconds"),
+    ),
+    Row("copy_queue_bytes", "gauge", "Bytes that wait to be copied.", ("lane",), _copies("queued_bytes")),
+    Row(
+        "skipped_pages",
+        "counter",
+        "Pages that were not copied because too much waited.",
+        ("lane",),
+        _copies("skipped_pages"),
+    ),
+    Row("failed_pages", "counter", "Pages whose copy failed.", ("lane",), _copies("failed_pages")),
     Row(
         "step_outside_device_seconds",
         "counter",

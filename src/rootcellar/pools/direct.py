@@ -1,0 +1,64 @@
+"""Programs that copy pages in one pass between pools and host memory, in C++ (``native/copy_pages.cc``), on CPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rootcellar import pools
+
+log = logging.getLogger(__name__)
+
+_LIBRARY = "_copies.so"
+_READ, _WRITE = "rootcellar_read_pages", "rootcellar_write_pages"
+
+
+@functools.cache
+def available() -> bool:
+    """Whether they can run here: on a CPU, and where they were built and are wanted."""
+    if jax.default_backend() != "cpu" or os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
+        return False
+    # As with the attention kernel: an editable install keeps what was compiled apart from the sources.
+    found = [file for folder in pools.__path__ if (file := Path(folder) / _LIBRARY).exists()]
+    if not found:
+        log.info("no native copying of pages (%s was not built): pages are copied through XLA", _LIBRARY)
+        return False
+    opened = ctypes.CDLL(str(found[0]))
+    for name, handler in ((_READ, opened.RootcellarReadPages), (_WRITE, opened.RootcellarWritePages)):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    return True
+
+
+def programs(offsets: Sequence[int]) -> tuple[Callable[..., Array], Callable[..., tuple[Any, Array]]]:
+    """``read(buffers, pages [N], addresses uint32 [N, 2])`` and ``write`` with the same arguments, the buffers donated.
+
+    ``offsets``: where each array of the buffers, layer by layer, begins in an image. Both give an array that is ready
+    when they are done, ``write`` after the buffers. Address 0 is padding.
+    """
+    where = np.asarray(offsets, np.int64)
+    done = jax.ShapeDtypeStruct((1,), jnp.uint32)
+
+    def read(buffers: list[tuple[Array, ...]], pages: Array, addresses: Array) -> Array:
+        call = jax.ffi.ffi_call(_READ, done)
+        return call(pages, addresses, *jax.tree.leaves(buffers), offsets=where)
+
+    def write(buffers: list[tuple[Array, ...]], pages: Array, addresses: Array) -> tuple[Any, Array]:
+        buffers, form = jax.tree.flatten(buffers)
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in buffers]
+        alias = {2 + i: 1 + i for i in range(len(buffers))}
+        first, *new = jax.ffi.ffi_call(_WRITE, (done, *shapes), input_output_aliases=alias)(
+            pages, addresses, *buffers, offsets=where
+        )
+        return jax.tree.unflatten(form, new), first
+
+    return jax.jit(read), jax.jit(write, donate_argnums=0)

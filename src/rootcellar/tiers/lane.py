@@ -1,0 +1,81 @@
+"""One pair of tiers: the copies from the first to the second, done in order on a thread of their own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from rootcellar.cache import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Copies that are done together: of ``moves``, all of one pool, so many pages and bytes."""
+
+    lane: Lane
+    moves: tuple[int, ...]
+    pool: str
+    pages: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class LaneStats:
+    """What a lane did and has to do.
+
+    ``seconds``: that its thread worked, or waited for the device to do so; ``queued_bytes``: not yet done;
+    ``skipped_pages``: not copied because too much was queued; ``failed_pages``: not copied because something broke.
+    """
+
+    moves: int = 0
+    pages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    queued_bytes: int = 0
+    skipped_pages: int = 0
+    failed_pages: int = 0
+
+
+class Lane:
+    """A queue and the thread that empties it.
+
+    ``tell(job, result, error)`` is called on the thread when the work of a job is done, with what it gave or raised.
+    """
+
+    def __init__(self, src: Tier, dst: Tier, tell: Callable[[Job, object, Exception | None], None]) -> None:
+        self.src, self.dst = src, dst
+        self.stats = LaneStats()
+        self._tell = tell
+        self._work: queue.SimpleQueue[tuple[Job, Callable[[], object]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"rootcellar-{self.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """As ``"device-host"``."""
+        return f"{self.src.name}-{self.dst.name}".lower()
+
+    def put(self, job: Job, work: Callable[[], object]) -> None:
+        """Do ``work`` when all before it is done."""
+        self._work.put((job, work))
+
+    def close(self) -> None:
+        """Do what is queued, and end the thread."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            job, work = item
+            began = perf_counter()
+            result, error = None, None
+            try:
+                result = work()
+            except Exception as failure:  # whatever it was, the next may succeed
+                error = failure
+            self.stats.seconds += perf_counter() - began
+            self._tell(job, result, error)
+            del item, work  # and what they hold
