@@ -57,6 +57,7 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources in the house style.
 
 docs: $(VENV)/.stamp-dev  ## Write the generated pages of docs/ again.
 	@$(RUN)python -m rootcellar.config > docs/configuration.md
+	@$(RUN)python scripts/draw_figures.py
 
 golden: $(REFERENCE_VENV)/.stamp  ## Write the golden files of tests/ again, from transformers on torch.
 	@$(REFERENCE_VENV)/bin/python scripts/make_golden.py

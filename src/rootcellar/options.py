@@ -1,7 +1,7 @@
 """How a setting is declared once, and what follows from the declaration.
 
 A settings class is a frozen dataclass whose fields are made by :func:`option`: the annotation gives the type, the
-call gives the default, the help text and the limits. From that one line come the check of every value, the
+call gives the default, the help text and the limits. From that one declaration come the check of every value, the
 command-line option, and the row of ``docs/configuration.md``.
 
 A class with options calls :func:`check_values` in ``__post_init__``, so an object with a wrong value cannot exist.

@@ -1,8 +1,8 @@
 """The buffers that hold the cache's bytes, addressed by page.
 
-A *layout* (``layouts/``) says how the bytes of one layer lie; a *pool* owns the buffers of the layers of one kind.
-Buffers are allocated once, by a compiled function (so that allocating them again compiles nothing), donated through
-every step and never resized. Page 0 is the padding target: no request owns it.
+A *layout* (``layouts/``) says how the bytes of one layer lie; a *pool* owns the buffers of the layers of one kind, or
+of several that share them. Buffers are allocated once, by a compiled function (so that allocating them again compiles
+nothing), donated through every step and never resized. Page 0 is the padding target: no request owns it.
 """
 
 from __future__ import annotations
