@@ -21,6 +21,7 @@ from rootcellar.pools.layouts import TokenLayout
 
 # The score of a position that is not seen.
 MASKED = -1e30
+Sum = Callable[[Array], Array]
 
 
 def lacks(layout: Layout, platform: str) -> str | None:  # noqa: ARG001 - it runs everywhere
@@ -47,56 +48,20 @@ def _by_head(
 ) -> tuple[Array, ...]:  # fmt: skip
     buffers = write(layout, buffers, (k, v), tables, rows, positions)
     kv_heads, head_dim = k.shape[1:]
-    page_size = layout.page_size
-    n = rows.shape[0]
-    tile = positions.shape[0] // n
-    group = q.shape[1] // kv_heads
-    per_block = max(1, BLOCK_TOKENS // page_size)
-    block = per_block * page_size
-    positions = positions.reshape(n, tile)
-    q = q.reshape(n, tile, kv_heads, group, head_dim).astype(jnp.float32) * reach.scale
-    # Each tile's blocks begin at the first page that its first token sees.
-    first = reach.first(positions[:, 0]) // page_size
-    pages_of = _block_of_pages(reach, tables, rows, first, per_block)
-    newest = jnp.max(positions, axis=1)
-    blocks = (jnp.max(newest - first * page_size) + block) // block
+    n, page_size = rows.shape[0], layout.page_size
+    # Tiles, heads, the query heads of each, tokens of a tile.
+    shape = (n, kv_heads, q.shape[1] // kv_heads, positions.shape[0] // n)
+    q = q.reshape(n, shape[3], *shape[1:3], head_dim).astype(jnp.float32) * reach.scale
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, out = carry
-        keys, values = layout.read(buffers, pages_of(i))  # [n, per_block, kv_heads, page_size, head_dim]
-        # Slots that nobody has written for this row hold what an earlier owner left, which may be anything: a weight of
-        # zero does not silence a NaN.
-        at = (first[:, None] * page_size + i * block + jnp.arange(block)).reshape(n, per_block, page_size)
-        written = at <= newest[:, None, None]
-        values = jnp.where(written[:, :, None, :, None], values, 0.0)
-        s = jnp.einsum("nthgd,nbhpd->nhgtbp", q, keys).reshape(n, kv_heads, group, tile, block)
-        seen = reach.sees(positions[:, :, None], at.reshape(n, 1, block))  # [n, tile, block]
-        s = jnp.where(seen[:, None, None], s, MASKED)
-        new_top = jnp.maximum(top, jnp.max(s, axis=-1))
-        p = jnp.where(seen[:, None, None], jnp.exp(s - new_top[..., None]), 0.0)
-        keep = jnp.exp(top - new_top)
-        sums = jnp.einsum("nhgtbp,nbhpd->nhgtd", p.reshape(n, kv_heads, group, tile, per_block, page_size), values)
-        return new_top, total * keep + jnp.sum(p, axis=-1), out * keep[..., None] + sums
+    def look(written: Array, keys: Array, values: Array) -> tuple[Array, Sum]:
+        values = jnp.where(written.reshape(n, -1, 1, page_size, 1), values, 0.0)
+        scores = jnp.einsum("nthgd,nbhpd->nhgtbp", q, keys).reshape(*shape, -1)
+        return scores, lambda p: jnp.einsum("nhgtbp,nbhpd->nhgtd", p.reshape(*shape, -1, page_size), values)
 
-    shape = (n, kv_heads, group, tile)
-    sinks = jnp.broadcast_to(sinks.reshape(kv_heads, group, 1), shape)
+    sinks = jnp.broadcast_to(sinks.reshape(*shape[1:3], 1), shape)
     start = (jnp.maximum(sinks, MASKED), jnp.where(sinks > MASKED, 1.0, 0.0), jnp.zeros((*shape, head_dim)))
-    _, total, out = lax.fori_loop(0, blocks, body, start)
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(n * tile, kv_heads * group, head_dim), *buffers
-
-
-def _block_of_pages(reach: Reach, tables: Array, rows: Array, first: Array, per_block: int) -> Callable[[Array], Array]:
-    """A function from a block's number to its pages, int32 [tiles, per_block], of each tile from ``first`` on."""
-    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % per_block)))[rows]
-    if reach.rule == "full":  # every tile begins at 0: a slice is cheaper than a gather
-        return lambda i: lax.dynamic_slice_in_dim(tables, i * per_block, per_block, axis=1)
-
-    def pages_of(i: Array) -> Array:
-        at = first[:, None] + i * per_block + jnp.arange(per_block)
-        return jnp.take_along_axis(tables, at, axis=1, mode="fill", fill_value=0)
-
-    return pages_of
+    out = _softmax(layout, reach, buffers, tables, rows, positions, look, start, lambda seen: seen[:, None, None])
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape[0] * q.shape[1], -1, head_dim), *buffers
 
 
 def _over_latents(
@@ -111,37 +76,69 @@ def _over_latents(
     read once for all heads, and no key or value of a head ever exists.
     """
     buffers = write(layout, buffers, (latents,), tables, rows, positions)
-    page_size, dim = layout.page_size, latents.shape[1]
-    n = rows.shape[0]
-    tile, heads = positions.shape[0] // n, q.shape[1]
+    n, (heads, dim) = rows.shape[0], q.shape[1:]
+    shape = (n, positions.shape[0] // n * heads)  # tiles, tokens of a tile by head
+    q = q.astype(jnp.float32).reshape(*shape, dim) * reach.scale
+
+    def look(written: Array, held: Array) -> tuple[Array, Sum]:
+        held = jnp.where(written[:, :, None], held.reshape(n, -1, dim), 0.0)
+        # The turned part is summed as well, for nothing: cutting it off the block would be a copy.
+        return jnp.einsum("nqd,nsd->nqs", q, held), lambda p: jnp.einsum("nqs,nsd->nqd", p, held)
+
+    start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim)))
+    spread = functools.partial(jnp.repeat, repeats=heads, axis=1)
+    out = _softmax(layout, reach, buffers, tables, rows, positions, look, start, spread)
+    return out.reshape(-1, heads, dim), *buffers
+
+
+def _softmax(
+    layout: TokenLayout, reach: Reach, buffers: Sequence[Array], tables: Array, rows: Array, positions: Array,
+    look: Callable[..., tuple[Array, Sum]], start: tuple[Array, Array, Array], spread: Callable[[Array], Array],
+) -> Array:  # fmt: skip
+    """What every query gets of all that it sees, a block of pages at a time.
+
+    ``look(written [tiles, block], *parts)`` gives the scores of what ``layout.read`` gave, ``[..., block]``, and a
+    function that sums its values by weights of that shape. ``start``: of all queries the greatest score so far, the sum
+    of weights, the sum of values. ``spread`` brings ``[tiles, tile, block]`` to the scores' axes.
+    """
+    page_size, n = layout.page_size, rows.shape[0]
     per_block = max(1, BLOCK_TOKENS // page_size)
     block = per_block * page_size
-    positions = positions.reshape(n, tile)
+    positions = positions.reshape(n, -1)
     newest = jnp.max(positions, axis=1)
+    # Each tile's blocks begin at the first page that its first token sees.
     first = reach.first(positions[:, 0]) // page_size
     pages_of = _block_of_pages(reach, tables, rows, first, per_block)
-    q = q.astype(jnp.float32).reshape(n, tile * heads, dim) * reach.scale
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        (held,) = layout.read(buffers, pages_of(i))  # [n, per_block, page_size, dim]
         at = first[:, None] * page_size + i * block + jnp.arange(block)  # [n, block]
-        # A weight of zero does not silence a NaN that an earlier owner left in a slot that this row has not written.
-        held = jnp.where((at <= newest[:, None])[:, :, None], held.reshape(n, block, dim), 0.0)
-        seen = jnp.repeat(reach.sees(positions[:, :, None], at[:, None]), heads, axis=1)  # [n, tile * heads, block]
-        scores = jnp.where(seen, jnp.einsum("nqd,nsd->nqs", q, held), MASKED)
+        # Slots that nobody has written for this row hold what an earlier owner left, which may be anything: a weight of
+        # zero does not silence a NaN.
+        scores, sums = look(at <= newest[:, None], *layout.read(buffers, pages_of(i)))
+        seen = spread(reach.sees(positions[:, :, None], at[:, None]))
+        scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
-        # The turned part is summed as well, for nothing: cutting it off the block would be a copy.
-        out = out * keep[..., None] + jnp.einsum("nqs,nsd->nqd", weights, held)
-        return new_top, total * keep + jnp.sum(weights, axis=-1), out
+        return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + sums(weights)
 
-    shape = (n, tile * heads)
-    start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim)))
-    _, total, out = lax.fori_loop(0, (jnp.max(newest - first * page_size) + block) // block, body, start)
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out.reshape(n * tile, heads, dim), *buffers
+    blocks = (jnp.max(newest - first * page_size) + block) // block
+    _, total, out = lax.fori_loop(0, blocks, body, start)
+    return out / jnp.maximum(total, 1e-30)[..., None]
+
+
+def _block_of_pages(reach: Reach, tables: Array, rows: Array, first: Array, per_block: int) -> Callable[[Array], Array]:
+    """A function from a block's number to its pages, int32 [tiles, per_block], of each tile from ``first`` on."""
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % per_block)))[rows]
+    if reach.rule == "full":  # every tile begins at 0: a slice is cheaper than a gather
+        return lambda i: lax.dynamic_slice_in_dim(tables, i * per_block, per_block, axis=1)
+
+    def pages_of(i: Array) -> Array:
+        at = first[:, None] + i * per_block + jnp.arange(per_block)
+        return jnp.take_along_axis(tables, at, axis=1, mode="fill", fill_value=0)
+
+    return pages_of
 
 
 _BY_FORM: Mapping[str, Callable[..., tuple[Array, ...]]] = {"heads": _by_head, "latents": _over_latents}
