@@ -293,7 +293,7 @@ def test_a_shutdown_ends_what_is_being_compiled(tiny_folder, monkeypatch):
 
 
 def test_a_compiler_that_does_not_start_is_an_error(tiny_folder, monkeypatch):
-    monkeypatch.setattr("rootcellar.grammars.process._PROGRAM", "raise SystemExit('no such interpreter')")
+    monkeypatch.setattr("rootcellar.child._PROGRAM", "raise SystemExit('no such interpreter')")
     with (
         rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256, chunked_prefill_size=16) as engine,
         pytest.raises(EngineError, match="does not start: no such interpreter"),

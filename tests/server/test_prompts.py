@@ -11,6 +11,7 @@ import pytest
 import rootcellar
 from checkpoints import make_checkpoint
 from rootcellar import demo
+from rootcellar.child import Child
 from rootcellar.errors import QueueFull, RequestError, RequestTooLarge
 from rootcellar.server.prompts import detokenize, read_chat, tokenize
 from rootcellar.server_config import ServerConfig
@@ -139,15 +140,15 @@ def test_a_job_that_kills_its_process_is_refused_and_the_next_is_done(state, mon
     reader = Reader(demo.path(), seconds=60, characters=10**6)
     text = "a b c " * 3000
     expected = reader.encode([text], True).result()
-    reader._process.kill()
-    reader._process.wait()
+    reader._child._process.kill()
+    reader._child._process.wait()
     assert reader.encode([text], True).result() == expected  # begun anew
-    monkeypatch.setattr(Reader, "_start", lambda self: self._process.kill() or self._connection)
+    monkeypatch.setattr(Child, "connection", lambda self: self._process.kill() or self._connection)
     with pytest.raises(RequestError, match="is refused"):
         reader.encode([text * 50], True).result()
     monkeypatch.undo()
     assert reader.encode([text], True).result() == expected
-    process = reader._process
+    process = reader._child._process
     reader.close()
     assert process.poll() is not None
 

@@ -110,7 +110,7 @@ class Grammars:
             self._closed = True
             executor, worker = self._executor, self._worker
         if executor is not None and worker is not None:
-            worker.kill()
+            worker.stop()
             executor.shutdown()
             worker.close()
 

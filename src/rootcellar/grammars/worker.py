@@ -5,15 +5,14 @@ It reads messages from a connection until that ends: first what the model's toke
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from rootcellar.child import parent
 from rootcellar.grammars.compiling import Vocabulary, matcher, translate
 
 # Less than any thread of the engine's process has: what fits here fits there.
@@ -68,10 +67,8 @@ def _grant_memory() -> int:
 
 
 def main() -> None:
-    """Serve the connection whose number is the last argument, behind the engine in the machine's queue."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(5)
-    connection = Connection(int(sys.argv[-1]))
+    """Serve the process that began this one."""
+    connection = parent()
     run_on_stack(STACK_BYTES, lambda: serve(connection))
 
 

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from rootcellar.child import Child
 from rootcellar.errors import EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.text.inert import each_text
 from rootcellar.text.tokenizer import Chat
 
 log = logging.getLogger(__name__)
-
-_START_SECONDS = 120
-# With our own search path, so that it finds the same packages.
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rootcellar.text import worker; worker.main()"
 
 SHORT = 8192
 """Characters, or tokens to decode, that take a few milliseconds: an event loop may stand still for as long."""
@@ -51,16 +42,13 @@ class Reader:
 
     def __init__(self, folder: Path, *, seconds: float, characters: int) -> None:
         """``folder`` of the model. ``seconds``: what one job may take; ``characters``: what it may hold together."""
-        self._folder = folder
         self._seconds = seconds
         self.characters = characters
         self._thread = ThreadPoolExecutor(1, "rootcellar-reader")
         self._lock = threading.Lock()
         self._closed = False
         self._waiting = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._said: IO[bytes] | None = None
+        self._child = Child("rootcellar.text.worker", "reads prompts", (str(folder), characters))
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> Future[list[list[int]]]:
         """Token ids of each text."""
@@ -107,27 +95,25 @@ class Reader:
 
     def close(self) -> None:
         """End the process. What still waits for it fails."""
-        with self._lock:
-            self._closed = True
-            if self._process is not None:
-                self._process.kill()
+        self._closed = True
+        self._child.stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._end()
+        self._child.close()
 
     # -- on its thread --------------------------------------------------------------------------------------------
 
     def _do(self, job: str, *arguments: Any) -> Any:
-        connection = self._start()
+        connection = self._child.connection()
         try:
             connection.send((self._seconds, job, arguments))
             # A template's own clock comes first, and leaves the process as it is.
             if not connection.poll(self._seconds + 0.5):
-                self._end()
+                self._child.close()
                 raise RequestError(self._late())
             result, wrong = connection.recv()
         except (EOFError, OSError):
-            words = self._last_words()
-            self._end()
+            words = self._child.said().partition("\n")[0]
+            self._child.close()
             if self._closed:
                 raise EngineError("the server is shutting down") from None
             log.warning("the process that reads prompts died of one: %s", words or "it said nothing")
@@ -141,53 +127,6 @@ class Reader:
             f"reading the prompt takes more than {self._seconds:g} seconds: its chat template does not end, or it is "
             "very long; shorten it, or raise prompt_timeout"
         )
-
-    def _start(self) -> Connection:
-        if self._process is not None and self._process.poll() is None and self._connection is not None:
-            return self._connection
-        self._end()
-        ours, theirs = Pipe()
-        command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())]
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        with theirs, self._lock:
-            if self._closed:
-                raise EngineError("the server is shutting down")
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is the server's affair
-            )
-            self._connection = ours
-        try:
-            ours.send((str(self._folder), self.characters))
-            if not ours.poll(_START_SECONDS):
-                raise OSError(f"not ready after {_START_SECONDS} seconds")
-            ours.recv()
-        except (EOFError, OSError) as error:
-            words = self._last_words()
-            self._end()
-            raise EngineError(f"the process that reads prompts does not start: {words or error}") from error
-        return ours
-
-    def _end(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._said is not None:
-            self._said.close()
-        self._process = self._connection = self._said = None
-
-    def _last_words(self) -> str:
-        if self._said is None:
-            return ""
-        self._said.seek(0)
-        lines = self._said.read(4096).decode(errors="replace").strip().splitlines()
-        return lines[0] if lines else ""
 
 
 def _ids(content: bytes) -> list[int]:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import resource
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rootcellar.child import parent
 from rootcellar.errors import RequestError
 from rootcellar.text.templates import TemplateTimeout
 from rootcellar.text.tokenizer import Tokenizer
@@ -94,7 +93,5 @@ def _address_space() -> int:
 
 
 def main() -> None:
-    """Serve the connection whose number is the last argument, behind the engine in the machine's queue."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(5)
-    serve(Connection(int(sys.argv[-1])))
+    """Serve the process that began this one."""
+    serve(parent())
