@@ -190,7 +190,7 @@ def _steps(p: Picture) -> None:
     p.way((505, 108), (505, 132))
     p.rect(276, 132, 458, 416, "plain", 8)
     p.text(288, 154, "a step", "head")
-    p.text(722, 154, "one after the other, while there is work", "note", "end")
+    p.text(722, 154, "again and again, while there is work", "note", "end")
     p.rect(288, 166, 44, 286, "box decide")
     p.upward(315, 309, "`RadixCache`: tree, leases, page tables")
     for y, room, verb, *lines in (

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,17 @@ def test_no_two_types_of_the_package_have_one_name():
         for name, meaning in _types_of(path):
             meanings.setdefault(name, set()).add(meaning)
     assert not {name: each for name, each in meanings.items() if len(each) > 1}
+
+
+def test_files_that_the_documents_name_are_there():
+    folders = (ROOT / name for name in ("src", "tests", "docs", "scripts", "benchmarks", "examples", "deploy"))
+    paths = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
+    there = "".join(f"{path.as_posix()}\n" for path in paths)
+    for document in [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]:
+        if document.name == "CHANGELOG.md":  # it tells of what was, too
+            continue
+        named = re.findall(r"`([\w./-]+\.(?:py|cc|h|toml|svg|md))`", document.read_text(encoding="utf-8"))
+        assert not [name for name in named if f"/{name}\n" not in there], document.name
 
 
 # --- the project file, the lock and the wheel -------------------------------------------------------------------------
