@@ -24,6 +24,16 @@ def test_the_cache_benchmark_measures_every_row():
         assert found["median"] > 0, row
 
 
+def test_the_file_store_is_measured_beside_its_medium(tmp_path):
+    words = ["--mib", "4", "--rounds", "1", "--json", "--path", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "file_store.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["way"] for row in rows} == {"buffered", "fdatasync", "direct"}
+    assert all(row[name] > 0 for row in rows for name in ("memcpy", "write", "dd", "put", "read", "get"))
+
+
 @pytest.mark.skipif(native.library() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""

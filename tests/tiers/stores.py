@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,3 +85,50 @@ class MemoryStore:
 
     def close(self):
         pass
+
+
+class FaultyStore:
+    """A store that does as it is told: ``error`` is raised, ``answer`` returned, ``gate`` waited for, ``work`` done."""
+
+    def __init__(self, inner):
+        self.inner, self.verifies = inner, inner.verifies
+        self.error = self.answer = self.gate = None
+        self.work = lambda: None
+        self.calls = 0
+        self.entered, self.idle = threading.Event(), threading.Event()
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    def _do(self, call):
+        with self._lock:
+            self.calls += 1
+            self._under_way += 1
+            self.idle.clear()
+        try:
+            if self.gate is not None:
+                self.entered.set()
+                assert self.gate.wait(60)
+            self.work()
+            if self.error is not None:
+                raise self.error
+            return call() if self.answer is None else self.answer
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                if not self._under_way:
+                    self.idle.set()
+
+    def has(self, names):
+        return self._do(lambda: self.inner.has(names))
+
+    def get(self, names, into):
+        return self._do(lambda: self.inner.get(names, into))
+
+    def put(self, names, blocks):
+        return self._do(lambda: self.inner.put(names, blocks))
+
+    def register(self, buffer):
+        self._do(lambda: self.inner.register(buffer))
+
+    def close(self):
+        self._do(self.inner.close)

@@ -4,13 +4,17 @@ import threading
 
 import numpy as np
 import pytest
-from stores import MemoryStore, file_store, get, image, name, put, room
+from stores import FaultyStore, MemoryStore, file_store, get, image, name, put, room
+
+from rootcellar.tiers.guard import Guard
 
 STORES = {
     "memory": lambda _: MemoryStore(),
     "file": file_store,
     "file-direct": lambda path: file_store(path, direct=True),
     "file-fsync": lambda path: file_store(path, fsync=True),
+    "guarded memory": lambda _: Guard(FaultyStore(MemoryStore())),
+    "guarded file": lambda path: Guard(FaultyStore(file_store(path))),
 }
 
 
@@ -57,6 +61,14 @@ def test_a_page_is_put_once_whatever_comes_again(store):
     assert store.has([name(1), name(1)]) == [True, True]
     assert store.get([name(1), name(1)], [room(), room()]) == [True, True]
     assert get(store, 2)
+
+
+def test_thousands_of_tiny_pages_in_one_call(store):
+    pages = range(3000)
+    assert put(store, pages, 10) == [True] * 3000
+    into = [room(10) for _ in pages]
+    assert store.get([name(i) for i in pages], into) == [True] * 3000
+    assert all(into[i] == image(i, 10) for i in (0, 255, 256, 1023, 1024, 2999))
 
 
 def test_memory_of_other_shapes(store):

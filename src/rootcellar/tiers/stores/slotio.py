@@ -22,6 +22,8 @@ BLOCK = 4096
 """Bytes: what direct transfers are aligned to, and pages of the system's cache."""
 PIECE = 1 << 18
 DIRECT_PIECE = 1 << 23
+_MOST_IMAGES = 256
+"""Of a run: two parts each, and a system call takes 1,024 at most."""
 _ZEROS = bytes(BLOCK)
 
 
@@ -44,8 +46,8 @@ def runs(slots: Sequence[int], views: Sequence[memoryview], seeds: Sequence[int]
     found: list[Run] = []
     start = size = 0
     for i in range(len(slots) + 1):
-        apart = i == len(slots) or (i > start and (slots[i] != slots[i - 1] + 1 or size + len(views[i]) > piece))
-        if apart and i > start:
+        full = i < len(slots) and (size + len(views[i]) > piece or i - start == _MOST_IMAGES)
+        if i > start and (i == len(slots) or slots[i] != slots[i - 1] + 1 or full):
             found.append(Run(slots[start], views[start:i], seeds[start:i]))
             start, size = i, 0
         if i < len(slots):

@@ -1,0 +1,195 @@
+"""Guard: a store that fails, hangs, lies or is slow does no harm."""
+
+import logging
+import threading
+
+import pytest
+from stores import FaultyStore, MemoryStore, file_store, get, image, name, put, room
+
+from rootcellar.tiers.guard import Guard, GuardSettings
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_an_exception_is_a_miss_that_is_logged_once(caplog, clock):
+    store = FaultyStore(MemoryStore())
+    guard = Guard(store, GuardSettings(failures=10), now=clock)
+    assert put(guard, [1]) == [True]
+    store.error = OSError("the cable is out")
+    with caplog.at_level(logging.INFO):
+        assert guard.has([name(1)]) == [False]
+        assert not get(guard, 1)
+        assert put(guard, [2]) == [False]
+    (line,) = caplog.messages
+    assert "the cable is out" in line
+    store.error = None
+    with caplog.at_level(logging.INFO):
+        assert get(guard, 1)
+        store.error = OSError("again")
+        assert not get(guard, 1)
+    assert [("works again, after 3" in m, "again')" in m) for m in caplog.messages[1:]] == [
+        (True, False),
+        (False, True),
+    ]
+    stats = guard.stats()
+    assert (stats["get"].hits, stats["get"].misses, stats["get"].failures) == (1, 2, 2)
+    assert (stats["put"].hits, stats["put"].failures, stats["has"].failures) == (1, 1, 1)
+
+
+def test_a_store_that_fails_is_left_alone_and_tried_later(clock):
+    store = FaultyStore(MemoryStore())
+    guard = Guard(store, GuardSettings(failures=3, pause=1, longest_pause=3), now=clock)
+    put(guard, [1])
+    store.error = OSError("no")
+    for _ in range(10):
+        assert not get(guard, 1)
+    assert store.calls == 1 + 3
+    assert guard.stats()["get"].skipped == 7
+    pauses = []
+    for _ in range(4):  # one try at a time, after longer and longer pauses
+        before, calls = clock.seconds, store.calls
+        while store.calls == calls:
+            clock.seconds += 0.5
+            assert not get(guard, 1)
+        pauses.append(clock.seconds - before)
+    assert pauses == [1, 2, 3, 3]
+    store.error = None
+    assert not get(guard, 1)
+    clock.seconds += 3
+    assert get(guard, 1)
+    store.error = OSError("no")
+    assert [get(guard, 1) for _ in range(5)] == [False] * 5
+    clock.seconds += 1  # the pause begins anew
+    store.error = None
+    assert get(guard, 1)
+
+
+def test_only_one_call_tries(clock):
+    """While it is under way others are skipped."""
+    store = FaultyStore(MemoryStore())
+    guard = Guard(store, GuardSettings(failures=1, pause=1), now=clock)
+    put(guard, [1])
+    store.error = OSError("no")
+    get(guard, 1)
+    clock.seconds += 1
+    store.error, store.gate = None, threading.Event()
+    found = []
+    probe = threading.Thread(target=lambda: found.append(get(guard, 1)))
+    probe.start()
+    store.entered.wait()
+    calls = store.calls
+    assert not get(guard, 1)
+    assert store.calls == calls
+    store.gate.set()
+    probe.join()
+    assert found == [True]
+    assert get(guard, 1)
+
+
+def test_a_call_that_hangs_is_left_behind_and_touches_nobodys_memory():
+    inner = MemoryStore()
+    store = FaultyStore(inner)
+    guard = Guard(store, GuardSettings(deadline=0.02, failures=100, most_hanging=2))
+    inner.put([name(2)], [image(2)])
+    put(guard, [1])
+    store.gate = threading.Event()
+    into = room()
+    assert guard.get([name(1)], [into]) == [False]
+    assert bytes(into) == b"\xaa" * 5000
+    block = bytearray(image(3))
+    assert guard.put([name(3)], [memoryview(block)]) == [False]
+    block[:] = bytes(5000)  # the caller's again
+    calls = store.calls
+    assert not get(guard, 1)  # two hang: it is not asked
+    assert store.calls == calls
+    gate, store.gate = store.gate, None
+    gate.set()
+    store.idle.wait()
+    assert bytes(into) == b"\xaa" * 5000
+    while not get(guard, 1):  # as soon as the threads are over
+        pass
+    assert get(guard, 3)  # it was put after all, and right
+    stats = guard.stats()
+    assert stats["get"].failures + stats["put"].failures == 2
+
+
+def test_a_slow_store_that_verifies_is_stopped_between_its_pages(tmp_path, clock):
+    """It works in the caller's memory, so it is never left behind; what had come by then is used."""
+    store = FaultyStore(file_store(tmp_path / "store"))
+    guard = Guard(store, GuardSettings(deadline=5, pages_at_once=4), now=clock)
+    put(guard, range(20))
+    store.work = lambda: setattr(clock, "seconds", clock.seconds + 2)
+    found = guard.get([name(i) for i in range(20)], [room() for _ in range(20)])
+    assert found == [True] * 12 + [False] * 8
+    stats = guard.stats()["get"]
+    assert (stats.hits, stats.misses, stats.skipped, stats.failures, stats.seconds) == (12, 0, 8, 1, 6)
+    assert stats.bytes == 12 * 5000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held[:-1] + bytes([held[-1] ^ 1]),
+        lambda held: bytes([held[0] ^ 1]) + held[1:],
+        lambda held: held[:-1],
+        lambda held: held + b"\0",
+        lambda held: bytes(len(held)),
+        lambda held: b"",
+    ],
+    ids=["a bit of the image", "a bit of the header", "shorter", "longer", "zeros", "nothing"],
+)
+def test_what_comes_back_otherwise_is_a_miss(change):
+    inner = MemoryStore()
+    guard = Guard(inner)
+    put(guard, [1, 2])
+    inner.objects[name(1)] = change(inner.objects[name(1)])
+    into = room()
+    assert guard.get([name(1)], [into]) == [False]
+    assert bytes(into) == b"\xaa" * 5000
+    assert get(guard, 2)
+
+
+def test_another_pages_object_is_a_miss():
+    inner = MemoryStore()
+    guard = Guard(inner)
+    put(guard, [1, 2])
+    inner.objects[name(1)] = inner.objects[name(2)]
+    assert not get(guard, 1)
+    assert guard.stats()["get"].damaged == 1
+
+
+def test_an_answer_of_another_length_is_a_failure():
+    store = FaultyStore(MemoryStore())
+    guard = Guard(store)
+    put(guard, [1])
+    store.answer = []
+    assert not get(guard, 1)
+    assert guard.has([name(1)]) == [False]
+    assert guard.stats()["get"].failures == 1
+
+
+def test_nothing_is_checked_twice(tmp_path):
+    """The file store verifies, so its pages are as large in it as without a guard."""
+    store = file_store(tmp_path / "store")
+    put(Guard(store), [1])
+    assert get(store, 1)
+
+
+def test_closing_a_store_that_fails_or_hangs():
+    store = FaultyStore(MemoryStore())
+    store.error = OSError("no")
+    Guard(store).close()
+    store.error, store.gate = None, threading.Event()
+    Guard(store, GuardSettings(deadline=0.02)).close()
+    store.gate.set()
