@@ -31,10 +31,10 @@ wheel: $(VENV)/.stamp  ## Build dist/rootcellar-*.whl, with the C++ parts for th
 	@ls dist/*.whl
 
 test: $(VENV)/.stamp-dev  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
-	@$(RUN)python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN)python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
-	@$(REFERENCE_VENV)/bin/python -m pytest -m reference $(ARGS)
+	@$(REFERENCE_VENV)/bin/python -m pytest -m reference -n $(WORKERS) --maxprocesses 2 --dist loadfile $(ARGS)
 
 test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)

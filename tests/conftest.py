@@ -24,6 +24,15 @@ KEEP_ALL = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
+SLOW = (
+    "test_recurrent.py", "test_tensor_parallel.py", "test_hybrid.py", "test_equivalence.py", "test_process.py",
+    "test_shared_pool.py", "test_safety.py", "test_lifecycle.py", "test_memory.py", "test_golden.py",
+    "test_attention.py", "test_mutations.py", "test_fuzz.py", "test_examples.py", "test_docs.py", "test_sizes.py",
+    "test_starting.py", "test_page.py", "test_access.py", "test_grammar.py", "test_control.py", "test_connections.py",
+    "test_native.py",
+)  # fmt: skip
+"""The files that take longest: they begin first, so that no worker has one of them left at the end."""
+
 # A loaded machine is no bug. In CI a change is judged by the same examples every time; new ones are looked for at
 # everybody's desk and at night (make fuzz).
 settings.register_profile("desk", deadline=None)
@@ -43,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_backend_optimization_level" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order of ``SLOW``, then as they were found."""
+    turn = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: turn.get(item.path.name, len(turn)))
 
 
 @pytest.fixture(scope="session")

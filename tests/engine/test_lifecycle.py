@@ -25,11 +25,22 @@ def weights(tiny_folder):
 
 
 @pytest.fixture
-def engine(tiny_folder):
-    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4) as engine:
+def engine(tiny_engine):
+    """The engine of all tests, with nothing cached; whatever a test does to its memory, it is there again after it."""
+    tiny_engine.flush_cache()
+    yield tiny_engine
+    tiny_engine.continue_generation()
+    tiny_engine.resume_memory_occupation()
+    check_idle(tiny_engine)
+
+
+@pytest.fixture
+def own(tiny_folder):
+    """An engine of the test's own, whose weights may change."""
+    with rootcellar.Engine(
+        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
+    ) as engine:
         yield engine
-        engine.continue_generation()
-        engine.resume_memory_occupation()
         check_idle(engine)
 
 
@@ -160,67 +171,67 @@ def test_pause_in_place_keeps_leases_and_says_so(engine):
     assert len(results[0]["output_ids"]) == 300
 
 
-def test_weights_that_lie_in_the_same_place_under_another_name_are_not_copied(engine, weights):
+def test_weights_that_lie_in_the_same_place_under_another_name_are_not_copied(own, weights):
     """A trainer's arrays have shardings of its mesh: on one device that is where ours lie."""
-    ask(engine)
+    ask(own)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     theirs = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(theirs)]
-    compiled = engine.stats()["compilations"]
-    assert engine.update_weights(theirs)["copied"] == []
-    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(engine._parts.runner.params)] == pointers
-    ask(engine)
-    assert engine.stats()["compilations"] == compiled
+    compiled = own.stats()["compilations"]
+    assert own.update_weights(theirs)["copied"] == []
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(own._parts.runner.params)] == pointers
+    ask(own)
+    assert own.stats()["compilations"] == compiled
     host = {**theirs, "norm": np.array(theirs["norm"])}
-    assert engine.update_weights(host)["copied"] == ["norm"]
-    engine.update_weights(weights)
+    assert own.update_weights(host)["copied"] == ["norm"]
+    own.update_weights(weights)
 
 
-def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(engine, weights):
-    first = ask(engine)
-    ask(engine)
+def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(own, weights):
+    first = ask(own)
+    ask(own)
     changed = jax.tree.map(lambda a: a * 1.25, weights)
     pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(changed)]
-    compiled = engine.stats()["compilations"]
-    assert engine.update_weights(changed) == {"weight_version": "1", "copied": []}
-    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(engine._parts.runner.params)] == pointers
-    second = ask(engine)
+    compiled = own.stats()["compilations"]
+    assert own.update_weights(changed) == {"weight_version": "1", "copied": []}
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(own._parts.runner.params)] == pointers
+    second = ask(own)
     assert second["meta_info"]["cached_tokens"] == 0
     assert second["meta_info"]["weight_version"] == "1"
     assert second["output_ids"] != first["output_ids"]
-    assert ask(engine)["meta_info"]["cached_tokens"] == 64
-    engine.update_weights(weights, version="step-7")
-    third = ask(engine)
+    assert ask(own)["meta_info"]["cached_tokens"] == 64
+    own.update_weights(weights, version="step-7")
+    third = ask(own)
     assert third["output_ids"] == first["output_ids"]
     assert third["meta_info"]["cached_tokens"] == 0
-    assert engine.stats()["compilations"] == compiled
+    assert own.stats()["compilations"] == compiled
 
 
-def test_weights_changed_during_a_request_are_told_apart(engine, weights):
-    results, caller = start(engine, max_new_tokens=400)
-    engine.update_weights(jax.tree.map(lambda a: a * 1.25, weights), version="b")
+def test_weights_changed_during_a_request_are_told_apart(own, weights):
+    results, caller = start(own, max_new_tokens=400)
+    own.update_weights(jax.tree.map(lambda a: a * 1.25, weights), version="b")
     caller.join(timeout=60)
     spans = results[0]["meta_info"]["weight_versions"]
     assert [name for name, _ in spans] == ["0", "b"]
     assert 0 == spans[0][1] < spans[1][1] < 400
-    assert ask(engine)["meta_info"]["cached_tokens"] == 0  # what it committed is of mixed weights
+    assert ask(own)["meta_info"]["cached_tokens"] == 0  # what it committed is of mixed weights
 
 
-def test_update_from_disk(engine, tiny_folder, tmp_path):
+def test_update_from_disk(own, tiny_folder, tmp_path):
     from checkpoints import make_checkpoint
 
     other = make_checkpoint("qwen2", tmp_path / "other", tokenizer=True, seed=5)
-    first = ask(engine)["output_ids"]
-    engine.update_weights_from_disk(other, version="other")
-    changed = ask(engine)
+    first = ask(own)["output_ids"]
+    own.update_weights_from_disk(other, version="other")
+    changed = ask(own)
     assert changed["output_ids"] != first
-    engine.release_memory_occupation("weights")
-    engine.resume_memory_occupation("weights")  # read again from the new folder
-    engine.flush_cache()
-    assert ask(engine)["output_ids"] == changed["output_ids"]
+    own.release_memory_occupation("weights")
+    own.resume_memory_occupation("weights")  # read again from the new folder
+    own.flush_cache()
+    assert ask(own)["output_ids"] == changed["output_ids"]
     wider = make_checkpoint("qwen2", tmp_path / "wider", tokenizer=True, intermediate_size=512)
     with pytest.raises(ModelError, match="intermediate_size"):
-        engine.update_weights_from_disk(wider)
+        own.update_weights_from_disk(wider)
 
 
 def test_weights_that_do_not_fit_are_named_and_nothing_changes(engine, weights):
@@ -271,48 +282,44 @@ def test_unknown_tags_and_modes(engine):
 
 
 @pytest.mark.parametrize("cycles", [30, pytest.param(300, marks=pytest.mark.long)])
-def test_many_cycles_under_load(tiny_folder, cycles):
+def test_many_cycles_under_load(engine, cycles):
     """Drop and rebuild while callers generate: the same tokens, nothing compiled, nothing grows."""
-    with rootcellar.Engine(
-        model_path=tiny_folder, max_total_tokens=1024, max_running_requests=4, chunked_prefill_size=64
-    ) as engine:
-        prompts = [PROMPT[: 20 + 9 * i] for i in range(4)]
-        expected = [ask(engine, p, max_new_tokens=30)["output_ids"] for p in prompts]
-        engine.warm_up()
-        for preserve in (True, False):
-            engine.release_memory_occupation("kv_cache", preserve=preserve)
-            engine.resume_memory_occupation()
-        compiled, before = engine.stats()["compilations"], live_bytes()
-        stop = threading.Event()
-        wrong, answered, refusals, came = [], [], [], threading.Semaphore(0)
+    prompts = [PROMPT[: 20 + 9 * i] for i in range(4)]
+    expected = [ask(engine, p, max_new_tokens=30)["output_ids"] for p in prompts]
+    engine.warm_up()
+    for preserve in (True, False):
+        engine.release_memory_occupation("kv_cache", preserve=preserve)
+        engine.resume_memory_occupation()
+    compiled, before = engine.stats()["compilations"], live_bytes()
+    stop = threading.Event()
+    wrong, answered, refusals, came = [], [], [], threading.Semaphore(0)
 
-        def load(i):
-            while not stop.is_set():
-                try:
-                    result = ask(engine, prompts[i], max_new_tokens=30)
-                except EngineError as error:  # refused while released, and told why
-                    refusals.append(str(error))
-                    continue
-                answered.append(i)
-                if result["output_ids"] != expected[i]:
-                    wrong.append(result)
-                came.release()
+    def load(i):
+        while not stop.is_set():
+            try:
+                result = ask(engine, prompts[i], max_new_tokens=30)
+            except EngineError as error:  # refused while released, and told why
+                refusals.append(str(error))
+                continue
+            answered.append(i)
+            if result["output_ids"] != expected[i]:
+                wrong.append(result)
+            came.release()
 
-        callers = [threading.Thread(target=load, args=(i,)) for i in range(4)]
-        for caller in callers:
-            caller.start()
-        for cycle in range(cycles):
-            engine.release_memory_occupation("kv_cache", mode=("wait", "retract")[cycle % 2], preserve=cycle % 3 == 0)
-            engine.resume_memory_occupation()
-            if wrong or not came.acquire(timeout=60):  # an answer between two cycles
-                break
-        stop.set()
-        for caller in callers:
-            caller.join(timeout=60)
-        assert not wrong
-        assert cycle == cycles - 1
-        assert all("resume_memory_occupation" in message for message in refusals)
-        assert set(answered) == {0, 1, 2, 3}
-        assert engine.stats()["compilations"] == compiled
-        assert live_bytes() == before
-        check_idle(engine)
+    callers = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for cycle in range(cycles):
+        engine.release_memory_occupation("kv_cache", mode=("wait", "retract")[cycle % 2], preserve=cycle % 3 == 0)
+        engine.resume_memory_occupation()
+        if wrong or not came.acquire(timeout=60):  # an answer between two cycles
+            break
+    stop.set()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert not wrong
+    assert cycle == cycles - 1
+    assert all("resume_memory_occupation" in message for message in refusals)
+    assert set(answered) == {0, 1, 2, 3}
+    assert engine.stats()["compilations"] == compiled
+    assert live_bytes() == before

@@ -245,11 +245,13 @@ def test_the_decoder_equals_transformers(model, folder, prompts, answers):
         assert_same_tokens(row[n - 1 : n - 1 + NEW_TOKENS].argmax(-1).tolist(), expected, gaps)
 
 
+@pytest.mark.parametrize("folder", ["single"], indirect=True)  # how it was saved is the loader's matter
 def test_the_engine_equals_transformers_cold_and_cached(model, folder, prompts, answers):
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     with rootcellar.Engine(
-        model_path=str(folder), skip_tokenizer_init=True, max_total_tokens=8192, page_size=16, chunked_prefill_size=64
-    ) as engine:
+        model_path=str(folder), skip_tokenizer_init=True, max_total_tokens=8192, page_size=16, chunked_prefill_size=64,
+        max_running_requests=8,
+    ) as engine:  # fmt: skip
         for run in ("cold", "cached"):
             got = engine.generate(input_ids=prompts, sampling_params=sampling)
             for result, (tokens, gaps, _) in zip(got, answers, strict=True):
