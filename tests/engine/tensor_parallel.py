@@ -27,8 +27,8 @@ def answer(folder, tp_size, prompts, most):
     """Cold, from the cache, and after dropping it: the answers, and what lies where."""
     settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
     with rootcellar.Engine(
-        model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=64,
-        max_running_requests=4,
+        model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=32,
+        max_running_requests=2,
     ) as engine:  # fmt: skip
         answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
         engine.check()

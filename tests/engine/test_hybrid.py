@@ -61,43 +61,48 @@ def whole_pages(case, i, page_size):
 
 @pytest.mark.parametrize("case", by_day("gemma3", "llama4"), indirect=True)
 @pytest.mark.parametrize(
-    ("page_size", "chunk", "batch"),
+    ("page_size", "chunk", "batch", "running"),
     [
-        (1, 16, 16),
-        pytest.param(16, 16, 16, marks=pytest.mark.long),
-        pytest.param(1, 256, 1, marks=pytest.mark.long),
-        pytest.param(1, 16, 1, marks=pytest.mark.long),
-        pytest.param(16, 256, 16, marks=pytest.mark.long),
+        (1, 16, 16, 4),
+        pytest.param(1, 16, 16, 16, marks=pytest.mark.long),
+        pytest.param(16, 16, 16, 16, marks=pytest.mark.long),
+        pytest.param(1, 256, 1, 16, marks=pytest.mark.long),
+        pytest.param(1, 16, 1, 16, marks=pytest.mark.long),
+        pytest.param(16, 256, 16, 16, marks=pytest.mark.long),
     ],
 )
-def test_cold_and_from_the_cache(case, page_size, chunk, batch):
-    cold_and_from_the_cache(*case, page_size, chunk, batch)
+def test_cold_and_from_the_cache(case, page_size, chunk, batch, running):
+    cold_and_from_the_cache(*case, page_size, chunk, batch, running)
 
 
-def cold_and_from_the_cache(case, folder, page_size, chunk, batch):
-    with engine(folder, page_size=page_size, chunked_prefill_size=chunk, max_running_requests=min(batch, 4)) as e:
-        ask(e, case, batch, HALF)
-        cached = ask(e, case, batch, HALF, most=24)
-        assert cached == {i: whole_pages(case, i, page_size) for i in HALF}
+def cold_and_from_the_cache(case, folder, page_size, chunk, batch, running):
+    """Where few may run at once, with half of the prompts."""
+    which = range(16) if running == 16 else HALF
+    with engine(folder, page_size=page_size, chunked_prefill_size=chunk, max_running_requests=running) as e:
+        ask(e, case, batch, which)
+        cached = ask(e, case, batch, which, most=24)
+        assert cached == {i: whole_pages(case, i, page_size) for i in which}
         drop_and_rebuild(e, case, page_size)
         check_idle(e)
 
 
 LATENT = ["deepseek2", "deepseek2-lite", "deepseek3", "deepseek3-yarn"]
-SHORT = {("deepseek3", 1, 16, 16)}
 
 
 @pytest.mark.parametrize(
-    ("name", "page_size", "chunk", "batch"),
+    ("name", "page_size", "chunk", "batch", "running"),
     [
-        pytest.param(*setting, marks=[] if setting in SHORT else pytest.mark.long)
-        for setting in itertools.product(LATENT, (1, 16), (16, 256), (1, 16))
+        ("deepseek3", 1, 16, 16, 4),
+        *(
+            pytest.param(*setting, 16, marks=pytest.mark.long)
+            for setting in itertools.product(LATENT, (1, 16), (16, 256), (1, 16))
+        ),
     ],
 )
-def test_latents_cold_and_from_the_cache(name, page_size, chunk, batch, tmp_path):
+def test_latents_cold_and_from_the_cache(name, page_size, chunk, batch, running, tmp_path):
     case = golden(name)
     case.make(tmp_path)
-    cold_and_from_the_cache(case, tmp_path, page_size, chunk, batch)
+    cold_and_from_the_cache(case, tmp_path, page_size, chunk, batch, running)
 
 
 def drop_and_rebuild(engine, case, page_size):
