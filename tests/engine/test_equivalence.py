@@ -53,11 +53,11 @@ def run_twice(engine, case, batch, again=24):
 @pytest.mark.parametrize(
     ("page_size", "chunk", "batch", "running", "backend"),
     [
-        (1, 256, 16, 4, "auto"),
+        (1, 64, 16, 2, "auto"),
         (1, 16, 1, 1, "auto"),
         (16, 256, 16, 16, "auto"),
-        (16, 7, 16, 4, "auto"),
-        (64, 256, 16, 4, "auto"),
+        (16, 7, 16, 2, "auto"),
+        (64, 64, 16, 4, "auto"),
         (64, 16, 1, 1, "xla"),
         pytest.param(64, 256, 1, 1, "auto", marks=pytest.mark.long),
         pytest.param(64, 16, 16, 16, "auto", marks=pytest.mark.long),
@@ -86,7 +86,7 @@ def test_cache_off(case):
         check_idle(e)
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [16, pytest.param(1, marks=pytest.mark.long)])
 def test_memory_so_scarce_that_requests_are_retracted_and_prefixes_evicted(case, page_size):
     case, folder = case
     longest = max(map(len, case.prompts)) + 64
@@ -102,7 +102,7 @@ def test_memory_so_scarce_that_requests_are_retracted_and_prefixes_evicted(case,
 def test_every_family_answers_as_transformers(name, tmp_path):
     case = golden(name)
     case.make(tmp_path)
-    with engine(tmp_path, chunked_prefill_size=64) as e:
+    with engine(tmp_path, chunked_prefill_size=64, max_running_requests=2) as e:
         room = [min(64, e.longest_prompt + 1 - len(prompt)) for prompt in case.prompts]
         settings = [{**GREEDY, "max_new_tokens": n} for n in room]
         answers = e.generate(input_ids=case.prompts, sampling_params=settings, return_logprob=True, logprob_start_len=0)
