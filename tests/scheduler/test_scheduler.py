@@ -1,5 +1,7 @@
 """The scheduler over the real cache and a simulated model: tokens, fairness, memory, order."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -108,6 +110,31 @@ def test_who_decodes_goes_on_where_prefill_took_anothers_memory_and_found_too_li
     assert first.length == before + 1
     world.run()
     world.verify()
+
+
+def calls_of_a_decode_step(requests):
+    """Python functions that run while a step of so many requests is planned and its tokens are taken, at the least."""
+    world = World(tokens=64 * requests, page_size=1, chunk=8 * requests, running=requests, reuse=False)
+    scheduler = world.scheduler
+    for i in range(requests):
+        world.add(prompt(i, 8), 50)
+    counts = []
+    for _ in range(6):
+        events = []
+        sys.setprofile(lambda frame, event, arg, events=events: events.append(event))
+        plan = scheduler.plan()
+        scheduler.advance(plan, [[1]] * len(plan.chunks))
+        sys.setprofile(None)
+        if plan.decode:
+            assert len(plan.chunks) == requests
+            counts.append(events.count("call"))
+    return min(counts)
+
+
+def test_a_decode_step_runs_one_python_function_for_each_request():
+    """Which adds its token. All else is done for the batch, or inline: 64 of them are most of what the host does."""
+    few, many = calls_of_a_decode_step(4), calls_of_a_decode_step(64)
+    assert many - few < 1.5 * 60
 
 
 def test_lpm_starts_the_longest_cached_prefix_first_and_fcfs_the_oldest():
