@@ -90,8 +90,7 @@ def prune(folder: Path, max_size: int | None, older_than: float | None) -> tuple
                 continue
             slots = segment.valid()
             old = slots[segment.entries["used"][slots] < max(0, int((older_than or 0) * 1e9))]
-            for slot in old.tolist():
-                segment.clear(slot)
+            segment.clear(old.tolist())
             pages += len(old)
             kept = len(slots) - len(old)
             if kept:
@@ -166,7 +165,7 @@ def _damages(segment: Segment, mend: bool) -> Iterator[Damage | int]:
         if why:
             yield Damage(segment.path, slot, name.hex(), why)
             if mend:
-                segment.clear(slot)
+                segment.clear([slot])
     yield seen
 
 

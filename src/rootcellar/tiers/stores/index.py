@@ -165,9 +165,11 @@ class Index:
         """These are used now."""
         if self._settings.read_only:
             return
-        stamp = self._stamp()
+        by_file: dict[Segment, list[int]] = defaultdict(list)
         for page in pages:
-            page.segment.touch(page.slot, stamp)
+            by_file[page.segment].append(page.slot)
+        for segment, slots in by_file.items():
+            segment.touch(slots, self._stamp())
         self._unstamped += len(pages)
         if self._unstamped >= _STAMPS:
             self._unstamped = 0
@@ -271,21 +273,26 @@ class Index:
         sized = self._sizes[size]
         grows = True
         slots: list[Slot] = []
+        emptied: dict[Segment, list[int]] = defaultdict(list)
         while len(slots) < len(group):
             if sized.free:
                 slots.append(sized.free.pop())
             elif grows:
                 grows = self._grow(size, sized)
             elif sized.pages:
-                self._free(sized, sized.pages.pop(next(iter(sized.pages))))
-                self.evicted += 1
+                page = sized.pages.pop(next(iter(sized.pages)))
+                emptied[page.segment].append(page.slot)
+                slots.append((page.segment, page.slot))
             else:
                 break
+        for segment, gone in emptied.items():
+            self.evicted += len(gone)
+            segment.clear(sorted(gone))
         slots.sort(key=lambda slot: (slot[0].path, slot[1]))
         return dict(zip(group, slots, strict=False))
 
     def _free(self, sized: SizeClass, page: Page) -> None:
-        page.segment.clear(page.slot)
+        page.segment.clear([page.slot])
         sized.free.append((page.segment, page.slot))
 
     def _grow(self, size: int, sized: SizeClass) -> bool:

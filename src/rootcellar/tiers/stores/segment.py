@@ -66,7 +66,7 @@ def slots_within(nbytes: int, slot_bytes: int) -> int:
 
 def seed_of(name: bytes, length: int) -> int:
     """What the checksum of an image begins with."""
-    return xxhash.xxh3_64_intdigest(FORMAT.to_bytes(8, "little") + length.to_bytes(8, "little") + name)
+    return int(xxhash.xxh3_64_intdigest(name, FORMAT << 56 ^ length))
 
 
 class Segment:
@@ -155,23 +155,15 @@ class Segment:
 
     def write(self, slots: Sequence[int], entries: Entries) -> None:
         """Make what lies in ``slots``, ascending, findable."""
-        self.entries[list(slots)] = entries
-        start = 0
-        for i in range(1, len(slots) + 1):
-            if i == len(slots) or slots[i] != slots[i - 1] + 1:
-                self._write_entries(slots[start], slots[i - 1] + 1)
-                start = i
-        self._count()
+        self._replace(slots, entries)
 
-    def clear(self, slot: int) -> None:
-        """What lies in ``slot`` is no longer findable."""
-        self.entries[slot] = _FREE
-        self._write_entries(slot, slot + 1)
-        self._count()
+    def clear(self, slots: Sequence[int]) -> None:
+        """What lies in ``slots``, ascending, is no longer findable."""
+        self._replace(slots, _FREE)
 
-    def touch(self, slot: int, stamp: int) -> None:
-        """What lies in ``slot`` was used at ``stamp``, which :meth:`stamp` writes down."""
-        self.entries["used"][slot] = stamp
+    def touch(self, slots: Sequence[int], stamp: int) -> None:
+        """What lies in ``slots`` was used at ``stamp``, which :meth:`stamp` writes down."""
+        self.entries["used"][slots] = stamp
         self.restamped = True
 
     def stamp(self) -> None:
@@ -190,15 +182,21 @@ class Segment:
             os.close(self.images)
         os.close(self._fd)
 
+    def _replace(self, slots: Sequence[int], entries: Entries) -> None:
+        self.entries[list(slots)] = entries
+        start = 0
+        for i in range(1, len(slots) + 1):
+            if i == len(slots) or slots[i] != slots[i - 1] + 1:
+                self._write_entries(slots[start], slots[i - 1] + 1)
+                start = i
+        self._changes = (self._changes + 1) % (1 << 64)
+        os.pwrite(self._fd, self._changes.to_bytes(8, "little"), _COUNTER)
+
     def _write_entries(self, start: int, stop: int) -> None:
         os.pwrite(self._fd, self.entries[start:stop].tobytes(), BLOCK + start * ENTRY.itemsize)
 
     def _read_changes(self) -> int:
         return int.from_bytes(os.pread(self._fd, 8, _COUNTER), "little")
-
-    def _count(self) -> None:
-        self._changes = (self._changes + 1) % (1 << 64)
-        os.pwrite(self._fd, self._changes.to_bytes(8, "little"), _COUNTER)
 
 
 def _allocate(fd: int, nbytes: int) -> None:
