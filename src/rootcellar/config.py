@@ -131,6 +131,11 @@ class EngineConfig:
         "finish long prompts sooner.",
         low=1,
     )
+    disable_overlap_schedule: bool = option(
+        False,
+        "Take what a step gave before the next one is planned. Otherwise the device computes the next step meanwhile, "
+        "where that changes no answer.",
+    )
     schedule_policy: str = option(
         "lpm",
         "Order of the waiting requests: 'lpm' starts those with the longest cached prefix first, 'fcfs' keeps the "

@@ -90,6 +90,11 @@ class SamplingParams:
         return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
 
     @property
+    def penalized(self) -> bool:
+        """Whether what was generated changes what is likely next."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken at every step, so that no random number is needed."""
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1 or self.top_p == 0

@@ -7,6 +7,7 @@ the page table gives for the position before. So a page that is another's, or wa
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -63,8 +64,10 @@ class HashUnread:
     tokens: np.ndarray
     logprobs: np.ndarray
     top: tuple | None
+    note: Callable[[], None]
 
     def read(self):
+        self.note()
         return self.tokens, self.logprobs, self.top
 
 
@@ -72,6 +75,7 @@ class HashRunner:
     """Steps over hashes.
 
     ``per_step``: most tokens that a step gives a request. ``fails``: of each step to come, in order, whether it breaks.
+    ``fails_late``: of each that gives tokens, whether that is found when they are read. ``notes``: what was done.
     """
 
     def __init__(self, pool, page_size, chunk, running, per_step=1):
@@ -82,15 +86,21 @@ class HashRunner:
         self._page_size = page_size
         self._per_step = per_step
         self.fails: list[bool] = []
+        self.fails_late: list[bool] = []
+        self.notes: list[str] = []
 
     def kind_in(self, pool):
         return "full"
 
-    def step(self, batch):
+    def step(self, batch, before=None):
+        self.notes.append("step")
+        tokens = batch.tokens
+        if batch.sources is not None and before is not None:
+            tokens = np.where(batch.sources >= 0, before.tokens[batch.sources, 0], tokens)
         pool = self.pools["full"].buffers[0] = np.array(self.pools["full"].buffers[0])
-        hashes = np.zeros(len(batch.tokens), np.uint32)
-        tile = len(batch.tokens) // len(batch.rows)
-        for at, (token, position) in enumerate(zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True)):
+        hashes = np.zeros(len(tokens), np.uint32)
+        tile = len(tokens) // len(batch.rows)
+        for at, (token, position) in enumerate(zip(tokens.tolist(), batch.positions.tolist(), strict=True)):
             if position < 0:
                 continue
             table = batch.tables["full"][batch.rows[at // tile]]
@@ -124,7 +134,14 @@ class HashRunner:
     def sample(self, scores, rows, k=0):
         """Every token's logprob is a function of it; the likeliest are it alone."""
         top = (scores[:, :1] * -1.0, scores[:, :1]) if k else None
-        return HashUnread(scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB, top)
+        late = bool(self.fails_late and self.fails_late.pop(0))
+
+        def note():
+            self.notes.append("read")
+            if late:
+                raise RuntimeError("the device was on fire")
+
+        return HashUnread(scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB, top, note)
 
 
 def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, per_step=1, **options):
@@ -162,7 +179,8 @@ def real_machine(folder, time=None, **settings):
     """A machine over a model's folder, without a tokenizer."""
     parts = build(EngineConfig.from_kwargs(model_path=folder, skip_tokenizer_init=True, **settings))
     life = Lifecycle(parts.scheduler, parts.runner, parts.reload, parts.weights)
-    return _machine(life, parts.max_running_requests, parts.total_tokens, time, Copies(None))
+    overlap = not parts.config.disable_overlap_schedule
+    return _machine(life, parts.max_running_requests, parts.total_tokens, time, Copies(None), overlap=overlap)
 
 
 def _machine(life, running, tokens, time, copies, **options):
@@ -193,11 +211,11 @@ class Callers:
         self._grammar = grammar
         self.updates: dict[str, list] = {}
 
-    def submit(self, prompts, call, deadline=None, logprobs=None, **sampling):
+    def submit(self, prompts, call, deadline=None, logprobs=None, stop_ids=(EOS,), **sampling):
         """The command that asks for the continuation of ``prompts``."""
         params = SamplingParams(**sampling)
         items = tuple(
-            InputItem(np.asarray(p), params, frozenset([EOS]), 0, (f"c{call}", f"c{call}-{i}"), logprobs, 0, "")
+            InputItem(np.asarray(p), params, frozenset(stop_ids), 0, (f"c{call}", f"c{call}-{i}"), logprobs, 0, "")
             for i, p in enumerate(prompts)
         )
         return Submit(items, call, "", True, 0.0, deadline)

@@ -79,8 +79,8 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine, monkeypa
     runner = engine._parts.runner
     step = runner.step
 
-    def broken(batch):
-        step(batch)
+    def broken(batch, before=None):
+        step(batch, before)
         raise RuntimeError("the device is on fire")
 
     monkeypatch.setattr(runner, "step", broken)

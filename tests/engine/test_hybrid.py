@@ -162,13 +162,13 @@ def test_a_window_or_chunk_holds_what_its_rule_says(name, page_size, chunk, reus
         windows = [kind for kind in cache.kinds if kind.rule != "full"]
         span, held, step = windows[0].span, [], runner.step
 
-        def watched(batch):
+        def watched(batch, before=None):
             for kind in windows:
                 (row,) = (row for row in cache.tables[kind.name] if row.any())
                 pages, used = set(row[row != 0].tolist()), set(cache.used_pages(kind.name).tolist())
                 assert pages <= used
                 held.append(len(pages) if reuse else len(used))
-            return step(batch)
+            return step(batch, before)
 
         runner.step = watched
         new = 20 * span

@@ -7,6 +7,9 @@ next token is a function of the prefix, so what a request must produce is known 
 With ``host`` what is cached is written down to a second tier as well, and comes back from there; a test lets the copies
 happen. With ``per_step`` a step gives up to so many tokens at once, and writes the keys and values of all but the last.
 
+With ``overlap`` the next step is computed, where the scheduler plans it ahead, before what the one before it gave is
+taken.
+
 With ``states`` the model also has recurrent layers: a slot of state holds the hash of all that went into it, and a step
 must find the one of everything before its chunk.
 """
@@ -74,6 +77,11 @@ class World:
     least: int = 4
     host: int = 0
     per_step: int = 1
+    overlap: bool = False
+    under_way: tuple[Plan, list[list[int]]] | None = None
+    """The step that was computed ahead, and what it gives."""
+    overlapped: int = 0
+    """Steps that were."""
     requests: list[Request] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
 
@@ -130,28 +138,42 @@ class World:
         return request
 
     def step(self) -> Plan | None:
+        """One turn, as the engine has it; the step whose tokens were taken."""
         self.scheduler.learn(self.copies.reports())
-        plan = self.scheduler.plan()
+        if self.under_way is None and (plan := self.scheduler.plan()) is not None:
+            assert all(c.start == c.request.computed < c.stop <= c.request.length for c in plan.chunks)
+            self.under_way = plan, self.compute(plan, [])
         assert not self.scheduler.failed
         self.copies.dispatch(self.cache.moves())
-        if plan is None:
+        if self.under_way is None:
             return None
+        (plan, tokens), self.under_way = self.under_way, None
+        if self.overlap and (ahead := self.scheduler.plan_ahead(plan)) is not None:
+            assert ahead.decode
+            self.overlapped += 1
+            self.under_way = ahead, self.compute(ahead, tokens)
+        moved = self.scheduler.advance(plan, tokens)
+        self.finished += [r for r in moved if r.finish is not None]
+        return plan
+
+    def compute(self, plan: Plan, before: list[list[int]]) -> list[list[int]]:
+        """What the device does; ``before``: what the step gave that ``plan.sources`` refer to."""
+        self.copies.dispatch(self.cache.moves())
         assert all(request.lease.ready for request in plan.requests)
         assert sum(c.stop - c.start for c in plan.chunks) <= (self.running if plan.decode else self.chunk)
         assert len({c.request for c in plan.chunks}) == len(plan.chunks) <= self.running
+        ids = [c.request.ids[: c.stop].tolist() for c in plan.chunks]
+        for known, source in zip(ids, plan.sources, strict=bool(plan.sources)):
+            known[-1] = before[source][0]
         tokens = []
-        for chunk in plan.chunks:
-            request = chunk.request
-            assert chunk.start == request.computed < chunk.stop <= request.length
-            hashes = extend_hashes(request.ids[: chunk.stop])
+        for chunk, known in zip(plan.chunks, ids, strict=True):
+            hashes = extend_hashes(known)
             for kind in self.paged:
                 self.step_pages(kind, chunk, hashes)
             tokens.append(self.choose(chunk, hashes))
         if self.states:
-            self.step_states(plan)
-        moved = self.scheduler.advance(plan, tokens)
-        self.finished += [r for r in moved if r.finish is not None]
-        return plan
+            self.step_states(plan, ids)
+        return tokens
 
     def choose(self, chunk: Chunk, hashes: list[int]) -> list[int]:
         """One to ``most`` tokens, each but the last with its keys and values; what ends an answer is not looked for."""
@@ -175,21 +197,21 @@ class World:
             else:
                 pool[page, at] = hashes[position]
 
-    def step_states(self, plan: Plan) -> None:
+    def step_states(self, plan: Plan, ids: list[list[int]]) -> None:
         """Every row finds the state of what comes before its chunk, and no two share the one they write."""
         slots = [self.cache.tables["state"][chunk.request.lease.row].tolist() for chunk in plan.chunks]
         writes = [write for _, write in slots]
         assert len(set(writes)) == len(writes)
         assert 0 not in writes
-        for chunk, (read, write) in zip(plan.chunks, slots, strict=True):
+        for chunk, known, (read, write) in zip(plan.chunks, ids, slots, strict=True):
             assert read == write or read not in writes
-            before, upto = (tuple(chunk.request.ids[:n].tolist()) for n in (chunk.start, chunk.stop))
+            before, upto = tuple(known[: chunk.start]), tuple(known)
             assert (self.state_pool[read] if read else ()) == before
             self.state_pool[write] = upto
 
     def run(self, limit=10_000):
         for _ in range(limit):
-            if self.scheduler.idle:
+            if self.scheduler.idle and self.under_way is None:
                 return
             if self.step() is None:
                 assert self.copies.finish(dst=Tier.DEVICE), "nothing can be computed although something waits"

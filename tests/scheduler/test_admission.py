@@ -39,13 +39,13 @@ def test_a_thousand_blocked_steps_change_nothing(core, kinds, eviction):
     blocked = world.add(prompt(3, 18) + prompt(4, 40), 2)
     assert world.cache.pin(Key(prompt(3, 8), "/"), 3)
     world.scheduler.plan()
-    before, stats, tick = world.cache._state(), world.cache.stats(), world.cache.tick
+    before, stats, tick = world.cache._frozen(), world.cache.stats(), world.cache.tick
     for _ in range(1000):
         assert world.scheduler.plan() is not None
         assert blocked.lease is None
     assert world.cache.stats() == stats
     assert world.cache.tick == tick
-    assert world.cache._state() == before, "the tree or the order of leaving changed"
+    assert world.cache._frozen() == before, "the tree or the order of leaving changed"
     world.cache.check()
     world.run()
     assert world.cache.stats().requests == 3 + world.scheduler.retractions

@@ -237,6 +237,7 @@ class Machine(RuleBasedStateMachine):
         least=st.integers(1, 8),
         host=st.sampled_from([0, 0, 64, 256]),
         per_step=st.sampled_from([1, 1, 2, 4]),
+        overlap=st.booleans(),
     )
     def start(self, window, spare, per_step, **options):
         if options["states"]:  # they cannot be taken back, and have no bytes here

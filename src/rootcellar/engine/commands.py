@@ -86,6 +86,7 @@ class Submit(Command):
                 tenant=self.tenant,
                 call=self.call,
                 single=item.logprobs is not None and item.logprobs.top > 0,
+                bound=item.sampling.penalized or (grammars is not None and grammars[i] is not None),
             )
             assert item.seed is not None
             tracker = Tracker(

@@ -105,6 +105,7 @@ class Engine:
             total_tokens=self._parts.total_tokens,
             clock=clock,
             log_interval=self.config.log_interval,
+            overlap=not self.config.disable_overlap_schedule,
         )
         self._loop = Loop(machine)
         if self._parts.mover is not None:

@@ -1,7 +1,8 @@
 """The engine's thread: commands and steps, for as long as there is work.
 
 One thread owns the scheduler, the cache and the pools. Others hand it commands to carry out, and functions that only
-read, between two steps; so nothing here needs a lock, and both see the engine at rest.
+read, between two steps; so nothing here needs a lock. Commands find nothing under way, readers may find a step that was
+begun ahead.
 """
 
 from __future__ import annotations

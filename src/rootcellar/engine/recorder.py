@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rootcellar.cache import Key
 from rootcellar.engine.clock import Clock
@@ -19,6 +20,14 @@ from rootcellar.runner import Runner
 from rootcellar.scheduler import Plan, Request, Scheduler
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """When a step began to be planned, and when the device got it."""
+
+    began: float
+    dispatched: float
 
 
 class Recorder:
@@ -38,29 +47,29 @@ class Recorder:
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
         self._stats_logger = StatsLogger(log_interval, self.began)
-        self._step_began = self._dispatched = self._computed = self.began
+        self._planning = self._computed_before = self._computed = self._ended = self.began
 
     def step_begins(self) -> None:
         """The scheduler is about to plan."""
-        self._step_began = self._now()
+        self._planning = self._now()
 
     def planned(self, trackers: Mapping[Request, Tracker]) -> None:
         """The scheduler planned: requests may have been retracted, and entries evicted."""
         cache = self._scheduler.cache
-        self.metrics.cache_moved_on(cache.tick, cache.take_evictions(), self._step_began)
+        self.metrics.cache_moved_on(cache.tick, cache.take_evictions(), self._planning)
         for request in self._scheduler.retracted:
             tracker = trackers.get(request)
             if tracker is not None and tracker.note_stage():
                 log.info("request %s was retracted and waits again; it has %d tokens", request.rid, request.length)
         self._scheduler.retracted.clear()
 
-    def dispatched(self) -> None:
-        """The batch is built and goes to the device."""
-        self._dispatched = self._now()
+    def dispatched(self) -> Start:
+        """The batch that was planned last is built and goes to the device."""
+        return Start(self._planning, self._now())
 
     def computed(self) -> None:
-        """The step's tokens are there."""
-        self._computed = self._now()
+        """The tokens of the oldest step under way are there."""
+        self._computed_before, self._computed = self._computed, self._now()
 
     def token(self, tracker: Tracker, before: float | None) -> None:
         """A request got a token; ``before``: when it got the one before, None for the first."""
@@ -82,16 +91,24 @@ class Recorder:
         metrics = self.metrics
         return (metrics.all, metrics.of(request.tenant)) if request.tenant else (metrics.all,)
 
-    def step_ended(self, plan: Plan, generated: int, prompted: int) -> None:
-        """All is followed up; ``generated`` and ``prompted``: tokens since the engine began."""
+    def step_ended(self, start: Start, plan: Plan, generated: int, prompted: int, *, busy: bool) -> None:
+        """All of the step that began so is followed up.
+
+        A step that was planned while another ran lasts from that one's end, so that no time counts twice; the device
+        began with it when it was done with that one. ``generated`` and ``prompted``: tokens since the engine began.
+        ``busy``: whether the device had the next step already.
+        """
         now = self._now()
+        began, dispatched = max(start.began, self._ended), max(start.dispatched, self._computed_before)
+        self._ended = now
         tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
         self.timeline.steps.append(
-            StepRecord(self._step_began, self._dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
+            StepRecord(began, dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
         )
-        self.metrics.step(plan.decode, now - self._step_began, self._computed - self._dispatched)
+        with_device = (now if busy else self._computed) - max(dispatched, began)
+        self.metrics.step(plan.decode, now - began, with_device)
         self.history.step_ended(generated, now)
-        self._stats_logger.step_ended(self._scheduler, generated, prompted, self._step_began, now)
+        self._stats_logger.step_ended(self._scheduler, generated, prompted, began, now)
 
     def request_ended(self, tracker: Tracker) -> None:
         """A request came to its end."""

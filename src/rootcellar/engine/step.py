@@ -1,8 +1,11 @@
 """The engine without its thread: commands and steps change it, and nothing else does.
 
-A step: learn, plan, dispatch, run, take. Between two steps come commands (``commands.py``), and what movers report is
-learned as one. The same commands between the same steps leave the same requests, tokens and cache: ``log`` can record
-them. What depends on time is a command that carries it.
+A step: learn, plan, dispatch, run, take. Where that changes no result the next one is planned ahead and handed to the
+device before what this one gave is taken, which then happens while the device computes (``scheduler/ahead.py``).
+
+Between two steps come commands (``commands.py``): first what is under way is taken, so they find what they would find
+otherwise. What movers report is learned as one. The same commands between the same steps leave the same requests,
+tokens and cache: ``log`` can record them. What depends on time is a command that carries it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
-from rootcellar.engine.recorder import Recorder
+from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
 from rootcellar.errors import EngineError, RootcellarError
 from rootcellar.runner import Batch, BatchPart, Unread
@@ -59,6 +62,15 @@ class Chosen:
     tokens: list[list[int]]
     logprobs: np.ndarray
     top: tuple[np.ndarray, np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device has: what it computes, what will have been chosen (None: nothing), and when it began."""
+
+    plan: Plan
+    unread: Unread | None
+    start: Start
 
 
 class AnyCommand(Protocol):
@@ -96,10 +108,12 @@ class Machine:
         total_tokens: int,
         clock: Clock,
         log_interval: float,
+        overlap: bool = True,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
-        ``log_interval``: seconds between two lines of the log about the work under way.
+        ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
+        be planned ahead.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -114,8 +128,11 @@ class Machine:
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
         self._mover = life.mover
+        self._overlap = overlap
+        self._launched: Launched | None = None
+        """The step whose tokens were not taken when the turn ended: planned ahead."""
         self._planned: Plan | None = None
-        """The step under way: whose fault a failure is."""
+        """The step that is being begun or taken: whose fault a failure is."""
         self._stuck = False
         """Whether nothing can be computed until there is news."""
         self._at_rest: deque[tuple[AnyCommand, Future[Any], tuple[Any, ...]]] = deque()
@@ -126,6 +143,8 @@ class Machine:
         """Carry out ``command``; ``reply`` has its result or its error, later if it must wait until nothing runs."""
         if self.log is not None:
             self.log.append((self.turns, command))
+        if not isinstance(command, Learn):  # which the scheduler may do at any time
+            self._catch_up()
         self._stuck = False
         if command.rest is None or self._come_to_rest(command.rest, reply):
             self._carry_out(command, reply, live)
@@ -163,6 +182,7 @@ class Machine:
     def _rested(self) -> None:
         """Do what waited for the last running request to end."""
         if self._at_rest and not self.scheduler.running:
+            self._catch_up()  # with what ended unexpectedly
             while self._at_rest:
                 self._carry_out(*self._at_rest.popleft())
             self.scheduler.admitting = True
@@ -216,7 +236,7 @@ class Machine:
     @property
     def ready(self) -> bool:
         """Whether there is something to compute, and it may be, and did not turn out to wait for bytes."""
-        return self.able and not self.scheduler.idle and not self._stuck
+        return self.able and (self._launched is not None or not (self.scheduler.idle or self._stuck))
 
     def learn(self) -> None:
         """Take in what movers saw since the last time."""
@@ -224,19 +244,53 @@ class Machine:
             self.do(Learn(tuple(events)), Future())
 
     def step(self) -> None:
-        """One turn: a step, if one can be planned."""
+        """One turn: what the step under way gave, or one that can be planned; the next one may be begun before."""
         self.turns += 1
-        self.recorder.step_begins()
-        self._planned = self._plan()
+        self._planned = None
+        launched, self._launched = self._launched, None
+        if launched is None and (plan := self._plan()) is not None:
+            launched = self._run(plan, None)
+        if launched is not None:
+            try:
+                self._launched = self._run_ahead(launched)
+            finally:  # whatever becomes of the next one, this one gave what it gave
+                self._take(launched)
+            if self._launched is not None and not launched.plan.decode:
+                for chunk in self._launched.plan.chunks:  # who decodes from now on, unless it ended
+                    if chunk.request.finish is None:
+                        self.trackers[chunk.request].note_stage()
+        self._step_ended()
+
+    def _step_ended(self) -> None:
         self._dispatch()
-        if self._planned is not None:
-            self._take(self._planned, self._run(self._planned))
-            self._dispatch()
         self._planned = None
         self._rested()
         self.places.look()
 
+    def _catch_up(self) -> None:
+        """Take what is under way."""
+        launched, self._launched = self._launched, None
+        try:
+            if launched is not None:
+                self._take(launched)
+                self._step_ended()
+        except Exception as error:  # whoever gave the command has no part in it
+            log.exception("a step failed; its requests end with an error")
+            self.recover(error)
+
+    def _run_ahead(self, before: Launched) -> Launched | None:
+        """Begin the step after the one under way; None: there is none that may be begun now."""
+        self._planned = None
+        if not self._overlap:
+            return None
+        self.recorder.step_begins()
+        if (plan := self.scheduler.plan_ahead(before.plan)) is None:
+            return None
+        self.recorder.planned(self.trackers)
+        return self._run(plan, before.unread)
+
     def _plan(self) -> Plan | None:
+        self.recorder.step_begins()
         plan = self.scheduler.plan()
         self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:
@@ -264,29 +318,38 @@ class Machine:
         if self._mover is not None and (moves := self.scheduler.cache.moves()):
             self._mover.dispatch(moves)
 
-    def _run(self, plan: Plan) -> Unread | None:
-        """Let the step be computed and tokens be chosen; None where no chunk ends."""
+    def _run(self, plan: Plan, before: Unread | None) -> Launched:
+        """Hand the step to the device; ``before``: what the one gives that it was planned after."""
+        self._planned = plan
+        self._dispatch()
         cache, runner = self.scheduler.cache, self.runner
         parts = [BatchPart(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
-        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile)
-        self.recorder.dispatched()
-        scores, hidden = runner.step(batch)
+        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
+        start = self.recorder.dispatched()
+        scores, hidden = runner.step(batch, before)
         self._score_prompts(plan, batch, hidden)
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
-            return None
+            return Launched(plan, None, start)
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        return runner.sample(scores, [self._sampled(c) for c in plan.chunks], k)
+        return Launched(plan, runner.sample(scores, [self._sampled(c) for c in plan.chunks], k), start)
 
-    def _take(self, plan: Plan, unread: Unread | None) -> None:
+    def _take(self, launched: Launched) -> None:
         """Wait for what a step gave; give each request its tokens, and its caller the news."""
-        chosen = _read(unread, len(plan.chunks))
+        plan, other = launched.plan, self._planned
+        self._planned = plan
+        chosen = _read(launched.unread, len(plan.chunks))
         self.recorder.computed()
+        trackers = {i: self.trackers[c.request] for i, c in enumerate(plan.chunks) if c.request.finish is None}
+        if trackers:  # or nobody wants it after all
+            self._follow_up(launched, chosen, trackers)
+        self._planned = other
+
+    def _follow_up(self, launched: Launched, chosen: Chosen, trackers: dict[int, Tracker]) -> None:
         self.steps += 1
-        trackers = [self.trackers[chunk.request] for chunk in plan.chunks]
         now, version = self.clock.now(), self.life.version
 
         def follow(i: int, j: int) -> Finish | None:
@@ -295,7 +358,7 @@ class Machine:
             except Exception as error:  # one request's output is no other's concern
                 return _unfollowed(trackers[i].request, error)
 
-        for request in self.scheduler.advance(plan, chosen.tokens, follow):
+        for request in self.scheduler.advance(launched.plan, chosen.tokens, follow):
             if request.finish is not None:
                 self._close(request)
                 continue
@@ -303,7 +366,8 @@ class Machine:
                 self.trackers[request].publish()
             except Exception as error:
                 self.end(request, _unfollowed(request, error))
-        self.recorder.step_ended(plan, self.generated, self.prompted)
+        busy = self._launched is not None
+        self.recorder.step_ended(launched.start, launched.plan, self.generated, self.prompted, busy=busy)
 
     def _follow(self, tracker: Tracker, chosen: Chosen, i: int, j: int, version: str, now: float) -> Finish | None:
         """A request got the ``j``-th token of chunk ``i``; a ``Finish`` when its text or its grammar ends there."""
@@ -326,7 +390,7 @@ class Machine:
             request.sampling,
             tracker.seed,
             chunk.stop,
-            request.banned if grammar is None else (),  # a grammar alone says where its answer may end
+            request.banned(chunk.stop) if grammar is None else (),  # a grammar alone says where its answer may end
             request.ids[: request.prompt_length],
             request.output,
             None if grammar is None else grammar.allowed(),
@@ -365,6 +429,7 @@ class Machine:
         """
         message = f"the step failed: {type(error).__name__}: {error}"
         planned, self._planned = self._planned, None
+        self._launched = None  # it cannot have been computed
         alive = self.roster.of(None)
         of_it = alive if planned is None else [t for t in alive if t.request in planned.requests]
         self.end_all(of_it, Finish.abort("failed", message))

@@ -53,7 +53,10 @@ class RequestRecord:
 
 
 class StepRecord(NamedTuple):
-    """One step: when it began, when the device got it, when its tokens were there, when all was followed up."""
+    """One step: when it began, when the device began with it, when its tokens were there, when all was followed up.
+
+    The device may have begun before: while the host was busy with the step before.
+    """
 
     began: float
     dispatched: float
@@ -88,7 +91,7 @@ def chrome_trace(
     """Requests and steps in Chrome's trace event format (JSON object form, complete events).
 
     Requests that do not overlap share a lane, so there are as many lanes as were alive at once. Each request is a slice
-    that encloses its stages; each step one that encloses the device's part.
+    that encloses its stages. Each step is a slice, and the device's part of it one in a lane of its own.
 
     Args:
         requests: alive or ended.
@@ -97,6 +100,7 @@ def chrome_trace(
         started: time zero of the trace.
     """
     events: list[dict[str, Any]] = [_name(1, "requests"), _name(2, "engine"), _name(2, "steps", thread=1)]
+    events.append(_name(2, "device", thread=2))
 
     def slice_(pid: int, tid: int, name: str, begin: float, end: float, **args: Any) -> None:
         ts, until = round((begin - started) * 1e6), round((end - started) * 1e6)
@@ -118,7 +122,7 @@ def chrome_trace(
     for step in steps:
         name = "decode" if step.decode else "prefill"
         slice_(2, 1, name, step.began, step.ended, requests=step.requests, tokens=step.tokens)
-        slice_(2, 1, "device", step.dispatched, step.computed)
+        slice_(2, 2, name, step.dispatched, step.computed)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

@@ -73,6 +73,11 @@ class Shapes:
         """Tiles that ``tokens`` tokens of one row take in a prefill step."""
         return -(-tokens // self.tile)
 
+    @property
+    def newest(self) -> int:
+        """Rows of the largest decode step: as many tokens may be passed from one step to the next."""
+        return _powers(self.decode_rows)[-1]
+
     def all(self) -> list[tuple[int, int]]:
         """Every shape, for warming up: decode first."""
         decode = [(n, 1) for n in _powers(self.decode_rows)]
@@ -93,6 +98,15 @@ class Given:
     vectors: NDArray[np.floating] | Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Newest:
+    """Tokens that only the device knows: ``tokens`` int32 [``Shapes.newest``], of which ``sources`` as in ``Batch``."""
+
+    tokens: Array
+    sources: Ints | Array
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step reads, as numpy arrays: see the picture above.
@@ -105,6 +119,8 @@ class Batch:
         last: int32 [tiles]: index in T of each part's last token, 0 after the last part.
         starts: index in T of each part's first token.
         given: vectors that stand for tokens; None, as for text alone, is a program of its own.
+        sources: int32 [T] in a batch of single tokens, None in others: the row of the step before whose newest token
+            stands in the token's place, because the host has not read it; -1: it is in ``tokens``.
     """
 
     tokens: NDArray[np.int64]
@@ -114,6 +130,7 @@ class Batch:
     last: Ints
     starts: tuple[int, ...] = ()
     given: Given | None = None
+    sources: Ints | None = None
 
     @classmethod
     def padding(cls, tiles: int, tile: int, widths: Mapping[str, int]) -> Batch:
@@ -121,11 +138,18 @@ class Batch:
         zeros = np.zeros(tiles, np.int32)
         tables = {name: np.zeros((tiles, width), np.int32) for name, width in widths.items()}
         size = tiles * tile
-        return cls(np.zeros(size, np.int64), np.full(size, -1, np.int32), zeros, tables, zeros)
+        nobody = np.full(size, -1, np.int32)
+        return cls(np.zeros(size, np.int64), nobody, zeros, tables, zeros, sources=nobody if tile == 1 else None)
 
     @classmethod
-    def build(cls, parts: Sequence[BatchPart], tables: Mapping[str, Ints], tile: int) -> Batch:
-        """Lay out ``parts``. ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile."""
+    def build(
+        cls, parts: Sequence[BatchPart], tables: Mapping[str, Ints], tile: int, sources: Sequence[int] = ()
+    ) -> Batch:
+        """Lay out ``parts``.
+
+        ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile; ``sources``: see above, of each
+        part, where any part has one.
+        """
         lengths = [len(part.tokens) for part in parts]
         counts = [-(-n // tile) for n in lengths]
         tiles = 1 << (sum(counts) - 1).bit_length()
@@ -149,7 +173,11 @@ class Batch:
                 last[i] = at + n - 1
         chosen = {name: table[ids] for name, table in tables.items()}
         given = _given(parts, starts, tokens)
-        return cls(tokens, positions, rows, chosen, last, tuple(starts), given)
+        unread = None
+        if tile == 1:
+            unread = np.full(tiles, -1, np.int32)
+            unread[: len(sources)] = sources
+        return cls(tokens, positions, rows, chosen, last, tuple(starts), given, unread)
 
 
 def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:

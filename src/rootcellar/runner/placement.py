@@ -87,6 +87,11 @@ class Placement:
     def _sharding(self, spec: ParamSpec) -> Sharding:
         return self._placed(self._spec(spec.axes, spec.shape))
 
+    @property
+    def whole(self) -> Sharding:
+        """The whole of an array on every device."""
+        return self._placed(P())
+
     def _placed(self, spec: P) -> Sharding:
         return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
 

@@ -63,8 +63,17 @@ class Programs:
 
     @cached_property
     def sample(self) -> Any:
-        """:func:`sampler.sample`."""
-        return jax.jit(sampler.sample)
+        """:func:`sampler.sample`, and its tokens once more, cut or padded to ``shapes.newest``, for the next step.
+
+        These are in one shape and one place whatever was sampled: steps compile for no other.
+        """
+        size, where = self.shapes.newest, self.placement.whole
+
+        def choose(scores: Array, settings: sampler.SamplingBatch | None) -> tuple[Array, Array, Array]:
+            tokens, logprobs = sampler.sample(scores, settings)
+            return tokens, logprobs, jnp.pad(tokens, (0, max(0, size - len(tokens))))[:size]
+
+        return jax.jit(choose, out_shardings=(None, None, where))
 
     @cached_property
     def top(self) -> Any:
@@ -85,7 +94,7 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     cfg, pool_of = placement.served, paging.pool_of
     where = {layer: (kind.name, i) for kind in paging.kinds for i, layer in enumerate(kind.layers)}
 
-    def step(params, buffers, tokens, positions, rows, tables, last, given):  # type: ignore[no-untyped-def]
+    def step(params, buffers, tokens, positions, rows, tables, last, given, newest):  # type: ignore[no-untyped-def]
         buffers = {name: list(layers) for name, layers in buffers.items()}
         steps = {
             name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local)
@@ -99,6 +108,8 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
             held[i] = tuple(new)
             return out
 
+        if newest is not None:
+            tokens = jnp.where(newest.sources >= 0, newest.tokens[newest.sources], tokens)
         x = embed(params, cfg, tokens)
         if given is not None:
             x = jnp.where(given.where[:, None], given.vectors.astype(x.dtype), x)

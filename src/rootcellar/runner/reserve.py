@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rootcellar.runner import sampler
+from rootcellar.runner.batch import Newest
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.programs import Programs
 
@@ -50,7 +51,11 @@ def arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
     ints = jax.ShapeDtypeStruct((tiles * tile,), jnp.int32)
     rows = jax.ShapeDtypeStruct((tiles,), jnp.int32)
     tables = {name: jax.ShapeDtypeStruct((tiles, width), jnp.int32) for name, width in programs.widths.items()}
-    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows, None
+    newest = None
+    if tile == 1:
+        tokens = jax.ShapeDtypeStruct((programs.shapes.newest,), jnp.int32, sharding=placement.whole)
+        newest = Newest(tokens, rows)
+    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows, None, newest
 
 
 def _sampling(programs: Programs, rows: int) -> int:

@@ -18,7 +18,7 @@ from rootcellar.models.spec import Params
 from rootcellar.pools import Pool
 from rootcellar.pools.copying import Copier, copier
 from rootcellar.runner import sampler
-from rootcellar.runner.batch import Batch, Shapes
+from rootcellar.runner.batch import Batch, Newest, Shapes
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.programs import Programs
 
@@ -43,12 +43,14 @@ class Unread:
 
     Attributes:
         tokens, logprobs: int32 [N] and float32 [N], of each row.
+        newest: int32 [shapes.newest], the tokens once more, for the step that comes after.
         top: logprobs and ids [N, programs.likeliest] of the likeliest tokens; None: nobody asked.
         k: how many of those were asked for.
     """
 
     tokens: Array
     logprobs: Array
+    newest: Array
     top: tuple[Array, Array] | None
     k: int
 
@@ -82,6 +84,7 @@ class Runner:
         self.programs = programs
         self.params = params
         self.pools = pools
+        self._nothing = jax.device_put(np.zeros(programs.shapes.newest, np.int32), programs.placement.whole)
 
     @property
     def placement(self) -> Placement:
@@ -109,22 +112,25 @@ class Runner:
         """A kind whose layers lie in the pool of this name."""
         return next(kind for kind, name in self.pool_of.items() if name == pool)
 
-    def step(self, batch: Batch) -> tuple[Array, Array]:
+    def step(self, batch: Batch, before: Unread | None = None) -> tuple[Array, Array]:
         """Run ``batch``: write its keys and values, and give ``(logits float32 [tiles, V], hidden [T, E])``.
 
-        Row i of ``logits`` belongs to the last token of part i. Both stay on the device. ``EngineError`` for a token
-        that is not in the vocabulary and has no vector.
+        Row i of ``logits`` belongs to the last token of part i. Both stay on the device. ``before``: what the step gave
+        that ``batch.sources`` refer to. ``EngineError`` for a token that is not in the vocabulary and has no vector.
         """
-        buffers, scores, hidden = self.programs.step(*self.arguments(batch))
+        buffers, scores, hidden = self.programs.step(*self.arguments(batch, before))
         for name, pool in self.pools.items():
             pool.buffers = buffers[name]
         return scores, hidden
 
-    def arguments(self, batch: Batch) -> tuple[object, ...]:
+    def arguments(self, batch: Batch, before: Unread | None = None) -> tuple[object, ...]:
         """The arguments of the compiled step for ``batch``."""
+        tokens = self._nothing if before is None else before.newest
+        newest = None if batch.sources is None else Newest(tokens, batch.sources)
         buffers = {name: pool.buffers for name, pool in self.pools.items()}
-        tokens = self._within_vocabulary(batch.tokens)
-        return self.params, buffers, tokens, batch.positions, batch.rows, batch.tables, batch.last, batch.given
+        known = self._within_vocabulary(batch.tokens)
+        fixed = batch.positions, batch.rows, batch.tables, batch.last, batch.given
+        return self.params, buffers, known, *fixed, newest
 
     def _within_vocabulary(self, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
         low, high = int(tokens.min()), int(tokens.max())
@@ -148,8 +154,8 @@ class Runner:
         ``k``: at most ``programs.likeliest``, here and in :meth:`score`. Waits for nothing.
         """
         settings = sampler.build(rows, scores.shape[0], self._vocab)
-        tokens, logprobs = self.programs.sample(scores, settings)
-        return Unread(tokens, logprobs, self.programs.top(scores) if k else None, k)
+        chosen = self.programs.sample(scores, settings)
+        return Unread(*chosen, self.programs.top(scores) if k else None, k)
 
     def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logprobs of ``targets`` [T] under hidden states [T, E], and of the ``k`` likeliest tokens.

@@ -79,8 +79,7 @@ class Sampled(NamedTuple):
     @property
     def adjusted(self) -> bool:
         """Whether a penalty or a bias changes its logits."""
-        p = self.params
-        return p.frequency_penalty != 0 or p.presence_penalty != 0 or p.repetition_penalty != 1 or len(p.logit_bias) > 0
+        return self.params.penalized or len(self.params.logit_bias) > 0
 
 
 def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from rootcellar.cache import Kind
 from rootcellar.scheduler.request import Finish, Request
+from rootcellar.scheduler.stages import Stage
 
 POLICIES: dict[str, Callable[[Request, int], tuple[int, ...]]] = {
     "lpm": lambda request, cached: (-cached, request.order),
@@ -33,15 +34,28 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of several requests; ``decode`` when each is a request's newest token alone."""
+    """One step: chunks of several requests; ``decode`` when each is a request's newest token alone.
+
+    ``sources``: when it was planned ahead, for each chunk the one of the step before whose token it computes.
+    """
 
     chunks: tuple[Chunk, ...]
     decode: bool
+    sources: tuple[int, ...] = ()
 
     @property
     def requests(self) -> list[Request]:
         """Those whose chunks they are."""
         return [chunk.request for chunk in self.chunks]
+
+
+def decode_step(chunks: tuple[Chunk, ...], sources: tuple[int, ...] = ()) -> Plan:
+    """The step of these chunks, each a request's newest token, whose requests decode from now on."""
+    loop = Stage.DECODE_LOOP  # once: to look up a member of an enumeration takes as long as all else for a row
+    for chunk in chunks:
+        if chunk.request.stage is not loop:
+            chunk.request.enter(loop)
+    return Plan(chunks, decode=True, sources=sources)
 
 
 def room_for(kinds: Sequence[Kind], pending: Sequence[int], chunk: int, page_size: int) -> dict[str, int]:

@@ -57,6 +57,8 @@ class Request:
         tenant: who asks (the name of an API key): for fairness alone, ``namespace`` says what is shared.
         call: which of the tenant's calls asks: one HTTP request or ``generate()``, whatever its prompts and ``n``.
         single: its tokens come one at a time: something of each is wanted that a step gives for its first alone.
+        bound: the host must know each of its tokens before it can say what may come next, or how likely: a grammar or a
+            penalty does.
         epoch: the version of the weights that its KV is computed with; requests of different epochs share nothing.
         priority: higher goes first.
         score_from: the KV of positions from here on must be computed, not taken from the cache, because the logprobs of
@@ -90,6 +92,7 @@ class Request:
     tenant: str = ""
     call: int = 0
     single: bool = False
+    bound: bool = False
     epoch: str = ""
     order: int = 0
     since: int = 0
@@ -121,6 +124,7 @@ class Request:
         tenant: str = "",
         call: int = 0,
         single: bool = False,
+        bound: bool = False,
     ) -> Request:
         """A request for the continuation of ``prompt`` (token ids, at least one)."""
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
@@ -138,6 +142,7 @@ class Request:
             tenant,
             call,
             single,
+            bound,
         )
 
     def enter(self, stage: Stage) -> None:
@@ -181,7 +186,6 @@ class Request:
         elif at + 1 == len(ids):
             self.finish = Finish("length")
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Token ids that must not be chosen now: what would end the answer before its least length."""
-        return tuple(self.stop_ids) if self.generated < self.sampling.min_new_tokens else ()
+    def banned(self, at: int) -> tuple[int, ...]:
+        """Token ids that must not be chosen for position ``at``: what would end the answer before its least length."""
+        return tuple(self.stop_ids) if at - self.prompt_length < self.sampling.min_new_tokens else ()

@@ -19,12 +19,13 @@ from numpy.typing import ArrayLike
 
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.errors import ConfigError
-from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, room_for
+from rootcellar.scheduler.ahead import chunks_ahead
+from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, light, place_of, portions
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
 from rootcellar.scheduler.sharing import Sharing, note_cached
 from rootcellar.scheduler.snapshots import Snapshots
-from rootcellar.scheduler.stages import FORWARD, Stage
+from rootcellar.scheduler.stages import Stage
 
 # More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
 # the better order saves (SGLang draws the same line).
@@ -240,7 +241,8 @@ class Scheduler:
             # What is all cached but its last token need not wait for the next decode step.
             prefilling += [r for r in decoding if self._admitted[r][1] == self._plans]
         prefilling.sort(key=self._admitted.__getitem__)
-        first = self._who_jumps(prefilling, bool(decoding))
+        wait = bool(decoding) and self._decode_next
+        first = jumpers(prefilling, self._little, self._chunk, wait) if prefilling and not self._jumped else []
         if first and (plan := self._prefill(first)) is not None:
             self._jumped = True
             self._decode_next = self._decode_next or len(first) == len(prefilling)
@@ -252,28 +254,33 @@ class Scheduler:
                 return plan
         return None
 
-    def _who_jumps(self, prefilling: list[Request], decoding: bool) -> list[Request]:
-        """Requests of those who want little, where they would otherwise wait for a decode step or share a large one."""
-        if self._jumped or not prefilling:
-            return []
-        first = light(prefilling, self._little)
-        rest = sum(r.remaining for r in prefilling) - sum(r.remaining for r in first)
-        return first if (decoding and self._decode_next) or 2 * rest >= self._chunk else []
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step after ``plan``, before it is known what that gives (``ahead.py``); None: take that, and plan then.
+
+        None, too, where somebody waits who could start, if only because a request comes to its full length, where
+        nobody knows how many tokens ``plan`` gives, and where somebody would have to make way.
+        """
+        if self._per_step > 1 or (self.waiting and self.admitting and not self._settled):
+            return None
+        ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
+        if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):
+            return None
+        if not self._one_slot_more([c.request for c in ahead.values() if c.request.slots == c.start]):
+            return None
+        self._plans += 1
+        self._decode_next = self._jumped = False
+        return decode_step(tuple(ahead.values()), tuple(ahead))
 
     def _decode(self, decoding: list[Request]) -> Plan | None:
         if not decoding:
             return None
         one = self._per_step == 1
         requests = [r for r in decoding if r.lease is not None]  # prefill that found no room may have retracted some
-        if not (one and self._one_slot_more(requests)):
+        if not (one and self._one_slot_more([r for r in requests if r.slots == r.computed])):
             requests = self._grow(requests, [r.computed + self._most(r) for r in requests])
         new = tuple.__new__  # half as long as a call of the class, for each row of each step
         chunks = [new(Chunk, (r, r.computed, r.length, True, 1 if one else self._most(r))) for r in requests]
-        loop = Stage.DECODE_LOOP  # once: to look up a member of an enumeration takes as long as all else for a row
-        for request in requests:
-            if request.stage is not loop:
-                request.enter(loop)
-        return Plan(tuple(chunks), decode=True) if chunks else None
+        return decode_step(tuple(chunks)) if chunks else None
 
     def _most(self, request: Request) -> int:
         """Tokens that a step may give a request of which it computes the newest."""
@@ -307,21 +314,18 @@ class Scheduler:
         return n if self._snapshots is None else self._snapshots.stop(request, request.computed + n) - request.computed
 
     def _one_slot_more(self, requests: Sequence[Request]) -> bool:
-        """Let each have a slot for its newest token, in one call of the cache; whether all have theirs now."""
-        tight = [r for r in requests if r.slots == r.computed]
-        grown = self.cache.grow_many([r.lease for r in tight if r.lease is not None])
-        for request, ok in zip(tight, grown, strict=True):
+        """Let each have one more slot, in one call of the cache; whether all have theirs now."""
+        grown = self.cache.grow_many([r.lease for r in requests if r.lease is not None])
+        for request, ok in zip(requests, grown, strict=True):
             if ok:
                 request.slots += 1
         return all(grown)
 
     def _grow(self, requests: Sequence[Request], ends: Sequence[int]) -> list[Request]:
-        """Slots for each request's tokens up to its end, retracting the youngest of whoever has most while there is no
-        room. Returns those that got theirs and still run.
-        """
+        """Slots up to each request's end, retracting the youngest of whoever has most for want of room; those left."""
         lacking = [(r, end) for r, end in zip(requests, ends, strict=True) if r.slots < end]
         for request, end in sorted(lacking, key=lambda each: self._admitted[each[0]]):
-            while request.lease is not None and not self._grow_to(request, end):
+            while request.lease is not None and not self.cache.grow(request.lease, end - request.slots):
                 if len(self.running) > 1 or self.awaits_bytes:
                     # What copies under way will fill is theirs until they are done: then there is room again.
                     self._retract(self._youngest(Held(self.running).largest(self.running)))
@@ -333,15 +337,9 @@ class Scheduler:
                 )
                 self.finish(request, Finish.abort("no_room", message))
                 self.failed.append(request)
+            if request.lease is not None:
+                request.slots = end
         return [r for r in requests if r.lease is not None]
-
-    def _grow_to(self, request: Request, end: int) -> bool:
-        """Let ``request`` have slots for its first ``end`` tokens; False when there is no room."""
-        assert request.lease is not None
-        if not self.cache.grow(request.lease, end - request.slots):
-            return False
-        request.slots = end
-        return True
 
     def _youngest(self, requests: Iterable[Request]) -> Request:
         return max(requests, key=self._admitted.__getitem__)
@@ -358,7 +356,7 @@ class Scheduler:
             return
         held = Held(self.running)
         lines, hits = self._lines(held)
-        self._settled = len(self.running) >= self._max_running and lines.all_served
+        self._settled = len(self.running) >= self._max_running and lines.none_may_claim
         budget = Budget(self._chunk, self.running)
         looks, stuck = _LOOK, False
         while looks and (request := lines.next()) is not None:
@@ -403,7 +401,8 @@ class Scheduler:
         while not going or len(running) >= self._max_running or lacking > 0:
             above = after.above(request, running)
             if not above and not after.tenants[request.tenant]:
-                above = self._had_their_turn(request, cached, running)
+                steps = {r: self._plans - self._admitted[r][1] for r in running}
+                above = served(request, cached, self._chunk, steps)
             if not above:
                 return False
             gone = self._youngest(after.largest(above))
@@ -417,13 +416,6 @@ class Scheduler:
             self._retract(gone)
             held.add(gone, -1)
         return self._start(request, hit)
-
-    def _had_their_turn(self, request: Request, cached: int, running: list[Request]) -> list[Request]:
-        """Running requests of other tenants that had as many steps as ``request`` asks for, and may wait as long."""
-        prefill = -(-(request.length - cached) // self._chunk)
-        steps = max(1, prefill + request.sampling.max_new_tokens - request.generated - 1)
-        served = (r for r in running if r.tenant != request.tenant and r.stage in FORWARD)
-        return [r for r in served if self._plans - self._admitted[r][1] >= steps]
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
@@ -460,11 +452,14 @@ class Scheduler:
         """Take what ``plan`` computed; ``tokens[i]`` were chosen for chunk i (ignored where the chunk does not end).
 
         ``follow`` is asked after each token. Those after a request's last are dropped, wherever the list is cut.
-        Returns the requests that got a token or ended, in the order of the chunks.
+        Requests that ended since ``plan`` was made are passed over. Returns those that got a token or ended, in the
+        order of the chunks.
         """
         moved: list[Request] = []
         waits = plan.decode and self._snapshots is None  # to commit: the first chunks of a request are shared at once
         for i, (request, _, stop, ends, most) in enumerate(plan.chunks):
+            if request.finish is not None:
+                continue
             request.computed = stop
             if ends:
                 moved.append(request)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
 from rootcellar.scheduler.request import Request
+from rootcellar.scheduler.stages import FORWARD
 
 Call = tuple[str, int]
 Place = tuple[int, ...]
@@ -168,9 +169,17 @@ class Lines:
         turns.keep(calls)
 
     @property
-    def all_served(self) -> bool:
-        """Whether every call that waits has something running."""
-        return all(self._held.calls[call] for call in self._calls)
+    def none_may_claim(self) -> bool:
+        """Whether nobody makes way for a call that waits: each has something running, or all have equally much.
+
+        So it is when no call has two rows, each tenant that waits has one, and none has two more than it: see
+        :meth:`Held.above` and :func:`served`.
+        """
+        held = self._held
+        if all(held.calls[call] for call in self._calls):
+            return True
+        least = max(1, max(held.tenants.values(), default=0) - 1)
+        return max(held.calls.values(), default=0) < 2 and all(held.tenants[name] >= least for name in self._lines)
 
     def next(self) -> Request | None:
         """Whose turn it is; it leaves the line. Call :meth:`settle` before the next."""
@@ -288,3 +297,20 @@ def light(prefilling: Sequence[Request], tokens: int) -> list[Request]:
 def _most(requests: Sequence[Request], count: Callable[[Request], int]) -> list[Request]:
     most = max(map(count, requests))
     return [r for r in requests if count(r) == most]
+
+
+def served(request: Request, cached: int, chunk: int, steps: Mapping[Request, int]) -> list[Request]:
+    """Running requests of other tenants that had as many ``steps`` as ``request`` asks for, and may wait as long.
+
+    ``cached`` tokens of its prompt need not be computed, at most ``chunk`` are in a step.
+    """
+    prefill = -(-(request.length - cached) // chunk)
+    asked = max(1, prefill + request.sampling.max_new_tokens - request.generated - 1)
+    return [r for r, n in steps.items() if n >= asked and r.tenant != request.tenant and r.stage in FORWARD]
+
+
+def jumpers(prefilling: Sequence[Request], little: int, chunk: int, wait: bool) -> list[Request]:
+    """Requests of those who want little, where they would otherwise share a large step or ``wait`` for another."""
+    first = light(prefilling, little)
+    rest = sum(r.remaining for r in prefilling) - sum(r.remaining for r in first)
+    return first if wait or 2 * rest >= chunk else []

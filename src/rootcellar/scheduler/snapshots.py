@@ -49,6 +49,10 @@ class Snapshots:
         wanted = (interval, request.branch, tail)
         return min((at for at in wanted if first <= at < stop), default=stop)
 
+    def possible(self, request: Request, at: int) -> bool:
+        """Whether ``request`` leaves a state when it has computed ``at`` tokens and goes on, or ends there."""
+        return at % self.page_size == 0 and at - request.resumable >= self.least
+
     def due(self, request: Request, decode: bool) -> bool:
         """Whether ``request`` should leave the state that it has now; after decoding only every ``interval``."""
         at = request.computed
