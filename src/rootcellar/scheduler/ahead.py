@@ -14,7 +14,7 @@ writes there in a later step, or by a copy, and all of them go through the same 
 
 from __future__ import annotations
 
-from rootcellar.scheduler.plan import Chunk, Plan
+from rootcellar.scheduler.plan import Chunk, Plan, new_chunk
 from rootcellar.scheduler.snapshots import Snapshots
 
 
@@ -36,5 +36,5 @@ def chunks_ahead(plan: Plan, running: int, snapshots: Snapshots | None) -> dict[
             return None
         running -= 1
         if stop + 1 < len(request.ids):
-            ahead[i] = Chunk(request, stop, stop + 1, True, 1)
+            ahead[i] = new_chunk((request, stop, stop + 1, True, 1))
     return None if running else ahead

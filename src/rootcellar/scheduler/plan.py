@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from rootcellar.cache import Kind
@@ -30,6 +31,10 @@ class Chunk(NamedTuple):
     stop: int
     ends: bool
     most: int
+
+
+new_chunk: Callable[[tuple[Request, int, int, bool, int]], Chunk] = partial(tuple.__new__, Chunk)
+"""The chunk of these fields, in half the time of a call of the class: for each row of each decode step."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.errors import ConfigError
 from rootcellar.scheduler.ahead import chunks_ahead
-from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, room_for
+from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
 from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
 from rootcellar.scheduler.sharing import Sharing, note_cached
@@ -278,8 +278,7 @@ class Scheduler:
         requests = [r for r in decoding if r.lease is not None]  # prefill that found no room may have retracted some
         if not (one and self._one_slot_more([r for r in requests if r.slots == r.computed])):
             requests = self._grow(requests, [r.computed + self._most(r) for r in requests])
-        new = tuple.__new__  # half as long as a call of the class, for each row of each step
-        chunks = [new(Chunk, (r, r.computed, r.length, True, 1 if one else self._most(r))) for r in requests]
+        chunks = [new_chunk((r, r.computed, r.length, True, 1 if one else self._most(r))) for r in requests]
         return decode_step(tuple(chunks)) if chunks else None
 
     def _most(self, request: Request) -> int:
