@@ -17,11 +17,12 @@ EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for na
 
 
 def on_both(*axes):
-    """Every combination on the native backend; on XLA's, where each is a second of compiling, all pairs by day."""
+    """Each combination is half a second of compiling or more: by day those in which all pairs meet."""
     params = []
     for by_day, values in combinations(*axes):
-        params.append(pytest.param("native", *values, marks=NATIVE_ONLY))
-        params.append(pytest.param("xla", *values, marks=[] if by_day else pytest.mark.long))
+        at_night = [] if by_day else [pytest.mark.long]
+        params.append(pytest.param("native", *values, marks=[NATIVE_ONLY, *at_night]))
+        params.append(pytest.param("xla", *values, marks=at_night))
     return params
 
 
