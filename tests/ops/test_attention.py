@@ -118,8 +118,18 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
 
 
 @pytest.mark.parametrize("backend", EACH)
-@pytest.mark.parametrize("reach", [Reach(), Reach("sliding_window", 128)], ids=["full", "window"])
-@pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (2, 16)])
+@pytest.mark.parametrize(
+    ("reach", "tiles", "tile"),
+    [
+        (Reach(), 1, 1),
+        (Reach("sliding_window", 128), 4, 1),
+        (Reach(), 2, 16),
+        pytest.param(Reach(), 4, 1, marks=pytest.mark.long),
+        pytest.param(Reach("sliding_window", 128), 1, 1, marks=pytest.mark.long),
+        pytest.param(Reach("sliding_window", 128), 2, 16, marks=pytest.mark.long),
+    ],
+    ids=lambda value: value.rule if isinstance(value, Reach) else None,
+)
 def test_step_memory_does_not_grow_with_the_pool(backend, reach, tiles, tile):
     """The trap of XLA on CPUs: a pool that is scattered to and gathered from may be copied in every step."""
 
