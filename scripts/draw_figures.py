@@ -246,7 +246,7 @@ def _movers_and_device(p: Picture) -> None:
     p.way((770, 194), (722, 194))
     p.way((722, 344), (770, 344))
     lines = ("`Programs.step` on donated", "`Pool.buffers`: keys and", "values are written in place;")
-    lines += ("logits stay there, and tokens", "are chosen there, and wait", "until they are taken")
+    lines += ("tokens are chosen there; the", "next step may run while", "they are taken")
     p.box(770, 382, 202, "compute", *lines, head="the device", h=156)
     p.way((722, 410), (770, 410))
     p.way((770, 501), (722, 501))
