@@ -11,7 +11,7 @@ from starlette.responses import Response
 from rootcellar.server.answer import Result, require_room
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
-from rootcellar.server.openai.job import Job
+from rootcellar.server.openai.job import OpenAIJob
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
 from rootcellar.server.prompts import Prompts, read_chat
@@ -75,7 +75,7 @@ def answer_limit(state: ServerState, body: ChatRequest, ids: list[int]) -> int:
 
 
 @dataclass(kw_only=True)
-class _Chat(Job):
+class _Chat(OpenAIJob):
     object_name = "chat.completion"
     event_name = "chat.completion.chunk"
     in_choices = False

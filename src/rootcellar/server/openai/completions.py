@@ -11,7 +11,7 @@ from starlette.responses import Response
 from rootcellar.server.answer import Result, require_room
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
-from rootcellar.server.openai.job import Job
+from rootcellar.server.openai.job import OpenAIJob
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import MOST_LOGPROBS, CompletionRequest
 from rootcellar.server.prompts import Prompts, read_prompts, texts_of
@@ -40,7 +40,7 @@ async def completion_prompts(state: ServerState, body: CompletionRequest) -> Pro
 
 
 @dataclass(kw_only=True)
-class _Completion(Job):
+class _Completion(OpenAIJob):
     """``echo``: the answer begins with its prompt."""
 
     object_name = event_name = "text_completion"

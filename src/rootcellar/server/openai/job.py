@@ -22,7 +22,7 @@ from rootcellar.server.writing import dumps, logprobs_of, written
 
 
 @dataclass(kw_only=True)
-class Job(ABC):
+class OpenAIJob(ABC):
     """What one request asks of the engine, and how its answer is written; each route says what its choices hold.
 
     Attributes:

@@ -24,7 +24,7 @@ from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.file_settings import FileSettings
 from rootcellar.tiers.stores.index import Index, Page, Slot
 from rootcellar.tiers.stores.segment import Segment, seed_of
-from rootcellar.tiers.stores.slotio import Buffered, Direct, runs
+from rootcellar.tiers.stores.slotio import Buffered, Unbuffered, runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class FileStore:
     def __init__(self, settings: FileSettings, now: Callable[[], float] = time.time) -> None:
         """Open the folder; ``now``: seconds since 1970. Raises ``ConfigError``: it cannot be used, or is written in."""
         self.settings = settings
-        self._medium = Direct() if settings.direct else Buffered()
+        self._medium = Unbuffered() if settings.direct else Buffered()
         self._index = Index(settings, self._medium, now)
         self._lock = threading.Lock()
         """Of the index; images are read and written without it."""

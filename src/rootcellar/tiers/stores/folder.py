@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.stores.segment import SUFFIX, Head, Segment, UnreadableSegment, slots_within
-from rootcellar.tiers.stores.slotio import Buffered, Direct
+from rootcellar.tiers.stores.slotio import Buffered, Unbuffered
 
 _FEW = 64
 """Files that a full store has, about: each is open all the time."""
@@ -42,7 +42,7 @@ class Stranger:
 class Folder:
     """The files below ``path``. The store that holds it locks."""
 
-    def __init__(self, path: Path, identity: str, medium: Buffered | Direct, writable: bool) -> None:
+    def __init__(self, path: Path, identity: str, medium: Buffered | Unbuffered, writable: bool) -> None:
         """Open all files of ``identity``. Raises ``ConfigError``: no such folder, or somebody else writes in it."""
         self.path = path
         self.identity = identity

@@ -16,7 +16,7 @@ import numpy as np
 from rootcellar.tiers.stores.file_settings import FileSettings
 from rootcellar.tiers.stores.folder import Folder, Stranger, last_used, usual_file_bytes
 from rootcellar.tiers.stores.segment import ENTRY, Segment
-from rootcellar.tiers.stores.slotio import BLOCK, Buffered, Direct, round_up
+from rootcellar.tiers.stores.slotio import BLOCK, Buffered, Unbuffered, round_up
 
 _STAMPS = 256
 """Uses of pages after which the times are written down: a killed process forgets as many."""
@@ -49,7 +49,7 @@ class SizeClass:
 class Index:
     """All pages of a folder that are of one identity."""
 
-    def __init__(self, settings: FileSettings, medium: Buffered | Direct, now: Callable[[], float]) -> None:
+    def __init__(self, settings: FileSettings, medium: Buffered | Unbuffered, now: Callable[[], float]) -> None:
         """Open the folder. Raises ``ConfigError``: it cannot be used, or another process writes in it."""
         self.evicted = self.damaged = 0
         self._settings = settings

@@ -2,7 +2,7 @@
 
 Slots are ``stride`` bytes apart, a multiple of ``BLOCK``, and begin at multiples of it, so writing one never makes the
 system read what it overwrites. A checksum is computed while the bytes are in the processor's cache (XXH3 takes 30 GB/s
-there and 10 from memory), so buffered transfers go in pieces of ``PIECE``. Direct ones (``O_DIRECT``) go past the
+there and 10 from memory), so buffered transfers go in pieces of ``PIECE``. Unbuffered ones (``O_DIRECT``) go past the
 system's cache: the longer a piece, the better; memory that is not aligned for them is copied once more.
 """
 
@@ -84,7 +84,7 @@ class Buffered:
         return sums
 
 
-class Direct:
+class Unbuffered:
     """Transfers past the system's cache."""
 
     piece = DIRECT_PIECE
