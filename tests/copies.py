@@ -17,6 +17,9 @@ class Copies:
         self.pending = {}
         self._seen = []
 
+    def listen(self, wake):
+        """Nothing happens here that nobody let happen."""
+
     def dispatch(self, moves, *, patient=False):
         for move in moves:
             self.pending[move.id] = move, self._pool_of(move.kind, move.src)[move.src_slots].copy()

@@ -17,6 +17,7 @@ from rootcellar.tiers.mover import Mover
 
 FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
 """Full, window, chunked, latent, Mamba-2, gated delta."""
+RECURRENT = FAMILIES[-2:]
 HALF = 32  # tokens of an answer after which its conversation is asked to go on
 TIER = {"enable_hierarchical_cache": True}
 
@@ -87,7 +88,10 @@ def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, na
     case, folder = case_of(name)
     with engine(folder, hicache_ratio=4.0) as running:
         given = converse(running, case, LONG)
-        assert given == [(len(case.prompts[i]) + HALF - 1) // 16 * 16 for i in LONG]
+        ends = [len(case.prompts[i]) + HALF - 1 for i in LONG]
+        if name in RECURRENT:  # states are left where prompts end, and answers that end on a page
+            ends = [end if end % 16 == 0 else len(case.prompts[i]) for i, end in zip(LONG, ends, strict=True)]
+        assert given == [end // 16 * 16 for end in ends]
         stats = running.stats()
         assert stats["copies"]["host-device"]["bytes"] > 0
         assert stats["hit_tokens_by_tier"]["HOST"] >= max(given)
@@ -165,7 +169,7 @@ def test_a_failed_step_costs_the_device_and_nothing_else(case_of, monkeypatch):
         ask(running, case.prompts[15], HALF)
         runner, step = running._parts.runner, running._parts.runner.step
 
-        def breaks(batch):
+        def breaks(*_):
             monkeypatch.setattr(runner, "step", step)
             raise RuntimeError("the device is on fire")
 

@@ -15,14 +15,14 @@ import pytest
 
 from rootcellar.plan.stored import Heads, Latents, States
 from rootcellar.pools import Pool, direct
-from rootcellar.pools.copying import BLOCKS, Blocks, Direct, copier, cut
+from rootcellar.pools.copying import BLOCKS, Blocks, InPlace, copier, cut
 from rootcellar.pools.images import Image, image_bytes
 from rootcellar.pools.layouts import LAYOUTS, layout_of
 from rootcellar.runner import CompileCounter
 
 LAYERS, PAGES = 3, 24
 STORED = {"heads": Heads(2, 8), "latents": Latents(24, 8), "states": States((3, 5), (4, 8, 5))}
-NATIVE = pytest.param(Direct, marks=pytest.mark.skipif(not direct.available(), reason="the copies were not built"))
+NATIVE = pytest.param(InPlace, marks=pytest.mark.skipif(not direct.available(), reason="the copies were not built"))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def test_images_do_not_depend_on_the_order_of_bytes_on_the_device():
     found = []
     for pool in (plain, turned):
         copies = copier(pool)
-        assert isinstance(copies, Direct) == (pool is plain and direct.available())
+        assert isinstance(copies, InPlace) == (pool is plain and direct.available())
         images = np.zeros((PAGES, copies.image.nbytes), np.uint8)
         copies.read(pages, images, rows)()
         found.append(images)
@@ -138,9 +138,9 @@ def test_no_pool_is_copied(form, how):
     for pages in (8, 512):
         pool = Pool(layout_of(STORED[form], "float32", 4), LAYERS, pages)
         copies = how(pool, Image(pool))
-        size = BLOCKS[-1] if how is Direct else 1
+        size = BLOCKS[-1] if how is InPlace else 1
         numbers = np.zeros(size, np.int32)
-        if how is Direct:
+        if how is InPlace:
             addresses = np.zeros((size, 2), np.uint32)
             programs = (
                 copies._read.lower(pool.buffers, numbers, addresses),

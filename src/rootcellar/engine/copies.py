@@ -5,7 +5,7 @@ Everything here runs on the engine's thread between two steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rootcellar.cache import Done, Event, Failed, Move, Tier
@@ -20,6 +20,9 @@ class AnyMover(Protocol):
 
         What finds a queue too long is reported ``Failed``, unless ``patient``: then it is waited for.
         """
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Call ``wake``, on any thread, when there is something to report that nobody was told of."""
 
     def reports(self) -> list[Event]:
         """What was seen since the last call, without waiting."""

@@ -93,13 +93,7 @@ class Engine:
         self._parts: Parts = build(self.config, params, weights_name)
         self._clock = clock
         machine = Machine(
-            Lifecycle(
-                self._parts.scheduler,
-                self._parts.runner,
-                self._parts.reload,
-                self._parts.weights,
-                mover=self._parts.mover,
-            ),
+            Lifecycle.of(self._parts),
             max_running=self._parts.max_running_requests,
             max_queued=self.config.max_queued_requests,
             total_tokens=self._parts.total_tokens,
@@ -108,8 +102,6 @@ class Engine:
             overlap=not self.config.disable_overlap_schedule,
         )
         self._loop = Loop(machine)
-        if self._parts.mover is not None:
-            self._parts.mover.listen(self._loop.wake)
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
         self._close = close_at_the_end(self, self._loop, self._parts)

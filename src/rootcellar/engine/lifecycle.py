@@ -24,7 +24,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rootcellar.cache import Tier
-from rootcellar.engine.build import Weights
+from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
@@ -59,6 +59,11 @@ class Lifecycle:
     released: set[str] = field(default_factory=set)
     saved: dict[str, Saved] = field(default_factory=dict)
     _dtypes: list[jnp.dtype] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: Parts) -> Lifecycle:
+        """That of an engine made of these."""
+        return cls(parts.scheduler, parts.runner, parts.reload, parts.weights, mover=parts.mover)
 
     def __post_init__(self) -> None:
         self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.runner.params)]

@@ -44,6 +44,8 @@ class Loop:
         self._stopped = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
+        if machine.life.mover is not None:
+            machine.life.mover.listen(self.wake)
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
         self._thread.start()
 

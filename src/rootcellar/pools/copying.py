@@ -68,7 +68,7 @@ class Copier(Protocol):
 def copier(pool: Pool, copies: int = 1) -> Copier:
     """The fastest copier for a pool, each KV head of which is repeated ``copies`` times on its devices."""
     image = Image(pool, copies)
-    return Direct(pool, image) if image.plain and direct.available() else Blocks(pool, image)
+    return InPlace(pool, image) if image.plain and direct.available() else Blocks(pool, image)
 
 
 def cut(count: int) -> Iterator[tuple[int, int, int]]:
@@ -150,7 +150,7 @@ class _There:
     rows: Rows
 
 
-class Direct:
+class InPlace:
     """Copies by C++ in one pass between the pool and the images, on CPUs."""
 
     in_place: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from rootcellar.cache import Tier
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Shipment:
     """Copies that are done together: of ``moves``, all of one pool, so many pages and bytes."""
 
     lane: Lane
@@ -42,14 +42,14 @@ class LaneStats:
 class Lane:
     """A queue and the thread that empties it.
 
-    ``tell(job, result, error)`` is called on the thread when the work of a job is done, with what it gave or raised.
+    ``tell(shipment, result, error)`` is called on the thread when a shipment's work is done, with what came of it.
     """
 
-    def __init__(self, src: Tier, dst: Tier, tell: Callable[[Job, object, Exception | None], None]) -> None:
+    def __init__(self, src: Tier, dst: Tier, tell: Callable[[Shipment, object, Exception | None], None]) -> None:
         self.src, self.dst = src, dst
         self.stats = LaneStats()
         self._tell = tell
-        self._work: queue.SimpleQueue[tuple[Job, Callable[[], object]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Shipment, Callable[[], object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"rootcellar-{self.name}", daemon=True)
         self._thread.start()
 
@@ -58,9 +58,9 @@ class Lane:
         """As ``"device-host"``."""
         return f"{self.src.name}-{self.dst.name}".lower()
 
-    def put(self, job: Job, work: Callable[[], object]) -> None:
+    def put(self, shipment: Shipment, work: Callable[[], object]) -> None:
         """Do ``work`` when all before it is done."""
-        self._work.put((job, work))
+        self._work.put((shipment, work))
 
     def close(self) -> None:
         """Do what is queued, and end the thread."""
@@ -69,7 +69,7 @@ class Lane:
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
-            job, work = item
+            shipment, work = item
             began = perf_counter()
             result, error = None, None
             try:
@@ -77,5 +77,5 @@ class Lane:
             except Exception as failure:  # whatever it was, the next may succeed
                 error = failure
             self.stats.seconds += perf_counter() - began
-            self._tell(job, result, error)
+            self._tell(shipment, result, error)
             del item, work  # and what they hold

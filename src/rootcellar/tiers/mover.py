@@ -19,7 +19,7 @@ import numpy as np
 from rootcellar.cache import Done, Event, Failed, Move, Tier
 from rootcellar.pools.copying import Copier, Fetched, PageNumbers
 from rootcellar.pools.images import Images, Rows
-from rootcellar.tiers.lane import Job, Lane
+from rootcellar.tiers.lane import Lane, Shipment
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ class Mover:
         self._most_queued = most_queued
         self._down = Lane(Tier.DEVICE, Tier.HOST, self._ended)
         self._up = Lane(Tier.HOST, Tier.DEVICE, self._ended)
-        self._targets: dict[Job, PageNumbers] = {}
-        """Pages that jobs write once their images are fetched."""
+        self._targets: dict[Shipment, PageNumbers] = {}
+        """Pages that shipments write once their images are fetched."""
         self._changed = threading.Condition()
         self._news: list[Event] = []
-        self._fetched: list[tuple[Job, Fetched]] = []
+        self._fetched: list[tuple[Shipment, Fetched]] = []
         """Images that the steps' thread has to write."""
         self._under_way = 0
-        """Jobs that are not in the news yet."""
+        """Shipments that are not in the news yet."""
         self._wake: Callable[[], None] = _nobody
 
     def listen(self, wake: Callable[[], None]) -> None:
@@ -94,68 +94,68 @@ class Mover:
                 pages += len(move.src_slots)
             yield pool, group
 
-    def _job(self, lane: Lane, pool: str, moves: Sequence[Move]) -> Job:
+    def _shipment(self, lane: Lane, pool: str, moves: Sequence[Move]) -> Shipment:
         pages = sum(len(move.src_slots) for move in moves)
-        return Job(lane, tuple(move.id for move in moves), pool, pages, pages * self._host[pool].shape[1])
+        return Shipment(lane, tuple(move.id for move in moves), pool, pages, pages * self._host[pool].shape[1])
 
     def _read(self, pool: str, moves: Sequence[Move], patient: bool) -> None:
-        job = self._job(self._down, pool, moves)
-        if not self._room_for(job, patient):
-            self._down.stats.skipped_pages += job.pages
-            self._tell([Failed(move) for move in job.moves])
+        shipment = self._shipment(self._down, pool, moves)
+        if not self._room_for(shipment, patient):
+            self._down.stats.skipped_pages += shipment.pages
+            self._tell([Failed(move) for move in shipment.moves])
             return
         pages, rows = _numbers(m.src_slots for m in moves), _numbers(m.dst_slots for m in moves) - 1
-        self._begin(job, lambda: self._device[pool].read(pages, self._host[pool], rows), self._down.put)
+        self._begin(shipment, lambda: self._device[pool].read(pages, self._host[pool], rows), self._down.put)
 
-    def _room_for(self, job: Job, patient: bool) -> bool:
-        """Whether a job may be queued; ``patient``: it may, sooner or later."""
-        stats = job.lane.stats
+    def _room_for(self, shipment: Shipment, patient: bool) -> bool:
+        """Whether a shipment may be queued; ``patient``: it may, sooner or later."""
+        stats = shipment.lane.stats
         with self._changed:
-            while stats.queued_bytes and stats.queued_bytes + job.nbytes > self._most_queued:
+            while stats.queued_bytes and stats.queued_bytes + shipment.nbytes > self._most_queued:
                 if not patient:
                     return False
                 self._changed.wait()
         return True
 
     def _load(self, pool: str, moves: Sequence[Move]) -> None:
-        job = self._job(self._up, pool, moves)
+        shipment = self._shipment(self._up, pool, moves)
         copier, images = self._device[pool], self._host[pool]
         rows = _numbers(m.src_slots for m in moves) - 1
-        self._targets[job] = _numbers(m.dst_slots for m in moves)
+        self._targets[shipment] = _numbers(m.dst_slots for m in moves)
         if copier.in_place:
-            self._begin(job, lambda: self._write(job, copier.fetch(images, rows)), self._up.put)
+            self._begin(shipment, lambda: self._write(shipment, copier.fetch(images, rows)), self._up.put)
         else:
-            self._begin(job, lambda: lambda: copier.fetch(images, rows), self._up.put)
+            self._begin(shipment, lambda: lambda: copier.fetch(images, rows), self._up.put)
 
-    def _write(self, job: Job, fetched: Fetched) -> Callable[[], None]:
-        return self._device[job.pool].write(self._targets.pop(job), fetched)
+    def _write(self, shipment: Shipment, fetched: Fetched) -> Callable[[], None]:
+        return self._device[shipment.pool].write(self._targets.pop(shipment), fetched)
 
     def _begin(
         self,
-        job: Job,
+        shipment: Shipment,
         begin: Callable[[], Callable[[], object]],
-        put: Callable[[Job, Callable[[], object]], None],
+        put: Callable[[Shipment, Callable[[], object]], None],
         *,
         again: bool = False,
     ) -> None:
-        """Begin a job, or go on with it, and leave the rest to its lane."""
+        """Begin a shipment, or go on with it, and leave the rest to its lane."""
         with self._changed:
             if not again:
                 self._under_way += 1
-                job.lane.stats.queued_bytes += job.nbytes
+                shipment.lane.stats.queued_bytes += shipment.nbytes
         try:
             rest = begin()
         except Exception as error:
-            self._ended(job, None, error)
+            self._ended(shipment, None, error)
         else:
-            put(job, rest)
+            put(shipment, rest)
 
     def reports(self) -> list[Event]:
         """What became of copies since the last call, without waiting. Writes to the device what was fetched for it."""
         with self._changed:
             fetched, self._fetched = self._fetched, []
-        for job, images in fetched:
-            self._begin(job, partial(self._write, job, images), self._up.put, again=True)
+        for shipment, images in fetched:
+            self._begin(shipment, partial(self._write, shipment, images), self._up.put, again=True)
         with self._changed:
             news, self._news = self._news, []
         return news
@@ -185,27 +185,29 @@ class Mover:
 
     # -- on any thread ------------------------------------------------------------------------------------------------
 
-    def _ended(self, job: Job, result: object, error: Exception | None) -> None:
-        """A lane did what it had to do for a job."""
+    def _ended(self, shipment: Shipment, result: object, error: Exception | None) -> None:
+        """A lane did what it had to do for a shipment."""
         if error is None and result is not None:
-            self._tell([], [(job, result)])
+            self._tell([], [(shipment, result)])
             return
         if error is not None:
-            log.warning("%d pages of %s were not copied (%s): %r", job.pages, job.pool, job.lane.name, error)
+            log.warning(
+                "%d pages of %s were not copied (%s): %r", shipment.pages, shipment.pool, shipment.lane.name, error
+            )
         with self._changed:
-            stats = job.lane.stats
-            stats.queued_bytes -= job.nbytes
+            stats = shipment.lane.stats
+            stats.queued_bytes -= shipment.nbytes
             self._under_way -= 1
-            self._targets.pop(job, None)
+            self._targets.pop(shipment, None)
             if error is not None:
-                stats.failed_pages += job.pages
+                stats.failed_pages += shipment.pages
             else:
-                stats.moves += len(job.moves)
-                stats.pages += job.pages
-                stats.bytes += job.nbytes
-            self._tell([Done(move) if error is None else Failed(move) for move in job.moves])
+                stats.moves += len(shipment.moves)
+                stats.pages += shipment.pages
+                stats.bytes += shipment.nbytes
+            self._tell([Done(move) if error is None else Failed(move) for move in shipment.moves])
 
-    def _tell(self, events: Sequence[Event], fetched: Sequence[tuple[Job, Fetched]] = ()) -> None:
+    def _tell(self, events: Sequence[Event], fetched: Sequence[tuple[Shipment, Fetched]] = ()) -> None:
         """There is news; whoever runs the steps is woken if nobody has done so since it last asked."""
         with self._changed:
             first = not (self._news or self._fetched)
