@@ -13,20 +13,21 @@ from rootcellar.cache import Tier
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """Copies that are done together: of ``moves``, all of one pool, so many pages and bytes."""
+    """Copies that are done together: of ``moves``, all of one pool, so many pages and bytes, since ``began``."""
 
     lane: Lane
     moves: tuple[int, ...]
     pool: str
     pages: int
     nbytes: int
+    began: float
 
 
 @dataclass(slots=True)
 class LaneStats:
     """What a lane did and has to do.
 
-    ``seconds``: that its thread worked, or waited for the device to do so; ``queued_bytes``: not yet done;
+    ``seconds``: in which something was being copied, or waited for the device to be; ``queued_bytes``: not yet done;
     ``skipped_pages``: not copied because too much was queued; ``failed_pages``: not copied because something broke.
     """
 
@@ -68,14 +69,15 @@ class Lane:
         self._thread.join()
 
     def _run(self) -> None:
+        ended = 0.0
         while (item := self._work.get()) is not None:
             shipment, work = item
-            began = perf_counter()
             result, error = None, None
             try:
                 result = work()
             except Exception as failure:  # whatever it was, the next may succeed
                 error = failure
-            self.stats.seconds += perf_counter() - began
+            before, ended = ended, perf_counter()
+            self.stats.seconds += ended - max(shipment.began, before)
             self._tell(shipment, result, error)
             del item, work  # and what they hold

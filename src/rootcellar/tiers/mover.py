@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 
@@ -96,7 +97,9 @@ class Mover:
 
     def _shipment(self, lane: Lane, pool: str, moves: Sequence[Move]) -> Shipment:
         pages = sum(len(move.src_slots) for move in moves)
-        return Shipment(lane, tuple(move.id for move in moves), pool, pages, pages * self._host[pool].shape[1])
+        return Shipment(
+            lane, tuple(move.id for move in moves), pool, pages, pages * self._host[pool].shape[1], perf_counter()
+        )
 
     def _read(self, pool: str, moves: Sequence[Move], patient: bool) -> None:
         shipment = self._shipment(self._down, pool, moves)
