@@ -182,9 +182,9 @@ class FileStore:
                 sums = self._medium.write(segment.images, at, stride, run)
                 written.update(zip(order[start : start + len(sums)], sums, strict=True))
                 start += len(sums)
-        self._sync(places)
 
     def _sync(self, places: Mapping[int, Slot]) -> None:
+        """Wait for images and entries at once: an entry whose image a power cut lost has another checksum."""
         if self.settings.fsync:
             for segment in _segments_of(places):
                 segment.sync()
