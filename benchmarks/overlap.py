@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {"model_path": "demo", "max_total_tokens": 32768, "max_running_requests": args.batch}
     with (
-        rootcellar.Engine(**options) as overlap,
+        rootcellar.Engine(**options, disable_overlap_schedule=False) as overlap,
         rootcellar.Engine(**options, disable_overlap_schedule=True) as plain,
     ):
         engines = {"overlap": overlap, "without": plain}

@@ -131,10 +131,10 @@ class EngineConfig:
         "finish long prompts sooner.",
         low=1,
     )
-    disable_overlap_schedule: bool = option(
-        False,
+    disable_overlap_schedule: bool | None = option(
+        None,
         "Take what a step gave before the next one is planned. Otherwise the device computes the next step meanwhile, "
-        "where that changes no answer.",
+        "where that changes no answer. None: so on CPUs, whose cores do both.",
     )
     schedule_policy: str = option(
         "lpm",

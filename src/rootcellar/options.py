@@ -250,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, title: str) -> Non
         text = f"{declared.help} [{_default_text(declared)}]".replace("%", "%%")
         common: dict[str, Any] = {"dest": declared.name, "default": argparse.SUPPRESS, "help": text}
         if declared.kind is bool:
-            action = argparse.BooleanOptionalAction if declared.default else "store_true"
+            action = argparse.BooleanOptionalAction if declared.default or declared.optional else "store_true"
             group.add_argument(declared.flag, action=action, **common)
             continue
         common |= {"type": declared.from_text, "metavar": _metavar(declared)}

@@ -178,9 +178,8 @@ def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, 
 def real_machine(folder, time=None, **settings):
     """A machine over a model's folder, without a tokenizer."""
     parts = build(EngineConfig.from_kwargs(model_path=folder, skip_tokenizer_init=True, **settings))
-    overlap = not parts.config.disable_overlap_schedule
     return _machine(
-        Lifecycle.of(parts), parts.max_running_requests, parts.total_tokens, time, Copies(None), overlap=overlap
+        Lifecycle.of(parts), parts.max_running_requests, parts.total_tokens, time, Copies(None), overlap=parts.overlap
     )
 
 

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import EOS, VOCAB, Callers, Time, expected_answer, hash_machine
 
+from rootcellar.config import EngineConfig
+from rootcellar.engine.build import build
 from rootcellar.engine.commands import Abort, Continue, Pause, Release, Resume
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.text import Tokenizer
@@ -332,3 +334,10 @@ def test_logprobs_of_the_likeliest_are_read_with_their_step():
     assert [top[0][1] for top in meta["output_top_logprobs"]] == expected_answer(asked, 6)
     logprobs = [p for p, _, _ in meta["output_token_logprobs"]]
     np.testing.assert_allclose(logprobs, -np.array(expected_answer(asked, 6)) / VOCAB)
+
+
+@pytest.mark.parametrize(("setting", "overlap"), [(None, False), (False, True), (True, False)])
+def test_steps_overlap_where_it_was_asked_for_and_by_default_not_on_cpus(setting, overlap):
+    """CPUs' cores do the host's work and the device's."""
+    parts = build(EngineConfig.from_kwargs(model_path="demo", max_total_tokens=512, disable_overlap_schedule=setting))
+    assert parts.overlap == overlap

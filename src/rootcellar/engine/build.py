@@ -88,6 +88,12 @@ class Parts:
     mover: Mover | None
     """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
 
+    @property
+    def overlap(self) -> bool:
+        """Whether the next step is planned while one runs. The cores of a CPU do both, and steps only take longer."""
+        off = self.config.disable_overlap_schedule
+        return jax.default_backend() != "cpu" if off is None else not off
+
 
 def folder_of(model_path: str) -> Path:
     """The folder that ``model_path`` names: its own, or that of the embedded model."""

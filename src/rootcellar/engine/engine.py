@@ -99,7 +99,7 @@ class Engine:
             total_tokens=self._parts.total_tokens,
             clock=clock,
             log_interval=self.config.log_interval,
-            overlap=not self.config.disable_overlap_schedule,
+            overlap=self._parts.overlap,
         )
         self._loop = Loop(machine)
         self.sight = Sight(self._loop, self._parts)
