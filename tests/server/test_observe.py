@@ -69,6 +69,7 @@ def test_the_tree_says_what_is_in_use_while_a_request_runs(engine):
         input_ids=SHARED, sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True, rid="running"
     )
     next(stream)
+    next(stream)  # its second token: it decodes
     tree = engine.sight.tree()
     assert tree["nodes"][0]["in_use"]
     running = next(r for r in tree["requests"] if r["rid"] == "running")
@@ -138,9 +139,9 @@ def test_requests_that_overlap_have_lanes_of_their_own(engine, get):
 def test_a_trace_has_the_device_inside_each_step(engine, get):
     engine.generate(input_ids=SHARED, sampling_params=GREEDY)
     trace = get("/trace?limit=1").json()
-    steps = [e for e in slices(trace, 2) if e["name"] != "device"]
-    device = [e for e in slices(trace, 2) if e["name"] == "device"]
-    assert [s["name"] for s in steps] == ["prefill", "decode", "decode", "decode"]
+    steps, device = ([e for e in slices(trace, 2) if e["tid"] == lane] for lane in (1, 2))
+    for lane in (steps, device):
+        assert [s["name"] for s in lane] == ["prefill", "decode", "decode", "decode"]
     assert [s["args"]["tokens"] for s in steps] == [len(SHARED) - 32, 1, 1, 1]
     for step, part in zip(steps, device, strict=True):
         assert step["ts"] <= part["ts"]

@@ -27,14 +27,14 @@ def test_an_exception_is_a_miss_that_is_logged_once(caplog, clock):
     guard = Guard(store, GuardSettings(failures=10), now=clock)
     assert put(guard, [1]) == [True]
     store.error = OSError("the cable is out")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "rootcellar.tiers"):
         assert guard.has([name(1)]) == [False]
         assert not get(guard, 1)
         assert put(guard, [2]) == [False]
     (line,) = caplog.messages
     assert "the cable is out" in line
     store.error = None
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "rootcellar.tiers"):
         assert get(guard, 1)
         store.error = OSError("again")
         assert not get(guard, 1)
