@@ -124,7 +124,8 @@ endef
 define install_rootcellar
 $(1)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable . && \
 { ls $(1)/lib/python*/site-packages/rootcellar/cache/_core*.so $(1)/lib/python*/site-packages/rootcellar/ops/_native.so \
-	>/dev/null 2>&1 || echo "Note: installed without some of the C++ parts (no C++ compiler, no Python headers, or" \
-	"ROOTCELLAR_NO_NATIVE=1): Python does the cache core's work, JAX the attention kernel's."; } && \
+	$(1)/lib/python*/site-packages/rootcellar/pools/_copies.so >/dev/null 2>&1 \
+	|| echo "Note: installed without some of the C++ parts (no C++ compiler, no Python headers, or" \
+	"ROOTCELLAR_NO_NATIVE=1): Python does the cache core's work, JAX that of attention and of copying pages."; } && \
 touch $(1)/.stamp && echo "$(1) is ready."
 endef

@@ -34,7 +34,7 @@ def test_the_file_store_is_measured_beside_its_medium(tmp_path):
     assert all(row[name] > 0 for row in rows for name in ("memcpy", "write", "dd", "put", "read", "get"))
 
 
-@pytest.mark.skipif(native.library() is None, reason="no native attention here")
+@pytest.mark.skipif(native.kernel() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""
     command = [sys.executable, str(ROOT / "benchmarks" / "attention_backends.py"), "--quick", "--json"]

@@ -11,7 +11,7 @@ from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, 
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import PagedHeads, layout_of
 
-NATIVE = native.library() is not None
+NATIVE = native.kernel() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
 EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS]
 

@@ -40,10 +40,11 @@ SETTINGS = {
     "several, no admin": ({"api_key": ["u", "v"]}, {None: (False, False), "u": (True, False)}),
 }
 KEYS = [(name, key) for name, (_, keys) in SETTINGS.items() for key in keys]
-WALKED = [("api_key", None), ("both", "u"), ("both", "a"), ("several", "u")]  # nothing, a user's, all, an owner's too
-WALKED_AT_NIGHT = [
-    ("none", None), ("api_key", "u"), ("admin_api_key", None), ("admin_api_key", "a"), ("both", None),
+# Every setting, and everybody: who has no key, a user, an owner, the admin.
+WALKED = [
+    ("none", None), ("api_key", None), ("admin_api_key", None), ("both", "u"), ("both", "a"), ("several", "u"),
 ]  # fmt: skip
+WALKED_AT_NIGHT = [("api_key", "u"), ("admin_api_key", "a"), ("both", None)]
 
 
 def bearer(key):

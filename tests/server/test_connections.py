@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import http.client
 import json
 import socket
@@ -394,7 +393,31 @@ def test_limits_belong_to_one_server():
 # -- whose turn it is -------------------------------------------------------------------------------------------------
 
 
-def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """``made(app, pace, tenant)``: a connection whose last request was ``tenant``'s; waiting takes a millisecond."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr("rootcellar.server.pace.asyncio.sleep", lambda seconds: sleep(min(seconds, 0.001)))
+
+    def make(app, pace, tenant):
+        config = run.uvicorn_config(app, ServerConfig())
+        config.load()
+        connection = config.http_protocol_class(config, uvicorn.server.ServerState(), {}, None)
+        connection._pace, connection._payer = pace, tenant
+        connection.connection_made(Transport())
+        pace.account(tenant)
+        return connection
+
+    return make
+
+
+async def happens(what):
+    async with asyncio.timeout(20):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(made):
     """What comes meanwhile is read later, in its order; others' connections go on."""
     asked, now = [], [100.0]
 
@@ -405,44 +428,46 @@ def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(monkeyp
 
     async def main():
         pace = Pace(clock=lambda: now[0], spent=lambda: 0.0)
-        config = run.uvicorn_config(app, ServerConfig())
-        config.load()
-        state = uvicorn.server.ServerState()
-        made = functools.partial(config.http_protocol_class, config, state, {}, None)
-        busy, other = made(), made()
-        for connection, tenant in ((busy, "hostile"), (other, "victim")):
-            connection._pace, connection._payer = pace, tenant
-            connection.connection_made(Transport())
-            pace.account(tenant)
+        busy, other = (made(app, pace, tenant) for tenant in ("hostile", "victim"))
         pace.account("hostile").spend(1.0)
         for piece in (b"GET /a HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
             busy.data_received(piece)
         other.data_received(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n")
-        await asyncio.sleep(0.01)
+        await happens(lambda: asked)
         assert asked == ["/b"]
         assert busy.flow.read_paused
         assert not other.flow.read_paused
         now[0] += 1.0
-        await wait_for(lambda: asked == ["/b", "/a"])
+        await happens(lambda: asked == ["/b", "/a"])
         assert not busy.flow.read_paused
         # Nothing is left of one that goes away while it waits.
         pace.account("hostile").spend(1.0)
         busy._payer = "hostile"
         busy.data_received(b"GET /c HTTP/1.1\r\n\r\n")
+        waits = busy._turn
         busy.connection_lost(None)
         other.connection_lost(None)
-        now[0] += 1.0
-        await asyncio.sleep(0.01)
+        await happens(waits.done)
+        assert waits.cancelled()
         assert asked == ["/b", "/a"]
-        assert len(asyncio.all_tasks()) == 1
 
-    async def wait_for(happened):
-        async with asyncio.timeout(20):
-            while not happened():
-                await asyncio.sleep(0.001)
+    asyncio.run(main())
 
-    sleep = asyncio.sleep
-    monkeypatch.setattr("rootcellar.server.pace.asyncio.sleep", lambda seconds: sleep(min(seconds, 0.001)))
+
+def test_a_connection_that_cannot_be_read_in_its_turn_is_closed(made):
+    async def main():
+        now = [100.0]
+        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0)
+        connection = made(None, pace, "hostile")
+        made(None, pace, "victim")
+        pace.account("hostile").spend(1.0)
+        connection.data_received(b"GET / HTTP/1.1\r\n")
+        waits, connection.parser = connection._turn, None
+        now[0] += 1.0
+        await happens(waits.done)
+        assert isinstance(waits.exception(), AttributeError)
+        assert connection.transport.is_closing()
+
     asyncio.run(main())
 
 
@@ -458,6 +483,8 @@ class Transport(asyncio.Transport):
 
     def close(self):
         self.closing = True
+
+    abort = close
 
     def is_closing(self):
         return self.closing

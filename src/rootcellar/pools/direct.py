@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,27 +12,18 @@ import numpy as np
 from jax import Array
 
 from rootcellar import pools
+from rootcellar.compiled import open_library
 
-log = logging.getLogger(__name__)
-
-_LIBRARY = "_copies.so"
 _READ, _WRITE = "rootcellar_read_pages", "rootcellar_write_pages"
 
 
 @functools.cache
 def available() -> bool:
     """Whether they can run here: on a CPU, and where they were built and are wanted."""
-    if jax.default_backend() != "cpu" or os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
+    if jax.default_backend() != "cpu":
         return False
-    # As with the attention kernel: an editable install keeps what was compiled apart from the sources.
-    found = [file for folder in pools.__path__ if (file := Path(folder) / _LIBRARY).exists()]
-    if not found:
-        log.info("no native copying of pages (%s was not built): pages are copied through XLA", _LIBRARY)
-        return False
-    opened = ctypes.CDLL(str(found[0]))
-    for name, handler in ((_READ, opened.RootcellarReadPages), (_WRITE, opened.RootcellarWritePages)):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return True
+    targets = {_READ: "RootcellarReadPages", _WRITE: "RootcellarWritePages"}
+    return open_library(pools.__path__, "_copies.so", targets, "pages are copied through XLA") is not None
 
 
 def programs(offsets: Sequence[int]) -> tuple[Callable[..., Array], Callable[..., tuple[Any, Array]]]:

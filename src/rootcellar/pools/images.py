@@ -94,9 +94,9 @@ class Image:
         Waits until the device has computed it.
         """
         count = len(rows)
-        for piece, view in self._views(images):
+        for i, (piece, view) in enumerate(self._views(images)):
             for layer, buffers in enumerate(taken):
-                for shard in buffers[self.pieces.index(piece)].addressable_shards:
+                for shard in buffers[i].addressable_shards:
                     if shard.replica_id:
                         continue
                     data = np.asarray(shard.data)[:count].view(np.uint8)

@@ -185,7 +185,11 @@ class Connection(HttpToolsProtocol):
         data, self._unread, self._turn = b"".join(self._unread), [], None
         if not self.transport.is_closing():
             self.flow.resume_reading()
-            self._read(data)
+            try:
+                self._read(data)
+            except Exception:
+                self.give_up()  # as asyncio does with one that raises when it is told of data
+                raise
 
     def _read(self, data: bytes) -> None:
         """Parse; what follows a refusal is read and dropped, so that the client gets to read the answer."""

@@ -7,8 +7,9 @@ compared when it is fetched.
 from __future__ import annotations
 
 import threading
+import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Faulty:
 
     def __init__(self, copier: Copier, faults: Faults, seed: int) -> None:
         self._copier = copier
-        self._faults = faults
+        self._rates = asdict(faults)
         self._random = np.random.default_rng(seed)
         self._lock = threading.Lock()
         self._sums: dict[int, int] = {}
@@ -85,18 +86,14 @@ class Faulty:
 
     def _break(self, what: str) -> None:
         if self._happens("delay"):
-            threading.Event().wait(self._random.random() * self._faults.late)
+            with self._lock:
+                late = self._random.random() * self._rates["late"]
+            time.sleep(late)
         if self._happens("fail"):
             raise OSError(f"{what} failed")
 
     def _happens(self, fault: str) -> bool:
         with self._lock:
-            rates = {
-                "delay": self._faults.delay,
-                "fail": self._faults.fail,
-                "short": self._faults.short,
-                "flip": self._faults.flip,
-            }
-            happens = bool(self._random.random() < rates[fault])
+            happens = bool(self._random.random() < self._rates[fault])
             self.seen[fault] += happens
         return happens

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +14,19 @@ import numpy as np
 from jax import Array
 
 from rootcellar import ops
+from rootcellar.compiled import open_library
 from rootcellar.ops.backends.backend import Attend
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import TokenLayout
 
-log = logging.getLogger(__name__)
-
-_LIBRARY = "_native.so"
 _TARGET = "rootcellar_paged_attention"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def kernel() -> ctypes.CDLL | None:
     """The shared library with the CPU kernel, registered with XLA; None where it was not built or is not wanted."""
-    if os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
-        return None
-    # An editable install keeps what was compiled apart from the sources; the package's path knows both places.
-    found = [file for folder in ops.__path__ if (file := Path(folder) / _LIBRARY).exists()]
-    if not found:
-        log.info("no native attention kernel (%s was not built): attention runs through XLA", _LIBRARY)
-        return None
-    opened = ctypes.CDLL(str(found[0]))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(opened.RootcellarPagedAttention), platform="cpu")
-    return opened
+    return open_library(ops.__path__, "_native.so", {_TARGET: "RootcellarPagedAttention"}, "attention runs through XLA")
 
 
 def lacks(layout: Layout, platform: str) -> str | None:
@@ -54,7 +40,7 @@ def lacks(layout: Layout, platform: str) -> str | None:
     (array,) = layout.buffers(1)
     if array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
-    opened = library()
+    opened = kernel()
     if opened is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
     head_dim = array.shape[-1]
@@ -63,7 +49,7 @@ def lacks(layout: Layout, platform: str) -> str | None:
 
 def attend(layout: TokenLayout, reach: Reach) -> Attend:  # noqa: ARG001 - it reads one alone
     """See ``Backend``."""
-    library()
+    kernel()
     return functools.partial(_by_head, reach)
 
 

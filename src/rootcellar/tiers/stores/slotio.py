@@ -84,6 +84,12 @@ class Buffered:
         return sums
 
 
+class _Bounce(threading.local):
+    """Aligned memory, each thread's own."""
+
+    memory = memoryview(b"")
+
+
 class Unbuffered:
     """Transfers past the system's cache."""
 
@@ -91,7 +97,7 @@ class Unbuffered:
     flags = os.O_DIRECT if sys.platform == "linux" else 0
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._bounced = _Bounce()
 
     def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
         """As :meth:`Buffered.read`."""
@@ -120,9 +126,9 @@ class Unbuffered:
 
     def _bounce(self, stride: int, count: int) -> list[memoryview]:
         """Aligned memory of this thread for ``count`` slots."""
-        memory = self._local.__dict__.get("memory")
-        if memory is None or len(memory) < stride * count:
-            memory = self._local.memory = memoryview(mmap.mmap(-1, stride * count))
+        memory = self._bounced.memory
+        if len(memory) < stride * count:
+            memory = self._bounced.memory = memoryview(mmap.mmap(-1, stride * count))
         return [memory[i * stride : (i + 1) * stride] for i in range(count)]
 
 

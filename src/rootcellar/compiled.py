@@ -1,0 +1,37 @@
+"""The optional C++ parts that XLA calls: opened where they were built, registered with it, or done without."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+def open_library(folders: Iterable[str], file: str, targets: Mapping[str, str], without: str) -> ctypes.CDLL | None:
+    """The shared library ``file`` of a package, its handlers registered with XLA's foreign function interface for CPUs.
+
+    Args:
+        folders: the package's ``__path__``: an editable install keeps what was compiled apart from the sources.
+        file: the library's name.
+        targets: the function in it that each name of a call stands for.
+        without: what happens where there is none, for the log.
+
+    Returns:
+        None where it was not built, or is not wanted (``ROOTCELLAR_NO_NATIVE=1``).
+    """
+    if os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
+        return None
+    found = [path for folder in folders if (path := Path(folder) / file).exists()]
+    if not found:
+        log.info("%s was not built: %s", file, without)
+        return None
+    opened = ctypes.CDLL(str(found[0]))
+    for name, function in targets.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(opened[function]), platform="cpu")
+    return opened
