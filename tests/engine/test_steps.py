@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import EOS, VOCAB, Callers, expected_answer, hash_machine
 
-from rootcellar.cache import Key, Tier
+from rootcellar.cache import Done, Key, Tier
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions
+from rootcellar.errors import CacheBroken
 from rootcellar.scheduler import Finish, Stage
 from rootcellar.text import Tokenizer
 
@@ -116,6 +117,19 @@ def test_a_failure_that_is_no_steps_ends_all():
     machine.recover(RuntimeError("out of the blue"))
     assert {reason["cause"] for _, reason in callers.results().values()} == {"failed"}
     check_whole(machine)
+
+
+def test_a_report_that_cannot_be_learned_is_told(monkeypatch):
+    """Otherwise whoever waits for its bytes would wait for ever, and nobody would know why."""
+
+    def learn(events):
+        raise CacheBroken(f"{len(events)} reports make no sense")
+
+    machine = hash_machine(host=256)
+    machine.copies.reports = lambda: [Done(99)]
+    monkeypatch.setattr(machine.scheduler, "learn", learn)
+    with pytest.raises(CacheBroken, match="1 reports"):
+        machine.learn()
 
 
 # -- bytes that are on their way --------------------------------------------------------------------------------------

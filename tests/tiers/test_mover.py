@@ -229,3 +229,30 @@ def test_whatever_breaks_every_move_is_reported_and_none_that_is_done_has_other_
             pages |= {page: held[row] for page, row in zip(onto, whole, strict=True)}
         assert {page: s.page(page) for page in pages} == pages
     assert min(s.copier.seen.values()) > 0, s.copier.seen
+
+
+def test_what_comes_while_reports_are_made_wakes_who_made_them(made):
+    """Of two loads the second is fetched while the first is written, and there were reports already."""
+
+    class Meanwhile(Gate):
+        def write(self, pages, fetched):
+            self.open.set()
+            with s.mover._changed:
+                assert s.mover._changed.wait_for(lambda: s.mover._fetched, timeout=60)
+            self.write = self.inner.write
+            return self.inner.write(pages, fetched)
+
+    s = made(Meanwhile)
+    down, first, second = s.down([3], [1]), s.up([1], [5]), s.up([1], [6])
+    s.copier.open.set()
+    s.mover.dispatch([down])
+    s.mover.dispatch([first])
+    with s.mover._changed:
+        assert s.mover._changed.wait_for(lambda: s.mover._fetched and s.mover._news, timeout=60)
+    s.copier.open.clear()
+    s.mover.dispatch([second])
+    while s.woken.acquire(blocking=False):
+        pass
+    assert s.mover.reports() == [Done(down.id)]
+    assert s.woken.acquire(blocking=False)
+    assert sorted(event.move for event in s.mover.drain()) == [first.id, second.id]

@@ -241,7 +241,9 @@ class Machine:
     def learn(self) -> None:
         """Take in what movers saw since the last time."""
         if self._mover is not None and (events := self._mover.reports()):
-            self.do(Learn(tuple(events)), Future())
+            learnt: Future[None] = Future()
+            self.do(Learn(tuple(events)), learnt)
+            learnt.result()  # or what went wrong, which nobody else would be told of
 
     def step(self) -> None:
         """One turn: what the step under way gave, or one that can be planned; the next one may be begun before."""

@@ -155,12 +155,11 @@ class Mover:
 
     def reports(self) -> list[Event]:
         """What became of copies since the last call, without waiting. Writes to the device what was fetched for it."""
-        with self._changed:
+        with self._changed:  # all at once: whatever comes from here on wakes again
             fetched, self._fetched = self._fetched, []
+            news, self._news = self._news, []
         for shipment, images in fetched:
             self._begin(shipment, partial(self._write, shipment, images), self._up.put, again=True)
-        with self._changed:
-            news, self._news = self._news, []
         return news
 
     def drain(self) -> list[Event]:
