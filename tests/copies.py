@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rootcellar.cache import Done, Failed, Tier
+from rootcellar.cache import Answer, Done, Failed, Reports, Tier
 
 
 class Copies:
@@ -15,7 +15,7 @@ class Copies:
     def __init__(self, pool_of):
         self._pool_of = pool_of
         self.pending = {}
-        self._seen = []
+        self._seen, self._answers = [], []
 
     def listen(self, wake):
         """Nothing happens here that nobody let happen."""
@@ -23,6 +23,9 @@ class Copies:
     def dispatch(self, moves, *, patient=False):
         for move in moves:
             self.pending[move.id] = move, self._pool_of(move.kind, move.src)[move.src_slots].copy()
+
+    def ask(self, serial, question):
+        self._answers.append(Answer(serial, ()))
 
     def finish(self, *, ok=True, dst=None):
         """The oldest copy (to ``dst``) comes to its end, well or not; whether there was one."""
@@ -43,7 +46,8 @@ class Copies:
                 self._pool_of(move.kind, move.dst)[move.dst_slots] = data
 
     def reports(self):
-        seen, self._seen = self._seen, []
+        seen, self._seen = Reports(tuple(self._seen), tuple(self._answers)), []
+        self._answers = []
         return seen
 
     def drain(self):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from machines import Callers, Time, expected_answer, hash_machine, real_machine, replay, state_of
 
 import rootcellar
+from rootcellar.cache import Answer
 from rootcellar.engine import commands
 from rootcellar.engine.commands import (
     Abandon,
@@ -22,6 +23,7 @@ from rootcellar.engine.commands import (
     Resume,
     Unpin,
 )
+from rootcellar.engine.step import Learn
 from rootcellar.errors import ConfigError
 
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=3)
@@ -174,3 +176,15 @@ def test_a_pin_ends_when_the_clock_says_so(tiny_folder):
         for now, pinned in ((59.0, 32), (60.0, 0)):
             time.now = now
             assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == pinned
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda machine: machine.life.flush(), lambda machine: machine.recover(OSError())], ids=["flush", "recover"]
+)
+def test_what_a_store_says_while_copies_are_waited_for_is_learned_and_logged(wait):
+    machine = Callers(hash_machine(host=256)).machine
+    machine.log = []
+    machine.copies.ask(3, None)
+    wait(machine)
+    machine.learn()
+    assert machine.log == [(0, Learn((), (Answer(3, ()),)))]

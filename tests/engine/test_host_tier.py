@@ -138,7 +138,7 @@ def test_selective_writes_down_what_two_requests_resumed_from(case_of):
         for expected in (0, 0, 96):
             ask(running, case.prompts[15], 4)
             settled = running._loop.call(lambda: settle(running._loop.machine.scheduler, running._parts.mover))
-            assert settled is None
+            assert settled == ()
             assert running.stats()["cache"]["full"]["HOST"]["cached"] >= expected
             if not expected:
                 assert running.stats()["cache"]["full"]["HOST"]["used"] == 0

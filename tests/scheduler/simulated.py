@@ -139,7 +139,7 @@ class World:
 
     def step(self) -> Plan | None:
         """One turn, as the engine has it; the step whose tokens were taken."""
-        self.scheduler.learn(self.copies.reports())
+        self.scheduler.learn(self.copies.reports().events)
         if self.under_way is None and (plan := self.scheduler.plan()) is not None:
             assert all(c.start == c.request.computed < c.stop <= c.request.length for c in plan.chunks)
             self.under_way = plan, self.compute(plan, [])
@@ -220,10 +220,10 @@ class World:
 
     def land(self):
         """All copies come to their ends, and those that follow from them."""
-        self.scheduler.learn(self.copies.drain())
+        self.scheduler.learn(self.copies.drain().events)
         while moves := self.cache.moves():
             self.copies.dispatch(moves)
-            self.scheduler.learn(self.copies.drain())
+            self.scheduler.learn(self.copies.drain().events)
 
     def verify(self):
         """All requests ended as they must, and the cache owns everything again."""

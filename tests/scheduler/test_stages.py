@@ -92,7 +92,7 @@ def test_a_request_that_waits_for_bytes_can_be_ended_and_its_copy_lands(world):
     assert world.scheduler.idle
     assert world.scheduler.awaits_bytes, "its pages are taken until the copy is there"
     world.copies.finish(dst=Tier.DEVICE)
-    world.scheduler.learn(world.copies.reports())
+    world.scheduler.learn(world.copies.reports().events)
     assert not world.scheduler.awaits_bytes
     assert world.cache.match(request.key(20)).length == 20
     world.verify()

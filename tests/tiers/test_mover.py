@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.cache import Done, Failed, Move, Tier
+from rootcellar.cache import Answer, Done, Failed, Move, Reports, Tier
 from rootcellar.plan.stored import Latents
 from rootcellar.pools import Pool
 from rootcellar.pools.copying import Blocks, copier
@@ -107,11 +107,11 @@ def test_pages_go_down_and_come_up_elsewhere(made, how):
     before = {page: s.page(page) for page in range(1, PAGES + 1)}
     down = [s.down([3, 7], [1, 2]), s.down([5], [9])]
     s.mover.dispatch(down)
-    assert s.mover.drain() == [Done(m.id) for m in down]
+    assert s.mover.drain() == Reports(tuple(Done(m.id) for m in down))
     assert [s.row(1), s.row(2), s.row(9)] == [before[3], before[7], before[5]]
     up = s.up([2, 9], [11, 4])
     s.mover.dispatch([up])
-    assert s.mover.drain() == [Done(up.id)]
+    assert s.mover.drain() == Reports((Done(up.id),))
     assert (s.page(11), s.page(4)) == (before[7], before[5])
     assert s.page(3) == before[3]
     stats = s.mover.stats()
@@ -140,22 +140,22 @@ def test_a_page_that_one_move_leaves_another_may_write_in_the_same_call(made, ho
     s.mover.drain()
     third = s.page(3)
     s.mover.dispatch([s.up([5], [3]), s.down([3], [6])])
-    assert len(s.mover.drain()) == 2
+    assert len(s.mover.drain().events) == 2
     assert (s.page(3), s.row(6)) == (first, third)
 
 
 def test_news_wakes_once_and_nothing_is_reported_before_it_is_done(made):
     s = made(Gate)
     s.mover.dispatch([s.down([1], [1]), s.down([2], [2])])
-    assert s.mover.reports() == []
+    assert not s.mover.reports()
     assert not s.woken.acquire(blocking=False)
     s.copier.open.set()
     assert s.woken.acquire(timeout=60)
-    assert s.mover.reports() == [Done(1), Done(2)]
+    assert s.mover.reports() == Reports((Done(1), Done(2)))
     assert not s.woken.acquire(blocking=False)
     s.mover.dispatch([s.up([1], [9])])
     assert s.woken.acquire(timeout=60), "fetched: the thread of the steps has to write it"
-    assert s.mover.reports() + s.mover.drain() == [Done(3)]
+    assert s.mover.reports().events + s.mover.drain().events == (Done(3),)
 
 
 def test_what_would_make_the_queue_too_long_is_skipped_and_counted(made):
@@ -164,13 +164,13 @@ def test_what_would_make_the_queue_too_long_is_skipped_and_counted(made):
     s.mover.dispatch([s.down([3, 4], [3, 4])])
     s.mover.dispatch([s.down([5], [5])])
     assert s.woken.acquire(timeout=60), "who is asleep has to learn of it"
-    assert s.mover.reports() == [Failed(2)]
+    assert s.mover.reports() == Reports((Failed(2),))
     assert s.mover.stats()["device-host"]["skipped_pages"] == 2
     assert s.mover.stats()["device-host"]["queued_bytes"] == 3 * 128
     s.copier.open.set()
-    assert s.mover.drain() == [Done(1), Done(3)]
+    assert s.mover.drain() == Reports((Done(1), Done(3)))
     s.mover.dispatch([s.down([3, 4, 5, 6], [3, 4, 5, 6])])  # too much, but nothing else waits
-    assert s.mover.drain() == [Done(4)]
+    assert s.mover.drain() == Reports((Done(4),))
 
 
 def test_the_patient_wait_for_room_instead(made):
@@ -178,7 +178,7 @@ def test_the_patient_wait_for_room_instead(made):
     s.mover.dispatch([s.down([1], [1])])
     threading.Timer(0.01, s.copier.open.set).start()
     s.mover.dispatch([s.down([2], [2])], patient=True)
-    assert s.mover.drain() == [Done(1), Done(2)]
+    assert s.mover.drain() == Reports((Done(1), Done(2)))
 
 
 def test_a_copy_that_breaks_is_failed_and_the_next_succeeds(made):
@@ -186,21 +186,21 @@ def test_a_copy_that_breaks_is_failed_and_the_next_succeeds(made):
     s.copier.broken = True
     s.copier.open.set()
     s.mover.dispatch([s.down([1, 2], [1, 2]), s.up([4], [4])])
-    assert set(s.mover.drain()) == {Failed(1), Failed(2)}
+    assert set(s.mover.drain().events) == {Failed(1), Failed(2)}
     stats = s.mover.stats()
     assert (stats["device-host"]["failed_pages"], stats["host-device"]["failed_pages"]) == (2, 1)
     assert stats["device-host"]["queued_bytes"] == stats["host-device"]["queued_bytes"] == 0
     s.copier.broken = False
     s.mover.dispatch([s.down([1], [1])])
-    assert s.mover.drain() == [Done(3)]
+    assert s.mover.drain() == Reports((Done(3),))
 
 
 def test_what_cannot_begin_is_failed_too(made):
     s = made()
     s.pool.free()
     s.mover.dispatch([s.down([1], [1]), s.up([1], [1])])
-    assert set(s.mover.drain()) == {Failed(1), Failed(2)}
-    assert s.mover.drain() == []
+    assert set(s.mover.drain().events) == {Failed(1), Failed(2)}
+    assert not s.mover.drain()
     s.pool.allocate()
 
 
@@ -215,7 +215,7 @@ def test_whatever_breaks_every_move_is_reported_and_none_that_is_done_has_other_
         n = int(rng.integers(1, 4))
         some, onto = (rng.permutation(np.arange(1, PAGES + 1))[:n].tolist() for _ in range(2))
         s.mover.dispatch([move := s.down(some, onto)])
-        (event,) = s.mover.drain()
+        (event,) = s.mover.drain().events
         held |= dict.fromkeys(onto)
         if event == Done(move.id):
             held |= {row: pages[page] for row, page in zip(onto, some, strict=True)}
@@ -224,7 +224,7 @@ def test_whatever_breaks_every_move_is_reported_and_none_that_is_done_has_other_
             continue
         onto = rng.permutation(np.arange(1, PAGES + 1))[: len(whole)].tolist()
         s.mover.dispatch([move := s.up(whole, onto)])
-        (event,) = s.mover.drain()
+        (event,) = s.mover.drain().events
         if event == Done(move.id):
             pages |= {page: held[row] for page, row in zip(onto, whole, strict=True)}
         assert {page: s.page(page) for page in pages} == pages
@@ -237,8 +237,8 @@ def test_what_comes_while_reports_are_made_wakes_who_made_them(made):
     class Meanwhile(Gate):
         def write(self, pages, fetched):
             self.open.set()
-            with s.mover._changed:
-                assert s.mover._changed.wait_for(lambda: s.mover._fetched, timeout=60)
+            with s.mover._news.changed:
+                assert s.mover._news.changed.wait_for(lambda: s.mover._news._fetched, timeout=60)
             self.write = self.inner.write
             return self.inner.write(pages, fetched)
 
@@ -247,12 +247,23 @@ def test_what_comes_while_reports_are_made_wakes_who_made_them(made):
     s.copier.open.set()
     s.mover.dispatch([down])
     s.mover.dispatch([first])
-    with s.mover._changed:
-        assert s.mover._changed.wait_for(lambda: s.mover._fetched and s.mover._news, timeout=60)
+    with s.mover._news.changed:
+        assert s.mover._news.changed.wait_for(lambda: s.mover._news._fetched and s.mover._news._events, timeout=60)
     s.copier.open.clear()
     s.mover.dispatch([second])
     while s.woken.acquire(blocking=False):
         pass
-    assert s.mover.reports() == [Done(down.id)]
+    assert s.mover.reports() == Reports((Done(down.id),))
     assert s.woken.acquire(blocking=False)
-    assert sorted(event.move for event in s.mover.drain()) == [first.id, second.id]
+    assert sorted(event.move for event in s.mover.drain().events) == [first.id, second.id]
+
+
+def test_without_a_store_what_goes_there_fails_at_once_and_questions_are_answered_with_nothing(made):
+    s = made()
+    s.mover.dispatch([s.move(Tier.HOST, Tier.STORAGE, [1], [1]), s.move(Tier.STORAGE, Tier.HOST, [1], [1])])
+    assert s.woken.acquire(timeout=60)
+    s.mover.ask(7, None)
+    assert s.mover.reports() == Reports((Failed(1), Failed(2)), (Answer(7, ()),))
+    s.mover.ask(8, None)
+    assert s.woken.acquire(timeout=60)
+    assert s.mover.drain() == Reports((), (Answer(8, ()),))

@@ -15,7 +15,7 @@ from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import ReqToTokenPool
-from rootcellar.cache.moves import Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question
+from rootcellar.cache.moves import Answer, Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question, Reports
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
 from rootcellar.cache.views import NodeView, TreeView
@@ -23,6 +23,7 @@ from rootcellar.cache.views import NodeView, TreeView
 __all__ = [
     "CORE",
     "AllBlocksCleared",
+    "Answer",
     "BlockRemoved",
     "BlockStored",
     "CacheStats",
@@ -45,6 +46,7 @@ __all__ = [
     "Prefetch",
     "Question",
     "RadixCache",
+    "Reports",
     "ReqToTokenPool",
     "ShelfStats",
     "SlotAllocator",

@@ -131,3 +131,22 @@ class Lost:
 
 
 Event = Done | Failed | Found | Lost
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a store said to question ``serial``: what the cache should learn, possibly nothing."""
+
+    serial: int
+    events: tuple[Found, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What those who move bytes saw since they were last asked; false when that is nothing."""
+
+    events: tuple[Event, ...] = ()
+    answers: tuple[Answer, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.events or self.answers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rootcellar.cache import Done, Event, Failed, Move, Tier
+from rootcellar.cache import Answer, Done, Failed, Move, Question, Reports, Tier
 from rootcellar.scheduler import Scheduler
 
 
@@ -21,32 +21,42 @@ class AnyMover(Protocol):
         What finds a queue too long is reported ``Failed``, unless ``patient``: then it is waited for.
         """
 
+    def ask(self, serial: int, question: Question) -> None:
+        """Ask the store. Its answer comes in a later report, exactly one whatever happens."""
+
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to report that nobody was told of."""
 
-    def reports(self) -> list[Event]:
+    def reports(self) -> Reports:
         """What was seen since the last call, without waiting."""
 
-    def drain(self) -> list[Event]:
-        """Wait for all that is under way, then :meth:`reports`."""
+    def drain(self) -> Reports:
+        """Wait for all that is under way, questions too, then :meth:`reports`."""
 
 
-def settle(scheduler: Scheduler, mover: AnyMover | None) -> None:
-    """Wait until no copy is planned or under way."""
+def settle(scheduler: Scheduler, mover: AnyMover | None) -> tuple[Answer, ...]:
+    """Wait until no copy is planned or under way. Returns what a store said meanwhile, which nobody has learned."""
     if mover is None:
-        return
+        return ()
+    answers: tuple[Answer, ...] = ()
     busy = True
     while busy:
         moves = scheduler.cache.moves()
         mover.dispatch(moves, patient=True)
-        events = mover.drain()
-        scheduler.learn(events)
-        busy = bool(moves or events)
+        reports = mover.drain()
+        scheduler.learn(reports.events)
+        answers += reports.answers
+        busy = bool(moves or reports.events)
+    return answers
 
 
-def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> None:
-    """Forget what lies on the device, and nothing else: its bytes are lost. Copies that are under way end first."""
+def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> tuple[Answer, ...]:
+    """Forget what lies on the device, and nothing else: its bytes are lost. Copies that are under way end first.
+
+    Returns what a store said meanwhile, which nobody has learned.
+    """
     cache = scheduler.cache
+    answers: tuple[Answer, ...] = ()
     busy = True
     while busy:
         moves = cache.moves()
@@ -57,8 +67,10 @@ def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> None:
                 cache.learn(Failed(move.id))
             else:
                 mover.dispatch([move])
-        events = [] if mover is None else mover.drain()
-        for event in events:
+        reports = Reports() if mover is None else mover.drain()
+        for event in reports.events:
             cache.learn(event)
-        busy = bool(moves or events)
+        answers += reports.answers
+        busy = bool(moves or reports.events)
     cache.forget_tier(Tier.DEVICE)
+    return answers

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rootcellar.cache import Tier
+from rootcellar.cache import Answer, Tier
 from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
@@ -47,6 +47,7 @@ class Lifecycle:
         version: what users call them.
         released: tags whose memory is given back.
         mover: who copies between tiers; None where the device is the only one.
+        answers: what a store said while copies were waited for; the next report has it.
         saved: for each pool whose cached pages wait on the host without a tier there, their numbers and bytes.
     """
 
@@ -57,6 +58,7 @@ class Lifecycle:
     version: str = "0"
     mover: AnyMover | None = None
     released: set[str] = field(default_factory=set)
+    answers: list[Answer] = field(default_factory=list)
     saved: dict[str, Saved] = field(default_factory=dict)
     _dtypes: list[jnp.dtype] = field(default_factory=list)
 
@@ -75,6 +77,9 @@ class Lifecycle:
             tags = sorted(self.released)
             raise EngineError(f"{' and '.join(tags)} released: call resume_memory_occupation({tags}) first")
 
+    def _settle(self) -> None:
+        self.answers += settle(self.scheduler, self.mover)
+
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def release(self, tags: Sequence[str], preserve: bool, clear_compiled: bool) -> dict[str, Any]:
@@ -82,12 +87,12 @@ class Lifecycle:
         before = _resident_bytes()
         buffers = nbytes = 0
         if "kv_cache" in tags and "kv_cache" not in self.released:
-            settle(self.scheduler, self.mover)
+            self._settle()
             if not preserve:
                 self.scheduler.cache.flush()
             elif self.mover is not None:
                 self.scheduler.cache.save()
-                settle(self.scheduler, self.mover)
+                self._settle()
                 self.scheduler.cache.forget_tier(Tier.DEVICE)
             else:
                 self.saved = {name: self._save(name) for name in self.runner.pools}
@@ -140,7 +145,7 @@ class Lifecycle:
 
     def flush(self) -> None:
         """Forget every cached prefix, those saved on the host too; no request runs."""
-        settle(self.scheduler, self.mover)
+        self._settle()
         self.scheduler.cache.flush()
         self.saved = {}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
-from rootcellar.cache import Event
+from rootcellar.cache import Answer, Event
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.lifecycle import Lifecycle
@@ -39,14 +39,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Learn:
-    """The command that takes in what those saw who copy between tiers."""
+    """The command that takes in what those saw who copy between tiers, and what a store answered."""
 
     events: tuple[Event, ...]
+    answers: tuple[Answer, ...] = ()
     rest: None = None
 
     def run(self, machine: Machine) -> None:
         """See above."""
         machine.scheduler.learn(self.events)
+        machine.answered(self.answers)
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,18 @@ class Machine:
 
     def learn(self) -> None:
         """Take in what movers saw since the last time."""
-        if self._mover is not None and (events := self._mover.reports()):
+        if self._mover is None:
+            return
+        reports = self._mover.reports()
+        earlier, self.life.answers = tuple(self.life.answers), []
+        if reports or earlier:
             learnt: Future[None] = Future()
-            self.do(Learn(tuple(events)), learnt)
+            self.do(Learn(reports.events, earlier + reports.answers), learnt)
             learnt.result()  # or what went wrong, which nobody else would be told of
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Take in what a store said to questions."""
+        self.scheduler.learn(event for answer in answers for event in answer.events)
 
     def step(self) -> None:
         """One turn: what the step under way gave, or one that can be planned; the next one may be begun before."""
@@ -441,10 +451,12 @@ class Machine:
             for pool in self.runner.pools.values():
                 pool.free()
                 pool.allocate()
-        forget_device(self.scheduler, self._mover)
+        self.life.answers += forget_device(self.scheduler, self._mover)
         self._stuck = False
         self._rested()
         self.places.look()
+        if self.life.answers:
+            self.learn()
 
 
 def _read(unread: Unread | None, chunks: int) -> Chosen:

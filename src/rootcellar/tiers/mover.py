@@ -9,7 +9,6 @@ skipped, reported ``Failed`` and counted.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,10 +16,11 @@ from time import perf_counter
 
 import numpy as np
 
-from rootcellar.cache import Done, Event, Failed, Move, Tier
+from rootcellar.cache import Answer, Done, Failed, Move, Question, Reports, Tier
 from rootcellar.pools.copying import Copier, Fetched, PageNumbers
 from rootcellar.pools.images import Images, Rows
 from rootcellar.tiers.lane import Lane, Shipment
+from rootcellar.tiers.news import News
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +51,25 @@ class Mover:
         self._up = Lane(Tier.HOST, Tier.DEVICE, self._ended)
         self._targets: dict[Shipment, PageNumbers] = {}
         """Pages that shipments write once their images are fetched."""
-        self._changed = threading.Condition()
-        self._news: list[Event] = []
-        self._fetched: list[tuple[Shipment, Fetched]] = []
-        """Images that the steps' thread has to write."""
-        self._under_way = 0
-        """Shipments that are not in the news yet."""
-        self._wake: Callable[[], None] = _nobody
+        self._news = News()
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to report that nobody was told of."""
-        self._wake = wake
+        self._news.listen(wake)
 
     # -- on the thread that runs the steps --------------------------------------------------------------------------
 
     def dispatch(self, moves: Sequence[Move], *, patient: bool = False) -> None:
         """Begin these copies. Sources on the device are read, and pages there written, before the next step runs.
 
+        What goes to a store or comes from one fails at once: there is none.
         ``patient``: wait for room instead of skipping anything.
         """
         down = [move for move in moves if (move.src, move.dst) == (Tier.DEVICE, Tier.HOST)]
         up = [move for move in moves if (move.src, move.dst) == (Tier.HOST, Tier.DEVICE)]
-        assert len(down) + len(up) == len(moves), "the cache was given no other tier"
+        if stored := [Failed(move.id) for move in moves if Tier.STORAGE in (move.src, move.dst)]:
+            self._news.tell(stored)
+        assert len(down) + len(up) + len(stored) == len(moves), "the cache was given no other tier"
         # What reads the device comes first: a page may be left by one move and written by another.
         for pool, some in self._together(down):
             self._read(pool, some, patient)
@@ -105,7 +102,7 @@ class Mover:
         shipment = self._shipment(self._down, pool, moves)
         if not self._room_for(shipment, patient):
             self._down.stats.skipped_pages += shipment.pages
-            self._tell([Failed(move) for move in shipment.moves])
+            self._news.tell([Failed(move) for move in shipment.moves])
             return
         pages, rows = _numbers(m.src_slots for m in moves), _numbers(m.dst_slots for m in moves) - 1
         self._begin(shipment, lambda: self._device[pool].read(pages, self._host[pool], rows), self._down.put)
@@ -113,11 +110,11 @@ class Mover:
     def _room_for(self, shipment: Shipment, patient: bool) -> bool:
         """Whether a shipment may be queued; ``patient``: it may, sooner or later."""
         stats = shipment.lane.stats
-        with self._changed:
+        with self._news.changed:
             while stats.queued_bytes and stats.queued_bytes + shipment.nbytes > self._most_queued:
                 if not patient:
                     return False
-                self._changed.wait()
+                self._news.changed.wait()
         return True
 
     def _load(self, pool: str, moves: Sequence[Move]) -> None:
@@ -142,9 +139,9 @@ class Mover:
         again: bool = False,
     ) -> None:
         """Begin a shipment, or go on with it, and leave the rest to its lane."""
-        with self._changed:
+        with self._news.changed:
             if not again:
-                self._under_way += 1
+                self._news.under_way += 1
                 shipment.lane.stats.queued_bytes += shipment.nbytes
         try:
             rest = begin()
@@ -153,35 +150,40 @@ class Mover:
         else:
             put(shipment, rest)
 
-    def reports(self) -> list[Event]:
-        """What became of copies since the last call, without waiting. Writes to the device what was fetched for it."""
-        with self._changed:  # all at once: whatever comes from here on wakes again
-            fetched, self._fetched = self._fetched, []
-            news, self._news = self._news, []
+    def ask(self, serial: int, _question: Question) -> None:
+        """Ask the store; its answer comes in a later report, exactly one: now that there is none, with nothing."""
+        self._news.tell(answers=[Answer(serial, ())])
+
+    def reports(self) -> Reports:
+        """What became of copies and questions since the last call, without waiting.
+
+        Writes to the device what was fetched for it.
+        """
+        reports, fetched = self._news.take()
         for shipment, images in fetched:
             self._begin(shipment, partial(self._write, shipment, images), self._up.put, again=True)
-        return news
+        return reports
 
-    def drain(self) -> list[Event]:
+    def drain(self) -> Reports:
         """Wait for all that is under way, then :meth:`reports`."""
-        events = self.reports()
+        seen = [self.reports()]
         while True:
-            with self._changed:
-                while self._under_way and not (self._news or self._fetched):
-                    self._changed.wait()
-                over = not self._under_way
-            events += self.reports()
-            if over:
-                return events
+            more = self._news.wait()
+            seen.append(self.reports())
+            if not more:
+                return Reports(
+                    tuple(event for reports in seen for event in reports.events),
+                    tuple(answer for reports in seen for answer in reports.answers),
+                )
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Of each lane, by its name, what it did: see ``LaneStats``."""
-        with self._changed:
+        with self._news.changed:
             return {lane.name: asdict(lane.stats) for lane in (self._down, self._up)}
 
     def close(self) -> None:
         """End the threads, once they have done what is queued."""
-        self._wake = _nobody
+        self._news.listen(None)
         self._down.close()
         self._up.close()
 
@@ -190,16 +192,15 @@ class Mover:
     def _ended(self, shipment: Shipment, result: object, error: Exception | None) -> None:
         """A lane did what it had to do for a shipment."""
         if error is None and result is not None:
-            self._tell([], [(shipment, result)])
+            self._news.tell(fetched=[(shipment, result)])
             return
         if error is not None:
             log.warning(
                 "%d pages of %s were not copied (%s): %r", shipment.pages, shipment.pool, shipment.lane.name, error
             )
-        with self._changed:
+        with self._news.changed:
             stats = shipment.lane.stats
             stats.queued_bytes -= shipment.nbytes
-            self._under_way -= 1
             self._targets.pop(shipment, None)
             if error is not None:
                 stats.failed_pages += shipment.pages
@@ -207,22 +208,8 @@ class Mover:
                 stats.moves += len(shipment.moves)
                 stats.pages += shipment.pages
                 stats.bytes += shipment.nbytes
-            self._tell([Done(move) if error is None else Failed(move) for move in shipment.moves])
-
-    def _tell(self, events: Sequence[Event], fetched: Sequence[tuple[Shipment, Fetched]] = ()) -> None:
-        """There is news; whoever runs the steps is woken if nobody has done so since it last asked."""
-        with self._changed:
-            first = not (self._news or self._fetched)
-            self._news += events
-            self._fetched += fetched
-            self._changed.notify_all()
-        if first:
-            self._wake()
+            self._news.tell([Done(move) if error is None else Failed(move) for move in shipment.moves], ended=1)
 
 
 def _numbers(slots: Iterable[Rows]) -> PageNumbers:
     return np.concatenate([np.asarray(some, np.int32) for some in slots])
-
-
-def _nobody() -> None:
-    """Nobody listens."""

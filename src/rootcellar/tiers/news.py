@@ -1,0 +1,72 @@
+"""What became of copies and questions: told by the threads that do the work, taken by the one that runs the steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from rootcellar.cache import Answer, Event, Reports
+from rootcellar.pools.copying import Fetched
+from rootcellar.tiers.lane import Shipment
+
+
+class News:
+    """What nobody was told of yet, and how much there is still to tell.
+
+    Attributes:
+        changed: notified whenever this, or a lane, changes; its lock guards both.
+        under_way: copies and questions that were begun and not told; changed under the lock.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.under_way = 0
+        self._events: list[Event] = []
+        self._answers: list[Answer] = []
+        self._fetched: list[tuple[Shipment, Fetched]] = []
+        self._wake: Callable[[], None] = _nobody
+
+    def listen(self, wake: Callable[[], None] | None) -> None:
+        """Call ``wake``, on any thread, when there is something to take that nobody was told of; None: no more."""
+        self._wake = wake or _nobody
+
+    def tell(
+        self,
+        events: Sequence[Event] = (),
+        answers: Sequence[Answer] = (),
+        fetched: Sequence[tuple[Shipment, Fetched]] = (),
+        *,
+        ended: int = 0,
+    ) -> None:
+        """There is news, of so many that are no longer under way; whoever takes it is woken unless that was done.
+
+        ``fetched``: images that have to be written to the device.
+        """
+        with self.changed:
+            first = not (self._events or self._answers or self._fetched)
+            self._events += events
+            self._answers += answers
+            self._fetched += fetched
+            self.under_way -= ended
+            self.changed.notify_all()
+        if first:
+            self._wake()
+
+    def take(self) -> tuple[Reports, list[tuple[Shipment, Fetched]]]:
+        """All of it, at once: whatever is told from here on wakes again."""
+        with self.changed:
+            reports = Reports(tuple(self._events), tuple(self._answers))
+            fetched, self._fetched = self._fetched, []
+            self._events, self._answers = [], []
+        return reports, fetched
+
+    def wait(self) -> bool:
+        """Wait until there is something to take, or nothing is under way; whether something still is."""
+        with self.changed:
+            while self.under_way and not (self._events or self._answers or self._fetched):
+                self.changed.wait()
+            return bool(self.under_way)
+
+
+def _nobody() -> None:
+    """Nobody listens."""
