@@ -18,7 +18,7 @@ from rootcellar.demo import load_facts, manual
 if TYPE_CHECKING:
     from rootcellar import Engine
 
-Answer = dict[str, Any]
+Result = dict[str, Any]
 
 FACTS_IN_MANUAL = 30
 LONG_QUESTION = "What is chunked prefill?"
@@ -136,10 +136,10 @@ def _answer(
     """Stream one answer and note what it cost; with `watch`, also how full the pool is while it runs."""
     console.print(Text("answer: ", style="bold"), end="")
     text = ""
-    meta: Answer = {}
+    meta: Result = {}
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
     with _flushed_lines(console):
-        for part in cast("Iterator[Answer]", engine.generate(prompt=prompt, sampling_params=sampling, stream=True)):
+        for part in cast("Iterator[Result]", engine.generate(prompt=prompt, sampling_params=sampling, stream=True)):
             console.out(part["text"][len(text) :], end="", highlight=False, style="cyan")
             text, meta = part["text"], part["meta_info"]
             if watch and meta["finish_reason"] is None:

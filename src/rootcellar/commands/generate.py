@@ -17,7 +17,7 @@ from rootcellar.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from rootcellar import Engine
 
-Answer = dict[str, Any]
+Result = dict[str, Any]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +82,7 @@ def _complete(engine: Engine, prompts: list[str], sampling: dict[str, object], a
     if len(prompts) == 1 and sampling.get("n", 1) == 1:
         _answer(engine, {"prompt": prompts[0]}, sampling, as_json)
         return
-    answers = cast("list[Answer]", engine.generate(prompt=prompts, sampling_params=sampling))
+    answers = cast("list[Result]", engine.generate(prompt=prompts, sampling_params=sampling))
     for i, answer in enumerate(answers):
         if as_json:
             print(json.dumps(answer))
@@ -93,8 +93,8 @@ def _complete(engine: Engine, prompts: list[str], sampling: dict[str, object], a
 def _answer(engine: Engine, prompt: dict[str, Any], sampling: dict[str, object], as_json: bool) -> str:
     """Print the answer to one prompt (``prompt`` or ``input_ids``), as it comes or as JSON. Returns its text."""
     shown = ""
-    last: Answer = {}
-    for last in cast("Iterator[Answer]", engine.generate(**prompt, sampling_params=sampling, stream=True)):
+    last: Result = {}
+    for last in cast("Iterator[Result]", engine.generate(**prompt, sampling_params=sampling, stream=True)):
         if not as_json:
             print(last["text"][len(shown) :], end="", flush=True)
         shown = last["text"]
