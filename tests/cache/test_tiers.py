@@ -323,6 +323,29 @@ def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
     assert (hit.length, hit.reach(HOST)) == (0, 32)
 
 
+def test_saving_to_a_store_takes_what_the_host_has_and_then_what_comes_down():
+    kinds = (full("full"), sliding_window("window", window=6))
+    cache = make(kinds, tiers=(HOST, STORAGE), write_policy="write_back", closed=(STORAGE,))
+    serve(cache, tokens((0, 16)))
+    assert cache.save() == 2
+    assert land(cache) == 2
+    cache.write_to(STORAGE, True)
+    serve(cache, tokens((0, 16), (90, 8)))
+    assert cache.save(Tier.DEVICE) == 0
+    assert cache.save(STORAGE) == 4
+    moves = cache.moves()
+    ways = [(move.src, move.dst, move.first) for move in moves]
+    assert ways == [(HOST, STORAGE, 0)] * 2 + [(Tier.DEVICE, HOST, 4)] * 2
+    assert cache.save(STORAGE) == 0, "all of it is under way"
+    for move in moves:
+        cache.learn(Done(move.id))
+    assert len(up(cache, HOST, STORAGE)) == 2
+    assert cache.save(STORAGE) == 0
+    held = {name: shelf.cached for (name, tier), shelf in cache.stats().shelves.items() if tier is STORAGE}
+    assert held == {"full": 24, "window": 24}
+    cache.check()
+
+
 def test_a_page_computed_while_its_copy_was_under_way_is_not_kept_twice():
     cache = make(tiers=(HOST, STORAGE))
     key = Key(tokens((0, 16)))

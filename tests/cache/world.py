@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from wishes import control
 
 from rootcellar.cache import (
     Done,
@@ -98,6 +99,7 @@ class World:
     copying: list[Copying] = field(default_factory=list)
     named: dict[tuple[str, bytes], int] = field(default_factory=dict)  # content by (kind, digest)
     offers: list[Manifest] = field(default_factory=list)
+    prefetched: set[int] = field(default_factory=set)  # moves
     stored: set[tuple[str, bytes]] = field(default_factory=set)  # what a store holds, by (kind, digest)
 
     def __post_init__(self) -> None:
@@ -131,9 +133,11 @@ class World:
             reuse=pick(12) > 0,
             write_policy=("write_through", "write_through_selective", "write_back")[pick(3)],
             write_hits=1 + pick(3),
+            closed=[tier for tier in (Tier.HOST, Tier.STORAGE) if tier in tiers and not pick(4)],
             min_load={Tier.HOST: pick(8), Tier.STORAGE: pick(8)},
             fingerprint=b"model",
         )
+        self.written = set(self.cache._inside().given.written)
         self.paged = [kind for kind in kinds if kind.rule != "recurrent"]
         self.states = [kind for kind in kinds if kind.rule == "recurrent"]
         self.content: dict[tuple[str, Tier], dict[int, int]] = {(k.name, t): {} for k in kinds for t in Tier}
@@ -357,12 +361,14 @@ class World:
     def check(self) -> None:
         self.cache.check()
 
-    # ---- tiers and control -------------------------------------------------------------------------------------
+    # ---- tiers -------------------------------------------------------------------------------------
 
     def dispatch(self) -> None:
         """Take the cache's moves; sources on the device are read now."""
         for move in self.cache.moves():
             assert (move.src, move.dst) in WAYS, f"{move.src.name} to {move.dst.name}"
+            written = move.src < move.dst and move.id not in self.prefetched
+            assert not written or move.dst in self.written, f"{move.dst.name} is closed"
             content = self.content[move.kind, move.src]
             read = [content.get(int(slot)) for slot in move.src_slots]
             self.copying.append(Copying(move, read))
@@ -392,33 +398,6 @@ class World:
 
     def name(self, kind: str, digest: bytes, content: int | None) -> None:
         assert self.named.setdefault((kind, digest), content) == content, "a digest of two pages"
-
-    def send(self, key: Key) -> None:
-        """A peer is offered what it lacks of a key, or has fetched what was offered to it."""
-        if len(self.offers) > self.pick(3):
-            manifest = self.offers.pop(self.pick(len(self.offers)))
-            self.fetch(manifest)
-            self.cache.learn((Done, Failed)[self.pick(2)](manifest.id))
-            return
-        start = self.pick(2) * self.pick(len(key) + 1)
-        manifest = self.cache.send(key, start)
-        length = self.cache.match(key).length
-        if manifest is None:
-            assert length // self.page <= start // self.page
-            return
-        assert manifest.tokens == length
-        for part in manifest.parts:
-            (kind,) = (kind for kind in self.cache.kinds if kind.name == part.kind)
-            assert part.first == max(kind.start(length), start) // self.page or kind.rule == "recurrent"
-            assert part.first + len(part.slots) == length // self.page, "whole pages up to the end"
-        self.fetch(manifest)
-        self.offers.append(manifest)
-
-    def fetch(self, manifest: Manifest) -> None:
-        """What is offered lies where the manifest says, for as long as it is offered."""
-        for part in manifest.parts:
-            for slot, digest in zip(part.slots.tolist(), part.digests, strict=True):
-                self.name(part.kind, digest, self.content[part.kind, Tier.DEVICE][slot])
 
     def ask(self) -> None:
         """A store is asked what it has of a prompt."""
@@ -457,30 +436,6 @@ class World:
         start = self.pick(len(tokens) + 1)
         key = Key(tokens[: start + self.pick(len(tokens) - start + 1)], name)
         self.cache.learn(Lost(key, (Tier.HOST, Tier.STORAGE, Tier.PEER)[self.pick(3)], start=start))
-
-    def control(self) -> None:
-        """One of the operator's wishes."""
-        pick, cache = self.pick, self.cache
-        wish = pick(8)
-        name, tokens = self.prompts[pick(len(self.prompts))] if self.prompts else ("", [0])
-        key = Key(tokens, name)
-        if wish == 0:
-            cache.pin(key, 1 + pick(8))
-        elif wish == 1:
-            cache.unpin(key)
-        elif wish == 2 and pick(3) == 0:
-            cache.drop_namespace(name)
-            assert not cache.match(key).branch
-        elif wish == 3:
-            cache.save()
-        elif wish == 4:
-            self.send(key)
-        elif wish in (5, 6):
-            cache.prefetch(cache.match(key), (Tier.STORAGE, Tier.PEER)[wish == 6])
-        elif not self.running:
-            self.dispatch()
-            if not self.copying and not self.offers:
-                cache.forget_tier(Tier(pick(4)))
 
     ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close,
                finish, finish, finish, finish, found, ask, lost, control)  # fmt: skip

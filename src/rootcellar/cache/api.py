@@ -124,11 +124,23 @@ class PrefixCache(Protocol):
         several peers may be sent the same, and one peer, chunk by chunk, what was computed meanwhile.
         """
 
-    def save(self) -> int:
-        """Plan to copy all that only the device holds to HOST; returns the number of moves (before a drop)."""
+    def save(self, tier: Tier = Tier.HOST) -> int:
+        """Plan to copy to HOST all that the device holds and HOST lacks; returns the number of moves.
+
+        With STORAGE also what HOST holds and STORAGE lacks; what comes to HOST goes on to STORAGE by itself.
+        """
 
     def forget_tier(self, tier: Tier) -> None:
-        """Forget what a tier holds. Raises ``CacheBusy`` while leases or copies are live."""
+        """Forget what a tier holds, and with DEVICE every pin. Nothing of other tiers, or for them, is in the way.
+
+        Raises ``CacheBusy`` while copies from or to the tier are live; of DEVICE, while leases and offers are, too.
+        """
+
+    def write_to(self, tier: Tier, on: bool) -> None:
+        """Whether copies may be written to HOST or STORAGE from now on; what is under way, and loading, goes on.
+
+        What is not written meanwhile counts as nothing. Raises ``ConfigError`` for any other tier, or one without room.
+        """
 
     def prefetch(self, hit: Hit, tier: Tier = Tier.STORAGE) -> Prefetch | None:
         """Plan to bring what ``tier`` adds to a hit to HOST; None when it is not worth it (``min_load``)."""

@@ -48,9 +48,12 @@ class Cache:
         yield from self.pins.values()
         yield from self.offers.values()
 
-    def busy(self) -> tuple[int, int]:
-        """Live leases, and copies under way: what a tier must not be emptied under."""
-        return len(self.leases), len(self.traffic.flights) + len(self.offers)
+    def busy(self, tier: Tier | None = None) -> tuple[int, int]:
+        """Live leases, and copies under way: what the cache, or one tier of it, must not be emptied under."""
+        copies = sum(tier in (None, flight.src, flight.dst) for flight in self.traffic.flights.values())
+        if tier not in (None, Tier.DEVICE):
+            return 0, copies
+        return len(self.leases), copies + len(self.offers)
 
     def in_flight(self, shelf: Shelf) -> list[Pages]:
         """Slots that copies under way will fill."""

@@ -15,7 +15,7 @@ from rootcellar.cache.cache import Cache, pin_place, unpin_place
 from rootcellar.cache.digest import Naming, page_digests, seed_digest
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
-from rootcellar.cache.flights import flying_to, missing, plan, sources
+from rootcellar.cache.flights import DOWN, flying_to, missing, plan, sources
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease
@@ -95,14 +95,14 @@ def drop_namespace(cache: Cache, namespace: str) -> int:
 
 
 def forget_tier(cache: Cache, tier: Tier) -> None:
-    """Forget all that a tier holds (its memory is about to go). Raises ``CacheBusy`` while anything is in use."""
-    leases, copies = cache.busy()
+    """Forget all that a tier holds (its memory is about to go), on DEVICE with the pins. ``CacheBusy`` while in use."""
+    leases, copies = cache.busy(tier)
     if leases or copies:
         raise words.busy(f"{tier.name} cannot be emptied", leases, copies)
     tree = cache.tree
-    for serial in list(cache.pins):
+    for serial in list(cache.pins) if tier is Tier.DEVICE else ():
         _drop_pin(cache, serial)
-    stack = [child for root in tree.roots.values() for child in root.children.values()]
+    stack = [child for root in (*tree.roots.values(), *tree.detached) for child in root.children.values()]
     order: list[Node] = []
     while stack:
         node = stack.pop()
@@ -113,6 +113,13 @@ def forget_tier(cache: Cache, tier: Tier) -> None:
             if shelf is not None:
                 forget_entry(tree, shelf, node)
         prune(tree, node)
+
+
+def write_to(cache: Cache, tier: Tier, on: bool) -> None:
+    """Begin or cease to plan copies that write to a tier; those under way go on."""
+    if tier not in (dst for _, dst in DOWN) or tier not in cache.tree.tiers:
+        raise words.not_written(tier)
+    (cache.traffic.written.add if on else cache.traffic.written.discard)(tier)
 
 
 def make_room(cache: Cache, kind: str, tokens: int, tier: Tier) -> bool:
@@ -127,21 +134,27 @@ def make_room(cache: Cache, kind: str, tokens: int, tier: Tier) -> bool:
 # ---- copies on request --------------------------------------------------------------------------------------------
 
 
-def save(cache: Cache) -> int:
-    """Plan to copy to HOST all that the device holds and HOST lacks (before the device's memory is dropped).
+def save(cache: Cache, tier: Tier) -> int:
+    """Plan to copy all that a nearer tier holds one step down, as far as ``tier``. Returns the number of moves."""
+    planned = 0
+    for src, dst in reversed(DOWN):  # what HOST has and is to be read there is not evicted for what comes to HOST
+        if dst <= tier and dst in cache.traffic.written:
+            planned += _save(cache, src, dst)
+    return planned
 
-    Returns the number of moves.
-    """
+
+def _save(cache: Cache, src: Tier, dst: Tier) -> int:
+    """Plan to copy all that ``src`` holds and ``dst`` lacks. Returns the number of moves."""
     tree = cache.tree
     planned = 0
     nodes = [child for root in tree.roots.values() for child in root.children.values()]
     for node in nodes:  # parents first: the list grows as it is read
         nodes.extend(node.children.values())
-        for source, target in zip(tree.by_tier[Tier.DEVICE], tree.by_tier[Tier.HOST], strict=True):
+        for source, target in zip(tree.by_tier[src], tree.by_tier[dst], strict=True):
             if source is None or target is None or node.entries[target.index] is not None:
                 continue
             entry = node.entries[source.index]
-            if entry is not None and flying_to(node, source.kind_index, Tier.HOST) is None:
+            if entry is not None and flying_to(node, source.kind_index, dst) is None:
                 planned += plan(tree, cache.traffic, node, source, target, node.start + entry.lo) is not None
     return planned
 

@@ -23,15 +23,19 @@ from rootcellar.cache.shelf import Shelf
 from rootcellar.cache.slots import Pages
 from rootcellar.cache.tree import Tree
 
+DOWN = ((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.STORAGE))
+"""The ways on which copies are written, to keep what nearer tiers hold."""
+
 
 @dataclass(slots=True)
 class Traffic:
-    """Moves planned and not yet handed out, and flights not yet reported."""
+    """Moves planned and not yet handed out, flights not yet reported, and the tiers that may be written to."""
 
     outbox: list[Move] = field(default_factory=list)
     flights: dict[int, Flight] = field(default_factory=dict)
     serial: int = 0
     failed: int = 0
+    written: set[Tier] = field(default_factory=set)
 
 
 def path_nodes(flight: Flight) -> Iterator[Node]:
@@ -215,7 +219,10 @@ def missing(tree: Tree, place: Node, k: int, start: int, tier: Tier) -> list[tup
 
 
 def write_through(tree: Tree, traffic: Traffic, place: Node, hits: int) -> None:
-    """Plan copies to HOST of what a path's nodes need at their ends, top down, where they were hit often enough."""
+    """Plan to write down what a path's nodes need at their ends, top down, where they were hit often enough.
+
+    From DEVICE to HOST, and what HOST has and STORAGE lacks: a copy to a slow or new store may have been left out.
+    """
     path: list[Node] = []
     climb = place
     while climb.parent is not None:
@@ -223,11 +230,14 @@ def write_through(tree: Tree, traffic: Traffic, place: Node, hits: int) -> None:
         climb = climb.parent
     for node in reversed(path):
         if node.hits >= hits:
-            _copy_down(tree, traffic, node, Tier.DEVICE, Tier.HOST)
+            for src, dst in DOWN:
+                _copy_down(tree, traffic, node, src, dst)
 
 
 def _copy_down(tree: Tree, traffic: Traffic, node: Node, src: Tier, dst: Tier) -> None:
     """Plan to copy what resuming at the node's end needs of the node from one tier to a farther one."""
+    if dst not in traffic.written:
+        return
     for source, target in zip(tree.by_tier[src], tree.by_tier[dst], strict=True):
         if source is None or target is None:
             continue
@@ -244,7 +254,9 @@ def _copy_down(tree: Tree, traffic: Traffic, node: Node, src: Tier, dst: Tier) -
 def spill(tree: Tree, traffic: Traffic, node: Node, shelf: Shelf) -> None:
     """Write-back: an entry is about to leave DEVICE; plan to save it to HOST unless a copy is there or on its way."""
     target = tree.by_tier[Tier.HOST][shelf.kind_index]
-    if shelf.tier is not Tier.DEVICE or target is None or node.entries[target.index] is not None:
+    if shelf.tier is not Tier.DEVICE or Tier.HOST not in traffic.written or target is None:
+        return
+    if node.entries[target.index] is not None:
         return
     entry = node.entries[shelf.index]
     assert entry is not None

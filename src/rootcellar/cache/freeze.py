@@ -49,6 +49,7 @@ def freeze(cache: Cache, requests: int, input_tokens: int) -> Frozen:
         tuple(_flight(flight) for _, flight in sorted(traffic.flights.items())),
         _shadow(tree),
         _evictions(tree),
+        tuple(map(int, sorted(traffic.written))),
     )
 
 
@@ -209,7 +210,7 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
 
 def thaw_cache(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Cache:
     """The leases and everything else of a whole :func:`freeze`, over page tables that are shared with the cache."""
-    counts, records, shelves, arenas, leases, free_rows, pins, offers, expiries, flights, *_ = frozen
+    counts, records, shelves, arenas, leases, free_rows, pins, offers, expiries, flights, *_, written = frozen
     tree = thaw(given, records, full=True)
     tree.tick, tree.version, tree.nodes, tree.last_id = counts[:4]
     for shelf, numbers in zip(tree.shelves, shelves, strict=True):
@@ -217,7 +218,7 @@ def thaw_cache(given: Settings, frozen: Frozen, tables: ReqToTokenPool) -> Cache
     for arena, (evictable, free) in zip(tree.arenas, arenas, strict=True):
         arena.evictable = evictable
         arena.slots.reset(np.frombuffer(free, np.int32))
-    cache = Cache(tree, tables, Traffic(), given)
+    cache = Cache(tree, tables, Traffic(written={*map(Tier, written)}), given)
     cache.serial, cache.traffic.serial, cache.traffic.failed = counts[4:7]
     cache.free_rows, cache.expiries = list(free_rows), list(expiries)
     roots = [*tree.roots.values(), *tree.detached]

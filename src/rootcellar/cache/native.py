@@ -81,9 +81,9 @@ class NativeRadixCache(_core.Core):
             self._lost(event.key, event.tier, event.kind, event.start)
 
     def forget_tier(self, tier: Tier) -> None:
-        leases, flights = self._busy()
-        if leases or flights:
-            raise words.busy(f"{tier.name} cannot be emptied", leases, flights)
+        leases, copies = self._busy(tier)
+        if leases or copies:
+            raise words.busy(f"{tier.name} cannot be emptied", leases, copies)
         self._forget_tier(tier)
 
     def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
@@ -106,14 +106,10 @@ class NativeRadixCache(_core.Core):
         return sum(map(self._flies, prefetch.moves))
 
     def flush(self) -> None:
-        leases, flights = self._busy()
-        if leases or flights:
-            raise words.busy("the cache cannot be flushed", leases, flights)
+        leases, copies = self._busy(None)
+        if leases or copies:
+            raise words.busy("the cache cannot be flushed", leases, copies)
         self._flush()
-
-    def _busy(self) -> tuple[int, int]:
-        _, leases, *_, flights = self._counts()
-        return leases, flights
 
     # ---- observability ----------------------------------------------------------------------------------------------
 
@@ -122,7 +118,7 @@ class NativeRadixCache(_core.Core):
         return not_free(self._counts()[0][shelf][0], self._free_pages(shelf))
 
     def stats(self) -> CacheStats:
-        shelves, leases, nodes, ticks, requests, input_tokens, hits, _ = self._counts()
+        shelves, leases, nodes, ticks, requests, input_tokens, hits = self._counts()
         return CacheStats(
             shelves={
                 (kind.name, tier): count_shelf(1 if kind.rule == "recurrent" else self.page_size, *numbers)

@@ -39,7 +39,7 @@ class PyRadixCache(PrefixCache):
         self.kinds, self.page_size = given.kinds, given.page_size
         self._tree = Tree(given, given.sizes)
         self.tables = ReqToTokenPool([kind.name for kind in given.kinds], given.widths, given.max_leases)
-        self._cache = Cache(self._tree, self.tables, Traffic(), given)
+        self._cache = Cache(self._tree, self.tables, Traffic(written={*given.written}), given)
         self._traffic = self._cache.traffic
         if given.write_back:
             self._tree.spill = lambda node, shelf: spill(self._tree, self._traffic, node, shelf)
@@ -137,8 +137,11 @@ class PyRadixCache(PrefixCache):
     def send(self, key: Key, start: int = 0) -> Manifest | None:
         return control.offer(self._cache, key, start)
 
-    def save(self) -> int:
-        return control.save(self._cache)
+    def save(self, tier: Tier = Tier.HOST) -> int:
+        return control.save(self._cache, tier)
+
+    def write_to(self, tier: Tier, on: bool) -> None:
+        control.write_to(self._cache, tier, on)
 
     def forget_tier(self, tier: Tier) -> None:
         control.forget_tier(self._cache, tier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rootcellar.cache import words
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.order import policy_named
 from rootcellar.errors import ConfigError
@@ -33,6 +34,7 @@ class Settings:
         write_policy: when the device's entries are copied to HOST: ``write_through`` (as requests leave them),
             ``write_through_selective`` (after ``write_hits`` requests resumed from them), ``write_back`` (as they are
             evicted). What arrives on HOST is copied on to STORAGE where there is one.
+        closed: tiers that nothing is written to until ``write_to`` says so.
         min_load: tokens that a farther tier must add to a hit to be worth loading, by tier; 1 where not given.
         fingerprint: names model, revision and layout in digests: whatever changes a page's bytes.
         events: record KV events, for ``take_events`` (costs one SHA-256 a page).
@@ -52,6 +54,7 @@ class Settings:
     reuse: bool = True
     write_policy: str = "write_through"
     write_hits: int = 2
+    closed: Sequence[Tier] = ()
     min_load: Mapping[Tier, int] | None = None
     fingerprint: bytes = b""
     events: bool = False
@@ -64,6 +67,8 @@ class Settings:
     """The capacity by index of kind; a kind that shares an arena has the arena's."""
     write_after: int = field(init=False)
     """Requests that must have resumed from a node before it is copied to HOST as one leaves; -1: it never is."""
+    written: tuple[Tier, ...] = field(init=False)
+    """Tiers that may be written to, nearest first."""
     write_back: bool = field(init=False)
     """Whether what is evicted is copied to HOST."""
     loads: tuple[int, ...] = field(init=False)
@@ -78,11 +83,16 @@ class Settings:
         shared = _shared(self)
         sizes = _sizes(self, shared)
         host = any(tier is Tier.HOST for _, tier in sizes)
+        written = {tier for _, tier in sizes} & {Tier.HOST, Tier.STORAGE}
+        for tier in self.closed:
+            if tier not in written:
+                raise words.not_written(tier)
         after = {"write_through": 0, "write_through_selective": max(0, self.write_hits)}.get(self.write_policy, -1)
         follows = {
             "shared": shared,
             "sizes": sizes,
             "write_after": after if host else -1,
+            "written": tuple(sorted(written - {*self.closed})),
             "write_back": host and self.write_policy == "write_back",
             "loads": tuple((self.min_load or {}).get(tier, 1) for tier in Tier),
         }

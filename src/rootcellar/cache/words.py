@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rootcellar.cache.key import Key
-from rootcellar.errors import CacheBroken, CacheBusy, RequestError, RequestTooLarge
+from rootcellar.cache.kind import Tier
+from rootcellar.errors import CacheBroken, CacheBusy, ConfigError, RequestError, RequestTooLarge
 
 
 def lease(row: int, cached: int, length: int, lost: bool, waits: int) -> str:
@@ -65,6 +66,11 @@ def nothing_filed(arena: str, evictable: int) -> CacheBroken:
 def uneven(what: str) -> ValueError:
     """A batch whose lists differ in length."""
     return ValueError(f"give as many {what} as leases")
+
+
+def not_written(tier: int) -> ConfigError:
+    """A tier that nothing is ever written to, which was to be opened or closed to that."""
+    return ConfigError(f"nothing is written to {Tier(tier).name}: name HOST or STORAGE, and give it room in capacity")
 
 
 def no_paged_kind(kind: str) -> KeyError:

@@ -86,8 +86,11 @@ class Cache {
     std::int64_t unpin(const Key& key);
     std::int64_t drop_namespace(const Ref<Name>& name);
     void forget_tier(Tier tier);
+    void write_to(Tier tier, bool on);
+    // Live leases, and copies under way, that touch a tier (TIERS: any).
+    std::pair<std::int64_t, std::int64_t> busy(Tier tier) const;
     std::set<std::int64_t> prefetch(const Key& key, const Hit& hit, std::int64_t boundary);
-    std::int64_t save();
+    std::int64_t save(Tier tier);
     std::optional<Offer> offer(const Key& key, std::int64_t start);
     bool settle(std::int64_t offer);
     std::optional<Lacking> ask(const Key& key, Tier tier);
@@ -113,6 +116,7 @@ class Cache {
     std::unordered_map<std::int64_t, std::unique_ptr<Flight>> flights;
     std::int64_t flight_serial = 0;
     std::int64_t flights_failed = 0;
+    bool written[TIERS] = {};  // whether copies may be written there
 
   private:
     struct Piece {
@@ -161,6 +165,7 @@ class Cache {
     Node* lay_path(const Key& key, std::int64_t pages);
     std::unique_ptr<Flight> take_flight(std::int64_t move);
 
+    std::int64_t save_from(Tier src, Tier dst);
     void expire();
     Ref<Lease> pin_at(std::int64_t number, Node* place, const Ref<Name>& name, std::int64_t length);
     void drop_pin(std::int64_t serial);

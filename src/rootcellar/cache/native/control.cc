@@ -89,12 +89,20 @@ std::int64_t Cache::drop_namespace(const Ref<Name>& name) {
     return held;
 }
 
+std::pair<std::int64_t, std::int64_t> Cache::busy(Tier tier) const {
+    const std::int64_t copies = std::count_if(flights.begin(), flights.end(), [tier](const auto& item) {
+        return tier == TIERS || item.second->src == tier || item.second->dst == tier;
+    });
+    if (tier != TIERS && tier != DEVICE) return {0, copies};
+    return {live, copies + static_cast<std::int64_t>(offers.size())};
+}
+
 void Cache::forget_tier(Tier tier) {
-    std::vector<std::int64_t> numbers;
-    for (const auto& item : pins) numbers.push_back(item.first);
-    for (const std::int64_t number : numbers) drop_pin(number);
-    std::vector<Node*> stack, order;
-    for (Node* root = tree.first_root; root != nullptr; root = root->next)
+    while (tier == DEVICE && !pins.empty()) drop_pin(pins.begin()->first);
+    std::vector<Node*> stack, order, roots;
+    for (Node* root = tree.first_root; root != nullptr; root = root->next) roots.push_back(root);
+    roots.insert(roots.end(), tree.detached.begin(), tree.detached.end());
+    for (const Node* root : roots)
         for (Node* child = root->first_child; child != nullptr; child = child->next) stack.push_back(child);
     while (!stack.empty()) {
         Node* node = stack.back();
@@ -107,6 +115,12 @@ void Cache::forget_tier(Tier tier) {
             if (shelf != nullptr) tree.forget_entry(*shelf, *node);
         tree.prune(*node);
     }
+}
+
+void Cache::write_to(Tier tier, bool on) {
+    const bool there = std::find(tree.tiers.begin(), tree.tiers.end(), tier) != tree.tiers.end();
+    if (!there || (tier != HOST && tier != STORAGE)) throw Refusal{"not_written", {std::int64_t{tier}}};
+    written[tier] = on;
 }
 
 void Cache::flush() {
@@ -154,7 +168,14 @@ std::set<std::int64_t> Cache::prefetch(const Key& key, const Hit& hit, std::int6
     return ids;
 }
 
-std::int64_t Cache::save() {
+std::int64_t Cache::save(Tier tier) {
+    // What HOST has and is to be read there is not evicted for what comes to HOST.
+    const std::int64_t planned = tier >= STORAGE && written[STORAGE] ? save_from(HOST, STORAGE) : 0;
+    return planned + (tier >= HOST && written[HOST] ? save_from(DEVICE, HOST) : 0);
+}
+
+// Plan to copy all that `src` holds and `dst` lacks; the number of moves.
+std::int64_t Cache::save_from(Tier src, Tier dst) {
     std::int64_t planned = 0;
     std::vector<Node*> nodes;
     for (Node* root = tree.first_root; root != nullptr; root = root->next)
@@ -163,11 +184,11 @@ std::int64_t Cache::save() {
         Node* node = nodes[i];
         for (Node* child = node->first_child; child != nullptr; child = child->next) nodes.push_back(child);
         for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
-            Shelf* source = tree.shelf(DEVICE, static_cast<int>(k));
-            Shelf* target = tree.shelf(HOST, static_cast<int>(k));
+            Shelf* source = tree.shelf(src, static_cast<int>(k));
+            Shelf* target = tree.shelf(dst, static_cast<int>(k));
             if (source == nullptr || target == nullptr || node->entry(target->index).present()) continue;
             const Entry& entry = node->entry(source->index);
-            if (entry.present() && flying_to(node, static_cast<int>(k), HOST) == nullptr)
+            if (entry.present() && flying_to(node, static_cast<int>(k), dst) == nullptr)
                 planned += plan(node, *source, *target, node->start + entry.lo, true) != nullptr;
         }
     }

@@ -250,14 +250,20 @@ class Core {
         return cache_.settle(id);
     }
 
-    std::int64_t save() {
+    std::int64_t save(nb::handle tier) {
         const Verb verb(cache_.tree);
-        return cache_.save();
+        return cache_.save(tier_of(tier));
     }
 
     void forget_tier(nb::handle tier) {
         const Verb verb(cache_.tree);
         cache_.forget_tier(tier_of(tier));
+    }
+
+    void write_to(nb::handle tier, bool on) { cache_.write_to(tier_of(tier), on); }
+
+    std::pair<std::int64_t, std::int64_t> busy(nb::handle tier) const {
+        return cache_.busy(tier.is_none() ? TIERS : tier_of(tier));
     }
 
     nb::object prefetch(const PyHit& hit, nb::handle tier) {
@@ -328,7 +334,7 @@ class Core {
                                           shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
         for (const Tier tier : cache_.tree.tiers) hits.append(cache_.hit_tokens[tier]);
         return nb::make_tuple(shelves, cache_.live, cache_.tree.nodes, cache_.tree.tick, cache_.requests,
-                              cache_.input_tokens, hits, cache_.flights.size() + cache_.offers.size());
+                              cache_.input_tokens, hits);
     }
 
     nb::list take_events() {

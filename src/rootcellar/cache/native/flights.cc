@@ -174,16 +174,20 @@ std::vector<Cache::Piece> Cache::missing(Node* place, int k, std::int64_t start,
     return pieces;
 }
 
-// Plan copies to HOST of what a path's nodes need at their ends, top down, where they were hit often enough.
+// Plan to write down what a path's nodes need at their ends, top down, where they were hit often enough.
 void Cache::write_through(Node* place) {
     std::vector<Node*> path;
     for (Node* climb = place; climb->parent != nullptr; climb = climb->parent) path.push_back(climb);
     for (auto node = path.rbegin(); node != path.rend(); ++node)
-        if ((*node)->hits >= given.write_after) copy_down(*node, DEVICE, HOST);
+        if ((*node)->hits >= given.write_after) {
+            copy_down(*node, DEVICE, HOST);
+            copy_down(*node, HOST, STORAGE);
+        }
 }
 
 // Plan to copy what resuming at the node's end needs of the node from one tier to a farther one.
 void Cache::copy_down(Node* node, Tier src, Tier dst) {
+    if (!written[dst]) return;
     for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
         const int kind = static_cast<int>(k);
         Shelf* source = tree.shelf(src, kind);
@@ -201,7 +205,7 @@ void Cache::copy_down(Node* node, Tier src, Tier dst) {
 // Write-back: an entry is about to leave DEVICE; plan to save it to HOST unless a copy is there or on its way.
 void Cache::spill(Node* node, Shelf& shelf) {
     Shelf* target = tree.shelf(HOST, shelf.k);
-    if (shelf.tier != DEVICE || target == nullptr || node->entry(target->index).present()) return;
+    if (shelf.tier != DEVICE || !written[HOST] || target == nullptr || node->entry(target->index).present()) return;
     if (flying_to(node, shelf.k, HOST) != nullptr) return;
     // Room in an arena is made by whichever kind may leave: nothing that this place in the tree needs may.
     tree.hold(node);

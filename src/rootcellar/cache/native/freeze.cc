@@ -143,7 +143,7 @@ nb::list nodes_along(Cache& cache, const Key& key) {
 
 nb::tuple frozen_of(Cache& cache) {
     Tree& tree = cache.tree;
-    nb::list shelves, arenas, leases, pins, offers, expiries, flights;
+    nb::list shelves, arenas, leases, pins, offers, expiries, flights, written;
     for (const Shelf& shelf : tree.shelves)
         shelves.append(
             nb::make_tuple(shelf.used, shelf.entries, shelf.cached, shelf.evictable, shelf.in_flight, shelf.evicted));
@@ -159,6 +159,8 @@ nb::tuple frozen_of(Cache& cache) {
     for (const auto& item : cache.flights) flying.push_back(item.second.get());
     std::sort(flying.begin(), flying.end(), [](const Flight* a, const Flight* b) { return a->id < b->id; });
     for (const Flight* flight : flying) flights.append(flight_of(*flight));
+    for (int tier = 0; tier < TIERS; ++tier)
+        if (cache.written[tier]) written.append(tier);
     const nb::tuple counts =
         nb::make_tuple(tree.tick, tree.version, tree.nodes, tree.last_id, cache.serial, cache.flight_serial,
                        cache.flights_failed, cache.requests, cache.input_tokens);
@@ -166,7 +168,7 @@ nb::tuple frozen_of(Cache& cache) {
                           nb::tuple(leases),
                           python_tuple(cache.free_rows, [](std::int32_t row) { return nb::int_(row); }),
                           nb::tuple(pins), nb::tuple(offers), nb::tuple(expiries), nb::tuple(flights),
-                          shadow_of(tree.shadow.get()), evictions_of(tree.evictions));
+                          shadow_of(tree.shadow.get()), evictions_of(tree.evictions), nb::tuple(written));
 }
 
 }  // namespace rootcellar

@@ -15,6 +15,7 @@ Cache::Cache(const Settings& settings, const Sizes& sizes, std::vector<Table> it
         (shelf->recurrent() ? states : paged).push_back(shelf);
         if (!shelf->recurrent() && !shelf->full()) windows.push_back(shelf);
     }
+    for (const std::int64_t tier : given.written) written[tier] = true;
     if (given.write_back) tree.spill = [this](Node* node, Shelf& shelf) { spill(node, shelf); };
     new_pages_.resize(tree.kinds.size());
 }
