@@ -16,6 +16,7 @@ class Copies:
         self._pool_of = pool_of
         self.pending = {}
         self._seen, self._answers = [], []
+        self.store = None
 
     def listen(self, wake):
         """Nothing happens here that nobody let happen."""
@@ -26,6 +27,22 @@ class Copies:
 
     def ask(self, serial, question):
         self._answers.append(Answer(serial, ()))
+
+    def attach(self, store, most_queued=0):
+        self.store = store
+
+    def leave(self):
+        """Nothing is under way to a store."""
+
+    def await_left(self, deadline):
+        return 0
+
+    def detach(self):
+        store, self.store = self.store, None
+        return store
+
+    def stats(self):
+        return {}
 
     def finish(self, *, ok=True, dst=None):
         """The oldest copy (to ``dst``) comes to its end, well or not; whether there was one."""

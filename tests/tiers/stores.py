@@ -96,6 +96,7 @@ class FaultyStore:
         self.work = lambda: None
         self.calls = 0
         self.entered, self.idle = threading.Event(), threading.Event()
+        self.entries = threading.Semaphore(0)
         self._under_way = 0
         self._lock = threading.Lock()
 
@@ -107,6 +108,7 @@ class FaultyStore:
         try:
             if self.gate is not None:
                 self.entered.set()
+                self.entries.release()
                 assert self.gate.wait(60)
             self.work()
             if self.error is not None:

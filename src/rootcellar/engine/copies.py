@@ -6,10 +6,11 @@ Everything here runs on the engine's thread between two steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from rootcellar.cache import Answer, Done, Failed, Move, Question, Reports, Tier
 from rootcellar.scheduler import Scheduler
+from rootcellar.tiers.store import Store
 
 
 class AnyMover(Protocol):
@@ -23,6 +24,24 @@ class AnyMover(Protocol):
 
     def ask(self, serial: int, question: Question) -> None:
         """Ask the store. Its answer comes in a later report, exactly one whatever happens."""
+
+    def attach(self, store: Store, most_queued: int = ...) -> None:
+        """Move pages to and from ``store``. ``ValueError``: there is one, perhaps one that is leaving."""
+
+    def leave(self) -> None:
+        """From now on what is to go to the store or come from it fails at once, and questions find nothing."""
+
+    def await_left(self, deadline: float) -> int:
+        """On any thread, wait until nothing of a store that leaves is under way; then give up what was not begun.
+
+        Returns how many pages are inside a call that has not returned; 0: the store is free.
+        """
+
+    def detach(self) -> Store | None:
+        """The store that has left, to be closed by the caller; None: there was none. ``ValueError``: it is in use."""
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """What each lane did, by its name, and what became of the calls of a guarded ``store``."""
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to report that nobody was told of."""

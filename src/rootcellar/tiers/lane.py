@@ -28,7 +28,8 @@ class LaneStats:
     """What a lane did and has to do.
 
     ``seconds``: in which something was being copied, or waited for the device to be; ``queued_bytes``: not yet done;
-    ``skipped_pages``: not copied because too much was queued; ``failed_pages``: not copied because something broke.
+    ``skipped_pages``: not copied because too much was queued, or no store was there; ``failed_pages``: since something
+    broke, or a store had no room for them or no longer had them; ``deadline_pages``: since a store was left before.
     """
 
     moves: int = 0
@@ -38,6 +39,7 @@ class LaneStats:
     queued_bytes: int = 0
     skipped_pages: int = 0
     failed_pages: int = 0
+    deadline_pages: int = 0
 
 
 class Lane:

@@ -1,9 +1,9 @@
-"""Carries out the copies that the cache decides on, between the device and host memory.
+"""Carries out the copies that the cache decides on, between the device, host memory and a store.
 
 The thread that runs the steps hands over ``cache.moves()`` before each of them, and takes the reports between them.
 Bytes are copied on the lanes' threads (``lane.py``); what has to be in order with steps, reading the device and writing
 it, is begun by the thread of the steps. Nothing here waits for a copy but ``drain``: what would make a lane too long is
-skipped, reported ``Failed`` and counted.
+skipped, reported ``Failed`` and counted. A store (``storage.py``) comes and goes meanwhile.
 """
 
 from __future__ import annotations
@@ -13,25 +13,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from rootcellar.cache import Answer, Done, Failed, Move, Question, Reports, Tier
 from rootcellar.pools.copying import Copier, Fetched, PageNumbers
 from rootcellar.pools.images import Images, Rows
-from rootcellar.tiers.lane import Lane, Shipment
+from rootcellar.tiers.guard import Guard
+from rootcellar.tiers.lane import Lane, LaneStats, Shipment
 from rootcellar.tiers.news import News
+from rootcellar.tiers.storage import Storage
+from rootcellar.tiers.store import Store
 
 log = logging.getLogger(__name__)
 
 MOST_QUEUED = 256 * 2**20
-"""Bytes that wait to be written down at most, or what one node has; gathered, they lie in the device's memory."""
+"""Bytes that wait to be written down at most, or what one node has; gathered, they lie in the device's memory.
+
+As many wait to be written into a store, in host memory.
+"""
 TOGETHER = 64
 """Pages that are copied at once, or those of one move if they are more."""
+PATIENCE = 10.0
+"""Seconds for which :meth:`Mover.close` waits for a store."""
 
 
 class Mover:
-    """Moves pages between the device's pools and images in host memory."""
+    """Moves pages between the device's pools, images in host memory and a store."""
 
     def __init__(
         self,
@@ -52,6 +61,9 @@ class Mover:
         self._targets: dict[Shipment, PageNumbers] = {}
         """Pages that shipments write once their images are fetched."""
         self._news = News()
+        self._storage: Storage | None = None
+        self._stored = {"host-storage": LaneStats(), "storage-host": LaneStats()}
+        """Of all stores that were there."""
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to report that nobody was told of."""
@@ -62,19 +74,25 @@ class Mover:
     def dispatch(self, moves: Sequence[Move], *, patient: bool = False) -> None:
         """Begin these copies. Sources on the device are read, and pages there written, before the next step runs.
 
-        What goes to a store or comes from one fails at once: there is none.
         ``patient``: wait for room instead of skipping anything.
         """
         down = [move for move in moves if (move.src, move.dst) == (Tier.DEVICE, Tier.HOST)]
         up = [move for move in moves if (move.src, move.dst) == (Tier.HOST, Tier.DEVICE)]
-        if stored := [Failed(move.id) for move in moves if Tier.STORAGE in (move.src, move.dst)]:
-            self._news.tell(stored)
-        assert len(down) + len(up) + len(stored) == len(moves), "the cache was given no other tier"
+        write = [move for move in moves if (move.src, move.dst) == (Tier.HOST, Tier.STORAGE)]
+        read = [move for move in moves if (move.src, move.dst) == (Tier.STORAGE, Tier.HOST)]
+        assert len(down) + len(up) + len(write) + len(read) == len(moves), "the cache was given no other tier"
         # What reads the device comes first: a page may be left by one move and written by another.
         for pool, some in self._together(down):
             self._read(pool, some, patient)
         for pool, some in self._together(up):
             self._load(pool, some)
+        if self._storage is not None:
+            self._storage.read(read)
+            self._storage.write(write, patient)
+        elif write or read:
+            for lane, some in zip(self._stored.values(), (write, read), strict=True):
+                lane.skipped_pages += sum(len(move.src_slots) for move in some)
+            self._news.tell([Failed(move.id) for move in (*write, *read)])
 
     def _together(self, moves: Iterable[Move]) -> Iterator[tuple[str, list[Move]]]:
         """Moves of one pool, in order, in groups of about ``TOGETHER`` pages."""
@@ -150,9 +168,62 @@ class Mover:
         else:
             put(shipment, rest)
 
-    def ask(self, serial: int, _question: Question) -> None:
-        """Ask the store; its answer comes in a later report, exactly one: now that there is none, with nothing."""
-        self._news.tell(answers=[Answer(serial, ())])
+    # -- a store ------------------------------------------------------------------------------------------------------
+
+    def attach(self, store: Store, most_queued: int = MOST_QUEUED) -> None:
+        """Move pages to and from ``store``, and ask it. At most so many bytes wait to be written.
+
+        Raises ``ValueError``: there is a store, which must leave and be detached before.
+        """
+        if self._storage is not None:
+            raise ValueError(f"a store {'is leaving' if self._storage.leaving else 'is attached'}: detach it first")
+        writes, reads = self._stored.values()
+        self._storage = Storage(store, self._host, self._pool_of, self._news, writes, reads, most_queued)
+
+    def leave(self) -> None:
+        """From now on what is to go to the store or come from it fails at once, and questions find nothing.
+
+        What is under way goes on. For any thread.
+        """
+        if self._storage is not None:
+            self._storage.leave()
+
+    def await_left(self, deadline: float) -> int:
+        """After :meth:`leave`: wait, on any thread, until nothing of the store is under way.
+
+        After ``deadline`` seconds what waits in line fails, and who drains no longer waits for what the store does.
+        Returns how many pages are inside a call of the store that has not returned; they are reported once it does.
+        0: the store is free. Raises ``ValueError``: the store was not told to leave.
+        """
+        storage = self._storage
+        if storage is None:
+            return 0
+        if not storage.leaving:
+            raise ValueError("the store was not told to leave")
+        return storage.await_left(deadline)
+
+    def detach(self) -> Store | None:
+        """The store that has left, for its caller to close; None: there was none.
+
+        Raises ``ValueError``: something of it is under way, see :meth:`await_left`.
+        """
+        storage = self._storage
+        if storage is None:
+            return None
+        if not storage.leaving or storage.busy:
+            raise ValueError("the store is in use: let it leave, and wait until it has")
+        storage.close()
+        self._storage = None
+        return storage.store
+
+    def ask(self, serial: int, question: Question) -> None:
+        """Ask the store. Its answer comes in a later report, exactly one; without a store it has nothing in it."""
+        if self._storage is None:
+            self._news.tell(answers=[Answer(serial, ())])
+        else:
+            self._storage.ask(serial, question)
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
 
     def reports(self) -> Reports:
         """What became of copies and questions since the last call, without waiting.
@@ -165,7 +236,7 @@ class Mover:
         return reports
 
     def drain(self) -> Reports:
-        """Wait for all that is under way, then :meth:`reports`."""
+        """Wait for all that is under way, then :meth:`reports`; but not for a store beyond :meth:`await_left`."""
         seen = [self.reports()]
         while True:
             more = self._news.wait()
@@ -176,16 +247,25 @@ class Mover:
                     tuple(answer for reports in seen for answer in reports.answers),
                 )
 
-    def stats(self) -> dict[str, dict[str, float]]:
-        """Of each lane, by its name, what it did: see ``LaneStats``."""
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Of each lane, by its name, what it did: see ``LaneStats``. Of a guarded store, ``store``: see ``Guard``."""
         with self._news.changed:
-            return {lane.name: asdict(lane.stats) for lane in (self._down, self._up)}
+            lanes = {lane.name: lane.stats for lane in (self._down, self._up)} | self._stored
+            found = {name: asdict(stats) for name, stats in lanes.items()}
+        storage = self._storage
+        if storage is not None and isinstance(storage.store, Guard):
+            found["store"] = {verb: asdict(stats) for verb, stats in storage.store.stats().items()}
+        return found
 
     def close(self) -> None:
-        """End the threads, once they have done what is queued."""
+        """End the threads, once they have done what is queued. A store gets ``PATIENCE`` seconds, and is not closed."""
         self._news.listen(None)
         self._down.close()
         self._up.close()
+        if self._storage is not None:
+            self._storage.leave()
+            self._storage.await_left(PATIENCE)
+            self._storage.close()
 
     # -- on any thread ------------------------------------------------------------------------------------------------
 

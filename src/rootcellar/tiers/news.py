@@ -49,7 +49,7 @@ class News:
             self._fetched += fetched
             self.under_way -= ended
             self.changed.notify_all()
-        if first:
+        if first and (events or answers or fetched):
             self._wake()
 
     def take(self) -> tuple[Reports, list[tuple[Shipment, Fetched]]]:

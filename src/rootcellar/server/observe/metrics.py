@@ -58,7 +58,7 @@ def _shelves(*fields: str) -> Callable[[Stats], Samples]:
 
 def _copies(field: str) -> Callable[[Stats], Samples]:
     """A field of each pair of tiers between which pages are copied, as ``device-host``."""
-    return lambda stats: [((lane,), counts[field]) for lane, counts in stats["copies"].items()]
+    return lambda stats: [((lane,), counts[field]) for lane, counts in stats["copies"].items() if field in counts]
 
 
 TABLE = (
