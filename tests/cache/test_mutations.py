@@ -78,6 +78,16 @@ MUTATIONS = {
         "shelf.kind_index), node.id, shelf.index)",
         "shelf.kind_index), hash(str(node.id)), shelf.index)",
     ),
+    "7: a tier is emptied that a copy reads": (
+        "cache.py",
+        "tier in (None, flight.src, flight.dst)",
+        "tier in (None, flight.dst)",
+    ),
+    "7: a tier is written to that is closed": (
+        "flights.py",
+        "    if dst not in traffic.written:\n        return\n",
+        "",
+    ),
 }
 STEPS = 12_000
 SEED = 9

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
-from helpers import make, serve, start, tokens
+from helpers import land, make, serve, start, tokens
+from world import KIND_MIXES
 
 from rootcellar.cache import (
     Done,
@@ -67,6 +71,105 @@ def test_a_store_is_not_asked_for_what_nearer_tiers_have_or_what_it_never_keeps(
     mixed = make((full("full"), recurrent("state")), tiers=(HOST,), capacity={("full", STORAGE): 64})
     assert mixed.ask(key) is None, "no boundary gets its state from there"
     cache.check()
+
+
+def test_a_long_run_is_found_in_pieces_and_what_has_come_of_it_is_used():
+    cache = make(size=1024, tiers=(HOST, STORAGE))
+    key = Key(tokens((0, 802)))
+    serve(cache, key.tokens[:16])
+    question = cache.ask(key)
+    found = question.answer([True] * 190 + [False] * 6)
+    assert [(len(event.key) // 4, event.start) for event in found] == [(4 + 64, 16), (4 + 128, 16), (194, 16)]
+    for event in found:
+        cache.learn(event)
+        assert cache.match(key).reach(STORAGE) == len(event.key)
+    prefetch = cache.prefetch(cache.match(key))
+    moves = [move for move in cache.moves() if move.src is STORAGE]
+    assert [(move.first, len(move.dst_slots)) for move in moves] == [(4, 64), (68, 64), (132, 62)]
+    for move in moves[:2]:
+        cache.learn(Done(move.id))
+    assert (cache.match(key).reach(HOST), cache.pending(prefetch)) == (4 * 132, 2), "one is to copy what the device has"
+    cache.check()
+
+
+def test_of_several_kinds_that_need_all_pages_each_is_found_by_itself():
+    kinds = (full("a"), full("b"), sliding_window("window", window=6))
+    cache = make(kinds, tiers=(HOST, STORAGE))
+    key = Key(tokens((0, 40)))
+    question = cache.ask(key)
+    found = question.answer([True] * 30, piece=4)
+    assert [(event.kind, len(event.key)) for event in found] == [
+        ("a", 16), ("b", 16), ("a", 32), ("b", 32), ("a", 40), ("b", 40), ("window", 40),
+    ]  # fmt: skip
+    for event in found:
+        cache.learn(event)
+    assert cache.match(key).reach(STORAGE) == 40
+    cache.check()
+
+
+def remembered(cache) -> tuple[set, dict]:
+    """All that a cache holds, page by page, whatever the nodes; and how much of what."""
+    tree = cache._inside().tree
+    held = set()
+    stack = [((), child) for root in tree.roots.values() for child in root.children.values()]
+    while stack:
+        above, node = stack.pop()
+        tokens = above + tuple(node.tokens.tolist())
+        stack += [(tokens, child) for child in node.children.values()]
+        for shelf in tree.shelves:
+            entry = node.entries[shelf.index]
+            for i in range(len(entry.pages) if entry else 0):
+                last = tokens[: (node.start + entry.lo + i + 1) * cache.page_size]
+                held.add((shelf.kind.name, shelf.tier, last))
+    return held, cache.stats().shelves
+
+
+def before_asking(cache, seed: int) -> list[list[int]]:
+    """Prompts that share prefixes, served; what is left of them is on several tiers."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = [[]]
+    for _ in range(5):
+        old = rng.choice(prompts)
+        prompts.append(old[: rng.randint(0, len(old))] + [rng.randrange(2) for _ in range(rng.randint(1, 60))])
+        serve(cache, np.array(prompts[-1]), chunk=rng.randint(1, 30))
+        if rng.random() < 0.6:
+            land(cache, Done if rng.random() < 0.8 else Failed)
+            cache.forget_tier(rng.choice(list(Tier)))
+    land(cache)
+    return prompts
+
+
+@pytest.mark.parametrize("mix", range(len(KIND_MIXES)))
+def test_pieces_learned_in_order_leave_what_one_event_a_kind_would(mix):
+    kinds = KIND_MIXES[mix]
+    room = {(kind.name, tier): 1024 for kind in kinds for tier in (Tier.DEVICE, HOST, STORAGE)}
+    learned = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        ours, other = (make(kinds, page_size=2, tiers=(HOST, STORAGE, PEER), capacity=room) for _ in range(2))
+        prompts = before_asking(ours, seed)
+        assert before_asking(other, seed) == prompts
+        old = rng.choice(prompts)
+        prompts.append(old[: rng.randint(0, len(old))] + [rng.randrange(2) for _ in range(rng.randint(1, 60))])
+        question = ours.ask(Key(prompts[-1]))
+        if question is None:
+            continue
+        odds = rng.choice((0.9, 0.98, 1))
+        held = [rng.random() < odds for _ in question.pages]
+        pieces = question.answer(held, piece=rng.randint(1, 9))
+        for event in pieces:
+            ours.learn(event)
+            ours.check()
+        whole = {event.kind: event for event in pieces}  # the last of each reaches from the first page to the end
+        for event in whole.values():
+            other.learn(event)
+        assert remembered(ours) == remembered(other)
+        for prompt in prompts:
+            assert ours.match(Key(prompt)).reaches == other.match(Key(prompt)).reaches
+        leases = [cache.open(cache.match(question.key), STORAGE) for cache in (ours, other)]
+        assert leases[0].cached == leases[1].cached
+        learned += len(pieces)
+    assert learned > 5
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------

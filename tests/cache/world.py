@@ -409,7 +409,7 @@ class World:
             return
         assert question.reach == self.cache.match(key).reach(Tier.STORAGE) < len(key) // self.page * self.page
         held = [page in self.stored or self.pick(4) > 0 for page in question.pages]
-        for found in question.answer(held):
+        for found in question.answer(held, 1 + self.pick(8)):
             self.cache.learn(found)
         for k, t, space, prefix, slot in self.entries():
             if t is Tier.STORAGE and before.get((k, t, slot)) != (space, prefix):

@@ -364,7 +364,10 @@ def _found(tree: Tree, event: Found) -> None:
                 break
             tree.attach(node, shelf, shelf.take(node.end - start), start - node.start)
     tree.release(place)
-    prune(tree, place)
+    if event.kind and wanted and wanted[0][0].full:
+        tree.discard(place)  # not what another such kind is yet to be found for
+    else:
+        prune(tree, place)
 
 
 def _lay_path(tree: Tree, key: Key, pages: int) -> Node:

@@ -16,6 +16,9 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.slots import Pages
 
+PIECE = 64
+"""Pages of full attention that are learned of, and loaded, as one."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Move:
@@ -70,9 +73,13 @@ class Question:
     firsts: tuple[int, ...]
     pages: tuple[tuple[str, bytes], ...]
 
-    def answer(self, held: Sequence[bool]) -> list[Found]:
-        """What the cache should learn when ``held`` says of each of ``pages`` whether it is there: the longest boundary
-        that it makes good, one event a kind; nothing when there is none."""
+    def answer(self, held: Sequence[bool], piece: int = PIECE) -> list[Found]:
+        """What the cache should learn, in order, when ``held`` says of each of ``pages`` whether it is there: the
+        longest boundary that it makes good; nothing when there is none.
+
+        Full attention is found in pieces of up to ``piece`` pages, each of which becomes a node, and a move of its own
+        when it is loaded: what has come by a deadline is used. The other kinds follow, one event each.
+        """
         size, total = self.page_size, len(self.key) // self.page_size
         answers = iter(held)
         runs: list[list[int]] = []  # by kind and boundary, in pages: where the run of pages begins that ends there
@@ -84,9 +91,16 @@ class Question:
         for n in range(total, self.reach // size, -1):
             starts = [kind.start(n * size) // size for kind in self.kinds]
             if all(run[n] <= start for run, start in zip(runs, starts, strict=True)):
-                parts = zip(self.kinds, map(max, starts, self.firsts), strict=True)
-                key = self.key[: n * size]
-                return [Found(key, self.tier, kind.name, first * size) for kind, first in parts if first < n]
+                parts = list(zip(self.kinds, map(max, starts, self.firsts), strict=True))
+                fulls = [part for part in parts if part[0].rule == "full"]
+                ends = [*range(min((first for _, first in fulls), default=n) + piece, n, piece), n]
+                found = [(end, *part) for end in ends for part in fulls]
+                found += [(n, *part) for part in parts if part not in fulls]
+                return [
+                    Found(self.key[: end * size], self.tier, kind.name, first * size)
+                    for end, kind, first in found
+                    if first < end
+                ]
         return []
 
 

@@ -309,7 +309,10 @@ void Cache::found(const Key& key, Tier tier, int kind, std::optional<std::int64_
         }
     }
     tree.release(place);
-    tree.prune(place);
+    if (kind != ALL && !wanted.empty() && wanted.front().first->full())
+        tree.discard(place);  // not what another such kind is yet to be found for
+    else
+        tree.prune(place);
 }
 
 // The node that ends at page `pages` of a key, made (holding nothing) as far as the tree lacks it.
