@@ -87,7 +87,7 @@ class MemoryStore:
         pass
 
 
-class FaultyStore:
+class ToldStore:
     """A store that does as it is told: ``error`` is raised, ``answer`` returned, ``gate`` waited for, ``work`` done."""
 
     def __init__(self, inner):

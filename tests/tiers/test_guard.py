@@ -3,9 +3,11 @@
 import logging
 import threading
 
+import numpy as np
 import pytest
-from stores import FaultyStore, MemoryStore, file_store, get, image, name, put, room
+from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
 
+from rootcellar.tiers.faulty import Faults, FaultyStore
 from rootcellar.tiers.guard import Guard, GuardSettings
 
 
@@ -23,7 +25,7 @@ def clock():
 
 
 def test_an_exception_is_a_miss_that_is_logged_once(caplog, clock):
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     guard = Guard(store, GuardSettings(failures=10), now=clock)
     assert put(guard, [1]) == [True]
     store.error = OSError("the cable is out")
@@ -48,7 +50,7 @@ def test_an_exception_is_a_miss_that_is_logged_once(caplog, clock):
 
 
 def test_a_store_that_fails_is_left_alone_and_tried_later(clock):
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     guard = Guard(store, GuardSettings(failures=3, pause=1, longest_pause=3), now=clock)
     put(guard, [1])
     store.error = OSError("no")
@@ -77,7 +79,7 @@ def test_a_store_that_fails_is_left_alone_and_tried_later(clock):
 
 def test_only_one_call_tries(clock):
     """While it is under way others are skipped."""
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     guard = Guard(store, GuardSettings(failures=1, pause=1), now=clock)
     put(guard, [1])
     store.error = OSError("no")
@@ -99,7 +101,7 @@ def test_only_one_call_tries(clock):
 
 def test_a_call_that_hangs_is_left_behind_and_touches_nobodys_memory():
     inner = MemoryStore()
-    store = FaultyStore(inner)
+    store = ToldStore(inner)
     guard = Guard(store, GuardSettings(deadline=0.02, failures=100, most_hanging=2))
     inner.put([name(2)], [image(2)])
     put(guard, [1])
@@ -126,7 +128,7 @@ def test_a_call_that_hangs_is_left_behind_and_touches_nobodys_memory():
 
 def test_a_slow_store_that_verifies_is_stopped_between_its_pages(tmp_path, clock):
     """It works in the caller's memory, so it is never left behind; what had come by then is used."""
-    store = FaultyStore(file_store(tmp_path / "store"))
+    store = ToldStore(file_store(tmp_path / "store"))
     guard = Guard(store, GuardSettings(deadline=5, pages_at_once=4), now=clock)
     put(guard, range(20))
     store.work = lambda: setattr(clock, "seconds", clock.seconds + 2)
@@ -170,7 +172,7 @@ def test_another_pages_object_is_a_miss():
 
 
 def test_an_answer_of_another_length_is_a_failure():
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     guard = Guard(store)
     put(guard, [1])
     store.answer = []
@@ -187,9 +189,31 @@ def test_nothing_is_checked_twice(tmp_path):
 
 
 def test_closing_a_store_that_fails_or_hangs():
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     store.error = OSError("no")
     Guard(store).close()
     store.error, store.gate = None, threading.Event()
     Guard(store, GuardSettings(deadline=0.02)).close()
     store.gate.set()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_unreliable_store_never_gives_other_bytes(seed):
+    faults = Faults(delay=0.05, fail=0.05, short=0.1, flip=0.1, lie=0.3, late=0.0001)
+    store = FaultyStore(MemoryStore(), faults, seed)
+    guard = Guard(store, GuardSettings(failures=10**6))
+    rng, found = np.random.default_rng(seed), 0
+    for _ in range(80):
+        some = rng.permutation(20)[: int(rng.integers(1, 8))].tolist()
+        put(guard, some)
+        held = guard.has([name(i) for i in some])
+        got = [get(guard, i) for i in rng.permutation(20)[:3].tolist()]
+        into = [room() for _ in some]
+        whole = guard.get([name(i) for i in some], into)
+        assert all(view == image(i) for i, view, there in zip(some, into, whole, strict=True) if there)
+        assert not any(bytes(view) != b"\xaa" * 5000 for view, there in zip(into, whole, strict=True) if not there)
+        found += sum(whole) + sum(got)
+        assert len(held) == len(some)
+    assert found > 80
+    assert guard.stats()["get"].damaged > 0
+    assert min(store.seen.values()) > 0, store.seen

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from stores import FaultyStore, MemoryStore, file_store
+from stores import MemoryStore, ToldStore, file_store
 
 from rootcellar.cache import Answer, Done, Failed, Found, Key, Move, Question, Reports, Tier, full
 from rootcellar.tiers import mover as mover_module
@@ -77,7 +77,7 @@ def made(monkeypatch):
 
     yield make
     for setting in all_made:
-        if isinstance(setting.store, FaultyStore) and setting.store.gate is not None:
+        if isinstance(setting.store, ToldStore) and setting.store.gate is not None:
             setting.store.gate.set()
         setting.mover.close()
 
@@ -85,7 +85,7 @@ def made(monkeypatch):
 @pytest.fixture
 def slow(made):
     """A setting whose store waits to be let, and the store."""
-    store = FaultyStore(MemoryStore())
+    store = ToldStore(MemoryStore())
     store.gate = threading.Event()
     store.register = store.inner.register
     return made(store, most_queued=3 * NBYTES), store
@@ -147,7 +147,7 @@ def test_moves_go_together_in_order_as_far_as_one_call_takes_them(made):
             return super().put(names, blocks)
 
     calls = []
-    s = made(store := FaultyStore(Noting()))
+    s = made(store := ToldStore(Noting()))
     store.gate = threading.Event()
     sizes = [[1], range(2, 62), range(62, 122), range(122, 140), range(140, 400)]
     moves = [s.write([*pages]) for pages in sizes]
@@ -240,7 +240,7 @@ def test_a_read_that_failed_is_never_reported_as_loaded(made):
 
 
 def test_a_load_of_many_calls_is_given_up_at_its_first_missing_page(made):
-    s = made(store := FaultyStore(MemoryStore()))
+    s = made(store := ToldStore(MemoryStore()))
     s.go(s.write([*range(1, 301)]))
     del store.inner.objects[page_name("full", digest(100))]
     calls = store.calls
@@ -273,7 +273,7 @@ def test_a_piece_whose_parent_is_missing_is_not_found(made):
 
 
 def test_one_exception_of_a_store_kills_no_thread_and_its_pages_are_reported(made):
-    s = made(store := FaultyStore(MemoryStore()))
+    s = made(store := ToldStore(MemoryStore()))
     store.error = OSError("the cable is out")
     assert set(s.go(s.write([1, 2]), s.read([3], [1]))) == {Failed(1), Failed(2)}
     assert answer_to(s, question([1])) == []
@@ -287,7 +287,7 @@ def test_one_exception_of_a_store_kills_no_thread_and_its_pages_are_reported(mad
 
 @pytest.mark.parametrize("answer", [[], [True] * 3, None, 7], ids=["nothing", "too much", "none", "a number"])
 def test_an_answer_of_the_wrong_form_is_a_failure(made, answer):
-    s = made(store := FaultyStore(MemoryStore()))
+    s = made(store := ToldStore(MemoryStore()))
     s.go(s.write([1, 2]))
     store.answer = answer if answer is not None else [None, None]
     assert set(s.go(s.write([1, 2]), s.read([3, 4], [1, 2]))) == {Failed(2), Failed(3)}

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from stores import FaultyStore, MemoryStore, file_store, get, image, name, put, room
+from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
 
 from rootcellar.tiers.guard import Guard
 
@@ -13,8 +13,8 @@ STORES = {
     "file": file_store,
     "file-direct": lambda path: file_store(path, direct=True),
     "file-fsync": lambda path: file_store(path, fsync=True),
-    "guarded memory": lambda _: Guard(FaultyStore(MemoryStore())),
-    "guarded file": lambda path: Guard(FaultyStore(file_store(path))),
+    "guarded memory": lambda _: Guard(ToldStore(MemoryStore())),
+    "guarded file": lambda path: Guard(ToldStore(file_store(path))),
 }
 
 

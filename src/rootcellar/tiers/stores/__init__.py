@@ -1,1 +1,5 @@
-"""Stores, one file each: where pages lie when neither the device nor the host holds them."""
+"""Stores: a module for each kind, and :func:`open_store` for all."""
+
+from rootcellar.tiers.stores.registry import open_store
+
+__all__ = ["open_store"]
