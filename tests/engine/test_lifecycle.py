@@ -52,9 +52,14 @@ def deleted(report):
     return report["buffers"], report["bytes"]
 
 
-def live_bytes():
-    gc.collect()
-    return sum(a.nbytes for a in jax.live_arrays())
+def live_bytes(engine):
+    """Between two steps: an answer is given before its step has let go of everything."""
+
+    def count():
+        gc.collect()
+        return sum(a.nbytes for a in jax.live_arrays())
+
+    return engine._loop.call(count)
 
 
 def start(engine, **options):
@@ -79,15 +84,15 @@ def test_drop_and_rebuild_the_cache(engine, preserve):
     size = engine.stats()["kv_cache_bytes"]
     engine.release_memory_occupation("kv_cache", preserve=True)  # compiles the copying once
     engine.resume_memory_occupation("kv_cache")
-    before, compiled = live_bytes(), engine.stats()["compilations"]
+    before, compiled = live_bytes(engine), engine.stats()["compilations"]
     for _ in range(3):
         assert deleted(engine.release_memory_occupation("kv_cache", preserve=preserve)) == (2, size)
-        assert live_bytes() == before - size
+        assert live_bytes(engine) == before - size
         assert deleted(engine.release_memory_occupation("kv_cache")) == (0, 0)
         with pytest.raises(EngineError, match=r"resume_memory_occupation\(\['kv_cache'\]\)"):
             ask(engine)
         assert engine.resume_memory_occupation() == {"buffers": 2, "bytes": size}
-        assert live_bytes() == before
+        assert live_bytes(engine) == before
         again = ask(engine)
         assert again["output_ids"] == expected
         assert again["meta_info"]["cached_tokens"] == (64 if preserve else 0)
@@ -106,13 +111,13 @@ def test_flush_while_released_forgets_what_was_preserved(engine):
 def test_own_weights_are_deleted_and_read_again(engine):
     expected = ask(engine)["output_ids"]
     assert ask(engine)["output_ids"] == expected
-    before = live_bytes()
+    before = live_bytes(engine)
     weights = sum(a.nbytes for a in jax.tree.leaves(engine._parts.runner.params))
     assert engine.release_memory_occupation(["weights"])["bytes"] == weights
-    assert live_bytes() == before - weights
+    assert live_bytes(engine) == before - weights
     compiled = engine.stats()["compilations"]
     engine.resume_memory_occupation(["weights"])
-    assert live_bytes() == before
+    assert live_bytes(engine) == before
     assert ask(engine)["output_ids"] == expected
     assert engine.stats()["compilations"] == compiled
 
@@ -290,7 +295,7 @@ def test_many_cycles_under_load(engine, cycles):
     for preserve in (True, False):
         engine.release_memory_occupation("kv_cache", preserve=preserve)
         engine.resume_memory_occupation()
-    compiled, before = engine.stats()["compilations"], live_bytes()
+    compiled, before = engine.stats()["compilations"], live_bytes(engine)
     stop = threading.Event()
     wrong, answered, refusals, came = [], [], [], threading.Semaphore(0)
 
@@ -322,4 +327,4 @@ def test_many_cycles_under_load(engine, cycles):
     assert all("resume_memory_occupation" in message for message in refusals)
     assert set(answered) == {0, 1, 2, 3}
     assert engine.stats()["compilations"] == compiled
-    assert live_bytes() == before
+    assert live_bytes(engine) == before
