@@ -190,7 +190,7 @@ def test_the_lock_pins_everything_and_names_no_machine(name):
 @pytest.mark.parametrize(
     ("variables", "native"),
     [
-        ({"ROOTCELLAR_NO_NATIVE": "1"}, False),
+        pytest.param({"ROOTCELLAR_NO_NATIVE": "1"}, False, marks=pytest.mark.long),
         ({"CXX": "/no/such/compiler"}, False),
         # Compiling takes a minute; `make` has done it once already when it set up the environment.
         pytest.param({}, True, marks=pytest.mark.long),

@@ -18,6 +18,13 @@ from rootcellar.tiers.mover import Mover
 FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
 """Full, window, chunked, latent, Mamba-2, gated delta."""
 RECURRENT = FAMILIES[-2:]
+
+
+def by_day(*names):
+    """Every family, those of ``names`` by day."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.long) for name in FAMILIES]
+
+
 HALF = 32  # tokens of an answer after which its conversation is asked to go on
 TIER = {"enable_hierarchical_cache": True}
 
@@ -83,7 +90,7 @@ def converse(engine, case, prompts):
 LONG = [11, 13, 14, 15]  # prompts of 33 to 100 tokens
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_day(*FAMILIES[:-1]))
 def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, name):
     case, folder = case_of(name)
     with engine(folder, hicache_ratio=4.0) as running:
@@ -102,7 +109,7 @@ def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, na
         check_idle(running)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_day("gemma3", "bamba"))
 def test_a_host_smaller_than_the_device_keeps_what_fits(case_of, name):
     case, folder = case_of(name)
     with engine(folder, hicache_ratio=0.4, hicache_write_policy="write_back") as running:
@@ -111,7 +118,7 @@ def test_a_host_smaller_than_the_device_keeps_what_fits(case_of, name):
         check_idle(running)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_day("qwen2-4kv", "llama4", "deepseek3"))
 def test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left_behind(case_of, name, monkeypatch):
     case, folder = case_of(name)
     faults = Faults(delay=0.2, fail=0.15, short=0.1, flip=0.2)

@@ -33,11 +33,11 @@ def shelf(engine, kind="recurrent"):
     return engine.stats()["cache"][kind]["DEVICE"]
 
 
-def serve(engine, case, batch):
-    """All prompts in a shuffled order, ``batch`` at a time: what they must answer, and what of them was cached."""
-    order = list(range(len(case.prompts)))
+def serve(engine, case, batch, which=range(16)):
+    """Prompts in a shuffled order, ``batch`` at a time: what they must answer, and what of each was cached."""
+    order = list(which)
     random.Random(batch).shuffle(order)
-    cached = [0] * len(order)
+    cached = {}
     for at in range(0, len(order), batch):
         part = order[at : at + batch]
         answers = engine.generate(input_ids=[case.prompts[i] for i in part], sampling_params=GREEDY)
@@ -100,26 +100,31 @@ def retract(engine, case):
     ],
 )
 def test_the_same_tokens_cold_cached_and_without_the_states(make, name, page_size, chunk, batches, running):
+    """Where few may run at once, with half of the prompts."""
     case, folder = make(name)
+    which = range(16) if running == 16 else range(1, 16, 2)
     with engine(folder, page_size=page_size, chunked_prefill_size=chunk, max_running_requests=running) as e:
         for batch in batches:
-            serve(e, case, batch)
-            again = serve(e, case, batch)
-            for prompt, cached in zip(case.prompts, again, strict=True):
-                if len(prompt) > 33 + page_size:  # a state at the tail of the prompt, or where another parted from it
+            serve(e, case, batch, which)
+            again = serve(e, case, batch, which)
+            for i, cached in again.items():
+                if len(case.prompts[i]) > 33 + page_size:  # a state at its tail, or where another parted from it
                     assert cached > 0
-            assert max(again) >= 96
+            assert max(again.values()) >= 96
             evict_states(e, 512)
-            assert serve(e, case, batch) != again, "without states, prompts are computed again"
+            assert serve(e, case, batch, which) != again, "without states, prompts are computed again"
             e.flush_cache()
         drop_and_rebuild(e, case)
         retract(e, case)
         check_idle(e)
 
 
-@pytest.mark.parametrize(("name", "page_size", "chunk"), [("bamba", 16, 64), ("qwen3-next", 1, 16)])
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk"),
+    [("bamba", 16, 64), pytest.param("qwen3-next", 1, 16, marks=pytest.mark.long)],
+)
 def test_the_same_tokens_with_the_cache_off(make, name, page_size, chunk):
     case, folder = make(name)
     with engine(folder, page_size=page_size, chunked_prefill_size=chunk, disable_radix_cache=True) as e:
-        assert serve(e, case, 16) == [0] * 16
+        assert not any(serve(e, case, 16).values())
         check_idle(e)

@@ -65,8 +65,8 @@ def run(devices, tmp_path):
     ("name", "tp_size", "heads_on_each"),
     [
         ("qwen2-4kv", 2, 2),
-        ("qwen3-tied-1kv-d128", 4, 1),
         ("gpt-oss", 4, 1),
+        pytest.param("qwen3-tied-1kv-d128", 4, 1, marks=pytest.mark.long),
         pytest.param("qwen2-4kv", 4, 1, marks=pytest.mark.long),
         pytest.param("llama2", 4, 1, marks=pytest.mark.long),
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),

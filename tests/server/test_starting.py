@@ -122,7 +122,7 @@ def test_a_signal_while_loading_is_obeyed_at_once():
 
 def test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled(tiny_folder):
     """The log names what is compiled; the banner comes when a request can be answered, the rest is compiled behind."""
-    words = ("--model-path", str(tiny_folder), "--max-running-requests", "2", "--chunked-prefill-size", "64")
+    words = ("--model-path", str(tiny_folder), "--max-running-requests", "2", "--chunked-prefill-size", "16")
     with Server(*words, warm=True, max_total_tokens=256) as server, server.client() as client:
         ready_at = server.log()
         answer = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 2})
