@@ -30,8 +30,13 @@ MUTATIONS = {
     ),
     "2: a held node is evicted": (
         "tree.py",
-        "evictable = 0 if node.refs else len(entry.pages)",
+        "evictable = 0 if node.refs or (node.far and shelf.tier is not Tier.DEVICE) else len(entry.pages)",
         "evictable = len(entry.pages)",
+    ),
+    "2: what a store reads is evicted": (
+        "tree.py",
+        "if node.refs or (node.far and shelf.tier is not Tier.DEVICE) else",
+        "if node.refs else",
     ),
     "2: a pinned window is evicted": (
         "tree.py",

@@ -14,7 +14,6 @@ from rootcellar.cache import (
     Tier,
     digests,
     full,
-    prefetch_verdict,
     recurrent,
     sliding_window,
 )
@@ -115,6 +114,42 @@ def test_a_tier_that_never_answers_does_not_tie_up_the_device():
     cache.check()
 
 
+@pytest.mark.parametrize("loading", [False, True], ids=["writing", "loading"])
+def test_a_store_that_never_answers_does_not_tie_up_the_device(loading):
+    cache = make(size=32, tiers=(HOST, STORAGE), capacity={("full", HOST): 64, ("full", STORAGE): 64})
+    if loading:
+        cache.learn(Found(Key(tokens((0, 32))), STORAGE))
+        assert cache.prefetch(cache.match(Key(tokens((0, 32))))) is not None
+        (move,) = cache.moves()
+        serve(cache, tokens((0, 32)))  # which computes it, beside the copy
+        assert not cache.moves()
+    else:
+        serve(cache, tokens((0, 32)))
+        (down,) = cache.moves()
+        cache.learn(Done(down.id))
+        (move,) = cache.moves()
+    assert {move.src, move.dst} == {HOST, STORAGE}
+    for first in (100, 200):
+        serve(cache, tokens((first, 32)))
+        land_all_but(cache, move)
+    shelf = cache.stats().shelves["full", Tier.DEVICE]
+    assert (shelf.pinned, shelf.evictable) == (0, 32)
+    assert cache.drop_namespace("") == 32  # what is being copied stays until then
+    cache.check()
+    cache.learn(Done(move.id))
+    assert all(shelf.free == shelf.size for shelf in cache.stats().shelves.values())
+    cache.check()
+
+
+def land_all_but(cache, move):
+    """Fail what was planned but for one move that is under way."""
+    while moves := cache.moves():
+        for other in moves:
+            assert other.id != move.id
+            cache.learn(Failed(other.id))
+    cache.check()
+
+
 def test_the_copy_of_a_request_that_was_aborted_still_lands():
     cache = make(tiers=(HOST,), capacity={("full", HOST): 1024})
     serve(cache, tokens((0, 16)))
@@ -210,19 +245,15 @@ def test_open_falls_back_to_the_device_when_the_copies_do_not_fit():
     cache.close(lease)
 
 
-def test_a_prefetch_brings_storage_to_host_and_the_verdict_says_when_to_go():
+def test_a_prefetch_brings_storage_to_host():
     cache = make(tiers=(HOST, STORAGE))
     key = Key(tokens((0, 32)))
     cache.learn(Found(key, STORAGE))
     prefetch = cache.prefetch(cache.match(key))
     assert prefetch.tokens == 32
     assert cache.pending(prefetch) == 1
-    assert prefetch_verdict("best_effort", 1, 0, 10) == "go"
-    assert prefetch_verdict("wait_complete", 1, 99, 10) == "wait"
-    assert [prefetch_verdict("timeout", 1, waited, 10) for waited in (9, 10)] == ["wait", "go"]
     land(cache)
     assert cache.pending(prefetch) == 0
-    assert prefetch_verdict("wait_complete", 0, 0, 10) == "go"
     assert cache.match(key).reach(HOST) == 32
     assert cache.prefetch(cache.match(key)) is None
 

@@ -9,7 +9,7 @@ cache.close(lease)                     # finished, aborted, retracted
 """
 
 from rootcellar.cache.choose import CORE, Hit, Lease, RadixCache, digests
-from rootcellar.cache.control import Prefetch, prefetch_verdict
+from rootcellar.cache.control import Prefetch
 from rootcellar.cache.explain import Explanation
 from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, Eviction, KVEvent
 from rootcellar.cache.key import Key
@@ -55,7 +55,6 @@ __all__ = [
     "chunked_local",
     "digests",
     "full",
-    "prefetch_verdict",
     "recurrent",
     "sliding_window",
 ]

@@ -146,7 +146,7 @@ class PrefixCache(Protocol):
         """Plan to bring what ``tier`` adds to a hit to HOST; None when it is not worth it (``min_load``)."""
 
     def pending(self, prefetch: Prefetch) -> int:
-        """How many moves of a prefetch are not yet reported; see ``prefetch_verdict``."""
+        """How many moves of a prefetch are not yet reported."""
 
     # ---- control ------------------------------------------------------------------------------------------------
 

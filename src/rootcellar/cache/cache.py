@@ -34,13 +34,13 @@ class Cache:
         self.windows: list[Shelf] = [shelf for shelf in self.paged if not shelf.full]
         self.states: list[Shelf] = [shelf for shelf in device if shelf.kind.rule == "recurrent"]
 
-    def places(self) -> Iterator[Node]:
-        """The node of every live hold, as often as it is held."""
+    def places(self) -> Iterator[tuple[Node, bool]]:
+        """The node of every live hold, as often as it is held, and whether the device has no part in that."""
         for lease in self.holders():
-            yield lease.node
+            yield lease.node, False
         for flight in self.traffic.flights.values():
             if flight.held and flight.node is not None:
-                yield flight.node
+                yield flight.node, flight.far
 
     def holders(self) -> Iterator[Lease]:
         """Live leases, pins of prefixes and what peers may fetch."""

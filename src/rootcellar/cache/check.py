@@ -46,10 +46,10 @@ def check(cache: Cache) -> None:
     for lease in cache.leases.values():
         _check_lease(cache, lease)
     for root in cache.tree.detached:
-        if any(child.refs == 0 for child in root.children.values()):
+        if any(not child.held for child in root.children.values()):
             raise CacheBroken(f"the dropped namespace {root.namespace!r} keeps what nobody holds")
     for root in [*cache.tree.roots.values(), *cache.tree.detached]:
-        if not root.refs and not root.children:
+        if not root.held and not root.children:
             raise CacheBroken(f"namespace {root.namespace!r} is empty and was not forgotten")
     for table in cache.tables.by_kind:
         if table[0].any():
@@ -71,7 +71,7 @@ def _check_node(tree: Tree, node: Node) -> None:
     if len(node.tokens) != node.size * tree.page_size:
         raise CacheBroken(f"{_name(node)}: {len(node.tokens)} tokens on the edge")
     empty = all(entry is None for entry in node.entries)
-    if empty and not (node.children or node.flights or node.refs):
+    if empty and not (node.children or node.flights or node.held):
         raise CacheBroken(f"{_name(node)} is a leaf, holds nothing and is kept")
     for shelf in tree.shelves:
         kids = sum(child.entries[shelf.index] is not None for child in node.children.values())
@@ -117,10 +117,11 @@ def _shelf(shelf: Shelf) -> str:
 def _check_holds(cache: Cache, nodes: list[Node]) -> None:
     """Invariant 2: holds and pins are the sum of what live leases and moves need."""
     tree = cache.tree
-    places: Counter[int] = Counter()
+    near: Counter[int] = Counter()
+    far: Counter[int] = Counter()
     pins: Counter[tuple[int, int, int]] = Counter()  # node, kind, first page; -1: from the node's start
-    for node in cache.places():
-        places[node.id] += 1
+    for node, apart in cache.places():
+        (far if apart else near)[node.id] += 1
     for lease in cache.holders():
         for k in tree.windows:
             recurrent = tree.kinds[k].rule == "recurrent"
@@ -133,9 +134,12 @@ def _check_holds(cache: Cache, nodes: list[Node]) -> None:
                 pins[climb.id, k, max(start, climb.start) if start > climb.start else -1] += 1
                 climb = climb.parent
     for node in [*nodes, *tree.roots.values(), *tree.detached]:
-        refs = places[node.id] + sum(child.refs > 0 for child in node.children.values())
-        if refs != node.refs:
-            raise CacheBroken(f"{_name(node)}: held {node.refs} times, {refs} accounted for")
+        for counted, places, held in (
+            (node.refs, near, sum(child.refs > 0 for child in node.children.values())),
+            (node.far, far, sum(child.far > 0 for child in node.children.values())),
+        ):
+            if counted != places[node.id] + held:
+                raise CacheBroken(f"{_name(node)}: held {counted} times, {places[node.id] + held} accounted for")
         for k in tree.windows:
             if not (
                 node.covers[k] == pins.pop((node.id, k, -1), 0)
@@ -196,7 +200,7 @@ def _check_counts(cache: Cache, shelf: Shelf, nodes: list[Node]) -> None:
         cached += len(entry.pages)
         evictable += entry.evictable
         if shelf.full:
-            may = 0 if node.refs else len(entry.pages)
+            may = 0 if node.refs or (node.far and shelf.tier is not Tier.DEVICE) else len(entry.pages)
         else:
             may = cache.tree.unpinned(node, shelf, entry)
         if entry.evictable != may:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from rootcellar.cache.slots import Pages
 
 Chain = Callable[[bytes, NDArray[np.int64], int], list[bytes]]
 FOREVER = 1 << 62  # ticks
-PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 
 
 # ---- pins ---------------------------------------------------------------------------------------------------------
@@ -85,7 +83,7 @@ def drop_namespace(cache: Cache, namespace: str) -> int:
     stack = list(root.children.values())
     while stack:
         node = stack.pop()
-        if node.refs == 0:
+        if not node.held:
             drop_subtree(tree, node)
         else:
             held += node.size * tree.page_size
@@ -197,17 +195,6 @@ def prefetch(cache: Cache, hit: Hit, tier: Tier) -> Prefetch | None:
     tree.release(place)
     prune(tree, place)
     return Prefetch(frozenset(ids), reach)
-
-
-def prefetch_verdict(policy: PrefetchPolicy, pending: int, waited: float, timeout: float) -> Literal["wait", "go"]:
-    """Whether a request waits on for its prefetch, under SGLang's three policies.
-
-    ``pending`` moves are not yet reported; ``waited`` and ``timeout`` are in the caller's unit of time. ``best_effort``
-    never waits, ``wait_complete`` waits for all, ``timeout`` until all are there or the time is up.
-    """
-    if policy == "best_effort" or pending == 0:
-        return "go"
-    return "go" if policy == "timeout" and waited >= timeout else "wait"
 
 
 # ---- stores and peers ---------------------------------------------------------------------------------------------

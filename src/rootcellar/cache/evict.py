@@ -112,7 +112,7 @@ def prune(tree: Tree, node: Node) -> None:
     unheld = unreachable = None
     climb = node
     while climb.parent is not None:
-        if climb.refs == 0:
+        if not climb.held:
             unheld = climb
             if tree.dead(climb):
                 unreachable = climb

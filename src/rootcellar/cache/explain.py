@@ -199,5 +199,5 @@ def _line(tree: Tree, node: Node) -> str:
             part = f"{len(entry.pages)}/{node.size}" if len(entry.pages) < node.size else "all"
             held.append(f"{shelf.kind.name}@{shelf.tier.name.lower()} {part}")
     size = tree.page_size
-    notes = [f"{node.hits} hits"] + (["held"] if node.refs else []) + (["copying"] if node.flights else [])
+    notes = [f"{node.hits} hits"] + (["held"] if node.held else []) + (["copying"] if node.flights else [])
     return f"[{node.start * size}, {node.end * size}) {head} ...: {', '.join(held) or 'nothing'}; {', '.join(notes)}"

@@ -69,7 +69,7 @@ def plan(
     flight.node, flight.after = node, after
     node.flights.append(flight)
     if held:
-        tree.hold(node)
+        tree.hold(node, far=flight.far)
     _refresh(tree, flight)
     if not make_room(tree, target.arena, node.end - start):
         _land(tree, flight)
@@ -172,7 +172,7 @@ def _land(tree: Tree, flight: Flight) -> None:
     _refresh(tree, flight)
     if place is not None:
         if flight.held:
-            tree.release(place)
+            tree.release(place, far=flight.far)
         prune(tree, place)
 
 

@@ -72,6 +72,7 @@ def _node(item: tuple[Node, Tree]) -> Record:
         node.size,
         node.tokens.tobytes(),
         node.refs,
+        node.far,
         node.created,
         node.hits,
         node.priority,
@@ -188,10 +189,10 @@ def thaw(given: Settings, records: Iterable[Record], *, full: bool) -> Tree:
 
 
 def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
-    ident, _, name, _, start, size, tokens, refs, created, hits, priority, owner, group, used, *last = record
+    ident, _, name, _, start, size, tokens, refs, far, created, hits, priority, owner, group, used, *last = record
     node = Node(ident, parent, np.frombuffer(tokens, np.int64), start, size)
     node.namespace = name or ""
-    node.refs, node.created, node.hits, node.priority = refs, created, hits, priority
+    node.refs, node.far, node.created, node.hits, node.priority = refs, far, created, hits, priority
     node.owner, node.group, node.used = owner, group, used
     ticks, covers, starts, kids, entries, flights, digests = last
     node.ticks, node.covers, node.kids, node.digests = list(ticks), list(covers), list(kids), list(digests)

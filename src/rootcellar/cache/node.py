@@ -9,8 +9,9 @@ A **node** is an edge of whole pages. An **entry** is the contiguous run of page
     recurrent            the last page stands for the     [             s]   one state, at the node's end
                          state after the node
 
-A node is *held* (``refs > 0``) while a lease, a move or a prefix pin has its place at it or below it. ``refs`` counts
-places at the node plus held children, so taking a hold climbs only until it meets a node that is held already.
+A node is *held* while a lease, a move or a prefix pin has its place at it or below it. ``refs`` counts places at the
+node plus children of which it is not 0, so taking a hold climbs only until it meets a node that is held already.
+``far`` is the same of moves that leave the device alone: for their sake the device may still evict what it has.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Node:
         "created",
         "digests",
         "entries",
+        "far",
         "flights",
         "group",
         "hits",
@@ -81,7 +83,7 @@ class Node:
         self.size = size
         self.entries: list[Entry | None] = []  # by shelf
         self.kids: list[int] = []  # by shelf: children that hold an entry there
-        self.refs = 0
+        self.refs = self.far = 0
         self.covers: list[int] = []  # by kind: pins that cover the node from its start
         self.starts: list[dict[int, int]] = []  # by kind: absolute page where a pin starts inside the node -> how many
         self.ticks: list[int] = []  # by kind: when the node last served that kind
@@ -94,6 +96,11 @@ class Node:
         self.namespace = ""  # of a root
         self.group: int = 0  # the adaptive policy's class, and the volume at the last use
         self.used: int = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether the node has to stay where it is."""
+        return self.refs > 0 or self.far > 0
 
     @property
     def end(self) -> int:
@@ -140,6 +147,11 @@ class Flight:
         self.node: Node | None = None
         self.after: Flight | None = None
         self.waiters: list[Waiter] = []
+
+    @property
+    def far(self) -> bool:
+        """Whether the device has no part in it."""
+        return Tier.DEVICE not in (self.src, self.dst)
 
     def blocks(self, kind_index: int, tier: Tier) -> bool:
         """Whether entries of this kind on this tier must stay where they are until the flight ends."""

@@ -129,7 +129,7 @@ class Tree:
         upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
         upper.ticks = node.ticks.copy()
         upper.group, upper.used = node.group, node.used
-        upper.refs = 1 if node.refs else 0
+        upper.refs, upper.far = int(node.refs > 0), int(node.far > 0)
         upper.digests, node.digests = node.digests[:at], node.digests[at:]
         parent.children[self.first(node.tokens, 0)] = upper
         node.tokens = _part(node.tokens, cut, len(node.tokens))
@@ -171,7 +171,7 @@ class Tree:
     def discard(self, node: Node) -> None:
         """Take a childless, unheld node that holds nothing out of the tree, and each ancestor that this empties."""
         while True:
-            if node.refs or node.children or node.flights or any(node.entries):
+            if node.held or node.children or node.flights or any(node.entries):
                 return
             parent = node.parent
             if parent is None:
@@ -272,7 +272,7 @@ class Tree:
         if entry is None:
             return
         if shelf.full:
-            evictable = 0 if node.refs else len(entry.pages)
+            evictable = 0 if node.refs or (node.far and shelf.tier is not Tier.DEVICE) else len(entry.pages)
             ready = evictable > 0 and node.kids[shelf.index] == 0
         else:
             evictable = self.unpinned(node, shelf, entry)
@@ -300,23 +300,32 @@ class Tree:
 
     # ---- holds and pins -----------------------------------------------------------------------------------------
 
-    def hold(self, node: Node) -> None:
-        """Keep a place in the tree: the node and all above it stay, with their full-attention entries."""
+    def hold(self, node: Node, *, far: bool = False) -> None:
+        """Keep a place in the tree: the node and all above it stay, with their full-attention entries.
+
+        ``far``: but for those that the device has.
+        """
         climb: Node | None = node
         while climb is not None:
-            climb.refs += 1
-            if climb.refs > 1:
+            if far:
+                climb.far += 1
+            else:
+                climb.refs += 1
+            if (climb.far if far else climb.refs) > 1:
                 return
             for shelf in self.full_shelves:
                 self.refresh(climb, shelf)
             climb = climb.parent
 
-    def release(self, node: Node) -> None:
+    def release(self, node: Node, *, far: bool = False) -> None:
         """Undo one :meth:`hold`."""
         climb: Node | None = node
         while climb is not None:
-            climb.refs -= 1
-            if climb.refs:
+            if far:
+                climb.far -= 1
+            else:
+                climb.refs -= 1
+            if climb.far if far else climb.refs:
                 return
             for shelf in self.full_shelves:
                 self.refresh(climb, shelf)

@@ -353,7 +353,7 @@ def _drop_own(tree: Tree, lease: Lease) -> Node:
     for node in path[:-1]:
         if node.parent is None:  # it held nothing and went with the node below
             continue
-        if node.owner != lease.serial or node.refs or node.children or node.hits:
+        if node.owner != lease.serial or node.held or node.children or node.hits:
             return node
         drop_subtree(tree, node)
     return path[-1]

@@ -59,7 +59,7 @@ def tree_view(tree: Tree, limit: int) -> TreeView:
 
     def open_children(node: Node, namespace: str) -> None:
         for child in node.children.values():
-            heappush(heap, ((not child.refs, -child.hits, -max(child.ticks), child.id), child, namespace))
+            heappush(heap, ((not child.held, -child.hits, -max(child.ticks), child.id), child, namespace))
 
     for name, root in tree.roots.items():
         open_children(root, name)
@@ -90,7 +90,7 @@ def _view(tree: Tree, node: Node, namespace: str) -> NodeView:
         hits=node.hits,
         created=node.created,
         used=max(node.ticks),
-        in_use=node.refs > 0,
+        in_use=node.held,
         children=len(node.children),
     )
 

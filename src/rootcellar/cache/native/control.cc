@@ -78,7 +78,7 @@ std::int64_t Cache::drop_namespace(const Ref<Name>& name) {
     while (!stack.empty()) {
         Node* node = stack.back();
         stack.pop_back();
-        if (node->refs == 0) {
+        if (!node->held()) {
             tree.drop_subtree(node);
             continue;
         }

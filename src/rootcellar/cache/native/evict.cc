@@ -94,7 +94,7 @@ void Tree::prune(Node* node) {
     Node* unreachable = nullptr;
     Node* climb = node;
     for (; climb->parent != nullptr; climb = climb->parent) {
-        if (climb->refs != 0) continue;
+        if (climb->held()) continue;
         unheld = climb;
         if (dead(climb)) unreachable = climb;
     }

@@ -28,7 +28,7 @@ Flight* Cache::plan(Node* node, Shelf& source, Shelf& target, std::int64_t start
     Flight* flight = made.get();
     if (!node->flights) node->flights = std::make_unique<std::vector<Flight*>>();
     node->flights->push_back(flight);
-    if (held) tree.hold(node);
+    if (held) tree.hold(node, flight->far());
     refresh_flight(*flight);
     if (!tree.make_room(*target.arena, node->end() - start)) {
         land(*flight);
@@ -133,7 +133,7 @@ void Cache::land(Flight& flight) {
         if (node->flights) std::erase(*node->flights, &flight);
     refresh_flight(flight);
     if (place == nullptr) return;
-    if (flight.held) tree.release(place);
+    if (flight.held) tree.release(place, flight.far());
     tree.prune(place);
 }
 

@@ -58,7 +58,7 @@ nb::tuple record(Cache& cache, Node* node) {
     if (node->parent == nullptr) name = python_name(node->name->text);
     return nb::make_tuple(node->id, node->parent == nullptr ? 0 : node->parent->id, name, node->detached, node->start,
                           node->size, raw(node->tokens.data(), node->tokens.size() * sizeof(std::int64_t)), node->refs,
-                          node->created, node->hits, node->priority, node->owner, node->group, node->used,
+                          node->far, node->created, node->hits, node->priority, node->owner, node->group, node->used,
                           nb::tuple(ticks), nb::tuple(covers), nb::tuple(starts), nb::tuple(kids), nb::tuple(entries),
                           nb::tuple(flights), nb::tuple(digests));
 }

@@ -91,6 +91,7 @@ struct Node {
     std::int32_t size = 0;
     std::uint64_t hash = 0;  // of the parent and the first page: where the table files it
     std::int32_t refs = 0;   // places at the node plus held children
+    std::int32_t far = 0;    // the same of flights that leave the device alone
     std::int32_t group = 0;  // the adaptive policy's class, and the volume at the last use
     std::int64_t used = 0;
     std::int64_t hits = 0;
@@ -111,6 +112,7 @@ struct Node {
     bool detached = false;  // a root that was dropped and is still held
 
     std::int32_t end() const { return start + size; }
+    bool held() const { return refs != 0 || far != 0; }
     Entry& entry(int shelf) { return reinterpret_cast<Entry*>(this + 1)[shelf]; }
     const Entry& entry(int shelf) const { return reinterpret_cast<const Entry*>(this + 1)[shelf]; }
     Pins& pins(int kind) { return reinterpret_cast<Pins*>(reinterpret_cast<Entry*>(this + 1) + shelves)[kind]; }
@@ -243,6 +245,7 @@ struct Flight {
     Flight* after = nullptr;
     std::vector<Ref<Lease>> waiters;
 
+    bool far() const { return src != DEVICE && dst != DEVICE; }  // the device has no part in it
     bool blocks(int kind, Tier tier) const { return kind == k && (tier == dst || (held && tier == src)); }
 };
 

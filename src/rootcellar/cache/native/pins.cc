@@ -8,16 +8,16 @@ namespace rootcellar {
 
 // ---- holds and pins ----------------------------------------------------------------------------------------------
 
-void Tree::hold(Node* node) {
+void Tree::hold(Node* node, bool far) {
     for (; node != nullptr; node = node->parent) {
-        if (++node->refs > 1 || node->parent == nullptr) return;  // a root has no entries
+        if (++(far ? node->far : node->refs) > 1 || node->parent == nullptr) return;  // a root has no entries
         for (Shelf* shelf : full_shelves) refresh(node, *shelf);
     }
 }
 
-void Tree::release(Node* node) {
+void Tree::release(Node* node, bool far) {
     for (; node != nullptr; node = node->parent) {
-        if (--node->refs != 0 || node->parent == nullptr) return;
+        if (--(far ? node->far : node->refs) != 0 || node->parent == nullptr) return;
         for (Shelf* shelf : full_shelves) refresh(node, *shelf);
     }
 }

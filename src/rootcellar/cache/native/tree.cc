@@ -202,6 +202,7 @@ Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     upper->used = node->used;
     for (std::size_t k = 0; k < kinds.size(); ++k) upper->pins(k).tick = node->pins(k).tick;
     upper->refs = node->refs != 0 ? 1 : 0;
+    upper->far = node->far != 0 ? 1 : 0;
     const std::uint32_t named = std::min<std::uint32_t>(node->digests.size(), at);
     upper->digests = node->digests.part(0, named);
     node->digests = node->digests.part(named, node->digests.size(), leaving);
@@ -272,7 +273,7 @@ void Tree::split_entries(Node* parent, Node* upper, Node* lower, std::int32_t at
 
 void Tree::discard_way(Node* node) {
     while (true) {
-        if (node->refs != 0 || node->first_child != nullptr || node->has_flights()) return;
+        if (node->held() || node->first_child != nullptr || node->has_flights()) return;
         for (const Shelf& shelf : shelves)
             if (node->entry(shelf.index).present()) return;
         Node* parent = node->parent;
@@ -390,7 +391,7 @@ bool Tree::holds_any(Node* node, int k) const {
 
 // Whether an entry on this shelf is all that keeps a node.
 bool Tree::keeps(const Node* node, const Shelf& shelf) const {
-    if (node->refs != 0 || node->first_child != nullptr || node->has_flights()) return false;
+    if (node->held() || node->first_child != nullptr || node->has_flights()) return false;
     return std::all_of(shelves.begin(), shelves.end(), [&](const Shelf& other) {
         return other.index == shelf.index || !node->entry(other.index).present();
     });
@@ -408,7 +409,7 @@ void Tree::refresh(Node* node, Shelf& shelf) {
     std::int32_t evictable;
     bool ready;
     if (shelf.full()) {
-        evictable = node->refs != 0 ? 0 : entry.count();
+        evictable = node->refs != 0 || (node->far != 0 && shelf.tier != DEVICE) ? 0 : entry.count();
         ready = evictable > 0 && entry.kids == 0;
     } else {
         evictable = unpinned(node, shelf, entry);

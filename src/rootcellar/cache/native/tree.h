@@ -70,7 +70,7 @@ struct Tree {
     Node* split(Node* node, std::int32_t at, bool leaving = false);
     // Throw away a node that nothing needs, and those above that nothing needs then.
     void discard(Node* node) {
-        if (node->refs == 0 && node->first_child == nullptr) discard_way(node);
+        if (!node->held() && node->first_child == nullptr) discard_way(node);
     }
     // Free what was thrown away: at the end of a verb, when nothing points to it any more.
     void bury() {
@@ -90,8 +90,9 @@ struct Tree {
     std::int32_t unpinned(Node* node, const Shelf& shelf, const Entry& entry) const;
 
     // holds and pins
-    void hold(Node* node);
-    void release(Node* node);
+    // `far`: the device may still evict what it has.
+    void hold(Node* node, bool far = false);
+    void release(Node* node, bool far = false);
     void pin(Node* node, int k, std::int64_t start, std::int32_t count);
     void use(Node* node, const std::vector<std::int64_t>& starts) {
         if (node->parent != nullptr) use_way(node, starts);

@@ -396,7 +396,7 @@ Node* Cache::drop_own(const Lease& lease) {
     for (std::size_t i = 0; i + 1 < path.size(); ++i) {
         Node* node = path[i];
         if (node->parent == nullptr) continue;  // it held nothing and went with the node below
-        if (node->owner != lease.serial || node->refs != 0 || node->first_child != nullptr || node->hits != 0)
+        if (node->owner != lease.serial || node->held() || node->first_child != nullptr || node->hits != 0)
             return node;
         tree.drop_subtree(node);
     }

@@ -36,7 +36,7 @@ nb::tuple view_of(Tree& tree, Node* node, const Name& name, std::int64_t childre
     const Node* parent = node->parent;
     return nb::make_tuple(node->id, parent->parent == nullptr ? 0 : parent->id, python_name(name.text), node->start,
                           node->size, nb::tuple(head), held, node->hits, node->created, last_use(tree, node),
-                          node->refs > 0, children);
+                          node->held(), children);
 }
 
 }  // namespace
@@ -47,7 +47,7 @@ nb::list tree_of(Cache& cache, std::int64_t limit) {
     const auto open_children = [&](const Node* node, const Name* name) {
         std::int64_t count = 0;
         for (Node* child = node->first_child; child != nullptr; child = child->next, ++count)
-            open.push({{child->refs == 0, -child->hits, -last_use(tree, child), child->id}, child, name});
+            open.push({{!child->held(), -child->hits, -last_use(tree, child), child->id}, child, name});
         return count;
     };
     for (const Node* root = tree.first_root; root != nullptr; root = root->next) open_children(root, root->name.get());
