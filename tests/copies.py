@@ -1,4 +1,7 @@
-"""A mover between tiers of a model whose bytes are hashes: it reads when it is told to, and writes when it is let."""
+"""A mover between tiers of a model whose bytes are hashes: it reads when it is told to, and writes when it is let.
+
+Its store is a dict by kind and digest, which a test may take pages from.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ class Copies:
     def __init__(self, pool_of):
         self._pool_of = pool_of
         self.pending = {}
+        self.questions = {}
+        self.stored = {}
         self._seen, self._answers = [], []
         self.store = None
 
@@ -23,10 +28,11 @@ class Copies:
 
     def dispatch(self, moves, *, patient=False):
         for move in moves:
-            self.pending[move.id] = move, self._pool_of(move.kind, move.src)[move.src_slots].copy()
+            data = None if move.src is Tier.STORAGE else self._pool_of(move.kind, move.src)[move.src_slots].copy()
+            self.pending[move.id] = move, data
 
     def ask(self, serial, question):
-        self._answers.append(Answer(serial, ()))
+        self.questions[serial] = question
 
     def attach(self, store, most_queued=0):
         self.store = store
@@ -48,11 +54,29 @@ class Copies:
         """The oldest copy (to ``dst``) comes to its end, well or not; whether there was one."""
         for ident, (move, data) in self.pending.items():
             if dst in (None, move.dst):
-                if ok:
-                    self._pool_of(move.kind, move.dst)[move.dst_slots] = data
-                self._seen.append(Done(ident) if ok else Failed(ident))
+                self._seen.append(Done(ident) if ok and self._carry_out(move, data) else Failed(ident))
                 del self.pending[ident]
                 return True
+        return False
+
+    def _carry_out(self, move, data):
+        names = [(move.kind, digest) for digest in move.digests]
+        if move.dst is Tier.STORAGE:
+            self.stored.update(zip(names, data, strict=True))
+        elif move.src is not Tier.STORAGE or all(name in self.stored for name in names):
+            into = self._pool_of(move.kind, move.dst)
+            into[move.dst_slots] = [self.stored[name] for name in names] if data is None else data
+        else:
+            return False
+        return True
+
+    def answer(self, *, ok=True):
+        """The oldest question is answered, or the store fails to; whether there was one."""
+        for serial, question in self.questions.items():
+            held = [ok and page in self.stored for page in question.pages]
+            self._answers.append(Answer(serial, tuple(question.answer(held))))
+            del self.questions[serial]
+            return True
         return False
 
     def follow(self, events):
@@ -68,11 +92,11 @@ class Copies:
         return seen
 
     def drain(self):
-        while self.finish():
+        while self.finish() or self.answer():
             pass
         return self.reports()
 
 
-def host_capacity(kinds, tokens):
-    """Room on HOST for so many tokens of each kind."""
-    return {(kind.name, Tier.HOST): tokens for kind in kinds}
+def host_capacity(kinds, tokens, tier=Tier.HOST):
+    """Room on HOST, or on another tier, for so many tokens of each kind."""
+    return {(kind.name, tier): tokens for kind in kinds}

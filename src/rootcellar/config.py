@@ -178,6 +178,27 @@ class EngineConfig:
         "'write_through_selective' once two requests resumed from them, 'write_back' when the device evicts them.",
         choices=("write_through", "write_through_selective", "write_back"),
     )
+    hicache_storage_backend: str | None = option(
+        None,
+        "Where pages that host memory holds are kept as well, to be found again by name, also after a restart: 'file' "
+        "is a folder on disk (docs/store.md). Needs enable_hierarchical_cache. None: nowhere, until one is attached.",
+    )
+    hicache_storage_backend_extra_config: str | None = option(
+        None,
+        "The settings of hicache_storage_backend, as a JSON object, or '@' and the name of a JSON or TOML file: "
+        "'path', 'max_size', ... of a file store; 'prefetch_threshold', 'prefetch_timeout_base', "
+        "'prefetch_timeout_per_ki_token' and 'prefetch_timeout_max' of the waiting for one.",
+    )
+    hicache_storage_prefetch_policy: str = option(
+        "timeout",
+        "How long a request waits for what the store has of its prompt: 'best_effort' not at all, 'wait_complete' "
+        "until all of it is in host memory, 'timeout' so long, but no longer than prefetch_timeout_base (2 s) and "
+        "prefetch_timeout_per_ki_token (0.1 s) for each 1,024 tokens, prefetch_timeout_max (30 s) at most.",
+        choices=("best_effort", "wait_complete", "timeout"),
+    )
+    hicache_storage_save_on_exit: bool = option(
+        False, "Write to the store, before the engine ends, what only the device or the host holds."
+    )
     share_cache_across_keys: bool = option(
         False,
         "Let tenants (the server's API keys) hit each other's cached prefixes. Their requests, names and pins stay "
@@ -262,6 +283,11 @@ class EngineConfig:
             raise ConfigError(
                 "enable_hierarchical_cache keeps cached prefixes in host memory, and disable_radix_cache caches none: "
                 "leave one of the two out"
+            )
+        if self.hicache_storage_backend is not None and not self.enable_hierarchical_cache:
+            raise ConfigError(
+                f"hicache_storage_backend={self.hicache_storage_backend!r} keeps what host memory holds: it needs "
+                "enable_hierarchical_cache=True"
             )
 
     @classmethod

@@ -1,8 +1,17 @@
-"""What is true of every engine at rest."""
+"""What is true of every engine at rest, and what some tests do to one before."""
+
+from rootcellar.scheduler import Rates
+
+
+def always_load(engine):
+    """Let nothing be measured: then what a farther tier has is loaded, however small the model."""
+    engine._loop.machine.recorder.meter.rates = lambda stats, now: Rates()
+    return engine
 
 
 def check_idle(engine):
     """When idle, what is not free is cached, and nobody holds it, for every kind; after a flush everything is free."""
+    engine._loop.call(engine._loop.machine.life.settle)
     engine.check()
     for tiers in engine.stats()["cache"].values():
         shelf = tiers["DEVICE"]

@@ -166,7 +166,6 @@ def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, 
         max_running_requests=running,
         tiles_of=runner.shapes.tiles_of,
         max_tiles=runner.shapes.prefill_tiles,
-        load_from=Tier.HOST if host else Tier.DEVICE,
         tokens_per_step=per_step,
     )
     held = np.zeros((host // page_size + 1, page_size), np.uint32)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from machines import Callers, Time, expected_answer, hash_machine, real_machine, replay, state_of
 
 import rootcellar
-from rootcellar.cache import Answer
+from rootcellar.cache import Answer, Key, Question, Tier
 from rootcellar.engine import commands
 from rootcellar.engine.commands import (
     Abandon,
@@ -184,7 +184,7 @@ def test_a_pin_ends_when_the_clock_says_so(tiny_folder):
 def test_what_a_store_says_while_copies_are_waited_for_is_learned_and_logged(wait):
     machine = Callers(hash_machine(host=256)).machine
     machine.log = []
-    machine.copies.ask(3, None)
+    machine.copies.ask(3, Question(Key([1]), Tier.STORAGE, (), 4, 0, (), ()))
     wait(machine)
     machine.learn()
     assert machine.log == [(0, Learn((), (Answer(3, ()),)))]

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from idle import check_idle
+from idle import always_load, check_idle
 
 import rootcellar
 from checkpoints import golden
@@ -44,7 +44,7 @@ def case_of(tmp_path_factory):
 
 def engine(folder, **options):
     options = {"max_total_tokens": 512, "max_running_requests": 2, "chunked_prefill_size": 64, **TIER, **options}
-    return rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options)
+    return always_load(rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options))
 
 
 def evict_all(engine):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import EOS, VOCAB, Callers, expected_answer, hash_machine
 
-from rootcellar.cache import Done, Key, Tier
+from rootcellar.cache import Done, Key, Reports, Tier
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.errors import CacheBroken
@@ -126,7 +126,7 @@ def test_a_report_that_cannot_be_learned_is_told(monkeypatch):
         raise CacheBroken(f"{len(events)} reports make no sense")
 
     machine = hash_machine(host=256)
-    machine.copies.reports = lambda: [Done(99)]
+    machine.copies.reports = lambda: Reports((Done(99),))
     monkeypatch.setattr(machine.scheduler, "learn", learn)
     with pytest.raises(CacheBroken, match="1 reports"):
         machine.learn()

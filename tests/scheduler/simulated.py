@@ -5,7 +5,9 @@ writes the chunk's. Reading a page that was freed, shared wrongly or written by 
 next token is a function of the prefix, so what a request must produce is known without any cache.
 
 With ``host`` what is cached is written down to a second tier as well, and comes back from there; a test lets the copies
-happen. With ``per_step`` a step gives up to so many tokens at once, and writes the keys and values of all but the last.
+happen. With ``storage`` what the host has goes on to a store, which is asked for the prompts of new requests under the
+rules ``prefetch``; the time is the number of steps. With ``per_step`` a step gives up to so many tokens at once, and
+writes the keys and values of all but the last.
 
 With ``overlap`` the next step is computed, where the scheduler plans it ahead, before what the one before it gave is
 taken.
@@ -24,9 +26,20 @@ from typing import Any
 import numpy as np
 
 from copies import Copies, host_capacity
-from rootcellar.cache import Kind, RadixCache, Tier, full, recurrent
+from rootcellar.cache import Kind, RadixCache, Reports, Tier, full, recurrent
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Chunk, Plan, Request, Scheduler, Snapshots
+from rootcellar.scheduler import (
+    Chunk,
+    Finish,
+    Loads,
+    Plan,
+    Prefetcher,
+    PrefetchRules,
+    Rates,
+    Request,
+    Scheduler,
+    Snapshots,
+)
 
 VOCAB = 50
 EOS = 7
@@ -76,6 +89,9 @@ class World:
     interval: int = 16
     least: int = 4
     host: int = 0
+    storage: int = 0
+    prefetch: PrefetchRules | None = None
+    rates: Rates | None = None
     per_step: int = 1
     overlap: bool = False
     under_way: tuple[Plan, list[list[int]]] | None = None
@@ -96,6 +112,8 @@ class World:
             capacity["state", Tier.DEVICE] = self.states
         if self.host:
             capacity |= host_capacity(kinds, self.host)
+        if self.storage:
+            capacity |= host_capacity(kinds, self.storage, Tier.STORAGE)
         self.cache = self.core(
             kinds,
             page_size=self.page_size,
@@ -121,9 +139,14 @@ class World:
             schedule_policy=self.policy,
             reuse=self.reuse,
             snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
-            load_from=Tier.HOST if self.host else Tier.DEVICE,
             tokens_per_step=self.per_step,
+            loads=Loads(kinds, self.page_size, {kind.name: self.page_size * 8 for kind in kinds}),
         )
+        self.scheduler.loads.learn(self.rates or Rates(), 0)
+        self.prefetcher = Prefetcher(self.scheduler)
+        self.now = 0
+        if self.storage:
+            self.prefetcher.open(self.prefetch or PrefetchRules("wait_complete", 1, lambda tokens: 0.0))
 
     def add(self, prompt, most, **options):
         request = Request.new(
@@ -135,16 +158,23 @@ class World:
         )
         self.requests.append(request)
         self.scheduler.add(request)
+        self.prefetcher.arrived(request, self.now)
         return request
+
+    def abort(self, request):
+        self.scheduler.finish(request, Finish.abort("asked", "a test"))
+        self.prefetcher.forget(request)
 
     def step(self) -> Plan | None:
         """One turn, as the engine has it; the step whose tokens were taken."""
-        self.scheduler.learn(self.copies.reports().events)
+        self.now += 1
+        self.prefetcher.expire(self.now)
+        self.learn(self.copies.reports())
         if self.under_way is None and (plan := self.scheduler.plan()) is not None:
             assert all(c.start == c.request.computed < c.stop <= c.request.length for c in plan.chunks)
             self.under_way = plan, self.compute(plan, [])
         assert not self.scheduler.failed
-        self.copies.dispatch(self.cache.moves())
+        self.dispatch()
         if self.under_way is None:
             return None
         (plan, tokens), self.under_way = self.under_way, None
@@ -156,9 +186,22 @@ class World:
         self.finished += [r for r in moved if r.finish is not None]
         return plan
 
+    def learn(self, reports: Reports) -> None:
+        """Take in what the mover saw, and what the store said."""
+        self.scheduler.learn(reports.events)
+        self.prefetcher.learned(reports.answers)
+
+    def dispatch(self) -> bool:
+        """Hand over copies and questions; whether there were any."""
+        moves, questions = self.cache.moves(), self.prefetcher.questions()
+        self.copies.dispatch(moves)
+        for serial, question in questions:
+            self.copies.ask(serial, question)
+        return bool(moves or questions)
+
     def compute(self, plan: Plan, before: list[list[int]]) -> list[list[int]]:
         """What the device does; ``before``: what the step gave that ``plan.sources`` refer to."""
-        self.copies.dispatch(self.cache.moves())
+        self.dispatch()
         assert all(request.lease.ready for request in plan.requests)
         assert sum(c.stop - c.start for c in plan.chunks) <= (self.running if plan.decode else self.chunk)
         assert len({c.request for c in plan.chunks}) == len(plan.chunks) <= self.running
@@ -214,16 +257,18 @@ class World:
             if self.scheduler.idle and self.under_way is None:
                 return
             if self.step() is None:
-                assert self.copies.finish(dst=Tier.DEVICE), "nothing can be computed although something waits"
+                came = self.copies.finish(dst=Tier.DEVICE) or (
+                    self.scheduler.waiting.held and (self.copies.answer() or self.copies.finish())
+                )
+                assert came or self.prefetcher.next_end, "nothing can be computed although something waits"
             self.cache.check()
         raise AssertionError("the scheduler does not come to an end")
 
     def land(self):
         """All copies come to their ends, and those that follow from them."""
-        self.scheduler.learn(self.copies.drain().events)
-        while moves := self.cache.moves():
-            self.copies.dispatch(moves)
-            self.scheduler.learn(self.copies.drain().events)
+        self.learn(self.copies.drain())
+        while self.dispatch():
+            self.learn(self.copies.drain())
 
     def verify(self):
         """All requests ended as they must, and the cache owns everything again."""
@@ -233,6 +278,8 @@ class World:
             answer = request.output.tolist()
             assert answer == expected_answer(request.ids[: request.prompt_length], request.sampling.max_new_tokens)
         self.land()
+        assert not self.prefetcher.waiting
+        assert not self.scheduler.waiting.held
         self.cache.check()
         shelves = self.cache.stats().shelves
         for shelf in shelves.values():

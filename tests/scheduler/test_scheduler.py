@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import World, expected_answer
 
-from rootcellar.cache import chunked_local, sliding_window
+from rootcellar.cache import Tier, chunked_local, sliding_window
 from rootcellar.plan.sizing import request_pages
-from rootcellar.scheduler import Finish, Stage
+from rootcellar.scheduler import Finish, PrefetchRules, Rates, Stage, TierRate
 
 
 def prompt(seed, length):
@@ -236,10 +236,13 @@ class Machine(RuleBasedStateMachine):
         interval=st.integers(1, 24),
         least=st.integers(1, 8),
         host=st.sampled_from([0, 0, 64, 256]),
+        storage=st.sampled_from([0, 256, 1024]),
+        policy_of_prefetch=st.sampled_from(["best_effort", "wait_complete", "timeout"]),
+        slow=st.booleans(),
         per_step=st.sampled_from([1, 1, 2, 4]),
         overlap=st.booleans(),
     )
-    def start(self, window, spare, per_step, **options):
+    def start(self, window, spare, per_step, policy_of_prefetch, slow, **options):
         if options["states"]:  # they cannot be taken back, and have no bytes here
             options["host"] = 0
         else:
@@ -249,6 +252,10 @@ class Machine(RuleBasedStateMachine):
             size = options["page_size"]
             least = request_pages(window, size, options["tokens"], max(options["chunk"], size)) * size
             options |= {"window": window, "window_tokens": least + spare}
+        options["storage"] *= bool(options["host"])
+        options["prefetch"] = PrefetchRules(policy_of_prefetch, 4, lambda tokens: 3.0)
+        if slow:  # what the store has is computed sooner; the host's is loaded
+            options["rates"] = Rates(1.0, TierRate(1e6), TierRate(1e-3))
         self.world = World(**options)
 
     @rule(
@@ -271,7 +278,7 @@ class Machine(RuleBasedStateMachine):
     def abort(self, data):
         alive = [r for r in self.world.requests if r.finish is None]
         if alive:
-            self.world.scheduler.finish(data.draw(st.sampled_from(alive)), Finish("abort"))
+            self.world.abort(data.draw(st.sampled_from(alive)))
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps):
@@ -284,6 +291,26 @@ class Machine(RuleBasedStateMachine):
     @rule(ok=st.sampled_from([True, True, False]))
     def copy(self, ok):
         self.world.copies.finish(ok=ok)
+
+    @precondition(lambda self: self.world.copies.questions)
+    @rule(ok=st.sampled_from([True, True, False]))
+    def answer(self, ok):
+        self.world.copies.answer(ok=ok)
+
+    @precondition(lambda self: self.world.copies.stored)
+    @rule(data=st.data())
+    def lose(self, data):
+        """The store drops a page, and tells nobody."""
+        stored = self.world.copies.stored
+        del stored[data.draw(st.sampled_from(sorted(stored)))]
+
+    @precondition(lambda self: self.world.host and not self.world.copies.pending)
+    @rule()
+    def forget_near(self):
+        """What is on the host alone leaves it."""
+        cache = self.world.cache
+        for kind in cache.kinds:
+            cache.make_room(kind.name, cache.stats().shelves[kind.name, Tier.HOST].size, Tier.HOST)
 
     def teardown(self):
         if hasattr(self, "world"):

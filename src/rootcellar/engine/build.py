@@ -34,7 +34,7 @@ from rootcellar.plan.stored import SHORT_NAMES
 from rootcellar.pools import Pool
 from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Scheduler, Snapshots
+from rootcellar.scheduler import Loads, Prefetcher, Scheduler, Snapshots
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.host import HostMemory, free_memory, host_rows
 from rootcellar.tiers.mover import Mover
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 WORTH_LOADING = 10
 """Tokens that host memory must add to a hit; fewer are computed sooner than loaded (SGLang draws the same line)."""
+NOTED = 2
+"""Pages that the cache knows to be in a store, for each on the device and the host; it is asked about others again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,14 @@ class Parts:
     """How the KV cache's size came about: ``memory.report`` puts it into words."""
     host: HostMemory | None
     mover: Mover | None
-    """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
+    prefetcher: Prefetcher | None
+    """The tier in host memory, who copies to and from it, and who asks a store what it has for it; None without
+    ``enable_hierarchical_cache``."""
+
+    @property
+    def identity(self) -> str:
+        """Whose pages these are, for people who look at a store."""
+        return f"{self.model.architecture} {self.fingerprint.hex()[:16]}"
 
     @property
     def overlap(self) -> bool:
@@ -180,7 +189,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
-    scheduler = _scheduler(config, programs, pools, running, names, host)
+    images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
+    loads = Loads(programs.paging.kinds, config.page_size, images)
+    scheduler = _scheduler(config, programs, pools, running, names, host, loads)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
         config,
@@ -202,6 +213,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         sizing,
         host,
         mover,
+        None if mover is None else Prefetcher(scheduler),
     )
 
 
@@ -245,12 +257,15 @@ def _scheduler(
     running: int,
     fingerprint: bytes,
     host: HostMemory | None,
+    loads: Loads,
 ) -> Scheduler:
-    """The cache over the pools' pages and the host's rows, and the scheduler over the cache."""
+    """The cache over the pools' pages, the host's rows and what a store may have, and the scheduler over the cache."""
     kinds, arena, shapes = programs.paging.kinds, programs.paging.arena, programs.shapes
     tiers = {Tier.DEVICE: {name: pool.pages for name, pool in pools.items()}}
     if host is not None:
         tiers[Tier.HOST] = {name: len(images) for name, images in host.images.items()}
+        near = tiers[Tier.DEVICE], tiers[Tier.HOST]
+        tiers[Tier.STORAGE] = {name: NOTED * sum(pages[name] for pages in near) for name in pools}
     cache = RadixCache(
         kinds,
         page_size=config.page_size,
@@ -268,6 +283,8 @@ def _scheduler(
         fingerprint=fingerprint,
         reuse=not config.disable_radix_cache,
     )
+    if host is not None:
+        cache.write_to(Tier.STORAGE, False)  # until there is a store
     recurrent = any(kind.rule == "recurrent" for kind in kinds)
     return Scheduler(
         cache,
@@ -278,7 +295,7 @@ def _scheduler(
         tiles_of=shapes.tiles_of,
         max_tiles=shapes.prefill_tiles,
         snapshots=Snapshots(config.page_size, config.mamba_track_interval) if recurrent else None,
-        load_from=max(tiers),
+        loads=loads,
     )
 
 

@@ -11,15 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rootcellar.cache import Tier
 from rootcellar.engine.build import Weights
 from rootcellar.engine.clock import Clock
+from rootcellar.engine.copies import AnyMover
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.output import Deliver, Tracker
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
-from rootcellar.errors import ConfigError
-from rootcellar.scheduler import Finish, Request
+from rootcellar.errors import CacheBusy, ConfigError
+from rootcellar.scheduler import Finish, Prefetcher, PrefetchRules, Request
 from rootcellar.text import Tokenizer
+from rootcellar.tiers.mover import MOST_QUEUED
+from rootcellar.tiers.store import Store
 
 # Requests of an abandoned call that are ended between two steps: a millisecond or two.
 _SLICE = 32
@@ -112,6 +116,8 @@ class Submit(Command):
         machine.roster.add(self.call, trackers)
         for tracker in trackers:
             machine.scheduler.add(tracker.request)
+            if machine.prefetcher is not None:
+                machine.prefetcher.arrived(tracker.request, self.received)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class AbortAll(Command):
 
 @dataclass(frozen=True)
 class Expire(Command):
-    """End what is late at ``now``: requests, and pins."""
+    """End what is late at ``now``: requests, pins, and the waiting for a store."""
 
     now: float
 
@@ -163,6 +169,8 @@ class Expire(Command):
         late = Finish.abort("timeout", "timed out: it took longer than request_timeout")
         machine.end_all(machine.roster.late(self.now), late)
         machine.pins.expire(self.now)
+        if machine.prefetcher is not None:
+            machine.prefetcher.expire(self.now)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -205,6 +213,71 @@ class Unpin(Command):
     def run(self, machine: Machine) -> bool:
         """Whether there was one."""
         return machine.pins.remove(self.tenant, machine.scheduler.key(self.ids, self.namespace))
+
+
+# -- the store behind the host ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attach(Command):
+    """Keep pages in a store that is called ``backend``, and look there for the prompts of new requests."""
+
+    backend: str
+    rules: PrefetchRules
+
+    def run(self, machine: Machine, store: Store) -> None:
+        """Use ``store``, which is open."""
+        mover, prefetcher = _with_host(machine)
+        # What waits to be written keeps its place, on the device too: of a small one only a part.
+        pools = machine.runner.pools.values()
+        mover.attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
+        machine.scheduler.cache.write_to(Tier.STORAGE, True)
+        prefetcher.open(self.rules)
+
+
+@dataclass(frozen=True)
+class Leave(Command):
+    """Give nothing more to the store, nor wait for it; what is under way goes on."""
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        mover, prefetcher = _with_host(machine)
+        machine.scheduler.cache.write_to(Tier.STORAGE, False)
+        mover.leave()
+        prefetcher.close()
+
+
+@dataclass(frozen=True)
+class Detach(Command):
+    """Forget what the store holds, which keeps it."""
+
+    def run(self, machine: Machine) -> Store | None:
+        """The store; None while copies to or from it are under way."""
+        mover, _ = _with_host(machine)
+        try:
+            machine.scheduler.cache.forget_tier(Tier.STORAGE)
+        except CacheBusy:
+            return None
+        return mover.detach()
+
+
+@dataclass(frozen=True)
+class Save(Command):
+    """Write to the store what only the device or the host holds."""
+
+    @property
+    def rest(self) -> str:
+        """What runs is not waited for: the engine is about to end."""
+        return "abort"
+
+    def run(self, machine: Machine) -> None:
+        """In turns, where the host is too small for all of it at once; until a turn adds nothing."""
+        cache, before, stored = machine.scheduler.cache, -1, 0
+        while before < stored:
+            before = stored
+            cache.save(Tier.STORAGE)
+            machine.life.settle()
+            stored = sum(shelf.used for (_, tier), shelf in cache.stats().shelves.items() if tier is Tier.STORAGE)
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
@@ -284,6 +357,12 @@ class UpdateWeights(Command):
     def run(self, machine: Machine, weights: Weights, reload: Callable[[], Weights] | None) -> tuple[str, list[str]]:
         """The version, and which parameters were copied. ``weights``: those meant; ``reload`` gives them again."""
         return machine.life.update_weights(weights, self.version, reload)
+
+
+def _with_host(machine: Machine) -> tuple[AnyMover, Prefetcher]:
+    assert machine.life.mover is not None, "a store needs the host's memory"
+    assert machine.prefetcher is not None
+    return machine.life.mover, machine.prefetcher
 
 
 def _one_of(mode: str, modes: tuple[str, ...]) -> None:

@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import logging
 import queue
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, Self
-
-import numpy as np
 
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
@@ -35,15 +29,16 @@ from rootcellar.engine.commands import (
     Submit,
     UpdateWeights,
 )
-from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.intake import Intake
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
-from rootcellar.engine.output import Deliver, RequestOutput, Tracker, in_order, show
+from rootcellar.engine.output import RequestOutput, in_order, show
 from rootcellar.engine.prefixes import Prefixes
-from rootcellar.engine.requests import MANY_PROMPTS, Inputs, encode, read_inputs, takes_long
+from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.step import Machine
+from rootcellar.engine.storage import DRAIN, Extra, StorageBackend
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.errors import RequestError
 from rootcellar.models.params import Params
@@ -100,6 +95,7 @@ class Engine:
             clock=clock,
             log_interval=self.config.log_interval,
             overlap=self._parts.overlap,
+            prefetcher=self._parts.prefetcher,
         )
         self._loop = Loop(machine)
         self.sight = Sight(self._loop, self._parts)
@@ -107,8 +103,12 @@ class Engine:
         self._close = close_at_the_end(self, self._loop, self._parts)
         self.prefixes = Prefixes(self._loop, self._parts)
         self.programs = WarmUp(self._loop, self._parts.compiles)
-        self._numbers = itertools.count()
-        self._calls = itertools.count()
+        self._intake = Intake(self._parts, clock)
+        try:
+            self.storage = StorageBackend(self._loop, self._parts)
+        except BaseException:
+            self._close()
+            raise
         log.info(
             "ready: %s, %s attention, %d tokens of KV cache in pages of %d",
             self._parts.model.architecture,
@@ -225,10 +225,10 @@ class Engine:
             tenant=tenant,
         )
         updates: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
-        compiling = self._start_grammars(inputs)
+        compiling = self._intake.grammars(inputs)
         grammars = None if compiling is None else compiling.result()
-        submit = self._submit(inputs, stream)
-        trackers = self._trackers(submit, grammars, lambda i: lambda output: updates.put((i, output)))
+        submit = self._intake.submit(inputs, stream)
+        trackers = self._intake.trackers(submit, grammars, lambda i: lambda output: updates.put((i, output)))
         self._loop.run(submit, trackers)
         results = self._receive(updates, submit, indexed=inputs.several, strict=raise_on_failure and stream)
         next(results)
@@ -267,10 +267,10 @@ class Engine:
         read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
         inputs = await post.aside(read) if takes_long(prompt, input_ids) else read()
-        compiling = self._start_grammars(inputs)
+        compiling = self._intake.grammars(inputs)
         grammars = None if compiling is None else await asyncio.wrap_future(compiling)
-        submit = self._submit(inputs, stream)
-        make = functools.partial(self._trackers, submit, grammars, mailbox.deliver)
+        submit = self._intake.submit(inputs, stream)
+        make = functools.partial(self._intake.trackers, submit, grammars, mailbox.deliver)
         trackers = await post.aside(make) if len(inputs.items) > MANY_PROMPTS else make()
         try:
             await asyncio.wrap_future(self._loop.post(submit, trackers))
@@ -308,33 +308,6 @@ class Engine:
         if self._last_post is None or self._last_post.loop is not loop:
             self._last_post = Post(loop)
         return self._last_post
-
-    def _start_grammars(self, inputs: Inputs) -> Future[list[Grammar | None]] | None:
-        made = self._parts.grammars
-        return None if made is None else made.start([item.sampling for item in inputs.items])
-
-    def _submit(self, inputs: Inputs, stream: bool) -> Submit:
-        """The command that adds these sequences, each with its seed and its names."""
-        timeout = self.config.request_timeout
-        items = tuple(
-            replace(
-                item,
-                seed=self._draw_seed() if item.seed is None else item.seed,
-                names=item.names or (uuid.uuid4().hex,),
-            )
-            for item in inputs.items
-        )
-        deadline = None if timeout is None else self._clock.now() + timeout
-        return Submit(items, next(self._calls), inputs.tenant, stream, inputs.received, deadline)
-
-    def _trackers(
-        self, submit: Submit, grammars: Sequence[Grammar | None] | None, deliver_to: Callable[[int], Deliver]
-    ) -> list[Tracker]:
-        return submit.trackers(self._parts.tokenizer, self._clock, grammars, deliver_to)
-
-    def _draw_seed(self) -> int:
-        """A seed for a request that brought none: a function of random_seed and of how many came before."""
-        return int(np.random.SeedSequence([self.config.random_seed, next(self._numbers)]).generate_state(1)[0])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -468,6 +441,29 @@ class Engine:
         now, copied = self._loop.run(UpdateWeights(weights.identity, version), weights, reload)
         return {"weight_version": now, "copied": copied}
 
+    def attach_storage(
+        self, backend: str, extra_config: Extra = None, *, prefetch_policy: str | None = None, replace: bool = False
+    ) -> dict[str, Any]:
+        """Keep what host memory holds in a store as well, and look there for the prompts of new requests.
+
+        While requests run. The arguments are the values of ``hicache_storage_backend`` and of the settings that begin
+        like it. ``replace``: detach the store that there is first. Returns what is attached, by the same names.
+
+        Raises:
+            ConfigError: a setting is wrong, there is a store already, or no ``enable_hierarchical_cache``.
+        """
+        return self.storage.attach(backend, extra_config, prefetch_policy=prefetch_policy, replace=replace)
+
+    def detach_storage(self, timeout: float = DRAIN) -> bool:
+        """Stop using the store, while requests run; False when there was none. Its pages stay in it, and on the host.
+
+        What is under way ends first; what was not begun after ``timeout`` seconds is given up.
+
+        Raises:
+            EngineError: the store does not return; nothing new is given to it, so try again later.
+        """
+        return self.storage.detach(timeout)
+
     def check(self) -> None:
         """Prove the cache's invariants between two steps; raises ``CacheBroken`` with the evidence."""
         self._loop.call(self._cache.check)
@@ -496,5 +492,9 @@ class Engine:
         return memory.report(self._parts.sizing)
 
     def shutdown(self) -> None:
-        """Abort what is left, stop the threads and give the KV cache's memory back. Safe to call twice."""
+        """Abort what is left, stop the threads and give the KV cache's memory back. Safe to call twice.
+
+        With ``hicache_storage_save_on_exit`` what the store lacks is written to it first.
+        """
+        self.storage.end(save=self.config.hicache_storage_save_on_exit)
         self._close()

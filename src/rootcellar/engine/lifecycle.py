@@ -77,7 +77,8 @@ class Lifecycle:
             tags = sorted(self.released)
             raise EngineError(f"{' and '.join(tags)} released: call resume_memory_occupation({tags}) first")
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until no copy is planned or under way."""
         self.answers += settle(self.scheduler, self.mover)
 
     # -- memory ---------------------------------------------------------------------------------------------------
@@ -87,12 +88,12 @@ class Lifecycle:
         before = _resident_bytes()
         buffers = nbytes = 0
         if "kv_cache" in tags and "kv_cache" not in self.released:
-            self._settle()
+            self.settle()
             if not preserve:
                 self.scheduler.cache.flush()
             elif self.mover is not None:
                 self.scheduler.cache.save()
-                self._settle()
+                self.settle()
                 self.scheduler.cache.forget_tier(Tier.DEVICE)
             else:
                 self.saved = {name: self._save(name) for name in self.runner.pools}
@@ -145,7 +146,7 @@ class Lifecycle:
 
     def flush(self) -> None:
         """Forget every cached prefix, those saved on the host too; no request runs."""
-        self._settle()
+        self.settle()
         self.scheduler.cache.flush()
         self.saved = {}
 

@@ -87,6 +87,10 @@ class Loop:
                 if self._stopped.is_set() and not self._thread.is_alive():
                     raise EngineError("the engine was shut down") from None
 
+    def learn(self) -> None:
+        """Let the machine take in what movers have seen by now."""
+        self.call(self.machine.learn)
+
     def _send(self, function: Callable[[], None]) -> None:
         with self._closing:  # whatever is in the inbox before it closes is run: nobody is left without an answer
             if self._stopped.is_set() or self._closed:

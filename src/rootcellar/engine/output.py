@@ -260,6 +260,7 @@ class Tracker:
             "completion_tokens": n,
             "cached_tokens": request.cached or 0,
             "cached_tokens_details": request.cached_by_tier,
+            "load_decisions": [decision.fields() for decision in request.decisions],
             "finish_reason": _finish_reason(then.finish, n),
             "e2e_latency": then.at - self.received,
             "queue_time": (self.started or then.at) - self.queued,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.cache import digests
+from rootcellar.cache import Tier, digests
 from rootcellar.engine.build import Parts
 from rootcellar.engine.commands import Pin, Unpin
 from rootcellar.engine.identity import read_namespace, tenant_in
@@ -44,7 +44,9 @@ class Prefixes:
 
         Returns:
             ``{"text", "prompt_tokens", "cached_tokens", "reasons", ...}``: the fields of
-            ``rootcellar.cache.Explanation``; the last token of a prompt is computed in any case and does not count.
+            ``rootcellar.cache.Explanation``; ``load_decisions`` say of each farther tier that has more whether that
+            would be loaded or computed, with the figures (what only a store knows is not asked for). The last token of
+            a prompt is computed in any case and does not count.
         """
 
         where = self._read(input_ids, tenant, cache_salt, extra_key)
@@ -54,8 +56,14 @@ class Prefixes:
             found = self._scheduler.cache.explain(key[: len(key) - 1], lambda name: others or tenant_in(name) == tenant)
             fields = asdict(found)
             reaches = {tier.name.lower(): tokens for tier, tokens in found.reaches.items()}
+            weighed = [
+                self._scheduler.loads.weigh(tier, found.reaches[nearer], found.reaches[tier]).fields()
+                for nearer, tier in ((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.STORAGE))
+                if found.reaches[tier] > found.reaches[nearer]
+            ]
             return {
                 **fields,
+                "load_decisions": weighed,
                 "reaches": reaches,
                 "text": str(found),
                 "prompt_tokens": len(key),

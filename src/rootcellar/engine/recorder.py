@@ -14,6 +14,7 @@ from rootcellar.engine.clock import Clock
 from rootcellar.engine.history import History
 from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.engine.output import Tracker
+from rootcellar.engine.rates import Meter
 from rootcellar.engine.stats_logger import StatsLogger
 from rootcellar.engine.timeline import RequestRecord, StepRecord, Timeline
 from rootcellar.runner import Runner
@@ -36,6 +37,7 @@ class Recorder:
     Attributes:
         began: when the engine did, by the clock.
         metrics, timeline, history: what was counted, what happened lately, and the last minutes in samples.
+        meter: how fast prompts were computed, and bytes came from farther tiers.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock) -> None:
@@ -44,6 +46,7 @@ class Recorder:
         self.began = self._now()
         self.metrics = Metrics(self.began)
         self.timeline = Timeline()
+        self.meter = Meter()
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
         self._stats_logger = StatsLogger(log_interval, self.began)
@@ -107,6 +110,7 @@ class Recorder:
         )
         with_device = (now if busy else self._computed) - max(dispatched, began)
         self.metrics.step(plan.decode, now - began, with_device)
+        self.meter.prefills.step(0 if plan.decode else tokens, now - began, ended=any(c.ends for c in plan.chunks))
         self.history.step_ended(generated, now)
         self._stats_logger.step_ended(self._scheduler, generated, prompted, began, now)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from rootcellar.engine.roster import Roster
 from rootcellar.errors import EngineError, RootcellarError
 from rootcellar.runner import Batch, BatchPart, Unread
 from rootcellar.runner.sampler import Sampled
-from rootcellar.scheduler import Chunk, Finish, Plan, Request
+from rootcellar.scheduler import Chunk, Finish, Plan, Prefetcher, Rates, Request
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,17 @@ class Learn:
 
     events: tuple[Event, ...]
     answers: tuple[Answer, ...] = ()
+    rates: Rates | None = None
+    now: float = 0.0
     rest: None = None
 
     def run(self, machine: Machine) -> None:
-        """See above."""
+        """See above. ``rates`` were measured by ``now``; None: nothing was."""
+        if self.rates is not None:
+            machine.scheduler.loads.learn(self.rates, self.now)
         machine.scheduler.learn(self.events)
-        machine.answered(self.answers)
+        if machine.prefetcher is not None:
+            machine.prefetcher.learned(self.answers)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Machine:
         roster, trackers: the requests that have not ended.
         places: who may still wait.
         pins: what is kept for tenants.
+        prefetcher: what waiting requests want of a store; None where host memory is no tier.
         clock, recorder: the time; what was counted, and what happened lately.
         paused: whether nothing is computed until somebody says so.
         turns: how often a step was tried.
@@ -111,11 +117,12 @@ class Machine:
         clock: Clock,
         log_interval: float,
         overlap: bool = True,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
-        be planned ahead.
+        be planned ahead. ``prefetcher``: the scheduler's, where host memory is a tier.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -126,6 +133,7 @@ class Machine:
         self.trackers = self.roster.trackers
         self.places = Places(life.scheduler, max_running, max_queued)
         self.pins = Pins(life.scheduler.cache, total_tokens)
+        self.prefetcher = prefetcher
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
@@ -212,6 +220,8 @@ class Machine:
 
     def _close(self, request: Request) -> None:
         tracker = self.roster.remove(request)
+        if self.prefetcher is not None:
+            self.prefetcher.forget(request)
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
@@ -225,7 +235,8 @@ class Machine:
     @property
     def next_end(self) -> float | None:
         """When something will next be late, if nothing happens before; None: never."""
-        ends = [end for end in (self.roster.next_deadline, self.pins.next_end) if end is not None]
+        waited = None if self.prefetcher is None else self.prefetcher.next_end
+        ends = [end for end in (self.roster.next_deadline, self.pins.next_end, waited) if end is not None]
         return min(ends, default=None)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -248,12 +259,10 @@ class Machine:
         earlier, self.life.answers = tuple(self.life.answers), []
         if reports or earlier:
             learnt: Future[None] = Future()
-            self.do(Learn(reports.events, earlier + reports.answers), learnt)
+            now = self.clock.now()
+            rates = None if self.prefetcher is None else self.recorder.meter.rates(self._mover.stats(), now)
+            self.do(Learn(reports.events, earlier + reports.answers, rates, now), learnt)
             learnt.result()  # or what went wrong, which nobody else would be told of
-
-    def answered(self, answers: Sequence[Answer]) -> None:
-        """Take in what a store said to questions."""
-        self.scheduler.learn(event for answer in answers for event in answer.events)
 
     def step(self) -> None:
         """One turn: what the step under way gave, or one that can be planned; the next one may be begun before."""
@@ -326,9 +335,12 @@ class Machine:
             self.end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 
     def _dispatch(self) -> None:
-        """Hand over the copies that were planned, before the step writes where their sources are."""
+        """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""
         if self._mover is not None and (moves := self.scheduler.cache.moves()):
             self._mover.dispatch(moves)
+        if self._mover is not None and self.prefetcher is not None:
+            for serial, question in self.prefetcher.questions():
+                self._mover.ask(serial, question)
 
     def _run(self, plan: Plan, before: Unread | None) -> Launched:
         """Hand the step to the device; ``before``: what the one gives that it was planned after."""

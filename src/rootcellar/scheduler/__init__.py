@@ -1,9 +1,29 @@
-"""Decide: which tokens of which requests the next step computes."""
+"""Decide: which tokens of which requests the next step computes, and what is brought closer for them."""
 
+from rootcellar.scheduler.loads import Decision, Loads, Rates, TierRate
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan
+from rootcellar.scheduler.prefetching import Prefetcher, PrefetchPolicy, PrefetchRules
 from rootcellar.scheduler.request import Finish, Request
 from rootcellar.scheduler.scheduler import Scheduler
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import FORWARD, Stage
 
-__all__ = ["FORWARD", "POLICIES", "Chunk", "Finish", "Follow", "Plan", "Request", "Scheduler", "Snapshots", "Stage"]
+__all__ = [
+    "FORWARD",
+    "POLICIES",
+    "Chunk",
+    "Decision",
+    "Finish",
+    "Follow",
+    "Loads",
+    "Plan",
+    "PrefetchPolicy",
+    "PrefetchRules",
+    "Prefetcher",
+    "Rates",
+    "Request",
+    "Scheduler",
+    "Snapshots",
+    "Stage",
+    "TierRate",
+]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import Key, Lease
 from rootcellar.sampling_params import SamplingParams
+from rootcellar.scheduler.loads import Decision
 from rootcellar.scheduler.stages import Stage, advance_stage
 
 
@@ -72,6 +73,8 @@ class Request:
         slots: tokens that its lease has slots for.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         cached_by_tier: where they came from, by tier.
+        stored: tokens that a store gave host memory while it waited.
+        decisions: whether what farther tiers had of it was loaded, or computed, and why.
         resumable: tokens after which it last began from a cached recurrent state, or left its own.
         branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
@@ -103,6 +106,8 @@ class Request:
     slots: int = 0
     cached: int | None = None
     cached_by_tier: dict[str, int] = field(default_factory=dict)
+    stored: int = 0
+    decisions: list[Decision] = field(default_factory=list)
     resumable: int = 0
     branch: int = 0
     retractions: int = 0

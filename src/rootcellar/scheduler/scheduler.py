@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.errors import ConfigError
 from rootcellar.scheduler.ahead import chunks_ahead
+from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
 from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
@@ -52,7 +53,7 @@ class Scheduler:
         tiles_of: Callable[[int], int] = lambda tokens: tokens,
         max_tiles: int | None = None,
         snapshots: Snapshots | None = None,
-        load_from: Tier = Tier.DEVICE,
+        loads: Loads | None = None,
         tokens_per_step: int = 1,
     ) -> None:
         """Schedule over ``cache``.
@@ -66,7 +67,7 @@ class Scheduler:
             tiles_of: tiles that so many tokens of one request take in a prefill step.
             max_tiles: most tiles in a prefill step; None: as many as tokens.
             snapshots: where requests leave recurrent states; None: the model has none.
-            load_from: the farthest tier from which cached prefixes are loaded.
+            loads: says what farther tiers give; None: all that they have.
             tokens_per_step: most tokens that a step may give one request.
 
         Raises:
@@ -92,7 +93,7 @@ class Scheduler:
         self._rank = POLICIES[schedule_policy]
         self._needs_match = schedule_policy == "lpm" and reuse
         self._sharing = Sharing(reuse, self._little, cache.page_size, snapshots is not None)
-        self._load_from = load_from
+        self.loads = loads or Loads.of_all()
         self._per_step = tokens_per_step
         # Tokens after which a decoding request commits: whole pages, or several at a time when they are tiny.
         self._stride = max(cache.page_size, min(16, chunked_prefill_size))
@@ -141,6 +142,11 @@ class Scheduler:
         else:
             self._end(request)
 
+    def hold(self, request: Request, held: bool = True) -> None:
+        """Do not start a waiting request while it is held."""
+        self.waiting.hold(request, held)
+        self._settled = False
+
     def key(self, tokens: ArrayLike, namespace: str) -> Key:
         """The cache key that a request for ``tokens`` would have now."""
         return Key(tokens, f"{self._epoch}/{namespace}")
@@ -180,9 +186,9 @@ class Scheduler:
 
     @property
     def awaits_bytes(self) -> bool:
-        """Whether copies to the device are under way, for requests or only in the way of them."""
-        shelves = self.cache.stats().shelves
-        return bool(self.loading) or any(s.in_flight for (_, tier), s in shelves.items() if tier is Tier.DEVICE)
+        """Whether bytes come closer: copies to the device for requests, or only in the way of them, or to the host."""
+        flying = any(s.in_flight for (_, tier), s in self.cache.stats().shelves.items() if tier is Tier.DEVICE)
+        return bool(flying or self.loading or self.waiting.held)
 
     def _end(self, request: Request) -> None:
         self._commit(request, everything=True)
@@ -362,8 +368,9 @@ class Scheduler:
             if stuck and held.tenants[request.tenant]:
                 return
             hit = hits.get(request) or self.cache.match(request.key(request.matchable))
-            cached = hit.reach(self._load_from)
-            if self._sharing.soon(request, cached, self.running) or not budget.allows(request, cached):
+            cached = self.loads.reach(hit)
+            held_back = request in self.waiting.held or self._sharing.soon(request, cached, self.running)
+            if held_back or not budget.allows(request, cached):
                 looks -= 1
                 lines.settle(request)
             elif self._start(request, hit) or self._claim(request, hit, held):
@@ -380,7 +387,7 @@ class Scheduler:
             hits = {r: self.cache.match(r.key(r.matchable)) for r in self.waiting}
 
             def place(request: Request) -> Place:
-                return (*place_of(request)[:2], *self._rank(request, hits[request].reach(self._load_from)))
+                return (*place_of(request)[:2], *self._rank(request, self.loads.reach(hits[request])))
 
             ranked = {call: sorted(line, key=place, reverse=True) for call, line in self.waiting.calls.items()}
             return Lines(ranked, place, held, self._turns), hits
@@ -395,7 +402,7 @@ class Scheduler:
         if request.claimed:
             return False
         running, after, going = list(self.running), Held(self.running), list[Request]()
-        cached = hit.reach(self._load_from)
+        cached = self.loads.reach(hit)
         lacking = max(self._needs(request, cached).values(), default=0) + cached - self.cache.available_tokens()
         while not going or len(running) >= self._max_running or lacking > 0:
             above = after.above(request, running)
@@ -420,10 +427,11 @@ class Scheduler:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
         if len(self.running) >= self._max_running:
             return False
-        room = self._needs(request, hit.reach(self._load_from)) if self.running else None
-        lease = self.cache.open(hit, self._load_from, priority=request.priority, room=room)
+        room = self._needs(request, self.loads.reach(hit)) if self.running else None
+        lease = self.cache.open(hit, self.loads.farthest(hit), priority=request.priority, room=room)
         if lease is None:
             return False
+        request.decisions += self.loads.decided(hit)
         request.lease = lease
         self._namespaces.add(lease.namespace)
         request.computed = request.committed = request.resumable = request.slots = lease.cached

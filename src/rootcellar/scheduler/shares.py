@@ -120,6 +120,8 @@ class Waiting:
 
     def __init__(self) -> None:
         self.calls: dict[Call, list[Request]] = {}
+        self.held: set[Request] = set()
+        """Those that wait for something else than a row and memory."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -135,12 +137,20 @@ class Waiting:
 
     def remove(self, request: Request) -> None:
         """``request``, which is there, waits no more."""
+        self.held.discard(request)
         call = call_of(request)
         line = self.calls[call]
         del line[bisect_left(line, place_of(request), key=place_of)]
         self._count -= 1
         if not line:
             del self.calls[call]
+
+    def hold(self, request: Request, held: bool) -> None:
+        """Whether a request that may be there waits for something else than a row and memory."""
+        if held:
+            self.held.add(request)
+        else:
+            self.held.discard(request)
 
     def places(self, tenant: str, most: int) -> int:
         """How many places of a queue the requests of ``tenant`` take; one call takes ``most`` at the most.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import Hit, Tier
+from rootcellar.cache import Hit
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.shares import call_of
 
@@ -69,15 +69,11 @@ def note_cached(request: Request, hit: Hit) -> None:
     """What the cache gave a request that can now be computed, if this is the first time: how much, and which tiers."""
     if request.cached is None:
         request.cached = min(request.computed, request.prompt_length)
-        request.cached_by_tier = _by_tier(hit, request.cached)
+        request.cached_by_tier = _by_tier(hit, request.cached, request.stored)
 
 
-def _by_tier(hit: Hit, cached: int) -> dict[str, int]:
-    """Which tier gave how many of the ``cached`` tokens, nearest first; SGLang's names of tiers."""
-    parts: dict[str, int] = {}
-    counted = 0
-    for tier in (Tier.DEVICE, Tier.HOST, Tier.STORAGE):
-        reach = min(hit.reach(tier), cached)
-        parts[tier.name.lower()] = max(0, reach - counted)
-        counted = max(counted, reach)
-    return parts
+def _by_tier(hit: Hit, cached: int, stored: int) -> dict[str, int]:
+    """Which tier gave how many of the ``cached`` tokens, by SGLang's names; ``stored`` came by way of the host."""
+    device = min(hit.length, cached)
+    storage = min(stored, cached - device)
+    return {"device": device, "host": cached - device - storage, "storage": storage}

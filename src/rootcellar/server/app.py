@@ -13,7 +13,7 @@ from rootcellar.engine import Engine
 from rootcellar.server import described, errors
 from rootcellar.server.door import Door
 from rootcellar.server.gate import Gate
-from rootcellar.server.native import control, generate, health, info, prefixes
+from rootcellar.server.native import control, generate, health, info, prefixes, storage
 from rootcellar.server.openai import chat, completions, models, render
 from rootcellar.server.routes import must_be_checked, unmatched
 from rootcellar.server.shared import Shared
@@ -32,6 +32,7 @@ def routers(state: ServerState) -> list[APIRouter]:
         info.router,
         control.abort_router,
         control.router,
+        storage.router,
         prefixes.router,
         prefixes.check_router,
         health.router,

@@ -1,0 +1,158 @@
+"""Brings what a store has of the prompts that wait to host memory, from where they are loaded like any other.
+
+When a request arrives the store is asked what it has of its prompt beyond what is known; that comes to HOST while the
+request waits, as long as the policy says (SGLang's: ``best_effort`` never waits, ``wait_complete`` for all of it,
+``timeout`` until all is there or a time is over). It starts with what is there by then; what comes later is kept.
+
+Like the cache this decides and does nothing: ``questions`` are taken to the store by whoever moves bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+from rootcellar.cache import Answer, Prefetch, Question, Tier
+from rootcellar.scheduler.request import Request
+from rootcellar.scheduler.scheduler import Scheduler
+
+PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchRules:
+    """When a store is asked, and how long a request waits for it.
+
+    ``threshold``: tokens of a prompt that are not known yet; fewer are not asked for. ``timeout``: seconds for so many.
+    """
+
+    policy: PrefetchPolicy
+    threshold: int
+    timeout: Callable[[int], float]
+
+
+@dataclass(slots=True)
+class _Wish:
+    """A request whose prompt a store may have more of.
+
+    ``near``: tokens that HOST or DEVICE had when the store was asked; ``since``, ``limit``: when that was, and seconds
+    that it waits at most.
+    """
+
+    request: Request
+    near: int
+    since: float
+    limit: float
+    prefetch: Prefetch | None = None
+
+
+class Prefetcher:
+    """What waiting requests want of the store; one for each scheduler."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._rules: PrefetchRules | None = None
+        self._serial = 0
+        self._questions: list[tuple[int, Question]] = []
+        self._wishes: dict[int, _Wish] = {}
+        """By the serial of the question, until its request goes on."""
+
+    def open(self, rules: PrefetchRules) -> None:
+        """There is a store."""
+        self._rules = rules
+
+    def close(self) -> None:
+        """There is none any more: nobody waits for it."""
+        self._rules = None
+        self._questions.clear()
+        for serial in list(self._wishes):
+            self._go_on(serial)
+
+    @property
+    def rules(self) -> PrefetchRules | None:
+        """Those in force; None without a store."""
+        return self._rules
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which something is asked or under way."""
+        return len(self._wishes)
+
+    @property
+    def next_end(self) -> float | None:
+        """When a request will have waited long enough; None: none will."""
+        ends = [wish.since + wish.limit for wish in self._wishes.values() if wish.limit < inf]
+        return min(ends, default=None)
+
+    def arrived(self, request: Request, now: float) -> None:
+        """A request waits from ``now`` on (seconds of the engine's clock)."""
+        rules, cache = self._rules, self._scheduler.cache
+        if rules is None:
+            return
+        key = request.key(request.matchable)
+        hit = cache.match(key)
+        known, near = hit.reach(Tier.STORAGE), hit.reach(Tier.HOST)
+        question = cache.ask(key, Tier.STORAGE) if len(key) - known >= rules.threshold else None
+        if question is None and known - near < rules.threshold:
+            return
+        self._serial += 1
+        limit = rules.timeout(len(key) - near) if rules.policy == "timeout" else inf
+        self._wishes[self._serial] = wish = _Wish(request, near, now, limit)
+        if rules.policy != "best_effort":
+            self._scheduler.hold(request)
+        if question is None:
+            self._fetch(self._serial, wish, rules)
+        else:
+            self._questions.append((self._serial, question))
+
+    def questions(self) -> list[tuple[int, Question]]:
+        """What to ask the store, each with its serial, since the last call."""
+        questions, self._questions = self._questions, []
+        return questions
+
+    def learned(self, answers: Iterable[Answer]) -> None:
+        """The cache learned something, and is to learn what the store answered: nothing if it has nothing or failed.
+
+        Whoever has all that it waited for goes on.
+        """
+        for answer in answers:
+            self._scheduler.learn(answer.events)  # whoever asked may be gone: others may ask the same
+            if answer.serial in self._wishes:
+                self._fetch(answer.serial, self._wishes[answer.serial], self._rules)
+        for serial, wish in list(self._wishes.items()):
+            if wish.prefetch is not None and not self._scheduler.cache.pending(wish.prefetch):
+                self._go_on(serial)
+
+    def expire(self, now: float) -> None:
+        """Whoever has waited long enough by ``now`` goes on."""
+        for serial, wish in list(self._wishes.items()):
+            if now >= wish.since + wish.limit:
+                self._go_on(serial)
+
+    def forget(self, request: Request) -> None:
+        """A request ended. What is under way for it comes all the same."""
+        for serial in [serial for serial, wish in self._wishes.items() if wish.request is request]:
+            del self._wishes[serial]
+
+    def _fetch(self, serial: int, wish: _Wish, rules: PrefetchRules | None) -> None:
+        """What the store has of the request is known: bring it closer where that pays."""
+        scheduler, request = self._scheduler, wish.request
+        if request.lease is None and rules is not None:  # else it computes already what it would wait for
+            hit = scheduler.cache.match(request.key(request.matchable))
+            near, far = hit.reach(Tier.HOST), hit.reach(Tier.STORAGE)
+            if far - near >= rules.threshold:
+                decision = scheduler.loads.weigh(Tier.STORAGE, near, far)
+                request.decisions.append(decision)
+                wish.prefetch = scheduler.cache.prefetch(hit) if decision.load else None
+        if wish.prefetch is None:
+            self._go_on(serial)
+
+    def _go_on(self, serial: int) -> None:
+        wish = self._wishes.pop(serial)
+        request = wish.request
+        if request.lease is None and request.finish is None:
+            there = self._scheduler.cache.match(request.key(request.matchable)).reach(Tier.HOST)
+            request.stored = max(0, there - wish.near)
+        self._scheduler.hold(request, False)

@@ -1,0 +1,331 @@
+"""A store behind the host: the tokens of transformers, after a restart too, whatever the store does."""
+
+import functools
+import threading
+import time
+
+import pytest
+from idle import always_load, check_idle
+
+import rootcellar
+from checkpoints import golden
+from rootcellar.cache import Tier
+from rootcellar.engine import storage
+from rootcellar.errors import ConfigError, EngineError
+from rootcellar.scheduler import Rates, TierRate
+
+FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
+"""Full, window, chunked, latent, Mamba-2, gated delta."""
+HALF = 32  # tokens of an answer after which its conversation is asked to go on
+LONG = [11, 13, 14, 15]  # prompts of 33 to 100 tokens
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory):
+    """A golden case and its checkpoint's folder, by name; made once."""
+
+    @functools.cache
+    def make(name):
+        case, folder = golden(name), tmp_path_factory.mktemp(name)
+        case.make(folder)
+        return case, folder
+
+    return make
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """The settings of a file store of its own."""
+    return {"path": str(tmp_path / "pages"), "min_free_space": 0, "max_size": "64MiB", "prefetch_threshold": 16}
+
+
+def engine(folder, pages=None, **options):
+    options = {"max_total_tokens": 512, "max_running_requests": 2, "chunked_prefill_size": 64, **options}
+    options = {"enable_hierarchical_cache": True, "hicache_ratio": 4.0, **options}
+    options = {"hicache_storage_prefetch_policy": "wait_complete", **options}
+    running = always_load(rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options))
+    if pages is not None:
+        running.attach_storage("file", pages)
+    return running
+
+
+def ask(engine, ids, most):
+    return engine.generate(
+        input_ids=ids, sampling_params={"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+    )
+
+
+def begin(engine, case, prompts=LONG):
+    """The first half of each answer, with all that it left in the store."""
+    for i, first in zip(prompts, ask(engine, [case.prompts[i] for i in prompts], HALF), strict=True):
+        assert first["output_ids"] == case.tokens[i][:HALF]
+    settle(engine)
+
+
+def settle(engine):
+    engine._loop.call(engine._loop.machine.life.settle)
+
+
+def go_on(engine, case, prompts=LONG):
+    """The second half of each answer; of each, cached tokens by tier."""
+    seconds = ask(engine, [case.prompts[i] + case.tokens[i][:HALF] for i in prompts], HALF)
+    for i, second in zip(prompts, seconds, strict=True):
+        assert second["output_ids"] == case.tokens[i][HALF:]
+        details = second["meta_info"]["cached_tokens_details"]
+        assert sum(details.values()) == second["meta_info"]["cached_tokens"] <= len(case.prompts[i]) + HALF
+    return [second["meta_info"]["cached_tokens_details"] for second in seconds]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_server_started_again_on_its_store_hits_what_was_cached_before(case_of, pages, name):
+    case, folder = case_of(name)
+    with engine(folder, pages) as running:
+        begin(running, case)
+        given = go_on(running, case)  # from the device: nothing was forgotten
+        assert all(details["storage"] == 0 < details["device"] for details in given)
+        check_idle(running)  # which flushes the device and the host
+        again = go_on(running, case)
+        assert all(details["storage"] > 0 for details in again)
+    with engine(folder, pages) as running:
+        after = go_on(running, case)
+        assert after == again
+        assert running.stats()["copies"]["storage-host"]["bytes"] > 0
+        check_idle(running)
+
+
+def test_what_one_attention_backend_wrote_another_reads(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages, attention_backend="native") as running:
+        begin(running, case)
+    with engine(folder, pages, attention_backend="xla") as running:
+        assert all(details["storage"] > 0 for details in go_on(running, case))
+        check_idle(running)
+
+
+@pytest.mark.parametrize("other", [{"kv_cache_dtype": "bfloat16"}, {"page_size": 8}], ids=["dtype", "page size"])
+def test_pages_of_another_kind_are_no_hits(case_of, pages, other):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case)
+    with engine(folder, pages, **other) as running:
+        prompt = case.prompts[15] + case.tokens[15][:HALF]
+        assert ask(running, prompt, 1)["meta_info"]["cached_tokens"] == 0
+
+
+def test_what_another_tenant_or_salt_stored_is_no_hit(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case)
+        running.flush_cache()
+        for option in ({"cache_salt": "x"}, {"extra_key": "x"}, {"tenant": "x"}):
+            answer = running.generate(input_ids=case.prompts[15], sampling_params={"max_new_tokens": 1}, **option)
+            assert answer["meta_info"]["cached_tokens"] == 0
+
+
+def test_other_weights_hit_nothing_that_was_stored_before(case_of, pages, tmp_path):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case)
+        running.update_weights(dict(running._parts.runner.params), weights_name="others")
+        assert ask(running, case.prompts[15], 1)["meta_info"]["cached_tokens"] == 0
+
+
+def test_a_store_is_attached_and_taken_away_while_requests_run(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder) as running:
+        begin(running, case)  # on the host, before there is a store
+        answers = iter(
+            running.generate(
+                input_ids=case.prompts[11], sampling_params={"max_new_tokens": 64, "temperature": 0}, stream=True
+            )
+        )
+        next(answers)
+        status = running.attach_storage("file", pages)
+        assert status["hicache_storage_backend"] == "file"
+        with pytest.raises(ConfigError, match="attached already"):
+            running.attach_storage("file", pages)
+        go_on(running, case)  # whoever leaves a prefix that only the host has gives it to the store
+        settle(running)
+        host = held(running, Tier.HOST)
+        assert held(running, Tier.STORAGE)
+        running.attach_storage("file", pages, prefetch_policy="timeout", replace=True)
+        assert running.detach_storage()
+        assert not running.detach_storage()
+        assert running.storage.status()["hicache_storage_backend"] is None
+        *_, last = answers
+        assert last["output_ids"] == case.tokens[11][: len(last["output_ids"])]
+        settle(running)
+        assert held(running, Tier.STORAGE) == 0
+        assert held(running, Tier.HOST) >= host
+        check_idle(running)
+        assert all(details["storage"] == 0 for details in go_on(running, case))
+        running.flush_cache()
+        running.attach_storage("file", pages)
+        assert all(details["storage"] > 0 for details in go_on(running, case))
+        check_idle(running)
+
+
+def held(engine, tier):
+    shelves = engine._loop.call(lambda: engine._cache.stats().shelves)
+    return sum(shelf.used for (_, where), shelf in shelves.items() if where is tier)
+
+
+def test_at_the_end_what_only_the_device_has_is_saved_where_that_is_asked_for(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    options = {"hicache_write_policy": "write_back", "hicache_ratio": 0.3}
+    for save in (False, True):
+        with engine(folder, pages, hicache_storage_save_on_exit=save, **options) as running:
+            found = go_on(running, case)
+            assert all(details["storage"] == 0 for details in found)
+    with engine(folder, pages, **options) as running:
+        assert sum(details["storage"] > 0 for details in go_on(running, case, LONG[-2:])) == 2
+
+
+class Gated:
+    """Around a store: reads wait until they are let."""
+
+    def __init__(self, store):
+        self.open, self.asked = threading.Event(), threading.Event()
+        self._store, self.verifies = store, store.verifies
+
+    def get(self, names, into):
+        self.asked.set()
+        assert self.open.wait(60)
+        return self._store.get(names, into)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    """Every store that is opened, with its reads behind a gate."""
+    made = []
+
+    def opened(backend, extra, identity):
+        made.append(Gated(open_store(backend, extra, identity)))
+        return made[-1]
+
+    open_store = storage.open_store
+    monkeypatch.setattr(storage, "open_store", opened)
+    yield made
+    for gate in made:
+        gate.open.set()
+
+
+def test_best_effort_waits_for_nothing_and_keeps_what_comes_later(case_of, pages, gates):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+    with engine(folder, pages, hicache_storage_prefetch_policy="best_effort") as running:
+        assert go_on(running, case, [15])[0]["storage"] == 0
+        gates[-1].open.set()
+        settle(running)
+        check_idle(running)
+
+
+def test_a_request_waits_no_longer_than_its_time(case_of, pages, gates):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+    short = {**pages, "prefetch_timeout_base": 0.05}
+    with engine(folder, short, hicache_storage_prefetch_policy="timeout") as running:
+        began = time.monotonic()
+        assert go_on(running, case, [15])[0]["storage"] == 0
+        assert time.monotonic() - began >= 0.05
+        assert gates[-1].asked.is_set()
+        gates[-1].open.set()
+        settle(running)
+        check_idle(running)
+
+
+def test_others_run_while_a_request_waits_for_the_store_and_its_abort_leaves_nothing(case_of, pages, gates):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+    with engine(folder, pages) as running:
+        waits = threading.Thread(
+            target=lambda: running.generate(
+                input_ids=case.prompts[15], sampling_params={"max_new_tokens": 4}, rid="waits"
+            )
+        )
+        waits.start()
+        assert gates[-1].asked.wait(60)
+        assert len(ask(running, [5, 6, 7], 8)["output_ids"]) == 8
+        assert running.abort_request("waits") == 1
+        waits.join(60)
+        assert running._parts.prefetcher.waiting == 0
+        gates[-1].open.set()
+        settle(running)
+        assert go_on(running, case, [15])[0]["host"] > 0  # what came for it was kept
+        check_idle(running)
+
+
+def test_what_comes_slower_than_it_is_computed_is_computed(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+        running.flush_cache()
+        meter = running._loop.machine.recorder.meter
+        meter.rates = lambda stats, now: Rates(1e6, TierRate(1e9, 0, now), TierRate(1.0, 0, now))
+        prompt = case.prompts[15] + case.tokens[15][:HALF]
+        answer = ask(running, prompt, HALF)
+        assert answer["output_ids"] == case.tokens[15][HALF:]
+        assert answer["meta_info"]["cached_tokens"] == 0
+        (decision,) = answer["meta_info"]["load_decisions"]
+        assert not decision["load"]
+        assert decision["tier"] == "storage"
+        assert decision["load_seconds"] > decision["compute_seconds"] > 0
+        check_idle(running)
+
+
+def test_a_store_that_does_not_return_is_not_let_go_of_before_it_does(case_of, pages, gates):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+        running.flush_cache()
+        answers = []
+        waits = threading.Thread(target=lambda: answers.extend(go_on(running, case, [15])))
+        waits.start()
+        assert gates[-1].asked.wait(60)
+        with pytest.raises(EngineError, match="did not return"):
+            running.detach_storage(timeout=0.05)
+        waits.join(60)  # it did not wait any longer: it computed
+        assert answers[0]["storage"] == 0
+        with pytest.raises(EngineError, match="did not return"):
+            running.detach_storage(timeout=0.05)
+        gates[-1].open.set()
+        assert running.detach_storage()
+        check_idle(running)
+
+
+def test_settings_of_a_store_are_checked_before_it_is_opened(case_of, tmp_path):
+    _, folder = case_of("qwen2-4kv")
+    with pytest.raises(ConfigError, match="needs enable_hierarchical_cache"):
+        rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, hicache_storage_backend="file")
+    with pytest.raises(ConfigError, match="name the folder"):
+        engine(folder, hicache_storage_backend="file")
+    with engine(folder) as running:
+        for backend, extra, said in [
+            ("disk", {"path": "x"}, "file"),
+            ("file", "{", "json"),
+            ("file", "[]", "object"),
+            ("file", "@/no/such/file.toml", "cannot be read"),
+            ("file", {"path": "x", "prefetch_threshold": "many"}, "prefetch_threshold"),
+            ("file", {"path": "x", "colour": 1}, "colour"),
+        ]:
+            with pytest.raises(ConfigError, match=said):
+                running.attach_storage(backend, extra)
+        with pytest.raises(ConfigError, match="best_effort"):
+            running.attach_storage("file", {"path": str(tmp_path)}, prefetch_policy="never")
+        file = tmp_path / "store.toml"
+        file.write_text(f'path = "{tmp_path / "pages"}"\nmin_free_space = 0\nmax_size = "16MiB"\n')
+        assert running.attach_storage("file", f"@{file}")["hicache_storage_backend_extra_config"]["max_size"] == "16MiB"
+        with engine(folder) as second, pytest.raises(ConfigError, match="writ"):
+            second.attach_storage("file", f"@{file}")
+
+
+def test_the_store_of_an_engine_is_guarded(case_of, pages):
+    _, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        assert running.stats()["copies"]["store"].keys() == {"has", "get", "put"}
