@@ -21,6 +21,7 @@ from serving import on_thread
 
 USER = ("/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize", "/abort_request")
 ADMIN = (
+    "/hicache/storage-backend/clear",
     "/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/resume_memory_occupation", "/sleep",
     "/wake_up", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/cache/check",
 )  # fmt: skip

@@ -17,14 +17,15 @@ ENDLESS = 28  # curl's status when its time is up
 
 @pytest.fixture(scope="module")
 def server():
-    with Server() as server:
+    with Server("--enable-hierarchical-cache") as server:
         yield server
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: re.search(r":30000(/[^' ]*)", line)[1])
-def test_every_curl_line_works(server, line):
+def test_every_curl_line_works(server, line, tmp_path_factory):
     """In the order of the page: what is released there is resumed there."""
     script = 'curl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
+    line = line.replace("/tmp/rootcellar-pages", str(tmp_path_factory.getbasetemp() / "pages"))
     script += line.replace("http://127.0.0.1:30000", server.url)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == (ENDLESS if "/feed" in line else 0), done.stdout + done.stderr

@@ -80,6 +80,11 @@ class MemoryStore:
             self.objects[n] = bytes(block)
         return [True] * len(names)
 
+    def clear(self):
+        count = len(self.objects)
+        self.objects.clear()
+        return count
+
     def register(self, buffer):
         pass
 
@@ -128,6 +133,9 @@ class ToldStore:
 
     def put(self, names, blocks):
         return self._do(lambda: self.inner.put(names, blocks))
+
+    def clear(self):
+        return self._do(self.inner.clear)
 
     def register(self, buffer):
         self._do(lambda: self.inner.register(buffer))

@@ -35,6 +35,17 @@ def test_what_was_put_is_there_and_what_was_not_is_missing(store):
     assert [bytes(view) for view in (into[0], into[2], into[3])] == [bytes(image(i)) for i in (3, 1, 2)]
 
 
+def test_after_a_clearing_nothing_is_there_and_all_can_be_put_again(store):
+    put(store, [1, 2])
+    put(store, [3], 700)
+    assert store.clear() == 3
+    assert store.has([name(i) for i in (1, 2, 3)]) == [False] * 3
+    assert not get(store, 1)
+    assert store.clear() == 0
+    assert put(store, [1, 2]) == [True, True]
+    assert get(store, 2)
+
+
 def test_nothing_of_nothing(store):
     assert (store.has([]), store.get([], []), store.put([], [])) == ([], [], [])
 

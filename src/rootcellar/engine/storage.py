@@ -22,6 +22,7 @@ from rootcellar.engine.loop import Loop
 from rootcellar.errors import ConfigError, EngineError
 from rootcellar.scheduler import PrefetchPolicy, PrefetchRules
 from rootcellar.tiers.prefetching import PrefetchSettings
+from rootcellar.tiers.store import Store
 from rootcellar.tiers.stores import open_store
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ Extra = Mapping[str, Any] | str | None
 class _Attached:
     """A store that is in use, and what it was asked for with."""
 
+    store: Store
     backend: str
     extra: Mapping[str, Any]
     policy: PrefetchPolicy
@@ -82,7 +84,7 @@ class StorageBackend:
             except BaseException:
                 store.close()
                 raise
-            self._attached = _Attached(backend, extra, policy, prefetch)
+            self._attached = _Attached(store, backend, extra, policy, prefetch)
             return self._status()
 
     def detach(self, timeout: float = DRAIN) -> bool:
@@ -97,6 +99,19 @@ class StorageBackend:
         """What is attached, and with which settings."""
         with self._lock:
             return self._status()
+
+    def clear(self) -> int | None:
+        """Delete every page that the store holds, whoever put it there; how many, None where there is no store.
+
+        What the cache knows of them it forgets when it misses them. Raises ``EngineError`` when the store fails.
+        """
+        with self._lock:
+            if self._attached is None:
+                return None
+            try:
+                return self._attached.store.clear()
+            except (OSError, TimeoutError) as error:
+                raise EngineError(f"the store could not be cleared: {error}") from error
 
     def end(self, *, save: bool) -> None:
         """The engine is about to end: let go of the store, and give it first what it lacks if ``save``."""

@@ -159,6 +159,11 @@ class FaultyStore:
         held = self._store.put(names[:count], [memoryview(block) for block in kept])
         return held + [self._dice.happens("lie") for _ in names[count:]]
 
+    def clear(self) -> int:
+        """See ``Store``."""
+        self._dice.strain("clearing")
+        return self._store.clear()
+
     def register(self, buffer: memoryview) -> None:
         """See ``Store``."""
         self._dice.strain("registering")

@@ -152,6 +152,10 @@ class Guard:
         self._count("put", nbytes=sum(len(view) for view, there in zip(views, held, strict=True) if there))
         return held
 
+    def clear(self) -> int:
+        """See ``Store``. Whoever asks for it is told what goes wrong: the store's error, or ``TimeoutError``."""
+        return self._apart(self._store.clear, self._now() + self._settings.deadline)
+
     def register(self, buffer: memoryview) -> None:
         """See ``Store``; stores that do not verify never see the caller's memory."""
         if self._store.verifies:

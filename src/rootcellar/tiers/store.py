@@ -46,6 +46,10 @@ class Store(Protocol):
         """
         ...
 
+    def clear(self) -> int:
+        """Forget every page, whoever put it; how many there were."""
+        ...
+
     def register(self, buffer: memoryview) -> None:
         """``into`` and ``blocks`` will lie in this memory. Stores that get nothing out of that do nothing."""
         ...

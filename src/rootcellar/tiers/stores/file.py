@@ -124,6 +124,12 @@ class FileStore:
             with self._lock:
                 return [self._index.find(name, len(view)) is not None for name, view in zip(names, views, strict=True)]
 
+    def clear(self) -> int:
+        """See ``Store``. Files of other identities go as well. Raises ``ValueError`` when it is closed."""
+        with self._putting, self._lock:
+            self._look()
+            return 0 if self.settings.read_only else self._index.clear()
+
     def register(self, _buffer: memoryview) -> None:
         """Nothing comes of it."""
 

@@ -239,6 +239,17 @@ class Index:
             self._drop(victim)
         return victim is not None
 
+    def clear(self) -> int:
+        """Forget every page, and take away the files that nobody uses; how many pages there were."""
+        pages = self.pages
+        while self._drop_idlest():
+            pass
+        for sized in self._sizes.values():
+            for page in list(sized.pages.values()):
+                self._free(sized, page)
+            sized.pages.clear()
+        return pages
+
     def _drop(self, victim: Segment | Stranger) -> None:
         """Take a file away."""
         if isinstance(victim, Segment):

@@ -299,6 +299,30 @@ def test_a_store_that_does_not_return_is_not_let_go_of_before_it_does(case_of, p
         check_idle(running)
 
 
+def test_a_store_that_was_cleared_has_nothing_and_what_was_promised_is_computed(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder) as running:
+        assert running.storage.clear() is None
+        running.attach_storage("file", pages)
+        begin(running, case)
+        evict_near(running)
+        assert running.storage.clear() > 8
+        assert all(details["storage"] == 0 for details in go_on(running, case))
+        check_idle(running)
+
+
+def evict_near(engine):
+    """Leave to the store alone what it has."""
+
+    def evict():
+        for tier in (Tier.DEVICE, Tier.HOST):
+            for kind in engine._cache.kinds:
+                size = engine._cache.stats().shelves[kind.name, tier].size
+                assert engine._cache.make_room(kind.name, size, tier)
+
+    engine._loop.call(evict)
+
+
 def test_settings_of_a_store_are_checked_before_it_is_opened(case_of, tmp_path):
     _, folder = case_of("qwen2-4kv")
     with pytest.raises(ConfigError, match="needs enable_hierarchical_cache"):
