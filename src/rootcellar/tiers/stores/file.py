@@ -164,7 +164,7 @@ class FileStore:
     ) -> list[int | None]:
         """Fill the views from slots, ascending. Checksums; None where a read failed, its error then in ``errors``."""
         sums: list[int | None] = []
-        for run in runs(slots, views, seeds, self._medium.piece):
+        for run in runs(slots, views, seeds, self._medium.read_piece):
             try:
                 sums += self._medium.read(segment.images, segment.offset(run.slot), segment.head.slot_bytes, run)
             except OSError as error:
@@ -183,7 +183,7 @@ class FileStore:
             slots = [places[i][1] for i in order]
             seeds = [seed_of(names[i], len(views[i])) for i in order]
             start = 0
-            for run in runs(slots, [views[i] for i in order], seeds, self._medium.piece):
+            for run in runs(slots, [views[i] for i in order], seeds, self._medium.write_piece):
                 at, stride = segment.offset(run.slot), segment.head.slot_bytes
                 sums = self._medium.write(segment.images, at, stride, run)
                 written.update(zip(order[start : start + len(sums)], sums, strict=True))
