@@ -377,6 +377,25 @@ def test_saving_to_a_store_takes_what_the_host_has_and_then_what_comes_down():
     cache.check()
 
 
+def test_one_prefix_is_written_down_by_name_whatever_the_policy():
+    cache = make(tiers=(HOST, STORAGE), write_policy="write_back")
+    serve(cache, tokens((0, 32)))
+    serve(cache, tokens((100, 16)))
+    assert cache.write_down(Key(tokens((500, 8)))) == 0
+    assert cache.write_down(Key(tokens((0, 16), (7, 4)))) == 1
+    (move,) = cache.moves()
+    assert (move.src, move.dst, len(move.src_slots)) == (Tier.DEVICE, HOST, 4)
+    assert cache.write_down(Key(tokens((0, 16)))) == 0  # it is on its way
+    cache.learn(Done(move.id))
+    (move,) = cache.moves()
+    assert (move.src, move.dst, len(move.digests)) == (HOST, STORAGE, 4)
+    cache.learn(Failed(move.id))
+    assert cache.write_down(Key(tokens((0, 16)))) == 1
+    assert land(cache) == 1
+    assert cache.write_down(Key(tokens((0, 16)))) == 0
+    cache.check()
+
+
 def test_a_page_computed_while_its_copy_was_under_way_is_not_kept_twice():
     cache = make(tiers=(HOST, STORAGE))
     key = Key(tokens((0, 16)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def control(world: World) -> None:
     """One of the operator's wishes."""
     pick, cache = world.pick, world.cache
-    wish = pick(9)
+    wish = pick(10)
     name, tokens = world.prompts[pick(len(world.prompts))] if world.prompts else ("", [0])
     key = Key(tokens, name)
     if wish == 0:
@@ -35,6 +35,8 @@ def control(world: World) -> None:
         forget(world, Tier(pick(4)))
     elif wish == 8:
         write_to(world, (Tier.HOST, Tier.STORAGE)[pick(2)], pick(3) > 0)
+    elif wish == 9:
+        assert cache.write_down(key) >= 0
 
 
 def forget(world: World, tier: Tier) -> None:

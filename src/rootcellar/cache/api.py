@@ -130,6 +130,12 @@ class PrefixCache(Protocol):
         With STORAGE also what HOST holds and STORAGE lacks; what comes to HOST goes on to STORAGE by itself.
         """
 
+    def write_down(self, key: Key) -> int:
+        """Plan to copy what the device holds of ``key`` to HOST, and what HOST has of it to STORAGE, by any policy.
+
+        As far as resuming there needs it; what comes to HOST goes on to STORAGE. Returns the number of moves.
+        """
+
     def forget_tier(self, tier: Tier) -> None:
         """Forget what a tier holds, and with DEVICE every pin. Nothing of other tiers, or for them, is in the way.
 

@@ -14,7 +14,7 @@ from rootcellar.cache.cache import Cache, pin_place, unpin_place
 from rootcellar.cache.digest import Naming, page_digests, seed_digest
 from rootcellar.cache.evict import drop_subtree, forget_entry, prune
 from rootcellar.cache.evict import make_room as make_room_in
-from rootcellar.cache.flights import DOWN, flying_to, missing, plan, sources
+from rootcellar.cache.flights import DOWN, flying_to, missing, plan, sources, write_through
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.lease import Lease
@@ -155,6 +155,17 @@ def _save(cache: Cache, src: Tier, dst: Tier) -> int:
             if entry is not None and flying_to(node, source.kind_index, dst) is None:
                 planned += plan(tree, cache.traffic, node, source, target, node.start + entry.lo) is not None
     return planned
+
+
+def write_down(cache: Cache, key: Key) -> int:
+    """Plan to write down what resuming as far as the device has ``key`` needs. Returns the number of moves."""
+    tree, traffic = cache.tree, cache.traffic
+    hit = find(tree, key)
+    if not hit.length:
+        return 0
+    before = len(traffic.flights)
+    write_through(tree, traffic, place_of(tree, hit, hit.length // tree.page_size), 0)
+    return len(traffic.flights) - before
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,9 @@ class PyRadixCache(PrefixCache):
     def save(self, tier: Tier = Tier.HOST) -> int:
         return control.save(self._cache, tier)
 
+    def write_down(self, key: Key) -> int:
+        return control.write_down(self._cache, key)
+
     def write_to(self, tier: Tier, on: bool) -> None:
         control.write_to(self._cache, tier, on)
 

@@ -173,6 +173,7 @@ NB_MODULE(_core, module) {
         .def("_offer", &Core::offer)
         .def("_settle", &Core::settle)
         .def("save", &Core::save, "tier"_a = 1)
+        .def("write_down", &Core::write_down, "key"_a)
         .def("_forget_tier", &Core::forget_tier)
         .def("write_to", &Core::write_to, "tier"_a, "on"_a)
         .def("_busy", &Core::busy, nb::arg().none())

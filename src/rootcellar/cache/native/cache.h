@@ -91,6 +91,7 @@ class Cache {
     std::pair<std::int64_t, std::int64_t> busy(Tier tier) const;
     std::set<std::int64_t> prefetch(const Key& key, const Hit& hit, std::int64_t boundary);
     std::int64_t save(Tier tier);
+    std::int64_t write_down(const Key& key);
     std::optional<Offer> offer(const Key& key, std::int64_t start);
     bool settle(std::int64_t offer);
     std::optional<Lacking> ask(const Key& key, Tier tier);
@@ -158,7 +159,7 @@ class Cache {
     Shelf* source_of(Node* node, int k, std::int64_t start, Tier exclude) const;
     Flight* flying_to(const Node* node, int k, Tier tier) const;
     std::vector<Piece> missing(Node* place, int k, std::int64_t start, Tier tier);
-    void write_through(Node* place);
+    void write_through(Node* place, std::int64_t hits);
     void copy_down(Node* node, Tier src, Tier dst);
     void spill(Node* node, Shelf& shelf);
     void attach_missing(Node* node, Shelf& shelf, const std::int32_t* pages, std::int64_t count, std::int64_t first);

@@ -195,6 +195,17 @@ std::int64_t Cache::save_from(Tier src, Tier dst) {
     return planned;
 }
 
+// Plan to write down what resuming as far as the device has `key` needs; the number of moves.
+std::int64_t Cache::write_down(const Key& key) {
+    Hit hit;
+    tree.find(key, hit);
+    const std::int64_t length = hit.reaches[DEVICE];
+    if (length == 0) return 0;
+    const std::size_t before = flights.size();
+    write_through(tree.place_of(hit, key.name, length / tree.page_size), 0);
+    return static_cast<std::int64_t>(flights.size() - before);
+}
+
 // ---- stores and peers --------------------------------------------------------------------------------------------
 
 std::optional<Lacking> Cache::ask(const Key& key, Tier tier) {

@@ -279,6 +279,12 @@ class Core {
 
     // ---- control
 
+    std::int64_t write_down(nb::handle key) {
+        const Verb verb(cache_.tree);
+        const KeyView keys = view(key);
+        return cache_.write_down(keys.key);
+    }
+
     std::int64_t pin(nb::handle key, std::int64_t ttl) {
         const Verb verb(cache_.tree);
         const KeyView keys = view(key);

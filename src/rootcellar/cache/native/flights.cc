@@ -175,11 +175,11 @@ std::vector<Cache::Piece> Cache::missing(Node* place, int k, std::int64_t start,
 }
 
 // Plan to write down what a path's nodes need at their ends, top down, where they were hit often enough.
-void Cache::write_through(Node* place) {
+void Cache::write_through(Node* place, std::int64_t hits) {
     std::vector<Node*> path;
     for (Node* climb = place; climb->parent != nullptr; climb = climb->parent) path.push_back(climb);
     for (auto node = path.rbegin(); node != path.rend(); ++node)
-        if ((*node)->hits >= given.write_after) {
+        if ((*node)->hits >= hits) {
             copy_down(*node, DEVICE, HOST);
             copy_down(*node, HOST, STORAGE);
         }

@@ -264,7 +264,7 @@ void Cache::commit(Lease& lease, const Key& key, bool snapshot) {
             Node* place = insert(lease, key, done, pages);
             if (place != lease.node) {
                 tree.hold(place);
-                if (given.write_after >= 0) write_through(lease.node);
+                if (given.write_after >= 0) write_through(lease.node, given.write_after);
                 tree.release(lease.node);
                 lease.node = place;
             }
@@ -384,7 +384,7 @@ void Cache::close(Lease& lease, bool keep) {
     }
     free_rows.push_back(lease.row);
     tree.use(lease.node, lease.starts);
-    if (keep && given.write_after >= 0) write_through(lease.node);
+    if (keep && given.write_after >= 0) write_through(lease.node, given.write_after);
     unpin_place(lease);
     tree.prune(keep ? lease.node : drop_own(lease));
     lease.node = nullptr;
