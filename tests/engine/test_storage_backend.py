@@ -11,7 +11,7 @@ import rootcellar
 from checkpoints import golden
 from rootcellar.cache import Tier
 from rootcellar.engine import storage
-from rootcellar.errors import ConfigError, EngineError
+from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.scheduler import Rates, TierRate
 
 FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
@@ -353,3 +353,41 @@ def test_the_store_of_an_engine_is_guarded(case_of, pages):
     _, folder = case_of("qwen2-4kv")
     with engine(folder, pages) as running:
         assert running.stats()["copies"]["store"].keys() == {"has", "get", "put"}
+
+
+def test_what_a_request_asked_to_be_durable_is_there_for_whoever_depends_on_it(case_of, pages):
+    case, folder = case_of("qwen2-4kv")
+    prompt = case.prompts[15]
+    with engine(folder, pages, hicache_write_policy="write_back") as running:
+        first = running.generate(
+            input_ids=prompt,
+            sampling_params={"temperature": 0, "max_new_tokens": HALF, "ignore_eos": True},
+            storage_checkpoint=True,
+        )
+        handle = first["meta_info"]["storage_checkpoint"]
+        assert handle in running.prefixes.names(prompt + first["output_ids"])
+        assert depending(running, prompt + first["output_ids"], handle) == "stored"
+        assert depending(running, prompt + first["output_ids"], "0" * 64) == "recomputed"
+        check_idle(running)
+    with engine(folder, pages, hicache_storage_prefetch_policy="best_effort") as running:  # somebody else
+        assert depending(running, prompt + first["output_ids"], handle) == "stored"
+        running.storage.clear()
+        running.flush_cache()
+        assert depending(running, prompt + first["output_ids"], handle) == "recomputed"
+        running.detach_storage()
+        assert depending(running, prompt + first["output_ids"], handle) == "recomputed"
+        for wrong in ({"storage_checkpoint": 1}, {"storage_checkpoint_dependency": "x"}):
+            with pytest.raises(RequestError, match="storage_checkpoint"):
+                running.generate(input_ids=prompt, **wrong)
+    with (
+        engine(folder, enable_hierarchical_cache=False) as running,
+        pytest.raises(RequestError, match="enable_hierarchical_cache"),
+    ):
+        running.generate(input_ids=prompt, storage_checkpoint=True)
+
+
+def depending(engine, prompt, handle):
+    answer = engine.generate(
+        input_ids=prompt, sampling_params={"max_new_tokens": 1}, storage_checkpoint_dependency=handle
+    )
+    return answer["meta_info"]["storage_checkpoint_dependency"]

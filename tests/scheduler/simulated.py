@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from copies import Copies, host_capacity
-from rootcellar.cache import Kind, RadixCache, Reports, Tier, full, recurrent
+from rootcellar.cache import Kind, RadixCache, Reports, Tier, digests, full, recurrent
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import (
     Chunk,
@@ -143,7 +143,7 @@ class World:
             loads=Loads(kinds, self.page_size, {kind.name: self.page_size * 8 for kind in kinds}),
         )
         self.scheduler.loads.learn(self.rates or Rates(), 0)
-        self.prefetcher = Prefetcher(self.scheduler)
+        self.prefetcher = Prefetcher(self.scheduler, lambda key: digests(key, self.page_size))
         self.now = 0
         if self.storage:
             self.prefetcher.open(self.prefetch or PrefetchRules("wait_complete", 1, lambda tokens: 0.0))
@@ -189,7 +189,7 @@ class World:
     def learn(self, reports: Reports) -> None:
         """Take in what the mover saw, and what the store said."""
         self.scheduler.learn(reports.events)
-        self.prefetcher.learned(reports.answers)
+        self.prefetcher.learned(reports.answers, moved=bool(reports.events))
 
     def dispatch(self) -> bool:
         """Hand over copies and questions; whether there were any."""

@@ -3,11 +3,13 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from simulated import World
 
 from rootcellar.cache import Tier, full, recurrent, sliding_window
-from rootcellar.scheduler import Loads, PrefetchRules, Rates, Stage, TierRate
+from rootcellar.sampling_params import SamplingParams
+from rootcellar.scheduler import Loads, PrefetchRules, Rates, Request, Stage, TierRate
 from rootcellar.scheduler.loads import MEASURED_AGAIN
 
 PROMPT = list(range(10, 42))
@@ -137,6 +139,76 @@ def test_when_the_store_goes_nobody_waits_for_it():
     made.run()
     made.add(PROMPT, 4)
     assert not made.prefetcher.questions()
+    made.run()
+    made.verify()
+
+
+def depend(made, handle, prompt=(*PROMPT, 1, 2, 3)):
+    request = made.add(prompt, 4)  # asks as others do
+    made.abort(request)
+    made.prefetcher.questions()
+    request = Request.new("depends", np.asarray(prompt), SamplingParams(max_new_tokens=4), depends=handle)
+    made.requests.append(request)
+    made.scheduler.add(request)
+    made.prefetcher.arrived(request, made.now)
+    return request
+
+
+def checkpoint(made, prompt):
+    """One that a request left, and that nobody has written down yet."""
+    request = made.add(prompt, 1)
+    request.checkpoint = True
+    made.run()
+    made.prefetcher.checkpoint(request)
+    return request.handle
+
+
+def test_a_checkpoint_is_waited_for_until_the_store_has_it_all():
+    made = world("best_effort", limit=1000.0)
+    handle = checkpoint(made, [*PROMPT[::-1], 5, 5])
+    request = depend(made, handle, (*PROMPT[::-1], 5, 5, 5))
+    for _ in range(3):
+        made.step()
+        made.copies.answer()
+    assert request.stage is Stage.PREFILL_WAITING
+    assert request.dependency is None
+    while made.copies.finish():
+        made.step()
+        made.copies.answer()
+    wait(made, request)
+    assert request.dependency == "stored"
+    made.run()
+    made.verify()
+
+
+@pytest.mark.parametrize("policy", ["best_effort", "wait_complete", "timeout"])
+def test_a_checkpoint_that_cannot_come_is_not_waited_for_and_what_lacks_is_computed(policy):
+    made = world(policy)
+    handle = checkpoint(made, PROMPT[::-1])
+    made.dispatch()
+    while made.copies.finish(ok=False):
+        made.learn(made.copies.reports())
+        made.dispatch()
+    for lost in (handle, "00" * 32):
+        request = depend(made, lost, PROMPT[::-1])
+        wait(made, request)
+        assert request.dependency == "recomputed"
+        made.run()
+    made.verify()
+
+
+def test_a_checkpoint_is_not_waited_for_beyond_its_time_or_without_a_store():
+    made = world("wait_complete", limit=3.0)
+    request = depend(made, checkpoint(made, PROMPT[::-1]), [*PROMPT[::-1], 4])
+    for _ in range(2):
+        made.step()
+        assert request.stage is Stage.PREFILL_WAITING
+    made.step()
+    assert request.dependency == "recomputed"
+    made.run()
+    made.prefetcher.close()
+    request = depend(made, "00" * 32)
+    assert request.dependency == "recomputed"
     made.run()
     made.verify()
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar import demo
-from rootcellar.cache import RadixCache, Tier
+from rootcellar.cache import RadixCache, Tier, digests
 from rootcellar.config import EngineConfig
 from rootcellar.engine import identity, memory
 from rootcellar.engine.grammar import Grammars
@@ -213,7 +213,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         sizing,
         host,
         mover,
-        None if mover is None else Prefetcher(scheduler),
+        None
+        if mover is None
+        else Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
     )
 
 

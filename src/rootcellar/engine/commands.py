@@ -91,6 +91,8 @@ class Submit(Command):
                 call=self.call,
                 single=item.logprobs is not None and item.logprobs.top > 0,
                 bound=item.sampling.penalized or (grammars is not None and grammars[i] is not None),
+                checkpoint=item.checkpoint,
+                depends=item.depends,
             )
             assert item.seed is not None
             tracker = Tracker(

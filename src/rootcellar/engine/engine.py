@@ -26,7 +26,6 @@ from rootcellar.engine.commands import (
     Pause,
     Release,
     Resume,
-    Submit,
     UpdateWeights,
 )
 from rootcellar.engine.intake import Intake
@@ -170,6 +169,8 @@ class Engine:
         extra_key: str = "",
         cache_salt: str = "",
         tenant: str = "",
+        storage_checkpoint: bool = False,
+        storage_checkpoint_dependency: str | None = None,
         raise_on_failure: bool = True,
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
@@ -192,6 +193,8 @@ class Engine:
             extra_key, cache_salt: requests that differ in either share no cache (an adapter, a secret).
             tenant: on whose behalf. What it caches and calls its requests is its own (but see
                 ``share_cache_across_keys``). Tenants get equal shares, and within them so do their calls.
+            storage_checkpoint: write what it leaves to the store at once; ``meta_info["storage_checkpoint"]`` names it.
+            storage_checkpoint_dependency: such a name; wait until the store has that, or cannot come to have it.
             raise_on_failure: False: an answer that failed is a result like the others, with a ``finish_reason``.
 
         Returns:
@@ -223,6 +226,8 @@ class Engine:
             extra_key=extra_key,
             cache_salt=cache_salt,
             tenant=tenant,
+            storage_checkpoint=storage_checkpoint,
+            storage_checkpoint_dependency=storage_checkpoint_dependency,
         )
         updates: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         compiling = self._intake.grammars(inputs)
@@ -230,23 +235,10 @@ class Engine:
         submit = self._intake.submit(inputs, stream)
         trackers = self._intake.trackers(submit, grammars, lambda i: lambda output: updates.put((i, output)))
         self._loop.run(submit, trackers)
-        results = self._receive(updates, submit, indexed=inputs.several, strict=raise_on_failure and stream)
+        strict = raise_on_failure and stream
+        results = self._intake.results(self._loop, updates, submit, indexed=inputs.several, strict=strict)
         next(results)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
-
-    def _receive(
-        self, updates: queue.SimpleQueue[tuple[int, RequestOutput]], submit: Submit, *, indexed: bool, strict: bool
-    ) -> Iterator[Result]:
-        left = len(submit.items)
-        try:
-            yield {}  # begun: only then does leaving it, before the first result too, end the requests
-            while left:
-                index, output = updates.get()
-                left -= output.finish is not None
-                yield show(output, index if indexed else None, strict)
-        finally:
-            if left:
-                self._loop.abandon(submit.call)
 
     async def async_generate(
         self,
@@ -283,7 +275,7 @@ class Engine:
         async def receive() -> AsyncIterator[Result]:
             ended = 0
             try:
-                yield {}  # begun, as in _receive
+                yield {}  # begun, as in ``Intake.results``
                 async for index, output in mailbox.outputs(len(trackers)):
                     ended += output.finish is not None
                     draw = functools.partial(show, output, index if inputs.several else None, strict)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,8 @@ from rootcellar.engine.build import Parts
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.commands import Submit
 from rootcellar.engine.grammar import Grammar
-from rootcellar.engine.output import Deliver, Tracker
+from rootcellar.engine.loop import Loop
+from rootcellar.engine.output import Deliver, RequestOutput, Tracker, show
 from rootcellar.engine.requests import Inputs
 
 
@@ -51,6 +54,30 @@ class Intake:
     ) -> list[Tracker]:
         """What follows the sequences of a command, in their order."""
         return submit.trackers(self._parts.tokenizer, self._clock, grammars, deliver_to)
+
+    def results(
+        self,
+        loop: Loop,
+        updates: SimpleQueue[tuple[int, RequestOutput]],
+        submit: Submit,
+        *,
+        indexed: bool,
+        strict: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """What comes of a command, as its caller sees it: first an empty one, once it has begun.
+
+        Only then does leaving it, before the first result too, end the requests.
+        """
+        left = len(submit.items)
+        try:
+            yield {}
+            while left:
+                index, output = updates.get()
+                left -= output.finish is not None
+                yield show(output, index if indexed else None, strict)
+        finally:
+            if left:
+                loop.abandon(submit.call)
 
     def _draw_seed(self) -> int:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""

@@ -270,6 +270,10 @@ class Tracker:
             "weight_versions": versions,
             "stages": [(name, at - self.received) for name, at in self.stages[: then.stages]],
         }
+        if request.checkpoint:
+            meta["storage_checkpoint"] = request.handle
+        if request.depends is not None:
+            meta["storage_checkpoint_dependency"] = request.dependency
         if self.logprobs is not None:
             meta |= self._logprob_fields(self.logprobs, n)
         start = request.prompt_length

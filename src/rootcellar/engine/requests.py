@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ _PRIORITIES = 2**31
 # The same for the number of prompts and answers.
 MANY_PROMPTS = 32
 _DEFAULTS = SamplingParams()
+_HANDLE = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class InputItem:
     logprobs: LogprobOptions | None
     priority: int
     namespace: str
+    checkpoint: bool = False
+    depends: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def read_inputs(
     extra_key: str = "",
     cache_salt: str = "",
     tenant: str = "",
+    storage_checkpoint: bool = False,
+    storage_checkpoint_dependency: str | None = None,
     require_room: Callable[[int, str], None] | None = None,
 ) -> Inputs:
     """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
@@ -86,6 +92,7 @@ def read_inputs(
         raise RequestError(
             f"priority={priority!r} is not allowed: an integer above {-_PRIORITIES} and below {_PRIORITIES}"
         )
+    _check_checkpoint(parts, storage_checkpoint, storage_checkpoint_dependency)
     where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
     logprobs = logprobs if return_logprob else None
@@ -107,8 +114,24 @@ def read_inputs(
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
-            items.append(InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached))
+            kept = storage_checkpoint, storage_checkpoint_dependency
+            items.append(InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept))
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _check_checkpoint(parts: Parts, wanted: bool, depends: str | None) -> None:
+    if not isinstance(wanted, bool):
+        raise RequestError(f"storage_checkpoint={wanted!r} is not allowed: it must be true or false")
+    if depends is not None and not (isinstance(depends, str) and _HANDLE.fullmatch(depends)):
+        raise RequestError(
+            f"storage_checkpoint_dependency={str(depends)[:80]!r} is no handle: give one that a request with "
+            'storage_checkpoint got in meta_info["storage_checkpoint"]'
+        )
+    if (wanted or depends is not None) and parts.prefetcher is None:
+        raise RequestError(
+            "storage_checkpoint and storage_checkpoint_dependency need a store: start with "
+            "enable_hierarchical_cache and hicache_storage_backend"
+        )
 
 
 def _check_size(

@@ -53,7 +53,7 @@ class Learn:
             machine.scheduler.loads.learn(self.rates, self.now)
         machine.scheduler.learn(self.events)
         if machine.prefetcher is not None:
-            machine.prefetcher.learned(self.answers)
+            machine.prefetcher.learned(self.answers, moved=bool(self.events))
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,8 @@ class Machine:
         tracker = self.roster.remove(request)
         if self.prefetcher is not None:
             self.prefetcher.forget(request)
+            if request.checkpoint:
+                self.prefetcher.checkpoint(request)
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:

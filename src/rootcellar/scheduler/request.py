@@ -74,6 +74,9 @@ class Request:
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         cached_by_tier: where they came from, by tier.
         stored: tokens that a store gave host memory while it waited.
+        checkpoint: whether what it leaves is to be written to the store at once; ``handle`` then names that, for
+            somebody to depend on, unless there is nothing to name.
+        depends: such a handle, that it waits for; ``dependency`` says what became of that.
         decisions: whether what farther tiers had of it was loaded, or computed, and why.
         resumable: tokens after which it last began from a cached recurrent state, or left its own.
         branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
@@ -107,6 +110,10 @@ class Request:
     cached: int | None = None
     cached_by_tier: dict[str, int] = field(default_factory=dict)
     stored: int = 0
+    checkpoint: bool = False
+    handle: str | None = None
+    depends: str | None = None
+    dependency: str | None = None
     decisions: list[Decision] = field(default_factory=list)
     resumable: int = 0
     branch: int = 0
@@ -130,6 +137,8 @@ class Request:
         call: int = 0,
         single: bool = False,
         bound: bool = False,
+        checkpoint: bool = False,
+        depends: str | None = None,
     ) -> Request:
         """A request for the continuation of ``prompt`` (token ids, at least one)."""
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
@@ -148,6 +157,8 @@ class Request:
             call,
             single,
             bound,
+            checkpoint=checkpoint,
+            depends=depends,
         )
 
     def enter(self, stage: Stage) -> None:

@@ -35,6 +35,8 @@ class GenerateRequest(Body):
     priority: Priority | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    storage_checkpoint: bool | None = False
+    storage_checkpoint_dependency: str | None = None
     return_prompt_token_ids: bool | None = False
     model: str | None = None
 
@@ -50,6 +52,8 @@ class GenerateRequest(Body):
             "priority": self.priority or 0,
             "extra_key": self.extra_key or "",
             "cache_salt": self.cache_salt or "",
+            "storage_checkpoint": bool(self.storage_checkpoint),
+            "storage_checkpoint_dependency": self.storage_checkpoint_dependency,
         }
 
     def _sampling_params(self) -> dict[str, Any] | list[dict[str, Any]]:
