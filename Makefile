@@ -6,8 +6,9 @@ VENV := .venv
 REFERENCE_VENV := .venv-reference
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-# Processes that run the tests side by side; each test file stays with one of them.
-WORKERS ?= auto
+# Processes that run the tests side by side, one more than there are cores, as tests wait for processes that they start;
+# each test file stays with one of them.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 # pytest: `make test ARGS="tests/cache -x"`; bench: `make bench ARGS="--json"`.
 ARGS ?=
 

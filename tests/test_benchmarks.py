@@ -37,7 +37,7 @@ def test_the_file_store_is_measured_beside_its_medium(tmp_path):
 @pytest.mark.skipif(native.kernel() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "attention_backends.py"), "--quick", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "attention_backends.py"), "--quick", "--json", "--rounds", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     ratios = {row["shape"]: row["ratio"] for row in json.loads(done.stdout)}

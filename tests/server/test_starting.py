@@ -121,7 +121,10 @@ def test_a_signal_while_loading_is_obeyed_at_once():
 
 
 def test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled(tiny_folder):
-    """The log names what is compiled; the banner comes when a request can be answered, the rest is compiled behind."""
+    """The log names what is compiled; the banner comes when a request can be answered, the rest is compiled behind.
+
+    Idle then, the server stops at once and cleanly.
+    """
     words = ("--model-path", str(tiny_folder), "--max-running-requests", "2", "--chunked-prefill-size", "16")
     with Server(*words, warm=True, max_total_tokens=256) as server, server.client() as client:
         ready_at = server.log()
@@ -139,3 +142,8 @@ def test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled(ti
             body = {"prompt": prompt, "max_tokens": 4, "n": n, "temperature": 0.7, "presence_penalty": 0.5}
             assert client.post("/v1/completions", json=body).status_code == 200
         assert client.get("/server_info").json()["internal_states"][0]["compilations"] == before
+        began = time.monotonic()
+        server.stop()
+        assert server.process.wait(timeout=20) == 0
+        assert time.monotonic() - began < 8
+        assert "Traceback" not in server.log()
