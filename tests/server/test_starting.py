@@ -125,7 +125,7 @@ def test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled(ti
 
     Idle then, the server stops at once and cleanly.
     """
-    words = ("--model-path", str(tiny_folder), "--max-running-requests", "2", "--chunked-prefill-size", "16")
+    words = ("--model-path", str(tiny_folder), "--max-running-requests", "2", "--chunked-prefill-size", "64")
     with Server(*words, warm=True, max_total_tokens=256) as server, server.client() as client:
         ready_at = server.log()
         answer = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 2})
