@@ -112,7 +112,8 @@ class Prefetcher:
         hit = cache.match(key)
         known, near = hit.reach(Tier.STORAGE), hit.reach(Tier.HOST)
         question = cache.ask(key, Tier.STORAGE) if len(key) - known >= rules.threshold else None
-        if question is None and check is None and known - near < rules.threshold:
+        asked = check or question
+        if asked is None and known - near < rules.threshold:
             return
         self._serial += 1
         patient = rules.policy == "wait_complete" and check is None
@@ -120,10 +121,10 @@ class Prefetcher:
         self._wishes[self._serial] = wish = _Wish(request, near, now, limit, check=check, asked=self._learned)
         if rules.policy != "best_effort" or check is not None:
             self._scheduler.hold(request)
-        if question is None and check is None:
+        if asked is None:
             self._fetch(self._serial, wish, rules)
         else:
-            self._questions += [(self._serial, asked) for asked in (question, check) if asked is not None][-1:]
+            self._questions.append((self._serial, asked))
 
     def _check_of(self, request: Request) -> Question | None:
         """Asks for all pages of the checkpoint that a request depends on; None: it begins otherwise, or with none."""
