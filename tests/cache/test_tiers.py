@@ -354,6 +354,19 @@ def test_prefixes_saved_to_the_host_are_hits_after_the_device_is_dropped():
     assert (hit.length, hit.reach(HOST)) == (0, 32)
 
 
+def test_a_prefix_is_not_written_down_where_only_its_own_beginning_could_make_room():
+    cache = make(tiers=(HOST,), capacity={("full", HOST): 20}, write_policy="write_back")
+    serve(cache, tokens((0, 16)))
+    assert cache.save() == 1
+    land(cache)
+    key = Key(tokens((0, 16), (90, 8)))
+    serve(cache, key.tokens)
+    assert cache.write_down(key) == 0
+    cache.forget_tier(Tier.DEVICE)
+    cache.check()
+    assert cache.match(key).reach(HOST) == 16
+
+
 def test_saving_to_a_store_takes_what_the_host_has_and_then_what_comes_down():
     kinds = (full("full"), sliding_window("window", window=6))
     cache = make(kinds, tiers=(HOST, STORAGE), write_policy="write_back", closed=(STORAGE,))

@@ -164,7 +164,11 @@ def write_down(cache: Cache, key: Key) -> int:
     if not hit.length:
         return 0
     before = len(traffic.flights)
-    write_through(tree, traffic, place_of(tree, hit, hit.length // tree.page_size), 0)
+    place = place_of(tree, hit, hit.length // tree.page_size)
+    tree.hold(place)  # room is not made of the same prefix
+    write_through(tree, traffic, place, 0)
+    tree.release(place)
+    prune(tree, place)
     return len(traffic.flights) - before
 
 

@@ -202,7 +202,11 @@ std::int64_t Cache::write_down(const Key& key) {
     const std::int64_t length = hit.reaches[DEVICE];
     if (length == 0) return 0;
     const std::size_t before = flights.size();
-    write_through(tree.place_of(hit, key.name, length / tree.page_size), 0);
+    Node* place = tree.place_of(hit, key.name, length / tree.page_size);
+    tree.hold(place);  // room is not made of the same prefix
+    write_through(place, 0);
+    tree.release(place);
+    tree.prune(place);
     return static_cast<std::int64_t>(flights.size() - before);
 }
 
