@@ -157,6 +157,15 @@ def test_files_that_the_documents_name_are_there():
 # --- the project file, the lock and the wheel -------------------------------------------------------------------------
 
 
+def test_tests_that_the_documents_name_are_there():
+    there = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    for document in (ROOT / "docs").glob("*.md"):
+        named = set(re.findall(r"`(test_\w+)`", document.read_text()))
+        assert named <= there, document.name
+
+
 def test_the_version_is_the_same_everywhere():
     assert PROJECT["version"] == rootcellar.__version__
     assert f"## [{rootcellar.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

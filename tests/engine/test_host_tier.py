@@ -109,10 +109,23 @@ def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, na
         check_idle(running)
 
 
-@pytest.mark.parametrize("name", by_day("gemma3", "bamba"))
-def test_a_host_smaller_than_the_device_keeps_what_fits(case_of, name):
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("qwen2-4kv", "write_through"),
+        ("gemma3", "write_back"),
+        ("bamba", "write_back"),
+        *(pytest.param(name, "write_through", marks=pytest.mark.long) for name in FAMILIES[1:]),
+        *(
+            pytest.param(name, "write_back", marks=pytest.mark.long)
+            for name in FAMILIES
+            if name not in ("gemma3", "bamba")
+        ),
+    ],
+)
+def test_a_host_smaller_than_the_device_keeps_what_fits(case_of, name, policy):
     case, folder = case_of(name)
-    with engine(folder, hicache_ratio=0.4, hicache_write_policy="write_back") as running:
+    with engine(folder, hicache_ratio=0.4, hicache_write_policy=policy) as running:
         for some in (LONG[:2], LONG[2:], LONG):
             converse(running, case, some)
         check_idle(running)

@@ -13,6 +13,10 @@ from rootcellar.cache import Tier
 from rootcellar.engine import storage
 from rootcellar.errors import ConfigError, EngineError, RequestError
 from rootcellar.scheduler import Rates, TierRate
+from rootcellar.tiers.faulty import Faults, FaultyStore
+from rootcellar.tiers.stores import registry
+from rootcellar.tiers.stores.file import FileStore
+from rootcellar.tiers.stores.file_settings import read_settings
 
 FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
 """Full, window, chunked, latent, Mamba-2, gated delta."""
@@ -90,6 +94,26 @@ def test_a_server_started_again_on_its_store_hits_what_was_cached_before(case_of
         after = go_on(running, case)
         assert after == again
         assert running.stats()["copies"]["storage-host"]["bytes"] > 0
+        check_idle(running)
+
+
+def test_what_was_cached_is_counted_once_and_is_less_than_the_prompt(case_of, pages):
+    """Whatever tier it came from, and though all of the prompt was computed before."""
+    case, folder = case_of("qwen2-4kv")
+    prompt = case.prompts[15][:96]  # whole pages
+    with engine(folder, pages) as running:
+        for there in ("nowhere", "device", "host", "storage", "device"):
+            if there == "host":
+                settle(running)
+                evict(running, Tier.DEVICE)
+            elif there == "storage":
+                running.flush_cache()
+            meta = ask(running, prompt, 1)["meta_info"]
+            expected = dict.fromkeys(("device", "host", "storage"), 0)
+            if there != "nowhere":
+                expected[there] = 80
+            assert meta["cached_tokens_details"] == expected
+            assert meta["cached_tokens"] == sum(expected.values()) < meta["prompt_tokens"] == 96
         check_idle(running)
 
 
@@ -305,22 +329,22 @@ def test_a_store_that_was_cleared_has_nothing_and_what_was_promised_is_computed(
         assert running.storage.clear() is None
         running.attach_storage("file", pages)
         begin(running, case)
-        evict_near(running)
+        evict(running, Tier.DEVICE, Tier.HOST)
         assert running.storage.clear() > 8
         assert all(details["storage"] == 0 for details in go_on(running, case))
         check_idle(running)
 
 
-def evict_near(engine):
-    """Leave to the store alone what it has."""
+def evict(engine, *tiers):
+    """Leave to the farther tiers alone what they have."""
 
-    def evict():
-        for tier in (Tier.DEVICE, Tier.HOST):
+    def make_room():
+        for tier in tiers:
             for kind in engine._cache.kinds:
                 size = engine._cache.stats().shelves[kind.name, tier].size
                 assert engine._cache.make_room(kind.name, size, tier)
 
-    engine._loop.call(evict)
+    engine._loop.call(make_room)
 
 
 def test_settings_of_a_store_are_checked_before_it_is_opened(case_of, tmp_path):
@@ -391,3 +415,37 @@ def depending(engine, prompt, handle):
         input_ids=prompt, sampling_params={"max_new_tokens": 1}, storage_checkpoint_dependency=handle
     )
     return answer["meta_info"]["storage_checkpoint_dependency"]
+
+
+FAULTS = [
+    pytest.param("gemma3", 1),
+    pytest.param("qwen3-next", 2),
+    *(pytest.param(name, seed, marks=pytest.mark.long) for name in FAMILIES for seed in range(3, 7)),
+]
+
+
+@pytest.mark.parametrize(("name", "seed"), FAULTS)
+def test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind(case_of, pages, monkeypatch, name, seed):
+    case, folder = case_of(name)
+    faults = Faults(delay=0.2, fail=0.08, short=0.15, flip=0.1, lie=0.3)
+    made = []
+
+    def opened(extra, identity):
+        made.append(FaultyStore(FileStore(read_settings(extra, identity)), faults, seed))
+        return made[-1]
+
+    monkeypatch.setitem(registry.BACKENDS, "faulty", opened)
+    with engine(folder, hicache_ratio=4.0 if seed % 2 else 0.5) as running:
+        running.attach_storage("faulty", pages)
+        stored = 0
+        for _ in range(6):
+            begin(running, case)
+            running.flush_cache()
+            stored += sum(details["storage"] for details in go_on(running, case))
+            check_idle(running)
+        copies = running.stats()["copies"]
+        assert stored > 0
+        assert copies["storage-host"]["failed_pages"] + copies["host-storage"]["failed_pages"] > 0
+        assert not any(copies[lane]["queued_bytes"] for lane in ("host-storage", "storage-host"))
+        assert running._parts.prefetcher.waiting == 0
+        assert all(made[0].seen.values())
