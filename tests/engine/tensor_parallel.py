@@ -1,6 +1,8 @@
 """Run by test_tensor_parallel.py in a process with four virtual devices: answers of checkpoints, each at one tp_size.
 
 python tensor_parallel.py  <  a line each: {"folder", "tp_size", "prompts", "most"} as JSON   >  a line of results
+
+With "store", a folder of pages: answers with host memory and that store behind it.
 """
 
 import json
@@ -9,8 +11,10 @@ import re
 import sys
 
 import jax
+from idle import always_load, check_idle
 
 import rootcellar
+from rootcellar.cache import Tier
 from rootcellar.runner.batch import Batch
 
 
@@ -49,5 +53,34 @@ def answer(folder, tp_size, prompts, most):
         }
 
 
+def answer_beside(folder, tp_size, prompts, most, store):
+    """With what the store has, and once more with nothing on the device: the answers, and where prompts were found."""
+    settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+    extra = {"path": store, "max_size": "64MiB", "min_free_space": 0, "prefetch_threshold": 16}
+    engine = rootcellar.Engine(
+        model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=1024, chunked_prefill_size=32,
+        max_running_requests=2, enable_hierarchical_cache=True, hicache_storage_backend="file",
+        hicache_storage_backend_extra_config=json.dumps(extra), hicache_storage_prefetch_policy="wait_complete",
+    )  # fmt: skip
+    with always_load(engine):
+        first = engine.generate(input_ids=prompts, sampling_params=settings)
+        engine._loop.call(lambda: evict(engine))
+        again = engine.generate(input_ids=prompts, sampling_params=settings)
+        check_idle(engine)
+        return {
+            "output_ids": [[r["output_ids"] for r in run] for run in (first, again)],
+            "found": [[r["meta_info"]["cached_tokens_details"] for r in run] for run in (first, again)],
+        }
+
+
+def evict(engine):
+    """Take everything from the device, once it was written down."""
+    engine._loop.machine.life.settle()
+    cache = engine._loop.machine.scheduler.cache
+    for kind in cache.kinds:
+        assert cache.make_room(kind.name, cache.stats().shelves[kind.name, Tier.DEVICE].size)
+
+
 for line in sys.stdin:
-    print(json.dumps(answer(**json.loads(line))), flush=True)
+    question = json.loads(line)
+    print(json.dumps(answer_beside(**question) if "store" in question else answer(**question)), flush=True)

@@ -97,6 +97,35 @@ def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(run):
     assert 0 < result["gathered"] <= logits
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2-4kv",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("qwen3-tied-1kv-d128", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next")
+        ),
+    ],
+)
+def test_what_one_number_of_devices_stored_another_reads(devices, tmp_path, name):
+    case = golden(name)
+    case.make(tmp_path / "model")
+
+    def found(tp_size, some):
+        """Of each prompt cached tokens by tier: at first, and with nothing on the device."""
+        result = devices(
+            folder=str(tmp_path / "model"), tp_size=tp_size, prompts=[case.prompts[i] for i in some], most=MOST,
+            store=str(tmp_path / "pages"),
+        )  # fmt: skip
+        assert result["output_ids"] == [[case.tokens[i][:MOST] for i in some]] * 2
+        assert all(details["host"] > 0 for details in result["found"][1])
+        return result["found"][0]
+
+    assert [details["storage"] for details in found(1, [11, 13])] == [0, 0]
+    assert [details["storage"] > 0 for details in found(2, [11, 13, 14, 15])] == [True, True, False, False]
+    assert all(details["storage"] > 0 for details in found(1, [14, 15]))
+
+
 def config(heads, kv_heads):
     return read_config(
         {
