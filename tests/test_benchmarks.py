@@ -34,6 +34,36 @@ def test_the_file_store_is_measured_beside_its_medium(tmp_path):
     assert all(row[name] > 0 for row in rows for name in ("memcpy", "write", "dd", "put", "read", "get"))
 
 
+@pytest.mark.long
+def test_hits_on_each_tier_are_measured_beside_each_other_and_a_slow_store():
+    words = ["--requests", "--rounds", "1", "--tokens", "300", "--layers", "1", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tiers.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["requests"]
+    assert found["over_device"].keys() == {"cold", "storage", "device", "host"}
+    assert found["hits"]["cold"] == found["hits"]["device"] == 1
+    tried, weighed = (found["throttled"]["decisions"][name][0] for name in ("tried", "weighed"))
+    assert tried["load"]
+    assert tried["load_seconds"] is None  # another store was measured before
+    assert weighed["load"] == (weighed["load_seconds"] <= weighed["compute_seconds"])
+
+
+@pytest.mark.long
+def test_tiers_are_measured_under_load():
+    words = ["--layers", "1", "--rounds", "1", "--batch", "2", "--steps", "8", "--length", "64"]
+    words += ["--count", "4", "--turns", "2", "--clients", "2", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tiers_load.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["decode"]["ratio"] > 0
+    assert found["decode"]["bytes"]["device-host"] > 0
+    rows = found["conversations"]["rows"]
+    assert rows.keys() == {"none", "host", "host + file"}
+    assert all(row["first_token_seconds"] > 0 and 0 <= row["cached"] < 1 for row in rows.values())
+
+
 @pytest.mark.skipif(native.kernel() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""

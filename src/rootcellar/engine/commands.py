@@ -234,6 +234,7 @@ class Attach(Command):
         pools = machine.runner.pools.values()
         mover.attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
         machine.scheduler.cache.write_to(Tier.STORAGE, True)
+        machine.recorder.meter.other_store()
         prefetcher.open(self.rules)
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from statistics import median
 
 from rootcellar.scheduler import Rates, TierRate
 
 _STEPS = 15
 _LEAST = 16
 """Tokens of a step below which its time says little about computing many."""
+_LIGHT = 8
+"""A step with less than this part of the largest one's tokens is left out: most of its time is what any step costs."""
 _SAMPLES = 8
 
 
 class Prefills:
-    """How fast the last steps of prefill were: their median, since the first of a shape compiles.
+    """How fast the last steps of prefill were: the median of their tokens, since the first of a shape compiles.
 
-    Nobody waits for a step that gives no token, so its time is that of the next one that does.
+    Each token counts, not each step: hits leave only the end of a prompt to compute, and such steps are slow for what
+    they compute. Nobody waits for a step that gives no token, so its time is that of the next one that does.
     """
 
     def __init__(self) -> None:
-        self._speeds: deque[float] = deque(maxlen=_STEPS)
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)
+        """Tokens and seconds."""
         self._tokens = 0
         self._seconds = 0.0
 
@@ -31,14 +34,20 @@ class Prefills:
             self._tokens += tokens
             self._seconds += seconds
             if ended:
-                if self._tokens >= _LEAST and self._seconds > 0:
-                    self._speeds.append(self._tokens / self._seconds)
+                most = max((kept for kept, _ in self._steps), default=0)
+                if self._tokens >= max(_LEAST, most // _LIGHT) and self._seconds > 0:
+                    self._steps.append((self._tokens, self._seconds))
                 self._tokens, self._seconds = 0, 0.0
 
     @property
     def speed(self) -> float:
         """Tokens a second; 0 before the first."""
-        return median(self._speeds) if self._speeds else 0.0
+        left = sum(tokens for tokens, _ in self._steps) / 2
+        for speed, tokens in sorted((tokens / seconds, tokens) for tokens, seconds in self._steps):
+            left -= tokens
+            if left <= 0:
+                return speed
+        return 0.0
 
 
 class _Lane:
@@ -47,6 +56,11 @@ class _Lane:
     def __init__(self) -> None:
         self._before = 0.0, 0.0
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._at = 0.0
+
+    def forget(self) -> None:
+        """What comes from now on comes from somewhere else."""
+        self._samples.clear()
         self._at = 0.0
 
     def read(self, stats: Mapping[str, float], now: float) -> TierRate:
@@ -65,6 +79,10 @@ class Meter:
     def __init__(self) -> None:
         self.prefills = Prefills()
         self._host, self._storage = _Lane(), _Lane()
+
+    def other_store(self) -> None:
+        """A store is attached: what another one did says nothing of it."""
+        self._storage.forget()
 
     def rates(self, stats: Mapping[str, Mapping[str, float]], now: float) -> Rates:
         """``stats``: those of the mover; ``now``: by the engine's clock, in seconds."""
