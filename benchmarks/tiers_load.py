@@ -25,15 +25,18 @@ from tiers import CONFIG, processor
 HOST = {"enable_hierarchical_cache": True, "hicache_ratio": 8.0}
 
 
-def engines(stack, layers, names, **options):
-    """An engine for each name of tiers, and what closes them all on ``stack``."""
+def engines(stack, layers, tokens, **options):
+    """An engine for each name of tiers in ``tokens``, whose device holds so many; what closes them is on ``stack``."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     Path(folder, "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     pages = {"path": str(folder / "pages"), "min_free_space": 0, "prefetch_threshold": 64}
     store = {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config": json.dumps(pages)}
     tiers = {"none": {}, "host": HOST, "host + file": HOST | {"hicache_ratio": 1.0} | store}
     options = {"model_path": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, **options}
-    return {name: stack.enter_context(rootcellar.Engine(**options, **tiers[name])) for name in names}
+    return {
+        name: stack.enter_context(rootcellar.Engine(**options, **tiers[name], max_total_tokens=total))
+        for name, total in tokens.items()
+    }
 
 
 def ask(engine, ids, most):
@@ -60,11 +63,13 @@ def step_counts(engine):
 
 def decode(rounds, layers, batch, steps, length):
     """Seconds of a decode step of a batch, while others ask for prompts one after the other, of which half are new and
-    half come back when the device has evicted them; the others take part in no decode step.
+    half come back; the others take part in no decode step. With tiers the device has evicted by then what comes back;
+    without, it holds everything, so that both compute the same.
     """
-    options = {"max_total_tokens": batch * (64 + steps) + 6 * length, "max_running_requests": batch + 2}
+    own, others_asked = batch * (64 + steps), rounds * (2 * steps + 8)
+    tokens = {"none": rounds * own + (8 + others_asked) * length, "host + file": own + 6 * length}
     with contextlib.ExitStack() as stack:
-        found = engines(stack, layers, ("none", "host + file"), **options)
+        found = engines(stack, layers, tokens, max_running_requests=batch + 2)
         old = [tokens_of([1, i], length) for i in range(8)]  # of which the device holds fewer
         for engine in found.values():
             for prompt in old:
@@ -105,8 +110,8 @@ def conversations(layers, count, turns, clients):
     longest = begins + turns * (question + answer)
     names = ("none", "host", "host + file")
     with contextlib.ExitStack() as stack:
-        options = {"max_total_tokens": max(clients + 1, count // 4) * longest, "max_running_requests": clients}
-        found = engines(stack, layers, names, **options)
+        tokens = dict.fromkeys(names, max(clients + 1, count // 4) * longest)
+        found = engines(stack, layers, tokens, max_running_requests=clients)
         pool = stack.enter_context(ThreadPoolExecutor(clients))
         history = {name: [tokens_of([5, i], begins) for i in range(count)] for name in names}
         first, seconds, cached = ({name: [] for name in names} for _ in range(3))
@@ -166,6 +171,7 @@ def main():
         steps = ", ".join(f"{name} {1000 * each:.1f} ms" for name, each in row["step_seconds"].items())
         lanes = ", ".join(f"{name} {each / 1e6:.0f} MB" for name, each in row["bytes"].items())
         print(f"decode step of {row['batch']}: {steps}; with tiers {row['ratio']:.3f} times as long; {lanes}")
+        print(f"  rounds: {', '.join(f'{each:.3f}' for each in row['ratios'])}; prompts beside: {row['others']}")
     if "conversations" in found:
         rows = found["conversations"]["rows"]
         for name, row in rows.items():
