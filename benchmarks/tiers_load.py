@@ -64,7 +64,8 @@ def step_counts(engine):
 def decode(rounds, layers, batch, steps, length):
     """Seconds of a decode step of a batch, while others ask for prompts one after the other, of which half are new and
     half come back; the others take part in no decode step. With tiers the device has evicted by then what comes back;
-    without, it holds everything, so that both compute the same.
+    without, it holds everything: a prompt costs both the same computing. How many prompts come beside so many steps
+    depends on the machine, so the two figures are of one load only where those counts, which are printed, are alike.
     """
     own, others_asked = batch * (64 + steps), rounds * (2 * steps + 8)
     tokens = {"none": rounds * own + (8 + others_asked) * length, "host + file": own + 6 * length}

@@ -39,14 +39,23 @@ def package() -> Path:
     return copy.parent
 
 
-def runtime() -> str:
-    """The sanitizers' library, to be loaded before the interpreter, which was built without."""
-    compiler = os.environ.get("CXX", "c++")
-    for name in ("libasan.so", "libclang_rt.asan.so"):
+def library(compiler: str, *names: str) -> str:
+    """The first of these libraries that the compiler has; empty when it has none."""
+    for name in names:
         done = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         if os.sep in done.stdout.strip():
             return done.stdout.strip()
-    sys.exit(f"{compiler} has no AddressSanitizer runtime; install it, or choose a compiler with CXX=...")
+    return ""
+
+
+def runtime() -> str:
+    """The sanitizers' library, to be loaded before the interpreter, which was built without; and C++'s, in which the
+    sanitizer looks for what throws when it starts."""
+    compiler = os.environ.get("CXX", "c++")
+    sanitizer = library(compiler, "libasan.so", "libclang_rt.asan.so")
+    if not sanitizer:
+        sys.exit(f"{compiler} has no AddressSanitizer runtime; install it, or choose a compiler with CXX=...")
+    return f"{sanitizer} {library(compiler, 'libstdc++.so.6', 'libc++.so.1')}"
 
 
 def main() -> None:
