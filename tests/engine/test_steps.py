@@ -132,6 +132,27 @@ def test_a_report_that_cannot_be_learned_is_told(monkeypatch):
         machine.learn()
 
 
+def test_a_request_whose_end_cannot_be_kept_is_answered_with_the_reason():
+    class Broken:
+        next_end = None
+
+        def arrived(self, request, now):
+            pass
+
+        def questions(self):
+            return []
+
+        def ended(self, request):
+            raise CacheBroken("nothing can be written down")
+
+    callers = Callers(hash_machine(prefetcher=Broken()))
+    callers.do(callers.submit([prompt(1, 9), prompt(2, 9)], 0, max_new_tokens=4))
+    callers.run()
+    for _, reason in callers.results().values():
+        assert "nothing can be written down" in reason["message"]
+    check_whole(callers.machine)
+
+
 # -- bytes that are on their way --------------------------------------------------------------------------------------
 
 

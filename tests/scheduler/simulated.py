@@ -163,7 +163,7 @@ class World:
 
     def abort(self, request):
         self.scheduler.finish(request, Finish.abort("asked", "a test"))
-        self.prefetcher.forget(request)
+        self.prefetcher.ended(request)
 
     def step(self) -> Plan | None:
         """One turn, as the engine has it; the step whose tokens were taken."""

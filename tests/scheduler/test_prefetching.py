@@ -159,7 +159,7 @@ def checkpoint(made, prompt):
     request = made.add(prompt, 1)
     request.checkpoint = True
     made.run()
-    made.prefetcher.checkpoint(request)
+    made.prefetcher.ended(request)
     return request.handle
 
 

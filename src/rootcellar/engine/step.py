@@ -220,13 +220,11 @@ class Machine:
 
     def _close(self, request: Request) -> None:
         tracker = self.roster.remove(request)
-        if self.prefetcher is not None:
-            self.prefetcher.forget(request)
-            if request.checkpoint:
-                self.prefetcher.checkpoint(request)
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
+            if self.prefetcher is not None:
+                self.prefetcher.ended(request)
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)

@@ -142,9 +142,11 @@ class Prefetcher:
         ]
         return Question(key, Tier.STORAGE, cache.kinds, cache.page_size, 0, firsts, tuple(pages))
 
-    def checkpoint(self, request: Request) -> None:
-        """A request ended that asked for it: write what it leaves to the store, and give that a handle."""
-        if self._rules is None:
+    def ended(self, request: Request) -> None:
+        """A request ended: what is under way for it comes all the same; what is to be durable is written down."""
+        for serial in [serial for serial, wish in self._wishes.items() if wish.request is request]:
+            del self._wishes[serial]
+        if self._rules is None or not request.checkpoint:
             return
         cache = self._scheduler.cache
         key = request.key(request.length)
@@ -193,11 +195,6 @@ class Prefetcher:
         for serial, wish in list(self._wishes.items()):
             if now >= wish.since + wish.limit:
                 self._go_on(serial)
-
-    def forget(self, request: Request) -> None:
-        """A request ended. What is under way for it comes all the same."""
-        for serial in [serial for serial, wish in self._wishes.items() if wish.request is request]:
-            del self._wishes[serial]
 
     def _fetch(self, serial: int, wish: _Wish, rules: PrefetchRules | None) -> None:
         """What the store has of the request is known: bring it closer where that pays."""
