@@ -2,7 +2,7 @@
 
 import random
 
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from simulated import World
 
@@ -56,6 +56,7 @@ def attack(rng, world, tenant, calls):
 
 
 @property_of_seeds
+@example(seed=3144005)  # whoever made way shared nearly all that it had
 @seeds
 def test_one_token_of_another_tenant_comes_next_whatever_the_others_do(seed):
     rng = random.Random(seed)

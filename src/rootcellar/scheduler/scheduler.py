@@ -36,10 +36,9 @@ _LOOK = 128
 
 
 class Scheduler:
-    """Decides; the engine carries out.
+    """Decides; the engine carries out: ``plan()`` gives the next step, ``advance()`` takes what it produced.
 
-    ``plan()`` gives the next step, ``advance()`` takes what it produced. In between, ``add``, ``finish`` and ``learn``
-    may be called; nothing here waits or measures time.
+    In between, ``add``, ``finish`` and ``learn`` may be called; nothing here waits or measures time.
     """
 
     def __init__(
@@ -404,11 +403,18 @@ class Scheduler:
         running, after, going = list(self.running), Held(self.running), list[Request]()
         cached = self.loads.reach(hit)
         lacking = max(self._needs(request, cached).values(), default=0) + cached - self.cache.available_tokens()
-        while not going or len(running) >= self._max_running or lacking > 0:
+        while True:
+            if going and len(running) < self._max_running and lacking <= 0:
+                request.claimed = True
+                for gone in going:
+                    self._retract(gone)
+                    held.add(gone, -1)
+                if self._start(request, hit):
+                    return True
+                going, lacking = [], 1  # less was theirs alone than it seemed
             above = after.above(request, running)
             if not above and not after.tenants[request.tenant]:
-                steps = {r: self._plans - self._admitted[r][1] for r in running}
-                above = served(request, cached, self._chunk, steps)
+                above = served(request, cached, self._chunk, {r: self._plans - self._admitted[r][1] for r in running})
             if not above:
                 return False
             gone = self._youngest(after.largest(above))
@@ -417,11 +423,6 @@ class Scheduler:
             going.append(gone)
             assert gone.lease is not None
             lacking -= gone.length - gone.lease.cached + self.cache.page_size
-        request.claimed = True
-        for gone in going:
-            self._retract(gone)
-            held.add(gone, -1)
-        return self._start(request, hit)
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
@@ -435,8 +436,7 @@ class Scheduler:
         request.lease = lease
         self._namespaces.add(lease.namespace)
         request.computed = request.committed = request.resumable = request.slots = lease.cached
-        request.commit_at = 0
-        request.branch = hit.branch
+        request.commit_at, request.branch = 0, hit.branch
         self.waiting.remove(request)
         self.running.append(request)
         self._turns.take(request)
