@@ -1,9 +1,25 @@
 """One engine for the tests of its interface."""
 
+import functools
+
 import pytest
 from idle import check_idle
 
 import rootcellar
+from checkpoints import golden
+
+
+@pytest.fixture(scope="package")
+def case_of(tmp_path_factory):
+    """A golden case and its checkpoint's folder, by name; made once."""
+
+    @functools.cache
+    def make(name):
+        case, folder = golden(name), tmp_path_factory.mktemp(name)
+        case.make(folder)
+        return case, folder
+
+    return make
 
 
 @pytest.fixture(scope="package")

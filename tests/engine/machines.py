@@ -264,7 +264,7 @@ def replay(log, turns, callers):
         while machine.turns < turn:
             machine.step()
         if isinstance(command, Learn):
-            machine.copies.follow(command.events)
+            machine.copies.follow(command.reports.events)
         callers.do(command)
     while machine.turns < turns:
         machine.step()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from machines import Callers, Time, expected_answer, hash_machine, real_machine, replay, state_of
 
 import rootcellar
-from rootcellar.cache import Answer, Key, Question, Tier
+from rootcellar.cache import Answer, Key, Question, Reports, Tier
 from rootcellar.engine import commands
 from rootcellar.engine.commands import (
     Abandon,
@@ -25,6 +25,7 @@ from rootcellar.engine.commands import (
 )
 from rootcellar.engine.step import Learn
 from rootcellar.errors import ConfigError
+from rootcellar.scheduler import Rates
 
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=3)
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
@@ -187,4 +188,4 @@ def test_what_a_store_says_while_copies_are_waited_for_is_learned_and_logged(wai
     machine.copies.ask(3, Question(Key([1]), Tier.STORAGE, (), 4, 0, (), ()))
     wait(machine)
     machine.learn()
-    assert machine.log == [(0, Learn((), (Answer(3, ()),)))]
+    assert machine.log == [(0, Learn(Reports((), (Answer(3, ()),)), Rates(), 0.0))]

@@ -1,12 +1,9 @@
 """Host memory as a tier: the tokens of transformers, whatever was evicted, did not fit, was late or broke."""
 
-import functools
-
 import pytest
-from idle import always_load, check_idle
+from conversations import FAMILIES, HALF, LONG, ask, begin, go_on, tiered
+from idle import check_idle
 
-import rootcellar
-from checkpoints import golden
 from rootcellar.cache import Tier
 from rootcellar.config import EngineConfig
 from rootcellar.engine import build
@@ -15,36 +12,12 @@ from rootcellar.errors import ConfigError, GenerationFailed
 from rootcellar.tiers.faulty import Faults, Faulty
 from rootcellar.tiers.mover import Mover
 
-FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
-"""Full, window, chunked, latent, Mamba-2, gated delta."""
 RECURRENT = FAMILIES[-2:]
 
 
 def by_day(*names):
     """Every family, those of ``names`` by day."""
     return [pytest.param(name, marks=[] if name in names else pytest.mark.long) for name in FAMILIES]
-
-
-HALF = 32  # tokens of an answer after which its conversation is asked to go on
-TIER = {"enable_hierarchical_cache": True}
-
-
-@pytest.fixture(scope="module")
-def case_of(tmp_path_factory):
-    """A golden case and its checkpoint's folder, by name; made once."""
-
-    @functools.cache
-    def make(name):
-        case, folder = golden(name), tmp_path_factory.mktemp(name)
-        case.make(folder)
-        return case, folder
-
-    return make
-
-
-def engine(folder, **options):
-    options = {"max_total_tokens": 512, "max_running_requests": 2, "chunked_prefill_size": 64, **TIER, **options}
-    return always_load(rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options))
 
 
 def evict_all(engine):
@@ -63,37 +36,17 @@ def evict_all(engine):
     engine._loop.call(evict)
 
 
-def ask(engine, ids, most):
-    return engine.generate(
-        input_ids=ids, sampling_params={"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
-    )
-
-
 def converse(engine, case, prompts):
-    """Each prompt and then its continuation, with nothing on the device when it goes on; cached tokens of the latter.
-
-    What others loaded before counts as the device's.
-    """
-    firsts = ask(engine, [case.prompts[i] for i in prompts], HALF)
-    for i, first in zip(prompts, firsts, strict=True):
-        assert first["output_ids"] == case.tokens[i][:HALF]
+    """Each prompt and then its continuation, with nothing on the device in between; its cached tokens."""
+    begin(engine, case, prompts)
     evict_all(engine)
-    going_on = [case.prompts[i] + case.tokens[i][:HALF] for i in prompts]
-    seconds = ask(engine, going_on, HALF)
-    for i, second in zip(prompts, seconds, strict=True):
-        assert second["output_ids"] == case.tokens[i][HALF:]
-        details = second["meta_info"]["cached_tokens_details"]
-        assert sum(details.values()) == second["meta_info"]["cached_tokens"] <= len(case.prompts[i]) + HALF
-    return [second["meta_info"]["cached_tokens"] for second in seconds]
-
-
-LONG = [11, 13, 14, 15]  # prompts of 33 to 100 tokens
+    return [sum(details.values()) for details in go_on(engine, case, prompts)]
 
 
 @pytest.mark.parametrize("name", by_day(*FAMILIES[:-1]))
 def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, name):
     case, folder = case_of(name)
-    with engine(folder, hicache_ratio=4.0) as running:
+    with tiered(folder, hicache_ratio=4.0) as running:
         given = converse(running, case, LONG)
         ends = [len(case.prompts[i]) + HALF - 1 for i in LONG]
         if name in RECURRENT:  # states are left where prompts end, and answers that end on a page
@@ -125,7 +78,7 @@ def test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens(case_of, na
 )
 def test_a_host_smaller_than_the_device_keeps_what_fits(case_of, name, policy):
     case, folder = case_of(name)
-    with engine(folder, hicache_ratio=0.4, hicache_write_policy=policy) as running:
+    with tiered(folder, hicache_ratio=0.4, hicache_write_policy=policy) as running:
         for some in (LONG[:2], LONG[2:], LONG):
             converse(running, case, some)
         check_idle(running)
@@ -142,7 +95,7 @@ def test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left
         return Mover(dict(zip(device, faulty, strict=True)), host, pool_of)
 
     monkeypatch.setattr(build, "Mover", broken)
-    with engine(folder) as running:
+    with tiered(folder) as running:
         for _ in range(4):
             converse(running, case, LONG)
         check_idle(running)
@@ -154,11 +107,11 @@ def test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left
 
 def test_selective_writes_down_what_two_requests_resumed_from(case_of):
     case, folder = case_of("qwen2-4kv")
-    with engine(folder, hicache_write_policy="write_through_selective") as running:
+    with tiered(folder, hicache_write_policy="write_through_selective") as running:
         for expected in (0, 0, 96):
             ask(running, case.prompts[15], 4)
             settled = running._loop.call(lambda: settle(running._loop.machine.scheduler, running._parts.mover))
-            assert settled == ()
+            assert settled.answers == ()
             assert running.stats()["cache"]["full"]["HOST"]["cached"] >= expected
             if not expected:
                 assert running.stats()["cache"]["full"]["HOST"]["used"] == 0
@@ -167,7 +120,7 @@ def test_selective_writes_down_what_two_requests_resumed_from(case_of):
 
 def test_memory_given_back_with_its_prefixes_kept_leaves_them_on_the_host(case_of):
     case, folder = case_of("gemma3")
-    with engine(folder, hicache_write_policy="write_back") as running:
+    with tiered(folder, hicache_write_policy="write_back") as running:
         ask(running, case.prompts[15], HALF)
         assert running.stats()["copies"]["device-host"]["pages"] == 0
         running.release_memory_occupation("kv_cache", preserve=True)
@@ -185,7 +138,7 @@ def test_memory_given_back_with_its_prefixes_kept_leaves_them_on_the_host(case_o
 
 def test_a_failed_step_costs_the_device_and_nothing_else(case_of, monkeypatch):
     case, folder = case_of("qwen2-4kv")
-    with engine(folder) as running:
+    with tiered(folder) as running:
         ask(running, case.prompts[15], HALF)
         runner, step = running._parts.runner, running._parts.runner.step
 

@@ -1,40 +1,25 @@
 """A store behind the host: the tokens of transformers, after a restart too, whatever the store does."""
 
-import functools
+import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import conversations
 import pytest
-from idle import always_load, check_idle
+from conversations import FAMILIES, HALF, LONG, ask, go_on, tiered
+from idle import check_idle
 
 import rootcellar
-from checkpoints import golden
 from rootcellar.cache import Tier
 from rootcellar.engine import storage
-from rootcellar.errors import ConfigError, EngineError, RequestError
+from rootcellar.errors import CacheBusy, ConfigError, EngineError, RequestError
 from rootcellar.scheduler import Rates, TierRate
+from rootcellar.tiers import mover
 from rootcellar.tiers.faulty import Faults, FaultyStore
 from rootcellar.tiers.stores import registry
 from rootcellar.tiers.stores.file import FileStore
 from rootcellar.tiers.stores.file_settings import read_settings
-
-FAMILIES = ["qwen2-4kv", "gemma3", "llama4", "deepseek3", "bamba", "qwen3-next"]
-"""Full, window, chunked, latent, Mamba-2, gated delta."""
-HALF = 32  # tokens of an answer after which its conversation is asked to go on
-LONG = [11, 13, 14, 15]  # prompts of 33 to 100 tokens
-
-
-@pytest.fixture(scope="module")
-def case_of(tmp_path_factory):
-    """A golden case and its checkpoint's folder, by name; made once."""
-
-    @functools.cache
-    def make(name):
-        case, folder = golden(name), tmp_path_factory.mktemp(name)
-        case.make(folder)
-        return case, folder
-
-    return make
 
 
 @pytest.fixture
@@ -44,40 +29,21 @@ def pages(tmp_path):
 
 
 def engine(folder, pages=None, **options):
-    options = {"max_total_tokens": 512, "max_running_requests": 2, "chunked_prefill_size": 64, **options}
-    options = {"enable_hierarchical_cache": True, "hicache_ratio": 4.0, **options}
-    options = {"hicache_storage_prefetch_policy": "wait_complete", **options}
-    running = always_load(rootcellar.Engine(model_path=folder, skip_tokenizer_init=True, **options))
+    options = {"hicache_ratio": 4.0, "hicache_storage_prefetch_policy": "wait_complete", **options}
+    running = tiered(folder, **options)
     if pages is not None:
         running.attach_storage("file", pages)
     return running
 
 
-def ask(engine, ids, most):
-    return engine.generate(
-        input_ids=ids, sampling_params={"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
-    )
-
-
 def begin(engine, case, prompts=LONG):
     """The first half of each answer, with all that it left in the store."""
-    for i, first in zip(prompts, ask(engine, [case.prompts[i] for i in prompts], HALF), strict=True):
-        assert first["output_ids"] == case.tokens[i][:HALF]
+    conversations.begin(engine, case, prompts)
     settle(engine)
 
 
 def settle(engine):
     engine._loop.call(engine._loop.machine.life.settle)
-
-
-def go_on(engine, case, prompts=LONG):
-    """The second half of each answer; of each, cached tokens by tier."""
-    seconds = ask(engine, [case.prompts[i] + case.tokens[i][:HALF] for i in prompts], HALF)
-    for i, second in zip(prompts, seconds, strict=True):
-        assert second["output_ids"] == case.tokens[i][HALF:]
-        details = second["meta_info"]["cached_tokens_details"]
-        assert sum(details.values()) == second["meta_info"]["cached_tokens"] <= len(case.prompts[i]) + HALF
-    return [second["meta_info"]["cached_tokens_details"] for second in seconds]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -448,3 +414,53 @@ def test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind(case
         assert not any(copies[lane]["queued_bytes"] for lane in ("host-storage", "storage-host"))
         assert running._parts.prefetcher.waiting == 0
         assert all(made[0].seen.values())
+
+
+def test_a_store_that_hangs_stops_neither_a_flush_nor_its_own_detaching(case_of, pages, gates, monkeypatch):
+    monkeypatch.setattr(mover, "STALLED", 0.2)
+    case, folder = case_of("qwen2-4kv")
+    short = {**pages, "prefetch_timeout_base": 0.05}
+    with engine(folder, short, hicache_storage_prefetch_policy="timeout") as running:
+        begin(running, case, [15])
+        running.flush_cache()
+        assert go_on(running, case, [15])[0]["storage"] == 0
+        assert gates[-1].asked.is_set()
+        with pytest.raises(CacheBusy, match="1 copies"):
+            running.flush_cache()
+        monkeypatch.setattr(mover, "STALLED", 60.0)
+        with ThreadPoolExecutor() as pool:
+            flushing = pool.submit(running.flush_cache)
+            with pytest.raises(EngineError, match="did not return"):
+                running.detach_storage(timeout=0.05)  # the engine's thread waits for the store: it no longer does
+            with pytest.raises(CacheBusy, match="1 copies"):
+                flushing.result(30)
+        assert len(ask(running, [5, 6, 7], 8)["output_ids"]) == 8
+        gates[-1].open.set()
+        assert running.detach_storage()
+        check_idle(running)
+
+
+def test_what_comes_while_copies_are_waited_for_lets_go_of_whoever_waits_for_it(case_of, pages, gates):
+    case, folder = case_of("qwen2-4kv")
+    with engine(folder, pages) as running:
+        begin(running, case, [15])
+        running.flush_cache()
+        running.pause_generation("in_place")
+        with ThreadPoolExecutor() as pool:
+            waits = pool.submit(go_on, running, case, [15])
+            assert gates[-1].asked.wait(60)
+            flushing = pool.submit(running.flush_cache)
+            gates[-1].open.set()
+            flushing.result(60)
+            running.continue_generation()
+            assert waits.result(60)[0]["device"] == 0
+        check_idle(running)
+
+
+def test_an_engine_that_nobody_refers_to_lets_go_of_its_store(case_of, pages):
+    _, folder = case_of("qwen2-4kv")
+    running = engine(folder, pages)
+    del running
+    gc.collect()
+    with engine(folder, pages):
+        pass

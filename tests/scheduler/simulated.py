@@ -189,7 +189,7 @@ class World:
     def learn(self, reports: Reports) -> None:
         """Take in what the mover saw, and what the store said."""
         self.scheduler.learn(reports.events)
-        self.prefetcher.learned(reports.answers, moved=bool(reports.events))
+        self.prefetcher.learned(reports)
 
     def dispatch(self) -> bool:
         """Hand over copies and questions; whether there were any."""

@@ -164,3 +164,6 @@ class Reports:
 
     def __bool__(self) -> bool:
         return bool(self.events or self.answers)
+
+    def __add__(self, later: Reports) -> Reports:
+        return Reports(self.events + later.events, self.answers + later.answers)

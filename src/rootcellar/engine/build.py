@@ -88,9 +88,9 @@ class Parts:
     """How the KV cache's size came about: ``memory.report`` puts it into words."""
     host: HostMemory | None
     mover: Mover | None
-    prefetcher: Prefetcher | None
-    """The tier in host memory, who copies to and from it, and who asks a store what it has for it; None without
-    ``enable_hierarchical_cache``."""
+    """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
+    prefetcher: Prefetcher
+    """What waiting requests want of the store behind it."""
 
     @property
     def identity(self) -> str:
@@ -213,9 +213,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         sizing,
         host,
         mover,
-        None
-        if mover is None
-        else Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
+        Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
     )
 
 

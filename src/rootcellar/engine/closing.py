@@ -32,7 +32,9 @@ def _close(loop: Loop, parts: Parts) -> None:
         parts.grammars.close()
     loop.stop()
     if parts.mover is not None and parts.host is not None:
-        parts.mover.close()
+        store = parts.mover.close()
+        if store is not None:
+            store.close()
         parts.host.images.clear()
     for pool in parts.runner.pools.values():
         pool.free()

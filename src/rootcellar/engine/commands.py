@@ -20,7 +20,7 @@ from rootcellar.engine.output import Deliver, Tracker
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
 from rootcellar.errors import CacheBusy, ConfigError
-from rootcellar.scheduler import Finish, Prefetcher, PrefetchRules, Request
+from rootcellar.scheduler import Finish, PrefetchRules, Request
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.mover import MOST_QUEUED
 from rootcellar.tiers.store import Store
@@ -118,8 +118,7 @@ class Submit(Command):
         machine.roster.add(self.call, trackers)
         for tracker in trackers:
             machine.scheduler.add(tracker.request)
-            if machine.prefetcher is not None:
-                machine.prefetcher.arrived(tracker.request, self.received)
+            machine.prefetcher.arrived(tracker.request, self.received)
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,7 @@ class Expire(Command):
         late = Finish.abort("timeout", "timed out: it took longer than request_timeout")
         machine.end_all(machine.roster.late(self.now), late)
         machine.pins.expire(self.now)
-        if machine.prefetcher is not None:
-            machine.prefetcher.expire(self.now)
+        machine.prefetcher.expire(self.now)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -229,13 +227,12 @@ class Attach(Command):
 
     def run(self, machine: Machine, store: Store) -> None:
         """Use ``store``, which is open."""
-        mover, prefetcher = _with_host(machine)
         # What waits to be written keeps its place, on the device too: of a small one only a part.
         pools = machine.runner.pools.values()
-        mover.attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
+        _mover_of(machine).attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
         machine.scheduler.cache.write_to(Tier.STORAGE, True)
         machine.recorder.meter.other_store()
-        prefetcher.open(self.rules)
+        machine.prefetcher.open(self.rules)
 
 
 @dataclass(frozen=True)
@@ -244,10 +241,9 @@ class Leave(Command):
 
     def run(self, machine: Machine) -> None:
         """See above."""
-        mover, prefetcher = _with_host(machine)
         machine.scheduler.cache.write_to(Tier.STORAGE, False)
-        mover.leave()
-        prefetcher.close()
+        _mover_of(machine).leave()
+        machine.prefetcher.close()
 
 
 @dataclass(frozen=True)
@@ -256,12 +252,11 @@ class Detach(Command):
 
     def run(self, machine: Machine) -> Store | None:
         """The store; None while copies to or from it are under way."""
-        mover, _ = _with_host(machine)
         try:
             machine.scheduler.cache.forget_tier(Tier.STORAGE)
         except CacheBusy:
             return None
-        return mover.detach()
+        return _mover_of(machine).detach()
 
 
 @dataclass(frozen=True)
@@ -362,10 +357,9 @@ class UpdateWeights(Command):
         return machine.life.update_weights(weights, self.version, reload)
 
 
-def _with_host(machine: Machine) -> tuple[AnyMover, Prefetcher]:
+def _mover_of(machine: Machine) -> AnyMover:
     assert machine.life.mover is not None, "a store needs the host's memory"
-    assert machine.prefetcher is not None
-    return machine.life.mover, machine.prefetcher
+    return machine.life.mover
 
 
 def _one_of(mode: str, modes: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from rootcellar.cache import Answer, Done, Failed, Move, Question, Reports, Tier
+from rootcellar.cache import Done, Failed, Move, Question, Reports, Tier
 from rootcellar.scheduler import Scheduler
 from rootcellar.tiers.store import Store
 
@@ -49,33 +49,38 @@ class AnyMover(Protocol):
     def reports(self) -> Reports:
         """What was seen since the last call, without waiting."""
 
-    def drain(self) -> Reports:
-        """Wait for all that is under way, questions too, then :meth:`reports`."""
+    def drain(self, *, near: bool = False) -> Reports:
+        """Wait for all that is under way, questions too, then :meth:`reports`; ``near``: for what touches the device.
+
+        A store that does nothing for a long time is not waited for any longer.
+        """
 
 
-def settle(scheduler: Scheduler, mover: AnyMover | None) -> tuple[Answer, ...]:
-    """Wait until no copy is planned or under way. Returns what a store said meanwhile, which nobody has learned."""
-    if mover is None:
-        return ()
-    answers: tuple[Answer, ...] = ()
-    busy = True
+def settle(scheduler: Scheduler, mover: AnyMover | None) -> Reports:
+    """Wait until no copy is planned or under way, or a store hangs.
+
+    Returns what was seen meanwhile. The copies are learned; who waits for them, and for answers, has yet to be told.
+    """
+    seen = Reports()
+    busy = mover is not None
     while busy:
+        assert mover is not None
         moves = scheduler.cache.moves()
         mover.dispatch(moves, patient=True)
         reports = mover.drain()
         scheduler.learn(reports.events)
-        answers += reports.answers
+        seen += reports
         busy = bool(moves or reports.events)
-    return answers
+    return seen
 
 
-def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> tuple[Answer, ...]:
-    """Forget what lies on the device, and nothing else: its bytes are lost. Copies that are under way end first.
+def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> Reports:
+    """Forget what lies on the device, and nothing else: its bytes are lost. Copies from and to it end first.
 
-    Returns what a store said meanwhile, which nobody has learned.
+    Returns what was seen meanwhile, as :func:`settle` does.
     """
     cache = scheduler.cache
-    answers: tuple[Answer, ...] = ()
+    seen = Reports()
     busy = True
     while busy:
         moves = cache.moves()
@@ -86,10 +91,10 @@ def forget_device(scheduler: Scheduler, mover: AnyMover | None) -> tuple[Answer,
                 cache.learn(Failed(move.id))
             else:
                 mover.dispatch([move])
-        reports = Reports() if mover is None else mover.drain()
+        reports = Reports() if mover is None else mover.drain(near=True)
         for event in reports.events:
             cache.learn(event)
-        answers += reports.answers
+        seen += reports
         busy = bool(moves or reports.events)
     cache.forget_tier(Tier.DEVICE)
-    return answers
+    return seen

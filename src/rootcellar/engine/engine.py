@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -32,7 +31,7 @@ from rootcellar.engine.intake import Intake
 from rootcellar.engine.lifecycle import Lifecycle, read_tags
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.mailbox import Mailbox, Post
-from rootcellar.engine.output import RequestOutput, in_order, show
+from rootcellar.engine.output import in_order, show
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
@@ -229,15 +228,7 @@ class Engine:
             storage_checkpoint=storage_checkpoint,
             storage_checkpoint_dependency=storage_checkpoint_dependency,
         )
-        updates: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
-        compiling = self._intake.grammars(inputs)
-        grammars = None if compiling is None else compiling.result()
-        submit = self._intake.submit(inputs, stream)
-        trackers = self._intake.trackers(submit, grammars, lambda i: lambda output: updates.put((i, output)))
-        self._loop.run(submit, trackers)
-        strict = raise_on_failure and stream
-        results = self._intake.results(self._loop, updates, submit, indexed=inputs.several, strict=strict)
-        next(results)
+        results = self._intake.run(self._loop, inputs, stream, strict=raise_on_failure and stream)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
 
     async def async_generate(
@@ -275,7 +266,7 @@ class Engine:
         async def receive() -> AsyncIterator[Result]:
             ended = 0
             try:
-                yield {}  # begun, as in ``Intake.results``
+                yield {}  # begun, as in ``Intake.run``
                 async for index, output in mailbox.outputs(len(trackers)):
                     ended += output.finish is not None
                     draw = functools.partial(show, output, index if inputs.several else None, strict)

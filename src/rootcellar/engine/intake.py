@@ -55,30 +55,35 @@ class Intake:
         """What follows the sequences of a command, in their order."""
         return submit.trackers(self._parts.tokenizer, self._clock, grammars, deliver_to)
 
-    def results(
-        self,
-        loop: Loop,
-        updates: SimpleQueue[tuple[int, RequestOutput]],
-        submit: Submit,
-        *,
-        indexed: bool,
-        strict: bool,
-    ) -> Iterator[dict[str, Any]]:
-        """What comes of a command, as its caller sees it: first an empty one, once it has begun.
+    def run(self, loop: Loop, inputs: Inputs, stream: bool, *, strict: bool) -> Iterator[dict[str, Any]]:
+        """Add these sequences, and give what comes of them as their caller sees it.
 
-        Only then does leaving it, before the first result too, end the requests.
+        Leaving it early ends the requests. ``strict``: an answer that failed raises.
         """
-        left = len(submit.items)
-        try:
-            yield {}
-            while left:
-                index, output = updates.get()
-                left -= output.finish is not None
-                yield show(output, index if indexed else None, strict)
-        finally:
-            if left:
-                loop.abandon(submit.call)
+        updates: SimpleQueue[tuple[int, RequestOutput]] = SimpleQueue()
+        compiling = self.grammars(inputs)
+        grammars = None if compiling is None else compiling.result()
+        submit = self.submit(inputs, stream)
+        loop.run(submit, self.trackers(submit, grammars, lambda i: lambda output: updates.put((i, output))))
+        results = _received(loop, updates, submit, indexed=inputs.several, strict=strict)
+        next(results)
+        return results
 
     def _draw_seed(self) -> int:
         """A seed for a request that brought none: a function of random_seed and of how many came before."""
         return int(np.random.SeedSequence([self._parts.config.random_seed, next(self._numbers)]).generate_state(1)[0])
+
+
+def _received(
+    loop: Loop, updates: SimpleQueue[tuple[int, RequestOutput]], submit: Submit, *, indexed: bool, strict: bool
+) -> Iterator[dict[str, Any]]:
+    left = len(submit.items)
+    try:
+        yield {}  # begun: only then does leaving it, before the first result too, end the requests
+        while left:
+            index, output = updates.get()
+            left -= output.finish is not None
+            yield show(output, index if indexed else None, strict)
+    finally:
+        if left:
+            loop.abandon(submit.call)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rootcellar.cache import Answer, Tier
+from rootcellar.cache import Reports, Tier
 from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
@@ -47,7 +47,7 @@ class Lifecycle:
         version: what users call them.
         released: tags whose memory is given back.
         mover: who copies between tiers; None where the device is the only one.
-        answers: what a store said while copies were waited for; the next report has it.
+        missed: what was seen while copies were waited for; the next report begins with it.
         saved: for each pool whose cached pages wait on the host without a tier there, their numbers and bytes.
     """
 
@@ -58,7 +58,7 @@ class Lifecycle:
     version: str = "0"
     mover: AnyMover | None = None
     released: set[str] = field(default_factory=set)
-    answers: list[Answer] = field(default_factory=list)
+    missed: Reports = field(default_factory=Reports)
     saved: dict[str, Saved] = field(default_factory=dict)
     _dtypes: list[jnp.dtype] = field(default_factory=list)
 
@@ -78,8 +78,8 @@ class Lifecycle:
             raise EngineError(f"{' and '.join(tags)} released: call resume_memory_occupation({tags}) first")
 
     def settle(self) -> None:
-        """Wait until no copy is planned or under way."""
-        self.answers += settle(self.scheduler, self.mover)
+        """Wait until no copy is planned or under way, or a store hangs."""
+        self.missed += settle(self.scheduler, self.mover)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ def _check_checkpoint(parts: Parts, wanted: bool, depends: str | None) -> None:
             f"storage_checkpoint_dependency={str(depends)[:80]!r} is no handle: give one that a request with "
             'storage_checkpoint got in meta_info["storage_checkpoint"]'
         )
-    if (wanted or depends is not None) and parts.prefetcher is None:
+    if (wanted or depends is not None) and parts.mover is None:
         raise RequestError(
             "storage_checkpoint and storage_checkpoint_dependency need a store: start with "
             "enable_hierarchical_cache and hicache_storage_backend"

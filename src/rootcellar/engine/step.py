@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from jax import Array
 
-from rootcellar.cache import Answer, Event
+from rootcellar.cache import Reports, digests
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.lifecycle import Lifecycle
@@ -39,21 +40,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Learn:
-    """The command that takes in what those saw who copy between tiers, and what a store answered."""
+    """The command that takes in what those saw who copy between tiers; ``rates`` were measured by ``now``."""
 
-    events: tuple[Event, ...]
-    answers: tuple[Answer, ...] = ()
-    rates: Rates | None = None
-    now: float = 0.0
+    reports: Reports
+    rates: Rates
+    now: float
     rest: None = None
 
     def run(self, machine: Machine) -> None:
-        """See above. ``rates`` were measured by ``now``; None: nothing was."""
-        if self.rates is not None:
-            machine.scheduler.loads.learn(self.rates, self.now)
-        machine.scheduler.learn(self.events)
-        if machine.prefetcher is not None:
-            machine.prefetcher.learned(self.answers, moved=bool(self.events))
+        """See above."""
+        machine.scheduler.loads.learn(self.rates, self.now)
+        machine.scheduler.learn(self.reports.events)
+        machine.prefetcher.learned(self.reports)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Machine:
         roster, trackers: the requests that have not ended.
         places: who may still wait.
         pins: what is kept for tenants.
-        prefetcher: what waiting requests want of a store; None where host memory is no tier.
+        prefetcher: what waiting requests want of a store.
         clock, recorder: the time; what was counted, and what happened lately.
         paused: whether nothing is computed until somebody says so.
         turns: how often a step was tried.
@@ -122,7 +120,7 @@ class Machine:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
-        be planned ahead. ``prefetcher``: the scheduler's, where host memory is a tier.
+        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -133,7 +131,8 @@ class Machine:
         self.trackers = self.roster.trackers
         self.places = Places(life.scheduler, max_running, max_queued)
         self.pins = Pins(life.scheduler.cache, total_tokens)
-        self.prefetcher = prefetcher
+        names_of = partial(digests, page_size=life.scheduler.cache.page_size)
+        self.prefetcher = prefetcher or Prefetcher(life.scheduler, names_of)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
@@ -223,8 +222,7 @@ class Machine:
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
-            if self.prefetcher is not None:
-                self.prefetcher.ended(request)
+            self.prefetcher.ended(request)
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
@@ -235,9 +233,8 @@ class Machine:
     @property
     def next_end(self) -> float | None:
         """When something will next be late, if nothing happens before; None: never."""
-        waited = None if self.prefetcher is None else self.prefetcher.next_end
-        ends = [end for end in (self.roster.next_deadline, self.pins.next_end, waited) if end is not None]
-        return min(ends, default=None)
+        ends = self.roster.next_deadline, self.pins.next_end, self.prefetcher.next_end
+        return min((end for end in ends if end is not None), default=None)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -255,13 +252,12 @@ class Machine:
         """Take in what movers saw since the last time."""
         if self._mover is None:
             return
-        reports = self._mover.reports()
-        earlier, self.life.answers = tuple(self.life.answers), []
-        if reports or earlier:
+        # Copies that were learned while they were waited for are known no more: to learn them again is no work.
+        reports, self.life.missed = self.life.missed + self._mover.reports(), Reports()
+        if reports:
             learnt: Future[None] = Future()
             now = self.clock.now()
-            rates = None if self.prefetcher is None else self.recorder.meter.rates(self._mover.stats(), now)
-            self.do(Learn(reports.events, earlier + reports.answers, rates, now), learnt)
+            self.do(Learn(reports, self.recorder.meter.rates(self._mover.stats(), now), now), learnt)
             learnt.result()  # or what went wrong, which nobody else would be told of
 
     def step(self) -> None:
@@ -336,11 +332,12 @@ class Machine:
 
     def _dispatch(self) -> None:
         """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""
-        if self._mover is not None and (moves := self.scheduler.cache.moves()):
+        if self._mover is None:
+            return
+        if moves := self.scheduler.cache.moves():
             self._mover.dispatch(moves)
-        if self._mover is not None and self.prefetcher is not None:
-            for serial, question in self.prefetcher.questions():
-                self._mover.ask(serial, question)
+        for serial, question in self.prefetcher.questions():
+            self._mover.ask(serial, question)
 
     def _run(self, plan: Plan, before: Unread | None) -> Launched:
         """Hand the step to the device; ``before``: what the one gives that it was planned after."""
@@ -463,11 +460,11 @@ class Machine:
             for pool in self.runner.pools.values():
                 pool.free()
                 pool.allocate()
-        self.life.answers += forget_device(self.scheduler, self._mover)
+        self.life.missed += forget_device(self.scheduler, self._mover)
         self._stuck = False
         self._rested()
         self.places.look()
-        if self.life.answers:
+        if self.life.missed:
             self.learn()
 
 

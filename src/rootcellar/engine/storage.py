@@ -20,7 +20,7 @@ from rootcellar.engine.build import Parts
 from rootcellar.engine.commands import Attach, Detach, Leave, Save
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import ConfigError, EngineError
-from rootcellar.scheduler import PrefetchPolicy, PrefetchRules
+from rootcellar.scheduler import PREFETCH_POLICIES, PrefetchPolicy, PrefetchRules
 from rootcellar.tiers.prefetching import PrefetchSettings
 from rootcellar.tiers.store import Store
 from rootcellar.tiers.stores import open_store
@@ -41,7 +41,6 @@ class _Attached:
     backend: str
     extra: Mapping[str, Any]
     policy: PrefetchPolicy
-    prefetch: PrefetchSettings
 
 
 class StorageBackend:
@@ -68,7 +67,7 @@ class StorageBackend:
     ) -> dict[str, Any]:
         """Keep pages in a store from now on, and look for the prompts of new requests there. See ``Engine``."""
         config = self._parts.config
-        if self._parts.prefetcher is None:
+        if self._parts.mover is None:
             raise ConfigError("a store keeps what host memory holds: start the engine with enable_hierarchical_cache")
         policy = read_policy(prefetch_policy or config.hicache_storage_prefetch_policy)
         extra = read_extra(extra_config)
@@ -84,7 +83,7 @@ class StorageBackend:
             except BaseException:
                 store.close()
                 raise
-            self._attached = _Attached(store, backend, extra, policy, prefetch)
+            self._attached = _Attached(store, backend, extra, policy)
             return self._status()
 
     def detach(self, timeout: float = DRAIN) -> bool:
@@ -138,8 +137,11 @@ class StorageBackend:
         mover = self._parts.mover
         assert mover is not None
         until = monotonic() + timeout
-        self._loop.run(Leave())
-        if left := mover.await_left(timeout):
+        mover.leave()  # here already: the engine's thread may be waiting for this store
+        leaving = self._loop.post(Leave())
+        left = mover.await_left(timeout)
+        self._loop.wait(leaving)
+        if left:
             raise EngineError(
                 f"the store did not return from {left} pages within {timeout:g} s; nothing new is given to it, and it "
                 "can be detached once it returns: try again"
@@ -156,11 +158,11 @@ class StorageBackend:
 
 def read_policy(policy: str) -> PrefetchPolicy:
     """``policy`` as one of those there are; ``ConfigError`` for any other."""
-    for known in ("best_effort", "wait_complete", "timeout"):
+    for known in PREFETCH_POLICIES:
         if policy == known:
-            return known  # type: ignore[return-value]
+            return known
     raise ConfigError(
-        f"hicache_storage_prefetch_policy={policy!r} is not allowed: choose from best_effort, wait_complete, timeout"
+        f"hicache_storage_prefetch_policy={policy!r} is not allowed: choose from {', '.join(PREFETCH_POLICIES)}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from rootcellar.scheduler.loads import Decision, Loads, Rates, TierRate
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan
-from rootcellar.scheduler.prefetching import Prefetcher, PrefetchPolicy, PrefetchRules
+from rootcellar.scheduler.prefetching import PREFETCH_POLICIES, Prefetcher, PrefetchPolicy, PrefetchRules
 from rootcellar.scheduler.request import Finish, Request
 from rootcellar.scheduler.scheduler import Scheduler
 from rootcellar.scheduler.snapshots import Snapshots
@@ -11,6 +11,7 @@ from rootcellar.scheduler.stages import FORWARD, Stage
 __all__ = [
     "FORWARD",
     "POLICIES",
+    "PREFETCH_POLICIES",
     "Chunk",
     "Decision",
     "Finish",

@@ -12,16 +12,17 @@ Like the cache this decides and does nothing: ``questions`` are taken to the sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Literal, get_args
 
-from rootcellar.cache import Answer, Key, Prefetch, Question, Tier
+from rootcellar.cache import Answer, Key, Prefetch, Question, Reports, Tier
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.scheduler import Scheduler
 
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
+PREFETCH_POLICIES: tuple[PrefetchPolicy, ...] = get_args(PrefetchPolicy)
 STORED, RECOMPUTED = "stored", "recomputed"
 """What became of a dependency: the store has it all; or not, and what is cached nowhere else is computed."""
 
@@ -159,13 +160,13 @@ class Prefetcher:
         questions, self._questions = self._questions, []
         return questions
 
-    def learned(self, answers: Iterable[Answer], *, moved: bool) -> None:
-        """The cache is to learn what the store answered: nothing if it has nothing or failed.
+    def learned(self, reports: Reports) -> None:
+        """The cache learned of copies; it is to learn what the store answered: nothing if it has nothing or failed.
 
-        ``moved``: it learned of copies. Whoever has all that it waited for goes on.
+        Whoever has all that it waited for goes on.
         """
-        self._learned += moved
-        for answer in answers:
+        self._learned += bool(reports.events)
+        for answer in reports.answers:
             self._scheduler.learn(answer.events)  # whoever asked may be gone: others may ask the same
             wish = self._wishes.get(answer.serial)
             if wish is not None and (wish.check is None or self._checked(wish, wish.check, answer)):

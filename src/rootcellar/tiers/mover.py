@@ -23,7 +23,7 @@ from rootcellar.pools.images import Images, Rows
 from rootcellar.tiers.guard import Guard
 from rootcellar.tiers.lane import Lane, LaneStats, Shipment
 from rootcellar.tiers.news import News
-from rootcellar.tiers.storage import Storage
+from rootcellar.tiers.storage import STALLED, Storage
 from rootcellar.tiers.store import Store
 
 log = logging.getLogger(__name__)
@@ -235,17 +235,20 @@ class Mover:
             self._begin(shipment, partial(self._write, shipment, images), self._up.put, again=True)
         return reports
 
-    def drain(self) -> Reports:
-        """Wait for all that is under way, then :meth:`reports`; but not for a store beyond :meth:`await_left`."""
-        seen = [self.reports()]
+    def drain(self, *, near: bool = False) -> Reports:
+        """Wait for all that is under way, then :meth:`reports`; ``near``: for what touches the device.
+
+        Not for a store beyond :meth:`await_left`, or one of which nothing was heard for ``STALLED`` seconds.
+        """
+        seen = self.reports()
         while True:
-            more = self._news.wait()
-            seen.append(self.reports())
-            if not more:
-                return Reports(
-                    tuple(event for reports in seen for event in reports.events),
-                    tuple(answer for reports in seen for answer in reports.answers),
-                )
+            with self._news.changed:
+                far = 0 if self._storage is None else self._storage.under_way
+                alone = self._news.under_way == far
+            heard = self._news.wait((0.0 if near else STALLED) if alone else None)
+            seen += self.reports()
+            if not heard:
+                return seen
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Of each lane, by its name, what it did: see ``LaneStats``. Of a guarded store, ``store``: see ``Guard``."""
@@ -257,15 +260,20 @@ class Mover:
             found["store"] = {verb: asdict(stats) for verb, stats in storage.store.stats().items()}
         return found
 
-    def close(self) -> None:
-        """End the threads, once they have done what is queued. A store gets ``PATIENCE`` seconds, and is not closed."""
+    def close(self) -> Store | None:
+        """End the threads, once they have done what is queued. A store gets ``PATIENCE`` seconds.
+
+        Returns it, for its caller to close, if it is free by then.
+        """
         self._news.listen(None)
         self._down.close()
         self._up.close()
         if self._storage is not None:
             self._storage.leave()
-            self._storage.await_left(PATIENCE)
+            inside = self._storage.await_left(PATIENCE)
             self._storage.close()
+            return None if inside else self._storage.store
+        return None
 
     # -- on any thread ------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class News:
         ``fetched``: images that have to be written to the device.
         """
         with self.changed:
-            first = not (self._events or self._answers or self._fetched)
+            first = not self._waiting
             self._events += events
             self._answers += answers
             self._fetched += fetched
@@ -60,12 +60,18 @@ class News:
             self._events, self._answers = [], []
         return reports, fetched
 
-    def wait(self) -> bool:
-        """Wait until there is something to take, or nothing is under way; whether something still is."""
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until there is something to take, or nothing is under way, or so many seconds are over (None: never).
+
+        Returns whether there is something to take.
+        """
         with self.changed:
-            while self.under_way and not (self._events or self._answers or self._fetched):
-                self.changed.wait()
-            return bool(self.under_way)
+            self.changed.wait_for(lambda: not self.under_way or self._waiting, seconds)
+            return self._waiting
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._events or self._answers or self._fetched)
 
 
 def _nobody() -> None:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 PAGES_AT_ONCE = 128
 """Pages of one call."""
+STALLED = 30.0
+"""Seconds without a word from a store after which nobody waits for it: more than a guard gives one call."""
 _T = TypeVar("_T")
 
 
@@ -174,6 +176,12 @@ class Storage:
             line.close()
 
     @property
+    def under_way(self) -> int:
+        """Moves and questions of which is yet to be told, but for those that nobody waits for."""
+        with self._news.changed:
+            return sum(len(line.waiting) + (0 if self._given_up else len(line.group)) for line in self._lines)
+
+    @property
     def busy(self) -> bool:
         """Whether anything is under way; read without the lock, it may be so no longer."""
         return any(line.waiting or line.group for line in self._lines)
@@ -198,12 +206,11 @@ class Storage:
         self._news.changed.notify_all()
 
     def _room_for(self, nbytes: int, patient: bool) -> bool:
-        """Whether so much may be queued; ``patient``: it may, sooner or later, unless the store leaves before."""
+        """Whether so much may be queued; ``patient``: it may, sooner or later, unless the store leaves or hangs."""
         stats = self._writes.stats
         while stats.queued_bytes and stats.queued_bytes + nbytes > self._most_queued:
-            if not patient or self.leaving:
+            if not patient or self.leaving or not self._news.changed.wait(STALLED):
                 return False
-            self._news.changed.wait()
         return not self.leaving
 
     def _bytes_of(self, move: Move) -> int:
