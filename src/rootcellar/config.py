@@ -181,11 +181,12 @@ class EngineConfig:
     hicache_storage_backend: str | None = option(
         None,
         "Where pages that host memory holds are kept as well, to be found again by name, also after a restart: 'file' "
-        "is a folder on disk (docs/store.md). Needs enable_hierarchical_cache. None: nowhere, until one is attached.",
+        "is a folder on disk (docs/store.md), docs/stores.md has the others. Needs enable_hierarchical_cache. None: "
+        "nowhere, until one is attached.",
     )
     hicache_storage_backend_extra_config: str | None = option(
         None,
-        "The settings of hicache_storage_backend, as a JSON object, or '@' and the name of a JSON or TOML file: "
+        "The settings of hicache_storage_backend, as a JSON object, or '@' and the name of a JSON, TOML or YAML file: "
         "'path', 'max_size', ... of a file store; 'prefetch_threshold', 'prefetch_timeout_base', "
         "'prefetch_timeout_per_ki_token' and 'prefetch_timeout_max' of the waiting for one.",
     )

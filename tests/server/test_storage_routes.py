@@ -70,11 +70,19 @@ def test_a_store_is_attached_used_cleared_and_detached(client, tiered, tmp_path)
         ({"hicache_storage_backend": "disk"}, "file"),
         ({"hicache_storage_backend_extra_config_json": {}}, "path"),
         ({"hicache_storage_backend_extra_config_json": "{"}, "json"),
+        ({"hicache_storage_backend": "dynamic"}, "when the server is started"),
+        (
+            {
+                "hicache_storage_backend": "chain",
+                "hicache_storage_backend_extra_config_json": {"stores": [{"backend": "dynamic"}]},
+            },
+            "when the server is started",
+        ),
         ({"hicache_storage_prefetch_policy": "never"}, "best_effort"),
         ({"hicache_write_policy": "write_back"}, "write_through"),
         ({"colour": 1}, "colour"),
     ],
-    ids=["backend", "path", "json", "policy", "write policy", "unknown"],
+    ids=["backend", "path", "json", "code", "code in a chain", "policy", "write policy", "unknown"],
 )
 def test_what_cannot_be_attached_is_refused_with_the_reason(client, tmp_path, change, said):
     refused = client.put(ROUTE, json=body(tmp_path, **change))

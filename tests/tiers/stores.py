@@ -1,49 +1,21 @@
 """Stores for tests: one in memory, and pages whose bytes follow from their names."""
 
-import functools
-import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from rootcellar.tiers.conformance.pages import get, image, name, put, room
 from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.file import FileStore
 from rootcellar.tiers.stores.file_settings import FileSettings
 
-
-@functools.lru_cache(8192)
-def name(i: int) -> bytes:
-    return hashlib.sha256(b"name %d" % i).digest()
-
-
-@functools.lru_cache(4096)
-def image(i: int, nbytes: int = 5000) -> memoryview:
-    """The only bytes that may ever be returned for ``name(i)``."""
-    return memoryview(np.random.default_rng([i, nbytes]).bytes(nbytes))
-
-
-def room(nbytes: int = 5000) -> memoryview:
-    return memoryview(bytearray(b"\xaa" * nbytes))
+__all__ = ["MemoryStore", "ToldStore", "file_store", "fill", "get", "image", "name", "put", "room"]
 
 
 def file_store(path: Path, **settings) -> FileStore:
     now = settings.pop("now", None)
     made = FileSettings(path, **{"min_free_space": 0, "max_size": 16 << 20} | settings)
     return FileStore(made) if now is None else FileStore(made, now)
-
-
-def get(store, i: int, nbytes: int = 5000) -> bool:
-    """Whether the page is there; it is right then."""
-    into = room(nbytes)
-    (found,) = store.get([name(i)], [into])
-    assert not found or into == image(i, nbytes), f"wrong bytes for page {i}"
-    return found
-
-
-def put(store, pages: Sequence[int], nbytes: int = 5000) -> list[bool]:
-    return store.put([name(i) for i in pages], [image(i, nbytes) for i in pages])
 
 
 def fill(store, pages: Sequence[int], nbytes: int = 5000) -> None:
@@ -57,8 +29,8 @@ class MemoryStore:
 
     verifies = False
 
-    def __init__(self):
-        self.objects: dict[bytes, bytes] = {}
+    def __init__(self, objects: dict[bytes, bytes] | None = None):
+        self.objects = {} if objects is None else objects
 
     def has(self, names):
         check_names(names)
@@ -71,7 +43,7 @@ class MemoryStore:
             held = self.objects.get(n)
             found.append(held is not None and len(held) == len(view))
             if found[-1]:
-                view[:] = held
+                view.cast("B")[:] = held
         return found
 
     def put(self, names, blocks):

@@ -1,133 +1,123 @@
-"""What every store has to keep to."""
+"""What every store has to keep to (``rootcellar.tiers.conformance``), kept by those that need nothing else."""
 
-import threading
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
+from stores import MemoryStore, ToldStore, file_store, get, name, put
 
+from rootcellar.tiers.conformance import suite as conformance
+from rootcellar.tiers.conformance.subject import Subject
+from rootcellar.tiers.conformance.suite import *  # noqa: F403  (the tests; ``subject`` is ours)
 from rootcellar.tiers.guard import Guard
+from rootcellar.tiers.stores.chain import StoreChain
+from rootcellar.tiers.stores.dynamic import open_class
 
-STORES = {
-    "memory": lambda _: MemoryStore(),
-    "file": file_store,
-    "file-direct": lambda path: file_store(path, direct=True),
-    "file-fsync": lambda path: file_store(path, fsync=True),
-    "guarded memory": lambda _: Guard(ToldStore(MemoryStore())),
-    "guarded file": lambda path: Guard(ToldStore(file_store(path))),
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_store.py"
+
+
+def memory(_, wrap=lambda store: store):
+    objects = {}
+    return Subject(lambda: wrap(MemoryStore(objects)), lambda: wrap(MemoryStore(objects)))
+
+
+def files(path, wrap=lambda store: store, **settings):
+    """One process writes into a folder, any number read."""
+    settings = {"max_size": 256 << 20, **settings}
+    reader = {**settings, "read_only": True}
+    return Subject(lambda: wrap(file_store(path, **settings)), lambda: wrap(file_store(path, **reader)))
+
+
+def own(path):
+    def opened():
+        return open_class(str(EXAMPLE), "FolderStore", {"path": str(path)}, "")
+
+    return Subject(opened, opened)
+
+
+def chained(path):
+    """A file store in front of one in memory, and in a second chain the same the other way round."""
+    objects = {}
+
+    def opened(**settings):
+        nearer = file_store(path, max_size=256 << 20, **settings)
+        return StoreChain([Guard(nearer), Guard(MemoryStore(objects))])
+
+    return Subject(opened, lambda: opened(read_only=True))
+
+
+SUBJECTS = {
+    "memory": memory,
+    "file": files,
+    "file-direct": lambda path: files(path, direct=True),
+    "file-fsync": lambda path: files(path, fsync=True),
+    "guarded memory": lambda path: memory(path, lambda store: Guard(ToldStore(store))),
+    "guarded file": lambda path: files(path, lambda store: Guard(ToldStore(store))),
+    "own": own,
+    "chain": chained,
 }
 
 
-@pytest.fixture(params=STORES)
-def store(request, tmp_path):
-    made = STORES[request.param](tmp_path / "store")
-    yield made
-    made.close()
+@pytest.fixture(params=SUBJECTS)
+def subject(request, tmp_path):
+    return SUBJECTS[request.param](tmp_path / "store")
 
 
-def test_what_was_put_is_there_and_what_was_not_is_missing(store):
-    assert store.has([name(1)]) == [False]
-    assert not get(store, 1)
-    assert put(store, [1, 2, 3]) == [True] * 3
-    assert store.has([name(i) for i in (3, 4, 1)]) == [True, False, True]
-    into = [room() for _ in range(4)]
-    assert store.get([name(i) for i in (3, 4, 1, 2)], into) == [True, False, True, True]
-    assert [bytes(view) for view in (into[0], into[2], into[3])] == [bytes(image(i)) for i in (3, 1, 2)]
+@pytest.mark.long
+def test_an_image_of_64_mib(guarded):
+    conformance.test_an_image_of_64_mib(guarded)
 
 
-def test_after_a_clearing_nothing_is_there_and_all_can_be_put_again(store):
-    put(store, [1, 2])
-    put(store, [3], 700)
-    assert store.clear() == 3
-    assert store.has([name(i) for i in (1, 2, 3)]) == [False] * 3
-    assert not get(store, 1)
-    assert store.clear() == 0
-    assert put(store, [1, 2]) == [True, True]
-    assert get(store, 2)
+def conforms(*words, cwd):
+    command = [sys.executable, "-m", "pytest", "-p", "rootcellar.tiers.conformance.plugin", "-p", "no:schemathesis"]
+    return subprocess.run([*command, "-q", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_nothing_of_nothing(store):
-    assert (store.has([]), store.get([], []), store.put([], [])) == ([], [], [])
+def test_a_users_own_store_is_tried_by_one_command(tmp_path):
+    """The example passes; one that mixes pages up does not. What lies about where pytest is started is not run."""
+    (tmp_path / "test_broken.py").write_text("def test_broken(): raise AssertionError\n")
+    extra = ("--rootcellar-store-extra-config", f'{{"path": "{tmp_path / "pages"}"}}')
+    good = conforms(
+        "--rootcellar-store",
+        f"{EXAMPLE}:FolderStore",
+        *extra,
+        "-k",
+        "put_is_there or any_mix or not_the_page or at_once",
+        cwd=tmp_path,
+    )
+    assert good.returncode == 0, good.stdout + good.stderr
+    wrong = "from own_store import FolderStore as _F\nclass Wrong(_F):\n"
+    wrong += "    def get(self, names, into): return super().get(list(names)[::-1], into)\n"
+    (tmp_path / "wrong.py").write_text(f"import sys; sys.path.append({str(EXAMPLE.parent)!r})\n{wrong}")
+    words = ("--rootcellar-store", "wrong.py:Wrong", *extra, "-k", "put_is_there or not_the_page")
+    bad = conforms(*words, cwd=tmp_path)
+    assert bad.returncode == 1, bad.stdout + bad.stderr
+    assert "test_broken" not in good.stdout + bad.stdout
+    none = conforms("--rootcellar-store", "nothere:Class", "-k", "nothing_of_nothing", cwd=tmp_path)
+    assert "module_path='nothere' is not allowed: it cannot be imported" in none.stdout
 
 
-@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, 36 << 10, (1 << 20) + 512])
-def test_images_of_any_size_beside_each_other(store, nbytes):
-    assert put(store, [1, 2], nbytes) == [True, True]
-    assert put(store, [3], 700) == [True]
-    assert get(store, 1, nbytes)
-    assert get(store, 2, nbytes)
-    assert get(store, 3, 700)
+def test_a_chain_reads_through_and_writes_through():
+    near, far = {}, {}
+    chain = StoreChain([Guard(MemoryStore(near)), Guard(MemoryStore(far))])
+    put(chain, [1, 2])
+    assert len(near) == len(far) == 2
+    near.clear()
+    assert get(chain, 1)
+    assert list(near) == [name(1)]
+    assert near[name(1)] == far[name(1)]
+    far.clear()
+    assert chain.has([name(1), name(2)]) == [True, False]
+    with pytest.raises(ValueError, match="guard it"):
+        StoreChain([MemoryStore()])
 
 
-@pytest.mark.parametrize("nbytes", [4999, 5001, 4096, 9000])
-def test_another_length_is_a_miss(store, nbytes):
-    put(store, [1])
-    assert store.get([name(1)], [room(nbytes)]) == [False]
-    assert get(store, 1)
-
-
-def test_a_page_is_put_once_whatever_comes_again(store):
-    assert put(store, [1, 1]) == [True, True]
-    assert put(store, [1, 2]) == [True, True]
-    assert store.has([name(1), name(1)]) == [True, True]
-    assert store.get([name(1), name(1)], [room(), room()]) == [True, True]
-    assert get(store, 2)
-
-
-def test_thousands_of_tiny_pages_in_one_call(store):
-    pages = range(3000)
-    assert put(store, pages, 10) == [True] * 3000
-    into = [room(10) for _ in pages]
-    assert store.get([name(i) for i in pages], into) == [True] * 3000
-    assert all(into[i] == image(i, 10) for i in (0, 255, 256, 1023, 1024, 2999))
-
-
-def test_memory_of_other_shapes(store):
-    page = np.arange(600, dtype=np.float32).reshape(2, 3, 100)
-    assert store.put([name(1)], [memoryview(page)]) == [True]
-    into = np.zeros_like(page)
-    assert store.get([name(1)], [memoryview(into).cast("B")]) == [True]
-    assert (into == page).all()
-
-
-def test_blocks_may_be_changed_after_the_call(store):
-    block = bytearray(image(1))
-    store.put([name(1)], [memoryview(block)])
-    block[:] = bytes(len(block))
-    assert get(store, 1)
-
-
-def test_what_no_store_takes(store):
-    for call in (
-        lambda: store.has([b"short"]),
-        lambda: store.get([b"short"], [room()]),
-        lambda: store.put([name(1)], []),
-        lambda: store.put([name(1)], [memoryview(b"")]),
-    ):
-        with pytest.raises(ValueError, match=r"bytes|blocks"):
-            call()
-
-
-def test_closing_twice(store):
-    put(store, [1])
-    store.close()
-    store.close()
-
-
-def test_threads_get_what_others_put(store):
-    """Four threads put pages that overlap and read all of them; whoever was told that a page is there finds it."""
-    wrong = []
-
-    def work(first):
-        for i in range(first, first + 40):
-            if put(store, [i, i + 1]) != [True, True] or not get(store, i) or not get(store, i + 1):
-                wrong.append(i)
-            get(store, (i * 7) % 60)
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 5, 10, 20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert store.has([name(i) for i in range(61)]) == [True] * 61
+def test_one_store_of_a_chain_that_fails_is_done_without():
+    broken = ToldStore(MemoryStore())
+    broken.error = OSError("the cable is out")
+    chain = StoreChain([Guard(broken), Guard(MemoryStore())])
+    for i in range(8):
+        assert put(chain, [i]) == [True]
+        assert get(chain, i)
+    assert broken.calls <= 3

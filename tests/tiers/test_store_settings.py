@@ -1,9 +1,14 @@
 """What ``--hicache-storage-backend-extra-config`` says: of prefetching, of the guard, and of the store."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.prefetching import PrefetchSettings
+from rootcellar.tiers.settings import hide, need, read_extra, shown_extra
 from rootcellar.tiers.stores import open_store
 
 
@@ -54,6 +59,24 @@ def test_a_store_is_opened_by_its_kind_and_guarded(tmp_path):
     [
         ("flie", {}, "hicache_storage_backend='flie' is not there: choose from file"),
         ("file", {}, "path=None is not allowed"),
+        ("file", {"path": "x", "fsync": 1}, "fsync=1 is not allowed: it must be true or false"),
+        ("dynamic", {"class_name": "A"}, "module_path=None is not allowed: give a string"),
+        (
+            "dynamic",
+            {"module_path": "no.such", "class_name": "A"},
+            "module_path='no.such' is not allowed: it cannot be",
+        ),
+        (
+            "dynamic",
+            {"module_path": "json", "class_name": "A"},
+            "class_name='A' is not allowed: json has no such class",
+        ),
+        ("dynamic", {"module_path": "json", "class_name": "JSONDecoder"}, "JSONDecoder of json could not be opened"),
+        ("dynamic", {"module_path": "builtins", "class_name": "isinstance"}, "could not be opened"),
+        ("chain", {}, "stores is not allowed: give a list of two or more"),
+        ("chain", {"stores": [{"backend": "file"}]}, "give a list of two or more"),
+        ("chain", {"stores": [{"backend": "file"}, {}]}, "path=None is not allowed"),
+        ("chain", {"stores": [], "path": "x"}, "a chain store has no setting path; it has stores"),
         ("file", {"path": "x", "deadline": 0}, "deadline=0 is not allowed: give a number above 0"),
         ("file", {"path": "x", "prefetch_threshold": 1}, "no setting prefetch_threshold"),
     ],
@@ -61,3 +84,57 @@ def test_a_store_is_opened_by_its_kind_and_guarded(tmp_path):
 def test_what_cannot_be_opened_says_why(backend, extra, said):
     with pytest.raises(ConfigError, match=said):
         open_store(backend, extra, "")
+
+
+def test_a_class_that_is_no_store_says_what_it_lacks(tmp_path):
+    (tmp_path / "half.py").write_text(
+        "class Half:\n    def __init__(self, extra, identity): pass\n    def has(self): pass\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"Half of .* is no store: it lacks get, put, clear, register, close, verifies"
+    ):
+        open_store("dynamic", {"module_path": str(tmp_path / "half.py"), "class_name": "Half"}, "")
+
+
+def test_a_chain_that_cannot_be_opened_leaves_nothing_open(tmp_path):
+    near = {"backend": "file", "path": str(tmp_path), "max_size": "1MiB"}
+    with pytest.raises(ConfigError, match="'nowhere' is not there"):
+        open_store("chain", {"stores": [near, {"backend": "nowhere"}]}, "")
+    open_store("file", {"path": str(tmp_path), "max_size": "1MiB"}, "").close()  # nobody writes in it
+
+
+def test_settings_are_read_from_json_toml_and_yaml(tmp_path):
+    texts = {"a.json": '{"path": "x", "deadline": 2}', "a.toml": 'path = "x"\ndeadline = 2'}
+    texts |= {"a.yaml": "path: x\ndeadline: 2", "a.yml": "{path: x, deadline: 2}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert read_extra(f"@{tmp_path / name}") == {"path": "x", "deadline": 2}
+    (tmp_path / "b.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is no yaml"):
+        read_extra(f"@{tmp_path / 'b.yaml'}")
+
+
+def test_what_is_missing_says_how_it_is_installed():
+    with pytest.raises(ConfigError, match=r"an X store needs no_such_module .*: pip install 'rootcellar\[x\]'"):
+        need("no_such_module", "rootcellar[x]", "an X store")
+
+
+def test_secrets_are_never_shown():
+    extra = {"url": "rediss://me:pass@host:1", "password": "pass", "stores": [{"secret_access_key": "pass"}], "n": 1}
+    extra |= {"session_token": "pass", "prefetch_timeout_per_ki_token": 0.1, "user": None}
+    shown = {"url": "rediss://...@host:1", "password": "...", "stores": [{"secret_access_key": "..."}], "n": 1}
+    shown |= {"session_token": "...", "prefetch_timeout_per_ki_token": 0.1, "user": None}
+    assert hide(extra) == shown
+    assert json.loads(shown_extra(json.dumps(extra))) == shown
+    assert shown_extra("@/etc/store.json") == "@/etc/store.json"
+    assert shown_extra('{"password": "pass"') == "..."
+    assert shown_extra(None) is None
+
+
+def test_nothing_of_a_store_is_imported_before_it_is_chosen():
+    """Each is one module of the package, and what that needs comes with it."""
+    run = [sys.executable, "-X", "importtime", "-c", "import rootcellar.tiers.stores, rootcellar.engine.storage"]
+    said = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120).stderr
+    loaded = {line.rpartition("|")[2].strip() for line in said.splitlines()}
+    mine = {name.rpartition(".")[2] for name in loaded if name.startswith("rootcellar.tiers.stores.")}
+    assert mine == {"registry"}

@@ -36,11 +36,12 @@ from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.step import Machine
-from rootcellar.engine.storage import DRAIN, Extra, StorageBackend
+from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.errors import RequestError
 from rootcellar.models.params import Params
 from rootcellar.text import Tokenizer
+from rootcellar.tiers.settings import Extra
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,10 @@ thread carries out the commands in between.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -22,6 +19,7 @@ from rootcellar.engine.loop import Loop
 from rootcellar.errors import ConfigError, EngineError
 from rootcellar.scheduler import PREFETCH_POLICIES, PrefetchPolicy, PrefetchRules
 from rootcellar.tiers.prefetching import PrefetchSettings
+from rootcellar.tiers.settings import Extra, hide, read_extra
 from rootcellar.tiers.store import Store
 from rootcellar.tiers.stores import open_store
 
@@ -29,8 +27,6 @@ log = logging.getLogger(__name__)
 
 DRAIN = 30.0
 """Seconds that detaching waits for what is under way."""
-Extra = Mapping[str, Any] | str | None
-"""The settings of a store, as :func:`read_extra` takes them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class StorageBackend:
         now = self._attached
         return {
             "hicache_storage_backend": None if now is None else now.backend,
-            "hicache_storage_backend_extra_config": None if now is None else dict(now.extra),
+            "hicache_storage_backend_extra_config": None if now is None else hide(now.extra),
             "hicache_storage_prefetch_policy": None if now is None else now.policy,
             "hicache_write_policy": self._parts.config.hicache_write_policy,
         }
@@ -164,29 +160,3 @@ def read_policy(policy: str) -> PrefetchPolicy:
     raise ConfigError(
         f"hicache_storage_prefetch_policy={policy!r} is not allowed: choose from {', '.join(PREFETCH_POLICIES)}"
     )
-
-
-def read_extra(extra: Extra) -> dict[str, Any]:
-    """The settings of a store: a mapping, a JSON object, or '@' and the name of a JSON or TOML file.
-
-    Raises ``ConfigError`` for anything else.
-    """
-    if extra is None:
-        return {}
-    if isinstance(extra, Mapping):
-        return dict(extra)
-    name = "hicache_storage_backend_extra_config"
-    text, kind = extra, "json"
-    if extra.startswith("@"):
-        file = Path(extra[1:]).expanduser()
-        try:
-            text, kind = file.read_text(encoding="utf-8"), file.suffix.lower()[1:]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: {file} cannot be read: {error}") from None
-    try:
-        read = tomllib.loads(text) if kind == "toml" else json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} is no {kind or 'json'}: {error}") from None
-    if not isinstance(read, dict):
-        raise ConfigError(f'{name} must be an object of settings, as {{"path": ...}}')
-    return read

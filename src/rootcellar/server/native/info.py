@@ -16,6 +16,7 @@ from rootcellar.server.callers import own_of
 from rootcellar.server.errors import json_response
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import ServerState, state_of
+from rootcellar.tiers.settings import shown_extra
 
 router = APIRouter(route_class=UserRoute, tags=["SGLang"])
 
@@ -48,8 +49,10 @@ async def server_info(request: Request) -> Response:
         del server[name]
     callers = state.callers
     required = {"api_key": not callers.open, "admin_api_key": callers.admin is not None}
+    config = dataclasses.asdict(state.engine.config)
+    config["hicache_storage_backend_extra_config"] = shown_extra(config["hicache_storage_backend_extra_config"])
     content = {
-        **dataclasses.asdict(state.engine.config),
+        **config,
         **server,
         "keys_required": required,
         "version": rootcellar.__version__,

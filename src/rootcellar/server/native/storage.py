@@ -12,6 +12,8 @@ from rootcellar.server.errors import ApiError, invalid, json_response
 from rootcellar.server.parsing import Body
 from rootcellar.server.routes import AdminRoute
 from rootcellar.server.state import state_of
+from rootcellar.tiers.settings import read_extra
+from rootcellar.tiers.stores.registry import runs_code
 
 router = APIRouter(route_class=AdminRoute, tags=["Control"])
 """For whoever has the admin key."""
@@ -43,10 +45,17 @@ async def attach_storage_backend(request: Request, body: StorageRequest) -> Resp
             f"{body.hicache_write_policy}",
             "hicache_write_policy",
         )
+    extra = await on_thread(read_extra, body.hicache_storage_backend_extra_config_json)
+    if runs_code(body.hicache_storage_backend, extra):
+        raise invalid(
+            f"hicache_storage_backend={body.hicache_storage_backend!r} runs code that its settings name: choose it "
+            "when the server is started",
+            "hicache_storage_backend",
+        )
     status = await on_thread(
         engine.attach_storage,
         body.hicache_storage_backend,
-        body.hicache_storage_backend_extra_config_json,
+        extra,
         prefetch_policy=body.hicache_storage_prefetch_policy,
         replace=True,
     )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rootcellar.tiers.store import check_names
-from rootcellar.tiers.stores.file_settings import FileSettings
+from rootcellar.tiers.stores.file_settings import FileSettings, read_settings
 from rootcellar.tiers.stores.index import Index, Page, Slot
 from rootcellar.tiers.stores.segment import Segment, seed_of
 from rootcellar.tiers.stores.slotio import Buffered, Unbuffered, runs
@@ -37,6 +37,11 @@ class Usage:
     """Pages that made room."""
     damaged: int
     """Pages that were found not to be whole, and are forgotten."""
+
+
+def open_store(extra: Mapping[str, object], identity: str) -> FileStore:
+    """See ``registry``."""
+    return FileStore(read_settings(extra, identity))
 
 
 class FileStore:

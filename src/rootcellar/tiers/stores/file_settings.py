@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootcellar.errors import ConfigError
-from rootcellar.units import parse_bytes
+from rootcellar.tiers.settings import nothing_else, take_size, take_switch
 
 _LONGEST_IDENTITY = 1000
 
@@ -47,31 +47,19 @@ def read_settings(extra: Mapping[str, object], identity: str = "") -> FileSettin
 
     Raises ``ConfigError``: an unknown name, a wrong value, or no ``path``.
     """
-    switches = ("direct", "fsync", "read_only")
-    sizes = ("max_size", "min_free_space")
-    unknown = sorted(extra.keys() - {"path", *sizes, *switches})
-    if unknown:
-        known = ", ".join(("path", *sizes, *switches))
-        raise ConfigError(f"a file store has no setting {', '.join(unknown)}; it has {known}")
-    path = extra.get("path")
+    own = dict(extra)
+    path = own.pop("path", None)
     if not isinstance(path, str) or not path:
         raise ConfigError(f"path={path!r} is not allowed: name the folder of the file store")
-    for name in switches:
-        if not isinstance(extra.get(name, False), bool):
-            raise ConfigError(f"{name}={extra[name]!r} is not allowed: it must be true or false")
-    read = {name: _size(name, extra[name]) for name in sizes if extra.get(name) is not None}
-    return FileSettings(
+    free = take_size(own, "min_free_space")
+    settings = FileSettings(
         Path(path).expanduser(),
-        max_size=read.get("max_size"),
-        min_free_space=read.get("min_free_space", 1 << 30),
+        max_size=take_size(own, "max_size"),
+        min_free_space=1 << 30 if free is None else free,
         identity=identity,
-        direct=extra.get("direct") is True,
-        fsync=extra.get("fsync") is True,
-        read_only=extra.get("read_only") is True,
+        direct=take_switch(own, "direct"),
+        fsync=take_switch(own, "fsync"),
+        read_only=take_switch(own, "read_only"),
     )
-
-
-def _size(name: str, value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    return parse_bytes(str(value), name)
+    nothing_else(own, "file", "path, max_size, min_free_space, direct, fsync, read_only")
+    return settings

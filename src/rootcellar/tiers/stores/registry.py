@@ -1,20 +1,47 @@
-"""The kinds of store there are, by the names that ``--hicache-storage-backend`` takes: one row for each."""
+"""The kinds of store there are, by the names that ``--hicache-storage-backend`` takes: one row for each.
+
+Nothing of a store is imported before it is chosen, so what it needs may be missing where it is not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.guard import Guard, GuardSettings
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.store import Store
-from rootcellar.tiers.stores.file import FileStore
-from rootcellar.tiers.stores.file_settings import read_settings
 
-BACKENDS: dict[str, Callable[[Mapping[str, object], str], Store]] = {
-    "file": lambda extra, identity: FileStore(read_settings(extra, identity)),
+Opener = Callable[[Mapping[str, object], str], Store]
+"""Opens a store, given its own settings and the identity of whoever writes; ``ConfigError``: it cannot be."""
+
+
+def _of(module: str) -> Opener:
+    """The function ``open_store`` of a module of this package, imported when it is called."""
+
+    def opens(extra: Mapping[str, object], identity: str) -> Store:
+        store: Store = import_module(f"{__package__}.{module}").open_store(extra, identity)
+        return store
+
+    return opens
+
+
+BACKENDS: dict[str, Opener] = {
+    "file": _of("file"),
+    "chain": _of("chain"),
+    "dynamic": _of("dynamic"),
 }
-"""What opens a store of each kind, given its own settings and the identity of whoever writes."""
+"""What opens a store of each kind."""
+RUN_CODE = frozenset({"dynamic"})
+"""Those whose settings name code that is run: whoever starts the server may choose them, and nobody over HTTP."""
+
+
+def open_bare(backend: str, extra: Mapping[str, object], identity: str) -> Store:
+    """A store of a kind without a guard. Raises ``ConfigError``: no such kind, a wrong setting, or it cannot be."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"hicache_storage_backend={backend!r} is not there: choose from {', '.join(BACKENDS)}")
+    return BACKENDS[backend](extra, identity)
 
 
 def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guard:
@@ -28,8 +55,13 @@ def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guar
     Raises:
         ConfigError: no such kind, a wrong setting, or it cannot be opened.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"hicache_storage_backend={backend!r} is not there: choose from {', '.join(BACKENDS)}")
     own = dict(extra)
     settings = GuardSettings(deadline=positive(own, "deadline", GuardSettings().deadline))
-    return Guard(BACKENDS[backend](own, identity), settings, name=f"{backend} store")
+    return Guard(open_bare(backend, own, identity), settings, name=f"{backend} store")
+
+
+def runs_code(backend: str, extra: Mapping[str, object]) -> bool:
+    """Whether these settings name code to run, the store's own or that of one behind it."""
+    members = extra.get("stores") if backend == "chain" else None
+    inner = [one for one in members if isinstance(one, Mapping)] if isinstance(members, list) else []
+    return backend in RUN_CODE or any(runs_code(str(one.get("backend")), one) for one in inner)
