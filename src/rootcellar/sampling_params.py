@@ -13,7 +13,7 @@ GREEDY_TEMPERATURE = 1e-6
 # The engine's own seed: JAX in its default 32-bit mode keeps only so many bits, and would cut more without a word.
 MAX_SEED = 2**32 - 1
 # The parameters that give an answer its form.
-GRAMMARS = ("json_schema", "regex", "ebnf")
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,9 @@ class SamplingParams:
     json_schema: str | None = option(None, "A JSON schema that the answer must follow, as text or as an object.")
     regex: str | None = option(None, "A regular expression that the whole answer must match.")
     ebnf: str | None = option(None, "A grammar (GBNF, rules of the form 'root ::= ...') that the answer must follow.")
+    structural_tag: str | None = option(
+        None, "A structural tag (xgrammar's format: text, marks and JSON in turn), as text or as an object."
+    )
 
     def __post_init__(self) -> None:
         check_values(self, RequestError)
@@ -116,14 +119,15 @@ class SamplingParams:
             if "seed" in values:
                 raise RequestError("seed and sampling_seed are two names of one parameter: give one of them.")
             values["seed"] = values.pop("sampling_seed")
-        if isinstance(values.get("json_schema"), Mapping | bool):
-            values["json_schema"] = _json(values["json_schema"])
+        for name in ("json_schema", "structural_tag"):
+            if isinstance(values.get(name), Mapping | bool):
+                values[name] = _json(name, values[name])
         check_names(cls, values, "sampling parameter", RequestError)
         return cls(**{name: value for name, value in values.items() if value is not None})
 
 
-def _json(schema: object) -> str:
+def _json(name: str, value: object) -> str:
     try:
-        return json.dumps(schema)
+        return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"json_schema is no JSON: {error}") from None
+        raise RequestError(f"{name} is no JSON: {error}") from None

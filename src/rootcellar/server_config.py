@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from rootcellar.errors import ConfigError
 from rootcellar.options import check_values, option
 
+TOOL_CALL_PARSERS = (
+    "auto", "none", "deepseekv3", "deepseekv31", "gemma4", "gpt-oss", "hermes", "lfm2", "llama3", "mistral", "pythonic",
+    "qwen", "qwen25", "qwen3_coder",
+)  # fmt: skip
+REASONING_PARSERS = (
+    "auto", "none", "deepseek-r1", "deepseek-v3", "gemma4", "gpt-oss", "mistral", "qwen3", "qwen3-thinking",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -103,6 +111,18 @@ class ServerConfig:
         "generation_config.json recommends (temperature, top_p, top_k, min_p, repetition_penalty), 'openai' a "
         "temperature of 1 and nothing else. /generate and the offline engine take only what they are given.",
         choices=("model", "openai"),
+    )
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes calls of tools, by SGLang's names. 'auto' takes what its chat template shows; 'none' "
+        "leaves them in the text.",
+        choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks what it thinks, by SGLang's names: that becomes reasoning_content. 'auto' takes what its "
+        "chat template shows; 'none' leaves it in the text.",
+        choices=REASONING_PARSERS,
     )
     skip_server_warmup: bool = option(
         False,

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from test_openai import CHAT, chat, complete, events
 
-from rootcellar.server.fields import CONTROL_IGNORED, CONTROL_REFUSED, IGNORED, REFUSED, markdown
+from rootcellar.server.fields import (
+    CHAT_IGNORED,
+    CHAT_REFUSED,
+    CONTROL_IGNORED,
+    CONTROL_REFUSED,
+    IGNORED,
+    REFUSED,
+    markdown,
+)
 from rootcellar.server.native.generate import TokenizeRequest
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.forms import StructuredOutputs
@@ -106,11 +114,20 @@ def test_what_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing(cli
 @pytest.mark.parametrize(
     ("name", "value"),
     [("use_beam_search", True), ("return_hidden_states", True), ("suffix", "b"), ("best_of", 3), ("lora_path", "x"),
-     ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"), ("length_penalty", 2)],
+     ("functions", [{"name": "f"}]), ("function_call", "f"), ("length_penalty", 2)],
 )  # fmt: skip
 def test_refusals_of_both_openai_routes(client, name, value):
     for path in ("/v1/completions", "/v1/chat/completions"):
         assert refused(client, path, {**ROUTES[path], name: value})["param"] == name
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+def test_tools_belong_to_chats(client, path):
+    nothing = {**dict.fromkeys(CHAT_IGNORED, True), "tools": [], "tool_choice": "auto"}
+    assert client.post(path, json={**ROUTES[path], **nothing}).status_code == 200
+    for name in CHAT_REFUSED:
+        error = refused(client, path, {**ROUTES[path], name: ["x"]})
+        assert error["message"] == f"{name} is not supported: {CHAT_REFUSED[name].instead}"
 
 
 def test_sampling_parameters_of_generate(client):
@@ -121,7 +138,7 @@ def test_sampling_parameters_of_generate(client):
     as_slime |= {"skip_special_tokens": True, "no_stop_trim": True, "spaces_between_special_tokens": False}
     assert ask(**as_slime).status_code == 200
     assert ask(stop_regex=[], custom_params=None, stream_interval=4).status_code == 200
-    for name, value in (("stop_regex", "a+"), ("structural_tag", "{}"), ("custom_params", {"a": 1})):
+    for name, value in (("stop_regex", "a+"), ("custom_params", {"a": 1})):
         response = ask(**{name: value})
         assert response.status_code == 400
         assert response.json()["error"]["message"].startswith(f"{name} is not supported: ")
@@ -182,7 +199,7 @@ def test_an_answer_follows_its_form_by_vllms_names(client, fields, fits):
         ({"guided_choice": [""]}, "guided_choice"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.json"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
+        ({"structured_outputs": {"structural_tag": "x", "regex": "a"}}, "structured_outputs.regex"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "structured_outputs.regex",

@@ -5,9 +5,10 @@ Used twice, in the process that tries a grammar and in the engine's own: both mu
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from rootcellar.errors import RequestError
 from rootcellar.grammars.bounds import check_depth, gbnf_depth, regex_depth, schema_depth
 from rootcellar.grammars.schemas import closed
+from rootcellar.grammars.structural import lark_of
 
 # What llguidance may spend; its own limits let one token of `(a{1000}){1000}` take seconds and 250 MB. With these a
 # step takes half a second at the worst, and a grammar some 80 MB of states.
@@ -37,13 +39,22 @@ class Vocabulary:
         """As llguidance wants it; takes half a second for 150,000 tokens."""
         return LLTokenizer(self.tokenizer, n_vocab=self.size, eos_token=list(self.eos) or None)
 
+    @functools.cached_property
+    def special(self) -> Mapping[str, int]:
+        """The ids of special tokens by their texts."""
+        added = json.loads(self.tokenizer)["added_tokens"]
+        return {token["content"]: token["id"] for token in added if token["special"]}
 
-def translate(kind: str, source: str, *, depth: int, close_objects: bool) -> str:
-    """``source`` of a ``kind`` ("json_schema", "regex", "ebnf") in llguidance's own form, of at most ``depth`` levels.
+
+def translate(kind: str, source: str, vocabulary: Vocabulary, *, depth: int, close_objects: bool) -> str:
+    """``source`` of a ``kind`` (of ``sampling_params.GRAMMARS``) in llguidance's own form, at most ``depth`` levels.
 
     ``close_objects``: objects of a schema have no properties beyond those named, unless it says otherwise. Raises
     ``RequestError``; the converters beneath raise what they like.
     """
+    if kind == "structural_tag":
+        lark = lark_of(source, vocabulary.special, depth=depth, close_objects=close_objects)
+        return LLMatcher.grammar_from_lark(lark)
     return _TRANSLATORS[kind](source, depth, close_objects)
 
 

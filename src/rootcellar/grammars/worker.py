@@ -39,7 +39,7 @@ def serve(connection: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
         before = _grant_memory()
         try:
-            grammar = translate(kind, source, depth=depth, close_objects=close_objects)
+            grammar = translate(kind, source, vocabulary, depth=depth, close_objects=close_objects)
             matcher(words, grammar)
             answer = grammar, max(0, _memory()[1] - before), None
         except Exception as error:  # the converters raise what they like

@@ -70,11 +70,28 @@ CONTROL_REFUSED: Mapping[str, Refused] = {
 }
 
 
+_CHAT = "a chat's; here it asks for nothing"
+
+CHAT_IGNORED: Mapping[str, str] = {
+    "parallel_tool_calls": _CHAT,
+    "separate_reasoning": _CHAT,
+    "include_reasoning": _CHAT,
+}
+"""The same for what is no chat."""
+
+CHAT_REFUSED: Mapping[str, Refused] = {
+    "tools": Refused("send messages to /v1/chat/completions", ([],)),
+    "tool_choice": Refused("send messages to /v1/chat/completions", ("none", "auto")),
+}
+
+
 def markdown() -> str:
     """All lists as tables for the documentation, names that share a reason in one row."""
     return "\n\n".join(
         (
             _tables(IGNORED, REFUSED),
+            "And of C and G:",
+            _tables(CHAT_IGNORED, CHAT_REFUSED),
             "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
             _tables(CONTROL_IGNORED, CONTROL_REFUSED),
         )
@@ -112,7 +129,6 @@ def _same(value: Any, other: Any) -> bool:
 
 _LABEL = "a label for the operator's records"
 _ROUTING = "where OpenAI keeps or computes a request; there is one place here"
-_REASONING = "how reasoning is told apart; here it is part of the text"
 
 IGNORED: Mapping[str, str] = {
     "user": _LABEL,
@@ -126,10 +142,7 @@ IGNORED: Mapping[str, str] = {
     "prompt_cache_key": _ROUTING + ": the cache finds every prefix without it",
     "prompt_cache_retention": _ROUTING + ": see /cache/pin",
     "prediction": "a guess that makes OpenAI's answers faster, and no different",
-    "parallel_tool_calls": "how many tools are called at once; tools themselves are refused",
-    "separate_reasoning": _REASONING,
-    "stream_reasoning": _REASONING,
-    "include_reasoning": _REASONING,
+    "stream_reasoning": "whether reasoning waits for its end; it is streamed as it comes",
     "stream_interval": "how many tokens share an event; each may come in its own",
     "guided_decoding_backend": "which library follows a grammar",
     "routing_key": "for a router in front of the server",
@@ -141,7 +154,7 @@ IGNORED: Mapping[str, str] = {
 """Fields that clients send in good faith and that change nothing, with the reason."""
 
 _TEXT_ONLY = "this server takes text"
-_TOOLS = "describe them in a message, and read the answer's text"
+_TOOLS = "use tools and tool_choice, which took their place"
 _DISAGGREGATED = "prompts and answers are computed in one place here"
 _ONE_RANK = "there is one replica here"
 _VOCABULARY = "use logit_bias, or a grammar"
@@ -151,8 +164,6 @@ REFUSED: Mapping[str, Refused] = {
     "length_penalty": Refused("it belongs to beam search", (1,)),
     "early_stopping": Refused("it belongs to beam search", (False,)),
     "suffix": Refused("this server continues a prompt and inserts nothing", ("",)),
-    "tools": Refused(_TOOLS, ([],)),
-    "tool_choice": Refused(_TOOLS, ("none", "auto")),
     "functions": Refused(_TOOLS, ([],)),
     "function_call": Refused(_TOOLS, ("none", "auto")),
     "web_search_options": Refused("nothing is looked up here"),
@@ -185,11 +196,10 @@ REFUSED: Mapping[str, Refused] = {
     "custom_params": Refused("they are for a custom_logit_processor", ({},)),
     "vllm_xargs": Refused("they are for extensions", ({},)),
     "stop_regex": Refused("use stop, or the regex that the whole answer must match", ([], "")),
-    "structural_tag": Refused("use json_schema, regex or ebnf", ("",)),
     "guided_whitespace_pattern": Refused("JSON comes without white space between its parts"),
     "repetition_detection": Refused("use repetition_penalty"),
     "watermarking": Refused("answers carry no mark", (False,)),
-    "thinking_token_budget": Refused("reasoning is part of the text: use max_tokens", (-1,)),
+    "thinking_token_budget": Refused("reasoning counts as the answer does: use max_tokens", (-1,)),
     "verbosity": Refused("say it in a message", ("medium",)),
     "reasoning": Refused("send reasoning_effort, which the chat template reads", ({},)),
     "truncate_prompt_tokens": Refused("cut the prompt before you send it"),

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from rootcellar.errors import RequestTooLarge
 from rootcellar.server.errors import invalid
 from rootcellar.server.state import ServerState
@@ -95,12 +97,17 @@ async def rendered(state: ServerState, messages: Sequence[Mapping[str, Any]], **
     """
     tokenizer = state.engine.tokenizer
     allowed = state.config.allow_special_tokens_in_content
-    if is_short((messages, options)) and (allowed or not tokenizer.markers.within(messages, options)):
+    if _is_short(messages, options) and (allowed or not tokenizer.markers.within(messages, options)):
         try:
             return tokenizer.chat(messages, seconds=_AT_ONCE, allow_special_tokens=allowed, **options)
         except TemplateTimeout:
             pass
     return await asyncio.wrap_future(state.reader.chat(messages, allow_special_tokens=allowed, **options))
+
+
+def _is_short(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bool:
+    """Whether a template makes a short text of them: it may write numbers, as those of a tool's schema, too."""
+    return is_short((messages, options)) and len(orjson.dumps((messages, options))) <= 4 * SHORT
 
 
 def checked_ids(state: ServerState, ids: list[Any]) -> list[int]:

@@ -18,6 +18,7 @@ from rootcellar.server.errors import ApiError
 from rootcellar.server.observe import Observer
 from rootcellar.server.pace import Pace
 from rootcellar.server.shared import Shared
+from rootcellar.server.tools import Formats
 from rootcellar.server_config import ServerConfig
 from rootcellar.text.reader import Reader
 
@@ -42,6 +43,7 @@ class ServerState:
         reader: tokenizes what is long.
         pace: who used how much of the event loop.
         sampling: what OpenAI's routes sample with where a request does not say.
+        formats: how the model writes calls of tools and what it thinks.
     """
 
     engine: Engine
@@ -56,11 +58,13 @@ class ServerState:
     reader: Reader = field(init=False)
     pace: Pace = field(default_factory=Pace)
     sampling: dict[str, Any] = field(init=False)
+    formats: Formats = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         model = self.config.sampling_defaults == "model"
         self.sampling = sampling_defaults(self.engine.config.model_path) if model else {}
+        self.formats = Formats.of(self.config, self.engine.tokenizer)
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)
         self.reader = Reader(

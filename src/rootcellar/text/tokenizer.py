@@ -81,6 +81,11 @@ class Tokenizer:
         """Whether ``apply_chat_template`` can work."""
         return bool(self._templates.sources)
 
+    @property
+    def chat_templates(self) -> str:
+        """The sources of all chat templates, one after the other."""
+        return "".join(self._templates.sources.values())
+
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._fast.token_to_id(token)
@@ -170,6 +175,8 @@ class Tokenizer:
         if going_on:
             messages = conversation.marked(messages)
         messages = list(conversation.known_roles(messages, self._templates.sources.values()))
+        if tools and "tools" not in self.chat_templates:
+            messages, tools = conversation.with_tools(messages, tools), None
         given = {"documents": None, **self.special_tokens, **variables, "messages": messages, "tools": tools}
         try:
             text = self._templates.render(bool(tools), seconds, given)
@@ -188,7 +195,7 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder().values()
         special = {*self.special_tokens.values(), *(token.content for token in added if token.special)}
         others = {token.content for token in added} - special
-        sources = "".join(self._templates.sources.values())
+        sources = self.chat_templates
         # Some vocabularies have runs of white space and common words among them: nobody speaks by those.
         written = {text for text in others if MARKS.intersection(text) and text in sources}
         return Markers(special & {token.content for token in added}, written)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.fields import IGNORED, REFUSED, known
+from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, known
 from rootcellar.server.parsing import Body
 
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -20,8 +20,8 @@ InputIds = Annotated[
 class GenerateRequest(Body):
     """The body of ``POST /generate``; one prompt or several."""
 
-    ignored = IGNORED
-    refused = REFUSED
+    ignored = {**IGNORED, **CHAT_IGNORED}  # noqa: RUF012
+    refused = {**REFUSED, **CHAT_REFUSED}  # noqa: RUF012
 
     text: str | list[str] | None = None
     input_ids: InputIds | None = None

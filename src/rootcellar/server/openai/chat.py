@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,9 +14,12 @@ from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import OpenAIJob
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
+from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import Prompts, read_chat
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import ServerState, state_of
+from rootcellar.server.tools import Reading, reading
+from rootcellar.server.tools import for_template as tools_for_template
 from rootcellar.text import Tokenizer
 
 router = APIRouter(route_class=UserRoute, tags=["OpenAI"])
@@ -58,6 +61,7 @@ def for_template(messages: list[ChatMessage], how: Rendering) -> tuple[list[dict
         "add_generation_prompt": how.add_generation_prompt,
         "continue_final_message": going_on,
         "variables": variables,
+        "tools": tools_for_template(how.tools),
     }
     return [message.for_template() for message in messages], options
 
@@ -74,6 +78,21 @@ def answer_limit(state: ServerState, body: ChatRequest, ids: list[int]) -> int:
     return max(1, state.engine.longest_prompt + 1 - len(ids)) if limit is None else limit
 
 
+def chat_reading(state: ServerState, body: ChatRequest, prompts: Prompts) -> Reading:
+    """How the answers to a chat are read."""
+    return reading(
+        state.formats,
+        body.tools,
+        body.tool_choice,
+        prompt=(prompts.texts or [""])[0],
+        parallel=body.parallel_tool_calls is not False,
+        thoughts=body.separate_reasoning is not False,
+        show_thoughts=body.include_reasoning is not False,
+        skips_special=body.skip_special_tokens is not False,
+        has_form=bool(body.grammar()),
+    )
+
+
 @dataclass(kw_only=True)
 class _Chat(OpenAIJob):
     object_name = "chat.completion"
@@ -83,6 +102,8 @@ class _Chat(OpenAIJob):
     tokenizer: Tokenizer
     echo: str
     """What every answer begins with."""
+    reading: Reading
+    _speakers: dict[int, Speaker] = field(default_factory=dict, init=False)
 
     @classmethod
     async def of(cls, body: ChatRequest, state: ServerState) -> _Chat:
@@ -95,6 +116,9 @@ class _Chat(OpenAIJob):
         name = body.name("chatcmpl")
         last = body.messages[-1]
         shown = (last.for_template()["content"] or "") if body.echo and last.role == "assistant" else ""
+        arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
+        how = chat_reading(state, body, prompts)
+        arguments["sampling_params"] |= how.sampling
         return cls(
             id=name,
             model=state.model_name,
@@ -102,19 +126,36 @@ class _Chat(OpenAIJob):
             answers=body.n or 1,
             top=top,
             extras=Extras.of(body, prompts, prompt_ids=bool(body.return_prompt_token_ids)),
-            arguments={"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)},
+            arguments=arguments,
             tokenizer=state.engine.tokenizer,
             echo=shown,
+            reading=how,
         )
 
-    async def choice(self, i: int, text: str) -> dict[str, Any]:  # noqa: ARG002
-        return {"message": {"role": "assistant", "content": self.echo + text, "refusal": None}}
+    async def choice(self, i: int, result: Result) -> dict[str, Any]:
+        speaker = self._speaker(i)
+        speaker.hear(self.sent(i).text(result), ended=True)
+        return {"message": {**speaker.message(self.echo), "refusal": None}}
 
-    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:  # noqa: ARG002
-        """The role, then text."""
+    async def delta(self, i: int, result: Result, first: bool) -> dict[str, Any]:
+        """The role, then what is new."""
+        speaker = self._speaker(i)
+        ended = result["meta_info"]["finish_reason"] is not None
         delta = {"role": "assistant", "content": ""} if first else {}
-        text = self.echo + text if first else text
-        return {"delta": {**delta, "content": text} if text else delta}
+        new = speaker.hear(self.sent(i).text(result), ended=ended)
+        if first and self.echo:
+            new["content"] = self.echo + new.get("content", "")
+        return {"delta": delta | new}
+
+    def finish(self, i: int, result: Result) -> dict[str, Any]:
+        told = super().finish(i, result)
+        return {**told, "finish_reason": "tool_calls"} if self._calls(i) and told["finish_reason"] == "stop" else told
+
+    def _calls(self, i: int) -> bool:
+        return i in self._speakers and bool(self._speakers[i].calls)
+
+    def _speaker(self, i: int) -> Speaker:
+        return self._speakers.setdefault(i, Speaker(self.reading))
 
     def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
         content = [

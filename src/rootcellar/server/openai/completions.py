@@ -82,10 +82,11 @@ class _Completion(OpenAIJob):
             skip_special_tokens=body.skip_special_tokens is not False,
         )
 
-    async def choice(self, i: int, text: str) -> dict[str, Any]:
-        return await self.delta(i, text, first=True)
+    async def choice(self, i: int, result: Result) -> dict[str, Any]:
+        return await self.delta(i, result, first=True)
 
-    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:
+    async def delta(self, i: int, result: Result, first: bool) -> dict[str, Any]:
+        text = self.sent(i).text(result)
         if not (self.echo and first):
             return {"text": text}
         # The engine has taken the prompts by now, so their ids can be read.

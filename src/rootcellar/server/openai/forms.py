@@ -1,7 +1,8 @@
 """The form that an answer must have, by every name that clients have for it.
 
-SGLang says ``json_schema``, ``regex`` and ``ebnf``, OpenAI ``response_format``, vLLM ``structured_outputs`` and, before
-that, ``guided_json`` and so on. The engine knows SGLang's three; one answer can follow one of them.
+SGLang says ``json_schema``, ``regex``, ``ebnf`` and ``structural_tag``, OpenAI ``response_format``, vLLM
+``structured_outputs`` and, before that, ``guided_json`` and so on. The engine knows SGLang's four; one answer can
+follow one of them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class StructuredOutputs(Body):
     ignored = {"disable_any_whitespace": "JSON comes without white space between its parts in any case"}  # noqa: RUF012
     refused = {  # noqa: RUF012
         "disable_additional_properties": Refused('say "additionalProperties": false in the schema', (False,)),
-        "structural_tag": Refused("use json, regex, choice or grammar", ("",)),
         "whitespace_pattern": Refused("JSON comes without white space between its parts"),
     }
 
@@ -57,6 +57,7 @@ class StructuredOutputs(Body):
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
+    structural_tag: Schema | None = None
     json_object: bool | None = None
 
 
@@ -67,6 +68,7 @@ class Forms(Body):
     json_schema: Schema | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: Schema | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
     guided_regex: str | None = None
@@ -103,6 +105,8 @@ class Forms(Body):
             yield "regex", "regex", self.regex
         if self.ebnf is not None:
             yield "ebnf", "ebnf", self.ebnf
+        if self.structural_tag is not None:
+            yield "structural_tag", "structural_tag", _text(self.structural_tag)
         if self.response_format is not None and self.response_format.type != "text":
             yield "response_format", "json_schema", _schema_of(self.response_format)
 
@@ -117,10 +121,14 @@ def _structured(given: StructuredOutputs) -> Iterator[tuple[str, str, str]]:
         found.append(("structured_outputs.choice", "regex", _one_of(given.choice)))
     if given.grammar is not None:
         found.append(("structured_outputs.grammar", "ebnf", given.grammar))
+    if given.structural_tag is not None:
+        found.append(("structured_outputs.structural_tag", "structural_tag", _text(given.structural_tag)))
     if given.json_object:
         found.append(("structured_outputs.json_object", "json_schema", _ANY_OBJECT))
     if not found:
-        raise invalid("structured_outputs is empty: give json, regex, choice or grammar", "structured_outputs")
+        raise invalid(
+            "structured_outputs is empty: give json, regex, choice, grammar or structural_tag", "structured_outputs"
+        )
     yield from found
 
 

@@ -49,12 +49,12 @@ class OpenAIJob(ABC):
     _sent: dict[int, Sent] = field(default_factory=dict, init=False)
 
     @abstractmethod
-    async def choice(self, i: int, text: str) -> dict[str, Any]:
+    async def choice(self, i: int, result: Result) -> dict[str, Any]:
         """What choice ``i`` of a whole answer holds."""
 
     @abstractmethod
-    async def delta(self, i: int, text: str, first: bool) -> dict[str, Any]:
-        """What choice ``i`` of an event holds, of which ``text`` is new: empty when nothing is."""
+    async def delta(self, i: int, result: Result, first: bool) -> dict[str, Any]:
+        """What choice ``i`` of an event holds, of what is new in ``result``: empty when nothing is."""
 
     @abstractmethod
     def logprobs(self, i: int, result: Result, top: int) -> dict[str, Any] | None:
@@ -66,7 +66,7 @@ class OpenAIJob(ABC):
             stream = await begin(request, state, **self.arguments)
             return EventStream(stream, self._events(stream, body.stream_options or StreamOptions()))
         results = await whole(request, state, **self.arguments)
-        contents = [await self.choice(i, result["text"]) for i, result in enumerate(results)]
+        contents = [await self.choice(i, result) for i, result in enumerate(results)]
 
         def write() -> bytes:
             choices = [self._choice(i, contents[i], result) for i, result in enumerate(results)]
@@ -90,7 +90,7 @@ class OpenAIJob(ABC):
         async for result in stream.results():
             i = result.get("index", 0)
             first = i not in newest
-            delta = await self.delta(i, self.sent(i).text(result), first)
+            delta = await self.delta(i, result, first)
             newest[i] = result
             new = logprobs_of([result]) if first else 0  # a stream's later events have few
             choice = await written(new, functools.partial(self._choice, i, delta, result))
@@ -121,10 +121,14 @@ class OpenAIJob(ABC):
 
     def _choice(self, i: int, content: dict[str, Any], result: Result) -> dict[str, Any]:
         logprobs = None if self.top is None else self.logprobs(i, result, self.top)
-        choice = {"index": i, **content, "logprobs": logprobs, **finish(result)}
+        choice = {"index": i, **content, "logprobs": logprobs, **self.finish(i, result)}
         if self.extras.token_ids:
             choice["token_ids"] = self.sent(i).token_ids(result)
         return choice
+
+    def finish(self, i: int, result: Result) -> dict[str, Any]:  # noqa: ARG002
+        """Why choice ``i`` ended."""
+        return finish(result)
 
     def sent(self, i: int) -> Sent:
         """How much of choice ``i`` was sent."""

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.fields import IGNORED, REFUSED, Refused
+from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, Refused
 from rootcellar.server.native.protocol import Priority
 from rootcellar.server.openai.forms import Forms
 from rootcellar.server.parsing import Body
+from rootcellar.server.tools import ToolChoice, ToolList
 
 Prompt = Annotated[
     str | list[Any],
@@ -147,6 +148,9 @@ _SAME_NAME = (
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
+    ignored = {**IGNORED, **CHAT_IGNORED}  # noqa: RUF012
+    refused = {**REFUSED, **CHAT_REFUSED}  # noqa: RUF012
+
     prompt: Prompt
     max_tokens: int | None = 16
     logprobs: int | None = None
@@ -185,7 +189,9 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
 
 
 class Rendering(Body):
-    """How the model's template makes a text of messages."""
+    """How the model's template makes a text of messages, and of the tools that are offered with them."""
+
+    tools: ToolList | None = None
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -204,6 +210,10 @@ class ChatRequest(Sampling, Rendering):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_prompt_token_ids: bool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    include_reasoning: bool | None = None
 
     def limit(self) -> int | None:
         """Most tokens of the answer, by its newer name or its older one."""

@@ -5,6 +5,8 @@ vLLM's routes and vLLM's form: routers that count on prefixes ask for a prompt's
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +15,7 @@ from starlette.responses import Response
 from rootcellar.errors import RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.server.errors import invalid, json_response
-from rootcellar.server.openai.chat import answer_limit, chat_tokens
+from rootcellar.server.openai.chat import answer_limit, chat_reading, chat_tokens
 from rootcellar.server.openai.completions import completion_prompts
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest, Sampling
@@ -33,7 +35,8 @@ async def render_chat(body: ChatRequest, request: Request) -> Response:
         prompts = await chat_tokens(state, body)
         limit = answer_limit(state, body, prompts.input_ids)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return json_response(_rendered(state, body, body.name("chatcmpl"), prompts.input_ids, limit, top))
+        bound = chat_reading(state, body, prompts).sampling
+        return json_response(_rendered(state, body, body.name("chatcmpl"), prompts.input_ids, limit, top, bound))
 
 
 @router.post("/v1/completions/render")
@@ -60,11 +63,12 @@ def _rendered(
     ids: list[Any],
     limit: int,
     top: int | None,
+    bound: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """vLLM's ``GenerateRequest``. Raises as the request itself would, but for grammars, which are not compiled."""
     if not checked_ids(state, ids):
         raise invalid("the prompt is empty: give at least one token")
-    given = body.arguments(limit, top, state.sampling)["sampling_params"]
+    given = body.arguments(limit, top, state.sampling)["sampling_params"] | bound
     sampling = SamplingParams.from_dict(given)
     room = state.engine.longest_prompt + 1 - len(ids)
     if sampling.max_new_tokens > room:
@@ -110,4 +114,4 @@ def _rendered(
     }
 
 
-_VLLM = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+_VLLM = {"json_schema": "json", "regex": "regex", "ebnf": "grammar", "structural_tag": "structural_tag"}

@@ -1,0 +1,212 @@
+"""What an answer says as it comes in: events, and the text that parsers read them from, however it is cut.
+
+A parser is a generator over a :class:`Source`. It reads as if all text were there, and yields where more is needed; so
+what it finds does not depend on where the text was cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Text that the model thinks."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A call of a tool begins."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """More of the arguments of the newest call: a piece of their JSON text."""
+
+    text: str
+
+
+Event = Said | Thought | Called | Passed
+
+
+class NotACall(Exception):
+    """What was read is no call; it is shown as it was written."""
+
+
+class Source:
+    """The text of one answer, as far as it is there.
+
+    Attributes:
+        events: what was found and not handed over yet.
+        ended: no more text comes.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.ended = False
+        self._rest = ""
+        self._taken: list[str] | None = None  # what an attempt has read
+        self._called = False
+
+    def add(self, text: str) -> None:
+        """More text has come."""
+        self._rest += text
+
+    def push(self, text: str) -> None:
+        """Let what was taken be read again."""
+        self._rest = text + self._rest
+
+    def _take(self, n: int) -> str:
+        text, self._rest = self._rest[:n], self._rest[n:]
+        if self._taken is not None:
+            self._taken.append(text)
+        return text
+
+    def peek(self) -> Steps[str]:
+        """The next character, which stays; empty at the end."""
+        while not self._rest and not self.ended:
+            yield
+        return self._rest[:1]
+
+    def take(self) -> Steps[str]:
+        """The next character; ``NotACall`` at the end."""
+        if not (yield from self.peek()):
+            raise NotACall
+        return self._take(1)
+
+    def space(self) -> Steps[None]:
+        """Pass over white space."""
+        while (yield from self.peek()).isspace():
+            self._take(len(self._rest) - len(self._rest.lstrip()))
+
+    def one_of(self, texts: Iterable[str]) -> Steps[str]:
+        """Take whichever of ``texts`` comes next, the longest that does; empty: none, and nothing is taken."""
+        left = sorted(texts, key=len, reverse=True)
+        while True:
+            for text in left:
+                if self._rest.startswith(text):
+                    self._take(len(text))
+                    return text
+                if text.startswith(self._rest) and not self.ended:
+                    break  # it may still come
+            else:
+                return ""
+            yield
+
+    def expect(self, text: str) -> Steps[None]:
+        """Take ``text``, which must come next (``NotACall``)."""
+        if not (yield from self.one_of((text,))):
+            raise NotACall
+
+    def until(self, marks: Iterable[str], event: Callable[[str], Event] | None = None) -> Steps[tuple[str, str]]:
+        """The text before the first of ``marks``, and that, which is taken; empty: none came. No two marks overlap.
+
+        ``event``: the text is told as such events, as soon as it is known to be none of the marks, and not returned.
+        """
+        kept: list[str] = []
+        marks = tuple(marks)
+        while True:
+            found = [(at, mark) for mark in marks if (at := self._rest.find(mark)) >= 0]
+            at, mark = min(found) if found else (len(self._rest), "")
+            if not found and not self.ended:
+                at -= max((_begun(self._rest, each) for each in marks), default=0)
+            text = self._take(at)
+            if text and event is None:
+                kept.append(text)
+            elif text and event is not None:
+                self.events.append(event(text))
+            if found or self.ended:
+                return "".join(kept), self._take(len(mark))
+            yield
+
+    def value(self, event: Callable[[str], Event] | None = None) -> Steps[str]:
+        """The text of the JSON value that comes next, told as ``event`` while it comes; ``NotACall``: none comes."""
+        yield from self.space()
+        kept: list[str] = []
+        depth, quoted, escaped, scalar = 0, False, False, False
+        while (yield from self.peek()):
+            end, done = 0, False
+            for character in self._rest:
+                if scalar and (character in ",]}" or character.isspace()):
+                    done = True
+                    break
+                end += 1
+                if escaped:
+                    escaped = False
+                elif quoted:
+                    escaped, quoted = character == "\\", character != '"'
+                    done = not quoted and not depth
+                elif character in "]},:" and not depth:
+                    raise NotACall
+                elif character == '"':
+                    quoted = True
+                elif character in "[{":
+                    depth += 1
+                elif character in "]}":
+                    depth -= 1
+                    done = not depth
+                elif not depth:
+                    scalar = True
+                if done:
+                    break
+            piece = self._take(end)
+            kept.append(piece)
+            if event is not None and piece:
+                self.events.append(event(piece))
+            if done:
+                return "".join(kept)
+        if not scalar:
+            raise NotACall
+        return "".join(kept)
+
+    def word(self) -> Steps[str]:
+        """The JSON string that comes next; ``NotACall``: none comes."""
+        yield from self.space()
+        if (yield from self.peek()) != '"':
+            raise NotACall
+        text = yield from self.value()
+        try:
+            return str(json.loads(text, strict=False))
+        except ValueError:
+            raise NotACall from None
+
+    def call(self, name: str) -> None:
+        """Tell that a call begins."""
+        self.events.append(Called(name))
+        self._called = True
+
+    def attempt(self, opened: str, steps: Steps[None]) -> Steps[bool]:
+        """Read a call; whether it was one. What is none is told as text, behind what ``opened`` it.
+
+        A call that breaks off after its name was told keeps what there is of its arguments.
+        """
+        self._taken, self._called = [opened], False
+        try:
+            yield from steps
+        except NotACall:
+            if not self._called:
+                self.events.append(Said("".join(self._taken)))
+        self._taken = None
+        return self._called
+
+
+def _begun(text: str, mark: str) -> int:
+    """How much of the end of ``text`` may be the beginning of ``mark``."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
