@@ -306,7 +306,7 @@ def test_response_format(client):
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "json_schema"}}, "needs"),

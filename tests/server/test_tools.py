@@ -8,7 +8,7 @@ import pytest
 from test_openai import CHAT, chat
 
 from rootcellar.server.openai.speaker import Speaker
-from rootcellar.server.tools import Formats, FunctionSpec, Reading, ToolSpec, bound, reading
+from rootcellar.server.tools import Formats, FunctionSpec, Listening, ToolSpec, bound, listening
 from rootcellar.text.speech import CALLS, Tools
 from serving import on_thread
 
@@ -200,7 +200,7 @@ def test_what_a_model_thinks_is_told_apart(engine):
 
 
 def test_a_speaker_tells_thoughts_text_and_calls_as_deltas():
-    how = Reading(tools=Tools({"f": {}}), calls="hermes", thoughts="qwen3")
+    how = Listening(tools=Tools({"f": {}}), calls="hermes", thoughts="qwen3")
     speaker = Speaker(how)
     text = '<think>\nhm\n</think>\n\nWell.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     deltas = [speaker.hear(character, ended=False) for character in text] + [speaker.hear("", ended=True)]
@@ -210,8 +210,8 @@ def test_a_speaker_tells_thoughts_text_and_calls_as_deltas():
     assert message["reasoning_content"] == "hm"
     assert message["content"] == "Well."
     assert called(message) == [("f", {"a": 1})]
-    assert Reading().plain
-    assert Reading(tools=how.tools).plain
+    assert Listening().plain
+    assert Listening(tools=how.tools).plain
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -229,7 +229,7 @@ def test_each_family_binds_calls_in_its_own_way(name, engine):
     )
     assert answer["text"] == frame.before + frame.begin.replace("NAME", "f") + "{}" + frame.end + frame.after
     assert answer["meta_info"]["finish_reason"]["type"] == "stop"
-    speaker = Speaker(Reading(tools=Tools({"f": {}}), calls=name))
+    speaker = Speaker(Listening(tools=Tools({"f": {}}), calls=name))
     speaker.hear(answer["text"], ended=True)
     assert [(call.name, call.arguments) for call in speaker.calls] == [("f", "{}")]
 
@@ -238,12 +238,12 @@ def test_special_tokens_that_mark_calls_are_kept_for_the_parser_and_others_are_n
     formats = Formats("mistral", None, frozenset({"[TOOL_CALLS]", "</s>", "<s>"}))
     tools = [ToolSpec.model_validate(CLOCK)]
     options = {"prompt": "", "parallel": True, "thoughts": True, "show_thoughts": True, "has_form": False}
-    how = reading(formats, tools, "auto", **options, skips_special=True)
+    how = listening(formats, tools, "auto", **options, skips_special=True)
     assert how.sampling == {"skip_special_tokens": False}
     assert how.dropped == ("</s>", "<s>")
     assert len(how.call_id("call_")) == 9
-    assert reading(formats, tools, "auto", **options, skips_special=False).dropped == ()
-    assert reading(formats, None, None, **options, skips_special=True).sampling == {}
+    assert listening(formats, tools, "auto", **options, skips_special=False).dropped == ()
+    assert listening(formats, None, None, **options, skips_special=True).sampling == {}
 
 
 def test_thoughts_may_come_before_a_call_that_must():

@@ -82,13 +82,13 @@ class Formats:
             return cls(None, None)
         template = tokenizer.chat_templates
         calls = calls_of(config.tool_call_parser, template)
-        if calls is None and config.tool_call_parser == "auto" and "tools" not in template:
+        if calls is None and config.tool_call_parser == "auto" and not tokenizer.knows_tools:
             calls = "hermes"  # as such models are told of tools
         return cls(calls, thoughts_of(config.reasoning_parser, template), frozenset(tokenizer.skipped.values()))
 
 
 @dataclass(frozen=True)
-class Reading:
+class Listening:
     """How one request's answers are read.
 
     Attributes:
@@ -126,7 +126,7 @@ class Reading:
         return prefix + secrets.token_hex(12)
 
 
-def reading(
+def listening(
     formats: Formats,
     tools: Sequence[ToolSpec] | None,
     choice: ToolChoice | None,
@@ -137,7 +137,7 @@ def reading(
     show_thoughts: bool,
     skips_special: bool,
     has_form: bool,
-) -> Reading:
+) -> Listening:
     """How the answers to ``prompt`` are read and bound. ``ApiError`` for a choice that cannot be.
 
     Args:
@@ -176,7 +176,7 @@ def reading(
     if seen:
         sampling["skip_special_tokens"] = False
         dropped = tuple(sorted(formats.special - seen)) if skips_special else ()
-    return Reading(
+    return Listening(
         tools=known,
         calls=calls,
         thoughts=found,

@@ -86,6 +86,11 @@ class Tokenizer:
         """The sources of all chat templates, one after the other."""
         return "".join(self._templates.sources.values())
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether a chat template tells of tools; else the system message does."""
+        return "tool_use" in self._templates.sources or "tools" in self.chat_templates
+
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._fast.token_to_id(token)
@@ -175,7 +180,7 @@ class Tokenizer:
         if going_on:
             messages = conversation.marked(messages)
         messages = list(conversation.known_roles(messages, self._templates.sources.values()))
-        if tools and "tools" not in self.chat_templates:
+        if tools and not self.knows_tools:
             messages, tools = conversation.with_tools(messages, tools), None
         given = {"documents": None, **self.special_tokens, **variables, "messages": messages, "tools": tools}
         try:

@@ -18,7 +18,7 @@ from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import Prompts, read_chat
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import ServerState, state_of
-from rootcellar.server.tools import Reading, reading
+from rootcellar.server.tools import Listening, listening
 from rootcellar.server.tools import for_template as tools_for_template
 from rootcellar.text import Tokenizer
 
@@ -78,9 +78,9 @@ def answer_limit(state: ServerState, body: ChatRequest, ids: list[int]) -> int:
     return max(1, state.engine.longest_prompt + 1 - len(ids)) if limit is None else limit
 
 
-def chat_reading(state: ServerState, body: ChatRequest, prompts: Prompts) -> Reading:
+def chat_listening(state: ServerState, body: ChatRequest, prompts: Prompts) -> Listening:
     """How the answers to a chat are read."""
-    return reading(
+    return listening(
         state.formats,
         body.tools,
         body.tool_choice,
@@ -102,7 +102,7 @@ class _Chat(OpenAIJob):
     tokenizer: Tokenizer
     echo: str
     """What every answer begins with."""
-    reading: Reading
+    reading: Listening
     _speakers: dict[int, Speaker] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -117,7 +117,7 @@ class _Chat(OpenAIJob):
         last = body.messages[-1]
         shown = (last.for_template()["content"] or "") if body.echo and last.role == "assistant" else ""
         arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
-        how = chat_reading(state, body, prompts)
+        how = chat_listening(state, body, prompts)
         arguments["sampling_params"] |= how.sampling
         return cls(
             id=name,

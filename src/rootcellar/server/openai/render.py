@@ -15,7 +15,7 @@ from starlette.responses import Response
 from rootcellar.errors import RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.server.errors import invalid, json_response
-from rootcellar.server.openai.chat import answer_limit, chat_reading, chat_tokens
+from rootcellar.server.openai.chat import answer_limit, chat_listening, chat_tokens
 from rootcellar.server.openai.completions import completion_prompts
 from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest, Sampling
@@ -35,7 +35,7 @@ async def render_chat(body: ChatRequest, request: Request) -> Response:
         prompts = await chat_tokens(state, body)
         limit = answer_limit(state, body, prompts.input_ids)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        bound = chat_reading(state, body, prompts).sampling
+        bound = chat_listening(state, body, prompts).sampling
         return json_response(_rendered(state, body, body.name("chatcmpl"), prompts.input_ids, limit, top, bound))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rootcellar.server.tools import Reading
-from rootcellar.text.speech import Called, Event, Parser, Passed, Said, Thought
+from rootcellar.server.tools import Listening
+from rootcellar.text.speech import Called, Parser, Passed, Said, Thought, Utterance
 
 
 @dataclass
-class Call:
+class ToolCall:
     """One call of a tool: its id, the tool's name, the JSON text of its arguments."""
 
     id: str
@@ -25,19 +25,19 @@ class Speaker:
     ``text`` and ``thought`` are what was said and thought.
     """
 
-    reading: Reading
+    reading: Listening
     text: str = ""
     thought: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     _parser: Parser | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._parser = None if self.reading.plain else self.reading.parser()
 
-    def events(self, text: str, *, ended: bool) -> list[Event]:
+    def events(self, text: str, *, ended: bool) -> list[Utterance]:
         """What ``text``, which is new, says; ``ended``: it is the last."""
         if self._parser is None:
-            found: list[Event] = [Said(text)] if text else []
+            found: list[Utterance] = [Said(text)] if text else []
         else:
             found = self._parser.add(text) + (self._parser.end() if ended else [])
         if not self.reading.show_thoughts:
@@ -49,7 +49,7 @@ class Speaker:
                 case Thought():
                     self.thought += event.text
                 case Called():
-                    self.calls.append(Call(self.reading.call_id("call_"), event.name))
+                    self.calls.append(ToolCall(self.reading.call_id("call_"), event.name))
                 case Passed():
                     self.calls[-1].arguments += event.text
         return found

@@ -2,7 +2,7 @@
 
 from rootcellar.text.speech.formats import CALLS, THOUGHTS, CallFormat, Frame, calls_of, reader, thoughts_of
 from rootcellar.text.speech.parser import Parser
-from rootcellar.text.speech.source import Called, Event, Passed, Said, Thought
+from rootcellar.text.speech.source import Called, Passed, Said, Thought, Utterance
 from rootcellar.text.speech.tools import Tools
 
 __all__ = [
@@ -10,13 +10,13 @@ __all__ = [
     "THOUGHTS",
     "CallFormat",
     "Called",
-    "Event",
     "Frame",
     "Parser",
     "Passed",
     "Said",
     "Thought",
     "Tools",
+    "Utterance",
     "calls_of",
     "reader",
     "thoughts_of",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 
-from rootcellar.text.speech.source import NotACall, Passed, Said, Source, Steps
+from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 
-def coder(source: Source, tools: Tools) -> Steps[None]:
+def coder(source: Incoming, tools: Tools) -> Steps[None]:
     """Calls among text; a value is read as JSON unless its parameter is a text."""
     while (yield from source.until(("<tool_call>",), Said))[1]:
         if (yield from source.attempt("<tool_call>", _call(source, tools))):
             yield from source.until(("</tool_call>",))
 
 
-def _call(source: Source, tools: Tools) -> Steps[None]:
+def _call(source: Incoming, tools: Tools) -> Steps[None]:
     yield from source.space()
     yield from source.expect("<function=")
     name, mark = yield from source.until((">", "\n"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rootcellar.text.speech import coder, gemma, harmony, objects, pythonic
-from rootcellar.text.speech.source import Said, Source, Steps
+from rootcellar.text.speech.source import Incoming, Said, Steps
 from rootcellar.text.speech.thoughts import Thinking
 from rootcellar.text.speech.tools import Tools
 
@@ -42,7 +42,7 @@ class CallFormat:
         id_length: characters of a call's id, where the family's templates insist on some.
     """
 
-    read: Callable[[Source, Tools], Steps[None]]
+    read: Callable[[Incoming, Tools], Steps[None]]
     marks: tuple[str, ...] = ()
     frame: Frame | None = None
     id_length: int | None = None
@@ -180,7 +180,7 @@ def _meant(name: str, template: str, table: Iterable[tuple[tuple[str, ...], str]
 
 def reader(
     calls: str | None, thoughts: str | None, tools: Tools | None, begun: bool
-) -> Callable[[Source], Steps[None]]:
+) -> Callable[[Incoming], Steps[None]]:
     """The parser of one answer.
 
     Args:
@@ -193,7 +193,7 @@ def reader(
         may = calls is not None and tools is not None
         return functools.partial(harmony.harmony, calls=may, thoughts=thoughts is not None)
 
-    def read(source: Source) -> Steps[None]:
+    def read(source: Incoming) -> Steps[None]:
         if thoughts is not None:
             yield from THOUGHTS[thoughts].read(source, begun)
         if calls is not None and tools is not None:

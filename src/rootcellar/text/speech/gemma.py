@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from rootcellar.text.speech.source import NotACall, Passed, Said, Source, Steps
+from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _QUOTE = '<|"|>'
@@ -15,7 +15,7 @@ _PART = re.compile(r'<\|"\|>.*?<\|"\|>|[{}\[\],]|[^{}\[\],<:]+|[:<]', re.DOTALL)
 _DEEPEST = 64
 
 
-def gemma(source: Source, _: Tools) -> Steps[None]:
+def gemma(source: Incoming, _: Tools) -> Steps[None]:
     """Calls among text."""
     starts = "<|tool_call>"
     while mark := (yield from source.until((starts, "<tool_call|>"), Said))[1]:
@@ -23,7 +23,7 @@ def gemma(source: Source, _: Tools) -> Steps[None]:
             yield from source.attempt(starts, _call(source))
 
 
-def _call(source: Source) -> Steps[None]:
+def _call(source: Incoming) -> Steps[None]:
     yield from source.space()
     yield from source.expect("call:")
     name, mark = yield from source.until(("{", "<tool_call|>"))

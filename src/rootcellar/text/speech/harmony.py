@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from rootcellar.text.speech.source import Passed, Said, Source, Steps, Thought
+from rootcellar.text.speech.source import Incoming, Passed, Said, Steps, Thought
 
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
@@ -17,7 +17,7 @@ _BEGINS = ("<|channel|>", " to=", "<|start|>", "<|message|>", "<|constrain|>")
 MARKS = ("<|channel|>", "<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
 
 
-def harmony(source: Source, calls: bool, thoughts: bool) -> Steps[None]:
+def harmony(source: Incoming, calls: bool, thoughts: bool) -> Steps[None]:
     """``calls``: some may be; else what goes to a function is text. ``thoughts``: they are told apart from text."""
     while (yield from source.peek()):
         head = yield from source.one_of(_BEGINS)

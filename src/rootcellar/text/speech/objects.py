@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rootcellar.text.speech.source import NotACall, Passed, Said, Source, Steps
+from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _ARGUMENTS = ("arguments", "parameters")
 
 
-def named_object(source: Source, tools: Tools | None = None) -> Steps[None]:
+def named_object(source: Incoming, tools: Tools | None = None) -> Steps[None]:
     """``{"name": ..., "arguments": {...}}``, in any order; ``tools``: it must name one of them."""
     yield from source.space()
     yield from source.expect("{")
@@ -50,14 +50,14 @@ def named_object(source: Source, tools: Tools | None = None) -> Steps[None]:
         source.events.append(Passed("{}"))
 
 
-def hermes(source: Source, _: Tools) -> Steps[None]:
+def hermes(source: Incoming, _: Tools) -> Steps[None]:
     """``<tool_call>{...}</tool_call>``, among text."""
     while (yield from source.until(("<tool_call>",), Said))[1]:
         if (yield from source.attempt("<tool_call>", named_object(source))):
             yield from source.until(("</tool_call>",))
 
 
-def llama(source: Source, tools: Tools) -> Steps[None]:
+def llama(source: Incoming, tools: Tools) -> Steps[None]:
     """``{"name": ..., "parameters": {...}}``, several with semicolons between, as the whole answer.
 
     Elsewhere behind ``<|python_tag|>``. An object that names no tool is an answer like any other.
@@ -75,7 +75,7 @@ def llama(source: Source, tools: Tools) -> Steps[None]:
         yield from source.attempt("<|python_tag|>", named_object(source, tools))
 
 
-def listed(source: Source, tools: Tools) -> Steps[None]:
+def listed(source: Incoming, tools: Tools) -> Steps[None]:
     """``[{"name": ..., "parameters": {...}}, ...]``: how an answer that must call is written, for want of better."""
     yield from source.space()
     if (yield from source.one_of(("[",))):
@@ -89,7 +89,7 @@ def listed(source: Source, tools: Tools) -> Steps[None]:
     yield from source.until((), Said)
 
 
-def mistral(source: Source, _: Tools) -> Steps[None]:
+def mistral(source: Incoming, _: Tools) -> Steps[None]:
     """``[TOOL_CALLS] [{...}, ...]``, or, since 2025, ``[TOOL_CALLS]name[ARGS]{...}`` again and again."""
     mark = "[TOOL_CALLS]"
     while (yield from source.until((mark,), Said))[1]:
@@ -102,7 +102,7 @@ def mistral(source: Source, _: Tools) -> Steps[None]:
                 break
 
 
-def _listed_or_named(source: Source, opened: str) -> Steps[None]:
+def _listed_or_named(source: Incoming, opened: str) -> Steps[None]:
     yield from source.space()
     if not opened or (yield from source.one_of(("[",))):
         yield from named_object(source)
@@ -113,7 +113,7 @@ def _listed_or_named(source: Source, opened: str) -> Steps[None]:
     yield from _arguments(source, name, mark)
 
 
-def deepseek(source: Source, _: Tools) -> Steps[None]:
+def deepseek(source: Incoming, _: Tools) -> Steps[None]:
     """DeepSeek V3's ``function<sep>name`` and a block of JSON, and V3.1's ``name<sep>{...}``, between their marks."""
     begins, ends = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
     # The mark of the last call ends where the answer does, so whatever comes between calls is passed over.
@@ -124,7 +124,7 @@ def deepseek(source: Source, _: Tools) -> Steps[None]:
             yield from source.space()
 
 
-def _separated(source: Source) -> Steps[None]:
+def _separated(source: Incoming) -> Steps[None]:
     name, mark = yield from source.until(("<｜tool▁sep｜>", "\n\n"))
     if name.strip() == "function":
         name, mark = yield from source.until(("\n", "{"))
@@ -134,7 +134,7 @@ def _separated(source: Source) -> Steps[None]:
     yield from _arguments(source, name, mark)
 
 
-def _arguments(source: Source, name: str, mark: str) -> Steps[None]:
+def _arguments(source: Incoming, name: str, mark: str) -> Steps[None]:
     """The object that follows a name and the ``mark`` that ended it; empty: the answer did."""
     if mark == "{":
         source.push(mark)

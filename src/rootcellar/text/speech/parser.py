@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 
-from rootcellar.text.speech.source import Called, Event, Passed, Said, Source, Steps, Thought
+from rootcellar.text.speech.source import Called, Incoming, Passed, Said, Steps, Thought, Utterance
 
 
 class Parser:
@@ -14,33 +14,35 @@ class Parser:
     are cut themselves.
     """
 
-    def __init__(self, read: Callable[[Source], Steps[None]], dropped: Iterable[str] = (), most_calls: int = 0) -> None:
+    def __init__(
+        self, read: Callable[[Incoming], Steps[None]], dropped: Iterable[str] = (), most_calls: int = 0
+    ) -> None:
         """``dropped``: special tokens that are not shown. ``most_calls``: later ones are left out; 0: none is."""
-        self._source = Source()
+        self._source = Incoming()
         self._steps = read(self._source)
         self._sieve = _Sieve(dropped)
         self._tidy = _Tidy(most_calls)
 
-    def add(self, text: str) -> list[Event]:
+    def add(self, text: str) -> list[Utterance]:
         """What ``text``, which comes next, adds."""
         self._source.add(self._sieve.add(text))
         return self._read()
 
-    def end(self) -> list[Event]:
+    def end(self) -> list[Utterance]:
         """What was held back, now that nothing comes."""
         self._source.add(self._sieve.end())
         self._source.ended = True
         return [*self._read(), *self._tidy.end()]
 
-    def _read(self) -> list[Event]:
+    def _read(self) -> list[Utterance]:
         next(self._steps, None)
         found, self._source.events = self._source.events, []
         return joined(event for each in found for event in self._tidy.add(each))
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+def joined(events: Iterable[Utterance]) -> list[Utterance]:
     """``events`` with neighbours of one kind in one, but for calls."""
-    found: list[Event] = []
+    found: list[Utterance] = []
     for event in events:
         last = found[-1] if found else None
         if isinstance(last, Said | Thought | Passed) and isinstance(event, type(last)):
@@ -57,12 +59,12 @@ class _Tidy:
 
     def __init__(self, most_calls: int) -> None:
         self._space = ""
-        self._kind: type[Event] | None = None
+        self._kind: type[Utterance] | None = None
         self._fresh = False
         self._calls = 0
         self._most = most_calls
 
-    def add(self, event: Event) -> list[Event]:
+    def add(self, event: Utterance) -> list[Utterance]:
         """``event`` as it is told."""
         if isinstance(event, Called):
             self._calls += 1
@@ -79,7 +81,7 @@ class _Tidy:
         self._space = text[len(shown) :]
         return [type(event)(shown)] if shown else []
 
-    def end(self) -> list[Event]:
+    def end(self) -> list[Utterance]:
         """White space at the end of a text that nothing follows."""
         return [Said(self._space)] if self._space and self._kind is Said else []
 

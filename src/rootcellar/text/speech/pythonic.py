@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 
-from rootcellar.text.speech.source import NotACall, Passed, Said, Source, Steps
+from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -13,7 +13,7 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 _LONGEST = 2**16
 
 
-def pythonic(source: Source, tools: Tools) -> Steps[None]:
+def pythonic(source: Incoming, tools: Tools) -> Steps[None]:
     """``[f(a=1), g()]`` as the whole answer, perhaps without the brackets, or behind ``<|tool_call_start|>``."""
     yield from source.space()
     names = tuple(f"{name}(" for name in tools.names)
@@ -31,7 +31,7 @@ def pythonic(source: Source, tools: Tools) -> Steps[None]:
             yield from _calls(source, mark + bracket, tools)
 
 
-def _calls(source: Source, opened: str, tools: Tools) -> Steps[None]:
+def _calls(source: Incoming, opened: str, tools: Tools) -> Steps[None]:
     while (yield from source.attempt(opened, _call(source, tools))):
         opened = ""
         yield from source.space()
@@ -40,7 +40,7 @@ def _calls(source: Source, opened: str, tools: Tools) -> Steps[None]:
         yield from source.space()
 
 
-def _call(source: Source, tools: Tools) -> Steps[None]:
+def _call(source: Incoming, tools: Tools) -> Steps[None]:
     yield from source.space()
     name, mark = yield from source.until(("(", "\n", " ", ",", "]"))
     if mark != "(" or name not in tools.names:
@@ -72,7 +72,7 @@ def _value(node: ast.expr) -> object:
     return ast.literal_eval(node)
 
 
-def _to_the_end(source: Source) -> Steps[str]:
+def _to_the_end(source: Incoming) -> Steps[str]:
     """The text up to the parenthesis that closes the call, which is taken too."""
     kept: list[str] = []
     depth, quote = 1, ""

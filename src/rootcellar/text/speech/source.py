@@ -1,6 +1,6 @@
 """What an answer says as it comes in: events, and the text that parsers read them from, however it is cut.
 
-A parser is a generator over a :class:`Source`. It reads as if all text were there, and yields where more is needed; so
+A parser is a generator over a :class:`Incoming`. It reads as if all text were there, and yields where more is needed; so
 what it finds does not depend on where the text was cut.
 """
 
@@ -43,14 +43,14 @@ class Passed:
     text: str
 
 
-Event = Said | Thought | Called | Passed
+Utterance = Said | Thought | Called | Passed
 
 
 class NotACall(Exception):
     """What was read is no call; it is shown as it was written."""
 
 
-class Source:
+class Incoming:
     """The text of one answer, as far as it is there.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source:
     """
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[Utterance] = []
         self.ended = False
         self._rest = ""
         self._taken: list[str] | None = None  # what an attempt has read
@@ -115,7 +115,7 @@ class Source:
         if not (yield from self.one_of((text,))):
             raise NotACall
 
-    def until(self, marks: Iterable[str], event: Callable[[str], Event] | None = None) -> Steps[tuple[str, str]]:
+    def until(self, marks: Iterable[str], event: Callable[[str], Utterance] | None = None) -> Steps[tuple[str, str]]:
         """The text before the first of ``marks``, and that, which is taken; empty: none came. No two marks overlap.
 
         ``event``: the text is told as such events, as soon as it is known to be none of the marks, and not returned.
@@ -136,7 +136,7 @@ class Source:
                 return "".join(kept), self._take(len(mark))
             yield
 
-    def value(self, event: Callable[[str], Event] | None = None) -> Steps[str]:
+    def value(self, event: Callable[[str], Utterance] | None = None) -> Steps[str]:
         """The text of the JSON value that comes next, told as ``event`` while it comes; ``NotACall``: none comes."""
         yield from self.space()
         kept: list[str] = []

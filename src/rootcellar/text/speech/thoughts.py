@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rootcellar.text.speech.source import Source, Steps, Thought
+from rootcellar.text.speech.source import Incoming, Steps, Thought
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Thinking:
         tail = prompt[-200:].rstrip()
         return tail.endswith(self.begins) or (self.always and not tail.endswith(self.ends))
 
-    def read(self, source: Source, begun: bool) -> Steps[None]:
+    def read(self, source: Incoming, begun: bool) -> Steps[None]:
         """Tell the thoughts at the beginning of an answer, if it has some."""
         yield from source.space()
         if not (yield from source.one_of((self.begins,))) and not begun:
