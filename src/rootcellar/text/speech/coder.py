@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
+from rootcellar.text.speech.incoming import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 

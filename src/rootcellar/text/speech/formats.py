@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rootcellar.text.speech import coder, gemma, harmony, objects, pythonic
-from rootcellar.text.speech.source import Incoming, Said, Steps
+from rootcellar.text.speech.incoming import Incoming, Said, Steps
 from rootcellar.text.speech.thoughts import Thinking
 from rootcellar.text.speech.tools import Tools
 

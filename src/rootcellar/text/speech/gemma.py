@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
+from rootcellar.text.speech.incoming import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _QUOTE = '<|"|>'

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from rootcellar.text.speech.source import Incoming, Passed, Said, Steps, Thought
+from rootcellar.text.speech.incoming import Incoming, Passed, Said, Steps, Thought
 
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
+from rootcellar.text.speech.incoming import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _ARGUMENTS = ("arguments", "parameters")

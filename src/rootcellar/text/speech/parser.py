@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 
-from rootcellar.text.speech.source import Called, Incoming, Passed, Said, Steps, Thought, Utterance
+from rootcellar.text.speech.incoming import Called, Incoming, Passed, Said, Steps, Thought, Utterance
 
 
 class Parser:

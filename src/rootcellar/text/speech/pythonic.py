@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 
-from rootcellar.text.speech.source import Incoming, NotACall, Passed, Said, Steps
+from rootcellar.text.speech.incoming import Incoming, NotACall, Passed, Said, Steps
 from rootcellar.text.speech.tools import Tools
 
 _CONSTANTS = {"true": True, "false": False, "null": None}

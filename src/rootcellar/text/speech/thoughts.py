@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rootcellar.text.speech.source import Incoming, Steps, Thought
+from rootcellar.text.speech.incoming import Incoming, Steps, Thought
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an answer says as it comes in: events, and the text that parsers read them from, however it is cut.
 
-A parser is a generator over a :class:`Incoming`. It reads as if all text were there, and yields where more is needed; so
-what it finds does not depend on where the text was cut.
+A parser is a generator over an :class:`Incoming`. It reads as if all text were there, and yields where more is needed;
+so what it finds does not depend on where the text was cut.
 """
 
 from __future__ import annotations
