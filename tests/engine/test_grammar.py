@@ -211,8 +211,8 @@ def _children():
     """Processes of ours that compile grammars."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a thread, or a process, that has ended meanwhile
+            for pid in (task / "children").read_text().split():
                 found += [pid] * (b"grammars" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return found
 
