@@ -8,10 +8,11 @@ from simulated import World
 
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Request
-from rootcellar.scheduler.shares import Waiting, light, portions
+from rootcellar.scheduler.shares import TILE, Waiting, light, portions
 
-# A newcomer that wants one token is in the step after the next at the latest.
-SOON = 2
+# A newcomer that wants one token is in the step after the next at the latest, or, where there is no room and nobody who
+# would make it has computed anything yet, in the one after that.
+SOON = 3
 # Worlds are made from a seed: shrinking would only find another seed.
 property_of_seeds = settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
 seeds = given(seed=st.integers(0, 2**32))
@@ -36,11 +37,11 @@ def finish(world):
     world.verify()
 
 
-def world_of(rng, least=1):
+def world_of(rng, least=1, chunk=None, tokens=None):
     return World(
-        tokens=rng.randrange(300, 800),
+        tokens=tokens or rng.randrange(300, 800),
         page_size=rng.choice([1, 4, 16]),
-        chunk=rng.choice([32, 64]),
+        chunk=chunk or rng.choice([32, 64]),
         running=rng.randrange(least, 9),
         policy=rng.choice(["lpm", "fcfs"]),
     )
@@ -69,6 +70,39 @@ def test_one_token_of_another_tenant_comes_next_whatever_the_others_do(seed):
         victim = world.add(prompt(77, rng.randrange(2, 12)), 1, tenant="victim", call=1000)
         assert steps_until(world, victim) <= SOON
         assert victim.retractions == 0
+    finish(world)
+
+
+@property_of_seeds
+@seeds
+def test_one_token_of_another_tenant_does_not_share_a_large_step(seed):
+    """What is computed of prompts from its arrival to its token is its own, and as much of each of the others."""
+    rng = random.Random(seed)
+    world = world_of(rng, chunk=128, tokens=4000)
+    others = ("a", "b", "c")[: rng.randrange(1, 1 + min(3, world.running))]
+    for tenant in others:
+        attack(rng, world, tenant, rng.randrange(1, 5))
+    for n in range(4):
+        for _ in range(rng.randrange(1, 12)):
+            world.step()
+        victim, computed = world.add(prompt(77, rng.randrange(2, 12)), 1, tenant=f"victim {n}", call=1000), 0
+        while victim.finish is None:
+            plan = world.step()
+            assert plan is not None
+            computed += 0 if plan.decode else sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        assert computed <= TILE * (1 + len(others))
+    finish(world)
+
+
+def test_each_tenant_goes_once_before_a_large_step():
+    world = World(tokens=800, page_size=1, chunk=128, running=8, policy="fcfs")
+    long = world.add(prompt(1, 700), 1, tenant="a", call=1)
+    world.step()
+    first, more = (world.add(prompt(n, 12), 1, tenant="a", call=n) for n in (2, 3))
+    assert world.step().requests == [first]
+    victim, late = world.add(prompt(4, 5), 1, tenant="b", call=4), world.add(prompt(5, 5), 1, tenant="a", call=5)
+    assert world.step().requests == [victim]
+    assert {*world.step().requests} == {long, more, late}
     finish(world)
 
 

@@ -8,7 +8,7 @@ memory, so something always advances.
 Steps of prefill and of decode alternate while there is work for both: a long prompt delays running requests by one
 chunk at a time, and a stream of prompts cannot stop them. ``shares.py`` says whose turn it is: rows, and the tokens of
 a prefill step, are shared between tenants and, within a tenant, between calls. Short prompts of those who want little
-get a step of their own, before a large one and never two in a row.
+get a step of their own, before a large one: each tenant once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ from rootcellar.scheduler.ahead import chunks_ahead
 from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
+from rootcellar.scheduler.shares import (
+    TILE,
+    Budget,
+    Held,
+    Lines,
+    Place,
+    Turns,
+    Waiting,
+    jumpers,
+    place_of,
+    portions,
+    served,
+)
 from rootcellar.scheduler.sharing import Sharing, note_cached
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
@@ -87,7 +99,7 @@ class Scheduler:
         self.retractions = 0
         self._chunk = chunked_prefill_size
         # Whoever wants no more tokens than this wants little: an eighth of a step, at least what a tile holds.
-        self._little = min(chunked_prefill_size, max(16, chunked_prefill_size // 8))
+        self._little = min(chunked_prefill_size, max(TILE, chunked_prefill_size // 8))
         self._max_running = max_running_requests
         self._rank = POLICIES[schedule_policy]
         self._needs_match = schedule_policy == "lpm" and reuse
@@ -105,8 +117,8 @@ class Scheduler:
         """Of each running request: its place in the order of admission, and the plans made before."""
         self._plans = 0
         self._decode_next = False
-        self._jumped = False
-        """Whether the last step was one of those that want little."""
+        self._jumped: set[str] = set()
+        """Tenants that had a step for what is little since the last other one."""
         self._settled = False
         """Whether all rows are taken and nobody has a claim on one, until a request comes or gives its row back."""
         self._epoch = ""
@@ -242,17 +254,20 @@ class Scheduler:
         ready = [r for r in self.running if r not in self.loading] if self.loading else self.running
         decoding = [r for r in ready if r.length - r.computed == 1]
         prefilling = [r for r in ready if r.length - r.computed > 1] if len(decoding) < len(ready) else []
-        if self._turns.now > started and not self._decode_next:
-            # What is all cached but its last token need not wait for the next decode step.
-            prefilling += [r for r in decoding if self._admitted[r][1] == self._plans]
+        # What is all cached but its last token need not wait for the next decode step, nor for others' short prompts.
+        fresh = [r for r in decoding if self._admitted[r][1] == self._plans] if self._turns.now > started else []
+        if not self._decode_next:
+            prefilling += fresh
         prefilling.sort(key=self._admitted.__getitem__)
         wait = bool(decoding) and self._decode_next
-        first = jumpers(prefilling, self._little, self._chunk, wait) if prefilling and not self._jumped else []
+        first = jumpers(prefilling, self._little, wait, self._jumped) if prefilling else []
+        if first and self._decode_next:
+            first += fresh
         if first and (plan := self._prefill(first)) is not None:
-            self._jumped = True
+            self._jumped.update(r.tenant for r in first)
             self._decode_next = self._decode_next or len(first) == len(prefilling)
             return plan
-        self._jumped = False
+        self._jumped.clear()
         for decode in (self._decode_next, not self._decode_next):
             if (plan := self._decode(decoding) if decode else self._prefill(prefilling)) is not None:
                 self._decode_next = not decode
@@ -263,8 +278,11 @@ class Scheduler:
         """The step after ``plan``, before it is known what that gives (``ahead.py``); None: take that, and plan then.
 
         None, too, where somebody waits who could start, if only because a request comes to its full length, where
-        nobody knows how many tokens ``plan`` gives, and where somebody would have to make way.
+        nobody knows how many tokens ``plan`` gives, where somebody would have to make way, and behind a large step:
+        whoever comes during that would wait for both.
         """
+        if not plan.decode and sum(c.stop - c.start for c in plan.chunks) > self._little:
+            return None
         if self._per_step > 1 or (self.waiting and self.admitting and not self._settled):
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
@@ -273,7 +291,8 @@ class Scheduler:
         if not self._one_slot_more([c.request for c in ahead.values() if c.request.slots == c.start]):
             return None
         self._plans += 1
-        self._decode_next = self._jumped = False
+        self._decode_next = False
+        self._jumped.clear()
         return decode_step(tuple(ahead.values()), tuple(ahead))
 
     def _decode(self, decoding: list[Request]) -> Plan | None:

@@ -28,6 +28,8 @@ def call_of(request: Request) -> Call:
     return request.tenant, request.call
 
 
+TILE = 16
+"""Prompt tokens that cost a step about as much as one does."""
 # Admissions after which a call that never got a row goes before what the policy prefers.
 _PATIENCE = 256
 # Tenants whose last turn is remembered.
@@ -222,13 +224,15 @@ class Lines:
 class Budget:
     """Prompt tokens that may still be started: a step's worth, and a step's worth of short prompts beside long ones.
 
-    A tenant that has nothing to prefill may always start one request: the step's tokens are then shared anew.
+    A tenant that has nothing to prefill may always start one request, and so may a call beside a single other: the
+    step's tokens are then shared anew.
     """
 
     def __init__(self, tokens: int, running: Iterable[Request]) -> None:
         self._left = self._left_for_short = tokens
         self._short = tokens // 2
         self._tenants: set[str] = set()
+        self._calls: set[Call] = set()
         for request in running:
             if request.length - request.computed > 1:
                 self.take(request)
@@ -239,11 +243,14 @@ class Budget:
         self._left -= n
         self._left_for_short -= n if n <= self._short else 0
         self._tenants.add(request.tenant)
+        self._calls.add(call_of(request))
 
     def allows(self, request: Request, cached: int) -> bool:
         """Whether a request of which ``cached`` tokens are there may start."""
         n = request.length - cached
-        return self._left > 0 or n <= min(self._short, self._left_for_short) or request.tenant not in self._tenants
+        if self._left > 0 or n <= min(self._short, self._left_for_short) or request.tenant not in self._tenants:
+            return True
+        return len(self._calls) == 1 and call_of(request) not in self._calls
 
 
 def portions(prefilling: Sequence[Request], tokens: int, turn: int) -> dict[Request, int]:
@@ -319,8 +326,19 @@ def served(request: Request, cached: int, chunk: int, steps: Mapping[Request, in
     return [r for r, n in steps.items() if n >= asked and r.tenant != request.tenant and r.stage in FORWARD]
 
 
-def jumpers(prefilling: Sequence[Request], little: int, chunk: int, wait: bool) -> list[Request]:
-    """Requests of those who want little, where they would otherwise share a large step or ``wait`` for another."""
-    first = light(prefilling, little)
+def jumpers(prefilling: Sequence[Request], little: int, wait: bool, jumped: Container[str]) -> list[Request]:
+    """Requests of those who want little, where they would otherwise share a large step or ``wait`` for another.
+
+    Those of the tenants that want least, and as much of others: so the step is as short as theirs alone, nearly. Not of
+    who ``jumped`` already. ``little``: tokens that are more than little.
+    """
+    wants: dict[str, int] = {}
+    for request in prefilling:
+        if request.tenant not in jumped:
+            wants[request.tenant] = wants.get(request.tenant, 0) + request.remaining
+    if not wants:
+        return []
+    most = min(little, max(TILE, min(wants.values())))
+    first = [r for r in light(prefilling, most) if r.tenant not in jumped]
     rest = sum(r.remaining for r in prefilling) - sum(r.remaining for r in first)
-    return first if wait or 2 * rest >= chunk else []
+    return first if wait or rest >= little else []
