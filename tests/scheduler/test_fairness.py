@@ -8,7 +8,8 @@ from simulated import World
 
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Request
-from rootcellar.scheduler.shares import TILE, Waiting, light, portions
+from rootcellar.scheduler.plan import TILE
+from rootcellar.scheduler.shares import Waiting, light, portions
 
 # A newcomer that wants one token is in the step after the next at the latest, or, where there is no room and nobody who
 # would make it has computed anything yet, in the one after that.

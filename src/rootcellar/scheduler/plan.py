@@ -15,6 +15,8 @@ POLICIES: dict[str, Callable[[Request, int], tuple[int, ...]]] = {
     "lpm": lambda request, cached: (-cached, request.order),
     "fcfs": lambda request, _cached: (request.order,),
 }
+TILE = 16
+"""Prompt tokens that cost a step about as much as one does."""
 Follow = Callable[[int, int], Finish | None]
 """Told that token ``j`` of chunk ``i`` was added to its request; a ``Finish`` when that is to be its last."""
 
@@ -72,3 +74,8 @@ def room_for(kinds: Sequence[Kind], pending: Sequence[int], chunk: int, page_siz
     return {
         kind.name: sum(kind.held(n, chunk) for n in pending) + reserve for kind in kinds if kind.rule != "recurrent"
     }
+
+
+def little_of(chunk: int) -> int:
+    """Prompt tokens that are little in a step of up to ``chunk``: an eighth of it, at least a tile."""
+    return min(chunk, max(TILE, chunk // 8))

@@ -21,21 +21,9 @@ from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.errors import ConfigError
 from rootcellar.scheduler.ahead import chunks_ahead
 from rootcellar.scheduler.loads import Loads
-from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, new_chunk, room_for
+from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import (
-    TILE,
-    Budget,
-    Held,
-    Lines,
-    Place,
-    Turns,
-    Waiting,
-    jumpers,
-    place_of,
-    portions,
-    served,
-)
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
 from rootcellar.scheduler.sharing import Sharing, note_cached
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
@@ -98,8 +86,7 @@ class Scheduler:
         """Requests that lost their memory; the engine takes them from here."""
         self.retractions = 0
         self._chunk = chunked_prefill_size
-        # Whoever wants no more tokens than this wants little: an eighth of a step, at least what a tile holds.
-        self._little = min(chunked_prefill_size, max(TILE, chunked_prefill_size // 8))
+        self._little = little_of(chunked_prefill_size)
         self._max_running = max_running_requests
         self._rank = POLICIES[schedule_policy]
         self._needs_match = schedule_policy == "lpm" and reuse
@@ -256,13 +243,10 @@ class Scheduler:
         prefilling = [r for r in ready if r.length - r.computed > 1] if len(decoding) < len(ready) else []
         # What is all cached but its last token need not wait for the next decode step, nor for others' short prompts.
         fresh = [r for r in decoding if self._admitted[r][1] == self._plans] if self._turns.now > started else []
-        if not self._decode_next:
-            prefilling += fresh
+        prefilling += [] if self._decode_next else fresh
         prefilling.sort(key=self._admitted.__getitem__)
-        wait = bool(decoding) and self._decode_next
-        first = jumpers(prefilling, self._little, wait, self._jumped) if prefilling else []
-        if first and self._decode_next:
-            first += fresh
+        first = jumpers(prefilling, self._little, bool(decoding) and self._decode_next, self._jumped)
+        first += fresh if first and self._decode_next else []
         if first and (plan := self._prefill(first)) is not None:
             self._jumped.update(r.tenant for r in first)
             self._decode_next = self._decode_next or len(first) == len(prefilling)
@@ -281,9 +265,8 @@ class Scheduler:
         nobody knows how many tokens ``plan`` gives, where somebody would have to make way, and behind a large step:
         whoever comes during that would wait for both.
         """
-        if not plan.decode and sum(c.stop - c.start for c in plan.chunks) > self._little:
-            return None
-        if self._per_step > 1 or (self.waiting and self.admitting and not self._settled):
+        large = not plan.decode and sum(c.stop - c.start for c in plan.chunks) > self._little
+        if large or self._per_step > 1 or (self.waiting and self.admitting and not self._settled):
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
         if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):
@@ -351,7 +334,7 @@ class Scheduler:
             while request.lease is not None and not self.cache.grow(request.lease, end - request.slots):
                 if len(self.running) > 1 or self.awaits_bytes:
                     # What copies under way will fill is theirs until they are done: then there is room again.
-                    self._retract(self._youngest(Held(self.running).largest(self.running)))
+                    self._retract(max(Held(self.running).largest(self.running), key=self._admitted.__getitem__))
                     continue
                 # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
                 message = (
@@ -363,9 +346,6 @@ class Scheduler:
             if request.lease is not None:
                 request.slots = end
         return [r for r in requests if r.lease is not None]
-
-    def _youngest(self, requests: Iterable[Request]) -> Request:
-        return max(requests, key=self._admitted.__getitem__)
 
     # -- admission ------------------------------------------------------------------------------------------------
 
@@ -436,7 +416,7 @@ class Scheduler:
                 above = served(request, cached, self._chunk, {r: self._plans - self._admitted[r][1] for r in running})
             if not above:
                 return False
-            gone = self._youngest(after.largest(above))
+            gone = max(after.largest(above), key=self._admitted.__getitem__)
             running.remove(gone)
             after.add(gone, -1)
             going.append(gone)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
+from rootcellar.scheduler.plan import TILE
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.stages import FORWARD
 
@@ -28,8 +29,6 @@ def call_of(request: Request) -> Call:
     return request.tenant, request.call
 
 
-TILE = 16
-"""Prompt tokens that cost a step about as much as one does."""
 # Admissions after which a call that never got a row goes before what the policy prefers.
 _PATIENCE = 256
 # Tenants whose last turn is remembered.
