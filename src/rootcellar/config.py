@@ -125,6 +125,27 @@ class EngineConfig:
         "heads than devices, heads are repeated.",
         low=1,
     )
+    nnodes: int = option(
+        1,
+        "Processes (ranks) that are one engine, each with its part of the tp_size devices, on one machine or several "
+        "(docs/ranks.md).",
+        low=1,
+        high=1024,
+    )
+    node_rank: int = option(
+        0, "Which of the nnodes processes this is. Rank 0 takes requests, the others do what it does.", low=0
+    )
+    dist_init_addr: str | None = option(
+        None, "With nnodes: where the ranks meet, host:port of rank 0, the same for all. The port must be free."
+    )
+    dist_timeout: float = option(
+        30.0,
+        "With nnodes: seconds after which a rank of which nothing is heard is lost, and with it the engine: requests "
+        "end with an error.",
+        low=0,
+        high=3600,
+        above=True,
+    )
     chunked_prefill_size: int = option(
         512,
         "Most prompt tokens computed in one step. Smaller chunks keep running requests responsive, larger ones "
@@ -279,6 +300,15 @@ class EngineConfig:
             raise ConfigError(
                 f"max_total_tokens={self.max_total_tokens} is less than one page (page_size={self.page_size}): "
                 "raise max_total_tokens or lower page_size."
+            )
+        if self.nnodes > 1 and self.dist_init_addr is None:
+            raise ConfigError(f"nnodes={self.nnodes} needs dist_init_addr: host:port of rank 0, as '10.0.0.1:5000'")
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"node_rank={self.node_rank} is not allowed: ranks of nnodes={self.nnodes} begin at 0")
+        if self.tp_size % self.nnodes:
+            raise ConfigError(
+                f"tp_size={self.tp_size} is not allowed with nnodes={self.nnodes}: each rank has as many devices, so "
+                "it must be a multiple"
             )
         if self.enable_hierarchical_cache and self.disable_radix_cache:
             raise ConfigError(

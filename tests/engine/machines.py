@@ -144,14 +144,19 @@ class HashRunner:
         return HashUnread(scores.astype(np.int32), -np.asarray(scores, np.float32) / VOCAB, top, note)
 
 
-def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, per_step=1, **options):
-    """A machine over hashes; ``host``: tokens on a second tier, which ``machine.copies`` copies to and from.
+def hash_machine(
+    tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, per_step=1, storage=0, copies=Copies, **options
+):
+    """A machine over hashes; ``host``, ``storage``: tokens on farther tiers, which ``machine.copies`` copies to and
+    from, made by ``copies``.
 
     ``options`` are the machine's own.
     """
     kinds, capacity = [full("full", (0,))], {("full", Tier.DEVICE): tokens}
     if host:
         capacity |= host_capacity(kinds, host)
+    if storage:
+        capacity |= host_capacity(kinds, storage, Tier.STORAGE)
     cache = RadixCache(
         kinds,
         page_size=page_size,
@@ -169,9 +174,9 @@ def hash_machine(tokens=64, page_size=4, chunk=8, running=4, time=None, host=0, 
         tokens_per_step=per_step,
     )
     held = np.zeros((host // page_size + 1, page_size), np.uint32)
-    copies = Copies(lambda kind, tier: runner.pools[kind].buffers[0] if tier is Tier.DEVICE else held)
-    life = Lifecycle(scheduler, runner, None, "hashes", mover=copies if host else None)
-    return _machine(life, running, tokens, time, copies, **options)
+    mover = copies(lambda kind, tier: runner.pools[kind].buffers[0] if tier is Tier.DEVICE else held)
+    life = Lifecycle(scheduler, runner, None, "hashes", mover=mover if host else None)
+    return _machine(life, running, tokens, time, mover, **options)
 
 
 def real_machine(folder, time=None, **settings):
@@ -182,9 +187,9 @@ def real_machine(folder, time=None, **settings):
     )
 
 
-def _machine(life, running, tokens, time, copies, **options):
+def _machine(life, running, tokens, time, copies, make=Machine, **options):
     settings = {"max_queued": None, "log_interval": 1e9, "clock": (time or Time()).clock, **options}
-    machine = Machine(life, max_running=running, total_tokens=tokens, **settings)
+    machine = make(life, max_running=running, total_tokens=tokens, **settings)
     machine.copies = copies
     return machine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 WORTH_LOADING = 10
 """Tokens that host memory must add to a hit; fewer are computed sooner than loaded (SGLang draws the same line)."""
+_LATER = 4
+"""Times as long as rank 0 has for a grammar, other ranks have."""
 NOTED = 2
 """Pages that the cache knows to be in a store, for each on the device and the host; it is asked about others again."""
 
@@ -238,10 +241,14 @@ def _grammars(config: EngineConfig, tokenizer: Tokenizer, vocab_size: int, stop_
     bounds = Bounds(
         config.max_grammar_length,
         config.max_grammar_depth,
-        config.grammar_compile_timeout,
+        # Where rank 0 was in time, no other may be late.
+        config.grammar_compile_timeout * (_LATER if config.node_rank else 1),
         config.disable_additional_properties,
     )
-    return Grammars(tokenizer, vocab_size, tuple(sorted(stop_ids)), bounds, config.max_queued_requests)
+    made = functools.partial(
+        Grammars, tokenizer, vocab_size, tuple(sorted(stop_ids)), bounds, config.max_queued_requests
+    )
+    return made() if config.nnodes == 1 else made(step_seconds=math.inf)  # ranks do not agree on what is slow
 
 
 def _stop_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -7,7 +7,7 @@ answers go, arrays that somebody holds. Whoever only wants to read hands the loo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from rootcellar.engine.output import Deliver, Tracker
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
 from rootcellar.errors import CacheBusy, ConfigError
-from rootcellar.scheduler import Finish, PrefetchRules, Request
+from rootcellar.scheduler import Finish, PrefetchPolicy, PrefetchRules, Request
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.mover import MOST_QUEUED
+from rootcellar.tiers.prefetching import PrefetchSettings
 from rootcellar.tiers.store import Store
 
 # Requests of an abandoned call that are ended between two steps: a millisecond or two.
@@ -220,10 +221,15 @@ class Unpin(Command):
 
 @dataclass(frozen=True)
 class Attach(Command):
-    """Keep pages in a store that is called ``backend``, and look there for the prompts of new requests."""
+    """Keep pages in a store that is called ``backend``, and look there for the prompts of new requests.
+
+    ``settings``: the store's own.
+    """
 
     backend: str
-    rules: PrefetchRules
+    policy: PrefetchPolicy
+    prefetch: PrefetchSettings
+    settings: Mapping[str, Any]
 
     def run(self, machine: Machine, store: Store) -> None:
         """Use ``store``, which is open."""
@@ -232,7 +238,7 @@ class Attach(Command):
         _mover_of(machine).attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
         machine.scheduler.cache.write_to(Tier.STORAGE, True)
         machine.recorder.meter.other_store()
-        machine.prefetcher.open(self.rules)
+        machine.prefetcher.open(PrefetchRules(self.policy, self.prefetch.threshold, self.prefetch.timeout))
 
 
 @dataclass(frozen=True)
@@ -254,9 +260,9 @@ class Detach(Command):
         """The store; None while copies to or from it are under way."""
         try:
             machine.scheduler.cache.forget_tier(Tier.STORAGE)
+            return _mover_of(machine).detach()
         except CacheBusy:
             return None
-        return _mover_of(machine).detach()
 
 
 @dataclass(frozen=True)
@@ -343,14 +349,28 @@ class Resume(Command):
 
 
 @dataclass(frozen=True)
+class Compile(Command):
+    """Compile programs, those from ``start`` up to ``stop`` in the order of ``Lifecycle.programs``."""
+
+    start: int
+    stop: int
+
+    def run(self, machine: Machine) -> None:
+        """By running them on padding."""
+        for program in machine.life.programs[self.start : self.stop]:
+            program.run()
+
+
+@dataclass(frozen=True)
 class UpdateWeights(Command):
     """Use other weights from the next step on. See ``Engine.update_weights``.
 
-    ``identity``: what they are, in a word.
+    ``identity``: what they are, in a word. ``path``: the folder that they come from; None: they were handed over.
     """
 
     identity: str
     version: str | None
+    path: str | None = None
 
     def run(self, machine: Machine, weights: Weights, reload: Callable[[], Weights] | None) -> tuple[str, list[str]]:
         """The version, and which parameters were copied. ``weights``: those meant; ``reload`` gives them again."""

@@ -28,17 +28,17 @@ from rootcellar.engine.commands import (
     UpdateWeights,
 )
 from rootcellar.engine.intake import Intake
-from rootcellar.engine.lifecycle import Lifecycle, read_tags
-from rootcellar.engine.loop import Loop
+from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
+from rootcellar.engine.meeting import meet
 from rootcellar.engine.output import in_order, show
 from rootcellar.engine.prefixes import Prefixes
+from rootcellar.engine.ranks import loop_of
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
 from rootcellar.engine.sight import Sight
-from rootcellar.engine.step import Machine
 from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
-from rootcellar.errors import RequestError
+from rootcellar.errors import EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.settings import Extra
@@ -84,22 +84,28 @@ class Engine:
         """
         self.config = EngineConfig.from_kwargs(**options)
         logging.getLogger("rootcellar").setLevel(self.config.log_level.upper())
-        self._parts: Parts = build(self.config, params, weights_name)
+        exchange = self._exchange = meet(self.config) if self.config.nnodes > 1 else None
         self._clock = clock
-        machine = Machine(
-            Lifecycle.of(self._parts),
-            max_running=self._parts.max_running_requests,
-            max_queued=self.config.max_queued_requests,
-            total_tokens=self._parts.total_tokens,
-            clock=clock,
-            log_interval=self.config.log_interval,
-            overlap=self._parts.overlap,
-            prefetcher=self._parts.prefetcher,
-        )
-        self._loop = Loop(machine)
+        try:
+            self._parts: Parts = build(self.config, params, weights_name)
+            self._loop = loop_of(
+                self._parts,
+                exchange,
+                max_running=self._parts.max_running_requests,
+                max_queued=self.config.max_queued_requests,
+                total_tokens=self._parts.total_tokens,
+                clock=clock,
+                log_interval=self.config.log_interval,
+                overlap=self._parts.overlap,
+                prefetcher=self._parts.prefetcher,
+            )
+        except BaseException as error:
+            if exchange is not None:
+                exchange.close(f"rank {exchange.rank} could not start: {error}")
+            raise
         self.sight = Sight(self._loop, self._parts)
         self._last_post: Post | None = None
-        self._close = close_at_the_end(self, self._loop, self._parts)
+        self._close = close_at_the_end(self, self._loop, self._parts, exchange)
         self.prefixes = Prefixes(self._loop, self._parts)
         self.programs = WarmUp(self._loop, self._parts.compiles)
         self._intake = Intake(self._parts, clock)
@@ -414,15 +420,19 @@ class Engine:
         Raises:
             ModelError: a parameter is missing, unknown, or of another shape or dtype; nothing was changed.
         """
-        return self._update(live_weights(params, weights_name), version, None)
+        if self.config.nnodes > 1:
+            raise EngineError("weights cannot be handed over to an engine of several ranks: update_weights_from_disk")
+        return self._update(live_weights(params, weights_name), version, None, None)
 
     def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
         """:meth:`update_weights` with those of a checkpoint of the same model."""
         reload = functools.partial(load_weights, folder_of(model_path), self._parts)
-        return self._update(reload(), version, reload)
+        return self._update(reload(), version, reload, str(model_path))
 
-    def _update(self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None) -> dict[str, Any]:
-        now, copied = self._loop.run(UpdateWeights(weights.identity, version), weights, reload)
+    def _update(
+        self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None, path: str | None
+    ) -> dict[str, Any]:
+        now, copied = self._loop.run(UpdateWeights(weights.identity, version, path), weights, reload)
         return {"weight_version": now, "copied": copied}
 
     def attach_storage(
@@ -447,6 +457,12 @@ class Engine:
             EngineError: the store does not return; nothing new is given to it, so try again later.
         """
         return self.storage.detach(timeout)
+
+    def follow(self) -> None:
+        """On another rank than 0: wait until the engine ends. ``EngineError``: rank 0 was not told to end it."""
+        why = self._loop.await_end()
+        if self._exchange is not None and not self._exchange.in_order:
+            raise EngineError(why)
 
     def check(self) -> None:
         """Prove the cache's invariants between two steps; raises ``CacheBroken`` with the evidence."""

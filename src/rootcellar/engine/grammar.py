@@ -57,16 +57,19 @@ class Grammars:
         eos_token_ids: tuple[int, ...],
         bounds: Bounds,
         max_waiting: int | None = None,
+        step_seconds: float = _STEP_SECONDS,
     ) -> None:
         """``vocab_size`` of the model; ``eos_token_ids``: what ends an answer when its grammar is fulfilled.
 
         Nothing is started before the first grammar. ``max_waiting``: how many may wait to be compiled.
+        ``step_seconds``: of the processor's time that one step of a grammar may take.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._bounds = bounds
         self._max_waiting = max_waiting
+        self._step_seconds = step_seconds
         self._lock = threading.Lock()
         self._kept: OrderedDict[Definition, _Kept] = OrderedDict()
         self._waiting = 0
@@ -192,13 +195,17 @@ class Grammars:
             with self._lock:
                 self._kept.pop(definition, None)
 
-        return Grammar(kept[definition].deep_copy(), self._vocab_size, self._words.vocab_size, forget)
+        return Grammar(
+            kept[definition].deep_copy(), self._vocab_size, self._words.vocab_size, forget, self._step_seconds
+        )
 
 
 class Grammar:
     """Where one answer is in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, known: int, forget: Callable[[], None]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, known: int, forget: Callable[[], None], step_seconds: float
+    ) -> None:
         """``matcher`` over ``known`` tokens, at the beginning of an answer of a model that has ``vocab_size``.
 
         ``forget`` is called when it breaks: copies share what was computed of the grammar, and so its limits.
@@ -207,13 +214,14 @@ class Grammar:
         self._sizes = vocab_size, known
         self._forget = forget
         self._row = np.empty((1, -(-known // 32)), np.int32)
+        self._step_seconds = step_seconds
         self._slow = False
 
     def allowed(self) -> NDArray[np.int32]:
         """int32 [ceil(vocab_size / 32)]: bit ``i % 32`` of word ``i // 32`` says whether token ``i`` may come next."""
         before = time.thread_time()
         fill_next_token_bitmask(self._matcher, self._row, 0)
-        self._slow = time.thread_time() - before > _STEP_SECONDS
+        self._slow = time.thread_time() - before > self._step_seconds
         if self._matcher.is_error():  # `take` ends the request
             self._row[:] = -1
         return self._row[0, : -(-self._sizes[0] // 32)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rootcellar.models.params import check_params, path_name
 from rootcellar.pools.copying import BLOCKS, Copier
 from rootcellar.pools.images import Images
 from rootcellar.runner import Runner
+from rootcellar.runner.runner import Program
 from rootcellar.scheduler import Scheduler
 
 TAGS = ("kv_cache", "weights")
@@ -70,6 +72,14 @@ class Lifecycle:
     def __post_init__(self) -> None:
         self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.runner.params)]
         self.scheduler.set_epoch(self.weights)
+
+    @cached_property
+    def programs(self) -> list[Program]:
+        """All that can be compiled ahead: what steps need, then what copies do."""
+        runner = self.runner
+        copiers = {} if self.mover is None else runner.copiers
+        copies = [Program(f"copies of {name}", False, each.compile) for name, each in copiers.items()]
+        return runner.each_program() + copies
 
     def require_memory(self) -> None:
         """Raise ``EngineError`` when something is released."""

@@ -28,7 +28,11 @@ _QUIET = 0.1
 # Seconds of commands between two steps, at most.
 _PATIENCE = 0.02
 
-_CLOSED = "the engine was shut down; make a new Engine"
+# Seconds that the engine's thread has for ending when there is no going on.
+_GRACE = 1.0
+
+_OVER = "the engine was shut down"
+_CLOSED = f"{_OVER}; make a new Engine"
 
 
 class Loop:
@@ -44,6 +48,13 @@ class Loop:
         self._stopped = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
+        self._why = _CLOSED
+        """What those are told who come when it is over."""
+        self._message = _OVER
+        """What those are told whose requests it ends."""
+        self._current: Future[Any] | None = None
+        """Who waits for the command that is being carried out."""
+        self._ended = threading.Lock()
         if machine.life.mover is not None:
             machine.life.mover.listen(self.wake)
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
@@ -84,8 +95,8 @@ class Loop:
             except TimeoutError:
                 if future.done():  # the function itself raised TimeoutError
                     raise
-                if self._stopped.is_set() and not self._thread.is_alive():
-                    raise EngineError("the engine was shut down") from None
+                if self._stopped.is_set() and (self._closed or not self._thread.is_alive()):
+                    raise EngineError(self._message) from None
 
     def learn(self) -> None:
         """Let the machine take in what movers have seen by now."""
@@ -94,7 +105,7 @@ class Loop:
     def _send(self, function: Callable[[], None]) -> None:
         with self._closing:  # whatever is in the inbox before it closes is run: nobody is left without an answer
             if self._stopped.is_set() or self._closed:
-                raise EngineError(_CLOSED)
+                raise EngineError(self._why)
             self._inbox.put(function)
 
     def when_idle(self, function: Callable[[], None]) -> None:
@@ -111,47 +122,100 @@ class Loop:
             self._stopped.set()
             self.wake()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(None if self._message == _OVER else _GRACE)
+
+    def await_end(self) -> str:
+        """Wait until all is over; why it is."""
+        self._stopped.wait()
+        return self._message
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended because there was no going on; what the devices were about may never end."""
+        return self._message != _OVER
+
+    def fail(self, why: str) -> None:
+        """There is no going on: end all that is left with this reason, and refuse what comes. From any other thread.
+
+        The engine's thread has a moment to do so itself; it may never return from the step that it is in.
+        """
+        self._over(why)
+        self.stop()
+        self._end_all()
+
+    def _over(self, why: str) -> None:
+        if not self._stopped.is_set():
+            self._why = self._message = why
+            self._stopped.set()
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
+
+    def carry_out(self, command: Command) -> None:
+        """Carry out ``command`` now, on the engine's thread, or raise its error."""
+        done: Future[Any] = Future()
+        self.machine.do(command, done)
+        done.result()
 
     def _do(self, command: Command, future: Future[Any], live: tuple[Any, ...]) -> None:
         if not future.set_running_or_notify_cancel():
             return  # an asyncio caller was cancelled meanwhile
         if self._stopped.is_set():
-            future.set_exception(EngineError(_CLOSED))
-        else:
+            future.set_exception(EngineError(self._why))
+            return
+        self._current = future
+        try:
             self.machine.do(command, future, *live)
+        except Exception as error:
+            if not future.done():
+                future.set_exception(EngineError(str(error)))
+            raise
+        finally:
+            self._current = None
 
     def _run(self) -> None:
         machine = self.machine
         while not self._stopped.is_set():
             try:
-                quiet = not self._drain(wait=not (machine.ready or self._abandoned))
-                self._end_abandoned()
-                self._expire()
-                if self._stopped.is_set():
-                    break
-                machine.learn()
-                if machine.ready:
-                    machine.step()
-                elif quiet and self._may_idle:
-                    self._when_idle.popleft()()
+                self._turn()
             except Exception as error:
                 # A program that ends takes JAX's threads away before this one is told: nobody asked for that news.
                 level = logging.ERROR if threading.main_thread().is_alive() else logging.DEBUG
-                log.log(level, "a step failed; its requests end with an error", exc_info=True)
+                if not self._stopped.is_set():
+                    log.log(level, "a step failed; its requests end with an error", exc_info=True)
                 try:
                     machine.recover(error)
-                except Exception:  # what is left cannot be trusted: no more steps, and nobody is left waiting
-                    log.log(level, "the engine could not recover and stops", exc_info=True)
-                    self._stopped.set()
-        for tracker in machine.roster.of(None):
-            tracker.fail("shutdown", "the engine was shut down")
-        machine.trackers.clear()
+                except Exception as failure:  # what is left cannot be trusted: no more steps, nobody is left waiting
+                    if not self._stopped.is_set():
+                        log.log(level, "the engine could not recover and stops", exc_info=True)
+                    self._over(f"the engine stopped: {failure}")
+        self._end_all()
+
+    def _turn(self) -> None:
+        """Commands, news, and a step."""
+        machine = self.machine
+        quiet = not self._drain(wait=not (machine.ready or self._abandoned))
+        self._end_abandoned()
+        self._expire()
+        if self._stopped.is_set():
+            return
+        machine.learn()
+        if machine.ready:
+            machine.step()
+        elif quiet and self._may_idle:
+            self._when_idle.popleft()()
+
+    def _end_all(self) -> None:
+        """Nobody is left waiting; once."""
+        if not self._ended.acquire(blocking=False):
+            return
+        for tracker in self.machine.roster.of(None):
+            tracker.fail("shutdown", self._message)
+        self.machine.trackers.clear()
         with self._closing:
             self._closed = True
         self._drain(wait=False)
+        if (left := self._current) is not None and not left.done():
+            left.set_exception(EngineError(self._message))
 
     def _end_abandoned(self) -> None:
         if self._abandoned:

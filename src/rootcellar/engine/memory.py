@@ -96,7 +96,7 @@ def size(config: EngineConfig, programs: Programs, context_length: int, params: 
     the numbers, and for each setting that would help the value that fits.
     """
     weights = weight_bytes(programs.placement, programs.dtype)
-    usable = usable_memory(config, jax.devices()[0], 0 if params is None else weights)
+    usable = usable_memory(config, jax.local_devices()[0], 0 if params is None else weights)
     demand = _Demand(config, programs, usable, weights)
     wanted, why = _wanted(config, context_length)
     reserve, how, division = _settle(demand, wanted, context_length)

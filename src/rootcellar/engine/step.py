@@ -49,6 +49,7 @@ class Learn:
 
     def run(self, machine: Machine) -> None:
         """See above."""
+        machine.life.missed = Reports()  # it is among the reports
         machine.scheduler.loads.learn(self.rates, self.now)
         machine.scheduler.learn(self.reports.events)
         machine.prefetcher.learned(self.reports)
@@ -253,12 +254,20 @@ class Machine:
         if self._mover is None:
             return
         # Copies that were learned while they were waited for are known no more: to learn them again is no work.
-        reports, self.life.missed = self.life.missed + self._mover.reports(), Reports()
-        if reports:
-            learnt: Future[None] = Future()
-            now = self.clock.now()
-            self.do(Learn(reports, self.recorder.meter.rates(self._mover.stats(), now), now), learnt)
-            learnt.result()  # or what went wrong, which nobody else would be told of
+        if reports := self.life.missed + self._mover.reports():
+            self.learn_of(reports, *self.measured())
+
+    def measured(self) -> tuple[Rates, float]:
+        """How fast copies and steps were by now, and when that is."""
+        assert self._mover is not None
+        now = self.clock.now()
+        return self.recorder.meter.rates(self._mover.stats(), now), now
+
+    def learn_of(self, reports: Reports, rates: Rates, now: float) -> None:
+        """Take in what movers saw."""
+        learnt: Future[None] = Future()
+        self.do(Learn(reports, rates, now), learnt)
+        learnt.result()  # or what went wrong, which nobody else would be told of
 
     def step(self) -> None:
         """One turn: what the step under way gave, or one that can be planned; the next one may be begun before."""

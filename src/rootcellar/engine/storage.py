@@ -17,7 +17,7 @@ from rootcellar.engine.build import Parts
 from rootcellar.engine.commands import Attach, Detach, Leave, Save
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import ConfigError, EngineError
-from rootcellar.scheduler import PREFETCH_POLICIES, PrefetchPolicy, PrefetchRules
+from rootcellar.scheduler import PREFETCH_POLICIES, PrefetchPolicy
 from rootcellar.tiers.prefetching import PrefetchSettings
 from rootcellar.tiers.settings import Extra, hide, read_extra
 from rootcellar.tiers.store import Store
@@ -49,7 +49,7 @@ class StorageBackend:
         self._lock = threading.Lock()
         self._attached: _Attached | None = None
         config = parts.config
-        if config.hicache_storage_backend is not None:
+        if config.hicache_storage_backend is not None and config.node_rank == 0:  # which all others follow
             self.attach(config.hicache_storage_backend, config.hicache_storage_backend_extra_config)
 
     def attach(
@@ -75,7 +75,7 @@ class StorageBackend:
                 self._detach(timeout)
             store = open_store(backend, of_store, self._parts.identity)
             try:
-                self._loop.run(Attach(backend, PrefetchRules(policy, prefetch.threshold, prefetch.timeout)), store)
+                self._loop.run(Attach(backend, policy, prefetch, of_store), store)
             except BaseException:
                 store.close()
                 raise

@@ -103,7 +103,7 @@ class Blocks:
                 for buffers, new in zip(buffers, images, strict=True)
             ]
 
-        one = [[piece.sharding for piece in pieces] for _ in range(pool.layers)]
+        one = [[piece.gathered for piece in pieces] for _ in range(pool.layers)]
         held = [pool.shardings for _ in range(pool.layers)]
         self.gather = jax.jit(gather, out_shardings=one)
         self.scatter = jax.jit(scatter, donate_argnums=0, out_shardings=held)

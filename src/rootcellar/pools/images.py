@@ -36,7 +36,8 @@ class Piece:
         order: the device's axes of a page in the image's order.
         heads: which axis of ``shape`` is the KV heads'; None where there are none.
         offset, nbytes: where the first layer begins in the image, and the bytes of each.
-        sharding: of pages taken from the device, in the image's order of axes.
+        sharding: of pages in the image's order of axes, as they go to the device.
+        gathered: of those that come from it: the same, or whole everywhere where each process has only a part.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Piece:
     offset: int
     nbytes: int
     sharding: Sharding
+    gathered: Sharding
 
     def to_image(self, pages: Array) -> Array:
         """Pages ``[N, ...]`` of the device in the image's order of axes."""
@@ -63,6 +65,7 @@ class Image:
         nbytes: of one image.
         offsets: of each of the pool's buffers, layer by layer, where it begins in an image.
         plain: whether a page's bytes on the device are those of its image, array by array.
+        together: whether several processes compute what is taken from the device: all of them, or none.
     """
 
     def __init__(self, pool: Pool, copies: int = 1) -> None:
@@ -80,11 +83,15 @@ class Image:
                 shape[heads] //= copies
             nbytes = math.prod(shape) * array.dtype.itemsize
             placed = _transposed(sharding, order)
-            pieces.append(Piece(tuple(shape), array.dtype, order, heads, at, nbytes, placed))
+            gathered = placed
+            if isinstance(placed, NamedSharding) and not placed.is_fully_addressable:
+                gathered = NamedSharding(placed.mesh, PartitionSpec())
+            pieces.append(Piece(tuple(shape), array.dtype, order, heads, at, nbytes, placed, gathered))
             at += pool.layers * nbytes
         self.pieces = tuple(pieces)
         self.nbytes = at
         self.offsets = [p.offset + layer * p.nbytes for layer in range(pool.layers) for p in self.pieces]
+        self.together = not all(sharding.is_fully_addressable for sharding in pool.shardings)
         alone = all(sharding.num_devices == 1 for sharding in pool.shardings)
         self.plain = alone and all(p.order == tuple(range(len(p.order))) for p in self.pieces)
 
@@ -96,9 +103,10 @@ class Image:
         count = len(rows)
         for i, (piece, view) in enumerate(self._views(images)):
             for layer, buffers in enumerate(taken):
-                for shard in buffers[i].addressable_shards:
-                    if shard.replica_id:
-                        continue
+                shards = buffers[i].addressable_shards
+                # Of what is whole everywhere the first copy may be another process's.
+                whole = buffers[i].is_fully_replicated
+                for shard in shards[:1] if whole else (each for each in shards if not each.replica_id):
                     data = np.asarray(shard.data)[:count].view(np.uint8)
                     into: list[slice] = [slice(None)] * (view.ndim - 2)
                     if piece.heads is not None:

@@ -32,6 +32,19 @@ AXIS = "tensor"
 _SPLIT = ("heads", "kv_heads", "mlp", "vocab")
 
 
+def _devices(count: int) -> list[jax.Device]:
+    """So many devices, as many of each process, those of rank 0 first."""
+    processes = jax.process_count()
+    if processes == 1:
+        return jax.devices()[:count]
+    each = count // processes
+    found = [[d for d in jax.devices() if d.process_index == rank][:each] for rank in range(processes)]
+    for rank, devices in enumerate(found):
+        if len(devices) < each:
+            raise ConfigError(f"tp_size={count} takes {each} devices of each rank, and rank {rank} has {len(devices)}")
+    return [device for devices in found for device in devices]
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a model lies on ``tp_size`` devices."""
@@ -47,7 +60,7 @@ class Placement:
     @cached_property
     def mesh(self) -> Mesh | None:
         """The mesh with the axis ``tensor``; None for a single device."""
-        return None if self.tp_size == 1 else Mesh(np.array(jax.devices()[: self.tp_size]), (AXIS,))
+        return None if self.tp_size == 1 else Mesh(np.array(_devices(self.tp_size)), (AXIS,))
 
     @cached_property
     def served(self) -> ModelConfig:
@@ -72,9 +85,16 @@ class Placement:
             layers = zip(self.model.layers, params["layers"], strict=True)
             params = {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
         placed: Params = jax.tree.map(
-            lambda spec, array: jax.device_put(array, self._sharding(spec)), declare(self.served), params
+            lambda spec, array: self.put(array, self._sharding(spec)), declare(self.served), params
         )
         return placed
+
+    def put(self, array: Any, where: Sharding) -> Array:
+        """``array``, the same in all processes that have a part of it, as it lies ``where``."""
+        if where.is_fully_addressable or (isinstance(array, Array) and array.sharding == where):
+            return jax.device_put(array, where)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, where, host.__getitem__)
 
     def abstract(self, dtype: Any) -> Params:
         """The params as they will lie, as ``jax.ShapeDtypeStruct``: for compiling and sizing without weights."""
@@ -91,6 +111,11 @@ class Placement:
     def whole(self) -> Sharding:
         """The whole of an array on every device."""
         return self._placed(P())
+
+    @property
+    def read_from(self) -> Sharding | None:
+        """Where what the host reads must lie, since no other process has a part of it; None: anywhere."""
+        return None if self.whole.is_fully_addressable else self.whole
 
     def _placed(self, spec: P) -> Sharding:
         return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)

@@ -73,17 +73,19 @@ class Programs:
             tokens, logprobs = sampler.sample(scores, settings)
             return tokens, logprobs, jnp.pad(tokens, (0, max(0, size - len(tokens))))[:size]
 
-        return jax.jit(choose, out_shardings=(None, None, where))
+        return jax.jit(choose, out_shardings=(self.placement.read_from, self.placement.read_from, where))
 
     @cached_property
     def top(self) -> Any:
         """:func:`sampler.top_logprobs` of the likeliest tokens: scores."""
-        return jax.jit(functools.partial(sampler.top_logprobs, k=self.likeliest))
+        top = functools.partial(sampler.top_logprobs, k=self.likeliest)
+        return jax.jit(top, out_shardings=self.placement.read_from)
 
     @cached_property
     def score(self) -> Any:
         """Logprobs of given tokens, and the likeliest: params, hidden states [T, E], targets int32 [T]."""
-        return jax.jit(functools.partial(_score, self.placement.served, self.likeliest))
+        score = functools.partial(_score, self.placement.served, self.likeliest)
+        return jax.jit(score, out_shardings=self.placement.read_from)
 
 
 def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:

@@ -84,7 +84,7 @@ class Runner:
         self.programs = programs
         self.params = params
         self.pools = pools
-        self._nothing = jax.device_put(np.zeros(programs.shapes.newest, np.int32), programs.placement.whole)
+        self._nothing = self.placement.put(np.zeros(programs.shapes.newest, np.int32), self.placement.whole)
 
     @property
     def placement(self) -> Placement:

@@ -20,6 +20,7 @@ from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
 from rootcellar.server.door import Door
 from rootcellar.server.errors import ApiError, json_response
+from rootcellar.server.following import FollowerApp
 from rootcellar.server.state import ServerState
 from rootcellar.server_config import ServerConfig
 
@@ -37,7 +38,8 @@ class Loading:
         progress: what is being done, for people.
         state: of the app, once requests are taken.
         engine: what was made, even when it was not ready in the end.
-        error: why there will be no engine.
+        error: why there will be no engine, or (of a rank that follows) is none any more.
+        follows: whether it is there, and is a rank that follows.
     """
 
     def __init__(self, engine_options: dict[str, Any], config: ServerConfig) -> None:
@@ -50,6 +52,7 @@ class Loading:
         self.state: ServerState | None = None
         self.engine: Engine | None = None
         self.error: BaseException | None = None
+        self.follows = False
 
     def start(self, ready: Callable[[ServerState], None], failed: Callable[[], None]) -> None:
         """Load on a thread, which calls one of the two at its end."""
@@ -63,6 +66,10 @@ class Loading:
         began = time.monotonic()
         try:
             engine = self.engine = Engine(**self._options)
+            if engine.config.node_rank:
+                self._follow(engine)
+                failed()
+                return
             if not self._config.skip_server_warmup:
                 engine.programs.first(self._tell)
             app = create_app(engine, self._config)
@@ -78,6 +85,13 @@ class Loading:
         log.info("requests are taken, after %.1f seconds", time.monotonic() - began)
         if not self._config.skip_server_warmup:
             engine.programs.behind()
+
+    def _follow(self, engine: Engine) -> None:
+        """Be a rank that follows until the engine ends."""
+        self._app = Door(FollowerApp(engine), self._config.max_body_bytes)
+        self.follows = True
+        log.info("rank %d of %d follows rank 0", engine.config.node_rank, engine.config.nnodes)
+        engine.follow()
 
     def _tell(self, progress: str) -> bool:
         self.progress = progress

@@ -64,7 +64,7 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
         server.run(sockets=[listener])
     if loading.error is not None:
         raise loading.error
-    if loading.state is None and server.signal is not None:
+    if loading.state is None and not loading.follows and server.signal is not None:
         # Nobody waits for a thread that loads or compiles: the process ends as one that listens to no signal.
         signal.signal(server.signal, signal.SIG_DFL)
         signal.raise_signal(server.signal)
@@ -187,7 +187,7 @@ class Server(uvicorn.Server):
 
     def _stop(self, why: str) -> None:
         if self._loading.state is None:
-            log.info("%s: stopped while %s", why, self._loading.progress)
+            log.info("%s: stopped while %s", why, "following" if self._loading.follows else self._loading.progress)
             self._loading.stop()
             self._end()
         elif self._drain is None:

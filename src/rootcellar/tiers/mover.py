@@ -118,11 +118,13 @@ class Mover:
 
     def _read(self, pool: str, moves: Sequence[Move], patient: bool) -> None:
         shipment = self._shipment(self._down, pool, moves)
+        pages, rows = _numbers(m.src_slots for m in moves), _numbers(m.dst_slots for m in moves) - 1
         if not self._room_for(shipment, patient):
             self._down.stats.skipped_pages += shipment.pages
             self._news.tell([Failed(move) for move in shipment.moves])
+            if self._device[pool].image.together:  # other processes have room, and cannot do it without this one
+                self._device[pool].read(pages, self._host[pool], rows)
             return
-        pages, rows = _numbers(m.src_slots for m in moves), _numbers(m.dst_slots for m in moves) - 1
         self._begin(shipment, lambda: self._device[pool].read(pages, self._host[pool], rows), self._down.put)
 
     def _room_for(self, shipment: Shipment, patient: bool) -> bool:

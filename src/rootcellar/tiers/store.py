@@ -59,6 +59,43 @@ class Store(Protocol):
         ...
 
 
+class WrittenElsewhere:
+    """A store that another process writes, of what this one would: it is read here, and putting is its work."""
+
+    def __init__(self, store: Store) -> None:
+        """``store`` is only read."""
+        self._store = store
+
+    @property
+    def verifies(self) -> bool:
+        """See ``Store``."""
+        return self._store.verifies
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """See ``Store``."""
+        return self._store.has(names)
+
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``."""
+        return self._store.get(names, into)
+
+    def put(self, names: Sequence[bytes], _blocks: Sequence[memoryview]) -> list[bool]:
+        """The other process says whether it is there."""
+        return [True] * len(names)
+
+    def clear(self) -> int:
+        """The other process does."""
+        return 0
+
+    def register(self, buffer: memoryview) -> None:
+        """See ``Store``."""
+        self._store.register(buffer)
+
+    def close(self) -> None:
+        """See ``Store``."""
+        self._store.close()
+
+
 def page_name(kind: str, digest: bytes) -> bytes:
     """The name of a kind's page: the digest of its tokens (``cache/digest.py``) is the same for all kinds."""
     return sha256(b"rootcellar.image.v1" + len(digest).to_bytes(1, "little") + digest + kind.encode()).digest()
