@@ -124,6 +124,17 @@ class ServerConfig:
         "chat template shows; 'none' leaves it in the text.",
         choices=REASONING_PARSERS,
     )
+    response_ttl: float = option(
+        3600.0, "Seconds that answers of /v1/responses are kept for previous_response_id, unless store is false.", low=0
+    )
+    response_pin: float = option(
+        300.0,
+        "Seconds that the conversation of such an answer is pinned in the KV cache, as far as there is room; 0: not.",
+        low=0,
+    )
+    max_stored_responses: int = option(
+        1024, "Most answers of /v1/responses that are kept; the oldest make room. All take 64 MiB at most.", low=0
+    )
     skip_server_warmup: bool = option(
         False,
         "Take requests before any program is compiled, and compile none behind them: those that need one wait for it.",

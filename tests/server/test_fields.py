@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_openai import CHAT, chat, complete, events
 
+from rootcellar.server.anthropic.protocol import MessagesRequest
 from rootcellar.server.fields import (
     CHAT_IGNORED,
     CHAT_REFUSED,
@@ -15,11 +16,13 @@ from rootcellar.server.fields import (
     IGNORED,
     REFUSED,
     markdown,
+    tables,
 )
 from rootcellar.server.native.generate import TokenizeRequest
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.forms import StructuredOutputs
 from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest
+from rootcellar.server.responses.protocol import ResponsesRequest
 
 ROUTES = {
     "/v1/completions": {"prompt": "What is a", "max_tokens": 3, "temperature": 0},
@@ -85,7 +88,10 @@ def test_a_field_that_is_near_to_nothing_is_refused_as_well(client):
 def test_the_documentation_lists_every_field():
     page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text(encoding="utf-8")
     assert markdown() in page
-    for body in (CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, StructuredOutputs):
+    for asked in (MessagesRequest, ResponsesRequest):
+        assert tables(asked.ignored, asked.refused) in page
+    routes = (CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, MessagesRequest, ResponsesRequest)
+    for body in (*routes, StructuredOutputs):
         for name, field in body.model_fields.items():
             assert f"`{field.alias or name}`" in page, name
 

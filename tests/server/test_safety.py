@@ -166,6 +166,17 @@ BODIES = {
                              "chat_template_kwargs": {}, "tool_choice": "auto",
                              "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 1}}}],
                              "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}},
+    "/v1/messages": {"messages": [{"role": "user", "content": [
+                         {"type": "tool_use", "id": "a", "name": "f", "input": {}},
+                         {"type": "tool_result", "tool_use_id": "a", "content": "b"}]}],
+                     "max_tokens": 2, "system": [{"type": "text", "text": "a"}], "tool_choice": {"type": "auto"},
+                     "tools": [{"name": "f", "input_schema": {}}], "thinking": {"type": "enabled"}, "top_k": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                                {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                                {"type": "function_call_output", "call_id": "a", "output": "b"}],
+                      "max_output_tokens": 2, "tools": [{"type": "function", "name": "f", "parameters": {}}],
+                      "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"}, "store": False},
     "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 2, "stop": ["x"], "temperature": 1, "n": 1},
                   "rid": "r", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1},
     "/tokenize": {"prompt": "a"},
@@ -215,7 +226,7 @@ def small():
     """An engine whose requests are short whatever they ask for, and the URL of a server over it."""
     with (
         rootcellar.Engine(model_path="demo", max_total_tokens=512, context_length=64, max_queued_requests=32) as engine,
-        on_thread(engine, max_n=4, max_batch_size=4) as url,
+        on_thread(engine, max_n=4, max_batch_size=4, response_pin=0) as url,
         httpx.Client(base_url=url, timeout=30) as client,
     ):
         yield engine, client

@@ -114,17 +114,33 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
             await task
 
 
+def _failed(error: ApiError) -> bytes:
+    return event_of(error.body())
+
+
 class EventStream(Response):
-    """Server-sent events. What raises in the middle becomes an event, and the stream still ends with ``[DONE]``."""
+    """Server-sent events. What raises in the middle becomes an event, and the stream still ends as it should."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, events: AsyncGenerator[bytes]) -> None:
-        """Send ``events``, whole ``data: ...`` blocks made from ``stream``, then ``[DONE]``."""
+    def __init__(
+        self,
+        stream: Stream,
+        events: AsyncGenerator[bytes],
+        *,
+        failed: Callable[[ApiError], bytes] = _failed,
+        end: bytes = DONE,
+    ) -> None:
+        """Send ``events``, whole ``data: ...`` blocks made from ``stream``, then ``end``.
+
+        ``failed``: the event that tells of an error.
+        """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._stream = stream
         self._events = events
+        self._failed = failed
+        self._end = end
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send, until the end or until the client goes away."""
@@ -145,13 +161,18 @@ class EventStream(Response):
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
-            await send({"type": "http.response.body", "body": event_of(api_error(error).body()), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._failed(api_error(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
 def event_of(content: object) -> bytes:
     """One event."""
     return b"data: " + orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS) + b"\n\n"
+
+
+def named_event(content: dict[str, Any]) -> bytes:
+    """One event that is called after its ``type``."""
+    return b"event: " + content["type"].encode() + b"\n" + event_of(content)
 
 
 async def on_thread(function: Callable[..., T], *arguments: Any, **named: Any) -> T:

@@ -11,10 +11,12 @@ from starlette.routing import Route
 import rootcellar
 from rootcellar.engine import Engine
 from rootcellar.server import described, errors
+from rootcellar.server.anthropic import messages
 from rootcellar.server.door import Door
 from rootcellar.server.gate import Gate
 from rootcellar.server.native import control, generate, health, info, prefixes, storage
 from rootcellar.server.openai import chat, completions, models, render
+from rootcellar.server.responses import responses
 from rootcellar.server.routes import must_be_checked, unmatched
 from rootcellar.server.shared import Shared
 from rootcellar.server.state import ServerState
@@ -28,6 +30,8 @@ def routers(state: ServerState) -> list[APIRouter]:
         chat.router,
         render.router,
         models.router,
+        messages.router,
+        responses.router,
         generate.router,
         info.router,
         control.abort_router,

@@ -143,7 +143,7 @@ def install(app: FastAPI) -> None:
 
     async def not_valid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _not_valid(request, error).response()
+        return wrong_body(request, error).response()
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(RootcellarError, ours)
@@ -152,12 +152,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _not_valid(request: Request, error: RequestValidationError) -> ApiError:
+def wrong_body(request: Request, error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body or a query, in one sentence."""
     kind = request.headers.get("content-type", "")
     if isinstance(error.body, bytes) and "json" not in kind:
         return ApiError(415, f"the body must be JSON: send the header Content-Type: application/json, not {kind!r}")
-    first = error.errors()[0]
+    # Of the arms of a union the one that fits best is the one that got farthest.
+    first = max(error.errors()[:16], key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return invalid(f"the body is no valid JSON: {reason} (at byte {first['loc'][-1]})")

@@ -89,16 +89,17 @@ def markdown() -> str:
     """All lists as tables for the documentation, names that share a reason in one row."""
     return "\n\n".join(
         (
-            _tables(IGNORED, REFUSED),
+            tables(IGNORED, REFUSED),
             "And of C and G:",
-            _tables(CHAT_IGNORED, CHAT_REFUSED),
+            tables(CHAT_IGNORED, CHAT_REFUSED),
             "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
-            _tables(CONTROL_IGNORED, CONTROL_REFUSED),
+            tables(CONTROL_IGNORED, CONTROL_REFUSED),
         )
     )
 
 
-def _tables(taken: Mapping[str, str], others: Mapping[str, Refused]) -> str:
+def tables(taken: Mapping[str, str], others: Mapping[str, Refused]) -> str:
+    """What is taken and changes nothing, and what is refused."""
     refused: dict[str, list[str]] = {}
     for name, field in others.items():
         nothing = f" (but {', '.join(map(_code, field.nothing))})" if field.nothing else ""

@@ -80,4 +80,6 @@ async def _coroutine(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -
 
 def _token(headers: Headers) -> bytes:
     given = headers.get("authorization", "")
-    return given[7:].strip().encode("latin-1") if given[:7].lower() == "bearer " else b""
+    if given[:7].lower() == "bearer ":
+        return given[7:].strip().encode("latin-1")
+    return headers.get("x-api-key", "").strip().encode("latin-1")  # as Anthropic's clients send it

@@ -13,10 +13,12 @@ from rootcellar.engine import Engine
 from rootcellar.engine.build import folder_of, sampling_defaults
 from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.browsers import Browsers
-from rootcellar.server.callers import Callers
+from rootcellar.server.callers import Caller, Callers
 from rootcellar.server.errors import ApiError
+from rootcellar.server.keeping import Keeper
 from rootcellar.server.observe import Observer
 from rootcellar.server.pace import Pace
+from rootcellar.server.responses.stored import Responses
 from rootcellar.server.shared import Shared
 from rootcellar.server.tools import Formats
 from rootcellar.server_config import ServerConfig
@@ -44,6 +46,8 @@ class ServerState:
         pace: who used how much of the event loop.
         sampling: what OpenAI's routes sample with where a request does not say.
         formats: how the model writes calls of tools and what it thinks.
+        keeper: keeps prompts in the cache for requests that say so.
+        responses: answers that others may go on from.
     """
 
     engine: Engine
@@ -59,12 +63,16 @@ class ServerState:
     pace: Pace = field(default_factory=Pace)
     sampling: dict[str, Any] = field(init=False)
     formats: Formats = field(init=False)
+    keeper: Keeper = field(init=False)
+    responses: Responses = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         model = self.config.sampling_defaults == "model"
         self.sampling = sampling_defaults(self.engine.config.model_path) if model else {}
         self.formats = Formats.of(self.config, self.engine.tokenizer)
+        self.keeper = Keeper(self.engine.prefixes)
+        self.responses = Responses(self.config.response_ttl, self.config.max_stored_responses)
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)
         self.reader = Reader(
@@ -90,6 +98,12 @@ class ServerState:
                 "model",
                 "model_not_found",
             )
+
+    def pinned_share(self, caller: Caller) -> float:
+        """What part of what pins may hold ``caller``'s requests may: those without a name share half of it."""
+        if caller.admin:
+            return 1.0
+        return 1 / len(self.callers.tenants) if caller.name else 0.5
 
     @property
     def longest_prompt(self) -> int:

@@ -93,6 +93,32 @@ def chat_listening(state: ServerState, body: ChatRequest, prompts: Prompts) -> L
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A conversation as the engine is asked for its answer, whoever's form it came in.
+
+    ``id``: the request's name; ``arguments`` of ``Engine.generate``; ``reading``: how its answers are read.
+    """
+
+    id: str
+    prompts: Prompts
+    arguments: dict[str, Any]
+    reading: Listening
+
+
+async def read_chat_request(
+    state: ServerState, body: ChatRequest, top: int | None = None, prefix: str = "chatcmpl"
+) -> Asked:
+    """Read ``body``; ``top`` as for ``Sampling.arguments``, ``prefix`` as for ``Sampling.name``."""
+    prompts = await chat_tokens(state, body)
+    most = answer_limit(state, body, prompts.input_ids)
+    name = body.name(prefix)
+    arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
+    how = chat_listening(state, body, prompts)
+    arguments["sampling_params"] |= how.sampling
+    return Asked(name, prompts, arguments, how)
+
+
 @dataclass(kw_only=True)
 class _Chat(OpenAIJob):
     object_name = "chat.completion"
@@ -111,25 +137,21 @@ class _Chat(OpenAIJob):
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        prompts = await chat_tokens(state, body)
-        most = answer_limit(state, body, prompts.input_ids)
-        name = body.name("chatcmpl")
+        asked = await read_chat_request(state, body, top)
+        prompts = asked.prompts
         last = body.messages[-1]
         shown = (last.for_template()["content"] or "") if body.echo and last.role == "assistant" else ""
-        arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
-        how = chat_listening(state, body, prompts)
-        arguments["sampling_params"] |= how.sampling
         return cls(
-            id=name,
+            id=asked.id,
             model=state.model_name,
             n=body.n or 1,
             answers=body.n or 1,
             top=top,
             extras=Extras.of(body, prompts, prompt_ids=bool(body.return_prompt_token_ids)),
-            arguments=arguments,
+            arguments=asked.arguments,
             tokenizer=state.engine.tokenizer,
             echo=shown,
-            reading=how,
+            reading=asked.reading,
         )
 
     async def choice(self, i: int, result: Result) -> dict[str, Any]:

@@ -22,10 +22,11 @@ class ToolCall:
 class Speaker:
     """Hears the text of one answer, and tells what is new of it and what there is.
 
-    ``text`` and ``thought`` are what was said and thought.
+    ``text`` and ``thought`` are what was said and thought; ``id_prefix`` is what the ids of calls begin with.
     """
 
     reading: Listening
+    id_prefix: str = "call_"
     text: str = ""
     thought: str = ""
     calls: list[ToolCall] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Speaker:
                 case Thought():
                     self.thought += event.text
                 case Called():
-                    self.calls.append(ToolCall(self.reading.call_id("call_"), event.name))
+                    self.calls.append(ToolCall(self.reading.call_id(self.id_prefix), event.name))
                 case Passed():
                     self.calls[-1].arguments += event.text
         return found

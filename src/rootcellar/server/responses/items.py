@@ -1,0 +1,100 @@
+"""Items of a response as the chat that they are, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rootcellar.server.errors import invalid
+from rootcellar.server.openai.protocol import ChatRequest
+from rootcellar.server.openai.speaker import Speaker
+from rootcellar.server.responses.protocol import (
+    CallItem,
+    InputItem,
+    MessageItem,
+    NamedFunction,
+    ResponsesRequest,
+    ResultItem,
+    TextPart,
+    ThoughtItem,
+)
+
+Turn = dict[str, Any]
+
+
+def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
+    """The messages of a chat: what the assistant thinks, says and calls in a row is one of them."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    turns: list[Turn] = []
+    for item in given:
+        match item:
+            case MessageItem(role="assistant"):
+                turn = _speaking(turns, "content")
+                turn["content"] = _text(item.content)
+            case MessageItem():
+                turns.append({"role": item.role, "content": _text(item.content)})
+            case ThoughtItem():
+                parts = item.content or item.summary or []
+                if parts:
+                    _speaking(turns, "reasoning_content")["reasoning_content"] = "\n".join(part.text for part in parts)
+            case CallItem():
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                turn = _speaking(turns)
+                turn.setdefault("tool_calls", []).append(call)
+            case ResultItem():
+                names = {call["id"]: call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
+                result = {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+                turns.append({**result, "name": names[item.call_id]} if item.call_id in names else result)
+    return turns
+
+
+def turn_of(speaker: Speaker) -> Turn:
+    """What an answer was, as a turn of the next chat."""
+    turn = speaker.message()
+    return {**turn, "content": turn["content"] or None} if speaker.calls else turn
+
+
+def _speaking(turns: list[Turn], new: str = "") -> Turn:
+    """The turn in which the assistant is speaking, or a new one: also where that has said ``new`` already."""
+    last = turns[-1] if turns else {}
+    if last.get("role") != "assistant" or last.get(new) or (new and last.get("tool_calls")):
+        turns.append({"role": "assistant", "content": None})
+    return turns[-1]
+
+
+def _text(content: str | Sequence[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest, list[Turn]]:
+    """The chat that ``body`` is, behind the turns ``before`` it; and its turns without instructions."""
+    turns = [*before, *turns_of(body.input)]
+    if not turns:
+        raise invalid("input is empty: give a text or an item", "input")
+    spoken = [{**turn, "content": turn["content"] or ""} if not turn.get("tool_calls") else turn for turn in turns]
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    given: dict[str, Any] = {
+        "model": body.model,
+        "messages": [*system, *spoken],
+        "max_completion_tokens": body.max_output_tokens,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
+    }
+    given |= {name: getattr(body, name) for name in ("temperature", "top_p", "cache_salt", "extra_key", "request_id")}
+    if body.tools:
+        shown = ("name", "description", "parameters", "strict")
+        given["tools"] = [
+            {"type": "function", "function": {name: getattr(tool, name) for name in shown}} for tool in body.tools
+        ]
+    choice = body.tool_choice
+    named = isinstance(choice, NamedFunction)
+    given["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice  # type: ignore[union-attr]
+    form = None if body.text is None else body.text.format
+    if form is not None and form.type != "text":
+        schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
+        given["response_format"] = {"type": form.type} | ({"json_schema": schema} if form.type == "json_schema" else {})
+    if len(given["messages"]) > 4096:
+        raise invalid("a conversation may have 4096 messages", "input")
+    return ChatRequest.model_validate(given), turns
