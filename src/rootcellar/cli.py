@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "see the cache at work with the model that ships with the package",
     "replay": "replay a trace of requests through the cache, without a model",
     "plan": "how many tokens and requests fit, from a model's config and the hardware",
+    "launch": "print what an agent such as claude or codex needs to work against a server, or start it so",
     "store": "look at, verify and prune the folder of a file store",
     "version": "print the versions of rootcellar and of what it stands on",
 }

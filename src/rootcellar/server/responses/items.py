@@ -10,9 +10,9 @@ from rootcellar.server.openai.protocol import ChatRequest
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.responses.protocol import (
     CallItem,
-    InputItem,
     MessageItem,
     NamedFunction,
+    ResponseItem,
     ResponsesRequest,
     ResultItem,
     TextPart,
@@ -22,7 +22,7 @@ from rootcellar.server.responses.protocol import (
 Turn = dict[str, Any]
 
 
-def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
+def turns_of(given: str | Sequence[ResponseItem]) -> list[Turn]:
     """The messages of a chat: what the assistant thinks, says and calls in a row is one of them."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]

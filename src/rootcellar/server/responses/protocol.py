@@ -80,7 +80,7 @@ def _kind(item: Any) -> str:
     return kind if isinstance(kind, str) else "message"
 
 
-InputItem = Annotated[
+ResponseItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")]
@@ -170,7 +170,7 @@ class ResponsesRequest(Body):
     }
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(max_length=4096)]
+    input: str | Annotated[list[ResponseItem], Field(max_length=4096)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = True
