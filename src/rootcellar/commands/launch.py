@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     program = shutil.which(launch.words[0])
     if program is None:
         raise ConfigError(f"{launch.words[0]} is not installed: there is no such program on the PATH")
-    _become(program, words, {**os.environ, **launch.environment})
+    return _become(program, words, {**os.environ, **launch.environment})
 
 
 def _become(program: str, words: list[str], environment: Mapping[str, str]) -> NoReturn:
