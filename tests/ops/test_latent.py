@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.ops.backends import Reach, attention, xla
+from rootcellar.ops.backends import BACKENDS, Reach, attention, native, xla
 from rootcellar.pools.layouts import PagedLatents
+
+EACH = [
+    pytest.param(name, marks=pytest.mark.skipif(name == "native" and native.kernel() is None, reason="not built"))
+    for name in BACKENDS
+]
 
 
 def reference(q, latents, position, reach):
@@ -47,6 +52,7 @@ def make_case(rng, *, lengths, new, tile, page_size, heads, dim, dtype):
     return jnp.asarray(pool, dtype), batch, latents, source
 
 
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize(
     ("lengths", "new", "tile", "page_size", "heads", "dim", "dtype", "reach"),
     [
@@ -59,13 +65,13 @@ def make_case(rng, *, lengths, new, tile, page_size, heads, dim, dtype):
     ],
     ids=lambda value: value.rule if isinstance(value, Reach) else None,
 )
-def test_matches_reference(page_size, lengths, new, tile, heads, dim, dtype, reach):
+def test_matches_reference(backend, page_size, lengths, new, tile, heads, dim, dtype, reach):
     rng = np.random.default_rng(7)
     pool, batch, latents, source = make_case(
         rng, lengths=lengths, new=new, tile=tile, page_size=page_size, heads=heads, dim=dim, dtype=jnp.dtype(dtype)
     )
     layout = PagedLatents(dim, jnp.dtype(dtype), page_size)
-    out, pool = jax.jit(attention("xla", layout, reach), donate_argnums=5)(*batch, pool)
+    out, pool = jax.jit(attention(backend, layout, reach), donate_argnums=5)(*batch, pool)
     assert np.isfinite(np.asarray(pool[0], np.float32)).all()
     for i, s in enumerate(source):
         if s is not None:
@@ -73,15 +79,16 @@ def test_matches_reference(page_size, lengths, new, tile, heads, dim, dtype, rea
             np.testing.assert_allclose(out[i], expected, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (2, 16)])
-def test_step_memory_does_not_grow_with_the_pool(tiles, tile):
+def test_step_memory_does_not_grow_with_the_pool(backend, tiles, tile):
     def temporary(pages):
         t = tiles * tile
         layout = PagedLatents(80, jnp.dtype(jnp.float32), 16)
         args = [((t, 4, 80), "f4"), ((t, 80), "f4")]
         args += [((3, 64), "i4"), ((tiles,), "i4"), ((t,), "i4")]
         shapes = [jax.ShapeDtypeStruct(s, d) for s, d in args]
-        step = jax.jit(attention("xla", layout, Reach()), donate_argnums=5)
+        step = jax.jit(attention(backend, layout, Reach()), donate_argnums=5)
         return step.lower(*shapes, *layout.buffers(pages)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= temporary(256) + 4096

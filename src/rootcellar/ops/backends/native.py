@@ -1,12 +1,14 @@
-"""Attention in C++ behind XLA's foreign-function interface, for CPUs (``ops/native/paged_attention.cc``).
+"""Attention in C++ behind XLA's foreign-function interface, for CPUs (``ops/native/``).
 
-It works on the pool in place.
+It works on the pool in place. The library has kernels for several instruction sets and takes the fastest that the
+processor has; ``ROOTCELLAR_VECTORS`` names another (``avx512``, ``avx2``, ``baseline``).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +22,66 @@ from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import TokenLayout
 
-_TARGET = "rootcellar_paged_attention"
+# What XLA calls attention over each form of pages, and the function of the library.
+_TARGETS = {"heads": "rootcellar_attention_by_head", "latents": "rootcellar_attention_over_latents"}
+_FUNCTIONS = {_TARGETS["heads"]: "RootcellarAttentionByHead", _TARGETS["latents"]: "RootcellarAttentionOverLatents"}
 
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
-    """The shared library with the CPU kernel, registered with XLA; None where it was not built or is not wanted."""
-    return open_library(ops.__path__, "_native.so", {_TARGET: "RootcellarPagedAttention"}, "attention runs through XLA")
+    """The shared library with the CPU kernels, registered with XLA; None where it was not built or is not wanted."""
+    return open_library(ops.__path__, "_native.so", _FUNCTIONS, "attention runs through XLA")
+
+
+def runs_vectors(name: str) -> bool:
+    """Whether there are kernels for the instruction set of that name, and this processor has it; ``""``: for any."""
+    opened = kernel()
+    return opened is not None and bool(opened.rootcellar_runs_vectors(name.encode()))
 
 
 def lacks(layout: Layout, platform: str) -> str | None:
-    """See ``Backend``: it reads one order of bytes, in two types, for the head dimensions that it was compiled for."""
+    """See ``Backend``: it reads two layouts, each in two types, whose dimensions fill vectors."""
     if platform != "cpu":
         return f"it runs on CPUs, and the device is a {platform}"
-    if layout.form != "heads":
-        return f"it attends by head, and a layer of this model stores {layout.form}"
-    if layout.name != "heads":
-        return f"it reads the layout 'heads', and the cache has {layout.name!r}"
+    if layout.form not in _TARGETS:
+        return f"nothing attends over {layout.form}"
+    if layout.name != layout.form:
+        return f"it reads the layouts {' and '.join(map(repr, _TARGETS))}, and the cache has {layout.name!r}"
     (array,) = layout.buffers(1)
     if array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
-    opened = kernel()
-    if opened is None:
+    if kernel() is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
-    head_dim = array.shape[-1]
-    return None if opened.rootcellar_has_kernel(head_dim) else f"it has no kernel for head_dim {head_dim}"
+    if not runs_vectors(_vectors()):
+        return f"ROOTCELLAR_VECTORS={_vectors()!r} is no instruction set that it is compiled for and that runs here"
+    size = array.shape[-1]
+    return None if size % 16 == 0 else f"it has no kernel for rows of {size} elements, only for multiples of 16"
 
 
-def attend(layout: TokenLayout, reach: Reach) -> Attend:  # noqa: ARG001 - it reads one alone
+def attend(layout: TokenLayout, reach: Reach) -> Attend:
     """See ``Backend``."""
     kernel()
-    return functools.partial(_by_head, reach)
+    return functools.partial(_attend, _TARGETS[layout.form], _vectors(), reach)
 
 
-def _by_head(
-    reach: Reach, q: Array, k: Array, v: Array, sinks: Array, tables: Array, rows: Array, positions: Array, pool: Array
-) -> tuple[Array, ...]:
+def _vectors() -> str:
+    return os.environ.get("ROOTCELLAR_VECTORS", "")
+
+
+def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> tuple[Array, ...]:
+    """``rest``: what is stored of each token, by head the sinks too; tables, rows and positions; the pool."""
+    *parts, tables, rows, positions, pool = rest
     call = jax.ffi.ffi_call(
-        _TARGET,
+        target,
         (jax.ShapeDtypeStruct(pool.shape, pool.dtype), jax.ShapeDtypeStruct(q.shape, jnp.float32)),
-        input_output_aliases={7: 0},
+        input_output_aliases={len(rest): 0},
     )
-    f32 = jnp.float32
+    floats = [part.astype(jnp.float32) for part in (q, *parts)]
     pool, out = call(
-        q.astype(f32), k.astype(f32), v.astype(f32), sinks, tables, rows, positions, pool,
+        *floats, tables, rows, positions, pool,
         scale=np.float32(reach.scale),
         window=np.int64(reach.span if reach.rule == "sliding_window" else 0),
         chunk=np.int64(reach.span if reach.rule == "chunked_local" else 0),
+        vectors=vectors,
     )  # fmt: skip
     return out, pool

@@ -1,0 +1,383 @@
+// Paged attention for CPUs, over keys and values by head and over latents, in plain C++.
+//
+// One call writes the new tokens of a packed batch into the pool, in place, and lets every query attend to its row's
+// pages. The batch is cut into tiles: equally many consecutive tokens of one row (1 when decoding), padding last. Tiles
+// that follow each other in a row are joined and cut into *units* of as many queries as share a packed block of keys
+// well. An item of work is a unit and one KV head; when there are fewer than threads need, the context is split as well
+// and the parts merged (the flash-decoding scheme of Dao et al., 2023). Softmax is online (Milakov and Gimelshein,
+// 2018). Page 0 is never read or written.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace rootcellar {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr float kMasked = -3.0e38f;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kBlock = 64;   // positions whose scores are computed before they become weights
+constexpr int kRows = 6;     // queries that a register tile of a product of matrices has
+constexpr int kNarrow = 16;  // as many queries are too few to pack keys for
+
+// Where the cached positions [begin, end) of one row and KV head lie.
+struct Span {
+  const void* pool;
+  const int32_t* pages;
+  int begin, end;
+  int page_size;
+  int64_t page_stride, value_offset, head_offset;  // in elements
+  int dim;
+
+  // Pointers to the keys and values of n positions from t0 on.
+  template <typename T>
+  void locate(int t0, int n, const T** keys, const T** values) const {
+    const T* base = static_cast<const T*>(pool) + head_offset;
+    int page = t0 / page_size, at = t0 % page_size;
+    for (int t = 0; t < n;) {
+      const T* start = base + pages[page] * page_stride;
+      for (; at < page_size && t < n; at++, t++) {
+        keys[t] = start + static_cast<int64_t>(at) * dim;
+        values[t] = keys[t] + value_offset;
+      }
+      page++;
+      at = 0;
+    }
+  }
+};
+
+// `rows` queries [rows, dim], already scaled (log2(e) included); query r sees the positions from first[r] to last[r].
+struct Query {
+  const float* data;
+  const int32_t *first, *last;
+  int rows;
+};
+
+// Lets queries attend to a span: m is the running maximum of each row (in units of log2), l the running sum, o the
+// unnormalised output. `room` for what is packed: room_for(dim, rows) floats.
+using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float* l, float* o);
+
+inline int64_t room_for(int64_t dim, int64_t rows) { return 2 * dim * kBlock + kRows * kBlock + rows * dim; }
+
+#define ROOTCELLAR_PRAGMA(x) _Pragma(#x)
+#if defined(__x86_64__) && defined(__clang__)
+#define ROOTCELLAR_TARGET_BEGIN(features) \
+  ROOTCELLAR_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define ROOTCELLAR_TARGET_END ROOTCELLAR_PRAGMA(clang attribute pop)
+#elif defined(__x86_64__)
+#define ROOTCELLAR_TARGET_BEGIN(features) \
+  ROOTCELLAR_PRAGMA(GCC push_options)     \
+  ROOTCELLAR_PRAGMA(GCC target(features))
+#define ROOTCELLAR_TARGET_END ROOTCELLAR_PRAGMA(GCC pop_options)
+#endif
+
+#if defined(__x86_64__)
+ROOTCELLAR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#define ROOTCELLAR_LANES 16
+#define ROOTCELLAR_REGISTERS 32
+#include "kernel.inc"
+}  // namespace avx512
+ROOTCELLAR_TARGET_END
+ROOTCELLAR_TARGET_BEGIN("avx2,fma")
+namespace avx2 {
+#define ROOTCELLAR_LANES 8
+#define ROOTCELLAR_REGISTERS 16
+#include "kernel.inc"
+}  // namespace avx2
+ROOTCELLAR_TARGET_END
+#endif
+// What the compiler takes for granted: SSE2, NEON (which has 32 registers), or no vectors at all.
+namespace baseline {
+#define ROOTCELLAR_LANES 4
+#if defined(__aarch64__)
+#define ROOTCELLAR_REGISTERS 32
+#else
+#define ROOTCELLAR_REGISTERS 16
+#endif
+#include "kernel.inc"
+}  // namespace baseline
+
+// An instruction set that there are kernels for.
+struct Vectors {
+  const char* name;
+  bool (*runs)();
+  Kernel (*kernel)(bool is_bf16);
+};
+
+#if defined(__x86_64__)
+inline bool has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+inline bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+// Those that are faster come first; the last runs wherever the library does.
+constexpr Vectors kVectorSets[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, avx512::kernel},
+    {"avx2", has_avx2, avx2::kernel},
+#endif
+    {"baseline", [] { return true; }, baseline::kernel},
+};
+
+// The set of this name, or the fastest for ""; null where the processor does not have it.
+inline const Vectors* find_vectors(const std::string& name) {
+  for (const Vectors& set : kVectorSets)
+    if ((name.empty() || name == set.name) && set.runs()) return &set;
+  return nullptr;
+}
+
+// Run work(0..n-1) on the pool and on this thread. Helpers that start late find nothing left to do; `state` outlives
+// them, so nobody waits for a thread that never came. Threads: num_threads(), Schedule(function).
+template <typename Threads, typename Work>
+void parallel_for(Threads& threads, int64_t n, Work&& work) {
+  const int64_t helpers = std::min<int64_t>(threads.num_threads(), n) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < n; i++) work(i);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::function<void(int64_t)> work;
+    int64_t n;
+    void drain() {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+        work(i);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+  auto state = std::make_shared<State>();
+  state->work = std::ref(work);
+  state->n = n;
+  for (int64_t i = 0; i < helpers; i++) threads.Schedule([state] { state->drain(); });
+  state->drain();
+  while (state->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
+}
+
+template <typename T>
+void write_row(T* to, const float* from, int64_t n);
+
+template <>
+inline void write_row<float>(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(float));
+}
+
+template <>
+inline void write_row<bf16>(bf16* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {  // round to nearest even
+    uint32_t u;
+    std::memcpy(&u, from + i, 4);
+    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+    to[i].bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  }
+}
+
+// Queries of one row at consecutive positions: tokens [begin, begin + count) of the batch.
+struct Unit {
+  int64_t begin, count;
+};
+
+// A packed batch over a pool of pages [pages, 2, kv_heads, page_size, dim], K first, or, with v null, of latents,
+// [pages, page_size, dim], which all heads share and which are their own values (kv_heads is 1).
+struct Batch {
+  const float *q, *k, *v;  // [tokens, heads, dim], [tokens, kv_heads, dim] twice
+  const float* sinks;      // [heads]: scores that have no value; null: none
+  const int32_t *tables, *rows, *positions;
+  void* pool;
+  float* out;
+  int64_t tokens, heads, kv_heads, dim, page_size, width, tiles;
+  float scale;
+  int64_t window, chunk;  // 0: none
+
+  int64_t tile() const { return tokens / tiles; }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t page_stride() const { return (v == nullptr ? 1 : 2) * kv_heads * page_size * dim; }
+  int64_t value_offset() const { return v == nullptr ? 0 : kv_heads * page_size * dim; }
+  const int32_t* pages(int64_t token) const { return tables + rows[token / tile()] * width; }
+
+  template <typename T>
+  void write() const {
+    for (int64_t j = 0; j < tokens; j++) {
+      const int32_t at = positions[j];
+      if (at < 0) continue;
+      T* to = static_cast<T*>(pool) + pages(j)[at / page_size] * page_stride() + (at % page_size) * dim;
+      for (int64_t h = 0; h < kv_heads; h++, to += page_size * dim) {
+        write_row(to, k + (j * kv_heads + h) * dim, dim);
+        if (v != nullptr) write_row(to + value_offset(), v + (j * kv_heads + h) * dim, dim);
+      }
+    }
+  }
+
+  // The first position that a query at `position` sees.
+  int64_t first(int64_t position) const {
+    if (window > 0) return std::max<int64_t>(0, position - window + 1);
+    return chunk > 0 ? position / chunk * chunk : 0;
+  }
+
+  // Of a unit: the first position that any of its queries sees, and the end of what they see.
+  int64_t begin(const Unit& u) const { return first(positions[u.begin]); }
+  int64_t end(const Unit& u) const { return positions[u.begin + u.count - 1] + 1; }
+
+  // Units of at most `most` tokens.
+  std::vector<Unit> units(int64_t most) const {
+    std::vector<Unit> found;
+    for (int64_t j = 0; j < tokens; j++) {
+      if (positions[j] < 0) continue;
+      if (!found.empty()) {
+        Unit& u = found.back();
+        const bool follows = u.begin + u.count == j && rows[(j - 1) / tile()] == rows[j / tile()] &&
+                             positions[j - 1] + 1 == positions[j];
+        if (follows && u.count < most) {
+          u.count++;
+          continue;
+        }
+      }
+      found.push_back({j, 1});
+    }
+    return found;
+  }
+};
+
+// Rows of o become the output of a unit's tokens.
+inline void finish(const Batch& b, const Unit& u, int64_t h, const float* l, const float* o) {
+  const int64_t group = b.group();
+  for (int64_t r = 0; r < u.count * group; r++) {
+    float* to = b.out + ((u.begin + r / group) * b.heads + h * group + r % group) * b.dim;
+    const float scale = 1.0f / l[r];
+    for (int64_t d = 0; d < b.dim; d++) to[d] = o[r * b.dim + d] * scale;
+  }
+}
+
+// What a thread keeps from one item to the next, cut into pieces that begin with a cache line.
+struct Scratch {
+  std::vector<float> floats;
+  std::vector<int32_t> first, last;
+  float* next = nullptr;
+
+  void begin(int64_t n) {
+    floats.resize(std::max<size_t>(floats.size(), n + 16));
+    const auto at = reinterpret_cast<uintptr_t>(floats.data());
+    next = floats.data() + (64 - at % 64) % 64 / sizeof(float);
+  }
+  float* take(int64_t n) {
+    float* at = next;
+    next += (n + 15) / 16 * 16;
+    return at;
+  }
+};
+
+// The parts of a unit's context, each [m, l, o] of `padded` rows, become one: always in the same order, so that the sum
+// does not depend on which ended last. `part`: elements of a part.
+inline void merge(const float* parts, int64_t splits, int64_t part, int64_t rows, int64_t padded, int64_t dim, float* l,
+                  float* o) {
+  for (int64_t r = 0; r < rows; r++) {
+    float top = kMasked, total = 0.0f;
+    for (int64_t s = 0; s < splits; s++) top = std::max(top, parts[s * part + r]);
+    float* to = o + r * dim;
+    std::fill(to, to + dim, 0.0f);
+    for (int64_t s = 0; s < splits; s++) {
+      const float* from = parts + s * part;
+      const float w = from[r] == kMasked ? 0.0f : __builtin_exp2f(from[r] - top);
+      total += w * from[padded + r];
+      for (int64_t i = 0; i < dim; i++) to[i] += w * from[2 * padded + r * dim + i];
+    }
+    l[r] = total;
+  }
+}
+
+template <typename Threads>
+void attend(Threads& threads, const Batch& b, Kernel kernel) {
+  const int64_t group = b.group(), d = b.dim, wanted = 4 * std::max<int64_t>(threads.num_threads(), 1);
+  std::memset(b.out, 0, b.tokens * b.heads * d * sizeof(float));
+  // Many queries to a packed block, but their sums should stay in the processor's second cache.
+  int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(32768 / d, 96, 256) / group);
+  std::vector<Unit> units = b.units(most);
+  while (most > 1 && most * group > 96 && static_cast<int64_t>(units.size()) * b.kv_heads < wanted) {
+    most = (most + 1) / 2;
+    units = b.units(most);
+  }
+  if (units.empty()) return;
+  int64_t longest = 0, widest = 0;
+  for (const Unit& u : units) {
+    longest = std::max(longest, b.end(u) - b.begin(u));
+    widest = std::max(widest, u.count * group);
+  }
+  const auto padded_to = [](int64_t rows) { return rows > kNarrow ? (rows + kRows - 1) / kRows * kRows : rows; };
+  const int64_t padded = padded_to(widest), items = static_cast<int64_t>(units.size()) * b.kv_heads;
+  // Split the context when there are too few items to keep the threads evenly busy, into parts of 256 and more.
+  const int64_t splits = std::max<int64_t>(1, std::min((wanted + items - 1) / items, longest / 256));
+  const int64_t part = padded * (d + 2);
+  std::vector<float> parts(splits > 1 ? items * splits * part : 0);
+  std::vector<std::atomic<int32_t>> left(splits > 1 ? items : 0);
+  for (auto& x : left) x.store(static_cast<int32_t>(splits), std::memory_order_relaxed);
+  const float scale = kLog2e * b.scale;
+
+  parallel_for(threads, items * splits, [&](int64_t i) {
+    const int64_t item = items - 1 - i / splits, s = i % splits;  // later units of a prompt see more: they go first
+    const int64_t h = item % b.kv_heads;
+    const Unit& u = units[item / b.kv_heads];
+    const int64_t rows = u.count * group, rounded = padded_to(rows), begin = b.begin(u), length = b.end(u) - begin;
+    thread_local Scratch scratch;
+    scratch.begin(rounded * d + part + room_for(d, rounded) + 64);
+    scratch.first.assign(rounded, 0);
+    scratch.last.assign(rounded, -1);
+    float *x = scratch.take(rounded * d), *room = scratch.take(room_for(d, rounded)), *own = scratch.take(part);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t token = u.begin + r / group;
+      const float* from = b.q + (token * b.heads + h * group + r % group) * d;
+      for (int64_t j = 0; j < d; j++) x[r * d + j] = from[j] * scale;
+      scratch.last[r] = b.positions[token];
+      scratch.first[r] = static_cast<int32_t>(b.first(b.positions[token]));
+    }
+    std::fill(x + rows * d, x + rounded * d, 0.0f);
+    float* m = splits > 1 ? parts.data() + (item * splits + s) * part : own;
+    float *l = m + padded, *o = l + padded;
+    std::fill(m, m + padded, kMasked);
+    std::fill(l, l + padded + rounded * d, 0.0f);
+    for (int64_t r = 0; r < rows && s == 0 && b.sinks != nullptr; r++) {
+      const float sink = b.sinks[h * group + r % group];
+      if (sink > kMasked) {
+        m[r] = sink * kLog2e;
+        l[r] = 1.0f;
+      }
+    }
+    const Span span{b.pool,
+                    b.pages(u.begin),
+                    static_cast<int>(begin + length * s / splits),
+                    static_cast<int>(begin + length * (s + 1) / splits),
+                    static_cast<int>(b.page_size),
+                    b.page_stride(),
+                    b.value_offset(),
+                    h * b.page_size * d,
+                    static_cast<int>(d)};
+    kernel(span, Query{x, scratch.first.data(), scratch.last.data(), static_cast<int>(rounded)}, room, m, l, o);
+    if (splits == 1) {
+      finish(b, u, h, l, o);
+    } else if (left[item].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      float *all_l = own, *all_o = own + padded;
+      merge(parts.data() + item * splits * part, splits, part, rows, padded, d, all_l, all_o);
+      finish(b, u, h, all_l, all_o);
+    }
+  });
+}
+
+}  // namespace rootcellar
