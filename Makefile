@@ -19,7 +19,7 @@ BUILD_INPUTS := requirements/run.txt pyproject.toml CMakeLists.txt $(shell find 
 RUN := $(VENV)/bin/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
+.PHONY: help demo wheel test test-wide test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -33,6 +33,9 @@ wheel: $(VENV)/.stamp  ## Build dist/rootcellar-*.whl, with the C++ parts for th
 
 test: $(VENV)/.stamp-dev  ## Run the test suite (ARGS="tests/cache -x" for a part of it).
 	@$(RUN)python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-wide: $(VENV)/.stamp-dev  ## Run what `make test` leaves out: other families, whole processes, programs to the end.
+	@$(RUN)python -m pytest -m "wide and not long" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face transformers on torch.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m reference -n $(WORKERS) --maxprocesses 2 --dist loadfile $(ARGS)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from checkpoints import make_checkpoint
+from wide import is_wide
 
 COMPILED = Path(__file__).parents[1] / "build" / "tests"
 """Where compiled programs are kept; ``make clean`` forgets them."""
@@ -58,8 +59,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = " ".join([flags, *(f for f in HASTY if f.split("=")[0] not in flags)]).strip()
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In the order of ``SLOW``, then as they were found."""
+    """Mark what ``make test`` leaves to others; then in the order of ``SLOW``, then as they were found."""
+    for item in items:
+        if is_wide(item.nodeid):
+            item.add_marker("wide")
     turn = {name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: turn.get(item.path.name, len(turn)))
 
