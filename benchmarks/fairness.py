@@ -1,8 +1,8 @@
 """What one hostile client costs another: latency of one-token requests, idle and under each of a list of attacks.
 
-    .venv/bin/python benchmarks/fairness.py [--attacks NAME,...] [--quick] [--json]
+    .venv/bin/python benchmarks/fairness.py [--attacks NAME,...] [--model-path FOLDER] [--quick] [--json]
 
-A server over the embedded model gets two user keys. One client, the victim, asks for one token at a time. Another, in a
+A server over the embedded model, or the one that is named, gets two user keys. One client, the victim, asks for one token at a time. Another, in a
 process of its own, sends one kind of request after the other, each as large as the server allows, over several
 connections at once. For each kind: the victim's median and worst latency over its idle median of the same run, the
 longest step of the engine, and how much the server's memory has grown.
@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each attack")
     parser.add_argument("--idle", type=int, default=40, help="requests for the idle median")
     parser.add_argument("--max-total-tokens", type=int, default=16384)
+    parser.add_argument("--model-path", help="a checkpoint of at least 4,096 tokens of context; the embedded model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -341,8 +342,9 @@ def main() -> None:
         return
     keys = ["--api-key", f"victim:{VICTIM}", "--api-key", f"hostile:{HOSTILE}", "--admin-api-key", ADMIN]
     chunk = ["--chunked-prefill-size", "64", "--max-running-requests", "8"] if args.quick else []
+    model = ["--model-path", args.model_path, "--context-length", str(CONTEXT)] if args.model_path else []
     rows = []
-    with Server(*keys, *chunk, max_total_tokens=args.max_total_tokens, warm=not args.quick) as server:
+    with Server(*keys, *chunk, *model, max_total_tokens=args.max_total_tokens, warm=not args.quick) as server:
         numbers = itertools.count()
         if not args.quick:
             wait_for_programs(server)

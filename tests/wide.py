@@ -9,64 +9,120 @@ from __future__ import annotations
 
 import re
 
-WIDE: dict[str, str] = {
-    # Every other family of models, page size, number of devices and type of numbers.
-    "engine/test_equivalence.py::test_every_family_answers_as_transformers": "llama3.*|llama2.*",
-    "engine/test_equivalence.py::test_page_size_chunk_and_batch": "1-64-16-2-auto|64-64-16-4-auto|16-256-16-16-auto",
-    "engine/test_host_tier.py::test_a_host_smaller_than_the_device_keeps_what_fits": "qwen2.*|bamba.*",
-    "engine/test_host_tier.py::test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens": "llama4|deepseek3|bamba",
-    "engine/test_host_tier.py::test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left_behind":
-        "llama4|deepseek3",
-    "engine/test_hybrid.py::test_a_window_or_chunk_holds_what_its_rule_says": "llama4.*",
-    "engine/test_hybrid.py::test_after_only_windows_chunks_or_states_were_evicted": "mistral.*",
-    "engine/test_hybrid.py::test_cold_and_from_the_cache": ".*llama4",
-    "engine/test_lifecycle.py::test_many_cycles_under_load": "",
-    "engine/test_memory.py::test_over_a_mesh_no_device_gathers_the_vocabulary": "",
-    "engine/test_memory.py::test_the_bound_is_above_what_the_compiler_says": "bfloat16",
-    "engine/test_overlap_models.py::test_answers_and_logprobs_are_equal": "qwen3|bamba|deepseek2-lite",
-    "engine/test_recurrent.py::test_the_same_tokens_cold_cached_and_without_the_states": "qwen3-next.*",
-    "engine/test_shared_pool.py::test_dropped_and_rebuilt": "True",
-    "engine/test_storage_backend.py::test_a_server_started_again_on_its_store_hits_what_was_cached_before":
-        "qwen2-4kv|llama4|deepseek3|qwen3-next",
-    "engine/test_storage_backend.py::test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind": "qwen3-next.*",
-    "engine/test_tensor_parallel.py::test_answers_equal_transformers": "gpt-oss.*",
-    "engine/test_tensor_parallel.py::test_latents_are_whole_on_each_device_and_no_expert_is_gathered": "",
-    "engine/test_tensor_parallel.py::test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split": "",
-    "ops/test_attention.py::test_matches_reference": "xla-(1|64)-.*",
-    "ops/test_attention.py::test_step_memory_does_not_grow_with_the_pool": "(sliding_window-4-1|full-1-1)-xla",
-    "ops/test_attention.py::test_windows_chunks_and_sinks_match_reference": "xla-1-.*",
-    "ops/test_state_ops.py::test_a_packed_batch_equals_the_recurrence": "lengths[0124]-.*(Ssd|Delta)",
-    "ops/test_state_ops.py::test_step_memory_does_not_grow_with_the_pool": "(1-1|4-1)-.*",
-    "pools/test_copying.py::test_pages_come_back_as_they_were": ".*float16-Blocks",
-    "server/test_access.py::test_every_route_by_every_spelling": "none-None|api_key-None|both-.",
-    "text/test_tokenizer.py::test_the_pieces_equal_the_whole": "sentencepiece",
-    # Whole processes: crowds, kills, builds, programs to the end.
-    "cache/test_mutations.py::test_the_same_calls_give_the_same_states_in_every_process": "",
-    "demo/test_model.py::test_knows_nearly_every_fact": "",
-    "engine/test_grammar.py::test_after_a_warm_up_grammars_compile_nothing": "",
-    "engine/test_warmup.py::test_logprobs_compile_nothing_after_warm_up": "",
-    "server/test_page.py::test_a_page_that_is_opened_later_shows_the_minutes_before": "",
-    "server/test_page.py::test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
-    "server/test_process.py::test_a_crowd_of_clients_of_which_a_third_goes_away_and_the_last_is_answered_before_the_end": "",
-    "server/test_process.py::test_sigterm_under_load_leaves_nobody_without_an_answer": "",
-    "server/test_process.py::test_the_banner_is_written_once_requests_are_taken_and_a_second_signal_ends_the_drain": "",
-    "server/test_safety.py::test_a_slow_reader_holds_up_nobody_and_misses_nothing": "",
-    "server/test_safety.py::test_what_the_schema_allows_and_what_it_does_not": ".*negative",
-    "server/test_sizes.py::test_one_huge_thing_anywhere_in_a_body": "",
-    "server/test_starting.py::test_a_signal_while_loading_is_obeyed_at_once": "",
-    "server/test_starting.py::test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled": "",
-    "server/test_storage_crash.py::test_a_server_that_is_killed_while_it_writes": "",
-    "sim/test_replay.py::TestCommand::test_figure_and_table": "",
-    "test_benchmarks.py::test_the_cache_benchmark_measures_every_row": "",
-    "test_benchmarks.py::test_the_file_store_is_measured_beside_its_medium": "",
-    "test_benchmarks.py::test_what_auto_takes_is_not_the_slow_one": "",
-    "test_examples.py::test_rl_rollout": "",
-    "test_house.py::test_the_wheel_builds_with_and_without_a_compiler": "",
+WIDE: dict[str, dict[str, str]] = {
+    "cache/test_mutations.py": {
+        "test_the_same_calls_give_the_same_states_in_every_process": "",
+    },
+    "demo/test_model.py": {
+        "test_knows_nearly_every_fact": "",
+    },
+    "engine/test_equivalence.py": {
+        "test_every_family_answers_as_transformers": "llama3.*|llama2.*",
+        "test_page_size_chunk_and_batch": "1-64-16-2-auto|64-64-16-4-auto|16-256-16-16-auto",
+    },
+    "engine/test_grammar.py": {
+        "test_after_a_warm_up_grammars_compile_nothing": "",
+    },
+    "engine/test_host_tier.py": {
+        "test_a_host_smaller_than_the_device_keeps_what_fits": "qwen2.*|bamba.*",
+        "test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens": "llama4|deepseek3|bamba",
+        "test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left_behind": "llama4|deepseek3",
+    },
+    "engine/test_hybrid.py": {
+        "test_a_window_or_chunk_holds_what_its_rule_says": "llama4.*",
+        "test_after_only_windows_chunks_or_states_were_evicted": "mistral.*",
+        "test_cold_and_from_the_cache": ".*llama4",
+    },
+    "engine/test_lifecycle.py": {
+        "test_many_cycles_under_load": "",
+    },
+    "engine/test_memory.py": {
+        "test_over_a_mesh_no_device_gathers_the_vocabulary": "",
+        "test_the_bound_is_above_what_the_compiler_says": "bfloat16",
+    },
+    "engine/test_overlap_models.py": {
+        "test_answers_and_logprobs_are_equal": "qwen3|bamba|deepseek2-lite",
+    },
+    "engine/test_recurrent.py": {
+        "test_the_same_tokens_cold_cached_and_without_the_states": "qwen3-next.*",
+    },
+    "engine/test_shared_pool.py": {
+        "test_dropped_and_rebuilt": "True",
+    },
+    "engine/test_storage_backend.py": {
+        "test_a_server_started_again_on_its_store_hits_what_was_cached_before":
+            "qwen2-4kv|llama4|deepseek3|qwen3-next",
+        "test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind": "qwen3-next.*",
+    },
+    "engine/test_tensor_parallel.py": {
+        "test_answers_equal_transformers": "gpt-oss.*",
+        "test_latents_are_whole_on_each_device_and_no_expert_is_gathered": "",
+        "test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split": "",
+    },
+    "engine/test_warmup.py": {
+        "test_logprobs_compile_nothing_after_warm_up": "",
+    },
+    "ops/test_attention.py": {
+        "test_matches_reference": "xla-(1|64)-.*",
+        "test_step_memory_does_not_grow_with_the_pool": "(sliding_window-4-1|full-1-1)-xla",
+        "test_windows_chunks_and_sinks_match_reference": "xla-1-.*",
+    },
+    "ops/test_state_ops.py": {
+        "test_a_packed_batch_equals_the_recurrence": "lengths[0124]-.*(Ssd|Delta)",
+        "test_step_memory_does_not_grow_with_the_pool": "(1-1|4-1)-.*",
+    },
+    "pools/test_copying.py": {
+        "test_pages_come_back_as_they_were": ".*float16-Blocks",
+    },
+    "server/test_access.py": {
+        "test_every_route_by_every_spelling": "none-None|api_key-None|both-.",
+    },
+    "server/test_page.py": {
+        "test_a_page_that_is_opened_later_shows_the_minutes_before": "",
+        "test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
+    },
+    "server/test_process.py": {
+        "test_a_crowd_of_clients_of_which_a_third_goes_away_and_the_last_is_answered_before_the_end": "",
+        "test_sigterm_under_load_leaves_nobody_without_an_answer": "",
+        "test_the_banner_is_written_once_requests_are_taken_and_a_second_signal_ends_the_drain": "",
+    },
+    "server/test_safety.py": {
+        "test_a_slow_reader_holds_up_nobody_and_misses_nothing": "",
+        "test_what_the_schema_allows_and_what_it_does_not": ".*negative",
+    },
+    "server/test_sizes.py": {
+        "test_one_huge_thing_anywhere_in_a_body": "",
+    },
+    "server/test_starting.py": {
+        "test_a_signal_while_loading_is_obeyed_at_once": "",
+        "test_progress_is_told_and_first_requests_are_taken_before_all_is_compiled": "",
+    },
+    "server/test_storage_crash.py": {
+        "test_a_server_that_is_killed_while_it_writes": "",
+    },
+    "sim/test_replay.py": {
+        "TestCommand::test_figure_and_table": "",
+    },
+    "test_benchmarks.py": {
+        "test_the_cache_benchmark_measures_every_row": "",
+        "test_the_file_store_is_measured_beside_its_medium": "",
+        "test_what_auto_takes_is_not_the_slow_one": "",
+    },
+    "test_examples.py": {
+        "test_rl_rollout": "",
+    },
+    "test_house.py": {
+        "test_the_wheel_builds_with_and_without_a_compiler": "",
+    },
+    "text/test_tokenizer.py": {
+        "test_the_pieces_equal_the_whole": "sentencepiece",
+    },
 }  # fmt: skip
 
 
 def is_wide(nodeid: str) -> bool:
     """Whether ``make test`` leaves out the test of this id, as pytest writes it."""
-    name, _, parameters = nodeid.removeprefix("tests/").partition("[")
-    which = WIDE.get(name)
+    test, _, parameters = nodeid.removeprefix("tests/").partition("[")
+    path, _, name = test.partition("::")
+    which = WIDE.get(path, {}).get(name)
     return which == "" or (which is not None and re.fullmatch(which, parameters.removesuffix("]")) is not None)
