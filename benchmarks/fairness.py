@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/fairness.py [--attacks NAME,...] [--model-path FOLDER] [--quick] [--json]
 
-A server over the embedded model, or the one that is named, gets two user keys. One client, the victim, asks for one token at a time. Another, in a
-process of its own, sends one kind of request after the other, each as large as the server allows, over several
-connections at once. For each kind: the victim's median and worst latency over its idle median of the same run, the
-longest step of the engine, and how much the server's memory has grown.
+A server over the embedded model, or the one that is named, gets two user keys. One client, the victim, asks for one
+token at a time. Another, in a process of its own, sends one kind of request after the other, each as large as the
+server allows, over several connections at once. For each kind: the victim's median and worst latency over its idle
+median of the same run, the longest step of the engine, and how much the server's memory has grown.
 
 The bar: the worst is at most three idle medians and the longest step, memory grows by at most 256 MB, and the process
 lives. Everything talks to 127.0.0.1, and each attack ends by itself. Victim, attacker and server share the machine, so
