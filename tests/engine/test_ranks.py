@@ -173,7 +173,7 @@ def test_ranks_with_stores_of_their_own_the_least_counts_and_a_slow_rank_is_wait
     case, folder = case_of("qwen2-4kv")
     own = [store_in(tmp_path / f"rank{rank}") for rank in range(2)]
     started(pair, *own, **settings(folder))
-    pair.ask(1, "slow", seconds=0.01)
+    pair.ask(1, "slow", seconds=0.003)
     assert [each["storage"] for each in answers(pair, case, [11, 13])] == [0, 0]
     pair.ask(0, "call", method="flush_cache")
     assert all(each["storage"] for each in answers(pair, case, [11, 13]))
@@ -223,6 +223,19 @@ def test_a_rank_that_follows_refuses_callers_and_ends_with_rank_0(pair, case_of)
     pair.ask(0, "stop")
     pair.ask(1, "call", method="follow")  # which returns, since rank 0 was told to end
     pair.ask(1, "stop")
+
+
+def test_grammars_stop_strings_and_draws_are_the_same_on_all_ranks(pair, tiny_folder):
+    options = {**settings(tiny_folder), "skip_tokenizer_init": False}
+    started(pair, **options)
+    words = ["page", "lease"]
+    sampling = {"json_schema": json.dumps({"enum": words}), "temperature": 1, "seed": 3, "max_new_tokens": 32}
+    found = pair.ask(0, "call", method="generate", prompt=["Say"] * 2, sampling_params=sampling)
+    assert all(json.loads(each["text"]) in words for each in found)
+    free = {"temperature": 1.2, "top_p": 0.9, "frequency_penalty": 0.5, "max_new_tokens": 24, "ignore_eos": True}
+    stopped = {**free, "stop": ["a", "e"], "seed": 1}
+    pair.ask(0, "call", method="generate", prompt=["Say", "it"], sampling_params=[free, stopped], return_logprob=True)
+    stop(pair)  # ranks that had parted would have said so
 
 
 LOST = {
