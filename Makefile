@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 # Torch, transformers and other people's clients live apart, so that the default suite proves itself without them.
 REFERENCE_VENV := .venv-reference
+# What others wrote and stores stand on, an environment each: their packages do not agree with each other.
+STORES_VENVS := .venv-stores
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Processes that run the tests side by side, one more than there are cores, as tests wait for processes that they start;
@@ -19,7 +21,7 @@ BUILD_INPUTS := requirements/run.txt pyproject.toml CMakeLists.txt $(shell find 
 RUN := $(VENV)/bin/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-wide test-reference test-clients fuzz sanitize lint format docs golden bench lock clean
+.PHONY: help demo wheel test test-wide test-reference test-clients test-stores fuzz sanitize lint format docs golden bench lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -43,8 +45,13 @@ test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face tran
 test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)
 
+test-stores: $(REFERENCE_VENV)/.stamp  ## Run stores on other people's components, as far as they can be installed.
+	@scripts/prepare_stores.sh $(STORES_VENVS) $(VENV) $(REFERENCE_VENV)
+	@python=$(STORES_VENVS)/client/bin/python; test -x $$python || python=$(VENV)/bin/python; \
+		$$python -m pytest -m "stores and not long" -rs tests/store_components $(ARGS)
+
 fuzz: $(VENV)/.stamp-dev  ## Run the long, nightly tests.
-	@$(RUN)python -m pytest -m long --timeout 0 $(ARGS)
+	@$(RUN)python -m pytest -m "long and not stores" --timeout 0 $(ARGS)
 
 sanitize: $(VENV)/.stamp-dev  ## Run the native cache core with sanitizers against the Python core (ARGS="STEPS SEED").
 	@$(RUN)python scripts/sanitize.py $(ARGS)
@@ -86,7 +93,7 @@ PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --qu
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 clean:  ## Remove everything that can be made again.
-	rm -rf $(VENV) $(REFERENCE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(STORES_VENVS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- The virtual environments -----------------------------------------------------------------------------------------

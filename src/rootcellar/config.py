@@ -211,6 +211,12 @@ class EngineConfig:
         "'path', 'max_size', ... of a file store; 'prefetch_threshold', 'prefetch_timeout_base', "
         "'prefetch_timeout_per_ki_token' and 'prefetch_timeout_max' of the waiting for one.",
     )
+    enable_lmcache: bool = option(
+        False, "The same as hicache_storage_backend='lmcache', with the settings of lmcache_config_file."
+    )
+    lmcache_config_file: str | None = option(
+        None, "One of LMCache's own configuration files, which names its server: 'remote_url: lm://host:port'."
+    )
     hicache_storage_prefetch_policy: str = option(
         "timeout",
         "How long a request waits for what the store has of its prompt: 'best_effort' not at all, 'wait_complete' "
@@ -315,11 +321,16 @@ class EngineConfig:
                 "enable_hierarchical_cache keeps cached prefixes in host memory, and disable_radix_cache caches none: "
                 "leave one of the two out"
             )
-        if self.hicache_storage_backend is not None and not self.enable_hierarchical_cache:
+        if self.enable_lmcache and self.hicache_storage_backend is not None:
             raise ConfigError(
-                f"hicache_storage_backend={self.hicache_storage_backend!r} keeps what host memory holds: it needs "
-                "enable_hierarchical_cache=True"
+                f"enable_lmcache chooses a store and so does hicache_storage_backend={self.hicache_storage_backend!r}: "
+                "leave one of the two out (hicache_storage_backend='chain' takes several)"
             )
+        if self.lmcache_config_file is not None and not self.enable_lmcache:
+            raise ConfigError("lmcache_config_file is of no use without enable_lmcache=True")
+        store = "enable_lmcache" if self.enable_lmcache else f"hicache_storage_backend={self.hicache_storage_backend!r}"
+        if (self.hicache_storage_backend or self.enable_lmcache) and not self.enable_hierarchical_cache:
+            raise ConfigError(f"{store} keeps what host memory holds: it needs enable_hierarchical_cache=True")
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> Self:

@@ -110,7 +110,7 @@ class ToldStore:
         return self._do(self.inner.clear)
 
     def register(self, buffer):
-        self._do(lambda: self.inner.register(buffer))
+        self.inner.register(buffer)
 
     def close(self):
         self._do(self.inner.close)

@@ -217,3 +217,42 @@ def test_an_unreliable_store_never_gives_other_bytes(seed):
     assert found > 80
     assert guard.stats()["get"].damaged > 0
     assert min(store.seen.values()) > 0, store.seen
+
+
+def test_what_a_hanging_call_works_on_is_not_used_again_before_it_ends():
+    """Else its page would be written with the bytes of the next one."""
+    store = ToldStore(MemoryStore())
+    guard = Guard(store, GuardSettings(deadline=0.05, failures=100))
+    store.gate = threading.Event()
+    assert put(guard, [1]) == [False]
+    gate, store.gate = store.gate, None
+    assert put(guard, [2]) == [True]
+    gate.set()
+    store.idle.wait()
+    assert get(guard, 1)
+    assert get(guard, 2)
+    assert guard.stats()["get"].damaged == 0
+
+
+def test_a_store_is_shown_the_memory_that_it_is_given_once():
+    inner, shown, given = MemoryStore(), [], []
+    store = ToldStore(inner)
+    inner.register = shown.append
+    inner.put = lambda names, blocks: given.extend(blocks) or [True] * len(names)
+    guard = Guard(store)
+    for i in range(5):
+        assert put(guard, [i, i + 1]) == [True, True]
+    (memory,) = shown
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    for block in given:
+        at = np.frombuffer(block, np.uint8).ctypes.data
+        assert start <= at <= at + len(block) <= start + len(memory)
+
+
+def test_large_pages_are_given_a_few_at_a_time():
+    inner, counts = MemoryStore(), []
+    guard = Guard(ToldStore(inner), GuardSettings(bytes_at_once=12_000))
+    inner.put = lambda names, _: counts.append(len(names)) or [True] * len(names)
+    assert put(guard, range(5)) == [True] * 5
+    assert put(guard, [1, 2], 20_000) == [True] * 2
+    assert counts == [2, 2, 1, 1, 1]

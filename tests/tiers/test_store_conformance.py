@@ -13,6 +13,7 @@ from rootcellar.tiers.conformance.suite import *  # noqa: F403  (the tests; ``su
 from rootcellar.tiers.guard import Guard
 from rootcellar.tiers.stores.chain import StoreChain
 from rootcellar.tiers.stores.dynamic import open_class
+from rootcellar.tiers.stores.hf3fs import Hf3fsSettings, Hf3fsStore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_store.py"
 
@@ -47,6 +48,15 @@ def chained(path):
     return Subject(opened, lambda: opened(read_only=True))
 
 
+def slots(path):
+    path.mkdir()
+
+    def opened():
+        return Hf3fsStore(Hf3fsSettings(path / "pages", file_size=64 << 20))
+
+    return Subject(opened, opened)
+
+
 SUBJECTS = {
     "memory": memory,
     "file": files,
@@ -56,6 +66,7 @@ SUBJECTS = {
     "guarded file": lambda path: files(path, lambda store: Guard(ToldStore(store))),
     "own": own,
     "chain": chained,
+    "hf3fs": slots,
 }
 
 

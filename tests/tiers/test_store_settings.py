@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.prefetching import PrefetchSettings
 from rootcellar.tiers.settings import hide, need, read_extra, shown_extra
@@ -138,3 +139,54 @@ def test_nothing_of_a_store_is_imported_before_it_is_chosen():
     loaded = {line.rpartition("|")[2].strip() for line in said.splitlines()}
     mine = {name.rpartition(".")[2] for name in loaded if name.startswith("rootcellar.tiers.stores.")}
     assert mine == {"registry"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "extra", "said"),
+    [
+        ("redis", {"url": "http://x"}, "url is not allowed: write redis://host:port/db"),
+        ("redis", {"url": "redis://me:secret@x:port"}, "url is not allowed: write redis://host:port/db"),
+        ("redis", {"password": 5}, "^password is not allowed: give a string"),
+        ("redis", {"ca_certs": "x"}, "begin url with rediss://"),
+        ("redis", {"port": 1}, "a redis store has no setting port; it has url"),
+        ("redis", {"url": "redis://127.0.0.1:1"}, "the redis store at 127.0.0.1:1 cannot be used: .*refused"),
+        ("s3", {}, "bucket=None is not allowed"),
+        ("s3", {"bucket": "b", "endpoint_url": "127.0.0.1"}, "endpoint_url is not allowed: write http://host:port"),
+        (
+            "s3",
+            {"bucket": "b", "aws_access_key_id": "secret"},
+            "^aws_access_key_id and aws_secret_access_key go together",
+        ),
+        ("s3", {"bucket": "b", "addressing_style": "x"}, "choose from path, virtual"),
+        ("lmcache", {"url": "127.0.0.1:1"}, "write lm://host:port"),
+        ("lmcache", {"namespace": "a@b"}, "at most 60 bytes, without @"),
+        ("lmcache", {"url": "lm://127.0.0.1:1"}, "the lmcache store at 127.0.0.1:1 cannot be used: .*refused"),
+        ("mooncake", {"master_server_address": "x"}, "write host:port of mooncake_master"),
+        ("mooncake", {"replica_num": 0}, "replica_num=0 is not allowed"),
+        ("mooncake", {"master_server_address": "127.0.0.1:1"}, "has no master at 127.0.0.1:1: .*start mooncake_master"),
+        ("nixl", {"plugin": "GDS"}, "choose from POSIX"),
+        ("nixl", {"timeout": 1}, "path=None is not allowed"),
+        ("hf3fs", {"file_path_prefix": "/proc/x/y"}, "the hf3fs store at '/proc/x/y' cannot be used"),
+        ("hf3fs", {"file_path_prefix": "x", "numjobs": 0}, "numjobs=0 is not allowed"),
+        ("aibrix", {"python": "/no/python", "path": "x"}, "'/no/python' is not there: .* pip install aibrix-kvcache"),
+    ],
+)
+def test_what_is_wrong_with_a_store_of_others_is_said(backend, extra, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        open_store(backend, extra, "")
+    assert "secret@" not in str(raised.value)
+
+
+def test_lmcache_is_chosen_as_sglangs_users_do(tmp_path):
+    (tmp_path / "lmcache.yaml").write_text("chunk_size: 256\nremote_url: lm://127.0.0.1:1\n")
+    with pytest.raises(ConfigError, match=r"the lmcache store at 127.0.0.1:1 cannot be used"):
+        open_store("lmcache", {"config_file": str(tmp_path / "lmcache.yaml")}, "")
+    tiers = {"enable_hierarchical_cache": True}
+    assert EngineConfig(model_path="x", enable_lmcache=True, lmcache_config_file="y", **tiers).enable_lmcache
+    for wrong, said in (
+        ({"enable_lmcache": True}, "enable_lmcache keeps what host memory holds"),
+        ({"enable_lmcache": True, "hicache_storage_backend": "file", **tiers}, "leave one of the two out"),
+        ({"lmcache_config_file": "y", **tiers}, "of no use without enable_lmcache"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            EngineConfig(model_path="x", **wrong)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rootcellar.cache import Tier
@@ -229,7 +229,7 @@ class Attach(Command):
     backend: str
     policy: PrefetchPolicy
     prefetch: PrefetchSettings
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(repr=False)  # there may be secrets in them
 
     def run(self, machine: Machine, store: Store) -> None:
         """Use ``store``, which is open."""

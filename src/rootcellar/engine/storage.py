@@ -49,7 +49,12 @@ class StorageBackend:
         self._lock = threading.Lock()
         self._attached: _Attached | None = None
         config = parts.config
-        if config.hicache_storage_backend is not None and config.node_rank == 0:  # which all others follow
+        if config.node_rank != 0:
+            return  # it follows rank 0
+        if config.enable_lmcache:
+            file = config.lmcache_config_file
+            self.attach("lmcache", {} if file is None else {"config_file": file})
+        elif config.hicache_storage_backend is not None:
             self.attach(config.hicache_storage_backend, config.hicache_storage_backend_extra_config)
 
     def attach(

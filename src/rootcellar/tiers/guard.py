@@ -7,17 +7,20 @@
 - After some failures the store is left alone for a while, then tried with one call; each time that fails the pause is
   twice as long.
 - Stores that keep no checksums get objects that do: a header with the image's length and a checksum over name, length
-  and bytes, then the image. What comes back and does not fit is a miss.
+  and bytes, then the image. What comes back and does not fit is a miss. Objects lie in memory that is used again and
+  that the store was shown (``register``), so it may send from there and receive there.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import xxhash
@@ -26,6 +29,10 @@ from rootcellar.tiers.store import Store, check_names
 
 _HEADER = struct.Struct("<8sQQ8x")
 _MAGIC = b"rcimage1"
+_PIECE = 1 << 17
+"""Bytes that are copied and added to a checksum at a time, which caches of processors hold."""
+_SPARE = 3
+"""Pieces of memory that are kept for later calls."""
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ class GuardSettings:
     pause: float = 1.0
     """For which it is, the first time."""
     longest_pause: float = 60.0
+    bytes_at_once: int = 64 << 20
+    """And so many bytes, or one page."""
     most_hanging: int = 4
     """Calls that may hang; the store is left alone while so many do."""
 
@@ -106,6 +115,23 @@ class _Breaker:
             self._pause = min(2 * self._pause, self._settings.longest_pause)
 
 
+class _LeftBehind(TimeoutError):
+    """A call did not end in time, and goes on."""
+
+
+class _Scratch:
+    """Memory for the objects of one call at a time; ``shown``: whether the store knows it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = memoryview(mmap.mmap(-1, -(-nbytes >> 20) << 20))
+        self.shown = False
+
+    def split(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Views of so many bytes, one behind the other."""
+        ends = list(accumulate(lengths))
+        return [self.memory[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
 class Guard:
     """A :class:`~rootcellar.tiers.store.Store` that raises nothing but ``ValueError`` for what no store takes."""
 
@@ -127,19 +153,24 @@ class Guard:
         self._lock = threading.Lock()
         self._breaker = _Breaker(self._settings, now)
         self._hanging = 0
+        self._spare: list[_Scratch] = []
         self._stats = {verb: StoreStats() for verb in ("has", "get", "put")}
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
         """See ``Store``."""
         check_names(names)
-        return self._each("has", len(names), lambda some, end: self._ask(lambda: self._store.has(names[some]), end))
+
+        def ask(some: slice, end: float) -> list[bool]:
+            return self._ask(lambda: self._store.has(names[some]), end)
+
+        return self._each("has", [0] * len(names), ask)
 
     def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
         """See ``Store``."""
         check_names(names, into)
         views = [view.cast("B") for view in into]
         read = self._get_whole if self._store.verifies else self._get_sealed
-        found = self._each("get", len(names), lambda some, end: read(names[some], views[some], end))
+        found = self._each("get", self._lengths(views), lambda some, end: read(names[some], views[some], end))
         self._count("get", nbytes=sum(len(view) for view, there in zip(views, found, strict=True) if there))
         return found
 
@@ -148,7 +179,7 @@ class Guard:
         check_names(names, blocks)
         views = [block.cast("B") for block in blocks]
         write = self._put_whole if self._store.verifies else self._put_sealed
-        held = self._each("put", len(names), lambda some, end: write(names[some], views[some], end))
+        held = self._each("put", self._lengths(views), lambda some, end: write(names[some], views[some], end))
         self._count("put", nbytes=sum(len(view) for view, there in zip(views, held, strict=True) if there))
         return held
 
@@ -178,14 +209,19 @@ class Guard:
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def _each(self, verb: str, count: int, call: Callable[[slice, float], list[bool]]) -> list[bool]:
-        """Answers for ``count`` pages, a few at a time; False for those that the store is not asked for."""
+    def _lengths(self, views: Sequence[memoryview]) -> list[int]:
+        """Bytes that each needs of the guard's own memory."""
+        return [0] * len(views) if self._store.verifies else [_HEADER.size + len(view) for view in views]
+
+    def _each(self, verb: str, lengths: Sequence[int], call: Callable[[slice, float], list[bool]]) -> list[bool]:
+        """Answers for pages of these lengths, a few at a time; False for those that the store is not asked for."""
+        count = len(lengths)
         answers: list[bool] = []
         began = self._now()
         end = began + self._settings.deadline
         asked = 0
         while asked < count and (asked == 0 or self._now() < end) and self._admitted():
-            some = slice(asked, min(asked + self._settings.pages_at_once, count))
+            some = slice(asked, asked + self._few(lengths[asked : asked + self._settings.pages_at_once]))
             try:
                 got = [bool(there) for there in call(some, end)]
                 if len(got) != some.stop - some.start:
@@ -204,6 +240,10 @@ class Guard:
         self._count(verb, 1, count, seconds=self._now() - began, hits=hits, misses=asked - hits, skipped=count - asked)
         return answers + [False] * (count - asked)
 
+    def _few(self, lengths: Sequence[int]) -> int:
+        """How many of these pages fit into one call."""
+        return max(sum(total <= self._settings.bytes_at_once for total in accumulate(lengths)), 1)
+
     def _get_whole(self, names: Sequence[bytes], into: Sequence[memoryview], _end: float) -> list[bool]:
         return self._store.get(names, into)
 
@@ -211,30 +251,70 @@ class Guard:
         return self._store.put(names, blocks)
 
     def _get_sealed(self, names: Sequence[bytes], into: Sequence[memoryview], end: float) -> list[bool]:
-        objects = [memoryview(bytearray(_HEADER.size + len(view))) for view in into]
-        found = self._apart(lambda: self._store.get(names, objects), end)
+        scratch = self._take(self._lengths(into))
+        objects = scratch.split(self._lengths(into))
+        found = self._in(scratch, lambda: self._store.get(names, objects), end)
         for i, (name, view) in enumerate(zip(names, into, strict=True)):
             if i < len(found) and found[i]:
                 image = objects[i][_HEADER.size :]
-                found[i] = bytes(objects[i][: _HEADER.size]) == _seal(name, image)
+                found[i] = objects[i][: _HEADER.size] == _seal(name, image)
                 if found[i]:
                     view[:] = image
                 else:
                     self._count("get", damaged=1)
+        self._give(scratch)
         return found
 
     def _put_sealed(self, names: Sequence[bytes], blocks: Sequence[memoryview], end: float) -> list[bool]:
-        objects = [memoryview(_seal(name, block) + block) for name, block in zip(names, blocks, strict=True)]
-        return self._apart(lambda: self._store.put(names, objects), end)
+        scratch = self._take(self._lengths(blocks))
+        objects = scratch.split(self._lengths(blocks))
+        for name, block, made in zip(names, blocks, objects, strict=True):
+            made[: _HEADER.size] = _seal(name, block, made[_HEADER.size :])
+        held = self._in(scratch, lambda: self._store.put(names, objects), end)
+        self._give(scratch)
+        return held
+
+    def _in(self, scratch: _Scratch, call: Callable[[], list[bool]], end: float) -> list[bool]:
+        """``call``, which works in ``scratch``: that is free again when it returns, whoever waits for it then."""
+
+        def work() -> list[bool]:
+            if not scratch.shown:
+                self._store.register(scratch.memory)
+                scratch.shown = True
+            return call()
+
+        try:
+            return self._apart(work, end, lambda: self._give(scratch))
+        except _LeftBehind:
+            raise
+        except BaseException:
+            self._give(scratch)
+            raise
+
+    def _take(self, lengths: Sequence[int]) -> _Scratch:
+        nbytes = sum(lengths)
+        with self._lock:
+            for i, scratch in enumerate(self._spare):
+                if len(scratch.memory) >= nbytes:
+                    return self._spare.pop(i)
+        return _Scratch(nbytes)
+
+    def _give(self, scratch: _Scratch) -> None:
+        with self._lock:
+            self._spare = sorted([*self._spare, scratch], key=lambda each: len(each.memory))[-_SPARE:]
 
     def _ask(self, call: Callable[[], list[bool]], end: float) -> list[bool]:
         return call() if self._store.verifies else self._apart(call, end)
 
-    def _apart(self, call: Callable[[], _T], end: float) -> _T:
-        """``call`` on a thread of its own. Raises ``TimeoutError`` when not over at ``end``, or what it raises."""
+    def _apart(self, call: Callable[[], _T], end: float, left: Callable[[], None] = lambda: None) -> _T:
+        """``call`` on a thread of its own. Raises ``TimeoutError`` when not over at ``end``, or what it raises.
+
+        ``left`` is called when a call ends that nobody waits for any longer.
+        """
         answer: list[_T] = []
         errors: list[BaseException] = []
         over = threading.Event()
+        behind = False
 
         def work() -> None:
             try:
@@ -243,13 +323,19 @@ class Guard:
                 errors.append(error)
             with self._lock:
                 self._hanging -= 1
-            over.set()
+                over.set()
+                late = behind
+            if late:
+                left()
 
         with self._lock:
             self._hanging += 1
         threading.Thread(target=work, name=f"rootcellar-{self._name}", daemon=True).start()
         if not over.wait(max(end - self._now(), 0.0)):
-            raise TimeoutError(f"it did not answer within {self._settings.deadline:g} s")
+            with self._lock:
+                behind = not over.is_set()
+            if behind:
+                raise _LeftBehind(f"it did not answer within {self._settings.deadline:g} s")
         if errors:
             raise errors[0]
         return answer[0]
@@ -302,8 +388,13 @@ class Guard:
             stats.damaged += damaged
 
 
-def _seal(name: bytes, image: memoryview) -> bytes:
-    """The header of an object."""
+def _seal(name: bytes, image: memoryview, into: memoryview | None = None) -> bytes:
+    """The header of an object, whose image is copied to ``into`` by the way."""
     length = len(image)
-    seed = xxhash.xxh3_64_intdigest(_MAGIC + length.to_bytes(8, "little") + name)
-    return _HEADER.pack(_MAGIC, length, xxhash.xxh3_64_intdigest(image, seed))
+    checksum = xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(_MAGIC + length.to_bytes(8, "little") + name))
+    for start in range(0, length, _PIECE):
+        piece = image[start : start + _PIECE]
+        if into is not None:
+            into[start : start + _PIECE] = piece
+        checksum.update(piece)
+    return _HEADER.pack(_MAGIC, length, checksum.intdigest())

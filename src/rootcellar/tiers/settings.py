@@ -50,7 +50,7 @@ def read_extra(extra: Extra) -> dict[str, Any]:
 
 def _parse(text: str, kind: str) -> object:
     if kind in ("yaml", "yml"):
-        yaml = need("yaml", "pyyaml", f"{_NAME}: reading YAML")
+        yaml = need("yaml", "rootcellar[yaml]", f"{_NAME}: reading YAML")
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:

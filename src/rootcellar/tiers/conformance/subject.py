@@ -72,3 +72,5 @@ class Subject:
     open_second: Callable[[], Store]
     """A client beside the first one: another one of the same, or one that only reads."""
     server: ServerProcess | None = None
+    deletes: bool = True
+    """Whether its medium can delete anything at all."""

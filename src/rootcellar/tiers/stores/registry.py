@@ -31,10 +31,17 @@ BACKENDS: dict[str, Opener] = {
     "file": _of("file"),
     "chain": _of("chain"),
     "dynamic": _of("dynamic"),
+    "redis": _of("redis"),
+    "s3": _of("s3"),
+    "mooncake": _of("mooncake"),
+    "lmcache": _of("lmcache"),
+    "nixl": _of("nixl"),
+    "hf3fs": _of("hf3fs"),
+    "aibrix": _of("aibrix"),
 }
 """What opens a store of each kind."""
-RUN_CODE = frozenset({"dynamic"})
-"""Those whose settings name code that is run: whoever starts the server may choose them, and nobody over HTTP."""
+RUN_CODE = frozenset({"dynamic", "aibrix"})
+"""Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
 
 
 def open_bare(backend: str, extra: Mapping[str, object], identity: str) -> Store:

@@ -1,0 +1,206 @@
+"""Stores on other people's components: GB/s of puts and gets, beside memcpy and the component's own client.
+
+    make test-stores ARGS=--collect-only                                      # once: what can be installed
+    .venv-stores/client/bin/python benchmarks/stores.py [--stores redis,s3] [--rounds 5] [--json]
+
+Each component is started as the tests start it, and asked for batches of images of each size through the store as an
+engine uses it (with its checksums), through the component's own client, and by memcpy, in turns; medians are told.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "store_components"))
+
+from components import COMPONENTS, Missing
+
+from rootcellar.tiers.stores.registry import open_store
+
+SIZES = {"256 KiB": 256 << 10, "1 MiB": 1 << 20, "4 MiB": 4 << 20}
+
+
+def redis_client(settings, _folder):
+    try:
+        import redis
+    except ImportError:  # our own needs none
+        return None
+
+    client = redis.Redis(unix_socket_path=settings["url"].removeprefix("unix://"))
+
+    def put(keys, rows):
+        pipe = client.pipeline(transaction=False)
+        for key, row in zip(keys, rows, strict=True):
+            pipe.set(key, row.tobytes())
+        pipe.execute()
+
+    def get(keys, rows):
+        for row, found in zip(rows, client.mget(keys), strict=True):
+            row[:] = np.frombuffer(found, np.uint8)
+
+    return put, get
+
+
+def s3_client(settings, _folder):
+    from botocore.session import get_session
+
+    client = get_session().create_client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=settings["endpoint_url"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+
+    def put(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            client.put_object(Bucket=settings["bucket"], Key=key, Body=row.tobytes())
+
+    def get(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            row[:] = np.frombuffer(client.get_object(Bucket=settings["bucket"], Key=key)["Body"].read(), np.uint8)
+
+    return put, get
+
+
+def mooncake_client(settings, _folder):
+    from mooncake.store import MooncakeDistributedStore
+
+    client = MooncakeDistributedStore()
+    assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", settings["master_server_address"]) == 0
+    known = []
+
+    def addresses(rows):
+        base = rows.ctypes.data
+        if base not in known:
+            client.register_buffer(base, rows.nbytes)
+            known.append(base)
+        return [base + i * rows.shape[1] for i in range(len(rows))], [rows.shape[1]] * len(rows)
+
+    def put(keys, rows):
+        assert not any(client.batch_put_from(keys, *addresses(rows)))
+
+    def get(keys, rows):
+        assert all(code > 0 for code in client.batch_get_into(keys, *addresses(rows)))
+
+    return put, get
+
+
+def files(settings, _folder):
+    """Plain reads and writes of a file each."""
+    folder = Path(settings.get("path") or Path(settings["file_path_prefix"]).parent)
+    folder.mkdir(exist_ok=True)
+
+    def put(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            (folder / key).write_bytes(row)
+
+    def get(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            with open(folder / key, "rb", buffering=0) as file:
+                file.readinto(row)
+
+    return put, get
+
+
+CLIENTS = {
+    "redis": redis_client,
+    "s3": s3_client,
+    "mooncake": mooncake_client,
+    "nixl-posix": files,
+    "hf3fs": files,
+}
+"""What to compare with: the component's own client, or plain files where that is what it does."""
+
+
+def timed(call, nbytes):
+    began = time.perf_counter()
+    call()
+    return nbytes / (time.perf_counter() - began) / 1e9
+
+
+def measure(name, component, folder, rounds, total):
+    settings = component.settings()
+    store = open_store(component.backend, {**settings, "deadline": 60}, "benchmark")
+    raw = CLIENTS[name](settings, folder) if name in CLIENTS else None
+    for label, size in SIZES.items():
+        count = max(min(total // size, 128), 1)
+        pages = np.random.default_rng(1).integers(0, 256, (count, size), np.uint8)
+        into = np.zeros_like(pages)
+        rates = []
+        for _ in range(rounds + 1):  # the first is not counted
+            rates.append(turn(store, raw, settings.get("prefix", ""), pages, into))
+            if component.deletes:
+                store.clear()
+        yield {"store": name, "size": label} | {way: statistics.median(r[way] for r in rates[1:]) for way in rates[0]}
+    store.close()
+
+
+def turn(store, raw, prefix, pages, into):
+    """GB/s of each way, by its name, of pages that nobody had before."""
+    names = [os.urandom(32) for _ in pages]
+    keys = [f"{prefix}raw{name.hex()}" for name in names]
+    blocks, views = [row.data for row in pages], [row.data for row in into]
+    rates = {"memcpy": timed(lambda: np.copyto(into, pages), pages.nbytes)}
+    into[:] = 0
+    rates["put"] = timed(lambda: check(store.put(names, blocks)), pages.nbytes)
+    rates["get"] = timed(lambda: check(store.get(names, views)), pages.nbytes)
+    assert (into == pages).all()
+    if raw is not None:
+        put, get = raw
+        rates["raw put"] = timed(lambda: put(keys, pages), pages.nbytes)
+        rates["raw get"] = timed(lambda: get(keys, into), pages.nbytes)
+    return rates
+
+
+def check(held):
+    assert all(held), f"{sum(held)} of {len(held)} pages"
+
+
+def show(rows):
+    print("| store | image | memcpy | put | own client | of it | get | own client | of it |\n|" + "---|" * 9)
+    for row in rows:
+        words = [row["store"], row["size"], f"{row['memcpy']:.2f}"]
+        for way in ("put", "get"):
+            own = row.get(f"raw {way}")
+            words += [f"{row[way]:.2f}", *(("", "") if own is None else (f"{own:.2f}", f"{row[way] / own:.2f}"))]
+        print("| " + " | ".join(words) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--stores", default=",".join(COMPONENTS), help="which, by commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mib", type=int, default=32, help="of a batch, at most 128 images")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    unknown = set(args.stores.split(",")) - COMPONENTS.keys()
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(COMPONENTS)}")
+    rows = []
+    for name in args.stores.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                component = COMPONENTS[name](Path(folder))
+            except Missing as missing:
+                print(f"{name}: {missing}", file=sys.stderr)
+                continue
+            try:
+                rows += measure(name, component, Path(folder), args.rounds, args.mib << 20)
+            finally:
+                component.stop()
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

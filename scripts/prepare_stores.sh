@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# prepare_stores.sh FOLDER LENT TORCH: what tests of stores on other people's components need, each in an environment of its own
+# in FOLDER. LENT is the environment of rootcellar, TORCH one that has torch. What cannot be installed is said, and skipped.
+set -uo pipefail
+folder=$1 lent=$2 torch=$3
+wanted=(redis-server bindfs fuse3 libibverbs1 librdmacm1 libnuma1)
+
+missing=()
+for package in "${wanted[@]}"; do
+    dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+done
+if ((${#missing[@]})); then
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null \
+            || echo "not installed: ${missing[*]}"
+    else
+        echo "not installed (needs apt and root): ${missing[*]}"
+    fi
+fi
+
+# environment NAME FROM: one with the packages of requirements/stores-NAME.txt, and those of FROM behind them.
+environment() {
+    local name=$1 from=$2 here=$folder/$1
+    cmp -s "requirements/stores-$name.txt" "$here/installed.txt" && return
+    echo "Setting up $here (once; it takes a minute or a few) ..."
+    rm -rf "$here" && "$lent/bin/python" -m venv "$here" || return
+    "$here/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile --no-deps \
+        -r "requirements/stores-$name.txt" || { echo "not installed: $name"; rm -rf "$here"; return; }
+    "$here/bin/python" -c 'import pathlib, sys, sysconfig
+here = sysconfig.get_path("purelib")
+lent = str(pathlib.Path(sys.argv[2], pathlib.Path(here).relative_to(pathlib.Path(sys.argv[1]).resolve())).resolve())
+pathlib.Path(here, "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")' "$here" "$from"
+    cp "requirements/stores-$name.txt" "$here/installed.txt"
+}
+
+environment client "$lent"
+environment lmcache "$torch"
+environment aibrix "$torch"

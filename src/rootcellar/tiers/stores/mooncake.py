@@ -1,0 +1,218 @@
+"""Mooncake's store: pages lie in memory that its clients lend, this process among them, and a master knows where.
+
+Images go from the guard's memory, which is registered with Mooncake, without a copy. A page that is there is not put
+again: damaged ones stay misses until the master evicts them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rootcellar.errors import ConfigError
+from rootcellar.tiers.numbers import positive
+from rootcellar.tiers.settings import need, nothing_else, take_choice, take_size, take_switch, take_text
+from rootcellar.tiers.store import check_names
+from rootcellar.tiers.stores.passage import Passage
+
+_NO_ROOM = -200
+_OTHER_LENGTH, _GONE = -600, (-703, -704, -706)
+"""What it answers for a page: the buffer is too small; it is not written yet, not there, or was taken away."""
+_KNOWN = (
+    "local_hostname, metadata_server, master_server_address, protocol, device_name, global_segment_size, "
+    "local_buffer_size, replica_num, soft_pin_ttl, hard_pin, prefix, timeout"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MooncakeSettings:
+    """Of a store on Mooncake. Names and meanings are Mooncake's."""
+
+    local_hostname: str
+    metadata_server: str
+    master: tuple[str, int]
+    protocol: str
+    device_name: str
+    global_segment_size: int
+    """Bytes of this process that hold pages of whoever puts them, as long as it lives."""
+    local_buffer_size: int
+    replica_num: int
+    soft_pin_ttl: float
+    """Seconds for which the master evicts others first; 0: none."""
+    hard_pin: bool
+    """Never evict."""
+    prefix: str
+    timeout: float
+    """Seconds to wait for the master at the start."""
+
+
+def read_settings(extra: Mapping[str, object]) -> MooncakeSettings:
+    """What ``--hicache-storage-backend-extra-config`` says of it. Raises ``ConfigError``."""
+    own = dict(extra)
+    address = take_text(own, "master_server_address", "127.0.0.1:50051")
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise ConfigError(f"master_server_address={address!r} is not allowed: write host:port of mooncake_master")
+    settings = MooncakeSettings(
+        local_hostname=take_text(own, "local_hostname", "127.0.0.1"),
+        metadata_server=take_text(own, "metadata_server", "P2PHANDSHAKE"),
+        master=(host, int(port)),
+        protocol=take_choice(own, "protocol", ("tcp", "rdma"), "tcp"),
+        device_name=str(own.pop("device_name", "")),
+        global_segment_size=take_size(own, "global_segment_size", 1 << 30) or 0,
+        local_buffer_size=take_size(own, "local_buffer_size", 16 << 20) or 0,
+        replica_num=int(positive(own, "replica_num", 1, whole=True)),
+        soft_pin_ttl=positive(own, "soft_pin_ttl", 0, zero=True),
+        hard_pin=take_switch(own, "hard_pin"),
+        prefix=take_text(own, "prefix", "rootcellar-"),
+        timeout=positive(own, "timeout", 5.0),
+    )
+    nothing_else(own, "mooncake", _KNOWN)
+    return settings
+
+
+class MooncakeStore:
+    """A :class:`~rootcellar.tiers.store.Store` on Mooncake."""
+
+    verifies = False
+
+    def __init__(self, settings: MooncakeSettings) -> None:
+        """Raises ``ConfigError``: Mooncake is missing, or its master is not there."""
+        self.settings = settings
+        try:  # its client waits for a master for minutes
+            socket.create_connection(settings.master, settings.timeout).close()
+        except OSError as error:
+            at = f"{settings.master[0]}:{settings.master[1]}"
+            raise ConfigError(f"the mooncake store has no master at {at}: {error}; start mooncake_master") from None
+        os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
+        module = need("mooncake.store", "rootcellar[mooncake]", "a mooncake store")
+        self._store: Any = module.MooncakeDistributedStore()
+        self._how: Any = module.ReplicateConfig()
+        self._how.replica_num = settings.replica_num
+        self._how.with_hard_pin = settings.hard_pin
+        if settings.soft_pin_ttl:
+            self._how.soft_pin_ttl_ms = int(settings.soft_pin_ttl * 1000)
+        code = self._store.setup(
+            settings.local_hostname,
+            settings.metadata_server,
+            settings.global_segment_size,
+            settings.local_buffer_size,
+            settings.protocol,
+            settings.device_name,
+            f"{settings.master[0]}:{settings.master[1]}",
+        )
+        if code != 0:
+            raise ConfigError(f"the mooncake store cannot be set up: Mooncake says {code}, and why in its log")
+        self._passage = Passage()
+        self._lock = threading.Lock()
+        self._shown: list[tuple[int, int, memoryview]] = []
+        """Where memory begins and ends that Mooncake knows; it must stay."""
+        self._staging = threading.Lock()
+        self._stage: memoryview | None = None
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """See ``Store``. Raises ``OSError``."""
+        check_names(names)
+        if not names:
+            return []
+        with self._passage:
+            codes = self._store.batch_is_exist(self._keys(names))
+        if any(code < 0 for code in codes):
+            raise OSError(f"Mooncake answered {min(codes)} to the question what is there")
+        return [code == 1 for code in codes]
+
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``. Raises ``OSError``."""
+        check_names(names, into)
+        views = [view.cast("B") for view in into]
+        if not names:
+            return []
+        with self._passage, self._in_registered(views) as places:
+            sizes = [len(view) for view in views]
+            codes = self._store.batch_get_into(self._keys(names), [_address(place) for place in places], sizes)
+            found = [code == size for code, size in zip(codes, sizes, strict=True)]
+            for view, place, whole in zip(views, places, found, strict=True):
+                if whole and place is not view:
+                    view[:] = place
+        wrong = [code for code in codes if code < 0 and code not in _GONE and code != _OTHER_LENGTH]
+        if wrong and not any(found):
+            raise OSError(f"Mooncake answered {wrong[0]} to a get")
+        return found
+
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``; False where no client has room. Raises ``OSError``."""
+        check_names(names, blocks)
+        views = [block.cast("B") for block in blocks]
+        if not names:
+            return []
+        with self._passage, self._in_registered(views) as places:
+            for view, place in zip(views, places, strict=True):
+                if place is not view:
+                    place[:] = view
+            keys, sizes = self._keys(names), [len(view) for view in views]
+            codes = self._store.batch_put_from(keys, [_address(place) for place in places], sizes, self._how)
+        wrong = [code for code in codes if code not in (0, _NO_ROOM)]
+        if wrong:
+            raise OSError(f"Mooncake answered {wrong[0]} to a put")
+        return [code == 0 for code in codes]
+
+    def clear(self) -> int:
+        """See ``Store``: every object whose key begins with our prefix, leased or not. Raises ``OSError``."""
+        with self._passage:
+            count = int(self._store.remove_by_regex(f"^{re.escape(self.settings.prefix)}.*", True))
+        if count < 0:
+            raise OSError(f"Mooncake answered {count} to a clearing")
+        return count
+
+    def register(self, buffer: memoryview) -> None:
+        """See ``Store``: Mooncake sends from this memory and receives there. Raises ``OSError``."""
+        start = _address(buffer)
+        with self._passage:
+            code = self._store.register_buffer(start, buffer.nbytes)
+        if code != 0:
+            raise OSError(f"Mooncake answered {code} to a registration")
+        with self._lock:
+            self._shown.append((start, start + buffer.nbytes, buffer))
+
+    def close(self) -> None:
+        """See ``Store``; calls that are under way end first. What lies in this process is lost to all."""
+        if self._passage.shut():
+            self._store.close()
+
+    def _keys(self, names: Sequence[bytes]) -> list[str]:
+        return [self.settings.prefix + name.hex() for name in names]
+
+    @contextmanager
+    def _in_registered(self, views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+        """The views themselves where all lie in registered memory, and else as many bytes of memory that is."""
+        with self._lock:
+            shown = list(self._shown)
+        starts = [_address(view) for view in views]
+        if all(any(a <= at and at + len(v) <= b for a, b, _ in shown) for at, v in zip(starts, views, strict=True)):
+            yield views
+            return
+        with self._staging:
+            total = sum(len(view) for view in views)
+            if self._stage is None or len(self._stage) < total:
+                self._stage = memoryview(mmap.mmap(-1, total))
+                self.register(self._stage)
+            ends = np.cumsum([len(view) for view in views]).tolist()
+            yield [self._stage[end - len(view) : end] for end, view in zip(ends, views, strict=True)]
+
+
+def open_store(extra: Mapping[str, object], _identity: str) -> MooncakeStore:
+    """See ``registry``."""
+    return MooncakeStore(read_settings(extra))
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)

@@ -1,0 +1,230 @@
+"""NIXL's plugin ``POSIX``: a file a page in a folder, which NIXL writes from the guard's memory and reads into it.
+
+A file is written beside its place and then renamed. What is there is asked of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from rootcellar.errors import ConfigError
+from rootcellar.tiers.numbers import positive
+from rootcellar.tiers.settings import need, nothing_else, take_choice, take_text
+from rootcellar.tiers.store import check_names
+from rootcellar.tiers.stores.passage import Passage
+
+_POLL = 5e-5
+_AT_ONCE = 64
+"""Pages of one transfer, and files that are open for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NixlSettings:
+    """Of a store on NIXL."""
+
+    path: Path
+    timeout: float = 5.0
+    """Seconds that a transfer may take."""
+
+
+def read_settings(extra: Mapping[str, object]) -> NixlSettings:
+    """What ``--hicache-storage-backend-extra-config`` says of it. Raises ``ConfigError``."""
+    own = dict(extra)
+    take_choice(own, "plugin", ("POSIX",), "POSIX")
+    settings = NixlSettings(Path(take_text(own, "path")).expanduser(), positive(own, "timeout", 5.0))
+    nothing_else(own, "nixl", "plugin, path, timeout")
+    return settings
+
+
+class _Folder:
+    """Where files lie; of each NIXL's descriptor (offset, length, file, more), None where it is not there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._parts: dict[int, Path] = {}
+
+    def _file(self, name: bytes) -> Path:
+        word = name.hex()
+        return self._path / word[:2] / word
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        return [self._file(name).exists() for name in names]
+
+    def reading(self, names: Sequence[bytes], sizes: Sequence[int], stack: ExitStack) -> list[Any]:
+        found: list[Any] = []
+        for name, size in zip(names, sizes, strict=True):
+            try:
+                fd = os.open(self._file(name), os.O_RDONLY)
+            except FileNotFoundError:
+                found.append(None)
+                continue
+            stack.callback(os.close, fd)
+            found.append((0, size, fd, "") if os.fstat(fd).st_size == size else None)
+        return found
+
+    def writing(self, names: Sequence[bytes], sizes: Sequence[int], stack: ExitStack) -> list[Any]:
+        made: list[Any] = []
+        for name, size in zip(names, sizes, strict=True):
+            part = self._file(name).with_name(f"{uuid4().hex}.part")
+            part.parent.mkdir(exist_ok=True)
+            fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
+            stack.callback(os.close, fd)
+            stack.callback(part.unlink, missing_ok=True)
+            self._parts[fd] = part
+            made.append((0, size, fd, ""))
+        return made
+
+    def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
+        for name, (_, _, fd, _) in zip(names, descriptors, strict=True):
+            self._parts.pop(fd).replace(self._file(name))
+
+
+class _Agent:
+    """One of NIXL's agents; one call at a time."""
+
+    def __init__(self, settings: NixlSettings) -> None:
+        api = need("nixl._api", "rootcellar[nixl]", "a nixl store")
+        self._name = f"rootcellar-{uuid4().hex}"
+        # Its thread would turn round and round; storage needs none.
+        self._agent: Any = api.nixl_agent(self._name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        self._agent.create_backend("POSIX", {})
+        self._timeout = settings.timeout
+        self.lock = threading.Lock()
+
+    def move(self, verb: str, views: Sequence[memoryview], descriptors: Sequence[Any]) -> bool:
+        """Carry out a transfer; whether all of it was done. Raises ``OSError`` when it takes too long."""
+        local = [(int(np.frombuffer(view, np.uint8).ctypes.data), len(view), 0, "") for view in views]
+        with self._registered(local, "DRAM"), self._registered(list(descriptors), "FILE"):
+            ours = self._agent.get_xfer_descs([each[:3] for each in local], "DRAM")
+            theirs = self._agent.get_xfer_descs([each[:3] for each in descriptors], "FILE")
+            handle = self._agent.initialize_xfer(verb, ours, theirs, self._name)
+            try:
+                state = self._agent.transfer(handle)
+                until = time.monotonic() + self._timeout
+                while state == "PROC":
+                    if time.monotonic() > until:
+                        raise OSError(f"NIXL did not end a transfer within {self._timeout:g} s")
+                    time.sleep(_POLL)
+                    state = self._agent.check_xfer_state(handle)
+                return bool(state == "DONE")
+            finally:
+                self._agent.release_xfer_handle(handle)
+
+    @contextmanager
+    def _registered(self, descriptors: list[Any], kind: str) -> Iterator[None]:
+        held = self._agent.register_memory(descriptors, kind)
+        try:
+            yield
+        finally:
+            self._agent.deregister_memory(held)
+
+
+class NixlStore:
+    """A :class:`~rootcellar.tiers.store.Store` on one of NIXL's plugins."""
+
+    verifies = False
+
+    def __init__(self, settings: NixlSettings) -> None:
+        """Raises ``ConfigError``: NIXL or its plugin is missing, or the folder cannot be made."""
+        self.settings = settings
+        try:
+            settings.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"path={str(settings.path)!r} cannot be used: {error.strerror}") from None
+        try:
+            self._reader, self._writer = _Agent(settings), _Agent(settings)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"the nixl store's plugin POSIX cannot be used: {error!r}") from error
+        self._folder = _Folder(settings.path)
+        self._passage = Passage()
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """See ``Store``. Raises ``OSError``."""
+        check_names(names)
+        with self._passage:
+            return self._folder.has(names)
+
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``. Raises ``OSError``."""
+        check_names(names, into)
+        views = [view.cast("B") for view in into]
+        found: list[bool] = []
+        with self._passage:
+            for start in range(0, len(names), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                with self._reader.lock, ExitStack() as stack, _as_os_error():
+                    found += self._read(names[some], views[some], stack)
+        return found
+
+    def _read(self, names: Sequence[bytes], views: Sequence[memoryview], stack: ExitStack) -> list[bool]:
+        descriptors = self._folder.reading(names, [len(view) for view in views], stack)
+        here = [i for i, each in enumerate(descriptors) if each is not None]
+        if not here:
+            return [False] * len(names)
+        if self._moved([views[i] for i in here], [descriptors[i] for i in here]):
+            return [each is not None for each in descriptors]
+        # One of them cannot be read: all the others can.
+        alone = [i for i in here if self._moved([views[i]], [descriptors[i]])]
+        if not alone:
+            raise OSError("NIXL could read nothing of what is there")
+        return [i in alone for i in range(len(names))]
+
+    def _moved(self, views: Sequence[memoryview], descriptors: Sequence[Any]) -> bool:
+        return self._reader.move("READ", views, descriptors)
+
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """See ``Store``. Raises ``OSError``."""
+        check_names(names, blocks)
+        views = [block.cast("B") for block in blocks]
+        with self._passage:
+            for start in range(0, len(names), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                with self._writer.lock, ExitStack() as stack, _as_os_error():
+                    descriptors = self._folder.writing(names[some], [len(view) for view in views[some]], stack)
+                    if not self._writer.move("WRITE", views[some], descriptors):
+                        raise OSError("NIXL could not write")
+                    self._folder.written(names[some], descriptors)
+        return [True] * len(names)
+
+    def clear(self) -> int:
+        """See ``Store``."""
+        with self._passage:
+            pages = [path for path in self.settings.path.glob("??/*") if not path.suffix]
+            for path in pages:
+                path.unlink(missing_ok=True)
+        return len(pages)
+
+    def register(self, _buffer: memoryview) -> None:
+        """Registering costs this plugin nothing, so each transfer does it."""
+
+    def close(self) -> None:
+        """See ``Store``; calls that are under way end first."""
+        self._passage.shut()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What NIXL raises, as ``OSError``."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"NIXL failed: {error!r}") from error
+
+
+def open_store(extra: Mapping[str, object], _identity: str) -> NixlStore:
+    """See ``registry``."""
+    return NixlStore(read_settings(extra))

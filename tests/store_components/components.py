@@ -1,0 +1,248 @@
+"""The components that stores stand on, each started as its users start it: what is missing says so.
+
+A ``Component`` opens stores on a medium of their own: what one test puts no other sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rootcellar.tiers.conformance.subject import ServerProcess, Subject
+from rootcellar.tiers.stores.registry import open_bare
+
+ENVIRONMENTS = Path(os.environ.get("ROOTCELLAR_STORES", Path(__file__).parents[2] / ".venv-stores"))
+"""Where ``scripts/test_stores.sh`` has put what it could install."""
+_fresh = itertools.count()
+
+
+class Missing(Exception):
+    """This component cannot be run here, and why."""
+
+
+@dataclass
+class Component:
+    """A running component.
+
+    ``backend`` with ``extra(fresh)`` opens a store on it; ``fresh`` is a word that no test had before.
+    """
+
+    backend: str
+    extra: Callable[[str], dict]
+    version: str
+    server: ServerProcess | None = None
+    deletes: bool = True
+    close: Callable[[], None] = field(default=lambda: None)
+
+    def settings(self) -> dict:
+        return self.extra(f"t{os.getpid()}n{next(_fresh)}")
+
+    def subject(self) -> Subject:
+        opened = functools.partial(open_bare, self.backend, self.settings(), "tests")
+        return Subject(opened, opened, self.server, self.deletes)
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.kill()
+        self.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _program(name: str, how: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise Missing(f"{name} is not installed: {how}")
+    return found
+
+
+def _in(environment: str, program: str) -> str:
+    found = ENVIRONMENTS / environment / "bin" / program
+    if not found.exists():
+        raise Missing(f"{program} is not in the environment {environment}: make test-stores makes it")
+    return str(found)
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return (done.stdout + done.stderr).strip()
+
+
+def _installed(package: str, environment: str = "client") -> str:
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return _said([_in(environment, "python"), "-c", code])
+
+
+def _serve(command: list[str], folder: Path, backend: str, extra: dict) -> ServerProcess:
+    def answers():
+        store = open_bare(backend, extra, "tests")
+        try:
+            store.has([bytes(32)])
+        finally:
+            store.close()
+
+    return ServerProcess(command, folder / "log", answers)
+
+
+def redis(folder: Path) -> Component:
+    program = _program("redis-server", "apt-get install redis-server")
+    path = folder / "socket"
+    command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
+    url = f"unix://{path}"
+    server = _serve(command, folder, "redis", {"url": url, "timeout": 2})
+    server.start()
+    version = _said([program, "--version"]).partition("v=")[2].partition(" ")[0]
+    return Component("redis", lambda fresh: {"url": url, "prefix": f"{fresh}:", "timeout": 2}, version, server)
+
+
+def redis_tls(folder: Path) -> Component:
+    """Over TLS, with a password, on a port: other settings of the same."""
+    program, openssl = _program("redis-server", "apt-get install redis-server"), _program("openssl", "apt-get")
+    port, key, cert = free_port(), folder / "key.pem", folder / "cert.pem"
+    request = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
+    _said([*request, "-out", str(cert), "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"])
+    command = [
+        program,
+        "--port",
+        "0",
+        "--tls-port",
+        str(port),
+        "--tls-cert-file",
+        str(cert),
+        "--tls-key-file",
+        str(key),
+    ]
+    command += ["--tls-auth-clients", "no", "--requirepass", "open sesame", "--save", "", "--dir", str(folder)]
+    command += ["--bind", "127.0.0.1"]
+    extra = {"url": f"rediss://localhost:{port}/1", "password": "open sesame", "ca_certs": str(cert), "timeout": 2}
+    server = _serve(command, folder, "redis", extra)
+    server.start()
+    return Component("redis", lambda fresh: {**extra, "prefix": f"{fresh}:"}, "TLS", server)
+
+
+def s3(folder: Path) -> Component:
+    port, bucket = free_port(), "pages"
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+    extra = {"bucket": bucket, "endpoint_url": f"http://127.0.0.1:{port}", **keys, "timeout": 2}
+
+    def answers():
+        with_bucket(extra)
+
+    command = [_in("client", "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = ServerProcess(command, folder / "log", answers)
+    server.start()
+    version = f"moto_server {_installed('moto')}, botocore {_installed('botocore')}"
+    return Component("s3", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server)
+
+
+def with_bucket(extra: dict) -> None:
+    """Make the bucket of an S3 store, whose server forgets it when it ends."""
+    from botocore.config import Config
+    from botocore.session import get_session
+
+    client = get_session().create_client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=extra["endpoint_url"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5),
+    )
+    client.create_bucket(Bucket=extra["bucket"])
+    client.close()
+
+
+def lmcache(folder: Path) -> Component:
+    port = free_port()
+    extra = {"url": f"lm://127.0.0.1:{port}", "timeout": 2}
+    environment = ["env", "OMP_NUM_THREADS=1", "LMCACHE_TRACK_USAGE=false"]
+    command = [*environment, _in("lmcache", "lmcache_server"), "127.0.0.1", str(port)]
+    server = _serve(command, folder, "lmcache", extra)
+    server.start()
+    version = _installed("lmcache", "lmcache")
+    return Component("lmcache", lambda fresh: {**extra, "namespace": fresh}, version, server, deletes=False)
+
+
+def mooncake(folder: Path) -> Component:
+    """With a client that lends memory as long as the tests run, so that what is put outlives whoever put it."""
+    port, metrics = free_port(), free_port()
+    command = [_in("client", "mooncake_master"), "-rpc_address=127.0.0.1", f"-rpc_port={port}"]
+    command += ["-metrics_host=127.0.0.1", f"-metrics_port={metrics}", "-default_kv_lease_ttl=500"]
+    extra = {"master_server_address": f"127.0.0.1:{port}", "global_segment_size": 0}
+
+    def answers():
+        socket.create_connection(("127.0.0.1", port), 1).close()
+
+    server = ServerProcess(command, folder / "log", answers)
+    server.start()
+    holder = open_bare("mooncake", {**extra, "global_segment_size": "512MiB"}, "tests")
+    version = _installed("mooncake-transfer-engine-non-cuda")
+    return Component("mooncake", lambda fresh: {**extra, "prefix": fresh}, version, server, close=holder.close)
+
+
+def nixl_posix(folder: Path) -> Component:
+    version = f"NIXL {_installed('nixl')} POSIX"
+    return Component("nixl", lambda fresh: {"path": str(folder / fresh)}, version)
+
+
+def hf3fs(folder: Path) -> Component:
+    """On a real FUSE mount, bindfs; 3FS itself needs a cluster."""
+    program = _program("bindfs", "apt-get install bindfs fuse3")
+    under, mount = folder / "under", folder / "mount"
+    under.mkdir()
+    mount.mkdir()
+    said = _said([program, str(under), str(mount)])
+    if not os.path.ismount(mount):
+        raise Missing(f"bindfs cannot mount: {said or 'no reason given'}")
+
+    def unmount():
+        _said(["umount", "--lazy", str(mount)])
+
+    def extra(fresh: str) -> dict:
+        return {"file_path_prefix": str(mount / fresh), "file_size": "256MiB"}
+
+    return Component("hf3fs", extra, f"FUSE by {_said([program, '--version'])}", close=unmount)
+
+
+def aibrix(folder: Path, l2: str = "SHFS") -> Component:
+    python = _in("aibrix", "python")
+    version = f"aibrix-kvcache {_installed('aibrix-kvcache', 'aibrix')} {l2}"
+    return Component("aibrix", lambda fresh: {"python": python, "path": str(folder / fresh), "l2": l2}, version)
+
+
+def chain(folder: Path) -> Component:
+    """A file store in front of Redis."""
+    far = redis(folder)
+
+    def extra(fresh: str) -> dict:
+        near = {"backend": "file", "path": str(folder / fresh), "min_free_space": 0, "max_size": "256MiB"}
+        return {"stores": [near, {"backend": "redis", **far.extra(fresh)}]}
+
+    return Component("chain", extra, f"file and Redis {far.version}", close=far.stop)
+
+
+COMPONENTS: dict[str, Callable[[Path], Component]] = {
+    "redis": redis,
+    "redis-tls": redis_tls,
+    "s3": s3,
+    "lmcache": lmcache,
+    "mooncake": mooncake,
+    "nixl-posix": nixl_posix,
+    "hf3fs": hf3fs,
+    "aibrix": aibrix,
+    "chain": chain,
+}
+"""By name; each starts one, in a folder of its own, or raises ``Missing``."""
+PYTHON = sys.executable

@@ -1,0 +1,28 @@
+"""The benchmark of stores runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from components import Missing, redis
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_stores_are_measured_beside_memcpy(tmp_path):
+    try:
+        redis(tmp_path).stop()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    words = ["--stores", "redis,nothing", "--rounds", "1", "--mib", "4", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "stores.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
+    done = subprocess.run([*command, "--stores", "redis"], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["size"] for row in rows] == ["256 KiB", "1 MiB", "4 MiB"]
+    assert all(row[way] > 0 for row in rows for way in ("memcpy", "put", "get"))

@@ -1,0 +1,70 @@
+"""Slots of a file on a shared mount: what is reserved, who may read, and what makes room."""
+
+import os
+
+import pytest
+from stores import get, name, put
+
+from rootcellar.tiers.stores.hf3fs import Hf3fsSettings, Hf3fsStore
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def opened(path, clock, **settings):
+    return Hf3fsStore(Hf3fsSettings(path / "pages", **{"file_size": 4 * 8192, **settings}), clock)
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path, clock):
+    store = opened(tmp_path, clock)
+    for i in range(4):
+        clock.seconds += 1
+        assert put(store, [i]) == [True]
+    clock.seconds += 1
+    assert get(store, 0)
+    assert put(store, [4]) == [True]
+    assert store.has([name(i) for i in range(5)]) == [True, False, True, True, True]
+    assert all(get(store, i) for i in (0, 2, 3, 4))
+    assert put(store, [5, 6, 7, 8, 9]) == [True] * 4 + [False]  # within a call nothing makes room by what it brought
+    store.close()
+
+
+def test_a_page_that_is_too_large_for_the_file_is_not_kept(tmp_path, clock):
+    store = opened(tmp_path, clock)
+    assert put(store, [1], 5 * 8192) == [False]
+    assert not get(store, 1, 5 * 8192)
+    store.close()
+
+
+def test_nobody_reads_what_is_not_written_and_a_dead_writers_slot_is_taken_back(tmp_path, clock, monkeypatch):
+    store, other = opened(tmp_path, clock), opened(tmp_path, clock)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", lambda *_: (_ for _ in ()).throw(OSError("the mount is gone")))
+        with pytest.raises(OSError, match="the mount is gone"):
+            put(store, [1])
+    assert other.has([name(1)]) == [False]
+    assert put(other, [1]) == [False]  # as far as it knows, it is being written
+    clock.seconds += 61
+    assert put(other, [1]) == [True]
+    assert get(store, 1)
+    store.close()
+    other.close()
+
+
+def test_shards_write_into_files_of_their_own_and_read_all(tmp_path, clock):
+    first, second = opened(tmp_path, clock, shard=0), opened(tmp_path, clock, shard=1)
+    assert put(first, [1]) == put(second, [2]) == [True]
+    assert get(first, 2)
+    assert get(second, 1)
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["pages.0.8192.bin", "pages.1.8192.bin"]
+    first.close()
+    second.close()
