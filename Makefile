@@ -53,7 +53,7 @@ test-stores: $(REFERENCE_VENV)/.stamp  ## Run stores on other people's component
 fuzz: $(VENV)/.stamp-dev  ## Run the long, nightly tests.
 	@$(RUN)python -m pytest -m "long and not stores" --timeout 0 $(ARGS)
 
-sanitize: $(VENV)/.stamp-dev  ## Run the native cache core with sanitizers against the Python core (ARGS="STEPS SEED").
+sanitize: $(VENV)/.stamp-dev  ## Run the attention kernels and the cache core with sanitizers (ARGS="STEPS SEED" for the core).
 	@$(RUN)python scripts/sanitize.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## Check format, style, types and the direction of imports.

@@ -1,8 +1,10 @@
-"""The native cache core under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
+"""The C++ parts under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
 
-Builds the core with both in ``build/sanitize`` and lets it run in lockstep with the Python core, which any bad access
-and any undefined behaviour ends with a report. Needs GCC or Clang with their sanitizer runtimes. The interpreter's own
-leaks would drown ours, so leaks are not looked for here; ``tests/cache/test_native_core.py`` counts memory instead.
+Builds them with both in ``build/sanitize``. The attention kernels run beside attention written out, over random batches
+and with each instruction set that this processor has (``tests/ops/check_attention.cc``); the cache core runs in
+lockstep with the Python one. Any bad access and any undefined behaviour ends that with a report. Needs GCC or Clang
+with their sanitizer runtimes. The interpreter's own leaks would drown ours, so leaks are not looked for there;
+``tests/cache/test_native_core.py`` counts memory instead.
 """
 
 import os
@@ -61,6 +63,7 @@ def runtime() -> str:
 def main() -> None:
     steps, seed = [*sys.argv[1:], *("20000", "0")[len(sys.argv) - 1 :]]
     build()
+    subprocess.run([BUILD / "check_attention", "25", seed], check=True)
     environment = os.environ | {
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
