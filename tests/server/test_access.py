@@ -19,7 +19,10 @@ from rootcellar.server.callers import Access, Caller, Callers
 from rootcellar.server_config import ServerConfig
 from serving import on_thread
 
-USER = ("/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize", "/abort_request")
+USER = (
+    "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses",
+    "/generate", "/tokenize", "/detokenize", "/abort_request",
+)  # fmt: skip
 ADMIN = (
     "/hicache/storage-backend/clear",
     "/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/resume_memory_occupation", "/sleep",

@@ -1,5 +1,6 @@
 """Anthropic's messages: blocks, tools, streams, what is kept, errors."""
 
+import asyncio
 import json
 
 import httpx
@@ -7,8 +8,10 @@ import pytest
 from test_tools import CLOCK, WEATHER
 
 import rootcellar
+from rootcellar.errors import RequestTooLarge
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
+from rootcellar.server.keeping import Keeper
 from serving import on_thread
 
 USER = {"role": "user", "content": "What is a KV cache?"}
@@ -252,6 +255,45 @@ def test_what_is_to_be_kept_outlasts_a_flood_and_no_longer_than_it_should():
         client.post("/flush_cache?timeout=5")
         assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
         engine.check()
+
+
+class Pinning:
+    """What a ``Keeper`` asks of an engine, with room for so many tokens."""
+
+    def __init__(self, room):
+        self.room = room
+        self.pinned = {}
+
+    def pin(self, ids, seconds, *, tenant, cache_salt, extra_key, share):
+        others = sum(len(each) for name, each in self.pinned.items() if name != (tenant, tuple(ids)))
+        if others + len(ids) > self.room * share:
+            raise RequestTooLarge("no room")
+        self.pinned[tenant, tuple(ids)] = ids
+        return {"pinned_tokens": len(ids)}
+
+    def unpin(self, ids, *, tenant, cache_salt, extra_key):
+        return self.pinned.pop((tenant, tuple(ids)), None) is not None
+
+
+def test_what_is_kept_is_kept_once_by_the_longest_of_a_conversation():
+    now, engine = [0.0], Pinning(20)
+    keeper = Keeper(engine, lambda: now[0])
+
+    def keep(ids, seconds=10.0, tenant="t", share=1.0):
+        where = {"tenant": tenant, "cache_salt": "", "extra_key": ""}
+        return asyncio.run(keeper.keep(ids, seconds, where, share))
+
+    assert keep([1, 2, 3]) == keep([7, 8, 9]) == keep([1, 2, 4]) == 3
+    assert keep([1, 2, 3, 4, 5]) == 5
+    assert set(engine.pinned) == {("t", (7, 8, 9)), ("t", (1, 2, 4)), ("t", (1, 2, 3, 4, 5))}
+    assert keep([7, 8, 9], tenant="u") == 3
+    assert keep([7, 8, 9, *range(20)]) == 0  # no room: what there was stays
+    assert ("t", (7, 8, 9)) in engine.pinned
+    assert keep([1, 2, 3, 4, 5, 6], seconds=5.0) == 6  # the shorter lasts longer
+    assert ("t", (1, 2, 3, 4, 5)) in engine.pinned
+    now[0] = 11.0  # the engine has let go of all, and nothing is asked of it
+    engine.pinned.clear()
+    assert keep([1, 2, 3, 4, 5, 6, 7]) == 7
 
 
 def test_a_prompt_that_is_too_long_to_be_kept_is_answered_all_the_same():

@@ -20,7 +20,7 @@ _MOST = 1024
 Namespace = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself: arrays do not say whether they are equal
 class _Pinned:
     where: Namespace
     ids: NDArray[np.int32]
