@@ -188,8 +188,8 @@ def test_llm_calls_a_tool_and_hears_its_result(url, scripted, tmp_path):
     )
     (tmp_path / "keys.json").write_text(json.dumps({"rootcellar": "secret"}))
     functions = (
-        "from typing import Literal\n"
-        'def weather(city: Literal["Paris", "Rome"]) -> str:\n    "The weather."\n    return "It is sunny in " + city\n'
+        "import typing\n"
+        'def weather(city: typing.Literal["Paris", "Rome"]) -> str:\n    "The weather."\n    return "It is sunny in " + city\n'
     )
     words = ["-m", "demo", "--functions", functions, "--td", "-o", "max_tokens", "100", QUESTION]
     done = subprocess.run(
