@@ -189,7 +189,8 @@ def test_llm_calls_a_tool_and_hears_its_result(url, scripted, tmp_path):
     (tmp_path / "keys.json").write_text(json.dumps({"rootcellar": "secret"}))
     functions = (
         "import typing\n"
-        'def weather(city: typing.Literal["Paris", "Rome"]) -> str:\n    "The weather."\n    return "It is sunny in " + city\n'
+        'def weather(city: typing.Literal["Paris", "Rome"]) -> str:\n'
+        '    "The weather."\n    return "It is sunny in " + city\n'
     )
     words = ["-m", "demo", "--functions", functions, "--td", "-o", "max_tokens", "100", QUESTION]
     done = subprocess.run(
