@@ -86,6 +86,7 @@ def matched(routes, path):
     """The right of the route that a path, once decoded, names exactly; None: no route's."""
     for route in routes:
         pattern = re.sub(r"\\\{\w+:path\\\}", ".*", re.escape(route.path))
+        pattern = re.sub(r"\\\{\w+\\\}", "[^/]+", pattern)
         if re.fullmatch(pattern, path):
             return route.access
     return None
