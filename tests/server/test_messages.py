@@ -174,6 +174,17 @@ def test_blocks_become_the_messages_that_templates_know():
     assert marks == [Mark(0, 300), Mark(1, 3600), Mark(5, 300)]
 
 
+def test_a_system_that_speaks_later_is_told_in_the_user_s_turn():
+    later = {"role": "system", "content": "Hurry."}
+    spoken = [later, USER, later, {"role": "assistant", "content": "Yes."}, later]
+    assert chat(messages=spoken)[1] == [
+        later,
+        {"role": "user", "content": f"{USER['content']}\n<system-reminder>\nHurry.\n</system-reminder>"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "<system-reminder>\nHurry.\n</system-reminder>"},
+    ]
+
+
 def test_settings_are_a_chat_s():
     made, _, marks = chat(
         thinking={"type": "disabled"}, output_config={"effort": "max", "format": {"type": "json_schema", "schema": {}}},

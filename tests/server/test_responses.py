@@ -195,6 +195,31 @@ def test_items_become_the_messages_that_templates_know():
     assert made.response_format.json_schema.strict is True
 
 
+def test_functions_of_a_namespace_are_called_by_both_names(server):
+    function = {"type": "function", **WEATHER["function"]}
+    space = {"type": "namespace", "name": "skies", "description": "All about the sky.", "tools": [function]}
+    options = {"tools": [space], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 120}
+    whole, pieces = ask(server, **options), ask(server, **options, stream=True)
+    (call,) = whole["output"]
+    assert (call["namespace"], call["name"]) == ("skies", "get_weather")
+    assert plain(pieces[-1]["response"]) == plain(whole)
+    turns = ask(
+        server,
+        input=[
+            {"role": "user", "content": "x"},
+            call,
+            {"type": "function_call_output", "call_id": call["call_id"], "output": "sun"},
+        ],
+        **options,
+    )
+    assert turns["output"][0]["namespace"] == "skies"
+    body = ResponsesRequest.model_validate({"input": [{"role": "user", "content": "x"}, call], "tools": [space]})
+    made = chat_of(body, [])[0]
+    assert made.tools[0].function.name == "skies.get_weather"
+    assert made.tools[0].function.description == "All about the sky.\n\nDoes get_weather."
+    assert made.messages[1].for_template()["tool_calls"][0]["function"]["name"] == "skies.get_weather"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -203,6 +228,12 @@ def test_items_become_the_messages_that_templates_know():
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "input_text"),
         ({"background": True}, "background", "not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools", "function"),
+        (
+            {"tools": [{"type": "namespace", "name": "a" * 128, "tools": [{"type": "function", "name": "b"}]}]},
+            "tools",
+            "long",
+        ),
+        ({"tools": [{"type": "function", "name": "b"}] * 2}, "tools", "two tools"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"max_output_token": 5}, "max_output_token", "max_output_tokens"),
         ({"max_output_tokens": -5}, "max_output_tokens", "max_output_tokens"),

@@ -51,12 +51,24 @@ def chat_of(body: CountRequest) -> tuple[ChatRequest, list[Mark]]:
         mark(block.cache_control)
     names: dict[str, str] = {}
     for message in body.messages:
-        messages.extend(_turn(message, names))
+        for turn in _turn(message, names):
+            _add(messages, turn)
         for each in message.content if isinstance(message.content, list) else ():
             if isinstance(each, TextBlock | ToolUseBlock | ToolResultBlock):
                 mark(each.cache_control)
     mark(body.cache_control)
     return ChatRequest.model_validate({**_settings(body, messages[-1]), "messages": messages}), marks
+
+
+def _add(messages: list[dict[str, Any]], turn: dict[str, Any]) -> None:
+    """Add a turn. Few templates know a system that speaks later: then it is told in the user's turn, and marked so."""
+    if turn["role"] == "system" and any(each["role"] != "system" for each in messages):
+        said = f"<system-reminder>\n{turn['content']}\n</system-reminder>"
+        if messages[-1]["role"] == "user":
+            messages[-1]["content"] += f"\n{said}"
+            return
+        turn = {"role": "user", "content": said}
+    messages.append(turn)
 
 
 def _turn(message: AnthropicMessage, names: dict[str, str]) -> Iterator[dict[str, Any]]:

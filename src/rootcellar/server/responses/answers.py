@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,12 @@ Output = dict[str, Any]
 class ItemWriter:
     """The items of one answer as it is made, and the events that tell of them.
 
-    ``items`` are those that there are; each event has the next ``number``.
+    ``spaces`` are the namespaces of functions by the names that the model is told. ``items`` are those that there are;
+    each event has the next ``number``.
     """
 
     speaker: Speaker
+    spaces: Mapping[str, str] = field(default_factory=dict)
     items: list[Output] = field(default_factory=list)
     number: int = 0
     _open: type[Utterance] | None = None
@@ -55,6 +57,9 @@ class ItemWriter:
                     call = self.speaker.calls[self._called]
                     self._called += 1
                     item = {"type": "function_call", "id": _id("fc"), "call_id": call.id, "name": call.name}
+                    if call.name in self.spaces:
+                        space = self.spaces[call.name]
+                        item |= {"namespace": space, "name": call.name.removeprefix(f"{space}.")}
                     yield from self._begin(Called, {**item, "arguments": ""}, None)
                 case Passed():
                     self.items[-1]["arguments"] += event.text

@@ -10,14 +10,17 @@ from rootcellar.server.openai.protocol import ChatRequest
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.responses.protocol import (
     CallItem,
+    FunctionTool,
     MessageItem,
     NamedFunction,
+    NamespaceTool,
     ResponseItem,
     ResponsesRequest,
     ResultItem,
     TextPart,
     ThoughtItem,
 )
+from rootcellar.server.tools import MOST_TOOLS
 
 Turn = dict[str, Any]
 
@@ -39,7 +42,8 @@ def turns_of(given: str | Sequence[ResponseItem]) -> list[Turn]:
                 if parts:
                     _speaking(turns, "reasoning_content")["reasoning_content"] = "\n".join(part.text for part in parts)
             case CallItem():
-                function = {"name": item.name, "arguments": item.arguments}
+                name = item.name if item.namespace is None else f"{item.namespace}.{item.name}"
+                function = {"name": name, "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 turn = _speaking(turns)
                 turn.setdefault("tool_calls", []).append(call)
@@ -68,6 +72,23 @@ def _text(content: str | Sequence[TextPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
+def functions_of(body: ResponsesRequest) -> dict[str, tuple[str | None, FunctionTool]]:
+    """What is offered, by the name that the model is told: each with its namespace. ``ApiError``: many, or alike."""
+    found: dict[str, tuple[str | None, FunctionTool]] = {}
+    for tool in body.tools or ():
+        space = tool.name if isinstance(tool, NamespaceTool) else None
+        for i, each in enumerate(tool.tools if isinstance(tool, NamespaceTool) else [tool]):
+            name = each.name if space is None else f"{space}.{each.name}"
+            if name in found or len(name) > 128:
+                raise invalid(f"two tools are called {name[:128]!r}, or that is too long a name", "tools")
+            told = [tool.description, each.description] if space is not None and not i else [each.description]
+            shown = "\n\n".join(text for text in told if text) or None
+            found[name] = space, each.model_copy(update={"description": shown})
+    if len(found) > MOST_TOOLS:
+        raise invalid(f"tools are {len(found)} functions: at most {MOST_TOOLS} are taken", "tools")
+    return found
+
+
 def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest, list[Turn]]:
     """The chat that ``body`` is, behind the turns ``before`` it; and its turns without instructions."""
     turns = [*before, *turns_of(body.input)]
@@ -84,9 +105,10 @@ def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest
     }
     given |= {name: getattr(body, name) for name in ("temperature", "top_p", "cache_salt", "extra_key", "request_id")}
     if body.tools:
-        shown = ("name", "description", "parameters", "strict")
+        shown = ("description", "parameters", "strict")
         given["tools"] = [
-            {"type": "function", "function": {name: getattr(tool, name) for name in shown}} for tool in body.tools
+            {"type": "function", "function": {"name": name, **{each: getattr(tool, each) for each in shown}}}
+            for name, (_, tool) in functions_of(body).items()
         ]
     choice = body.tool_choice
     named = isinstance(choice, NamedFunction)

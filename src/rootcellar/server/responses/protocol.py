@@ -40,11 +40,12 @@ class MessageItem(Body):
 class CallItem(Body):
     """A call of a function."""
 
-    ignored = {**_STATE, **{name: _NAMES[name] for name in ("namespace", "caller")}}  # noqa: RUF012
+    ignored = {**_STATE, "caller": _NAMES["caller"]}  # noqa: RUF012
 
     type: Literal["function_call"]
     call_id: str
     name: ToolName
+    namespace: ToolName | None = None
     arguments: str
 
 
@@ -103,6 +104,18 @@ class FunctionTool(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class NamespaceTool(Body):
+    """Functions of one name in front: each is offered as ``namespace.function``."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)]
+
+
+ResponseTool = Annotated[FunctionTool | NamespaceTool, Field(discriminator="type")]
 
 
 class NamedFunction(Body):
@@ -175,7 +188,7 @@ class ResponsesRequest(Body):
     previous_response_id: str | None = None
     store: bool | None = True
     stream: bool | None = False
-    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = None

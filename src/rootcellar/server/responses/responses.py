@@ -20,8 +20,8 @@ from rootcellar.server.openai.names import openai_names
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import tokenize
 from rootcellar.server.responses.answers import ItemWriter
-from rootcellar.server.responses.items import Turn, chat_of, turn_of
-from rootcellar.server.responses.protocol import ResponsesRequest
+from rootcellar.server.responses.items import Turn, chat_of, functions_of, turn_of
+from rootcellar.server.responses.protocol import FunctionTool, ResponsesRequest, ResponseTool
 from rootcellar.server.responses.stored import StoredResponse
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import ServerState, state_of
@@ -89,17 +89,21 @@ class _Responding:
     turns: list[Turn]
     _created: int = field(default_factory=lambda: int(time.time()))
 
+    def _writer(self) -> ItemWriter:
+        spaces = {name: space for name, (space, _) in functions_of(self.body).items() if space is not None}
+        return ItemWriter(Speaker(self.asked.reading), spaces)
+
     async def answer(self) -> Response:
         """The whole answer."""
         (result,) = await whole(self.request, self.state, **self.asked.arguments)
-        writer = ItemWriter(Speaker(self.asked.reading))
+        writer = self._writer()
         for _ in writer.write(writer.speaker.events(result["text"], ended=True)):
             pass
         return json_response(await self._end(writer, result))
 
     async def events(self, stream: Stream) -> AsyncGenerator[bytes]:
         """The answer as it is made."""
-        writer, sent = ItemWriter(Speaker(self.asked.reading)), Sent()
+        writer, sent = self._writer(), Sent()
         told = self._told([], "in_progress")
         yield writer.event("response.created", response=told)
         yield writer.event("response.in_progress", response=told)
@@ -162,11 +166,16 @@ class _Responding:
             "temperature": sampling.get("temperature", 1.0),
             "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": _plain(body.tool_choice) or "auto",
-            "tools": [{"strict": None, "parameters": None, **_plain(tool)} for tool in body.tools or ()],
+            "tools": [_shown(tool) for tool in body.tools or ()],
             "top_p": sampling.get("top_p", 1.0),
             "truncation": "disabled",
             "usage": None,
         }
+
+
+def _shown(tool: ResponseTool) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain(tool)
+    return {"strict": None, "parameters": None, **plain} if isinstance(tool, FunctionTool) else plain
 
 
 def _plain(value: Any) -> Any:
