@@ -223,14 +223,14 @@ def aibrix(folder: Path, l2: str = "SHFS") -> Component:
 
 
 def chain(folder: Path) -> Component:
-    """A file store in front of Redis."""
+    """Slots of a file, which several may share, in front of Redis."""
     far = redis(folder)
 
     def extra(fresh: str) -> dict:
-        near = {"backend": "file", "path": str(folder / fresh), "min_free_space": 0, "max_size": "256MiB"}
+        near = {"backend": "hf3fs", "file_path_prefix": str(folder / fresh), "file_size": "256MiB"}
         return {"stores": [near, {"backend": "redis", **far.extra(fresh)}]}
 
-    return Component("chain", extra, f"file and Redis {far.version}", close=far.stop)
+    return Component("chain", extra, f"hf3fs and Redis {far.version}", close=far.stop)
 
 
 COMPONENTS: dict[str, Callable[[Path], Component]] = {
