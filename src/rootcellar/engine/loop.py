@@ -187,7 +187,7 @@ class Loop:
                 except Exception as failure:  # what is left cannot be trusted: no more steps, nobody is left waiting
                     if not self._stopped.is_set():
                         log.log(level, "the engine could not recover and stops", exc_info=True)
-                    self._over(f"the engine stopped: {failure}")
+                    self._over(f"{_OVER}: {failure}")
         self._end_all()
 
     def _turn(self) -> None:
