@@ -70,7 +70,8 @@ class ServerState:
     def __post_init__(self) -> None:
         model = self.config.sampling_defaults == "model"
         self.sampling = sampling_defaults(self.engine.config.model_path) if model else {}
-        self.formats = Formats.of(self.config, self.engine.tokenizer)
+        tokenizer = None if self.engine.config.skip_tokenizer_init else self.engine.tokenizer
+        self.formats = Formats.of(self.config, tokenizer)
         self.keeper = Keeper(self.engine.prefixes)
         self.responses = Responses(self.config.response_ttl, self.config.max_stored_responses)
         self.callers = Callers.of(self.config)
