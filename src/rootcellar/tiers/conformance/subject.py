@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rootcellar.tiers.store import Store
 
-_STARTING = 60.0
+_STARTING = 90.0
+"""Seconds: more than those for which the system keeps the port of a server that was killed."""
 
 
 class ServerProcess:
@@ -23,23 +24,35 @@ class ServerProcess:
         """Not running yet. ``answers`` raises unless it is there; what it says goes into ``log``."""
         self._command, self._log, self._answers = list(command), log, answers
         self._process: subprocess.Popen[bytes] | None = None
+        self._ran = False
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises ``RuntimeError`` with its log when it does not within a minute."""
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        """Start it and wait until it answers. Raises ``RuntimeError`` with its log when it does not.
+
+        One that ran before and ends at once is started again: its port may not be free yet.
+        """
         until = time.monotonic() + _STARTING
+        self._process = self._begin()
         while True:
             try:
-                return self._answers()
+                self._answers()
             except Exception as error:
-                if self._process.poll() is not None or time.monotonic() > until:
+                ended = self._process.poll() is not None
+                if time.monotonic() > until or (ended and not self._ran):
                     self.kill()
                     said = self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
                     raise RuntimeError(f"{self._command[0]} does not serve ({error!r}):\n{said}") from error
-            time.sleep(0.05)
+                time.sleep(1.0 if ended else 0.05)
+                self._process = self._begin() if ended else self._process
+            else:
+                self._ran = True
+                return
+
+    def _begin(self) -> subprocess.Popen[bytes]:
+        with open(self._log, "ab") as log:
+            return subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def kill(self) -> None:
         """``kill -9``, of whatever it started too."""
