@@ -232,3 +232,25 @@ def test_a_client_s_tool_calls_reach_the_template(tmp_path):
     with rootcellar.Engine(model_path=folder, max_total_tokens=256) as engine, on_thread(engine) as url:
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 1}, timeout=60)
         assert answer.json()["usage"]["prompt_tokens"] == len(engine.tokenizer.encode('{"a": 2}'))
+
+
+def test_without_a_tokenizer_ids_are_answered_and_text_is_refused(tiny_folder):
+    settings = {"model_path": tiny_folder, "max_total_tokens": 128, "skip_tokenizer_init": True}
+    with rootcellar.Engine(**settings) as engine, on_thread(engine) as url, httpx.Client(base_url=url, timeout=60) as c:
+        body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+        answer = c.post("/generate", json=body)
+        assert (answer.status_code, len(answer.json()["output_ids"])) == (200, 2)
+        model, messages = c.get("/v1/models").json()["data"][0]["id"], [{"role": "user", "content": "hi"}]
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        for path, asked in {
+            "/generate": {"text": "hi"},
+            "/tokenize": {"prompt": "hi"},
+            "/v1/completions": {"prompt": "hi", "max_tokens": 1},
+            "/v1/chat/completions": {"messages": messages, "max_tokens": 1, "tools": [tool]},
+            "/v1/messages": {"model": model, "messages": messages, "max_tokens": 1},
+            "/v1/responses": {"input": "hi", "max_output_tokens": 1},
+        }.items():
+            answer = c.post(path, json=asked)
+            assert answer.status_code == 400, path
+            assert "skip_tokenizer_init" in answer.text, path
+        engine.check()
