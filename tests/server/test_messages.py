@@ -19,6 +19,8 @@ TOOLS = [
     {"name": t["function"]["name"], "description": "x", "input_schema": t["function"]["parameters"]}
     for t in (WEATHER, CLOCK)
 ]
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "x"}
+HIDDEN = {"type": "redacted_thinking", "data": "x"}
 FORCED = {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}}
 
 
@@ -218,6 +220,8 @@ def test_the_assistant_s_last_message_is_gone_on_with(client):
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "needs tools"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "invalid_request_error", "tokens"),
+        ({"messages": [{"role": "user", "content": [RESULT] * 5000}]}, 400, "invalid_request_error", "5000 messages"),
+        ({"messages": [{"role": "assistant", "content": [HIDDEN]}]}, 400, "invalid_request_error", "say nothing"),
         ({"temperature": -1}, 400, "invalid_request_error", "temperature"),
         ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, 400, "invalid_request_error", "cache_control"),
     ],

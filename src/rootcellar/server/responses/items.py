@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.openai.protocol import ChatRequest
+from rootcellar.server.openai.protocol import ChatRequest, chat_request
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.responses.protocol import (
     CallItem,
@@ -117,6 +117,4 @@ def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest
     if form is not None and form.type != "text":
         schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
         given["response_format"] = {"type": form.type} | ({"json_schema": schema} if form.type == "json_schema" else {})
-    if len(given["messages"]) > 4096:
-        raise invalid("a conversation may have 4096 messages", "input")
-    return ChatRequest.model_validate(given), turns
+    return chat_request(given, "input"), turns
