@@ -9,9 +9,13 @@ from test_tools import CLOCK, WEATHER
 
 import rootcellar
 from rootcellar.errors import RequestTooLarge
+from rootcellar.server.anthropic.answers import BlockWriter
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
 from rootcellar.server.keeping import Keeper
+from rootcellar.server.openai.speaker import Speaker
+from rootcellar.server.tools import Listening
+from rootcellar.text.speech import Tools
 from serving import on_thread
 
 USER = {"role": "user", "content": "What is a KV cache?"}
@@ -116,6 +120,23 @@ def test_a_stream_says_the_same(client, body):
     if "stop_sequences" in body:
         assert whole["stop_reason"] == "stop_sequence"
         assert whole["stop_sequence"] == "attention"
+
+
+def test_a_text_is_one_block_though_its_end_was_held_back():
+    """The end of an answer that may have begun a call, or is white space, is told last."""
+    reading = Listening(tools=Tools({"now": {}}), calls="hermes")
+    for text in ("a <", "a \n", "a"):
+        speaker = Speaker(reading)
+        writer = BlockWriter(speaker)
+        told = [*writer.write(speaker.events(text, ended=True)), *writer.close()]
+        assert writer.content == [{"type": "text", "text": text}]
+        assert speaker.text == text
+        assert told[-1].startswith(b"event: content_block_stop")
+    speaker = Speaker(reading)
+    writer = BlockWriter(speaker)
+    called = "".join(f'<tool_call>{{"name": "now", "arguments": {{"a": {i}}}}}</tool_call>' for i in range(2))
+    told = [*writer.write(speaker.events(called, ended=True)), *writer.close()]
+    assert [(block["name"], block["input"]) for block in writer.content] == [("now", {"a": 0}), ("now", {"a": 1})]
 
 
 def test_tools_are_called_and_their_results_go_on_from_the_cache(client):
