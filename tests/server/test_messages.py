@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import pytest
@@ -299,12 +300,18 @@ class Pinning:
     def __init__(self, room):
         self.room = room
         self.pinned = {}
+        self.seconds = {}
+        self.before_pin = threading.Event()
+        self.before_pin.set()
 
     def pin(self, ids, seconds, *, tenant, cache_salt, extra_key, share):
+        assert len(ids)
+        assert self.before_pin.wait(20)
         others = sum(len(each) for name, each in self.pinned.items() if name != (tenant, tuple(ids)))
         if others + len(ids) > self.room * share:
             raise RequestTooLarge("no room")
         self.pinned[tenant, tuple(ids)] = ids
+        self.seconds[tenant, tuple(ids)] = seconds
         return {"pinned_tokens": len(ids)}
 
     def unpin(self, ids, *, tenant, cache_salt, extra_key):
@@ -330,6 +337,52 @@ def test_what_is_kept_is_kept_once_by_the_longest_of_a_conversation():
     now[0] = 11.0  # the engine has let go of all, and nothing is asked of it
     engine.pinned.clear()
     assert keep([1, 2, 3, 4, 5, 6, 7]) == 7
+
+
+WHERE = {"tenant": "t", "cache_salt": "", "extra_key": ""}
+
+
+def test_what_was_promised_longer_is_not_let_go_of_sooner():
+    now, engine = [0.0], Pinning(20)
+    keeper = Keeper(engine, lambda: now[0])
+    asyncio.run(keeper.keep([1, 2], 100.0, WHERE, 1.0))
+    now[0] = 10.0
+    asyncio.run(keeper.keep([1, 2], 10.0, WHERE, 1.0))
+    assert engine.seconds == {("t", (1, 2)): 90.0}
+
+
+def test_nothing_to_keep_asks_nothing_of_the_engine():
+    assert asyncio.run(Keeper(Pinning(20)).keep([], 10.0, WHERE, 1.0)) == 0
+
+
+def test_a_pin_whose_client_went_away_is_taken_over_by_the_next_turn_s():
+    engine = Pinning(20)
+    keeper = Keeper(engine)
+
+    async def main():
+        engine.before_pin.clear()
+        gone = asyncio.ensure_future(keeper.keep([1, 2], 10.0, WHERE, 1.0))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        engine.before_pin.set()
+        while not engine.pinned:
+            await asyncio.sleep(0.001)
+        assert await keeper.keep([1, 2, 3], 10.0, WHERE, 1.0) == 3
+
+    asyncio.run(main())
+    assert set(engine.pinned) == {("t", (1, 2, 3))}
+
+
+def test_a_tenant_has_so_many_pins_and_the_oldest_of_its_own_make_room(monkeypatch):
+    monkeypatch.setattr("rootcellar.server.keeping._MOST", 2)
+    engine = Pinning(20)
+    keeper = Keeper(engine)
+    asyncio.run(keeper.keep([9], 10.0, {**WHERE, "tenant": "u"}, 1.0))
+    for token in range(4):
+        asyncio.run(keeper.keep([token], 10.0, WHERE, 1.0))
+    assert set(engine.pinned) == {("u", (9,)), ("t", (2,)), ("t", (3,))}
 
 
 def test_a_prompt_that_is_too_long_to_be_kept_is_answered_all_the_same():
