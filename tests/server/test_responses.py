@@ -264,4 +264,16 @@ def test_the_oldest_make_room_and_all_have_their_time():
     kept.put("t", "huge", [{"content": "x" * 70_000_000}], {})
     assert kept.get("t", "c") is None
     assert kept.get("t", "huge") is None
-    assert kept._bytes == 0
+    assert kept._bytes == {"t": 0}
+
+
+def test_who_stores_most_makes_room_for_what_it_stores():
+    kept = Responses(10.0, 4)
+    kept.put("u", "a", [], {})
+    for i in range(9):
+        kept.put("t", str(i), [], {})
+    assert [i for i in range(9) if kept.get("t", str(i))] == [6, 7, 8]
+    for i in range(9):
+        kept.put("t", str(i), [{"content": "x" * 30_000_000}], {})
+    assert [i for i in range(9) if kept.get("t", str(i))] == [7, 8]
+    assert kept.get("u", "a") is not None
