@@ -277,3 +277,12 @@ def test_who_stores_most_makes_room_for_what_it_stores():
         kept.put("t", str(i), [{"content": "x" * 30_000_000}], {})
     assert [i for i in range(9) if kept.get("t", str(i))] == [7, 8]
     assert kept.get("u", "a") is not None
+
+
+def test_results_of_calls_in_an_earlier_answer_name_their_tool():
+    item = {"type": "function_call_output", "call_id": "c", "output": "noon"}
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    before = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    made, _ = chat_of(ResponsesRequest.model_validate({"input": [item]}), before)
+    result = {"role": "tool", "tool_call_id": "c", "content": "noon", "name": "now"}
+    assert made.messages[-1].for_template() == result
