@@ -7,9 +7,11 @@ import pytest
 from test_tools import WEATHER
 
 import rootcellar
+from rootcellar.errors import QueueFull
 from rootcellar.server.responses.items import chat_of
 from rootcellar.server.responses.protocol import ResponsesRequest
 from rootcellar.server.responses.stored import Responses
+from rootcellar.server.tools import Listening
 from serving import idle, on_thread
 
 QUESTION = "What is a KV cache?"
@@ -286,3 +288,15 @@ def test_results_of_calls_in_an_earlier_answer_name_their_tool():
     made, _ = chat_of(ResponsesRequest.model_validate({"input": [item]}), before)
     result = {"role": "tool", "tool_call_id": "c", "content": "noon", "name": "now"}
     assert made.messages[-1].for_template() == result
+
+
+def test_an_answer_is_told_though_its_thoughts_cannot_be_counted(server, monkeypatch):
+    async def busy(*_):
+        raise QueueFull("too many long prompts wait to be read")
+
+    monkeypatch.setattr("rootcellar.server.responses.responses.tokenize", busy)
+    monkeypatch.setattr(
+        "rootcellar.server.openai.chat.listening", lambda *_, **__: Listening(thoughts="qwen3", begun=True)
+    )
+    used = ask(server)["usage"]
+    assert used["output_tokens_details"]["reasoning_tokens"] == used["output_tokens"] > 0
