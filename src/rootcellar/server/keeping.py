@@ -62,9 +62,7 @@ class Keeper:
         self._kept = [each for each in self._kept if each not in gone]
         return tokens
 
-    def _exchange(
-        self, gone: list[_Pinned], covered: list[_Pinned], pinned: _Pinned, now: float, share: float
-    ) -> int:
+    def _exchange(self, gone: list[_Pinned], covered: list[_Pinned], pinned: _Pinned, now: float, share: float) -> int:
         """Let go of ``gone`` and pin ``pinned``; where it has no room, ``covered`` again. On a thread."""
         for each in gone:
             self._prefixes.unpin(each.ids, **dict(each.where))

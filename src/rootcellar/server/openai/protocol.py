@@ -224,5 +224,7 @@ class ChatRequest(Sampling, Rendering):
 def chat_request(given: Mapping[str, Any], name: str) -> ChatRequest:
     """The chat that a request in another form is. ``ApiError``: what its client calls ``name`` is too many messages."""
     if len(given["messages"]) > MOST_MESSAGES:
-        raise invalid(f"{name} are {len(given['messages'])} messages of a chat: at most {MOST_MESSAGES} are taken", name)
+        raise invalid(
+            f"{name} are {len(given['messages'])} messages of a chat: at most {MOST_MESSAGES} are taken", name
+        )
     return ChatRequest.model_validate(given)
