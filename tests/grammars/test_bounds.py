@@ -7,7 +7,7 @@ import pytest
 
 from rootcellar.errors import RequestError
 from rootcellar.grammars.bounds import gbnf_depth, longest_chain, regex_depth, schema_depth
-from rootcellar.grammars.compiling import ascii_classes
+from rootcellar.grammars.expressions import ascii_classes
 from rootcellar.grammars.schemas import closed
 
 

@@ -1,5 +1,6 @@
 """Every field that a client may send: done, refused by name, or listed as one that changes nothing."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from rootcellar.server.native.generate import TokenizeRequest
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.forms import StructuredOutputs
 from rootcellar.server.openai.protocol import ChatRequest, CompletionRequest
+from rootcellar.server.parsing import OrjsonRequest
 from rootcellar.server.responses.protocol import ResponsesRequest
 
 ROUTES = {
@@ -461,3 +463,18 @@ def test_render_of_several_prompts_and_of_what_is_wrong(client, engine):
         assert refused(client, "/v1/completions/render", body)
     limit = client.post("/v1/chat/completions/render", json={"messages": CHAT}).json()
     assert limit["sampling_params"]["max_tokens"] + len(limit["token_ids"]) == engine.longest_prompt + 1
+
+
+@pytest.mark.parametrize(("levels", "taken"), [(200, True), (248, False)])
+def test_what_is_read_can_be_written_some_levels_deeper(levels, taken):
+    body = b"[" * levels + b"]" * levels
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    read = OrjsonRequest({"type": "http", "headers": []}, receive).json()
+    if taken:
+        assert len(asyncio.run(read)) == 1
+    else:
+        with pytest.raises(json.JSONDecodeError):
+            asyncio.run(read)

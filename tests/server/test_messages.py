@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import pytest
@@ -9,9 +10,13 @@ from test_tools import CLOCK, WEATHER
 
 import rootcellar
 from rootcellar.errors import RequestTooLarge
+from rootcellar.server.anthropic.answers import BlockWriter
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
 from rootcellar.server.keeping import Keeper
+from rootcellar.server.openai.speaker import Speaker
+from rootcellar.server.tools import Listening
+from rootcellar.text.speech import Tools
 from serving import on_thread
 
 USER = {"role": "user", "content": "What is a KV cache?"}
@@ -19,6 +24,8 @@ TOOLS = [
     {"name": t["function"]["name"], "description": "x", "input_schema": t["function"]["parameters"]}
     for t in (WEATHER, CLOCK)
 ]
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "x"}
+HIDDEN = {"type": "redacted_thinking", "data": "x"}
 FORCED = {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}}
 
 
@@ -114,6 +121,23 @@ def test_a_stream_says_the_same(client, body):
     if "stop_sequences" in body:
         assert whole["stop_reason"] == "stop_sequence"
         assert whole["stop_sequence"] == "attention"
+
+
+def test_a_text_is_one_block_though_its_end_was_held_back():
+    """The end of an answer that may have begun a call, or is white space, is told last."""
+    reading = Listening(tools=Tools({"now": {}}), calls="hermes")
+    for text in ("a <", "a \n", "a"):
+        speaker = Speaker(reading)
+        writer = BlockWriter(speaker)
+        told = [*writer.write(speaker.events(text, ended=True)), *writer.close()]
+        assert writer.content == [{"type": "text", "text": text}]
+        assert speaker.text == text
+        assert told[-1].startswith(b"event: content_block_stop")
+    speaker = Speaker(reading)
+    writer = BlockWriter(speaker)
+    called = "".join(f'<tool_call>{{"name": "now", "arguments": {{"a": {i}}}}}</tool_call>' for i in range(2))
+    told = [*writer.write(speaker.events(called, ended=True)), *writer.close()]
+    assert [(block["name"], block["input"]) for block in writer.content] == [("now", {"a": 0}), ("now", {"a": 1})]
 
 
 def test_tools_are_called_and_their_results_go_on_from_the_cache(client):
@@ -218,6 +242,8 @@ def test_the_assistant_s_last_message_is_gone_on_with(client):
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "needs tools"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "invalid_request_error", "tokens"),
+        ({"messages": [{"role": "user", "content": [RESULT] * 5000}]}, 400, "invalid_request_error", "5000 messages"),
+        ({"messages": [{"role": "assistant", "content": [HIDDEN]}]}, 400, "invalid_request_error", "say nothing"),
         ({"temperature": -1}, 400, "invalid_request_error", "temperature"),
         ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, 400, "invalid_request_error", "cache_control"),
     ],
@@ -274,12 +300,18 @@ class Pinning:
     def __init__(self, room):
         self.room = room
         self.pinned = {}
+        self.seconds = {}
+        self.before_pin = threading.Event()
+        self.before_pin.set()
 
     def pin(self, ids, seconds, *, tenant, cache_salt, extra_key, share):
+        assert len(ids)
+        assert self.before_pin.wait(20)
         others = sum(len(each) for name, each in self.pinned.items() if name != (tenant, tuple(ids)))
         if others + len(ids) > self.room * share:
             raise RequestTooLarge("no room")
         self.pinned[tenant, tuple(ids)] = ids
+        self.seconds[tenant, tuple(ids)] = seconds
         return {"pinned_tokens": len(ids)}
 
     def unpin(self, ids, *, tenant, cache_salt, extra_key):
@@ -305,6 +337,52 @@ def test_what_is_kept_is_kept_once_by_the_longest_of_a_conversation():
     now[0] = 11.0  # the engine has let go of all, and nothing is asked of it
     engine.pinned.clear()
     assert keep([1, 2, 3, 4, 5, 6, 7]) == 7
+
+
+WHERE = {"tenant": "t", "cache_salt": "", "extra_key": ""}
+
+
+def test_what_was_promised_longer_is_not_let_go_of_sooner():
+    now, engine = [0.0], Pinning(20)
+    keeper = Keeper(engine, lambda: now[0])
+    asyncio.run(keeper.keep([1, 2], 100.0, WHERE, 1.0))
+    now[0] = 10.0
+    asyncio.run(keeper.keep([1, 2], 10.0, WHERE, 1.0))
+    assert engine.seconds == {("t", (1, 2)): 90.0}
+
+
+def test_nothing_to_keep_asks_nothing_of_the_engine():
+    assert asyncio.run(Keeper(Pinning(20)).keep([], 10.0, WHERE, 1.0)) == 0
+
+
+def test_a_pin_whose_client_went_away_is_taken_over_by_the_next_turn_s():
+    engine = Pinning(20)
+    keeper = Keeper(engine)
+
+    async def main():
+        engine.before_pin.clear()
+        gone = asyncio.ensure_future(keeper.keep([1, 2], 10.0, WHERE, 1.0))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        engine.before_pin.set()
+        while not engine.pinned:
+            await asyncio.sleep(0.001)
+        assert await keeper.keep([1, 2, 3], 10.0, WHERE, 1.0) == 3
+
+    asyncio.run(main())
+    assert set(engine.pinned) == {("t", (1, 2, 3))}
+
+
+def test_a_tenant_has_so_many_pins_and_the_oldest_of_its_own_make_room(monkeypatch):
+    monkeypatch.setattr("rootcellar.server.keeping._MOST", 2)
+    engine = Pinning(20)
+    keeper = Keeper(engine)
+    asyncio.run(keeper.keep([9], 10.0, {**WHERE, "tenant": "u"}, 1.0))
+    for token in range(4):
+        asyncio.run(keeper.keep([token], 10.0, WHERE, 1.0))
+    assert set(engine.pinned) == {("u", (9,)), ("t", (2,)), ("t", (3,))}
 
 
 def test_a_prompt_that_is_too_long_to_be_kept_is_answered_all_the_same():

@@ -7,9 +7,11 @@ import pytest
 from test_tools import WEATHER
 
 import rootcellar
+from rootcellar.errors import QueueFull
 from rootcellar.server.responses.items import chat_of
 from rootcellar.server.responses.protocol import ResponsesRequest
 from rootcellar.server.responses.stored import Responses
+from rootcellar.server.tools import Listening
 from serving import idle, on_thread
 
 QUESTION = "What is a KV cache?"
@@ -264,4 +266,37 @@ def test_the_oldest_make_room_and_all_have_their_time():
     kept.put("t", "huge", [{"content": "x" * 70_000_000}], {})
     assert kept.get("t", "c") is None
     assert kept.get("t", "huge") is None
-    assert kept._bytes == 0
+    assert kept._bytes == {"t": 0}
+
+
+def test_who_stores_most_makes_room_for_what_it_stores():
+    kept = Responses(10.0, 4)
+    kept.put("u", "a", [], {})
+    for i in range(9):
+        kept.put("t", str(i), [], {})
+    assert [i for i in range(9) if kept.get("t", str(i))] == [6, 7, 8]
+    for i in range(9):
+        kept.put("t", str(i), [{"content": "x" * 30_000_000}], {})
+    assert [i for i in range(9) if kept.get("t", str(i))] == [7, 8]
+    assert kept.get("u", "a") is not None
+
+
+def test_results_of_calls_in_an_earlier_answer_name_their_tool():
+    item = {"type": "function_call_output", "call_id": "c", "output": "noon"}
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    before = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    made, _ = chat_of(ResponsesRequest.model_validate({"input": [item]}), before)
+    result = {"role": "tool", "tool_call_id": "c", "content": "noon", "name": "now"}
+    assert made.messages[-1].for_template() == result
+
+
+def test_an_answer_is_told_though_its_thoughts_cannot_be_counted(server, monkeypatch):
+    async def busy(*_):
+        raise QueueFull("too many long prompts wait to be read")
+
+    monkeypatch.setattr("rootcellar.server.responses.responses.tokenize", busy)
+    monkeypatch.setattr(
+        "rootcellar.server.openai.chat.listening", lambda *_, **__: Listening(thoughts="qwen3", begun=True)
+    )
+    used = ask(server)["usage"]
+    assert used["output_tokens_details"]["reasoning_tokens"] == used["output_tokens"] > 0

@@ -138,6 +138,10 @@ def test_text_without_calls_stays_as_it_is(name, text):
         ("pythonic", "[now(1)]"),
         ("pythonic", "[now(a=f())]"),
         ("pythonic", "[now(" + "(" * 3000),
+        ("pythonic", "[now(a={[1]})]"),
+        ("pythonic", "[now(a='\\ud800')]"),
+        ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "now", "arguments": "\\ud800"}</tool_call>'),
         ("mistral", "[TOOL_CALLS] nothing"),
         ("gemma4", "<|tool_call>call:now{a:{b:1}<tool_call|>"),
         ("gemma4", "<|tool_call>call:now{" + "a:{" * 3000 + "<tool_call|>"),
@@ -167,11 +171,20 @@ def test_what_is_no_call_is_shown_as_it_was_written(name, text):
         ("gpt-oss", "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>", [["now", "{}"]]),
         ("gemma4", '<|tool_call>call:f{a:[1,<|"|>}<|"|>],b:{c:null},d:x y}<tool_call|>',
          [["f", '{"a": [1, "}"], "b": {"c": null}, "d": "x y"}']]),
+        ("gemma4", "<|tool_call>call:f{a:02139,b:1e999,c:-1.5,d:٣}<tool_call|>",
+         [["f", '{"a": "02139", "b": "1e999", "c": -1.5, "d": "٣"}']]),
     ],
 )  # fmt: skip
 def test_calls_as_models_vary_them(name, text, calls):
     assert read([text], name) == ("", "", calls)
     assert read(text, name) == ("", "", calls)
+
+
+def test_a_value_that_nobody_can_be_sent_is_text():
+    tools = Tools({"f": {"properties": {"a": {"type": "array"}}}})
+    text = '<tool_call>\n<function=f>\n<parameter=a>\n["\\ud800"]\n</parameter>\n</function>\n</tool_call>'
+    (_, arguments), *_ = read([text], "qwen3_coder", tools=tools)[2]
+    assert json.loads(arguments) == {"a": '["\\ud800"]'}
 
 
 def test_later_calls_are_left_out_where_one_is_wanted():

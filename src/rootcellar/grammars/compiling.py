@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from rootcellar.errors import RequestError
 from rootcellar.grammars.bounds import check_depth, gbnf_depth, regex_depth, schema_depth
+from rootcellar.grammars.expressions import ascii_classes
 from rootcellar.grammars.schemas import closed
 from rootcellar.grammars.structural import lark_of
 
@@ -80,18 +80,6 @@ def _gbnf(source: str, depth: int, _: bool) -> str:
 
 
 _TRANSLATORS: dict[str, Callable[[str, int, bool], str]] = {"json_schema": _schema, "regex": _regex, "ebnf": _gbnf}
-
-_ASCII = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[ \t\n\r\f\v]"}
-_ASCII |= {name.upper(): "[^" + chars[1:] for name, chars in _ASCII.items()}
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-
-
-def ascii_classes(pattern: str) -> str:
-    r"""``pattern`` with ``\d``, ``\w`` and ``\s`` (and their opposites) meaning ASCII, as in xgrammar and outlines.
-
-    llguidance reads them as Unicode's: ``\d`` would take the digits of forty scripts. A class within a class is one.
-    """
-    return _ESCAPE.sub(lambda found: _ASCII.get(found[1], found[0]), pattern)
 
 
 def matcher(words: LLTokenizer, grammar: str) -> LLMatcher:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rootcellar.errors import RequestError
-from rootcellar.grammars.bounds import check_depth, schema_depth
+from rootcellar.grammars.bounds import check_depth, regex_depth, schema_depth
+from rootcellar.grammars.expressions import in_lark
 from rootcellar.grammars.schemas import closed
 
 # Formats in formats; a call of a tool behind thoughts takes four.
@@ -58,7 +59,8 @@ class _Rules:
             case {"type": "json_schema", "json_schema": schema}:
                 return self._json(schema)
             case {"type": "regex", "pattern": str(pattern)}:
-                return self._rule("/" + pattern.replace("/", r"\/").replace("\n", r"\n") + "/")
+                check_depth(_KIND, regex_depth(pattern), self._depth)
+                return self._rule(in_lark(pattern)) if pattern else '""'
             case {"type": "any_text"}:
                 return "TEXT"
             case {"type": "sequence", "elements": [_, *_] as parts}:

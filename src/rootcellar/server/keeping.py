@@ -6,6 +6,7 @@ Pins count in full, and a conversation pins more of itself each turn: what the l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.errors import RequestTooLarge
 
+# Of one tenant: each costs the engine a walk through the cache's tree whenever another begins or ends.
 _MOST = 1024
 Namespace = tuple[tuple[str, str], ...]
 
@@ -41,26 +43,37 @@ class Keeper:
 
         ``where``: ``tenant``, ``cache_salt`` and ``extra_key``; ``share``: the tenant's of what pins may hold.
         """
-        name = tuple(sorted(where.items()))
-        new = np.asarray(ids, np.int32)
-        now = self._now()
+        if not ids:
+            return 0
+        name, new, now = tuple(sorted(where.items())), np.asarray(ids, np.int32), self._now()
         self._kept = [each for each in self._kept if each.ends > now]
-        covered = [each for each in self._kept if each.where == name and _begins(new, each.ids)]
+        begun = [each for each in self._kept if each.where == name and _begins(new, each.ids)]
+        # Pinning the same again counts from then, which is not to be sooner than was promised.
+        ends = max([now + seconds, *(each.ends for each in begun if len(each.ids) == len(new))])
         # One that is to last longer than the new one stays beside it.
-        covered = [each for each in covered if each.ends <= now + seconds]
-        for each in covered:
-            await asyncio.to_thread(self._prefixes.unpin, each.ids, **where)
+        covered = [each for each in begun if each.ends <= ends]
+        own = [each for each in self._kept if dict(each.where)["tenant"] == where["tenant"] and each not in covered]
+        old = own[: max(0, len(own) + 1 - _MOST)]
+        pinned = _Pinned(name, new, ends)
+        # A client may go away meanwhile: the thread goes on, so what it may pin is known from now on.
+        self._kept.append(pinned)
+        tokens = await asyncio.to_thread(self._exchange, [*old, *covered], covered, pinned, now, share)
+        gone = [*old, *covered] if tokens else [*old, pinned]
+        self._kept = [each for each in self._kept if each not in gone]
+        return tokens
+
+    def _exchange(self, gone: list[_Pinned], covered: list[_Pinned], pinned: _Pinned, now: float, share: float) -> int:
+        """Let go of ``gone`` and pin ``pinned``; where it has no room, ``covered`` again. On a thread."""
+        for each in gone:
+            self._prefixes.unpin(each.ids, **dict(each.where))
         try:
-            done = await asyncio.to_thread(self._prefixes.pin, new, seconds, **where, share=share)
+            done = self._prefixes.pin(pinned.ids, pinned.ends - now, **dict(pinned.where), share=share)
         except RequestTooLarge:
             for each in covered:
-                await asyncio.to_thread(self._prefixes.pin, each.ids, each.ends - now, **where, share=share)
+                with contextlib.suppress(RequestTooLarge):  # somebody else was faster
+                    self._prefixes.pin(each.ids, each.ends - now, **dict(each.where), share=share)
             return 0
-        self._kept = [each for each in self._kept if each not in covered]
-        tokens = int(done["pinned_tokens"])
-        if tokens:
-            self._kept = [*self._kept, _Pinned(name, new, now + seconds)][-_MOST:]
-        return tokens
+        return int(done["pinned_tokens"])
 
 
 def _begins(ids: NDArray[np.int32], start: NDArray[np.int32]) -> bool:

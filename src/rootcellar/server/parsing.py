@@ -34,7 +34,8 @@ class OrjsonRequest(Request):
         """The body's value; ``json.JSONDecodeError`` when it is none."""
         value = _loads(await self.body())
         try:
-            orjson.dumps(value)
+            # Parts of it are passed on and quoted some levels deeper than they came.
+            orjson.dumps([[[[[[[[value]]]]]]]])
         except orjson.JSONEncodeError as error:
             raise json.JSONDecodeError(str(error), "", 0) from None
         return value

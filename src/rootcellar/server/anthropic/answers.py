@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rootcellar.server.answer import Result, named_event
@@ -42,22 +42,6 @@ def message(id: str, model: str, content: list[dict[str, Any]]) -> dict[str, Any
     return {"id": id, "type": "message", "role": "assistant", "model": model, "content": content}
 
 
-def blocks(events: list[Utterance], speaker: Speaker) -> list[dict[str, Any]]:
-    """The content of a whole answer, in the order in which it was said."""
-    found: list[dict[str, Any]] = []
-    calls = iter(speaker.calls)
-    for event in events:
-        match event:
-            case Said() if event.text.strip():
-                found.append({"type": "text", "text": event.text})
-            case Thought():
-                found.append({"type": "thinking", "thinking": event.text, "signature": ""})
-            case Called():
-                call = next(calls)
-                found.append({"type": "tool_use", "id": call.id, "name": call.name, "input": _object(call.arguments)})
-    return found
-
-
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -68,10 +52,13 @@ def _object(text: str) -> dict[str, Any]:
 
 @dataclass
 class BlockWriter:
-    """The events of one streamed answer: blocks that are opened, grow, and are closed."""
+    """The blocks of one answer as it is made, and the events that tell of them: each is opened, grows, and is closed.
+
+    ``content`` are those that there are; the newest is whole once it is closed.
+    """
 
     speaker: Speaker
-    _index: int = -1
+    content: list[dict[str, Any]] = field(default_factory=list)
     _open: type[Utterance] | None = None
     _called: int = 0
 
@@ -84,30 +71,34 @@ class BlockWriter:
                         if not event.text.strip():
                             continue
                         yield from self._begin(Said, {"type": "text", "text": ""})
+                    self.content[-1]["text"] += event.text
                     yield self._delta({"type": "text_delta", "text": event.text})
                 case Thought():
                     if self._open is not Thought:
                         yield from self._begin(Thought, {"type": "thinking", "thinking": "", "signature": ""})
+                    self.content[-1]["thinking"] += event.text
                     yield self._delta({"type": "thinking_delta", "thinking": event.text})
                 case Called():
                     call = self.speaker.calls[self._called]
-                    self._called += 1
                     block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
                     yield from self._begin(Called, block)
+                    self._called += 1
                 case Passed():
                     yield self._delta({"type": "input_json_delta", "partial_json": event.text})
 
     def close(self) -> Iterator[bytes]:
         """The end of the newest block."""
+        if self._open is Called:
+            self.content[-1]["input"] = _object(self.speaker.calls[self._called - 1].arguments)
         if self._open is not None:
-            yield named_event({"type": "content_block_stop", "index": self._index})
+            yield named_event({"type": "content_block_stop", "index": len(self.content) - 1})
         self._open = None
 
     def _begin(self, kind: type[Utterance], block: dict[str, Any]) -> Iterator[bytes]:
         yield from self.close()
-        self._index += 1
+        self.content.append(block)
         self._open = kind
-        yield named_event({"type": "content_block_start", "index": self._index, "content_block": block})
+        yield named_event({"type": "content_block_start", "index": len(self.content) - 1, "content_block": block})
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        return named_event({"type": "content_block_delta", "index": self._index, "delta": delta})
+        return named_event({"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta})

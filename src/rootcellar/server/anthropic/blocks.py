@@ -17,7 +17,8 @@ from rootcellar.server.anthropic.protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from rootcellar.server.openai.protocol import ChatRequest
+from rootcellar.server.errors import invalid
+from rootcellar.server.openai.protocol import ChatRequest, chat_request
 
 # A text that Claude Code puts before its system prompt, another in each request: nothing would be found in the cache.
 _CHANGING = "x-anthropic-billing-header:"
@@ -57,12 +58,14 @@ def chat_of(body: CountRequest) -> tuple[ChatRequest, list[Mark]]:
             if isinstance(each, TextBlock | ToolUseBlock | ToolResultBlock):
                 mark(each.cache_control)
     mark(body.cache_control)
-    return ChatRequest.model_validate({**_settings(body, messages[-1]), "messages": messages}), marks
+    if not messages:
+        raise invalid("messages say nothing that this model can read", "messages")
+    return chat_request({**_settings(body, messages[-1]), "messages": messages}, "messages"), marks
 
 
 def _add(messages: list[dict[str, Any]], turn: dict[str, Any]) -> None:
     """Add a turn. Few templates know a system that speaks later: then it is told in the user's turn, and marked so."""
-    if turn["role"] == "system" and any(each["role"] != "system" for each in messages):
+    if turn["role"] == "system" and messages and messages[-1]["role"] != "system":
         said = f"<system-reminder>\n{turn['content']}\n</system-reminder>"
         if messages[-1]["role"] == "user":
             messages[-1]["content"] += f"\n{said}"

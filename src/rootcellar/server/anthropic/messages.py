@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -88,8 +89,10 @@ class _Messages:
         (result,) = await whole(self.request, self.state, **self.asked.arguments)
         await self._keep()
         speaker = Speaker(self.asked.reading, "toolu_")
-        content = answers.blocks(speaker.events(result["text"], ended=True), speaker)
-        head = answers.message(self.asked.id, self.state.model_name, content)
+        writer = answers.BlockWriter(speaker)
+        for _ in itertools.chain(writer.write(speaker.events(result["text"], ended=True)), writer.close()):
+            pass
+        head = answers.message(self.asked.id, self.state.model_name, writer.content)
         return json_response({**head, **answers.stop(result, speaker), "usage": answers.usage(result, self._kept)})
 
     async def events(self, stream: Stream) -> AsyncGenerator[bytes]:

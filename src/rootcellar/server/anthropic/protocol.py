@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rootcellar.server.fields import Refused
+from rootcellar.server.openai.protocol import FiniteNumber
 from rootcellar.server.parsing import Body
 from rootcellar.server.tools import MOST_TOOLS, ToolName
-
-FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CacheControl(Body):

@@ -35,6 +35,7 @@ Prompt = Annotated[
 FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
 # Of the likeliest tokens beside each, as at OpenAI.
 MOST_LOGPROBS = 20
+MOST_MESSAGES = 4096
 
 
 class StreamOptions(Body):
@@ -185,7 +186,7 @@ def _text(part: dict[str, Any]) -> str:
 
 
 # Each of them costs the event loop a few microseconds to check, and a template more.
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
 class Rendering(Body):
@@ -218,3 +219,12 @@ class ChatRequest(Sampling, Rendering):
     def limit(self) -> int | None:
         """Most tokens of the answer, by its newer name or its older one."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+def chat_request(given: Mapping[str, Any], name: str) -> ChatRequest:
+    """The chat that a request in another form is. ``ApiError``: what its client calls ``name`` is too many messages."""
+    if len(given["messages"]) > MOST_MESSAGES:
+        raise invalid(
+            f"{name} are {len(given['messages'])} messages of a chat: at most {MOST_MESSAGES} are taken", name
+        )
+    return ChatRequest.model_validate(given)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.openai.protocol import ChatRequest
+from rootcellar.server.openai.protocol import ChatRequest, chat_request
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.responses.protocol import (
     CallItem,
@@ -25,11 +25,15 @@ from rootcellar.server.tools import MOST_TOOLS
 Turn = dict[str, Any]
 
 
-def turns_of(given: str | Sequence[ResponseItem]) -> list[Turn]:
-    """The messages of a chat: what the assistant thinks, says and calls in a row is one of them."""
+def turns_of(given: str | Sequence[ResponseItem], before: Sequence[Turn] = ()) -> list[Turn]:
+    """The messages of a chat: what the assistant thinks, says and calls in a row is one of them.
+
+    ``before``: those that it goes on from, whose calls may have their results here.
+    """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     turns: list[Turn] = []
+    names = {call["id"]: call["function"]["name"] for turn in before for call in turn.get("tool_calls", ())}
     for item in given:
         match item:
             case MessageItem(role="assistant"):
@@ -44,11 +48,11 @@ def turns_of(given: str | Sequence[ResponseItem]) -> list[Turn]:
             case CallItem():
                 name = item.name if item.namespace is None else f"{item.namespace}.{item.name}"
                 function = {"name": name, "arguments": item.arguments}
+                names[item.call_id] = name
                 call = {"id": item.call_id, "type": "function", "function": function}
                 turn = _speaking(turns)
                 turn.setdefault("tool_calls", []).append(call)
             case ResultItem():
-                names = {call["id"]: call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
                 result = {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
                 turns.append({**result, "name": names[item.call_id]} if item.call_id in names else result)
     return turns
@@ -91,7 +95,7 @@ def functions_of(body: ResponsesRequest) -> dict[str, tuple[str | None, Function
 
 def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest, list[Turn]]:
     """The chat that ``body`` is, behind the turns ``before`` it; and its turns without instructions."""
-    turns = [*before, *turns_of(body.input)]
+    turns = [*before, *turns_of(body.input, before)]
     if not turns:
         raise invalid("input is empty: give a text or an item", "input")
     spoken = [{**turn, "content": turn["content"] or ""} if not turn.get("tool_calls") else turn for turn in turns]
@@ -117,6 +121,4 @@ def chat_of(body: ResponsesRequest, before: Sequence[Turn]) -> tuple[ChatRequest
     if form is not None and form.type != "text":
         schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
         given["response_format"] = {"type": form.type} | ({"json_schema": schema} if form.type == "json_schema" else {})
-    if len(given["messages"]) > 4096:
-        raise invalid("a conversation may have 4096 messages", "input")
-    return ChatRequest.model_validate(given), turns
+    return chat_request(given, "input"), turns

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from rootcellar.server.fields import Refused
+from rootcellar.server.openai.protocol import FiniteNumber
 from rootcellar.server.parsing import Body
 from rootcellar.server.tools import MOST_TOOLS, ToolName
 
-FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
 _STATE = {"status": "how far OpenAI was", "id": "a name for the item", "phase": "whether more was to come"}
 _NAMES = {"name": "the call says it", "namespace": "a name for several tools", "caller": "who called at OpenAI"}
 

@@ -11,6 +11,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from rootcellar.errors import RootcellarError
 from rootcellar.server.answer import EventStream, Result, Stream, begin, named_event, require_room, whole
 from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import ApiError, invalid, json_bytes, json_response
@@ -123,14 +124,13 @@ class _Responding:
         for _ in writer.close(status):
             pass
         meta = result["meta_info"]
-        thoughts = [writer.speaker.thought] * bool(writer.speaker.thought)
-        thought = sum(map(len, await tokenize(self.state, thoughts, False))) if thoughts else 0
+        thought = await self._tokens_of_thoughts(writer.speaker, meta["completion_tokens"])
         told = self._told(writer.items, status)
         told["usage"] = {
             "input_tokens": meta["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": meta["cached_tokens"], "cache_write_tokens": 0},
             "output_tokens": meta["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": min(thought, meta["completion_tokens"])},
+            "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": meta["prompt_tokens"] + meta["completion_tokens"],
         }
         if self.body.store is not False:
@@ -143,6 +143,18 @@ class _Responding:
                 ids = [*self.asked.prompts.input_ids, *result["output_ids"]]
                 await self.state.keeper.keep(ids, seconds, where, self.state.pinned_share(caller))
         return told
+
+    async def _tokens_of_thoughts(self, speaker: Speaker, tokens: int) -> int:
+        """How many of an answer's ``tokens`` are thoughts."""
+        thought = speaker.thought
+        if not thought:
+            return 0
+        try:
+            (ids,) = await tokenize(self.state, [thought], False)
+        except RootcellarError:  # too many prompts wait to be read: no answer is lost for a figure, which then is near
+            said = len(speaker.text) + sum(len(call.arguments) for call in speaker.calls)
+            return tokens * len(thought) // (len(thought) + said)
+        return min(len(ids), tokens)
 
     def _told(self, output: list[dict[str, Any]], status: str) -> dict[str, Any]:
         body, sampling = self.body, self.asked.arguments["sampling_params"]

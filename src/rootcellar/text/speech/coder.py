@@ -44,7 +44,7 @@ def _call(source: Incoming, tools: Tools) -> Steps[None]:
 def _read(text: str) -> object:
     try:
         value: object = json.loads(text)
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # ValueError: half of a surrogate pair
     except (ValueError, RecursionError):
         return text
     return value

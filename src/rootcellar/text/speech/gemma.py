@@ -85,4 +85,11 @@ def _value(parts: list[str], at: int, depth: int) -> tuple[object, int]:
 def _bare(text: str) -> object:
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    return json.loads(text) if _NUMBER.fullmatch(text) else text
+    if not _NUMBER.fullmatch(text):
+        return text
+    try:
+        value: object = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except ValueError:  # 02139, 1e999
+        return text
+    return value

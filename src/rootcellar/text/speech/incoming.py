@@ -183,7 +183,9 @@ class Incoming:
             raise NotACall
         text = yield from self.value()
         try:
-            return str(json.loads(text, strict=False))
+            word = str(json.loads(text, strict=False))
+            word.encode()  # ValueError: half of a surrogate pair, which nobody can be sent
+            return word
         except ValueError:
             raise NotACall from None
 

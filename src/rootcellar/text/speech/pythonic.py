@@ -50,12 +50,13 @@ def _call(source: Incoming, tools: Tools) -> Steps[None]:
         call = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(call, ast.Call)
         given = {word.arg: _value(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError, MemoryError):
         raise NotACall from None
     if call.args or None in given:
         raise NotACall
     try:
         written = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        written.encode()  # ValueError: half of a surrogate pair, which nobody can be sent
     except (TypeError, ValueError, RecursionError):
         raise NotACall from None
     source.call(name)
