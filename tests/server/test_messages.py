@@ -9,7 +9,7 @@ import pytest
 from test_tools import CLOCK, WEATHER
 
 import rootcellar
-from rootcellar.errors import RequestTooLarge
+from rootcellar.errors import EngineError, RequestTooLarge
 from rootcellar.server.anthropic.answers import BlockWriter
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
@@ -353,6 +353,18 @@ def test_what_was_promised_longer_is_not_let_go_of_sooner():
 
 def test_nothing_to_keep_asks_nothing_of_the_engine():
     assert asyncio.run(Keeper(Pinning(20)).keep([], 10.0, WHERE, 1.0)) == 0
+
+
+def test_an_engine_that_was_shut_down_keeps_nothing_and_ends_no_answer(monkeypatch):
+    def shut_down(*_, **__):
+        raise EngineError("the engine was shut down")
+
+    engine = Pinning(20)
+    keeper = Keeper(engine)
+    monkeypatch.setattr(engine, "pin", shut_down)
+    assert asyncio.run(keeper.keep([1, 2], 10.0, WHERE, 1.0)) == 0
+    monkeypatch.undo()
+    assert asyncio.run(keeper.keep([1, 2, 3], 10.0, WHERE, 1.0)) == 3
 
 
 def test_a_pin_whose_client_went_away_is_taken_over_by_the_next_turn_s():

@@ -133,6 +133,25 @@ def test_a_tenant_s_responses_are_its_own(engine):
             assert alice.get(f"/v1/responses/{name}").status_code == 200
             assert bob.get(f"/v1/responses/{name}").status_code == 404
             assert ask(bob, status=400, previous_response_id=name)
+    # A user whose key has no name is not the administrator either.
+    with on_thread(engine, api_key=["u"], admin_api_key="a", response_pin=0) as url:
+        user, admin = (
+            httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) for key in "ua"
+        )
+        with user, admin:
+            name = ask(admin)["id"]
+            assert admin.get(f"/v1/responses/{name}").status_code == 200
+            assert user.get(f"/v1/responses/{name}").status_code == 404
+            assert user.delete(f"/v1/responses/{name}").status_code == 404
+            assert ask(user, status=400, previous_response_id=name)
+
+
+@pytest.mark.parametrize("settings", [{"max_stored_responses": 0}, {"response_ttl": 0}])
+def test_what_cannot_be_gone_on_from_is_not_pinned(engine, settings):
+    with on_thread(engine, **settings) as url, httpx.Client(base_url=url, timeout=60) as client:
+        name = ask(client, input="word " * 40)["id"]
+        assert client.get(f"/v1/responses/{name}").status_code == 404
+    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
 
 
 def test_a_conversation_that_may_go_on_is_pinned_and_a_later_turn_takes_its_place():

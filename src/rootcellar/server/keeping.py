@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.engine.prefixes import Prefixes
-from rootcellar.errors import RequestTooLarge
+from rootcellar.errors import EngineError, RequestTooLarge
 
 # Of one tenant: each costs the engine a walk through the cache's tree whenever another begins or ends.
 _MOST = 1024
@@ -39,7 +39,7 @@ class Keeper:
         self._kept: list[_Pinned] = []
 
     async def keep(self, ids: Sequence[int], seconds: float, where: Mapping[str, str], share: float) -> int:
-        """Keep what is cached of ``ids`` for so long; how many tokens that is, 0 where there is no room for them.
+        """Keep what is cached of ``ids`` for so long; how many tokens that is, 0 where there is no room or no engine.
 
         ``where``: ``tenant``, ``cache_salt`` and ``extra_key``; ``share``: the tenant's of what pins may hold.
         """
@@ -57,7 +57,11 @@ class Keeper:
         pinned = _Pinned(name, new, ends)
         # A client may go away meanwhile: the thread goes on, so what it may pin is known from now on.
         self._kept.append(pinned)
-        tokens = await asyncio.to_thread(self._exchange, [*old, *covered], covered, pinned, now, share)
+        try:
+            tokens = await asyncio.to_thread(self._exchange, [*old, *covered], covered, pinned, now, share)
+        except EngineError:  # it was shut down: an answer that is there is told all the same
+            self._kept.remove(pinned)
+            return 0
         gone = [*old, *covered] if tokens else [*old, pinned]
         self._kept = [each for each in self._kept if each not in gone]
         return tokens

@@ -51,24 +51,30 @@ def chat_of(body: CountRequest) -> tuple[ChatRequest, list[Mark]]:
     for block in system:
         mark(block.cache_control)
     names: dict[str, str] = {}
+    later: dict[int, list[str]] = {}
     for message in body.messages:
         for turn in _turn(message, names):
-            _add(messages, turn)
+            _add(messages, turn, later)
         for each in message.content if isinstance(message.content, list) else ():
             if isinstance(each, TextBlock | ToolUseBlock | ToolResultBlock):
                 mark(each.cache_control)
     mark(body.cache_control)
+    for i, said in later.items():
+        messages[i]["content"] = "\n".join([messages[i]["content"], *said])
     if not messages:
         raise invalid("messages say nothing that this model can read", "messages")
     return chat_request({**_settings(body, messages[-1]), "messages": messages}, "messages"), marks
 
 
-def _add(messages: list[dict[str, Any]], turn: dict[str, Any]) -> None:
-    """Add a turn. Few templates know a system that speaks later: then it is told in the user's turn, and marked so."""
+def _add(messages: list[dict[str, Any]], turn: dict[str, Any], later: dict[int, list[str]]) -> None:
+    """Add a turn. Few templates know a system that speaks later: then it is told in the user's turn, and marked so.
+
+    ``later``: what is told at the end of which message; put there once, however much it is.
+    """
     if turn["role"] == "system" and messages and messages[-1]["role"] != "system":
         said = f"<system-reminder>\n{turn['content']}\n</system-reminder>"
         if messages[-1]["role"] == "user":
-            messages[-1]["content"] += f"\n{said}"
+            later.setdefault(len(messages) - 1, []).append(said)
             return
         turn = {"role": "user", "content": said}
     messages.append(turn)

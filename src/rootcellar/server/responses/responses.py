@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rootcellar.errors import RootcellarError
 from rootcellar.server.answer import EventStream, Result, Stream, begin, named_event, require_room, whole
-from rootcellar.server.callers import caller_of
+from rootcellar.server.callers import caller_of, paying
 from rootcellar.server.errors import ApiError, invalid, json_bytes, json_response
 from rootcellar.server.openai.chat import Asked, read_chat_request
 from rootcellar.server.openai.choices import Sent
@@ -39,7 +39,7 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     before: list[Turn] = []
     if body.previous_response_id is not None:
         name = body.previous_response_id
-        found = state.responses.get(caller_of(request).name, name)
+        found = state.responses.get(paying(request.scope), name)
         if found is None:
             message = f"Previous response with id {name[:100]!r} not found: it was never stored, or not for so long."
             raise invalid(message, "previous_response_id", "previous_response_not_found")
@@ -63,12 +63,12 @@ async def read(response_id: str, request: Request) -> Response:
 async def forget(response_id: str, request: Request) -> Response:
     """Forget an answer that was kept."""
     _kept(request, response_id)
-    state_of(request).responses.drop(caller_of(request).name, response_id)
+    state_of(request).responses.drop(paying(request.scope), response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 def _kept(request: Request, name: str) -> StoredResponse:
-    found = state_of(request).responses.get(caller_of(request).name, name)
+    found = state_of(request).responses.get(paying(request.scope), name)
     if found is None:
         raise ApiError(404, f"Response with id {name[:100]!r} not found.", "response_id", "response_not_found")
     return found
@@ -133,16 +133,19 @@ class _Responding:
             "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": meta["prompt_tokens"] + meta["completion_tokens"],
         }
-        if self.body.store is not False:
-            caller = caller_of(self.request)
-            self.state.responses.put(caller.name, self.asked.id, [*self.turns, turn_of(writer.speaker)], told)
-            seconds = self.state.config.response_pin
-            if seconds:
-                arguments = self.asked.arguments
-                where = {name: arguments[name] for name in ("cache_salt", "extra_key")} | {"tenant": caller.name}
-                ids = [*self.asked.prompts.input_ids, *result["output_ids"]]
-                await self.state.keeper.keep(ids, seconds, where, self.state.pinned_share(caller))
+        if self.body.store is not False and self.state.responses.put(
+            paying(self.request.scope), self.asked.id, [*self.turns, turn_of(writer.speaker)], told
+        ):
+            await self._pin(result)
         return told
+
+    async def _pin(self, result: Result) -> None:
+        """Keep the conversation in the cache for whoever goes on from this response."""
+        if seconds := self.state.config.response_pin:
+            caller, arguments = caller_of(self.request), self.asked.arguments
+            where = {name: arguments[name] for name in ("cache_salt", "extra_key")} | {"tenant": caller.name}
+            ids = [*self.asked.prompts.input_ids, *result["output_ids"]]
+            await self.state.keeper.keep(ids, seconds, where, self.state.pinned_share(caller))
 
     async def _tokens_of_thoughts(self, speaker: Speaker, tokens: int) -> int:
         """How many of an answer's ``tokens`` are thoughts."""

@@ -42,16 +42,17 @@ class Responses:
         self._kept: dict[str, OrderedDict[str, StoredResponse]] = {}  # by tenant and id, the oldest first
         self._bytes: dict[str, int] = {}
 
-    def put(self, tenant: str, id: str, turns: list[dict[str, Any]], told: dict[str, Any]) -> None:
-        """Keep one."""
+    def put(self, tenant: str, id: str, turns: list[dict[str, Any]], told: dict[str, Any]) -> bool:
+        """Keep one; whether it was kept: there may be no room for any, or no time."""
         self.drop(tenant, id)
         kept = StoredResponse(orjson.dumps(turns), orjson.dumps(told), self._now() + self._seconds)
         self._kept.setdefault(tenant, OrderedDict())[id] = kept
         self._bytes[tenant] = self._bytes.get(tenant, 0) + kept.nbytes
-        self._expire()
+        self._expire()  # this one too, where none is kept for any time
         while (large := sum(self._bytes.values()) > _MOST_BYTES) or sum(map(len, self._kept.values())) > self._most:
             held = self._bytes if large else {name: len(own) for name, own in self._kept.items()}
             self._drop_oldest(max(held, key=held.__getitem__))
+        return id in self._kept[tenant]
 
     def get(self, tenant: str, id: str) -> StoredResponse | None:
         """The one of this name; None: there is none, or not any more."""
