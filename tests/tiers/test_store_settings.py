@@ -163,7 +163,7 @@ def test_a_server_that_repeats_what_it_does_not_know_tells_nobody_the_password()
         answering = threading.Thread(target=answer)
         answering.start()
         url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="unknown command 'AUTH'.*'...'") as raised:
+        with pytest.raises(ConfigError, match=r"unknown command 'AUTH'.*'...'") as raised:
             open_store("redis", {"url": url, "password": "open sesame"}, "")
         answering.join()
     assert "sesame" not in str(raised.value)
@@ -196,11 +196,15 @@ def test_nothing_of_a_store_is_imported_before_it_is_chosen():
         ),
         ("s3", {"bucket": "b", "addressing_style": "x"}, "choose from path, virtual"),
         ("lmcache", {"url": "127.0.0.1:1"}, "write lm://host:port"),
+        ("lmcache", {"url": "lm://127.0.0.1:65536"}, "write lm://host:port"),
+        ("lmcache", {"url": "lm://[::1]:1"}, "the lmcache store at ::1:1 cannot be used: "),
         ("lmcache", {"url": "redis://me:secret@127.0.0.1:1"}, "write lm://host:port"),
         ("redis", {"url": ["redis://me:secret@127.0.0.1:1"]}, "url=.* is not allowed"),
         ("lmcache", {"namespace": "a@b"}, "at most 60 bytes, without @"),
         ("lmcache", {"url": "lm://127.0.0.1:1"}, "the lmcache store at 127.0.0.1:1 cannot be used: .*refused"),
         ("mooncake", {"master_server_address": "x"}, "write host:port of mooncake_master"),
+        ("mooncake", {"master_server_address": "127.0.0.1:65536"}, "write host:port of mooncake_master"),
+        ("mooncake", {"master_server_address": "[::1]:1"}, r"has no master at \[::1\]:1: \[Errno (111|99|97)\]"),
         ("mooncake", {"replica_num": 0}, "replica_num=0 is not allowed"),
         ("mooncake", {"master_server_address": "127.0.0.1:1"}, "has no master at 127.0.0.1:1: .*start mooncake_master"),
         ("nixl", {"plugin": "GDS"}, "choose from POSIX"),

@@ -118,6 +118,14 @@ def take_optional(extra: dict[str, object], name: str, *, secret: bool = False) 
     return None
 
 
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """Of ``host:port``, where an address of IPv6 stands in brackets; None: it is something else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        return None
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def take_switch(extra: dict[str, object], name: str, usual: bool = False) -> bool:
     """Take true or false out of ``extra``."""
     value = extra.pop(name, usual)
