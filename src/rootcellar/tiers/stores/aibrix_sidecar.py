@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,7 @@ def _accept(listening: socket.socket, connector: Any, folder: str) -> None:
 
 
 def _serve(connection: socket.socket, connector: Any, folder: str) -> None:
-    loop = asyncio.new_event_loop()
-    with connection, connection.makefile("rb") as reading:
+    with closing(asyncio.new_event_loop()) as loop, connection, connection.makefile("rb") as reading:
         while len(head := reading.read(_HEAD.size)) == _HEAD.size:
             verb, count = _HEAD.unpack(head)
             pages = [_PAGE.unpack(reading.read(_PAGE.size)) for _ in range(count)]
