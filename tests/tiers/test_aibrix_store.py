@@ -1,4 +1,4 @@
-"""The process of AIBrix's store, with a connector that keeps pages in memory; a real one is in ``tests/store_components``."""
+"""The process of AIBrix's store, with a connector in memory; a real one is in ``tests/store_components``."""
 
 import gc
 import sys
