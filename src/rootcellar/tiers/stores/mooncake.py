@@ -206,8 +206,9 @@ class MooncakeStore:
         with self._staging:
             total = sum(len(view) for view in views)
             if self._stage is None or len(self._stage) < total:
-                self._stage = memoryview(mmap.mmap(-1, total))
-                self.register(self._stage)
+                larger = memoryview(mmap.mmap(-1, total))
+                self.register(larger)
+                self._stage = larger
             ends = np.cumsum([len(view) for view in views]).tolist()
             yield [self._stage[end - len(view) : end] for end, view in zip(ends, views, strict=True)]
 
