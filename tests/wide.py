@@ -1,8 +1,9 @@
 """Tests that ``make test`` leaves to ``make test-wide``: the rest of cross products, and what takes long to show.
 
-``make test`` is what everybody runs before each commit: each thing is shown once, over the kinds that differ most.
-The others are shown where it is decided whether a change goes in (``.ci/run``). A row is a test, and which of its
-parameters (a regular expression that must match the whole id; none: all of it).
+``make test`` is what everybody runs before each commit: of a row with parameters it shows the kinds that differ most. A
+row without any is shown only where it is decided whether a change goes in (``.ci/run``), some with nothing like it by
+day: pytest's plugin for stores, broken invariants, no compiling in a steady state, huge bodies, signals under load,
+examples. A row is a test, and which of its parameters (a regular expression that must match the whole id; none: all).
 """
 
 from __future__ import annotations
