@@ -1,6 +1,8 @@
 """The process of AIBrix's store, with a connector in memory; a real one is in ``tests/store_components``."""
 
 import gc
+import os
+import subprocess
 import sys
 import textwrap
 import warnings
@@ -12,7 +14,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.tiers.stores import aibrix
 
 CONNECTOR = """
-    import aibrix_kvcache.memory
+    import os, time
 
     class Status:
         def __init__(self, fine=True): self.fine = fine
@@ -26,7 +28,10 @@ CONNECTOR = """
         name, pages = "SHFS", {}
         @classmethod
         def create(cls, _): return cls()
-        def open(self): return Status()
+        def open(self):
+            if os.environ.get("HANGS"):
+                time.sleep(600)
+            return Status()
         def close(self): pass
         async def exists(self, name): return Status(name in self.pages)
         async def put(self, name, region):
@@ -83,6 +88,16 @@ def test_it_ends_with_whoever_started_it(python, tmp_path):
     store._process.stdin.close()  # as the system does for a process that was killed
     assert store._process.wait(10) == 0
     store.close()
+
+
+def test_one_that_hangs_while_it_opens_ends_with_whoever_started_it(python, tmp_path):
+    command = [python, "-I", str(aibrix._SIDECAR), str(tmp_path / "socket"), "SHFS", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "HANGS": "1"}) as process:
+        process.stdin.close()
+        try:
+            assert process.wait(10) == 1
+        finally:
+            process.kill()
 
 
 def test_one_that_does_not_start_says_why(tmp_path):
