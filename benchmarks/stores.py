@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "store_components"))
 
-from components import COMPONENTS, Missing
+from components import COMPONENTS, Missing, s3_client
 
 from rootcellar.tiers.stores.registry import open_store
 
@@ -48,16 +48,8 @@ def redis_client(settings, _folder):
     return put, get
 
 
-def s3_client(settings, _folder):
-    from botocore.session import get_session
-
-    client = get_session().create_client(
-        "s3",
-        region_name="us-east-1",
-        endpoint_url=settings["endpoint_url"],
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-    )
+def botocore_client(settings, _folder):
+    client = s3_client(settings)
 
     def put(keys, rows):
         for key, row in zip(keys, rows, strict=True):
@@ -112,7 +104,7 @@ def files(settings, _folder):
 
 CLIENTS = {
     "redis": redis_client,
-    "s3": s3_client,
+    "s3": botocore_client,
     "mooncake": mooncake_client,
     "nixl-posix": files,
     "hf3fs": files,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from checkpoints import make_checkpoint
-from wide import is_wide
+from wide import IDLE, idle_rows, is_wide
 
 COMPILED = Path(__file__).parents[1] / "build" / "tests"
 """Where compiled programs are kept; ``make clean`` forgets them."""
@@ -60,8 +60,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what ``make test`` leaves to others; then in the order of ``SLOW``, then as they were found."""
+    if not any("::" in word for word in config.args) and not config.getoption("lf", False):
+        config.stash[IDLE] = idle_rows(item.nodeid for item in items)
     for item in items:
         if is_wide(item.nodeid):
             item.add_marker("wide")

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 import rootcellar
 from rootcellar.cache.api import PrefixCache
-from wide import WIDE
+from wide import IDLE, WIDE, idle_rows
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "rootcellar"
@@ -172,6 +172,13 @@ def test_what_is_left_to_others_is_there():
     for path, tests in WIDE.items():
         body = ast.walk(ast.parse((ROOT / "tests" / path).read_text()))
         assert {name.split("::")[-1] for name in tests} <= {n.name for n in body if isinstance(n, ast.FunctionDef)}
+
+
+def test_what_is_left_to_others_leaves_something_out(request):
+    """Among what was collected; a row whose parameters were renamed would give its tests back unseen."""
+    some = ["tests/cache/test_fuzz.py::test_both_cores_do_the_same[1]", "tests/cache/test_fuzz.py::test_others"]
+    assert idle_rows(some) == ["cache/test_fuzz.py::test_thousands_of_steps_by_seed"]
+    assert not request.config.stash.get(IDLE, [])
 
 
 def test_the_version_is_the_same_everywhere():

@@ -1,13 +1,20 @@
 """Tests that ``make test`` leaves to ``make test-wide``: the rest of cross products, and what takes long to show.
 
-``make test`` is what everybody runs before each commit: each thing is shown once, over the kinds that differ most.
-The others are shown where it is decided whether a change goes in (``.ci/run``). A row is a test, and which of its
-parameters (a regular expression that must match the whole id; none: all of it).
+``make test`` is what everybody runs before each commit: of a row with parameters it shows the kinds that differ most. A
+row without any is shown only where it is decided whether a change goes in (``.ci/run``), some with nothing like it by
+day: pytest's plugin for stores, broken invariants, no compiling in a steady state, huge bodies, signals under load,
+examples. A row is a test, and which of its parameters (a regular expression that must match the whole id; none: all).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+import pytest
+
+IDLE = pytest.StashKey[list[str]]()
+"""Where whole files were collected: what :func:`idle_rows` found; ``tests/test_house.py`` looks at it."""
 
 WIDE: dict[str, dict[str, str]] = {
     "cache/test_fuzz.py": {
@@ -165,7 +172,20 @@ WIDE: dict[str, dict[str, str]] = {
 
 def is_wide(nodeid: str) -> bool:
     """Whether ``make test`` leaves out the test of this id, as pytest writes it."""
+    path, name, parameters = _parts(nodeid)
+    which = WIDE.get(path, {}).get(name)
+    return which == "" or (which is not None and re.fullmatch(which, parameters) is not None)
+
+
+def idle_rows(nodeids: Iterable[str]) -> list[str]:
+    """Rows that leave out none of these, though all of their files' tests are among them."""
+    seen = [(_parts(nodeid), is_wide(nodeid)) for nodeid in nodeids]
+    files = {path for (path, _, _), _ in seen}
+    used = {(path, name) for (path, name, _), wide in seen if wide}
+    return [f"{path}::{name}" for path in WIDE if path in files for name in WIDE[path] if (path, name) not in used]
+
+
+def _parts(nodeid: str) -> tuple[str, str, str]:
     test, _, parameters = nodeid.removeprefix("tests/").partition("[")
     path, _, name = test.partition("::")
-    which = WIDE.get(path, {}).get(name)
-    return which == "" or (which is not None and re.fullmatch(which, parameters.removesuffix("]")) is not None)
+    return path, name, parameters.removesuffix("]")

@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from rootcellar.tiers.conformance.subject import ServerProcess, Subject
 from rootcellar.tiers.stores.registry import open_bare
 
 ENVIRONMENTS = Path(os.environ.get("ROOTCELLAR_STORES", Path(__file__).parents[2] / ".venv-stores"))
-"""Where ``scripts/test_stores.sh`` has put what it could install."""
+"""Where ``scripts/prepare_stores.sh`` has put what it could install."""
 _fresh = itertools.count()
 
 
@@ -147,19 +146,19 @@ def s3(folder: Path) -> Component:
     return Component("s3", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server)
 
 
+def s3_client(extra: dict, **more):
+    """Botocore's, to the server of an S3 store of these settings."""
+    from botocore.session import get_session
+
+    keys = {name: extra[name] for name in ("endpoint_url", "aws_access_key_id", "aws_secret_access_key")}
+    return get_session().create_client("s3", region_name="us-east-1", **keys, **more)
+
+
 def with_bucket(extra: dict) -> None:
     """Make the bucket of an S3 store, whose server forgets it when it ends."""
     from botocore.config import Config
-    from botocore.session import get_session
 
-    client = get_session().create_client(
-        "s3",
-        region_name="us-east-1",
-        endpoint_url=extra["endpoint_url"],
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-        config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5),
-    )
+    client = s3_client(extra, config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5))
     client.create_bucket(Bucket=extra["bucket"])
     client.close()
 
@@ -187,7 +186,11 @@ def mooncake(folder: Path) -> Component:
 
     server = ServerProcess(command, folder / "log", answers)
     server.start()
-    holder = open_bare("mooncake", {**extra, "global_segment_size": "512MiB"}, "tests")
+    try:
+        holder = open_bare("mooncake", {**extra, "global_segment_size": "512MiB"}, "tests")
+    except BaseException:
+        server.kill()
+        raise
     version = _installed("mooncake-transfer-engine-non-cuda")
     return Component("mooncake", lambda fresh: {**extra, "prefix": fresh}, version, server, close=holder.close)
 
@@ -245,4 +248,3 @@ COMPONENTS: dict[str, Callable[[Path], Component]] = {
     "chain": chain,
 }
 """By name; each starts one, in a folder of its own, or raises ``Missing``."""
-PYTHON = sys.executable

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -247,6 +248,27 @@ def test_a_store_is_shown_the_memory_that_it_is_given_once():
     for block in given:
         at = np.frombuffer(block, np.uint8).ctypes.data
         assert start <= at <= at + len(block) <= start + len(memory)
+
+
+def test_a_store_that_keeps_what_it_was_shown_is_shown_little():
+    """However the sizes of its calls grow, and however many of them hang again and again."""
+    inner, shown = MemoryStore(), []
+    store = ToldStore(inner)
+    inner.register = lambda memory: shown.append(len(memory))
+    guard = Guard(store)
+    for mib in range(1, 9):
+        assert put(guard, [mib], mib * 1_000_000) == [True]
+    assert shown == [1 << 20, 2 << 20, 4 << 20, 8 << 20]
+    shown.clear()
+    guard = Guard(store, GuardSettings(deadline=0.05, failures=10**6))
+    for _ in range(3):
+        store.gate = threading.Event()
+        assert [put(guard, [i]) for i in range(4)] == [[False]] * 4
+        gate, store.gate = store.gate, None
+        gate.set()
+        while guard._hanging:
+            time.sleep(0.001)
+    assert shown == [1 << 20] * 4
 
 
 def test_large_pages_are_given_a_few_at_a_time():

@@ -1,10 +1,13 @@
 """Slots of a file on a shared mount: what is reserved, who may read, and what makes room."""
 
 import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 from stores import get, name, put
 
+from rootcellar.tiers.stores import hf3fs
 from rootcellar.tiers.stores.hf3fs import Hf3fsSettings, Hf3fsStore
 
 
@@ -68,3 +71,39 @@ def test_shards_write_into_files_of_their_own_and_read_all(tmp_path, clock):
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["pages.0.8192.bin", "pages.1.8192.bin"]
     first.close()
     second.close()
+
+
+def test_an_index_that_could_not_be_changed_can_be_later(tmp_path, clock, monkeypatch):
+    """Somebody who stopped in the middle of reading it keeps a change from being done; nothing of that stays behind."""
+    monkeypatch.setattr(hf3fs, "_PATIENCE", 0.05)
+    store = opened(tmp_path, clock)
+    assert put(store, [1, 2]) == [True, True]
+    with closing(sqlite3.connect(tmp_path / "pages.index")) as reader:
+        stopped = reader.execute("SELECT name FROM pages")
+        assert stopped.fetchone()
+        with pytest.raises(OSError, match="the index of the hf3fs store failed: database is locked"):
+            put(store, [3])
+        stopped.close()
+    assert put(store, [3]) == [True]
+    assert get(store, 3)
+    store.close()
+
+
+def test_a_writer_that_was_given_up_confirms_nothing_of_who_came_after_it(tmp_path, clock, monkeypatch):
+    store, other = opened(tmp_path, clock), opened(tmp_path, clock, shard=1)
+    write, seen = Hf3fsStore._write, []
+
+    def slow(self, place, view):
+        if self is store:  # for longer than it is waited for; the other one has begun by then
+            clock.seconds += 61
+            with other._asking(), other._changing():
+                assert other._reserve(name(1), 5000) is not None
+            seen.append(place)
+        return write(self, place, view)
+
+    monkeypatch.setattr(Hf3fsStore, "_write", slow)
+    assert put(store, [1]) == [False]
+    assert seen
+    assert other.has([name(1)]) == [False]
+    store.close()
+    other.close()

@@ -1,8 +1,10 @@
 """What ``--hicache-storage-backend-extra-config`` says: of prefetching, of the guard, and of the store."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -130,6 +132,41 @@ def test_secrets_are_never_shown():
     assert shown_extra("@/etc/store.json") == "@/etc/store.json"
     assert shown_extra('{"password": "pass"') == "..."
     assert shown_extra(None) is None
+    assert hide({"url": "redis://:p@ss:w@rd@host:1/0"}) == {"url": "redis://...@host:1/0"}
+    assert hide({"token": "pass", "api_key": "pass", "tokens": 1}) == {"token": "...", "api_key": "...", "tokens": 1}
+
+
+@pytest.mark.parametrize("text", ["a: 1\npass: {pass\n", "pass: pass: pass", "\tpass: 1"])
+def test_what_is_wrong_with_a_file_is_said_without_what_is_in_it(tmp_path, text):
+    (tmp_path / "store.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is no yaml") as raised:
+        read_extra(f"@{tmp_path / 'store.yaml'}")
+    assert "pass:" not in str(raised.value)
+    assert "{pass" not in str(raised.value)
+
+
+def test_a_file_with_a_date_that_there_is_not_is_no_yaml(tmp_path):
+    (tmp_path / "store.yaml").write_text("day: 2026-13-45")
+    with pytest.raises(ConfigError, match="is no yaml: month must be"):
+        read_extra(f"@{tmp_path / 'store.yaml'}")
+
+
+def test_a_server_that_repeats_what_it_does_not_know_tells_nobody_the_password():
+    said = b"-ERR unknown command 'AUTH', with args beginning with: 'open sesame'\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            with listening.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(said)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"unknown command 'AUTH'.*'...'") as raised:
+            open_store("redis", {"url": url, "password": "open sesame"}, "")
+        answering.join()
+    assert "sesame" not in str(raised.value)
 
 
 def test_nothing_of_a_store_is_imported_before_it_is_chosen():
@@ -159,9 +196,15 @@ def test_nothing_of_a_store_is_imported_before_it_is_chosen():
         ),
         ("s3", {"bucket": "b", "addressing_style": "x"}, "choose from path, virtual"),
         ("lmcache", {"url": "127.0.0.1:1"}, "write lm://host:port"),
+        ("lmcache", {"url": "lm://127.0.0.1:65536"}, "write lm://host:port"),
+        ("lmcache", {"url": "lm://[::1]:1"}, "the lmcache store at ::1:1 cannot be used: "),
+        ("lmcache", {"url": "redis://me:secret@127.0.0.1:1"}, "write lm://host:port"),
+        ("redis", {"url": ["redis://me:secret@127.0.0.1:1"]}, "url=.* is not allowed"),
         ("lmcache", {"namespace": "a@b"}, "at most 60 bytes, without @"),
         ("lmcache", {"url": "lm://127.0.0.1:1"}, "the lmcache store at 127.0.0.1:1 cannot be used: .*refused"),
         ("mooncake", {"master_server_address": "x"}, "write host:port of mooncake_master"),
+        ("mooncake", {"master_server_address": "127.0.0.1:65536"}, "write host:port of mooncake_master"),
+        ("mooncake", {"master_server_address": "[::1]:1"}, r"has no master at \[::1\]:1: \[Errno (111|99|97)\]"),
         ("mooncake", {"replica_num": 0}, "replica_num=0 is not allowed"),
         ("mooncake", {"master_server_address": "127.0.0.1:1"}, "has no master at 127.0.0.1:1: .*start mooncake_master"),
         ("nixl", {"plugin": "GDS"}, "choose from POSIX"),

@@ -31,8 +31,6 @@ _HEADER = struct.Struct("<8sQQ8x")
 _MAGIC = b"rcimage1"
 _PIECE = 1 << 17
 """Bytes that are copied and added to a checksum at a time, which caches of processors hold."""
-_SPARE = 3
-"""Pieces of memory that are kept for later calls."""
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -120,10 +118,14 @@ class _LeftBehind(TimeoutError):
 
 
 class _Scratch:
-    """Memory for the objects of one call at a time; ``shown``: whether the store knows it."""
+    """Memory for the objects of one call at a time; ``shown``: whether the store knows it.
+
+    Some stores keep for ever what they were shown, so few are made: their sizes are powers of two, and as many are kept
+    as calls may be under way at once.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = memoryview(mmap.mmap(-1, -(-nbytes >> 20) << 20))
+        self.memory = memoryview(mmap.mmap(-1, 1 << max(nbytes - 1, (1 << 20) - 1).bit_length()))
         self.shown = False
 
     def split(self, lengths: Sequence[int]) -> list[memoryview]:
@@ -301,7 +303,8 @@ class Guard:
 
     def _give(self, scratch: _Scratch) -> None:
         with self._lock:
-            self._spare = sorted([*self._spare, scratch], key=lambda each: len(each.memory))[-_SPARE:]
+            self._spare = sorted([*self._spare, scratch], key=lambda each: len(each.memory))
+            del self._spare[: -self._settings.most_hanging]
 
     def _ask(self, call: Callable[[], list[bool]], end: float) -> list[bool]:
         return call() if self._store.verifies else self._apart(call, end)

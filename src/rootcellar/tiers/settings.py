@@ -20,8 +20,12 @@ from rootcellar.units import parse_bytes
 Extra = Mapping[str, Any] | str | None
 """The settings of a store, as :func:`read_extra` takes them."""
 _NAME = "hicache_storage_backend_extra_config"
-_SECRET = re.compile(r"password|secret|session_token|credential|private_key|access_key", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRET = re.compile(
+    r"passw|passphrase|secret|^token$|(auth|access|session|api|bearer)_?token|credential|(private|access|api)_?key",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+"""Until the last @ before the path: where there are several, those before it are the password's."""
 HIDDEN = "..."
 """What stands where a secret was."""
 
@@ -54,6 +58,11 @@ def _parse(text: str, kind: str) -> object:
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
+            # Said in full it quotes the line, in which a secret may be, or what is no file of settings at all.
+            at = getattr(error, "problem_mark", None)
+            where = "" if at is None else f" in line {at.line + 1}, column {at.column + 1}"
+            raise ConfigError(f"{_NAME} is no yaml{where}: {getattr(error, 'problem', None) or 'see there'}") from None
+        except ValueError as error:  # a date or a number that there cannot be
             raise ConfigError(f"{_NAME} is no yaml: {error}") from None
     try:
         return tomllib.loads(text) if kind == "toml" else json.loads(text)
@@ -96,7 +105,7 @@ def take_text(extra: dict[str, object], name: str, usual: str | None = None, *, 
     if value == usual and usual is not None:
         return usual
     if not isinstance(value, str) or not value:
-        said = f"{name}={value!r}" if not secret else name
+        said = f"{name}={hide(value, name)!r}" if not secret else name
         raise ConfigError(f"{said} is not allowed: give a string that is not empty")
     return value
 
@@ -107,6 +116,14 @@ def take_optional(extra: dict[str, object], name: str, *, secret: bool = False) 
         return take_text(extra, name, secret=secret)
     extra.pop(name, None)
     return None
+
+
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """Of ``host:port``, where an address of IPv6 stands in brackets; None: it is something else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        return None
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def take_switch(extra: dict[str, object], name: str, usual: bool = False) -> bool:

@@ -76,6 +76,7 @@ class AibrixStore:
         self._lock = threading.Lock()
         self._started = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._wires: Wires | None = None
         self._closed = False
         try:
             self._wires = self._start()
@@ -146,7 +147,7 @@ class AibrixStore:
         with self._lock:
             if self._closed:
                 raise ValueError("the store is closed")
-            if self._process is None or self._process.poll() is not None:
+            if self._wires is None or self._process is None or self._process.poll() is not None:
                 self._wires = self._start()
             wires = self._wires
         return wires.run(call)
@@ -181,6 +182,9 @@ class AibrixStore:
             return wires
 
     def _end(self) -> None:
+        if self._wires is not None:
+            self._wires.close()
+            self._wires = None
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.kill()

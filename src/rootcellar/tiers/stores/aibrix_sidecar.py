@@ -13,17 +13,23 @@ import socket
 import struct
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 _HEAD = struct.Struct("<cI")
 _PAGE = struct.Struct("<32sQ")
+_ENDING = 2.0
+"""Seconds that a connector may take to open or close once nobody is there."""
 
 
 def main(path: str, backend: str, folder: str) -> None:
-    """Serve connections until standard input ends."""
+    """Serve connections until standard input ends, wherever it is then."""
+    over = threading.Event()
+    threading.Thread(target=_follow, args=(over,), daemon=True).start()
     os.environ[f"AIBRIX_KV_CACHE_OL_{backend}_ROOT"] = folder  # read when the package is imported
     l2 = import_module("aibrix_kvcache.l2.connectors")
     connector = l2.Connector.create(l2.ConnectorConfig(backend, "rootcellar", "pages", ThreadPoolExecutor(4)))
@@ -34,9 +40,16 @@ def main(path: str, backend: str, folder: str) -> None:
     listening.bind(path)
     listening.listen()
     threading.Thread(target=_accept, args=(listening, connector, folder), daemon=True).start()
-    sys.stdin.buffer.read()
+    over.wait()
     connector.close()
     os._exit(0)  # threads that wait for connections end with it
+
+
+def _follow(over: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    over.set()
+    time.sleep(_ENDING)
+    os._exit(1)
 
 
 def _accept(listening: socket.socket, connector: Any, folder: str) -> None:
@@ -46,8 +59,7 @@ def _accept(listening: socket.socket, connector: Any, folder: str) -> None:
 
 
 def _serve(connection: socket.socket, connector: Any, folder: str) -> None:
-    loop = asyncio.new_event_loop()
-    with connection, connection.makefile("rb") as reading:
+    with closing(asyncio.new_event_loop()) as loop, connection, connection.makefile("rb") as reading:
         while len(head := reading.read(_HEAD.size)) == _HEAD.size:
             verb, count = _HEAD.unpack(head)
             pages = [_PAGE.unpack(reading.read(_PAGE.size)) for _ in range(count)]

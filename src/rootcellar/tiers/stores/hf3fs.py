@@ -120,11 +120,12 @@ class Hf3fsStore:
             with self._asking(), self._changing():
                 self._note_uses()
                 places = [self._reserve(name, len(view)) for name, view in zip(names, views, strict=True)]
-            written = self._each(self._write, places, views)
+            self._each(self._write, places, views)
             with self._asking():
                 with self._changing():
-                    done = [(name,) for name, whole in zip(names, written, strict=True) if whole]
-                    self._index.executemany("UPDATE pages SET confirmed = 1 WHERE name = ?", done)
+                    done = [(name, *place) for name, place in zip(names, places, strict=True) if place is not None]
+                    which = "name = ? AND slot_bytes = ? AND slot = ?"  # it may have been taken back meanwhile
+                    self._index.executemany(f"UPDATE pages SET confirmed = 1 WHERE {which}", done)
                 return [self._find(name) is not None for name in names]
 
     def clear(self) -> int:
@@ -160,10 +161,11 @@ class Hf3fsStore:
         self._index.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._index.execute("COMMIT")
         except BaseException:
-            self._index.execute("ROLLBACK")
+            if self._index.in_transaction:  # else SQLite has ended it itself
+                self._index.execute("ROLLBACK")
             raise
-        self._index.execute("COMMIT")
 
     def _find(self, name: bytes) -> tuple[int, int, int] | None:
         """The size of slots, the slot, and the length of a page that is whole."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
-from rootcellar.tiers.settings import nothing_else, read_extra, take_text
+from rootcellar.tiers.settings import hide, host_and_port, nothing_else, read_extra, take_text
 from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.wire import Address, Wire, Wires
 
@@ -50,13 +50,13 @@ def read_settings(extra: Mapping[str, object]) -> LMCacheSettings:
         own.setdefault("url", theirs["remote_url"])
     own.pop("config_file", None)
     url = take_text(own, "url", "lm://127.0.0.1:65432")
-    host, colon, port = url.removeprefix("lm://").rpartition(":")
-    if not url.startswith("lm://") or not colon or not host or not port.isdecimal():
-        raise ConfigError(f"url={url!r} is not allowed: write lm://host:port, where lmcache_server listens")
+    at = host_and_port(url.removeprefix("lm://"))
+    if not url.startswith("lm://") or at is None:
+        raise ConfigError(f"url={hide(url)!r} is not allowed: write lm://host:port, where lmcache_server listens")
     namespace = take_text(own, "namespace", "rootcellar")
     if "@" in namespace or len(namespace.encode()) > 60 or not namespace.isprintable():
         raise ConfigError(f"namespace={namespace!r} is not allowed: at most 60 bytes, without @")
-    settings = LMCacheSettings(Address(host.strip("[]"), int(port), timeout=positive(own, "timeout", 5.0)), namespace)
+    settings = LMCacheSettings(Address(*at, timeout=positive(own, "timeout", 5.0)), namespace)
     nothing_else(own, "lmcache", _KNOWN)
     return settings
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
-from rootcellar.tiers.settings import need, nothing_else, take_choice, take_size, take_switch, take_text
+from rootcellar.tiers.settings import host_and_port, need, nothing_else, take_choice, take_size, take_switch, take_text
 from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.passage import Passage
 
@@ -39,7 +39,9 @@ class MooncakeSettings:
 
     local_hostname: str
     metadata_server: str
+    master_server_address: str
     master: tuple[str, int]
+    """Host and port of that."""
     protocol: str
     device_name: str
     global_segment_size: int
@@ -59,13 +61,14 @@ def read_settings(extra: Mapping[str, object]) -> MooncakeSettings:
     """What ``--hicache-storage-backend-extra-config`` says of it. Raises ``ConfigError``."""
     own = dict(extra)
     address = take_text(own, "master_server_address", "127.0.0.1:50051")
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal():
+    master = host_and_port(address)
+    if master is None:
         raise ConfigError(f"master_server_address={address!r} is not allowed: write host:port of mooncake_master")
     settings = MooncakeSettings(
         local_hostname=take_text(own, "local_hostname", "127.0.0.1"),
         metadata_server=take_text(own, "metadata_server", "P2PHANDSHAKE"),
-        master=(host, int(port)),
+        master_server_address=address,
+        master=master,
         protocol=take_choice(own, "protocol", ("tcp", "rdma"), "tcp"),
         device_name=str(own.pop("device_name", "")),
         global_segment_size=take_size(own, "global_segment_size", 1 << 30) or 0,
@@ -91,8 +94,8 @@ class MooncakeStore:
         try:  # its client waits for a master for minutes
             socket.create_connection(settings.master, settings.timeout).close()
         except OSError as error:
-            at = f"{settings.master[0]}:{settings.master[1]}"
-            raise ConfigError(f"the mooncake store has no master at {at}: {error}; start mooncake_master") from None
+            said = f"the mooncake store has no master at {settings.master_server_address}: {error}"
+            raise ConfigError(f"{said}; start mooncake_master") from None
         os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
         module = need("mooncake.store", "rootcellar[mooncake]", "a mooncake store")
         self._store: Any = module.MooncakeDistributedStore()
@@ -108,7 +111,7 @@ class MooncakeStore:
             settings.local_buffer_size,
             settings.protocol,
             settings.device_name,
-            f"{settings.master[0]}:{settings.master[1]}",
+            settings.master_server_address,
         )
         if code != 0:
             raise ConfigError(f"the mooncake store cannot be set up: Mooncake says {code}, and why in its log")
@@ -203,8 +206,9 @@ class MooncakeStore:
         with self._staging:
             total = sum(len(view) for view in views)
             if self._stage is None or len(self._stage) < total:
-                self._stage = memoryview(mmap.mmap(-1, total))
-                self.register(self._stage)
+                larger = memoryview(mmap.mmap(-1, total))
+                self.register(larger)
+                self._stage = larger
             ends = np.cumsum([len(view) for view in views]).tolist()
             yield [self._stage[end - len(view) : end] for end, view in zip(ends, views, strict=True)]
 

@@ -24,6 +24,9 @@ from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.passage import Passage
 
 _POLL = 5e-5
+"""Seconds between two looks at a transfer."""
+_LATE = 0.05
+"""The same when it takes too long."""
 _AT_ONCE = 64
 """Pages of one transfer, and files that are open for it."""
 
@@ -102,7 +105,11 @@ class _Agent:
         self.lock = threading.Lock()
 
     def move(self, verb: str, views: Sequence[memoryview], descriptors: Sequence[Any]) -> bool:
-        """Carry out a transfer; whether all of it was done. Raises ``OSError`` when it takes too long."""
+        """Carry out a transfer; whether all of it was done. Raises ``OSError`` when it took too long.
+
+        It returns when NIXL no longer works in the memory, however long that is: the guard waits no longer than it
+        wants to, and does not use that memory again before.
+        """
         local = [(int(np.frombuffer(view, np.uint8).ctypes.data), len(view), 0, "") for view in views]
         with self._registered(local, "DRAM"), self._registered(list(descriptors), "FILE"):
             ours = self._agent.get_xfer_descs([each[:3] for each in local], "DRAM")
@@ -112,10 +119,10 @@ class _Agent:
                 state = self._agent.transfer(handle)
                 until = time.monotonic() + self._timeout
                 while state == "PROC":
-                    if time.monotonic() > until:
-                        raise OSError(f"NIXL did not end a transfer within {self._timeout:g} s")
-                    time.sleep(_POLL)
+                    time.sleep(_POLL if time.monotonic() < until else _LATE)
                     state = self._agent.check_xfer_state(handle)
+                if time.monotonic() > until:
+                    raise OSError(f"NIXL did not end a transfer within {self._timeout:g} s")
                 return bool(state == "DONE")
             finally:
                 self._agent.release_xfer_handle(handle)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
-from rootcellar.tiers.settings import nothing_else, take_optional, take_text
+from rootcellar.tiers.settings import HIDDEN, nothing_else, take_optional, take_text
 from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.wire import Address, Wire, Wires
 
@@ -133,13 +133,15 @@ class RedisStore:
         return self._prefix + name.hex().encode()
 
     def _greet(self, wire: Wire) -> None:
-        settings, commands = self.settings, []
+        settings = self.settings
         if settings.password is not None:
             user = (settings.username.encode(),) if settings.username else ()
-            commands.append((b"AUTH", *user, settings.password.encode()))
+            try:
+                _ask(wire, [(b"AUTH", *user, settings.password.encode())], _said)
+            except _ErrorReply as error:  # a server that has no such command repeats what it was given
+                raise _ErrorReply(str(error).replace(settings.password, HIDDEN)) from None
         if settings.db:
-            commands.append((b"SELECT", b"%d" % settings.db))
-        _ask(wire, commands, _said)
+            _ask(wire, [(b"SELECT", b"%d" % settings.db)], _said)
 
     def _scan(self, wire: Wire) -> Iterator[list[bytes]]:
         pattern = "".join(f"\\{c}" if c in "*?[]\\^-" else c for c in self.settings.prefix).encode() + b"*"

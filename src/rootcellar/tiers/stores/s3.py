@@ -5,6 +5,7 @@ Objects are sent without a hash of their own (``UNSIGNED-PAYLOAD``): a page has 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ssl
 import threading
@@ -51,9 +52,14 @@ def read_settings(extra: Mapping[str, object]) -> S3Settings:
     own = dict(extra)
     region = take_text(own, "region_name", "us-east-1")
     url = take_text(own, "endpoint_url", f"https://s3.{region}.amazonaws.com").rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query or parts.username:
-        raise ConfigError("endpoint_url is not allowed: write http://host:port or https://host")
+    wrong = ConfigError("endpoint_url is not allowed: write http://host:port or https://host")
+    try:
+        parts = urlsplit(url)
+        named = parts.hostname is not None and parts.port != 0
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not named or parts.path or parts.query or parts.username:
+        raise wrong
     key = take_optional(own, "aws_access_key_id", secret=True)
     secret = take_optional(own, "aws_secret_access_key", secret=True)
     token = take_optional(own, "aws_session_token", secret=True)
@@ -87,7 +93,10 @@ class S3Store:
         host = f"{settings.bucket}.{host}" if settings.virtual else host
         self._origin = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
         self._base = "/" if settings.virtual else f"/{quote(settings.bucket)}/"
-        self._connect = _connecting(parts.scheme == "https", host, parts.port, settings)
+        try:
+            self._connect = _connecting(parts.scheme == "https", host, parts.port, settings)
+        except OSError as error:
+            raise ConfigError(f"ca_certs={settings.ca_certs!r} cannot be used: {error}") from None
         self._sign = _signing(settings)
         self._lock = threading.Lock()
         self._free: list[http.client.HTTPConnection] = []
@@ -132,21 +141,22 @@ class S3Store:
         """Nothing comes of it."""
 
     def close(self) -> None:
-        """See ``Store``. Requests that are under way end by themselves."""
+        """See ``Store``. Requests that are under way end by themselves, and those that wait for their turn at once."""
         with self._lock:
             self._closed = True
             free, self._free = self._free, []
+            self._pool.shutdown(wait=False)  # nothing is cancelled: ``wait`` would never hear of it
         for connection in free:
             connection.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _key(self, name: bytes) -> str:
         return self.settings.prefix + name.hex()
 
     def _each(self, call: Callable[..., _T], *items: Sequence[Any]) -> list[_T]:
-        if self._closed:
-            raise ValueError("the store is closed")
-        calls = [self._pool.submit(call, *each) for each in zip(*items, strict=True)]
+        with self._lock:  # all of them are begun, or none
+            if self._closed:
+                raise ValueError("the store is closed")
+            calls = [self._pool.submit(call, *each) for each in zip(*items, strict=True)]
         wait(calls)  # all of them, as whoever is told of an error may use its memory again
         return [each.result() for each in calls]
 
@@ -195,12 +205,12 @@ class S3Store:
         path = self._base + quote(key) + (f"?{query}" if query else "")
         headers = self._sign(method, self._origin + path, 0 if body is None else len(body))
         with self._lock:
+            if self._closed:
+                raise ValueError("the store is closed")
             kept = self._free.pop() if self._free else None
         if kept is not None:
-            try:
+            with contextlib.suppress(ConnectionError):
                 return self._on(kept, method, path, body, headers, into)
-            except (ConnectionError, http.client.BadStatusLine):
-                kept.close()
         return self._on(self._connect(), method, path, body, headers, into)
 
     def _on(
@@ -221,9 +231,7 @@ class S3Store:
                 said = response.read()
         except http.client.HTTPException as error:
             connection.close()
-            if isinstance(error, ConnectionError | http.client.BadStatusLine):
-                raise
-            raise OSError(f"the server answered with what is no HTTP: {error!r}") from error
+            raise ConnectionError(f"the server answered with what is no HTTP: {error!r}") from error
         except BaseException:
             connection.close()
             raise

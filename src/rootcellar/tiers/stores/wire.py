@@ -33,8 +33,12 @@ class Address:
         """A connection. Raises ``OSError``."""
         if self.path is not None:
             plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            plain.settimeout(self.timeout)
-            plain.connect(self.path)
+            try:
+                plain.settimeout(self.timeout)
+                plain.connect(self.path)
+            except BaseException:
+                plain.close()
+                raise
             return plain
         plain = socket.create_connection((self.host, self.port), self.timeout)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
