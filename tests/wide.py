@@ -31,7 +31,6 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_control.py": {
         "test_an_engine_that_was_not_closed_ends_with_the_program_and_says_nothing": "",
-        "test_no_compilation_in_steady_state": "",
     },
     "engine/test_equivalence.py": {
         "test_every_family_answers_as_transformers": "llama3.*|llama2.*",
