@@ -2,7 +2,7 @@
 
 ``make test`` is what everybody runs before each commit: of a row with parameters it shows the kinds that differ most. A
 row without any is shown only where it is decided whether a change goes in (``.ci/run``), some with nothing like it by
-day: pytest's plugin for stores, broken invariants, no compiling in a steady state, huge bodies, signals under load,
+day: pytest's plugin for stores, broken invariants, huge bodies, signals under load,
 examples. A row is a test, and which of its parameters (a regular expression that must match the whole id; none: all).
 """
 
