@@ -172,6 +172,29 @@ def ask(ranks, rng, call):
     return prompt
 
 
+def test_what_a_rank_tells_while_rank_0_turns_to_the_agreement_is_not_forgotten():
+    """It may have been seen when that rank had said its part already, and nobody else will speak of it."""
+    ranks = Ranks()
+    led, agreed = ranks.leader.exchange, ranks.leader.agreed
+    lead = led.lead
+
+    def told(what):
+        lead(what)
+        agreed.noted()
+
+    agreed.noted()
+    led.lead = told
+    ranks.leader.learn()
+    led.lead = lead
+    words = ranks.wires.words
+    ranks.leader.learn()
+    assert ranks.wires.words > words
+    words = ranks.wires.words
+    ranks.leader.learn()
+    assert ranks.wires.words == words
+    ranks.end()
+
+
 @pytest.mark.parametrize(
     ("count", "seed", "requests"),
     [(2, 0, 120), (3, 1, 60), *(pytest.param(2, seed, 2500, marks=pytest.mark.long) for seed in range(2, 6))],

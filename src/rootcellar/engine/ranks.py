@@ -119,7 +119,7 @@ class LeadingMachine(RankedMachine):
 
     def learn(self) -> None:
         """See ``Machine``; where a rank has seen something."""
-        if self.agreed is not None and (self.agreed.has_news or self.life.missed):
+        if self.agreed is not None and (self.agreed.take_news() or self.life.missed):
             rates, now = self.measured()
             self.exchange.lead(Look(rates, now))
             if reports := self.life.missed + self.agreed.reports():
