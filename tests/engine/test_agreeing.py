@@ -15,9 +15,9 @@ from wires import Wires
 from copies import Copies
 from rootcellar.cache import Key, Question, Tier, full, sliding_window
 from rootcellar.engine.agreeing import Agreement, PageByPage, Seen
-from rootcellar.engine.commands import Abort, Attach, Detach, Flush, Leave, Release, Resume, Submit
+from rootcellar.engine.commands import Abort, Attach, Detach, Flush, Leave, Pause, Release, Resume, Submit
 from rootcellar.engine.exchange import _load
-from rootcellar.engine.ranks import FollowingMachine, LeadingMachine
+from rootcellar.engine.ranks import Do, FollowingLoop, FollowingMachine, LeadingMachine
 from rootcellar.tiers.prefetching import PrefetchSettings
 
 # -- the merge ---------------------------------------------------------------------------------------------------------
@@ -193,6 +193,19 @@ def test_what_a_rank_tells_while_rank_0_turns_to_the_agreement_is_not_forgotten(
     ranks.leader.learn()
     assert ranks.wires.words == words
     ranks.end()
+
+
+def test_what_was_led_is_not_done_once_it_is_over():
+    """The engine's thread may be in a step that never ends: whoever ends the loop must not begin another."""
+    wires, gate = Wires(2), threading.Event()
+    loop = FollowingLoop(
+        hash_machine(make=lambda life, **given: FollowingMachine(life, wires.ends[1], lambda _: (), **given))
+    )
+    loop.ask(gate.wait)
+    loop.take(Do(Pause("in_place")))
+    loop.fail("rank 0 is lost")
+    gate.set()
+    assert not loop.machine.paused
 
 
 @pytest.mark.parametrize(

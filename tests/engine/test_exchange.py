@@ -52,7 +52,7 @@ def test_words_arrive_in_order_also_those_before_anybody_listened():
     assert led == [Seen((i,)) for i in range(100)]
     assert follower.in_order
     assert follower.ended(30) == "rank 0 of 2 ended: rank 0 was shut down"
-    for wait in (follower.hear, leader.gather):
+    for wait in (follower.hear, leader.gather, lambda: leader.lead("more")):
         with pytest.raises(EngineError, match="was shut down"):
             wait()
 

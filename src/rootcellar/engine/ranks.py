@@ -176,8 +176,8 @@ class FollowingLoop(Loop):
         raise EngineError(f"this is rank {rank} of an engine, which does as rank 0 does: ask that one")
 
     def take(self, told: Do | Look | Step) -> None:
-        """Do this after all that was told before; from any thread."""
-        self._inbox.put(lambda: self.machine.follow(told))
+        """Do this after all that was told before, unless it is over then; from any thread."""
+        self._inbox.put(lambda: None if self._stopped.is_set() else self.machine.follow(told))
 
     def _turn(self) -> None:
         self._drain(wait=True)
