@@ -14,10 +14,11 @@ from wires import Wires
 
 from copies import Copies
 from rootcellar.cache import Key, Question, Tier, full, sliding_window
-from rootcellar.engine.agreeing import Agreement, PageByPage, Seen
+from rootcellar.engine.agreeing import Agreement, PageByPage, Seen, Unopened
 from rootcellar.engine.commands import Abort, Attach, Detach, Flush, Leave, Pause, Release, Resume, Submit
 from rootcellar.engine.exchange import _load
 from rootcellar.engine.ranks import Do, FollowingLoop, FollowingMachine, LeadingMachine
+from rootcellar.errors import ConfigError, EngineError
 from rootcellar.tiers.prefetching import PrefetchSettings
 
 # -- the merge ---------------------------------------------------------------------------------------------------------
@@ -206,6 +207,42 @@ def test_what_was_led_is_not_done_once_it_is_over():
     loop.fail("rank 0 is lost")
     gate.set()
     assert not loop.machine.paused
+
+
+def test_a_command_that_fails_on_one_rank_alone_leaves_no_other_waiting():
+    ranks = Ranks()
+
+    def refuse():
+        raise OSError("its disk is gone")
+
+    ranks.others[0].life.flush = refuse
+    with pytest.raises(EngineError, match="its disk is gone"):
+        ranks.callers.do(Flush()).result()
+
+
+def test_weights_that_are_others_on_one_rank_are_found_before_the_next_step():
+    ranks = Ranks()
+    ranks.others[0].life.weights = "others, read again"
+    ranks.callers.do(Resume(("kv_cache",))).result()
+    ask(ranks, np.random.default_rng(0), 0)
+    with pytest.raises(EngineError, match="rank 1 parted from rank 0 before turn 0"):
+        ranks.run()
+
+
+def test_a_store_that_is_not_taken_since_another_rank_has_none_is_closed():
+    class Opened:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    ranks, opened = Ranks(3), Opened()
+    for machine, found in zip(ranks.others, (opened, Unopened("no such folder")), strict=True):
+        machine._live = lambda _, found=found: (found,)
+    with pytest.raises(ConfigError, match="rank 2: no such folder"):
+        ranks.attach().result()
+    ranks.end()
+    assert opened.closed
 
 
 @pytest.mark.parametrize(
