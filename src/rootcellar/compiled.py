@@ -10,10 +10,14 @@ from pathlib import Path
 
 import jax
 
+from rootcellar.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 
-def open_library(folders: Iterable[str], file: str, targets: Mapping[str, str], without: str) -> ctypes.CDLL | None:
+def open_library(
+    folders: Iterable[str], file: str, targets: Mapping[str, str], without: str, functions: Iterable[str] = ()
+) -> ctypes.CDLL | None:
     """The shared library ``file`` of a package, its handlers registered with XLA's foreign function interface for CPUs.
 
     Args:
@@ -21,9 +25,13 @@ def open_library(folders: Iterable[str], file: str, targets: Mapping[str, str], 
         file: the library's name.
         targets: the function in it that each name of a call stands for.
         without: what happens where there is none, for the log.
+        functions: what is called in it beside its handlers.
 
     Returns:
         None where it was not built, or is not wanted (``ROOTCELLAR_NO_NATIVE=1``).
+
+    Raises:
+        ConfigError: it lacks a function, since it was built from other sources than these.
     """
     if os.environ.get("ROOTCELLAR_NO_NATIVE") == "1":
         return None
@@ -32,6 +40,11 @@ def open_library(folders: Iterable[str], file: str, targets: Mapping[str, str], 
         log.info("%s was not built: %s", file, without)
         return None
     opened = ctypes.CDLL(str(found[0]))
+    if lacks := [name for name in (*targets.values(), *functions) if not hasattr(opened, name)]:
+        raise ConfigError(
+            f"{found[0]} is not of the Python beside it, and lacks {', '.join(lacks)}: build rootcellar again "
+            "(pip install), or set ROOTCELLAR_NO_NATIVE=1 to do without"
+        )
     for name, function in targets.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(opened[function]), platform="cpu")
     return opened

@@ -14,10 +14,11 @@ from wires import Wires
 
 from copies import Copies
 from rootcellar.cache import Key, Question, Tier, full, sliding_window
-from rootcellar.engine.agreeing import Agreement, PageByPage, Seen
-from rootcellar.engine.commands import Abort, Attach, Detach, Flush, Leave, Release, Resume, Submit
+from rootcellar.engine.agreeing import Agreement, PageByPage, Seen, Unopened
+from rootcellar.engine.commands import Abort, Attach, Detach, Flush, Leave, Pause, Release, Resume, Submit
 from rootcellar.engine.exchange import _load
-from rootcellar.engine.ranks import FollowingMachine, LeadingMachine
+from rootcellar.engine.ranks import Do, FollowingLoop, FollowingMachine, LeadingMachine
+from rootcellar.errors import ConfigError, EngineError
 from rootcellar.tiers.prefetching import PrefetchSettings
 
 # -- the merge ---------------------------------------------------------------------------------------------------------
@@ -170,6 +171,78 @@ def ask(ranks, rng, call):
     prompt = [int(rng.integers(2)) for _ in range(int(rng.integers(1, 30)))]
     ranks.callers.do(ranks.callers.submit([prompt], call, max_new_tokens=4))
     return prompt
+
+
+def test_what_a_rank_tells_while_rank_0_turns_to_the_agreement_is_not_forgotten():
+    """It may have been seen when that rank had said its part already, and nobody else will speak of it."""
+    ranks = Ranks()
+    led, agreed = ranks.leader.exchange, ranks.leader.agreed
+    lead = led.lead
+
+    def told(what):
+        lead(what)
+        agreed.noted()
+
+    agreed.noted()
+    led.lead = told
+    ranks.leader.learn()
+    led.lead = lead
+    words = ranks.wires.words
+    ranks.leader.learn()
+    assert ranks.wires.words > words
+    words = ranks.wires.words
+    ranks.leader.learn()
+    assert ranks.wires.words == words
+    ranks.end()
+
+
+def test_what_was_led_is_not_done_once_it_is_over():
+    """The engine's thread may be in a step that never ends: whoever ends the loop must not begin another."""
+    wires, gate = Wires(2), threading.Event()
+    loop = FollowingLoop(
+        hash_machine(make=lambda life, **given: FollowingMachine(life, wires.ends[1], lambda _: (), **given))
+    )
+    loop.ask(gate.wait)
+    loop.take(Do(Pause("in_place")))
+    loop.fail("rank 0 is lost")
+    gate.set()
+    assert not loop.machine.paused
+
+
+def test_a_command_that_fails_on_one_rank_alone_leaves_no_other_waiting():
+    ranks = Ranks()
+
+    def refuse():
+        raise OSError("its disk is gone")
+
+    ranks.others[0].life.flush = refuse
+    with pytest.raises(EngineError, match="its disk is gone"):
+        ranks.callers.do(Flush()).result()
+
+
+def test_weights_that_are_others_on_one_rank_are_found_before_the_next_step():
+    ranks = Ranks()
+    ranks.others[0].life.weights = "others, read again"
+    ranks.callers.do(Resume(("kv_cache",))).result()
+    ask(ranks, np.random.default_rng(0), 0)
+    with pytest.raises(EngineError, match="rank 1 parted from rank 0 before turn 0"):
+        ranks.run()
+
+
+def test_a_store_that_is_not_taken_since_another_rank_has_none_is_closed():
+    class Opened:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    ranks, opened = Ranks(3), Opened()
+    for machine, found in zip(ranks.others, (opened, Unopened("no such folder")), strict=True):
+        machine._live = lambda _, found=found: (found,)
+    with pytest.raises(ConfigError, match="rank 2: no such folder"):
+        ranks.attach().result()
+    ranks.end()
+    assert opened.closed
 
 
 @pytest.mark.parametrize(

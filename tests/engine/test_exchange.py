@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from rootcellar.engine import meeting
 from rootcellar.engine.agreeing import Seen
 from rootcellar.engine.exchange import Farewell, FrameKind, Link, Star, _load
 from rootcellar.engine.meeting import _accept, _connect, _Group
@@ -52,7 +53,7 @@ def test_words_arrive_in_order_also_those_before_anybody_listened():
     assert led == [Seen((i,)) for i in range(100)]
     assert follower.in_order
     assert follower.ended(30) == "rank 0 of 2 ended: rank 0 was shut down"
-    for wait in (follower.hear, leader.gather):
+    for wait in (follower.hear, leader.gather, lambda: leader.lead("more")):
         with pytest.raises(EngineError, match="was shut down"):
             wait()
 
@@ -114,3 +115,22 @@ def test_who_does_not_know_the_secret_is_not_heard():
         assert link.receive() == (FrameKind.SAY, "welcome")
         link.close(Farewell("bye"))
         found[0].close(Farewell("bye"))
+
+
+def test_strangers_do_not_make_ranks_wait_longer(monkeypatch):
+    monkeypatch.setattr(meeting, "_MEET", 1)
+    said, over = [], threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept():
+            with pytest.raises(OSError, match="timed out") as error:
+                _accept(_Group(listener.getsockname(), bytes(32), listener, 0, 2))
+            said.append(error)
+            over.set()
+
+        threading.Thread(target=accept, daemon=True).start()
+        for _ in range(40):
+            socket.create_connection(listener.getsockname()).close()
+            if over.wait(0.2):
+                break
+        assert said

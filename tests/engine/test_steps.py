@@ -1,6 +1,8 @@
 """Steps that fail, wait for bytes, or give several tokens; over hashes for keys and values."""
 
 import queue
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -208,6 +210,23 @@ def test_the_loop_sleeps_until_it_is_woken():
         assert output.render()["output_ids"] == expected_answer(prompt(1, 21), 4)
     finally:
         loop.stop()
+
+
+def test_who_waits_for_the_end_waits_no_longer_once_there_is_no_going_on():
+    """A rank is lost while the engine is closed, and the engine's thread is in a step that never ends."""
+    loop, gate = Loop(hash_machine()), threading.Event()
+    loop.ask(gate.wait)
+    threads = [threading.Thread(target=each, daemon=True) for each in (loop.stop, lambda: loop.fail("rank 1 is lost"))]
+    try:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        assert loop.failed
+    finally:
+        gate.set()
 
 
 # -- several tokens a step --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pairs import combinations
+from rootcellar.compiled import open_library
 from rootcellar.errors import ConfigError
 from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, native, xla
 from rootcellar.plan.stored import Heads, Latents
@@ -240,3 +241,11 @@ def test_native_backend_that_cannot_run_says_why():
     assert choose_backend("auto", [by_head(64)], "gpu") == "xla"
     assert choose_backend("auto", [by_head(64), by_head(7)], "cpu") == "xla"
     assert choose_backend("auto", [by_head(64)], "cpu") == ("native" if NATIVE else "xla")
+
+
+def test_a_library_of_other_sources_says_that_it_must_be_built_again(tmp_path):
+    """Any shared library will do, as one that lacks what these sources call."""
+    (tmp_path / "_native.so").symlink_to(np._core._multiarray_umath.__file__)
+    for targets, functions in (({"a_call": "RootcellarOther"}, []), ({}, ["RootcellarOther"])):
+        with pytest.raises(ConfigError, match=r"_native.so .* lacks RootcellarOther: build rootcellar again"):
+            open_library([str(tmp_path)], "_native.so", targets, "nothing happens", functions)

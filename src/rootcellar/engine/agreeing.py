@@ -124,10 +124,15 @@ class AgreedMover:
         self._asked: dict[int, PageByPage] = {}
         self._news = threading.Event()
 
-    @property
-    def has_news(self) -> bool:
-        """Rank 0: whether a rank has seen something since the last agreement."""
-        return self._news.is_set()
+    def take_news(self) -> bool:
+        """Rank 0: whether a rank has seen something since this was asked last.
+
+        Asked before the others are told to agree: what they see once they did must not be taken for what they told.
+        """
+        heard = self._news.is_set()
+        if heard:
+            self._news.clear()
+        return heard
 
     def noted(self) -> None:
         """Rank 0: a rank has seen something."""
@@ -156,12 +161,10 @@ class AgreedMover:
 
     def reports(self) -> Reports:
         """See ``AnyMover``."""
-        self._news.clear()
         return self._agreed(self._mover.reports())
 
     def drain(self, *, near: bool = False) -> Reports:
         """See ``AnyMover``; each rank waits for its own."""
-        self._news.clear()
         return self._agreed(self._mover.drain(near=near))
 
     def attach(self, store: Store | Unopened, most_queued: int = 0) -> None:

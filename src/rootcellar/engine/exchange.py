@@ -75,7 +75,7 @@ class Exchange(Protocol):
         ...
 
     def lead(self, what: object) -> None:
-        """Rank 0: let all others do this, after all that was led before."""
+        """Rank 0: let all others do this, after all that was led before. ``EngineError``: it is over."""
         ...
 
     def gather(self) -> list[Any]:
@@ -227,6 +227,8 @@ class Star:
     def lead(self, what: object) -> None:
         """See ``Exchange``."""
         self._send_all(FrameKind.LEAD, what)
+        if self._ended.is_set():
+            raise EngineError(self.why)
 
     def gather(self) -> list[Any]:
         """See ``Exchange``."""

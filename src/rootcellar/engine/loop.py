@@ -52,6 +52,7 @@ class Loop:
         """What those are told who come when it is over."""
         self._message = _OVER
         """What those are told whose requests it ends."""
+        self._failed = False
         self._current: Future[Any] | None = None
         """Who waits for the command that is being carried out."""
         self._ended = threading.Lock()
@@ -122,7 +123,9 @@ class Loop:
             self._stopped.set()
             self.wake()
         if threading.current_thread() is not self._thread:
-            self._thread.join(None if self._message == _OVER else _GRACE)
+            while self._thread.is_alive() and not self._failed:  # that may come while it is waited for
+                self._thread.join(_GRACE)
+            self._thread.join(_GRACE)
 
     def await_end(self) -> str:
         """Wait until all is over; why it is."""
@@ -131,8 +134,8 @@ class Loop:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended because there was no going on; what the devices were about may never end."""
-        return self._message != _OVER
+        """Whether there is no going on, also where it was to end anyway; what the devices were about may never end."""
+        return self._failed
 
     def fail(self, why: str) -> None:
         """There is no going on: end all that is left with this reason, and refuse what comes. From any other thread.
@@ -144,6 +147,7 @@ class Loop:
         self._end_all()
 
     def _over(self, why: str) -> None:
+        self._failed = True
         if not self._stopped.is_set():
             self._why = self._message = why
             self._stopped.set()
@@ -260,6 +264,8 @@ class Loop:
         return min(waits + [_QUIET] * self._may_idle, default=None)
 
     def _expire(self) -> None:
+        if self._stopped.is_set():
+            return  # all end, perhaps on another thread
         late = self.machine.next_end
         if late is not None and late <= (now := self.machine.clock.now()):
             self.machine.do(Expire(now), Future())

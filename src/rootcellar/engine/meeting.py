@@ -12,6 +12,7 @@ import logging
 import secrets
 import socket
 from dataclasses import dataclass
+from time import monotonic
 
 import jax
 import numpy as np
@@ -60,8 +61,8 @@ def meet(config: EngineConfig) -> Star:
         )
     try:
         connections = _accept(group) if group.listener is not None else [_connect(group)]
-    except OSError as error:
-        raise EngineError(f"the ranks of the engine did not meet: {error}") from error
+    except (OSError, EOFError) as error:
+        raise EngineError(f"the ranks of the engine did not meet: {error or 'rank 0 is gone'}") from error
     for each in connections:
         each.expect_within(config.dist_timeout)
     return Star(group.rank, group.ranks, connections, config.dist_timeout)
@@ -116,9 +117,10 @@ def _leave(group: _Group) -> None:
 def _accept(group: _Group) -> list[Link]:
     """Rank 0: one connection to each other rank, in order. Who does not know the secret is not heard."""
     assert group.listener is not None
-    group.listener.settimeout(_MEET)
+    until = monotonic() + _MEET  # however many strangers come meanwhile
     found: dict[int, Link] = {}
     while len(found) < group.ranks - 1:
+        group.listener.settimeout(max(0.001, until - monotonic()))
         sock, _ = group.listener.accept()
         connection = Link(sock, _MEET, 0)
         try:

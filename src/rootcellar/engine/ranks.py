@@ -3,7 +3,7 @@
 Rank 0 alone has callers. What it is about to do (carry out a command, learn, step) it tells the others first; they do
 the same with the same result, since commands are values, reports are agreed on (``agreeing.py``), and what is measured
 is rank 0's. So all plan the same steps, which their devices compute together. Each step is told with a digest of all
-steps before it: ranks that part find out at once.
+steps and commands before it: ranks that part find out at once.
 
 A step that fails ends the engine, since nobody knows how far the other ranks came.
 """
@@ -27,7 +27,7 @@ from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.step import AnyCommand, Chosen, Launched, Machine
-from rootcellar.errors import ConfigError, EngineError
+from rootcellar.errors import ConfigError, EngineError, RootcellarError
 from rootcellar.runner import Unread
 from rootcellar.scheduler import Plan, Rates
 from rootcellar.tiers.prefetching import PrefetchSettings
@@ -76,7 +76,7 @@ class Step:
 
 
 class RankedMachine(Machine):
-    """The machine of one rank. ``digest``: of what it planned and what came of it, so far."""
+    """The machine of one rank. ``digest``: of what it did and planned and what came of it, so far."""
 
     def __init__(self, life: Lifecycle, exchange: Exchange, **options: Any) -> None:
         """``options``: as for any machine."""
@@ -95,6 +95,14 @@ class RankedMachine(Machine):
             why = f"rank {self.exchange.rank} of {self.exchange.ranks} failed: {what}"
             self.exchange.close(why)
         raise EngineError(why) from error
+
+    def _carry_out(self, command: AnyCommand, reply: Future[Any], live: tuple[Any, ...]) -> None:
+        super()._carry_out(command, reply, live)
+        error = reply.exception()
+        if error is not None and not isinstance(error, RootcellarError):
+            raise error  # perhaps here alone, and others wait for this rank to agree with them
+        # What is refused may be so on one rank alone, and weights that are read again may be others there.
+        self._note((type(command).__name__, type(error).__name__, self.life.weights))
 
     def _run(self, plan: Plan, before: Unread | None) -> Launched:
         self._note([(c.request.rid, c.start, c.stop) for c in plan.chunks])
@@ -119,7 +127,7 @@ class LeadingMachine(RankedMachine):
 
     def learn(self) -> None:
         """See ``Machine``; where a rank has seen something."""
-        if self.agreed is not None and (self.agreed.has_news or self.life.missed):
+        if self.agreed is not None and (self.agreed.take_news() or self.life.missed):
             rates, now = self.measured()
             self.exchange.lead(Look(rates, now))
             if reports := self.life.missed + self.agreed.reports():
@@ -144,8 +152,9 @@ class FollowingMachine(RankedMachine):
         match told:
             case Do(command):
                 reply: Future[Any] = Future()
-                reply.add_done_callback(lambda done: _done(command, done))
-                self.do(command, reply, *self._live(command))
+                live = self._live(command)
+                reply.add_done_callback(lambda done: _done(command, live, done))
+                self.do(command, reply, *live)
             case Look(rates, now):
                 assert self.agreed is not None
                 if reports := self.life.missed + self.agreed.reports():
@@ -153,16 +162,19 @@ class FollowingMachine(RankedMachine):
             case Step(digest):
                 if digest != self.digest:
                     raise EngineError(
-                        f"rank {self.exchange.rank} parted from rank 0 before turn {self.turns}: they planned or chose "
-                        "something else"
+                        f"rank {self.exchange.rank} parted from rank 0 before turn {self.turns}: they did, planned or "
+                        "chose something else"
                     )
                 self.step()
 
 
-def _done(command: Command, reply: Future[Any]) -> None:
-    """A store that was let go is closed; what went wrong went wrong on rank 0 too, which tells its caller."""
-    if isinstance(command, Detach) and reply.exception() is None and reply.result() is not None:
+def _done(command: Command, live: tuple[Any, ...], reply: Future[Any]) -> None:
+    """A store that was let go, or not taken, is closed. Rank 0 tells its caller what went wrong."""
+    failed = reply.exception() is not None
+    if isinstance(command, Detach) and not failed and reply.result() is not None:
         reply.result().close()
+    if isinstance(command, Attach) and failed and not isinstance(live[0], Unopened):
+        live[0].close()
 
 
 class FollowingLoop(Loop):
@@ -176,8 +188,8 @@ class FollowingLoop(Loop):
         raise EngineError(f"this is rank {rank} of an engine, which does as rank 0 does: ask that one")
 
     def take(self, told: Do | Look | Step) -> None:
-        """Do this after all that was told before; from any thread."""
-        self._inbox.put(lambda: self.machine.follow(told))
+        """Do this after all that was told before, unless it is over then; from any thread."""
+        self._inbox.put(lambda: None if self._stopped.is_set() else self.machine.follow(told))
 
     def _turn(self) -> None:
         self._drain(wait=True)

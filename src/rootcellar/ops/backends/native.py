@@ -30,7 +30,9 @@ _FUNCTIONS = {_TARGETS["heads"]: "RootcellarAttentionByHead", _TARGETS["latents"
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
     """The shared library with the CPU kernels, registered with XLA; None where it was not built or is not wanted."""
-    return open_library(ops.__path__, "_native.so", _FUNCTIONS, "attention runs through XLA")
+    return open_library(
+        ops.__path__, "_native.so", _FUNCTIONS, "attention runs through XLA", functions=["rootcellar_runs_vectors"]
+    )
 
 
 def runs_vectors(name: str) -> bool:
