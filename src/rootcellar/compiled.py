@@ -40,11 +40,13 @@ def open_library(
         log.info("%s was not built: %s", file, without)
         return None
     opened = ctypes.CDLL(str(found[0]))
-    if lacks := [name for name in (*targets.values(), *functions) if not hasattr(opened, name)]:
+    try:
+        called = {name: opened[name] for name in (*targets.values(), *functions)}
+    except AttributeError as error:
         raise ConfigError(
-            f"{found[0]} is not of the Python beside it, and lacks {', '.join(lacks)}: build rootcellar again "
-            "(pip install), or set ROOTCELLAR_NO_NATIVE=1 to do without"
-        )
+            f"{found[0]} is not of the Python beside it ({error}): build rootcellar again (pip install), or set "
+            "ROOTCELLAR_NO_NATIVE=1 to do without"
+        ) from None
     for name, function in targets.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(opened[function]), platform="cpu")
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(called[function]), platform="cpu")
     return opened

@@ -247,5 +247,5 @@ def test_a_library_of_other_sources_says_that_it_must_be_built_again(tmp_path):
     """Any shared library will do, as one that lacks what these sources call."""
     (tmp_path / "_native.so").symlink_to(np._core._multiarray_umath.__file__)
     for targets, functions in (({"a_call": "RootcellarOther"}, []), ({}, ["RootcellarOther"])):
-        with pytest.raises(ConfigError, match=r"_native.so .* lacks RootcellarOther: build rootcellar again"):
+        with pytest.raises(ConfigError, match=r"_native.so is not .*RootcellarOther.*build rootcellar again"):
             open_library([str(tmp_path)], "_native.so", targets, "nothing happens", functions)
