@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,24 @@ def test_special_tokens_are_left_out_wherever_they_are_cut():
     for at in range(len(text)):
         assert read([text[:at], text[at:]], "llama3", dropped=dropped) == whole
     assert read(["half <|reser"], "llama3", dropped=dropped)[1] == "half <|reser"
+
+
+def test_what_is_read_again_is_shown_once():
+    assert read(['[TOOL_CALLS]no name{"a": 1}'], "mistral")[1] == '[TOOL_CALLS]no name{"a": 1}'
+
+
+def test_the_time_to_read_an_answer_grows_with_its_length():
+    """Of whole answers: nothing copies, or looks through, all that is left for each piece that it takes."""
+
+    def seconds(text, name):
+        began = time.process_time()
+        read([text], name)
+        return time.process_time() - began
+
+    call = "now(a='some text, of the length that arguments have'), "
+    for name, once, unit in (("pythonic", "[", call), ("hermes", "", '<tool_call>{"name": "now"}</tool_call> a')):
+        short, long = (seconds(once + unit * n, name) for n in (500, 4_000))
+        assert long < 14 * short, name  # 8 times, and up to 64 times where it is copied
 
 
 def test_settings_name_every_format():

@@ -7,12 +7,14 @@ so what it finds does not depend on where the text was cut.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +63,39 @@ class Incoming:
     def __init__(self) -> None:
         self.events: list[Utterance] = []
         self.ended = False
-        self._rest = ""
+        self._text = ""
+        self._at = 0  # what comes before was taken: cutting it off each time would copy all that is left
         self._taken: list[str] | None = None  # what an attempt has read
         self._called = False
 
+    @property
+    def _left(self) -> int:
+        return len(self._text) - self._at
+
     def add(self, text: str) -> None:
         """More text has come."""
-        self._rest += text
+        self._text, self._at = self._text[self._at :] + text, 0
 
     def push(self, text: str) -> None:
-        """Let what was taken be read again."""
-        self._rest = text + self._rest
+        """Let ``text``, which was taken last, be read again."""
+        assert self._text.endswith(text, 0, self._at)
+        self._at -= len(text)
+        if self._taken is not None:
+            assert self._taken[-1] == text
+            self._taken.pop()
 
     def _take(self, n: int) -> str:
-        text, self._rest = self._rest[:n], self._rest[n:]
+        text = self._text[self._at : self._at + n]
+        self._at += len(text)
         if self._taken is not None:
             self._taken.append(text)
         return text
 
     def peek(self) -> Steps[str]:
         """The next character, which stays; empty at the end."""
-        while not self._rest and not self.ended:
+        while not self._left and not self.ended:
             yield
-        return self._rest[:1]
+        return self._text[self._at : self._at + 1]
 
     def take(self) -> Steps[str]:
         """The next character; ``NotACall`` at the end."""
@@ -94,17 +106,19 @@ class Incoming:
     def space(self) -> Steps[None]:
         """Pass over white space."""
         while (yield from self.peek()).isspace():
-            self._take(len(self._rest) - len(self._rest.lstrip()))
+            found = _SPACE.match(self._text, self._at)
+            assert found is not None
+            self._take(found.end() - self._at)
 
     def one_of(self, texts: Iterable[str]) -> Steps[str]:
         """Take whichever of ``texts`` comes next, the longest that does; empty: none, and nothing is taken."""
         left = sorted(texts, key=len, reverse=True)
         while True:
             for text in left:
-                if self._rest.startswith(text):
+                if self._text.startswith(text, self._at):
                     self._take(len(text))
                     return text
-                if text.startswith(self._rest) and not self.ended:
+                if self._left < len(text) and text.startswith(self._text[self._at :]) and not self.ended:
                     break  # it may still come
             else:
                 return ""
@@ -122,12 +136,13 @@ class Incoming:
         """
         kept: list[str] = []
         marks = tuple(marks)
+        first = re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # one search, or each looks through all of it
         while True:
-            found = [(at, mark) for mark in marks if (at := self._rest.find(mark)) >= 0]
-            at, mark = min(found) if found else (len(self._rest), "")
+            found = first.search(self._text, self._at)
+            length, mark = (found.start() - self._at, found[0]) if found else (self._left, "")
             if not found and not self.ended:
-                at -= max((_begun(self._rest, each) for each in marks), default=0)
-            text = self._take(at)
+                length -= max((self._begun(each) for each in marks), default=0)
+            text = self._take(length)
             if text and event is None:
                 kept.append(text)
             elif text and event is not None:
@@ -142,8 +157,9 @@ class Incoming:
         kept: list[str] = []
         depth, quoted, escaped, scalar = 0, False, False, False
         while (yield from self.peek()):
-            end, done = 0, False
-            for character in self._rest:
+            end, done = self._at, False
+            while end < len(self._text):
+                character = self._text[end]
                 if scalar and (character in ",]}" or character.isspace()):
                     done = True
                     break
@@ -166,7 +182,7 @@ class Incoming:
                     scalar = True
                 if done:
                     break
-            piece = self._take(end)
+            piece = self._take(end - self._at)
             kept.append(piece)
             if event is not None and piece:
                 self.events.append(event(piece))
@@ -189,6 +205,11 @@ class Incoming:
         except ValueError:
             raise NotACall from None
 
+    def _begun(self, mark: str) -> int:
+        """How much of the end of the text may be the beginning of ``mark``."""
+        lengths = range(min(len(mark) - 1, self._left), 0, -1)
+        return next((n for n in lengths if self._text.endswith(mark[:n])), 0)
+
     def call(self, name: str) -> None:
         """Tell that a call begins."""
         self.events.append(Called(name))
@@ -207,8 +228,3 @@ class Incoming:
                 self.events.append(Said("".join(self._taken)))
         self._taken = None
         return self._called
-
-
-def _begun(text: str, mark: str) -> int:
-    """How much of the end of ``text`` may be the beginning of ``mark``."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
