@@ -163,6 +163,26 @@ class EngineConfig:
         "order of arrival.",
         choices=("lpm", "fcfs"),
     )
+    speculative_algorithm: str | None = option(
+        None,
+        "Guess ahead (docs/speculation.md): 'ngram' verifies, in the step that computes a request's newest token, "
+        "those that followed where its last tokens stood before. Answers stay the same. None: each step gives a "
+        "request one token.",
+        choices=("ngram", "NGRAM"),
+    )
+    speculative_num_draft_tokens: int = option(
+        15,
+        "With speculative_algorithm: most tokens that are guessed of a request in one step. How many are is measured: "
+        "as many as make tokens come faster, none where none do.",
+        low=1,
+        high=255,
+    )
+    speculative_ngram_min_match_window_size: int = option(
+        2, "How many of a request's last tokens must stand elsewhere for what follows there to be a guess.", low=1
+    )
+    speculative_ngram_max_match_window_size: int = option(
+        24, "How many of them are compared: of several places that with most of them is believed.", low=1
+    )
     radix_eviction_policy: str = option(
         "lru",
         "Which cached pages leave first when room is needed.",
@@ -315,6 +335,16 @@ class EngineConfig:
             raise ConfigError(
                 f"tp_size={self.tp_size} is not allowed with nnodes={self.nnodes}: each rank has as many devices, so "
                 "it must be a multiple"
+            )
+        least, longest = self.speculative_ngram_min_match_window_size, self.speculative_ngram_max_match_window_size
+        if least > longest:
+            raise ConfigError(
+                f"speculative_ngram_min_match_window_size={least} is more than "
+                f"speculative_ngram_max_match_window_size={longest}"
+            )
+        if self.speculative_algorithm is not None and self.nnodes > 1:
+            raise ConfigError(
+                "speculative_algorithm goes by what steps take, on which ranks do not agree: it needs nnodes=1"
             )
         if self.enable_hierarchical_cache and self.disable_radix_cache:
             raise ConfigError(

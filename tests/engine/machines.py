@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from copies import Copies, host_capacity
+from guesses import Guessing
 from rootcellar.cache import RadixCache, Tier, full
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import build
@@ -74,17 +75,16 @@ class HashUnread:
 class HashRunner:
     """Steps over hashes.
 
-    ``per_step``: most tokens that a step gives a request. ``fails``: of each step to come, in order, whether it breaks.
+    ``fails``: of each step to come, in order, whether it breaks.
     ``fails_late``: of each that gives tokens, whether that is found when they are read. ``notes``: what was done.
     """
 
-    def __init__(self, pool, page_size, chunk, running, per_step=1):
+    def __init__(self, pool, page_size, chunk, running):
         self.params = {}
         self.pools = {"full": pool}
         self.pool_of = {"full": "full"}
         self.shapes = Shapes.of(chunk, running)
         self._page_size = page_size
-        self._per_step = per_step
         self.fails: list[bool] = []
         self.fails_late: list[bool] = []
         self.notes: list[str] = []
@@ -96,7 +96,7 @@ class HashRunner:
         self.notes.append("step")
         tokens = batch.tokens
         if batch.sources is not None and before is not None:
-            tokens = np.where(batch.sources >= 0, before.tokens[batch.sources, 0], tokens)
+            tokens = np.where(batch.sources >= 0, before.tokens[batch.sources], tokens)
         pool = self.pools["full"].buffers[0] = np.array(self.pools["full"].buffers[0])
         hashes = np.zeros(len(tokens), np.uint32)
         tile = len(tokens) // len(batch.rows)
@@ -108,23 +108,7 @@ class HashRunner:
             hashes[at] = pool[self._slot(table, position)] = zlib.crc32(token.to_bytes(4, "little"), int(before))
         if self.fails and self.fails.pop(0):
             raise RuntimeError("the device is on fire")
-        chosen = np.full((len(batch.rows), self._per_step), -1, np.int64)
-        for i, at in enumerate(batch.last.tolist()):
-            if batch.positions[at] >= 0:
-                self._choose(
-                    pool, batch.tables["full"][batch.rows[at // tile]], batch.positions[at], hashes[at], chosen[i]
-                )
-        return chosen, None
-
-    def _choose(self, pool, table, position, state, chosen):
-        """One token or more, each but the last with its keys and values, as far as there is a page for them."""
-        for j in range(1 + int(state) % self._per_step):
-            chosen[j] = token = int(state) % VOCAB
-            position += 1
-            if position // self._page_size >= len(table) or not table[position // self._page_size]:
-                return
-            state = zlib.crc32(token.to_bytes(4, "little"), int(state))
-            pool[self._slot(table, position)] = state
+        return hashes[batch.last].astype(np.int64) % VOCAB, None
 
     def _slot(self, table, position):
         page = table[position // self._page_size]
@@ -133,7 +117,7 @@ class HashRunner:
 
     def sample(self, scores, rows, k=0):
         """Every token's logprob is a function of it; the likeliest are it alone."""
-        top = (scores[:, :1] * -1.0, scores[:, :1]) if k else None
+        top = (scores[:, None] * -1.0, scores[:, None]) if k else None
         late = bool(self.fails_late and self.fails_late.pop(0))
 
         def note():
@@ -150,7 +134,7 @@ def hash_machine(
     """A machine over hashes; ``host``, ``storage``: tokens on farther tiers, which ``machine.copies`` copies to and
     from, made by ``copies``.
 
-    ``options`` are the machine's own.
+    ``per_step``: most tokens that a step gives a request. ``options`` are the machine's own.
     """
     kinds, capacity = [full("full", (0,))], {("full", Tier.DEVICE): tokens}
     if host:
@@ -164,14 +148,14 @@ def hash_machine(
         max_leases=running,
         max_length=tokens,
     )
-    runner = HashRunner(HashPool(tokens // page_size, page_size), page_size, chunk, running, per_step)
+    runner = HashRunner(HashPool(tokens // page_size, page_size), page_size, chunk, running)
     scheduler = Scheduler(
         cache,
         chunked_prefill_size=chunk,
         max_running_requests=running,
         tiles_of=runner.shapes.tiles_of,
         max_tiles=runner.shapes.prefill_tiles,
-        tokens_per_step=per_step,
+        guesses=Guessing(per_step - 1, VOCAB) if per_step > 1 else None,
     )
     held = np.zeros((host // page_size + 1, page_size), np.uint32)
     mover = copies(lambda kind, tier: runner.pools[kind].buffers[0] if tier is Tier.DEVICE else held)

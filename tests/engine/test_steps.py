@@ -317,7 +317,7 @@ def test_tokens_after_the_last_are_dropped_and_their_slots_given_back():
     assert cut > 10
 
 
-def test_who_wants_the_likeliest_tokens_gets_one_at_a_time():
+def test_the_likeliest_tokens_are_those_of_each_tokens_own_place():
     machine = hash_machine(tokens=256, per_step=4)
     callers = Callers(machine)
     callers.do(callers.submit([prompt(1, 8)], 0, logprobs=LogprobOptions(top=1, texts=False), max_new_tokens=9))

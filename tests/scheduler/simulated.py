@@ -6,8 +6,8 @@ next token is a function of the prefix, so what a request must produce is known 
 
 With ``host`` what is cached is written down to a second tier as well, and comes back from there; a test lets the copies
 happen. With ``storage`` what the host has goes on to a store, which is asked for the prompts of new requests under the
-rules ``prefetch``; the time is the number of steps. With ``per_step`` a step gives up to so many tokens at once, and
-writes the keys and values of all but the last.
+rules ``prefetch``; the time is the number of steps. With ``per_step`` a step gives up to so many tokens at once: it
+verifies guesses, of which some are right (``guesses.py``).
 
 With ``overlap`` the next step is computed, where the scheduler plans it ahead, before what the one before it gave is
 taken.
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from copies import Copies, host_capacity
+from guesses import Guessing
 from rootcellar.cache import Kind, RadixCache, Reports, Tier, digests, full, recurrent
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import (
@@ -39,6 +40,7 @@ from rootcellar.scheduler import (
     Request,
     Scheduler,
     Snapshots,
+    keep,
 )
 
 VOCAB = 50
@@ -139,7 +141,7 @@ class World:
             schedule_policy=self.policy,
             reuse=self.reuse,
             snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
-            tokens_per_step=self.per_step,
+            guesses=Guessing(self.per_step - 1, VOCAB) if self.per_step > 1 else None,
             loads=Loads(kinds, self.page_size, {kind.name: self.page_size * 8 for kind in kinds}),
         )
         self.scheduler.loads.learn(self.rates or Rates(), 0)
@@ -219,15 +221,15 @@ class World:
         return tokens
 
     def choose(self, chunk: Chunk, hashes: list[int]) -> list[int]:
-        """One to ``most`` tokens, each but the last with its keys and values; what ends an answer is not looked for."""
-        tokens = [next_token(hashes[-1])]
-        for _ in range(hashes[-1] % max(1, chunk.most)):
-            start = chunk.stop + len(tokens) - 1
-            hashes = hashes + extend_hashes(tokens[-1:], hashes[-1])
+        """The token after a chunk, and those of its guess that are right; keys and values of all are written."""
+        chosen = [next_token(hashes[-1])]
+        for j, token in enumerate(chunk.guess):
+            start = chunk.stop + j
+            hashes = hashes + extend_hashes([token], hashes[-1])
             for kind in self.paged:
-                self.step_pages(kind, Chunk(chunk.request, start, start + 1, True, 1), hashes)
-            tokens.append(next_token(hashes[-1]))
-        return tokens
+                self.step_pages(kind, Chunk(chunk.request, start, start + 1, True), hashes)
+            chosen.append(next_token(hashes[-1]))
+        return keep(chunk.guess, chosen)
 
     def step_pages(self, kind: Kind, chunk: Chunk, hashes: list[int]) -> None:
         """All that the chunk's first token sees is there, and the chunk's own slots are written."""

@@ -141,5 +141,5 @@ def test_several_tokens_a_step_are_the_same_tokens_in_fewer_steps(per_step):
 
 
 def test_states_come_one_token_at_a_time():
-    with pytest.raises(ConfigError, match="tokens_per_step"):
+    with pytest.raises(ConfigError, match="speculative_algorithm"):
         World(states=4, per_step=2)

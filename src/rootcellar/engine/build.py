@@ -35,7 +35,7 @@ from rootcellar.plan.stored import SHORT_NAMES
 from rootcellar.pools import Pool
 from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Loads, Prefetcher, Scheduler, Snapshots
+from rootcellar.scheduler import Loads, NgramGuesser, Prefetcher, Scheduler, Snapshots
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.host import HostMemory, free_memory, host_rows
 from rootcellar.tiers.mover import Mover
@@ -104,6 +104,8 @@ class Parts:
     def overlap(self) -> bool:
         """Whether the next step is planned while one runs. The cores of a CPU do both, and steps only take longer."""
         off = self.config.disable_overlap_schedule
+        if self.config.speculative_algorithm is not None:
+            return False  # what is guessed follows from the tokens
         return jax.default_backend() != "cpu" if off is None else not off
 
 
@@ -181,7 +183,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     sizing = memory.size(config, programs, context, params)
     total, running = sizing.division.tokens, sizing.max_running_requests
     # No request is longer than the cache: a context of millions must not make page tables of millions.
-    shapes = Shapes.of(config.chunked_prefill_size, running)
+    shapes = Shapes.of(config.chunked_prefill_size, running, _guessed(config))
     width = -(-min(context, total) // config.page_size)
     programs = dataclasses.replace(programs, shapes=shapes, table_width=width)
     weights = live_weights(params, weights_name) if reload is None else reload()
@@ -303,6 +305,23 @@ def _scheduler(
         max_tiles=shapes.prefill_tiles,
         snapshots=Snapshots(config.page_size, config.mamba_track_interval) if recurrent else None,
         loads=loads,
+        guesses=_guesser(config, shapes),
+    )
+
+
+def _guessed(config: EngineConfig) -> int:
+    """Most tokens that are guessed of a request in one step."""
+    return 0 if config.speculative_algorithm is None else config.speculative_num_draft_tokens
+
+
+def _guesser(config: EngineConfig, shapes: Shapes) -> NgramGuesser | None:
+    if config.speculative_algorithm is None:
+        return None
+    return NgramGuesser(
+        most=config.speculative_num_draft_tokens,
+        least=config.speculative_ngram_min_match_window_size,
+        longest=config.speculative_ngram_max_match_window_size,
+        rows=shapes.verified,
     )
 
 
@@ -325,7 +344,9 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         dtype,
         pages,
         choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
-        Shapes.of(config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens)),
+        Shapes.of(
+            config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens), _guessed(config)
+        ),
         -(-_context_length(config.context_length, placement.model) // config.page_size),
         config.max_logprobs,
     )

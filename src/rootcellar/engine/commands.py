@@ -90,7 +90,7 @@ class Submit(Command):
                 score_from=None if start is None else max(start - 1, 0),
                 tenant=self.tenant,
                 call=self.call,
-                single=item.logprobs is not None and item.logprobs.top > 0,
+                guessable=grammars is None or grammars[i] is None,
                 bound=item.sampling.penalized or (grammars is not None and grammars[i] is not None),
                 checkpoint=item.checkpoint,
                 depends=item.depends,

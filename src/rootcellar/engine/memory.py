@@ -331,7 +331,8 @@ def _narrower(demand: _Demand, reserve: int) -> Iterator[str]:
 
 def _smaller_steps(demand: _Demand, reserve: int) -> Iterator[str]:
     """Fewer requests or tokens in a step, where activations are what is too much."""
-    chunk, running = demand.config.chunked_prefill_size, demand.programs.shapes.decode_rows
+    chunk, shapes_now = demand.config.chunked_prefill_size, demand.programs.shapes
+    running, guessed = shapes_now.decode_rows, shapes_now.guessed
 
     def fits(shapes: Shapes) -> bool:
         # A smaller step never takes more than the one that was measured.
@@ -339,8 +340,8 @@ def _smaller_steps(demand: _Demand, reserve: int) -> Iterator[str]:
         return _fits(demand, bound)
 
     choices: dict[str, tuple[int, Callable[[int], Shapes]]] = {
-        "max_running_requests": (running, lambda n: Shapes.of(chunk, n)),
-        "chunked_prefill_size": (chunk, lambda n: Shapes.of(n, running)),
+        "max_running_requests": (running, lambda n: Shapes.of(chunk, n, guessed)),
+        "chunked_prefill_size": (chunk, lambda n: Shapes.of(n, running, guessed)),
     }
     for name, (now, shapes_of) in choices.items():
         if now > 1 and fits(shapes_of(1)):

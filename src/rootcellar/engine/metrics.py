@@ -142,6 +142,8 @@ class Metrics:
         all: of all requests.
         outside_seconds: by phase, the part of the steps' time in which the device had nothing to do: planning, building
             the batch, following the tokens.
+        verified, drafted, accepted: where tokens are guessed: rows of decode steps, tokens guessed, and those that were
+            right.
     """
 
     def __init__(self, now: float) -> None:
@@ -150,8 +152,15 @@ class Metrics:
         self._tenants: dict[str, Counts] = {}
         self.outside_seconds = {"prefill": 0.0, "decode": 0.0}
         self._steps = {"prefill": Histogram(STEP), "decode": Histogram(STEP)}
+        self.verified = self.drafted = self.accepted = 0
         self._ages: dict[tuple[str, str], Histogram] = {}
         self._idle: dict[tuple[str, str], Histogram] = {}
+
+    def guesses(self, tokens: Sequence[Sequence[int]], guessed: Sequence[int]) -> None:
+        """A decode step gave these tokens by row, where so many were guessed."""
+        self.verified += len(tokens)
+        self.drafted += sum(guessed)
+        self.accepted += sum(map(len, tokens)) - len(tokens)
 
     def step(self, decode: bool, seconds: float, device_seconds: float) -> None:
         """A step took so long, the device so much of it."""

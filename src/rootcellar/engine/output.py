@@ -14,7 +14,7 @@ from rootcellar.engine.clock import Clock
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
-from rootcellar.scheduler import Finish, Request, Stage
+from rootcellar.scheduler import Finish, Guessed, Request, Stage
 from rootcellar.text import AFTER, Tokenizer
 
 Update = dict[str, Any]
@@ -270,6 +270,8 @@ class Tracker:
             "weight_versions": versions,
             "stages": [(name, at - self.received) for name, at in self.stages[: then.stages]],
         }
+        if request.guessed.steps:
+            meta |= _guess_fields(request.guessed, n)
         if request.checkpoint:
             meta["storage_checkpoint"] = request.handle
         if request.depends is not None:
@@ -315,6 +317,17 @@ class Tracker:
     def _entry(self, value: float | None, token: int) -> TokenLogprob:
         texts = self.logprobs is not None and self.logprobs.options.texts
         return value, token, self._tokenizer.token_text(token) if self._tokenizer and texts else None
+
+
+def _guess_fields(guessed: Guessed, generated: int) -> dict[str, Any]:
+    """What came of guessing, as SGLang says it."""
+    return {
+        "spec_verify_ct": guessed.steps,
+        "spec_draft_token_num": guessed.drafted,
+        "spec_accept_token_num": guessed.accepted,
+        "spec_accept_rate": guessed.accepted / guessed.drafted if guessed.drafted else 0.0,
+        "spec_accept_length": generated / guessed.steps,
+    }
 
 
 def _finish_reason(finish: Finish | None, generated: int) -> dict[str, Any] | None:

@@ -94,8 +94,8 @@ class Recorder:
         metrics = self.metrics
         return (metrics.all, metrics.of(request.tenant)) if request.tenant else (metrics.all,)
 
-    def step_ended(self, start: Start, plan: Plan, generated: int, prompted: int, *, busy: bool) -> None:
-        """All of the step that began so is followed up.
+    def step_ended(self, start: Start, plan: Plan, generated: int, prompted: int, *, busy: bool) -> float:
+        """All of the step that began so is followed up; how long it lasted.
 
         A step that was planned while another ran lasts from that one's end, so that no time counts twice; the device
         began with it when it was done with that one. ``generated`` and ``prompted``: tokens since the engine began.
@@ -104,7 +104,7 @@ class Recorder:
         now = self._now()
         began, dispatched = max(start.began, self._ended), max(start.dispatched, self._computed_before)
         self._ended = now
-        tokens = len(plan.chunks) if plan.decode else sum(c.stop - c.start for c in plan.chunks)
+        tokens = plan.tokens
         self.timeline.steps.append(
             StepRecord(began, dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
         )
@@ -113,6 +113,7 @@ class Recorder:
         self.meter.prefills.step(0 if plan.decode else tokens, now - began, ended=any(c.ends for c in plan.chunks))
         self.history.step_ended(generated, now)
         self._stats_logger.step_ended(self._scheduler, generated, prompted, began, now)
+        return now - began
 
     def request_ended(self, tracker: Tracker) -> None:
         """A request came to its end."""

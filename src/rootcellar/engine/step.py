@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from rootcellar.cache import Reports, digests
+from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.lifecycle import Lifecycle
@@ -31,9 +32,8 @@ from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
 from rootcellar.errors import EngineError, RootcellarError
-from rootcellar.runner import Batch, BatchPart, Unread
-from rootcellar.runner.sampler import Sampled
-from rootcellar.scheduler import Chunk, Finish, Plan, Prefetcher, Rates, Request
+from rootcellar.runner import Batch, Unread
+from rootcellar.scheduler import Finish, Plan, Prefetcher, Rates, Request
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +53,6 @@ class Learn:
         machine.scheduler.loads.learn(self.rates, self.now)
         machine.scheduler.learn(self.reports.events)
         machine.prefetcher.learned(self.reports)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a step gave.
-
-    Attributes:
-        tokens: for each chunk those that were chosen.
-        logprobs: float32 [chunks or more, tokens or more]: theirs.
-        top: logprobs and ids [chunks or more, k] of the likeliest in each first token's place; None: nobody asked.
-    """
-
-    tokens: list[list[int]]
-    logprobs: np.ndarray
-    top: tuple[np.ndarray, np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -353,25 +338,26 @@ class Machine:
         self._planned = plan
         self._dispatch()
         cache, runner = self.scheduler.cache, self.runner
-        parts = [BatchPart(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
+        parts = [part for c in plan.chunks for part in parts_of(c)]
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
         start = self.recorder.dispatched()
         scores, hidden = runner.step(batch, before)
-        self._score_prompts(plan, batch, hidden)
+        self._score_prompts(plan, [batch.starts[row] for row in rows_of(plan)], hidden)
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
             return Launched(plan, None, start)
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        return Launched(plan, runner.sample(scores, [self._sampled(c) for c in plan.chunks], k), start)
+        rows = [row for c in plan.chunks for row in sampled(c, self.trackers[c.request])]
+        return Launched(plan, runner.sample(scores, rows, k), start)
 
     def _take(self, launched: Launched) -> None:
         """Wait for what a step gave; give each request its tokens, and its caller the news."""
         plan, other = launched.plan, self._planned
         self._planned = plan
-        chosen = _read(launched.unread, len(plan.chunks))
+        chosen = read(launched.unread, plan)
         self.recorder.computed()
         trackers = {i: self.trackers[c.request] for i, c in enumerate(plan.chunks) if c.request.finish is None}
         if trackers:  # or nobody wants it after all
@@ -397,42 +383,37 @@ class Machine:
             except Exception as error:
                 self.end(request, _unfollowed(request, error))
         busy = self._launched is not None
-        self.recorder.step_ended(launched.start, launched.plan, self.generated, self.prompted, busy=busy)
+        plan, guesses = launched.plan, self.scheduler.guesses
+        seconds = self.recorder.step_ended(launched.start, plan, self.generated, self.prompted, busy=busy)
+        if guesses is not None and plan.decode:
+            guesses.took(plan.tokens, seconds)
+            self.recorder.metrics.guesses(chosen.tokens, [len(c.guess) for c in plan.chunks])
 
     def _follow(self, tracker: Tracker, chosen: Chosen, i: int, j: int, version: str, now: float) -> Finish | None:
         """A request got the ``j``-th token of chunk ``i``; a ``Finish`` when its text or its grammar ends there."""
         self.generated += 1
         kept = tracker.logprobs
         if kept is not None:
-            kept.output.append(float(chosen.logprobs[i, j]))
+            row = chosen.rows[i] + j
+            kept.output.append(float(chosen.logprobs[row]))
             if chosen.top is not None:
-                values, ids = (each[i, : kept.options.top].tolist() for each in chosen.top)
+                values, ids = (each[row, : kept.options.top].tolist() for each in chosen.top)
                 kept.output_top.append(list(zip(values, ids, strict=True)))
         before = tracker.last_token
         found = tracker.take_token(version, now)
         self.recorder.token(tracker, before)
         return found
 
-    def _sampled(self, chunk: Chunk) -> Sampled:
-        request, tracker = chunk.request, self.trackers[chunk.request]
-        grammar = tracker.grammar if chunk.ends else None
-        return Sampled(
-            request.sampling,
-            tracker.seed,
-            chunk.stop,
-            request.banned(chunk.stop) if grammar is None else (),  # a grammar alone says where its answer may end
-            request.ids[: request.prompt_length],
-            request.output,
-            None if grammar is None else grammar.allowed(),
-        )
+    def _score_prompts(self, plan: Plan, starts: Sequence[int], hidden: Array) -> None:
+        """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was.
 
-    def _score_prompts(self, plan: Plan, batch: Batch, hidden: Array) -> None:
-        """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was."""
+        ``starts``: the place of each chunk's first token in ``hidden`` [T, E].
+        """
         if all(c.request.score_from is None for c in plan.chunks):
             return
-        targets = np.zeros(len(batch.tokens), np.int64)
+        targets = np.zeros(len(hidden), np.int64)
         spans = []
-        for chunk, at in zip(plan.chunks, batch.starts, strict=True):
+        for chunk, at in zip(plan.chunks, starts, strict=True):
             request = chunk.request
             kept = self.trackers[request].logprobs
             if request.score_from is None or kept is None or kept.options.start is None:
@@ -477,20 +458,7 @@ class Machine:
             self.learn()
 
 
-def _read(unread: Unread | None, chunks: int) -> Chosen:
-    """What a step of so many chunks gave, once it is there."""
-    if unread is None:
-        return Chosen([[]] * chunks, np.zeros((0, 0)), None)
-    tokens, logprobs, top = unread.read()
-    return Chosen([[t for t in row if t >= 0] for row in tokens[:chunks].tolist()], logprobs, top)
-
-
 def _unfollowed(request: Request, error: Exception) -> Finish:
     """The end of a request whose output cannot be made; called where ``error`` is handled."""
     log.exception("could not follow request %s", request.rid)
     return Finish.abort("failed", f"its output failed: {type(error).__name__}: {error}")
-
-
-def _row(request: Request) -> int:
-    assert request.lease is not None
-    return request.lease.row

@@ -57,17 +57,22 @@ class Shapes:
         tile: tokens in a tile of prefill, a power of two.
         prefill_tiles: most tiles of a prefill step.
         decode_rows: most rows of a decode step.
+        guessed: most tokens that are guessed of a row, each of which a decode step computes like a row.
     """
 
     tile: int
     prefill_tiles: int
     decode_rows: int
+    guessed: int = 0
 
     @classmethod
-    def of(cls, chunked_prefill_size: int, max_running_requests: int) -> Shapes:
-        """Shapes that hold ``chunked_prefill_size`` prompt tokens and ``max_running_requests`` decoding rows."""
+    def of(cls, chunked_prefill_size: int, max_running_requests: int, guessed: int = 0) -> Shapes:
+        """Shapes that hold ``chunked_prefill_size`` prompt tokens and ``max_running_requests`` decoding rows.
+
+        There is room for ``guessed`` tokens of a row alone; of several, for as many as there may be rows.
+        """
         tile = min(TILE, 1 << (chunked_prefill_size.bit_length() - 1))
-        return cls(tile, -(-chunked_prefill_size // tile), max_running_requests)
+        return cls(tile, -(-chunked_prefill_size // tile), max_running_requests, guessed)
 
     def tiles_of(self, tokens: int) -> int:
         """Tiles that ``tokens`` tokens of one row take in a prefill step."""
@@ -78,9 +83,14 @@ class Shapes:
         """Rows of the largest decode step: as many tokens may be passed from one step to the next."""
         return _powers(self.decode_rows)[-1]
 
+    @property
+    def verified(self) -> int:
+        """Tokens of the largest decode step: rows, and what is guessed of them."""
+        return _powers(max(self.decode_rows, 1 + self.guessed))[-1]
+
     def all(self) -> list[tuple[int, int]]:
         """Every shape, for warming up: decode first."""
-        decode = [(n, 1) for n in _powers(self.decode_rows)]
+        decode = [(n, 1) for n in _powers(self.verified)]
         prefill = [(n, self.tile) for n in _powers(self.prefill_tiles)]
         return decode + [s for s in prefill if s not in decode]
 

@@ -58,11 +58,10 @@ class Unread:
         """Wait for it.
 
         Returns:
-            tokens int32 [N, K], -1 after a row's last, and their logprobs float32 [N, K]; K is 1. Then logprobs and ids
-            [N, k] of the likeliest, best first.
+            tokens int32 [N] and their logprobs float32 [N]; then logprobs and ids [N, k] of the likeliest, best first.
         """
         tokens, logprobs, top = jax.device_get((self.tokens, self.logprobs, self.top))
-        return tokens[:, None], logprobs[:, None], None if top is None else (top[0][:, : self.k], top[1][:, : self.k])
+        return tokens, logprobs, None if top is None else (top[0][:, : self.k], top[1][:, : self.k])
 
 
 def pools_of(paging: Paging, placement: Placement, pages: Mapping[str, int]) -> dict[str, Pool]:

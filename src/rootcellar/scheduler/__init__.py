@@ -1,9 +1,10 @@
 """Decide: which tokens of which requests the next step computes, and what is brought closer for them."""
 
+from rootcellar.scheduler.guessing import Guesses, NgramGuesser, keep
 from rootcellar.scheduler.loads import Decision, Loads, Rates, TierRate
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan
 from rootcellar.scheduler.prefetching import PREFETCH_POLICIES, Prefetcher, PrefetchPolicy, PrefetchRules
-from rootcellar.scheduler.request import Finish, Request
+from rootcellar.scheduler.request import Finish, Guessed, Request
 from rootcellar.scheduler.scheduler import Scheduler
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import FORWARD, Stage
@@ -16,7 +17,10 @@ __all__ = [
     "Decision",
     "Finish",
     "Follow",
+    "Guessed",
+    "Guesses",
     "Loads",
+    "NgramGuesser",
     "Plan",
     "PrefetchPolicy",
     "PrefetchRules",
@@ -27,4 +31,5 @@ __all__ = [
     "Snapshots",
     "Stage",
     "TierRate",
+    "keep",
 ]

@@ -36,5 +36,5 @@ def chunks_ahead(plan: Plan, running: int, snapshots: Snapshots | None) -> dict[
             return None
         running -= 1
         if stop + 1 < len(request.ids):
-            ahead[i] = new_chunk((request, stop, stop + 1, True, 1))
+            ahead[i] = new_chunk((request, stop, stop + 1, True, ()))
     return None if running else ahead

@@ -24,24 +24,24 @@ Follow = Callable[[int, int], Finish | None]
 class Chunk(NamedTuple):
     """Tokens [start, stop) of a request, to be computed in one step.
 
-    ``ends``: the step gives the request's next tokens, up to ``most``. It may write the KV of all of them but the last:
-    the slots are there.
+    ``ends``: the step gives the request's next token, and one more for each token of ``guess`` that is right: these are
+    computed after the others, and there are slots for them.
     """
 
     request: Request
     start: int
     stop: int
     ends: bool
-    most: int
+    guess: tuple[int, ...] = ()
 
 
-new_chunk: Callable[[tuple[Request, int, int, bool, int]], Chunk] = partial(tuple.__new__, Chunk)
+new_chunk: Callable[[tuple[Request, int, int, bool, tuple[int, ...]]], Chunk] = partial(tuple.__new__, Chunk)
 """The chunk of these fields, in half the time of a call of the class: for each row of each decode step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of several requests; ``decode`` when each is a request's newest token alone.
+    """One step: chunks of several requests; ``decode`` when each is a request's newest token, guessed ones behind it.
 
     ``sources``: when it was planned ahead, for each chunk the one of the step before whose token it computes.
     """
@@ -55,9 +55,14 @@ class Plan:
         """Those whose chunks they are."""
         return [chunk.request for chunk in self.chunks]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that it computes."""
+        return sum(chunk.stop - chunk.start + len(chunk.guess) for chunk in self.chunks)
+
 
 def decode_step(chunks: tuple[Chunk, ...], sources: tuple[int, ...] = ()) -> Plan:
-    """The step of these chunks, each a request's newest token, whose requests decode from now on."""
+    """The step of these chunks, each of a request's newest token, whose requests decode from now on."""
     loop = Stage.DECODE_LOOP  # once: to look up a member of an enumeration takes as long as all else for a row
     for chunk in chunks:
         if chunk.request.stage is not loop:

@@ -43,6 +43,23 @@ class Finish:
         return cls("abort", message=message, cause=cause)
 
 
+@dataclass(slots=True)
+class Guessed:
+    """What came of guessing a request's tokens (``guessing.py``).
+
+    ``steps``: those that verified a guess or might have; ``drafted``, ``accepted``: tokens guessed, and those of them
+    that were right. Then what the next guess goes by: ``right`` of those ``tried`` lately, and how many tokens
+    ``matched`` where the newest guess was found.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    right: float = 0.0
+    tried: float = 0.0
+    matched: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence to compute; made by :meth:`new`.
@@ -57,7 +74,7 @@ class Request:
         namespace: requests of different namespaces share nothing.
         tenant: who asks (the name of an API key): for fairness alone, ``namespace`` says what is shared.
         call: which of the tenant's calls asks: one HTTP request or ``generate()``, whatever its prompts and ``n``.
-        single: its tokens come one at a time: something of each is wanted that a step gives for its first alone.
+        guessable: several of its tokens may be verified in one step; a grammar knows what may come after one alone.
         bound: the host must know each of its tokens before it can say what may come next, or how likely: a grammar or a
             penalty does.
         epoch: the version of the weights that its KV is computed with; requests of different epochs share nothing.
@@ -82,6 +99,7 @@ class Request:
         branch: tokens that it is known to share with another request, where a recurrent state is worth leaving.
         retractions: how often it lost its memory and waited again.
         claimed: whether others had to make way for it: once is enough.
+        guessed: what came of guessing its tokens.
         stage: where it is; :meth:`enter` changes it.
         finish: why it ended, once it has.
     """
@@ -97,7 +115,7 @@ class Request:
     score_from: int | None = None
     tenant: str = ""
     call: int = 0
-    single: bool = False
+    guessable: bool = True
     bound: bool = False
     epoch: str = ""
     order: int = 0
@@ -119,6 +137,7 @@ class Request:
     branch: int = 0
     retractions: int = 0
     claimed: bool = False
+    guessed: Guessed = field(default_factory=Guessed)
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None
 
@@ -135,7 +154,7 @@ class Request:
         score_from: int | None = None,
         tenant: str = "",
         call: int = 0,
-        single: bool = False,
+        guessable: bool = True,
         bound: bool = False,
         checkpoint: bool = False,
         depends: str | None = None,
@@ -155,7 +174,7 @@ class Request:
             score_from,
             tenant,
             call,
-            single,
+            guessable,
             bound,
             checkpoint=checkpoint,
             depends=depends,

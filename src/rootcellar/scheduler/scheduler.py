@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from numpy.typing import ArrayLike
 
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
-from rootcellar.errors import ConfigError
 from rootcellar.scheduler.ahead import chunks_ahead
+from rootcellar.scheduler.guessing import Guesses, fitting, require_no_states
 from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
@@ -53,7 +53,7 @@ class Scheduler:
         max_tiles: int | None = None,
         snapshots: Snapshots | None = None,
         loads: Loads | None = None,
-        tokens_per_step: int = 1,
+        guesses: Guesses | None = None,
     ) -> None:
         """Schedule over ``cache``.
 
@@ -67,13 +67,13 @@ class Scheduler:
             max_tiles: most tiles in a prefill step; None: as many as tokens.
             snapshots: where requests leave recurrent states; None: the model has none.
             loads: says what farther tiers give; None: all that they have.
-            tokens_per_step: most tokens that a step may give one request.
+            guesses: says what decoding requests may say next; None: a step gives each one token.
 
         Raises:
-            ConfigError: several tokens a step for a model with recurrent states, which cannot be taken back.
+            ConfigError: guesses for a model with recurrent states, which cannot be taken back.
         """
-        if tokens_per_step > 1 and any(kind.rule == "recurrent" for kind in cache.kinds):
-            raise ConfigError("tokens_per_step must be 1 for a model with recurrent layers")
+        if guesses is not None:
+            require_no_states(cache.kinds)
         self.cache = cache
         self.waiting = Waiting()
         self.running: list[Request] = []
@@ -92,7 +92,7 @@ class Scheduler:
         self._needs_match = schedule_policy == "lpm" and reuse
         self._sharing = Sharing(reuse, self._little, cache.page_size, snapshots is not None)
         self.loads = loads or Loads.of_all()
-        self._per_step = tokens_per_step
+        self.guesses = guesses
         # Tokens after which a decoding request commits: whole pages, or several at a time when they are tiny.
         self._stride = max(cache.page_size, min(16, chunked_prefill_size))
         self._tiles_of = tiles_of
@@ -266,7 +266,7 @@ class Scheduler:
         whoever comes during that would wait for both.
         """
         large = not plan.decode and sum(c.stop - c.start for c in plan.chunks) > self._little
-        if large or self._per_step > 1 or (self.waiting and self.admitting and not self._settled):
+        if large or self.guesses is not None or (self.waiting and self.admitting and not self._settled):
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
         if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):
@@ -281,16 +281,15 @@ class Scheduler:
     def _decode(self, decoding: list[Request]) -> Plan | None:
         if not decoding:
             return None
-        one = self._per_step == 1
         requests = [r for r in decoding if r.lease is not None]  # prefill that found no room may have retracted some
-        if not (one and self._one_slot_more([r for r in requests if r.slots == r.computed])):
-            requests = self._grow(requests, [r.computed + self._most(r) for r in requests])
-        chunks = [new_chunk((r, r.computed, r.length, True, 1 if one else self._most(r))) for r in requests]
+        if not self._one_slot_more([r for r in requests if r.slots == r.computed]):
+            requests = self._grow(requests, [r.computed + 1 for r in requests])
+        if self.guesses is None:
+            chunks = [new_chunk((r, r.computed, r.length, True, ())) for r in requests]
+        else:
+            guesses = zip(requests, self.guesses.of(requests), strict=True)
+            chunks = [new_chunk((r, r.computed, r.length, True, fitting(self.cache, r, guess))) for r, guess in guesses]
         return decode_step(tuple(chunks)) if chunks else None
-
-    def _most(self, request: Request) -> int:
-        """Tokens that a step may give a request of which it computes the newest."""
-        return 1 if request.single else max(1, min(self._per_step, len(request.ids) - request.length))
 
     def _prefill(self, prefilling: list[Request]) -> Plan | None:
         tiles, spare = self._max_tiles, 0
@@ -303,11 +302,8 @@ class Scheduler:
                 continue
             tiles, spare = tiles - need, whole - n
             counts[request] = n
-        chunks = [
-            Chunk(r, r.computed, r.computed + n, n == r.remaining, self._most(r) if n == r.remaining else 0)
-            for r, n in counts.items()
-        ]
-        self._grow([c.request for c in chunks], [c.stop + max(0, c.most - 1) for c in chunks])
+        chunks = [Chunk(r, r.computed, r.computed + n, n == r.remaining) for r, n in counts.items()]
+        self._grow([c.request for c in chunks], [c.stop for c in chunks])
         chunks = [chunk for chunk in chunks if chunk.request.lease is not None]
         for chunk in chunks:
             chunk.request.enter(Stage.PREFILL_FORWARD if chunk.ends else Stage.PREFILL_CHUNKED_FORWARD)
@@ -455,7 +451,7 @@ class Scheduler:
     # -- after the step -------------------------------------------------------------------------------------------
 
     def advance(self, plan: Plan, tokens: Sequence[Sequence[int]], follow: Follow | None = None) -> list[Request]:
-        """Take what ``plan`` computed; ``tokens[i]`` were chosen for chunk i (ignored where the chunk does not end).
+        """Take what ``plan`` computed; ``tokens[i]`` are new of chunk i: one, and those of its guess that were right.
 
         ``follow`` is asked after each token. Those after a request's last are dropped, wherever the list is cut.
         Requests that ended since ``plan`` was made are passed over. Returns those that got a token or ended, in the
@@ -463,14 +459,16 @@ class Scheduler:
         """
         moved: list[Request] = []
         waits = plan.decode and self._snapshots is None  # to commit: the first chunks of a request are shared at once
-        for i, (request, _, stop, ends, most) in enumerate(plan.chunks):
+        for i, (request, _, stop, ends, guess) in enumerate(plan.chunks):
             if request.finish is not None:
                 continue
             request.computed = stop
             if ends:
                 moved.append(request)
-                if most > 1 or stop == request.prompt_length:
-                    self._append(request, i, tokens[i][:most], follow)
+                if self.guesses is not None and plan.decode:
+                    self.guesses.verified(request, len(guess), len(tokens[i]) - 1)
+                if guess or stop == request.prompt_length:
+                    self._append(request, i, tokens[i], follow)
                 else:  # one more of its answer, which it is nearly always
                     request.append(tokens[i][0])
                     if follow is not None and (found := follow(i, 0)) is not None:

@@ -94,6 +94,15 @@ TABLE = (
     ),
     Row("generated_tokens", "counter", "Tokens chosen.", (), _total("generated_tokens"), own=True),
     Row(
+        "spec_verify",
+        "counter",
+        "Rows of decode steps in which tokens were guessed or might have been.",
+        (),
+        _total("spec_verify_ct"),
+    ),
+    Row("spec_draft_tokens", "counter", "Tokens guessed.", (), _total("spec_draft_tokens")),
+    Row("spec_accepted_tokens", "counter", "Those of them that were right.", (), _total("spec_accepted_tokens")),
+    Row(
         "cache_lookup_tokens", "counter", "Tokens of the keys for which leases were opened.", (), _total("input_tokens")
     ),
     Row(
@@ -235,6 +244,14 @@ def sglang_families(reading: Reading, model_name: str) -> Iterator[Metric]:
         "kv_used_tokens": (first["used"] - first["evictable"], "Tokens that are in use."),
         "max_total_num_tokens": (first["size"], "Tokens that the KV cache holds."),
         "cache_hit_rate": (stats["hit_rate"], "Hit tokens over input tokens."),
+        "spec_accept_length": (
+            1 + stats["spec_accepted_tokens"] / max(1, stats["spec_verify_ct"]),
+            "Tokens that a decode step gives a request.",
+        ),
+        "spec_accept_rate": (
+            stats["spec_accepted_tokens"] / max(1, stats["spec_draft_tokens"]),
+            "The part of the guessed tokens that were right.",
+        ),
     }
     for name, (value, help) in gauges.items():
         gauge = GaugeMetricFamily(f"sglang:{name}", help, labels=("model_name",))

@@ -1,0 +1,283 @@
+"""Guessing ahead: tokens that a request will probably say, because they stand somewhere already, verified in one step.
+
+A step computes a request's newest token together with a *guess* of those that follow it, each at its own position, and
+chooses the token after each of them. Those of the guess that were chosen before them are right: they are the answer's,
+with one more behind them, and their keys and values are there. What is chosen is a function of what comes before and of
+the request's seed and the position (``runner/sampler.py``), so a guess that is right is what would have been said
+without it, greedy or drawn, and one that is wrong costs its place in the step.
+
+Drawn tokens need no correction (Leviathan et al., 2023): a guess names one token, so to accept it when it is drawn, and
+else to take what was drawn, *is* rejection sampling.
+
+How much is guessed is a matter of prices. What steps of each size take is measured; how likely guesses are right is
+counted, by the length of what matched, and of each request. The guesses of all are added, the likeliest first, as long
+as tokens a second grow by it. Where that is at none, nothing is guessed (but what is counted fades, so that it is tried
+again). A batch is padded to a power of two: what pads it may as well be guessed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.cache import Kind, RadixCache
+from rootcellar.errors import ConfigError
+from rootcellar.scheduler.request import Request
+
+LOOK_BACK = 1 << 14
+"""Of its own text, the newest tokens in which a request looks for its end."""
+_FAIRLY = 0.5
+"""How likely the next token of a guess is right, as long as nothing is known: for the shortest match."""
+_SURELY = 0.9
+"""The same for the longest."""
+_BELIEF = 8.0
+"""Guessed tokens that such a belief counts for; half as many, what is known of all requests for one of them."""
+_MANY = 256.0
+_FADE = 0.99
+_REMEMBERED = 0.85
+
+
+class Found(NamedTuple):
+    """What stands where the last ``matched`` tokens of a request stand too: the tokens after them."""
+
+    matched: int
+    tokens: tuple[int, ...]
+
+
+NOTHING = Found(0, ())
+
+
+class Guesses(Protocol):
+    """Says what decoding requests may say next."""
+
+    def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
+        """For each request the tokens to verify after its newest; none is as good an answer as any."""
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A decode step of so many tokens, guessed ones among them, took so long."""
+
+    def verified(self, request: Request, guessed: int, right: int) -> None:
+        """A decode step gave a request tokens: the first ``right`` of so many guessed ones, and one more."""
+
+
+def keep(guess: Sequence[int], chosen: Sequence[int]) -> Sequence[int]:
+    """Of the tokens chosen after a request's newest and after each of ``guess``, those that are its answer's."""
+    right = 0
+    while right < len(guess) and guess[right] == chosen[right]:
+        right += 1
+    return chosen[: right + 1]
+
+
+def fitting(cache: RadixCache, request: Request, guess: tuple[int, ...]) -> tuple[int, ...]:
+    """A guess, with slots for its tokens; nothing where there are none, since nobody makes way for a guess."""
+    lacking = request.computed + 1 + len(guess) - request.slots
+    if guess and lacking > 0:
+        assert request.lease is not None
+        if not cache.grow(request.lease, lacking):
+            return ()
+        request.slots += lacking
+    return guess
+
+
+def require_no_states(kinds: Sequence[Kind]) -> None:
+    """Raise ``ConfigError`` for a model whose tokens' guesses cannot be verified."""
+    if any(kind.rule == "recurrent" for kind in kinds):
+        raise ConfigError(
+            "speculative_algorithm must be None for a model with recurrent layers: a state cannot be taken back to "
+            "where a guess was wrong"
+        )
+
+
+def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> Found:
+    """What followed where the last tokens of ``ids`` stood before.
+
+    Of all places at which at least ``least`` of the last tokens stand, that where most of them do, up to ``longest``;
+    the newest of equals. Up to ``most`` tokens; where they reach the end of ``ids`` they go on from their beginning, as
+    a repetition does. O(tokens), in numpy.
+    """
+    n = len(ids)
+    if n <= least or most < 1:
+        return NOTHING
+    ends = np.flatnonzero(ids[least - 1 : n - 1] == ids[-1]) + (least - 1)
+    for back in range(1, least):
+        ends = ends[ids[ends - back] == ids[n - 1 - back]]
+    if not len(ends):
+        return NOTHING
+    matched = least
+    while matched < longest:
+        ends = ends[ends >= matched]
+        further = ends[ids[ends - matched] == ids[n - 1 - matched]]
+        if not len(further):
+            break
+        ends, matched = further, matched + 1
+    if not len(ends):
+        return NOTHING
+    after = ids[ends[-1] + 1 :][:most]
+    return Found(matched, tuple(np.resize(after, most).tolist()))
+
+
+class Prices:
+    """What steps of each size took lately: seconds by rows, the median of the last few."""
+
+    def __init__(self) -> None:
+        self._lately: dict[int, deque[float]] = {}
+        self._known: dict[int, float] = {}
+
+    def took(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took so long."""
+        lately = self._lately.setdefault(rows, deque(maxlen=5))
+        lately.append(seconds)
+        if len(lately) > 1:  # the first may have compiled
+            self._known[rows] = sorted(lately)[(len(lately) - 1) // 2]
+
+    def of(self, rows: int) -> float:
+        """What a step of so many rows takes; as long as that is not known, as little as the next smaller one."""
+        return (
+            self._known.get(rows)
+            or max(((size, price) for size, price in self._known.items() if size < rows), default=(0, 1.0))[1]
+        )
+
+
+def padded(rows: int) -> int:
+    """Rows of the step that has room for so many: a power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def shares(chances: Sequence[tuple[float, int]], limit: int, price: Callable[[int], float]) -> list[int]:
+    """How many tokens to guess of each row of a decode step, so that it gives most tokens a second.
+
+    ``chances``: of each row, how likely the next token of its guess is right if those before it were, and how many
+    tokens there are. ``limit``: rows of the largest step; ``price``: seconds of a step of so many rows, padded.
+    """
+    rows = len(chances)
+    best, rate = 0, rows / price(padded(rows))
+    line = [(-chance, i, 1) for i, (chance, most) in enumerate(chances) if most]
+    heapify(line)
+    order: list[int] = []
+    gain = 0.0
+    while line and rows + len(order) < limit:
+        worth, i, count = line[0]
+        chance, most = chances[i]
+        heapreplace(line, (worth * chance if count < most else 0.0, i, count + 1))
+        if not worth:
+            break
+        order.append(i)
+        gain -= worth
+        now = (rows + gain) / price(padded(rows + len(order)))
+        if now > rate:
+            best, rate = len(order), now
+    counts = [0] * rows
+    for i in order[:best]:
+        counts[i] += 1
+    return counts
+
+
+@dataclass(slots=True)
+class _Record:
+    """How often a guessed token was right, of those whose predecessors were."""
+
+    right: float
+    tried: float
+
+    def note(self, tried: float, right: float) -> None:
+        self.right += right
+        self.tried += tried
+        if self.tried > _MANY:
+            self.right, self.tried = self.right / 2, self.tried / 2
+
+    @property
+    def chance(self) -> float:
+        return self.right / self.tried
+
+
+class NgramGuesser:
+    """Guesses what followed in a request's own text (prompt lookup; Saxena 2023).
+
+    Args:
+        most: tokens in a guess.
+        least, longest: how many of a request's last tokens must stand somewhere else, and how many are compared.
+        rows: rows of the largest step.
+    """
+
+    def __init__(self, *, most: int, least: int, longest: int, rows: int) -> None:
+        self._prices = Prices()
+        self._most = most
+        self._least, self._longest = least, longest
+        self._rows = rows
+        beliefs = (_FAIRLY + (_SURELY - _FAIRLY) * i / 5 for i in range(6))
+        self._records = [_Record(_BELIEF * belief, _BELIEF) for belief in beliefs]
+
+    def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
+        """See ``Guesses``."""
+        nothing: list[tuple[int, ...]] = [()] * len(requests)
+        if not self._can_pay(len(requests)):
+            return nothing
+        found = [self._find(request) for request in requests]
+        if not any(each.tokens for each in found):
+            return nothing
+        chances = [(self._chance(r, each.matched), len(each.tokens)) for r, each in zip(requests, found, strict=True)]
+        counts = shares(chances, self._rows, self._prices.of)
+        for request, each, count in zip(requests, found, counts, strict=True):
+            if each.tokens and not count:
+                self._fade(request, each.matched)
+            request.guessed.matched = each.matched
+        return [each.tokens[:count] for each, count in zip(found, counts, strict=True)]
+
+    def verified(self, request: Request, guessed: int, right: int) -> None:
+        """See ``Guesses``."""
+        own = request.guessed
+        own.steps += 1
+        if not guessed:
+            return
+        own.drafted += guessed
+        own.accepted += right
+        tried = min(guessed, right + 1)
+        self._records[self._class(own.matched)].note(tried, right)
+        own.right, own.tried = own.right * _REMEMBERED + right, own.tried * _REMEMBERED + tried
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """See ``Guesses``."""
+        self._prices.took(padded(tokens), seconds)
+
+    def _can_pay(self, rows: int) -> bool:
+        """Whether a step of some size would give more tokens a second than one without guesses if all were right."""
+        size, limit = padded(rows), min(self._rows, rows * (1 + self._most))
+        if limit <= rows:
+            return False
+        rate = rows / self._prices.of(size)
+        while size < padded(limit):
+            if min(size, limit) / self._prices.of(size) > rate:
+                return True
+            size *= 2
+        return limit / self._prices.of(size) > rate
+
+    def _find(self, request: Request) -> Found:
+        most = min(self._most, len(request.ids) - request.length - 1)
+        if not request.guessable or most < 1:
+            return NOTHING
+        known = request.ids[max(0, request.length - LOOK_BACK) : request.length]
+        return repetition(known, self._least, self._longest, most)
+
+    def _class(self, matched: int) -> int:
+        """By the length of what matched, in doublings."""
+        return min(len(self._records) - 1, (matched // self._least).bit_length() - 1)
+
+    def _chance(self, request: Request, matched: int) -> float:
+        if not matched:
+            return 0.0
+        own = request.guessed
+        return (own.right + self._records[self._class(matched)].chance * _BELIEF / 2) / (own.tried + _BELIEF / 2)
+
+    def _fade(self, request: Request, matched: int) -> None:
+        """What was found is not tried: what is known of such guesses counts less, so that one day it is."""
+        own, record = request.guessed, self._records[self._class(matched)]
+        own.right, own.tried = own.right * _FADE, own.tried * _FADE
+        belief = _FAIRLY * _BELIEF
+        record.right = belief + (record.right - belief) * _FADE
+        record.tried = _BELIEF + (record.tried - _BELIEF) * _FADE

@@ -1,0 +1,134 @@
+"""What is guessed of a request's next tokens, and how much of it pays."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rootcellar.sampling_params import SamplingParams
+from rootcellar.scheduler import NgramGuesser, Request, keep
+from rootcellar.scheduler.guessing import NOTHING, Prices, repetition, shares
+
+
+def text(tokens):
+    return np.asarray(tokens, np.int64)
+
+
+def request(tokens, most=100, **options):
+    return Request.new("r", text(tokens), SamplingParams(max_new_tokens=most), **options)
+
+
+def guesser(most=4, rows=8, prices=()):
+    made = NgramGuesser(most=most, least=2, longest=8, rows=rows)
+    for size, seconds in prices:
+        made.took(size, seconds)
+        made.took(size, seconds)
+    return made
+
+
+# -- what is found ----------------------------------------------------------------------------------------------------
+
+
+def by_hand(ids, least, longest, most):
+    """The same, one place after the other."""
+    best = 0, None
+    for end in range(len(ids) - 1):
+        matched = 0
+        while matched < min(longest, end + 1) and ids[end - matched] == ids[len(ids) - 1 - matched]:
+            matched += 1
+        if matched >= max(least, best[0]):
+            best = matched, end
+    if best[1] is None or most < 1:
+        return NOTHING
+    said = list(ids)
+    for i in range(most):
+        said.append(said[best[1] + 1 + i])
+    return best[0], tuple(said[len(ids) :])
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 3), st.integers(0, 6), st.integers(0, 9))
+def test_what_followed_the_longest_newest_repetition(ids, least, more, most):
+    assert repetition(text(ids), least, least + more, most) == by_hand(ids, least, least + more, most)
+
+
+def test_a_guess_is_kept_up_to_its_first_wrong_token_and_one_more():
+    assert keep((), [4]) == [4]
+    assert keep((1, 2, 3), [1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert keep((1, 2, 3), [1, 9, 3, 4]) == [1, 9]
+    assert keep((1, 2, 3), [9, 2, 3, 4]) == [9]
+
+
+# -- how much pays ----------------------------------------------------------------------------------------------------
+
+
+def test_as_much_is_guessed_as_makes_tokens_come_faster():
+    free = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}
+    dear = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}
+    steep = {1: 1.0, 2: 1.0, 4: 1.2, 8: 8.0}
+    assert shares([(0.9, 7)], 8, free.get) == [7]
+    assert shares([(0.9, 7)], 8, dear.get) == [0]
+    assert shares([(0.9, 7)], 8, steep.get) == [3]
+    assert shares([(0.9, 2)], 8, steep.get) == [2], "there are no more"
+    assert shares([(0.9, 7), (0.1, 7)], 4, free.get) == [2, 0], "the likeliest first"
+    assert shares([(0.5, 7)] * 3, 4, dear.get) == [1, 0, 0], "the step is padded to four rows anyway"
+    assert shares([(0.0, 0)] * 4, 8, free.get) == [0] * 4
+
+
+def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
+    prices = Prices()
+    assert prices.of(4) == 1.0
+    prices.took(2, 0.5)
+    prices.took(4, 60.0)
+    prices.took(2, 0.5)
+    assert prices.of(4) == 0.5, "as little as the size below, until it is known"
+    prices.took(4, 0.7)
+    assert prices.of(4) == 0.7
+    for seconds in (0.9, 0.9, 0.8):
+        prices.took(4, seconds)
+    assert prices.of(4) == 0.9
+
+
+def test_nothing_is_looked_for_where_no_step_could_pay():
+    looked = request([1, 2, 3, 1, 2])
+    assert guesser(prices=[(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]).of([looked]) == [()]
+    assert looked.guessed.matched == 0
+    assert guesser(prices=[(1, 1.0), (2, 1.0)]).of([looked]) == [(3, 1, 2, 3)]
+    assert looked.guessed.matched == 2
+
+
+def test_whoever_guesses_wrong_stops_and_tries_again_one_day():
+    made = guesser(prices=[(size, price) for size, price in ((1, 1.0), (2, 1.3), (4, 1.5), (8, 1.7))])
+    asked, tries = request([1, 2, 3, 4, 1, 2]), []
+    for step in range(2000):
+        (guess,) = made.of([asked])
+        made.verified(asked, len(guess), 0)
+        if guess:
+            tries.append(step)
+    assert tries[0] == 0
+    assert 5 <= len(tries) < 60, "a failed guess is paid for seldom"
+    assert tries[-1] > 1000
+    assert (asked.guessed.steps, asked.guessed.accepted) == (2000, 0)
+
+
+def test_whoever_guesses_right_guesses_more():
+    made = guesser(most=7, prices=[(1, 1.0), (2, 1.4), (4, 1.9), (8, 2.8)])
+    asked = request([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    for _ in range(20):
+        (guess,) = made.of([asked])
+        made.verified(asked, len(guess), len(guess))
+    assert len(guess) == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (request([1, 2, 3, 1, 2], most=3), 2),  # with its last token there is nothing behind the newest
+        (request([1, 2, 3, 1, 2], most=1), 0),
+        (request([1, 2, 3, 1, 2], guessable=False), 0),
+        (request([1, 2, 3, 4]), 0),
+    ],
+    ids=["nearly at its end", "at its end", "by a grammar", "nothing repeats"],
+)
+def test_what_may_be_guessed(asked, found):
+    ((guess),) = guesser().of([asked])
+    assert len(guess) == found
