@@ -111,13 +111,11 @@ def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> F
         return NOTHING
     matched = least
     while matched < longest:
-        ends = ends[ends >= matched]
-        further = ends[ids[ends - matched] == ids[n - 1 - matched]]
+        further = ends[ends >= matched]
+        further = further[ids[further - matched] == ids[n - 1 - matched]]
         if not len(further):
             break
         ends, matched = further, matched + 1
-    if not len(ends):
-        return NOTHING
     after = ids[ends[-1] + 1 :][:most]
     return Found(matched, tuple(np.resize(after, most).tolist()))
 
