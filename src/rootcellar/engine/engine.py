@@ -478,8 +478,8 @@ class Engine:
         ``{"running", "waiting", "stages", "finished", "retractions", "steps", "generated_tokens", "prefill_tokens",
         "spec_verify_ct", "spec_draft_tokens", "spec_accepted_tokens", "prompt_tokens", "cached_tokens",
         "outside_seconds", "compilations", "kv_cache_bytes", "requests", "input_tokens", "hit_tokens",
-        "hit_tokens_by_tier", "hit_rate", "nodes", "occupancy": {tier: {"used", "busy"}}, "cache": {kind: {tier: {"size",
-        "free", "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
+        "hit_tokens_by_tier", "hit_rate", "nodes", "occupancy": {tier: {"used", "busy"}}, "cache": {kind: {tier: {
+        "size", "free", "used", "cached", "pinned", "evictable", "leased", "in_flight", "evicted"}}}}``
         """
         return self.sight.stats()
 
