@@ -43,14 +43,14 @@ _FADE = 0.99
 _REMEMBERED = 0.85
 
 
-class Found(NamedTuple):
+class Proposal(NamedTuple):
     """What stands where the last ``matched`` tokens of a request stand too: the tokens after them."""
 
     matched: int
     tokens: tuple[int, ...]
 
 
-NOTHING = Found(0, ())
+NOTHING = Proposal(0, ())
 
 
 class Guesses(Protocol):
@@ -94,7 +94,7 @@ def require_no_states(kinds: Sequence[Kind]) -> None:
         )
 
 
-def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> Found:
+def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> Proposal:
     """What followed where the last tokens of ``ids`` stood before.
 
     Of all places at which at least ``least`` of the last tokens stand, that where most of them do, up to ``longest``;
@@ -117,7 +117,7 @@ def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> F
             break
         ends, matched = further, matched + 1
     after = ids[ends[-1] + 1 :][:most]
-    return Found(matched, tuple(np.resize(after, most).tolist()))
+    return Proposal(matched, tuple(np.resize(after, most).tolist()))
 
 
 class Prices:
@@ -255,7 +255,7 @@ class NgramGuesser:
             size *= 2
         return limit / self._prices.of(size) > rate
 
-    def _find(self, request: Request) -> Found:
+    def _find(self, request: Request) -> Proposal:
         most = min(self._most, len(request.ids) - request.length - 1)
         if not request.guessable or most < 1:
             return NOTHING
