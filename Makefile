@@ -6,6 +6,9 @@ VENV := .venv
 REFERENCE_VENV := .venv-reference
 # What others wrote and stores stand on, an environment each: their packages do not agree with each other.
 STORES_VENVS := .venv-stores
+# Which are tested, and seconds for the tests of each, after which they are ended.
+STORES ?= redis redis-tls chain hf3fs s3 mooncake nixl-posix lmcache aibrix
+STORES_LIMIT ?= 300
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Processes that run the tests side by side, one more than there are cores, as tests wait for processes that they start;
@@ -45,10 +48,9 @@ test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face tran
 test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)
 
-test-stores: $(REFERENCE_VENV)/.stamp  ## Run stores on other people's components, as far as they can be installed.
-	@scripts/prepare_stores.sh $(STORES_VENVS) $(VENV) $(REFERENCE_VENV)
-	@python=$(STORES_VENVS)/client/bin/python; test -x $$python || python=$(VENV)/bin/python; \
-		$$python -m pytest -m "stores and not long" -rs tests/store_components $(ARGS)
+test-stores: $(if $(filter lmcache aibrix,$(STORES)),$(REFERENCE_VENV)/.stamp,$(VENV)/.stamp-dev)  ## Run stores on other people's components (STORES="redis s3": these).
+	@$(RUN)python tests/store_components/run.py --environments $(STORES_VENVS) --torch $(REFERENCE_VENV) \
+		--limit $(STORES_LIMIT) $(STORES) -- $(ARGS)
 
 fuzz: $(VENV)/.stamp-dev  ## Run the long, nightly tests.
 	@$(RUN)python -m pytest -m "long and not stores" --timeout 0 $(ARGS)

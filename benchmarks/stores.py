@@ -85,9 +85,44 @@ def mooncake_client(settings, _folder):
     return put, get
 
 
+def nixl_client(settings, _folder):
+    """NIXL's API, as its examples use it: all files of a batch in one transfer."""
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    agent = nixl_agent("raw", nixl_agent_config(enable_prog_thread=False, backends=[]))
+    agent.create_backend("POSIX", {})
+    folder = Path(settings["path"])
+
+    def move(verb, keys, rows, flags):
+        fds = [os.open(folder / key, flags, 0o600) for key in keys]
+        base, size = rows.ctypes.data, rows.shape[1]
+        here, there = [(base + i * size, size, 0, "") for i in range(len(fds))], [(0, size, fd, "") for fd in fds]
+        held = agent.register_memory(here, "DRAM"), agent.register_memory(there, "FILE")
+        ours = agent.get_xfer_descs([each[:3] for each in here], "DRAM")
+        theirs = agent.get_xfer_descs([each[:3] for each in there], "FILE")
+        handle = agent.initialize_xfer(verb, ours, theirs, "raw")
+        state = agent.transfer(handle)
+        while state == "PROC":
+            state = agent.check_xfer_state(handle)
+        assert state == "DONE"
+        agent.release_xfer_handle(handle)
+        for each in held:
+            agent.deregister_memory(each)
+        for fd in fds:
+            os.close(fd)
+
+    def put(keys, rows):
+        move("WRITE", keys, rows, os.O_RDWR | os.O_CREAT)
+
+    def get(keys, rows):
+        move("READ", keys, rows, os.O_RDONLY)
+
+    return put, get
+
+
 def files(settings, _folder):
     """Plain reads and writes of a file each."""
-    folder = Path(settings.get("path") or Path(settings["file_path_prefix"]).parent)
+    folder = Path(settings["file_path_prefix"]).parent
     folder.mkdir(exist_ok=True)
 
     def put(keys, rows):
@@ -106,7 +141,7 @@ CLIENTS = {
     "redis": redis_client,
     "s3": botocore_client,
     "mooncake": mooncake_client,
-    "nixl-posix": files,
+    "nixl-posix": nixl_client,
     "hf3fs": files,
 }
 """What to compare with: the component's own client, or plain files where that is what it does."""

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import conversations
 import pytest
@@ -339,10 +340,20 @@ def test_settings_of_a_store_are_checked_before_it_is_opened(case_of, tmp_path):
             second.attach_storage("file", f"@{file}")
 
 
+@pytest.mark.parametrize("value", [{1, 2}, [threading.Lock()], b"bytes"], ids=["set", "list", "bytes"])
+def test_settings_that_ranks_cannot_tell_each_other_are_refused(value):
+    """They would end the engine where they were to be told."""
+    config = SimpleNamespace(node_rank=1, nnodes=2, hicache_storage_prefetch_policy="timeout")
+    ranked = storage.StorageBackend(None, SimpleNamespace(config=config, mover=object()))
+    with pytest.raises(ConfigError, match=f"mine, a {type(value).__name__}, is not allowed with nnodes"):
+        ranked.attach("dynamic", {"class_name": "Store", "mine": value})
+
+
 def test_the_store_of_an_engine_is_guarded(case_of, pages):
     _, folder = case_of("qwen2-4kv")
     with engine(folder, pages) as running:
         assert running.stats()["copies"]["store"].keys() == {"has", "get", "put"}
+        assert running.stats()["copies"]["breaker"] == {"left_alone": 0, "used_again": 0, "away": False}
 
 
 def test_what_a_request_asked_to_be_durable_is_there_for_whoever_depends_on_it(case_of, pages):

@@ -98,6 +98,20 @@ def test_the_metrics_equal_the_stats_of_engine_and_cache(engine):
     assert 0 < outside < steps
 
 
+def test_what_became_of_the_calls_of_a_store_is_counted():
+    calls = {"get": {"failures": 3, "damaged": 1, "skipped": 5}, "put": {"failures": 2, "damaged": 0, "skipped": 0}}
+    breaker = {"left_alone": 2, "used_again": 1, "away": True}
+    stats = {"copies": {"host-storage": {"pages": 7}, "store": calls, "breaker": breaker}}
+    found = {row.name: dict(row.read(stats)) for row in metrics.TABLE if row.name.startswith("store_")}
+    assert found == {
+        "store_failures": {("get",): 3, ("put",): 2},
+        "store_damaged_pages": {("get",): 1, ("put",): 0},
+        "store_unasked_pages": {("get",): 5, ("put",): 0},
+        "store_left_alone": {(): 2},
+        "store_used_again": {(): 1},
+    }
+
+
 def test_ages_at_eviction_are_those_of_the_workload(engine):
     found = samples(ask(engine))
     oldest, count = (

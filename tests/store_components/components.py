@@ -5,10 +5,12 @@ A ``Component`` opens stores on a medium of their own: what one test puts no oth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -27,6 +29,25 @@ class Missing(Exception):
     """This component cannot be run here, and why."""
 
 
+class Sidecars:
+    """The processes of stores that start one themselves, and again when it died."""
+
+    def __init__(self, script: str) -> None:
+        """Each runs ``script``."""
+        self._script = script
+
+    def kill(self) -> None:
+        """``kill -9`` of all that this process has."""
+        for line in _said(["ps", "-A", "-o", "ppid=,pid=,args="]).splitlines():
+            parent, pid, words = line.split(None, 2)
+            if int(parent) == os.getpid() and self._script in words:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def start(self) -> None:
+        """The store does."""
+
+
 @dataclass
 class Component:
     """A running component.
@@ -38,6 +59,7 @@ class Component:
     extra: Callable[[str], dict]
     version: str
     server: ServerProcess | None = None
+    sidecars: Sidecars | None = None
     deletes: bool = True
     close: Callable[[], None] = field(default=lambda: None)
 
@@ -196,7 +218,7 @@ def mooncake(folder: Path) -> Component:
 
 
 def nixl_posix(folder: Path) -> Component:
-    version = f"NIXL {_installed('nixl')} POSIX"
+    version = f"NIXL {_installed('nixl', 'nixl')} POSIX"
     return Component("nixl", lambda fresh: {"path": str(folder / fresh)}, version)
 
 
@@ -222,7 +244,11 @@ def hf3fs(folder: Path) -> Component:
 def aibrix(folder: Path, l2: str = "SHFS") -> Component:
     python = _in("aibrix", "python")
     version = f"aibrix-kvcache {_installed('aibrix-kvcache', 'aibrix')} {l2}"
-    return Component("aibrix", lambda fresh: {"python": python, "path": str(folder / fresh), "l2": l2}, version)
+
+    def extra(fresh: str) -> dict:
+        return {"python": python, "path": str(folder / fresh), "l2": l2}
+
+    return Component("aibrix", extra, version, sidecars=Sidecars("aibrix_sidecar.py"))
 
 
 def chain(folder: Path) -> Component:
@@ -248,3 +274,7 @@ COMPONENTS: dict[str, Callable[[Path], Component]] = {
     "chain": chain,
 }
 """By name; each starts one, in a folder of its own, or raises ``Missing``."""
+ENVIRONMENT_OF = {"s3": "client", "mooncake": "client", "nixl-posix": "nixl", "lmcache": "lmcache", "aibrix": "aibrix"}
+"""Where what each needs is installed (``requirements/stores-NAME.txt``); others need programs of the system only."""
+IN_OURS = frozenset({"s3", "mooncake", "nixl-posix"})
+"""Those of which a part comes into the process of the store."""

@@ -1,4 +1,8 @@
-"""Components that are started once for all tests, and skipped with the reason where they cannot be."""
+"""The component that ``--component`` names, started once for all tests; what cannot be had is skipped and said."""
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 from components import COMPONENTS, Missing
@@ -12,29 +16,53 @@ BY_DAY = {
     "test_what_is_not_the_page_is_a_miss",
 }
 """What AIBrix's store is asked by day: each test starts its process, which imports torch."""
-RAN = pytest.StashKey[set[str]]()
-"""What ran, in which version."""
+TOLD = pytest.StashKey[dict]()
+"""What ``--told`` is to hold."""
+DEVICES = "--xla_force_host_platform_device_count=2"
+"""Of tests that compute on two devices."""
 
 
-@pytest.fixture(scope="session", params=COMPONENTS)
+def pytest_addoption(parser):
+    parser.addoption("--component", choices=list(COMPONENTS), help="which to test")
+    parser.addoption("--told", type=Path, help="a file that says of it, as JSON, what ran")
+
+
+def pytest_configure(config):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+    config.stash[TOLD] = {"counts": {}, "said": [], "skipped": []}
+
+
+@pytest.fixture(scope="session")
 def component(request, tmp_path_factory):
+    name = request.config.getoption("--component")
+    if name is None:
+        pytest.skip("no --component: make test-stores runs them all")
     try:
-        started = COMPONENTS[request.param](tmp_path_factory.mktemp(request.param))
+        started = COMPONENTS[name](tmp_path_factory.mktemp(name))
     except Missing as missing:
         pytest.skip(str(missing))
-    request.config.stash.setdefault(RAN, set()).add(f"{request.param}: {started.version}")
+    request.config.stash[TOLD]["version"] = started.version
     yield started
     started.stop()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name == "store_components":
             item.add_marker(pytest.mark.stores)
-            if "[aibrix" in item.name and item.path.name == "test_components.py" and item.originalname not in BY_DAY:
+            slow = config.getoption("--component") == "aibrix" and item.path.name == "test_components.py"
+            if slow and item.originalname not in BY_DAY:
                 item.add_marker(pytest.mark.long)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for line in sorted(config.stash.get(RAN, set())):
-        terminalreporter.write_line(line)
+    told = config.stash[TOLD]
+    for what in ("passed", "failed", "error", "skipped", "deselected"):
+        if reports := terminalreporter.stats.get(what):
+            told["counts"][what] = len(reports)
+    for report in terminalreporter.stats.get("passed", []):
+        told["said"] += [value for name, value in report.user_properties if name == "said"]
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])}
+    told["skipped"] = sorted(reasons)
+    if path := config.getoption("--told"):
+        path.write_text(json.dumps(told))

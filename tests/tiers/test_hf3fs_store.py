@@ -7,6 +7,7 @@ from contextlib import closing
 import pytest
 from stores import get, name, put
 
+from rootcellar.errors import ConfigError
 from rootcellar.tiers.stores import hf3fs
 from rootcellar.tiers.stores.hf3fs import Hf3fsSettings, Hf3fsStore
 
@@ -71,6 +72,18 @@ def test_shards_write_into_files_of_their_own_and_read_all(tmp_path, clock):
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["pages.0.8192.bin", "pages.1.8192.bin"]
     first.close()
     second.close()
+
+
+def test_whoever_shares_an_index_has_files_of_one_size(tmp_path, clock):
+    """Else the same number of a slot would be another place."""
+    store = opened(tmp_path, clock)
+    assert put(store, [1]) == [True]
+    with pytest.raises(ConfigError, match=r"file_size=65536 is not allowed: those who share the index .* have 32768"):
+        opened(tmp_path, clock, file_size=8 * 8192, shard=1)
+    other = opened(tmp_path, clock, shard=1)
+    assert get(other, 1)
+    store.close()
+    other.close()
 
 
 def test_an_index_that_could_not_be_changed_can_be_later(tmp_path, clock, monkeypatch):

@@ -10,7 +10,8 @@ from stores import MemoryStore, ToldStore, file_store, get, name, put
 from rootcellar.tiers.conformance import suite as conformance
 from rootcellar.tiers.conformance.subject import Subject
 from rootcellar.tiers.conformance.suite import *  # noqa: F403  (the tests; ``subject`` is ours)
-from rootcellar.tiers.guard import Guard
+from rootcellar.tiers.guard import Guard, GuardSettings
+from rootcellar.tiers.stores import open_store
 from rootcellar.tiers.stores.chain import StoreChain
 from rootcellar.tiers.stores.dynamic import open_class
 from rootcellar.tiers.stores.hf3fs import Hf3fsSettings, Hf3fsStore
@@ -120,8 +121,6 @@ def test_a_chain_reads_through_and_writes_through():
     assert near[name(1)] == far[name(1)]
     far.clear()
     assert chain.has([name(1), name(2)]) == [True, False]
-    with pytest.raises(ValueError, match="guard it"):
-        StoreChain([MemoryStore()])
 
 
 def test_one_store_of_a_chain_that_fails_is_done_without():
@@ -132,3 +131,41 @@ def test_one_store_of_a_chain_that_fails_is_done_without():
         assert put(chain, [i]) == [True]
         assert get(chain, i)
     assert broken.calls <= 3
+
+
+def test_a_call_of_a_chain_takes_no_longer_than_its_deadline():
+    """However many of its stores are slow, and though each had time enough of its own."""
+    seconds = 0.0
+
+    def slow():
+        nonlocal seconds
+        seconds += 4
+
+    stores = [ToldStore(MemoryStore()) for _ in range(4)]
+    own = GuardSettings(deadline=60, failures=100)
+    chain = StoreChain([Guard(store, own, now=lambda: seconds) for store in stores], 10, lambda: seconds)
+    put(Guard(stores[2].inner), [1])
+    for store in stores:
+        store.work = slow
+    for call in (lambda: chain.has([name(2)]), lambda: put(chain, [3]), lambda: get(chain, 1)):
+        seconds = 0.0
+        call()
+        assert seconds == 12  # the last of three was begun before ten were over
+    assert [store.calls for store in stores] == [3, 3, 3, 0]
+    seconds = 0.0
+    stores[0].work = stores[1].work = lambda: None
+    assert get(chain, 1)
+    assert seconds == 4
+    assert get(chain, 1)
+    assert seconds == 4, "it was put into those before it"
+
+
+def test_the_stores_of_a_chain_share_its_deadline(tmp_path):
+    """But for one that has its own."""
+    members = [{"backend": "hf3fs", "file_path_prefix": str(tmp_path / f"{i}"), "file_size": "1MiB"} for i in range(3)]
+    members[1]["deadline"] = 3
+    guard = open_store("chain", {"stores": members, "deadline": 6}, "tests")
+    chain = guard._store
+    assert (guard._settings.deadline, chain._deadline) == (6, 6)
+    assert [store._settings.deadline for store in chain._stores] == [2, 3, 2]
+    guard.close()

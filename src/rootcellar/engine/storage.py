@@ -6,6 +6,7 @@ thread carries out the commands in between.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ class StorageBackend:
         policy = read_policy(prefetch_policy or config.hicache_storage_prefetch_policy)
         extra = read_extra(extra_config)
         prefetch, of_store = PrefetchSettings.split(extra)
+        if config.nnodes > 1:
+            of_store = _plain(of_store)
         with self._lock:
             if self._attached is not None and not replace:
                 raise ConfigError(f"a store is attached already ({self._attached.backend}): detach or replace it")
@@ -155,6 +158,18 @@ class StorageBackend:
                 raise EngineError(f"copies to and from the store did not end within {timeout:g} s: try again")
         self._attached = None
         store.close()
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as ranks can tell them each other. ``ConfigError`` where one is no value of JSON."""
+    told = {}
+    for name, value in settings.items():
+        try:
+            told[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError, RecursionError):
+            said = f"{name}, a {type(value).__name__}, is not allowed with nnodes"
+            raise ConfigError(f"{said}: each rank is told the settings of a store, so give values of JSON") from None
+    return told
 
 
 def read_policy(policy: str) -> PrefetchPolicy:

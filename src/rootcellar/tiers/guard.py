@@ -75,6 +75,15 @@ class StoreStats:
     """Pages that came back and were not what their names say."""
 
 
+@dataclass(frozen=True, slots=True)
+class BreakerStats:
+    """How often a store was left alone, and used again after that; ``away``: it is left alone now."""
+
+    left_alone: int
+    used_again: int
+    away: bool
+
+
 class _Breaker:
     """Whether a store is to be asked: yes, no, or once."""
 
@@ -85,6 +94,16 @@ class _Breaker:
         self._pause = settings.pause
         self._until = 0.0
         self._probing = False
+        self._left_alone = self._used_again = 0
+
+    @property
+    def away(self) -> bool:
+        """Whether it is left alone, but for a try after each pause."""
+        return self._row >= self._settings.failures
+
+    def stats(self) -> BreakerStats:
+        """So far."""
+        return BreakerStats(self._left_alone, self._used_again, self.away)
 
     @property
     def failures(self) -> int:
@@ -92,8 +111,8 @@ class _Breaker:
         return self._row
 
     def admits(self) -> bool:
-        """Whether to ask it; who was told so says how it went."""
-        if self._row < self._settings.failures:
+        """Whether to ask it; whoever was told so says how it went."""
+        if not self.away:
             return True
         if self._probing or self._now() < self._until:
             return False
@@ -102,13 +121,16 @@ class _Breaker:
 
     def succeeded(self) -> None:
         """It answered."""
+        self._used_again += self.away
         self._row, self._pause, self._probing = 0, self._settings.pause, False
 
     def failed(self) -> None:
         """It did not."""
+        before = self.away
         self._row += 1
         self._probing = False
-        if self._row >= self._settings.failures:
+        self._left_alone += self.away and not before
+        if self.away:
             self._until = self._now() + self._pause
             self._pause = min(2 * self._pause, self._settings.longest_pause)
 
@@ -158,30 +180,30 @@ class Guard:
         self._spare: list[_Scratch] = []
         self._stats = {verb: StoreStats() for verb in ("has", "get", "put")}
 
-    def has(self, names: Sequence[bytes]) -> list[bool]:
-        """See ``Store``."""
+    def has(self, names: Sequence[bytes], by: float | None = None) -> list[bool]:
+        """See ``Store``. ``by``, here and below: the moment of ``now`` at which the call is to end, deadline or not."""
         check_names(names)
 
         def ask(some: slice, end: float) -> list[bool]:
             return self._ask(lambda: self._store.has(names[some]), end)
 
-        return self._each("has", [0] * len(names), ask)
+        return self._each("has", [0] * len(names), ask, by)
 
-    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview], by: float | None = None) -> list[bool]:
         """See ``Store``."""
         check_names(names, into)
         views = [view.cast("B") for view in into]
         read = self._get_whole if self._store.verifies else self._get_sealed
-        found = self._each("get", self._lengths(views), lambda some, end: read(names[some], views[some], end))
+        found = self._each("get", self._lengths(views), lambda some, end: read(names[some], views[some], end), by)
         self._count("get", nbytes=sum(len(view) for view, there in zip(views, found, strict=True) if there))
         return found
 
-    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview], by: float | None = None) -> list[bool]:
         """See ``Store``."""
         check_names(names, blocks)
         views = [block.cast("B") for block in blocks]
         write = self._put_whole if self._store.verifies else self._put_sealed
-        held = self._each("put", self._lengths(views), lambda some, end: write(names[some], views[some], end))
+        held = self._each("put", self._lengths(views), lambda some, end: write(names[some], views[some], end), by)
         self._count("put", nbytes=sum(len(view) for view, there in zip(views, held, strict=True) if there))
         return held
 
@@ -209,37 +231,50 @@ class Guard:
         with self._lock:
             return {verb: replace(stats) for verb, stats in self._stats.items()}
 
+    def breaker(self) -> BreakerStats:
+        """How often the store was left alone so far."""
+        with self._lock:
+            return self._breaker.stats()
+
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def _lengths(self, views: Sequence[memoryview]) -> list[int]:
         """Bytes that each needs of the guard's own memory."""
         return [0] * len(views) if self._store.verifies else [_HEADER.size + len(view) for view in views]
 
-    def _each(self, verb: str, lengths: Sequence[int], call: Callable[[slice, float], list[bool]]) -> list[bool]:
-        """Answers for pages of these lengths, a few at a time; False for those that the store is not asked for."""
+    def _each(
+        self, verb: str, lengths: Sequence[int], call: Callable[[slice, float], list[bool]], by: float | None = None
+    ) -> list[bool]:
+        """Answers for pages of these lengths, a few at a time; False for those that the store is not asked for.
+
+        ``by``: a moment before the deadline at which the call is to end.
+        """
         count = len(lengths)
         answers: list[bool] = []
         began = self._now()
         end = began + self._settings.deadline
-        asked = 0
-        while asked < count and (asked == 0 or self._now() < end) and self._admitted():
+        end = end if by is None else min(end, by)
+        fine = False  # what it was asked last
+        while len(answers) < count and (not answers or self._now() < end) and self._admitted(again=fine):
+            asked = len(answers)
             some = slice(asked, asked + self._few(lengths[asked : asked + self._settings.pages_at_once]))
             try:
                 got = [bool(there) for there in call(some, end)]
                 if len(got) != some.stop - some.start:
                     raise RuntimeError(f"it answered for {len(got)} of {some.stop - some.start} pages")
             except Exception as error:
-                got = [False] * (some.stop - some.start)
+                got, fine = [False] * (some.stop - some.start), False
                 self._failed(verb, error)
             else:
-                self._succeeded()
+                fine = True
             answers += got
-            asked = some.stop
-        late = asked < count and self._now() >= end
-        if late:
-            self._failed(verb, TimeoutError(f"{count - asked} of {count} pages were left at its deadline"))
-        hits = sum(answers)
-        self._count(verb, 1, count, seconds=self._now() - began, hits=hits, misses=asked - hits, skipped=count - asked)
+        asked, hits, seconds = len(answers), sum(answers), self._now() - began
+        # What came in time is used, but a store that is late each time is to be left alone as one that fails.
+        if fine and began + seconds >= end:
+            self._failed(verb, TimeoutError(f"it took {seconds:.3g} s for {asked} of {count} pages"))
+        elif fine:
+            self._succeeded()
+        self._count(verb, 1, count, seconds=seconds, hits=hits, misses=asked - hits, skipped=count - asked)
         return answers + [False] * (count - asked)
 
     def _few(self, lengths: Sequence[int]) -> int:
@@ -258,11 +293,9 @@ class Guard:
         found = self._in(scratch, lambda: self._store.get(names, objects), end)
         for i, (name, view) in enumerate(zip(names, into, strict=True)):
             if i < len(found) and found[i]:
-                image = objects[i][_HEADER.size :]
-                found[i] = objects[i][: _HEADER.size] == _seal(name, image)
-                if found[i]:
-                    view[:] = image
-                else:
+                # Copied while it is checked, a piece at a time: it comes out of memory once.
+                found[i] = objects[i][: _HEADER.size] == _seal(name, objects[i][_HEADER.size :], view)
+                if not found[i]:
                     self._count("get", damaged=1)
         self._give(scratch)
         return found
@@ -345,9 +378,10 @@ class Guard:
 
     # --- what is known of it ------------------------------------------------------------------------------------------
 
-    def _admitted(self) -> bool:
+    def _admitted(self, *, again: bool) -> bool:
+        """Whether to ask it; ``again``: more of a call of which it did well what it was asked so far."""
         with self._lock:
-            return self._hanging < self._settings.most_hanging and self._breaker.admits()
+            return self._hanging < self._settings.most_hanging and (again or self._breaker.admits())
 
     def _succeeded(self) -> None:
         with self._lock:

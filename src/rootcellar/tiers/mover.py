@@ -253,13 +253,16 @@ class Mover:
                 return seen
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Of each lane, by its name, what it did: see ``LaneStats``. Of a guarded store, ``store``: see ``Guard``."""
+        """Of each lane, by its name, what it did: see ``LaneStats``. Of a guarded store, ``store`` and ``breaker``: see
+        ``Guard``.
+        """
         with self._news.changed:
             lanes = {lane.name: lane.stats for lane in (self._down, self._up)} | self._stored
             found = {name: asdict(stats) for name, stats in lanes.items()}
         storage = self._storage
         if storage is not None and isinstance(storage.store, Guard):
             found["store"] = {verb: asdict(stats) for verb, stats in storage.store.stats().items()}
+            found["breaker"] = asdict(storage.store.breaker())
         return found
 
     def close(self) -> Store | None:

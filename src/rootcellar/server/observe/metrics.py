@@ -61,6 +61,16 @@ def _copies(field: str) -> Callable[[Stats], Samples]:
     return lambda stats: [((lane,), counts[field]) for lane, counts in stats["copies"].items() if field in counts]
 
 
+def _store(field: str) -> Callable[[Stats], Samples]:
+    """A field of each call of the store behind the host, by the call's name."""
+    return lambda stats: [((call,), counts[field]) for call, counts in stats["copies"].get("store", {}).items()]
+
+
+def _breaker(field: str) -> Callable[[Stats], Samples]:
+    """A field of what the store's guard counts."""
+    return lambda stats: [((), stats["copies"]["breaker"][field])] if "breaker" in stats["copies"] else []
+
+
 TABLE = (
     Row("requests", "gauge", "Requests alive, by the stage that they are in.", ("stage",), _by("stages"), own=True),
     Row("running_requests", "gauge", "Requests that hold a lease on the cache.", (), _total("running"), own=True),
@@ -150,6 +160,11 @@ TABLE = (
         _copies("skipped_pages"),
     ),
     Row("failed_pages", "counter", "Pages whose copy failed.", ("lane",), _copies("failed_pages")),
+    Row("store_failures", "counter", "Calls of the store that failed or were late.", ("call",), _store("failures")),
+    Row("store_damaged_pages", "counter", "Pages of the store that were not whole.", ("call",), _store("damaged")),
+    Row("store_unasked_pages", "counter", "Pages that the store was not asked for.", ("call",), _store("skipped")),
+    Row("store_left_alone", "counter", "Times the store was left alone.", (), _breaker("left_alone")),
+    Row("store_used_again", "counter", "Times it was used again after that.", (), _breaker("used_again")),
     Row(
         "step_outside_device_seconds",
         "counter",

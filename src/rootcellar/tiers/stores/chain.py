@@ -2,17 +2,20 @@
 
 Settings: ``stores``, a list of two or more, each an object of ``backend``, ``deadline`` and the settings of that
 backend. What a farther store had is put into those before it, and each has a guard of its own: one that fails or hangs
-is left alone, and the others serve.
+is left alone, and the others serve. All of them together have the chain's ``deadline``, and each an equal part of it
+unless it has one of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from rootcellar.errors import ConfigError
-from rootcellar.tiers.guard import Guard
+from rootcellar.tiers.guard import Guard, GuardSettings
+from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import nothing_else
-from rootcellar.tiers.store import Store, check_names
+from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores import registry
 
 
@@ -20,19 +23,20 @@ def open_store(extra: Mapping[str, object], identity: str) -> StoreChain:
     """See ``registry``."""
     own = dict(extra)
     members = own.pop("stores", None)
+    deadline = positive(own, "deadline", GuardSettings().deadline)
     nothing_else(own, "chain", "stores")
     if not isinstance(members, list) or len(members) < 2 or not all(isinstance(one, Mapping) for one in members):
         raise ConfigError('stores is not allowed: give a list of two or more, as {"backend": "file", "path": ...}')
     opened: list[Guard] = []
     try:
         for one in members:
-            rest = {str(name): value for name, value in one.items() if name != "backend"}
-            opened.append(registry.open_store(str(one.get("backend")), rest, identity))
+            rest = {"deadline": deadline / len(members)} | {str(name): value for name, value in one.items()}
+            opened.append(registry.open_store(str(rest.pop("backend", None)), rest, identity))
     except BaseException:
         for store in opened:
             store.close()
         raise
-    return StoreChain(opened)
+    return StoreChain(opened, deadline)
 
 
 class StoreChain:
@@ -40,45 +44,56 @@ class StoreChain:
 
     verifies = True
 
-    def __init__(self, stores: Sequence[Store]) -> None:
-        """In front of each other. Raises ``ValueError`` for one that does not verify."""
-        if not all(store.verifies for store in stores):
-            raise ValueError("a store of a chain does not check what it gives: guard it")
+    def __init__(
+        self,
+        stores: Sequence[Guard],
+        deadline: float = GuardSettings().deadline,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """In front of each other. ``deadline``: seconds that a call may take; ``now``: the clock of their guards."""
         self._stores = tuple(stores)
+        self._deadline = deadline
+        self._now = now
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
         """See ``Store``: whether any has them."""
         check_names(names)
+        by = self._now() + self._deadline
         there = [False] * len(names)
         for store in self._stores:
             missing = [i for i, found in enumerate(there) if not found]
-            if missing:
-                for i, found in zip(missing, store.has([names[i] for i in missing]), strict=True):
+            if missing and self._now() < by:
+                for i, found in zip(missing, store.has([names[i] for i in missing], by), strict=True):
                     there[i] = found
         return there
 
     def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
-        """See ``Store``. What comes from a farther store is put into those before it."""
+        """See ``Store``. What comes from a farther store is put into those before it, if there is time."""
         check_names(names, into)
+        by = self._now() + self._deadline
         there = [False] * len(names)
         for depth, store in enumerate(self._stores):
             missing = [i for i, found in enumerate(there) if not found]
-            if not missing:
+            if not missing or self._now() >= by:
                 break
-            found = store.get([names[i] for i in missing], [into[i] for i in missing])
+            found = store.get([names[i] for i in missing], [into[i] for i in missing], by)
             came = [i for i, whole in zip(missing, found, strict=True) if whole]
             for i in came:
                 there[i] = True
-            if came:
-                for nearer in self._stores[:depth]:
-                    nearer.put([names[i] for i in came], [into[i] for i in came])
+            for nearer in self._stores[:depth]:
+                if came and self._now() < by:
+                    nearer.put([names[i] for i in came], [into[i] for i in came], by)
         return there
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``: True where any of them keeps it."""
         check_names(names, blocks)
-        held = [store.put(names, blocks) for store in self._stores]
-        return [any(each) for each in zip(*held, strict=True)]
+        by = self._now() + self._deadline
+        held = [False] * len(names)
+        for store in self._stores:
+            if self._now() < by:
+                held = [a or b for a, b in zip(held, store.put(names, blocks, by), strict=True)]
+        return held
 
     def clear(self) -> int:
         """See ``Store``: of all; the most that one had."""

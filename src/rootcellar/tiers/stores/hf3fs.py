@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS pages (
     name BLOB PRIMARY KEY, slot_bytes INTEGER, slot INTEGER, length INTEGER, confirmed INTEGER, used REAL,
     UNIQUE (slot_bytes, slot)
 ) WITHOUT ROWID"""
+_SHARED = "CREATE TABLE IF NOT EXISTS shared (setting TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID"
+"""What all who use an index must agree on, since it says where a slot lies: whoever comes first says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Hf3fsSettings:
     file_path_prefix: Path
     """Of the files on the mount: the shard, the size of a slot, and ``.bin`` follow."""
     file_size: int = 1 << 30
-    """Bytes of each; one for each size of image."""
+    """Bytes of each; one for each size of image. The same for all who share an index."""
     numjobs: int = 4
     """Reads or writes at once."""
     shard: int = 0
@@ -83,8 +85,17 @@ class Hf3fsStore:
             self._index.execute("PRAGMA journal_mode=TRUNCATE")
             self._index.execute("PRAGMA synchronous=OFF")
             self._index.execute(_TABLE)
+            self._index.execute(_SHARED)
+            self._index.execute("INSERT OR IGNORE INTO shared VALUES ('file_size', ?)", (settings.file_size,))
+            (file_size,) = self._index.execute("SELECT value FROM shared WHERE setting = 'file_size'").fetchone()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"the hf3fs store at {str(prefix)!r} cannot be used: {error}") from None
+        if file_size != settings.file_size:
+            self._index.close()
+            raise ConfigError(
+                f"file_size={settings.file_size} is not allowed: those who share the index {index} have {file_size}; "
+                "give the same, or another file_path_prefix"
+            )
         self._now = now
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}

@@ -42,6 +42,8 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
+TIMED = frozenset({"chain"})
+"""Those that are told the deadline too: it is of the calls to all that is behind them, together."""
 
 
 def open_bare(backend: str, extra: Mapping[str, object], identity: str) -> Store:
@@ -64,6 +66,8 @@ def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guar
     """
     own = dict(extra)
     settings = GuardSettings(deadline=positive(own, "deadline", GuardSettings().deadline))
+    if backend in TIMED:
+        own["deadline"] = settings.deadline
     return Guard(open_bare(backend, own, identity), settings, name=f"{backend} store")
 
 
