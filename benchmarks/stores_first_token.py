@@ -14,11 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from stores import COMPONENTS, Missing
+from tiers_load import tokens_of
+
 import rootcellar
 from rootcellar.scheduler import Rates
-from stores import COMPONENTS, Missing
 from tiers import CONFIG
-from tiers_load import tokens_of
 
 PAGE = 64
 

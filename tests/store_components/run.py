@@ -29,6 +29,7 @@ def main(words):
     parser.add_argument("--environments", type=Path, required=True)
     parser.add_argument("--torch", type=Path, required=True, help="an environment that has torch")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     names = args.names or list(COMPONENTS)
     if unknown := sorted(set(names) - COMPONENTS.keys()):
@@ -64,6 +65,9 @@ def tried(name, python, folder, told, limit, words):
     except subprocess.TimeoutExpired:
         over, status = f"ended after {limit:g} s; ", 1
         end(process)
+    except BaseException:  # whoever started this ends it
+        end(process)
+        raise
     found = json.loads(told.read_text()) if told.exists() else {}
     counts = ", ".join(f"{count} {what}" for what, count in found.get("counts", {}).items())
     why = "; ".join(found.get("said", []) + found.get("skipped", []))

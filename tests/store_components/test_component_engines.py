@@ -79,13 +79,14 @@ def test_another_model_dtype_or_other_weights_find_nothing_and_nothing_fails(com
     model = {"model_path": str(make_checkpoint("qwen2", tmp_path / "model"))}
     others = [
         {"model_path": str(make_checkpoint("qwen2", tmp_path / "weights", seed=1))},
-        {"model_path": str(make_checkpoint("llama", tmp_path / "family"))},
+        {"model_path": str(make_checkpoint("qwen3", tmp_path / "family"))},
         {**model, "kv_cache_dtype": "bfloat16"},
     ]
     with engine(**model) as first:
         attach(first, component, settings)
         tokens, hits = ask(first)
         assert hits == [0] * 4
+        settle(first)
     for options in others:
         with engine(**options) as other:
             alone = ask(other)

@@ -10,6 +10,7 @@ from stores import MemoryStore, ToldStore, file_store, get, image, name, put, ro
 
 from rootcellar.tiers.faulty import Faults, FaultyStore
 from rootcellar.tiers.guard import BreakerStats, Guard, GuardSettings
+from rootcellar.tiers.store import GatheringStore
 
 
 class Clock:
@@ -302,12 +303,71 @@ def test_a_store_that_is_always_late_is_left_alone(tmp_path, clock, pages):
     assert guard.breaker() == BreakerStats(left_alone=1, used_again=1, away=False)
 
 
-def test_a_call_ends_at_the_moment_that_was_said(clock):
+def test_a_call_ends_at_the_moment_that_was_said(tmp_path, clock):
     """Which may be before its deadline."""
-    store = ToldStore(MemoryStore())
+    store = ToldStore(file_store(tmp_path / "store"))
     guard = Guard(store, GuardSettings(deadline=60, pages_at_once=1), now=clock)
     put(guard, range(4))
     store.work = lambda: setattr(clock, "seconds", clock.seconds + 1)
     into = [room() for _ in range(4)]
     assert guard.get([name(i) for i in range(4)], into, clock.seconds + 2.5) == [True] * 3 + [False]
     assert guard.has([name(i) for i in range(4)]) == [True] * 4
+
+
+class Gatherer(MemoryStore, GatheringStore):
+    """Sends images from where they lie, once they were registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown, self.sent = [], []
+
+    def register(self, buffer):
+        self.shown.append(buffer)
+
+    def gathers(self, images):
+        return all(len(view) > 1000 for view in images) and len(self.shown) > 0
+
+    def put_parts(self, names, heads, images):
+        self.sent += [np.frombuffer(view, np.uint8).ctypes.data for view in images]
+        return self.put(
+            names, [memoryview(bytes(head) + bytes(view)) for head, view in zip(heads, images, strict=True)]
+        )
+
+
+def test_images_are_sent_from_where_they_lie():
+    store = Gatherer()
+    guard = Guard(store)
+    pool = np.zeros((4, 5000), np.uint8)
+    guard.register(pool.reshape(-1).data)
+    for i in range(4):
+        pool[i] = np.frombuffer(image(i), np.uint8)
+    assert guard.put([name(i) for i in range(4)], [row.data for row in pool]) == [True] * 4
+    assert store.sent == [row.ctypes.data for row in pool]
+    assert put(guard, [9], 700) == [True]  # a small one is copied
+    assert len(store.sent) == 4
+    assert all(get(guard, i) for i in range(4))
+    assert get(guard, 9, 700)
+
+
+def test_what_is_changed_while_a_call_that_was_left_behind_sends_it_is_a_miss(monkeypatch):
+    """Its memory is the caller's again when the deadline is over."""
+    store, gate, over = Gatherer(), threading.Event(), threading.Event()
+    guard = Guard(store, GuardSettings(deadline=0.05))
+    page = np.frombuffer(image(1), np.uint8).copy()
+    guard.register(page.data)
+    kept = store.put_parts
+
+    def late(*parts):
+        assert gate.wait(60)
+        held = kept(*parts)
+        over.set()
+        return held
+
+    monkeypatch.setattr(store, "put_parts", late)
+    assert guard.put([name(1)], [page.data]) == [False]
+    page[:2500] = 0
+    gate.set()
+    assert over.wait(60)
+    assert guard.has([name(1)]) == [True]
+    assert not get(guard, 1)
+    assert guard.stats()["get"].damaged == 1

@@ -11,6 +11,7 @@ its medium fails, and then whatever it did not confirm may or may not be there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Protocol
@@ -57,6 +58,20 @@ class Store(Protocol):
     def close(self) -> None:
         """Give up what the store holds in this process; its pages stay. May be called twice, and nothing after it."""
         ...
+
+
+class GatheringStore(ABC):
+    """A :class:`Store` that does not verify, and puts objects whose head lies apart from the image without a copy."""
+
+    @abstractmethod
+    def gathers(self, images: Sequence[memoryview]) -> bool:
+        """Whether that is faster for these than ``put``: they lie in memory that it was shown, and are large."""
+
+    @abstractmethod
+    def put_parts(
+        self, names: Sequence[bytes], heads: Sequence[memoryview], images: Sequence[memoryview]
+    ) -> list[bool]:
+        """As ``put`` of blocks that are ``heads[i]``, then ``images[i]``."""
 
 
 class WrittenElsewhere:

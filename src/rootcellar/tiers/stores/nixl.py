@@ -5,6 +5,7 @@ A file is written beside its place and then renamed. What is there is asked of t
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -29,6 +30,7 @@ _LATE = 0.05
 """The same when it takes too long."""
 _AT_ONCE = 64
 """Pages of one transfer, and files that are open for it."""
+_NEW = os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +52,23 @@ def read_settings(extra: Mapping[str, object]) -> NixlSettings:
 
 
 class _Folder:
-    """Where files lie; of each NIXL's descriptor (offset, length, file, more), None where it is not there."""
+    """Where files lie; of each NIXL's descriptor (offset, length, file, more), None where it is not there.
+
+    Names are put together by hand: a ``Path`` costs as much as opening the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._parts: dict[int, Path] = {}
+        self._path = str(path)
+        self._mine = uuid4().hex
+        self._count = itertools.count()
+        self._parts: dict[int, str] = {}
 
-    def _file(self, name: bytes) -> Path:
+    def _file(self, name: bytes) -> str:
         word = name.hex()
-        return self._path / word[:2] / word
+        return f"{self._path}/{word[:2]}/{word}"
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
-        return [self._file(name).exists() for name in names]
+        return [os.path.exists(self._file(name)) for name in names]
 
     def reading(self, names: Sequence[bytes], sizes: Sequence[int], stack: ExitStack) -> list[Any]:
         found: list[Any] = []
@@ -78,18 +85,28 @@ class _Folder:
     def writing(self, names: Sequence[bytes], sizes: Sequence[int], stack: ExitStack) -> list[Any]:
         made: list[Any] = []
         for name, size in zip(names, sizes, strict=True):
-            part = self._file(name).with_name(f"{uuid4().hex}.part")
-            part.parent.mkdir(exist_ok=True)
-            fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
-            stack.callback(os.close, fd)
-            stack.callback(part.unlink, missing_ok=True)
+            folder = f"{self._path}/{name[:1].hex()}"
+            part = f"{folder}/{self._mine}{next(self._count)}.part"
+            try:
+                fd = os.open(part, _NEW, 0o600)
+            except FileNotFoundError:  # the first of its folder
+                os.makedirs(folder, exist_ok=True)
+                fd = os.open(part, _NEW, 0o600)
             self._parts[fd] = part
+            stack.callback(self._end, fd)
             made.append((0, size, fd, ""))
         return made
 
     def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
         for name, (_, _, fd, _) in zip(names, descriptors, strict=True):
-            self._parts.pop(fd).replace(self._file(name))
+            os.replace(self._parts.pop(fd), self._file(name))
+
+    def _end(self, fd: int) -> None:
+        """Close a file that was to be written, and take it away unless it was."""
+        part = self._parts.pop(fd, None)
+        os.close(fd)
+        if part is not None:
+            os.unlink(part)
 
 
 class _Agent:
@@ -198,7 +215,7 @@ class NixlStore:
         with self._passage:
             for start in range(0, len(names), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
-                with self._writer.lock, ExitStack() as stack, _as_os_error():
+                with self._writer.lock, _as_os_error(), ExitStack() as stack:
                     descriptors = self._folder.writing(names[some], [len(view) for view in views[some]], stack)
                     if not self._writer.move("WRITE", views[some], descriptors):
                         raise OSError("NIXL could not write")

@@ -42,6 +42,8 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
+BYTES_AT_ONCE = {"nixl": 4 << 20}
+"""Of those whose calls begin fast: what is copied and checked is in the processor's caches yet when it is sent."""
 TIMED = frozenset({"chain"})
 """Those that are told the deadline too: it is of the calls to all that is behind them, together."""
 
@@ -65,7 +67,11 @@ def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guar
         ConfigError: no such kind, a wrong setting, or it cannot be opened.
     """
     own = dict(extra)
-    settings = GuardSettings(deadline=positive(own, "deadline", GuardSettings().deadline))
+    usual = GuardSettings()
+    settings = GuardSettings(
+        deadline=positive(own, "deadline", usual.deadline),
+        bytes_at_once=BYTES_AT_ONCE.get(backend, usual.bytes_at_once),
+    )
     if backend in TIMED:
         own["deadline"] = settings.deadline
     return Guard(open_bare(backend, own, identity), settings, name=f"{backend} store")
