@@ -22,6 +22,9 @@ ARGS ?=
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 BUILD_INPUTS := requirements/run.txt pyproject.toml CMakeLists.txt $(shell find src -name '*.cc' -o -name '*.h' -o -name '*.inc')
 RUN := $(VENV)/bin/
+# And it keeps that, whatever the environment says: to compile JAX again takes each of some hundred processes that tests
+# start as long as all else that it does.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo wheel test test-wide test-reference test-clients test-stores fuzz sanitize lint format docs golden bench lock clean

@@ -13,6 +13,7 @@ get a step of their own, before a large one: each tenant once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from numpy.typing import ArrayLike
@@ -244,13 +245,14 @@ class Scheduler:
         # What is all cached but its last token need not wait for the next decode step, nor for others' short prompts.
         fresh = [r for r in decoding if self._admitted[r][1] == self._plans] if self._turns.now > started else []
         prefilling += [] if self._decode_next else fresh
-        prefilling.sort(key=self._admitted.__getitem__)
-        first = jumpers(prefilling, self._little, bool(decoding) and self._decode_next, self._jumped)
-        first += fresh if first and self._decode_next else []
-        if first and (plan := self._prefill(first)) is not None:
-            self._jumped.update(r.tenant for r in first)
-            self._decode_next = self._decode_next or len(first) == len(prefilling)
-            return plan
+        if prefilling:
+            prefilling.sort(key=self._admitted.__getitem__)
+            first = jumpers(prefilling, self._little, bool(decoding) and self._decode_next, self._jumped)
+            first += fresh if first and self._decode_next else []
+            if first and (plan := self._prefill(first)) is not None:
+                self._jumped.update(r.tenant for r in first)
+                self._decode_next = self._decode_next or len(first) == len(prefilling)
+                return plan
         self._jumped.clear()
         for decode in (self._decode_next, not self._decode_next):
             if (plan := self._decode(decoding) if decode else self._prefill(prefilling)) is not None:
@@ -281,7 +283,8 @@ class Scheduler:
     def _decode(self, decoding: list[Request]) -> Plan | None:
         if not decoding:
             return None
-        requests = [r for r in decoding if r.lease is not None]  # prefill that found no room may have retracted some
+        # Prefill that found no room may have retracted some.
+        requests = [r for r in decoding if r.lease is not None] if self.retracted else decoding
         if not self._one_slot_more([r for r in requests if r.slots == r.computed]):
             requests = self._grow(requests, [r.computed + 1 for r in requests])
         if self.guesses is None:
@@ -318,10 +321,10 @@ class Scheduler:
     def _one_slot_more(self, requests: Sequence[Request]) -> bool:
         """Let each have one more slot, in one call of the cache; whether all have theirs now."""
         grown = self.cache.grow_many([r.lease for r in requests if r.lease is not None])
-        for request, ok in zip(requests, grown, strict=True):
-            if ok:
-                request.slots += 1
-        return all(grown)
+        done = all(grown)
+        for request in requests if done else itertools.compress(requests, grown):
+            request.slots += 1
+        return done
 
     def _grow(self, requests: Sequence[Request], ends: Sequence[int]) -> list[Request]:
         """Slots up to each request's end, retracting the youngest of whoever has most for want of room; those left."""
