@@ -17,13 +17,29 @@ IDLE = pytest.StashKey[list[str]]()
 """Where whole files were collected: what :func:`idle_rows` found; ``tests/test_house.py`` looks at it."""
 
 WIDE: dict[str, dict[str, str]] = {
+    "cache/test_cost.py": {
+        "test_evicting_one_leaf_costs_the_same_among_many": "python",
+    },
     "cache/test_fuzz.py": {
         "test_both_cores_do_the_same": "1",
         "test_thousands_of_steps_by_seed": "[13]",
     },
+    "cache/test_limits.py": {
+        "test_evictions_beyond_what_is_remembered": "",
+        "test_samples_beyond_what_a_shadow_remembers": "",
+    },
     "cache/test_mutations.py": {
         "test_a_broken_invariant_is_noticed": "",
         "test_the_same_calls_give_the_same_states_in_every_process": "",
+    },
+    "cache/test_native_core.py": {
+        "test_a_prompt_that_never_changes_is_not_copied_and_is_held_as_long_as_it_is_cached": "",
+        "test_memory_is_a_token_id_a_token": "",
+        "test_what_comes_and_goes_takes_no_memory_in_the_end": "",
+        "test_what_runs_when_memory_is_let_go_may_use_the_cache": "",
+    },
+    "cache/test_peers.py": {
+        "test_pieces_learned_in_order_leave_what_one_event_a_kind_would": "python-.*",
     },
     "demo/test_model.py": {
         "test_answers_after_a_long_manual": "",
@@ -34,18 +50,18 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_equivalence.py": {
         "test_every_family_answers_as_transformers": "llama3.*|llama2.*",
-        "test_page_size_chunk_and_batch": "1-64-16-2-auto|64-64-16-4-auto|16-256-16-16-auto",
+        "test_page_size_chunk_and_batch": "1-64-16-2-auto|64-64-16-4-auto|16-256-16-16-auto|16-7-16-2-auto",
     },
     "engine/test_grammar.py": {
         "test_after_a_warm_up_grammars_compile_nothing": "",
     },
     "engine/test_host_tier.py": {
-        "test_a_host_smaller_than_the_device_keeps_what_fits": "qwen2.*|bamba.*",
+        "test_a_host_smaller_than_the_device_keeps_what_fits": "",
         "test_what_the_device_evicted_is_loaded_and_gives_the_same_tokens": "llama4|deepseek3|bamba",
         "test_whatever_breaks_between_the_tiers_no_token_is_wrong_and_nothing_is_left_behind": "llama4|deepseek3",
     },
     "engine/test_hybrid.py": {
-        "test_a_window_or_chunk_holds_what_its_rule_says": "llama4.*",
+        "test_a_window_or_chunk_holds_what_its_rule_says": "(llama4|gpt-oss).*",
         "test_after_only_windows_chunks_or_states_were_evicted": "",
         "test_cold_and_from_the_cache": ".*llama4",
     },
@@ -55,18 +71,23 @@ WIDE: dict[str, dict[str, str]] = {
     "engine/test_lifecycle.py": {
         "test_drop_and_rebuild_the_cache": "False",
         "test_many_cycles_under_load": "",
+        "test_release_with_work_in_flight": "wait",
     },
     "engine/test_memory.py": {
+        "test_never_beyond_the_budget_and_never_a_refusal_of_what_fits": "",
         "test_over_a_mesh_no_device_gathers_the_vocabulary": "",
         "test_the_bound_is_above_what_the_compiler_says": "bfloat16",
     },
     "engine/test_overlap_models.py": {
         "test_after_an_abort_and_a_retraction_the_others_go_on": "(?!gemma3).*",
-        "test_answers_and_logprobs_are_equal": "qwen3|bamba|deepseek2-lite",
+        "test_answers_and_logprobs_are_equal": "",
         "test_nothing_compiles_that_steps_without_overlap_had_not_compiled": "(?!gemma3).*",
     },
     "engine/test_ranks.py": {
+        "test_a_rank_that_follows_refuses_callers_and_ends_with_rank_0": "",
+        "test_a_rank_whose_store_fails_costs_hits_and_nothing_else": "",
         "test_grammars_stop_strings_and_draws_are_the_same_on_all_ranks": "",
+        "test_two_processes_answer_as_one_and_share_its_store": "",
     },
     "engine/test_recurrent.py": {
         "test_the_same_tokens_cold_cached_and_without_the_states": "qwen3-next.*",
@@ -74,12 +95,12 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_shared_pool.py": {
         "test_a_long_request_takes_the_room_that_windows_leave": "",
-        "test_dropped_and_rebuilt": "True",
+        "test_dropped_and_rebuilt": "",
     },
     "engine/test_storage_backend.py": {
         "test_a_server_started_again_on_its_store_hits_what_was_cached_before": "(?!gemma3).*",
         "test_what_one_attention_backend_wrote_another_reads": "",
-        "test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind": "qwen3-next.*",
+        "test_whatever_a_store_does_no_token_is_wrong_and_nothing_is_left_behind": "",
     },
     "engine/test_tensor_parallel.py": {
         "test_answers_equal_transformers": "gpt-oss.*",
@@ -107,14 +128,22 @@ WIDE: dict[str, dict[str, str]] = {
         "test_pages_come_back_as_they_were": ".*float16-Blocks",
     },
     "server/test_access.py": {
-        "test_every_route_by_every_spelling": "none-None|api_key-None|both-.",
+        "test_every_route_by_every_spelling": "none-None|(admin_)?api_key-None|both-.",
+    },
+    "server/test_connections.py": {
+        "test_a_byte_now_and_then_wins_no_time": "",
+        "test_who_does_not_read_is_given_up": "",
     },
     "server/test_docs.py": {
         "test_every_curl_line_works": "",
     },
+    "server/test_observe.py": {
+        "test_the_page_brings_all_it_needs": "/docs-4",
+    },
     "server/test_page.py": {
         "test_a_narrow_window_is_readable": "dark",
         "test_a_page_that_is_opened_later_shows_the_minutes_before": "",
+        "test_a_server_with_a_key_is_asked_for_it_once": "",
         "test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
     },
     "server/test_process.py": {
@@ -122,10 +151,17 @@ WIDE: dict[str, dict[str, str]] = {
         "test_sigterm_under_load_leaves_nobody_without_an_answer": "",
         "test_the_banner_is_written_once_requests_are_taken_and_a_second_signal_ends_the_drain": "",
     },
+    "server/test_responses.py": {
+        "test_a_conversation_that_may_go_on_is_pinned_and_a_later_turn_takes_its_place": "",
+    },
     "server/test_safety.py": {
+        "test_a_full_queue_says_when_to_come_back": "",
         "test_a_slow_reader_holds_up_nobody_and_misses_nothing": "",
         "test_one_wrong_thing_anywhere_in_a_body": "",
         "test_what_the_schema_allows_and_what_it_does_not": "",
+    },
+    "server/test_sampling_defaults.py": {
+        "test_the_embedded_models_recommendation_is_one_that_it_can_bear": "",
     },
     "server/test_sizes.py": {
         "test_one_huge_thing_anywhere_in_a_body": "",
@@ -138,10 +174,12 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_server_that_is_killed_while_it_writes": "",
     },
     "server/test_tenants.py": {
+        "test_keys_may_share_the_cache_and_nothing_else": "",
         "test_what_is_shown_is_ones_own": "False",
     },
     "sim/test_replay.py": {
         "TestCommand::test_figure_and_table": "",
+        "test_the_optimum_is_the_best_of_all_choices": "",
     },
     "test_benchmarks.py": {
         "test_the_cache_benchmark_measures_every_row": "",
@@ -163,8 +201,11 @@ WIDE: dict[str, dict[str, str]] = {
     "tiers/test_store_crash.py": {
         "test_a_writer_that_is_killed": "True",
     },
+    "tiers/test_store_settings.py": {
+        "test_nothing_of_a_store_is_imported_before_it_is_chosen": "",
+    },
     "tiers/test_store_traffic.py": {
-        "test_whatever_a_store_does_no_request_reads_other_bytes_and_everything_is_reported_once": ".*-1",
+        "test_whatever_a_store_does_no_request_reads_other_bytes_and_everything_is_reported_once": ".*-1|python-.*",
     },
 }  # fmt: skip
 
