@@ -53,7 +53,7 @@ def scripted(monkeypatch):
     read = chat.chat_listening
 
     def decide(state, body, prompts):
-        if body.tools and body.messages[-1].role != "tool":
+        if body.tools and body.messages[-1]["role"] != "tool":
             body = body.model_copy(update={"tool_choice": "required", "parallel_tool_calls": False})
         return read(state, body, prompts)
 

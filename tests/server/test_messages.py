@@ -14,6 +14,7 @@ from rootcellar.server.anthropic.answers import BlockWriter
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
 from rootcellar.server.keeping import Keeper
+from rootcellar.server.openai.protocol import message_for_template
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.tools import Listening
 from rootcellar.text.speech import Tools
@@ -160,7 +161,7 @@ def test_tools_are_called_and_their_results_go_on_from_the_cache(client):
 
 def chat(**body):
     made, marks = chat_of(MessagesRequest.model_validate({"messages": [USER], "max_tokens": 5, **body}))
-    return made, [message.for_template() for message in made.messages], marks
+    return made, [message_for_template(message) for message in made.messages], marks
 
 
 def test_blocks_become_the_messages_that_templates_know():

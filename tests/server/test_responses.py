@@ -8,6 +8,7 @@ from test_tools import WEATHER
 
 import rootcellar
 from rootcellar.errors import QueueFull
+from rootcellar.server.openai.protocol import message_for_template
 from rootcellar.server.responses.items import chat_of
 from rootcellar.server.responses.protocol import ResponsesRequest
 from rootcellar.server.responses.stored import Responses
@@ -200,7 +201,7 @@ def test_items_become_the_messages_that_templates_know():
     })  # fmt: skip
     made, turns = chat_of(body, [{"role": "user", "content": "before"}])
     calls = [{"id": i, "type": "function", "function": {"name": "now", "arguments": "{}"}} for i in "cd"]
-    assert [message.for_template() for message in made.messages] == [
+    assert [message_for_template(message) for message in made.messages] == [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "before"},
         {"role": "user", "content": "a\nb"},
@@ -238,7 +239,7 @@ def test_functions_of_a_namespace_are_called_by_both_names(server):
     made = chat_of(body, [])[0]
     assert made.tools[0].function.name == "skies.get_weather"
     assert made.tools[0].function.description == "All about the sky.\n\nDoes get_weather."
-    assert made.messages[1].for_template()["tool_calls"][0]["function"]["name"] == "skies.get_weather"
+    assert message_for_template(made.messages[1])["tool_calls"][0]["function"]["name"] == "skies.get_weather"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_results_of_calls_in_an_earlier_answer_name_their_tool():
     before = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     made, _ = chat_of(ResponsesRequest.model_validate({"input": [item]}), before)
     result = {"role": "tool", "tool_call_id": "c", "content": "noon", "name": "now"}
-    assert made.messages[-1].for_template() == result
+    assert message_for_template(made.messages[-1]) == result
 
 
 def test_an_answer_is_told_though_its_thoughts_cannot_be_counted(server, monkeypatch):

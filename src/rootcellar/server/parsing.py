@@ -103,7 +103,7 @@ class Body(BaseModel):
     @classmethod
     def _known(cls, given: Any) -> Any:
         """Only fields that are declared; ``ApiError`` for the first other one that is neither ignored nor empty."""
-        if not isinstance(given, dict) or cls.model_config.get("extra") == "allow":
+        if not isinstance(given, dict):
             return given
         names = [field.alias or name for name, field in cls.model_fields.items()]
         return known(given, names, cls.ignored, cls.refused)

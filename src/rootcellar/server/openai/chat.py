@@ -13,7 +13,7 @@ from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import OpenAIJob
 from rootcellar.server.openai.names import openai_names
-from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering
+from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering, message_for_template
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import Prompts, read_chat
 from rootcellar.server.routes import UserRoute
@@ -53,7 +53,7 @@ def for_template(messages: list[ChatMessage], how: Rendering) -> tuple[list[dict
             "message, the other begins a new one",
             "continue_final_message",
         )
-    if going_on and messages[-1].content is None:
+    if going_on and messages[-1].get("content") is None:
         raise invalid("continue_final_message needs a last message whose content is a text", "continue_final_message")
     if how.reasoning_effort is not None:
         variables["reasoning_effort"] = how.reasoning_effort
@@ -63,7 +63,7 @@ def for_template(messages: list[ChatMessage], how: Rendering) -> tuple[list[dict
         "variables": variables,
         "tools": tools_for_template(how.tools),
     }
-    return [message.for_template() for message in messages], options
+    return [message_for_template(message) for message in messages], options
 
 
 async def chat_tokens(state: ServerState, body: ChatRequest) -> Prompts:
@@ -140,7 +140,7 @@ class _Chat(OpenAIJob):
         asked = await read_chat_request(state, body, top)
         prompts = asked.prompts
         last = body.messages[-1]
-        shown = (last.for_template()["content"] or "") if body.echo and last.role == "assistant" else ""
+        shown = (message_for_template(last)["content"] or "") if body.echo and last["role"] == "assistant" else ""
         return cls(
             id=asked.id,
             model=state.model_name,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, WithJsonSchema
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from rootcellar.server.errors import invalid
 from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, Refused
@@ -162,20 +163,26 @@ class CompletionRequest(Sampling):
         return 16 if self.max_tokens is None else self.max_tokens
 
 
-class ChatMessage(Body):
-    """One message of a conversation; what a model's template knows beyond these fields is passed on."""
+class ChatMessage(TypedDict):
+    """One message of a conversation; what a model's template knows beyond these fields is passed on.
 
-    model_config = ConfigDict(extra="allow")
+    A dict and no object: there may be thousands, and the event loop waits for the last.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str | list[dict[str, Any]] | None = None
+    content: NotRequired[str | list[dict[str, Any]] | None]
 
-    def for_template(self) -> dict[str, Any]:
-        """The message with its content as one text; None stays where tools are called: templates ask for it."""
-        if self.content is None and (self.model_extra or {}).get("tool_calls"):
-            return {**(self.model_extra or {}), "role": self.role, "content": None}
-        text = self.content if isinstance(self.content, str) else "".join(_text(part) for part in self.content or [])
-        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+def message_for_template(message: ChatMessage) -> dict[str, Any]:
+    """The message with its content as one text; None stays where tools are called: templates ask for it."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message}
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": None}
+    return {**message, "content": "".join(_text(part) for part in content or [])}
 
 
 def _text(part: dict[str, Any]) -> str:
