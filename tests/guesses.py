@@ -33,6 +33,12 @@ class Guessing:
             state = zlib.crc32(guess[-1].to_bytes(4, "little"), state)
         return tuple(guess)
 
+    def ended(self, request):
+        pass
+
+    def forget(self):
+        pass
+
     def took(self, tokens, seconds):
         self.sizes.append(tokens)
 

@@ -97,6 +97,9 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_long_request_takes_the_room_that_windows_leave": "",
         "test_dropped_and_rebuilt": "",
     },
+    "engine/test_speculation.py": {
+        "test_windows_chunks_and_latents_verify_guesses": "",
+    },
     "engine/test_storage_backend.py": {
         "test_a_server_started_again_on_its_store_hits_what_was_cached_before": "(?!gemma3).*",
         "test_what_one_attention_backend_wrote_another_reads": "",

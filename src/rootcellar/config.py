@@ -183,6 +183,13 @@ class EngineConfig:
     speculative_ngram_max_match_window_size: int = option(
         24, "How many of them are compared: of several places that with most of them is believed.", low=1
     )
+    speculative_ngram_capacity: int = option(
+        1_000_000,
+        "Tokens of text, of prompts and answers that ended, in which is looked for what stands before a guess too; 12 "
+        "bytes each. 0: requests look in their own text alone.",
+        low=0,
+        high=2**31,
+    )
     radix_eviction_policy: str = option(
         "lru",
         "Which cached pages leave first when room is needed.",
@@ -305,6 +312,12 @@ class EngineConfig:
     compilation_cache_dir: str | None = option(
         None,
         "Folder in which compiled programs are kept between runs. None uses the user's cache folder, 'off' keeps none.",
+        path=True,
+    )
+    record_trace: str | None = option(
+        None,
+        "A file to which a line is added for each request that ends, for 'rootcellar replay': lengths, times, and ids "
+        "that say which prompts begin alike. No text, and ids are hashes with a key that nobody keeps.",
         path=True,
     )
     log_level: str = option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from helpers import make, serve, tokens
@@ -33,25 +35,48 @@ def test_a_shadow_remembers_returns_and_tells_branches_from_continuations():
     prefixes = shadow.hashes(1, np.arange(shadow.stride * 3))
     assert shadow.hashes(1, np.arange(shadow.stride * 3 + 5)) == prefixes, "a part of a stride has no prefix"
     assert shadow.hashes(2, np.arange(shadow.stride * 3)) != prefixes
-    assert shadow.observe(prefixes[:2], -1) == ([FRESH, FRESH], -1)
+    assert shadow.observe(prefixes[:2], -1, False) == ([FRESH, FRESH], -1)
     shadow.advance(100)
-    classes, above = shadow.observe(prefixes, -1)
+    classes, above = shadow.observe(prefixes, -1, False)
     assert classes == [2, 2, CONTINUES]
     for _ in range(4):
-        classes, above = shadow.observe(prefixes[:2], -1)
-    assert shadow.observe([12345], above)[0] == [FRESH], "what branches off a popular prefix is fresh"
+        classes, above = shadow.observe(prefixes[:2], -1, False)
+    assert shadow.observe([12345], above, False)[0] == [FRESH], "what branches off a popular prefix is fresh"
 
 
 def test_a_shadow_is_bounded_and_forgets():
     shadow = Shadow(capacity=10_000_000, page_size=16)
     rng = np.random.default_rng(0)
     for _ in range(60):
-        shadow.observe([int(x) for x in rng.integers(0, 2**63, 1000) * 2], -1)
+        shadow.observe([int(x) for x in rng.integers(0, 2**63, 1000) * 2], -1, False)
         shadow.advance(1_000_000)
     assert len(shadow.seen) <= MAX_SHADOW
     shadow.advance(shadow.window + 1)
     assert not shadow.seen
     assert shadow.worth.shape == (CLASSES, BUCKETS)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_where_lru_would_have_had_more_it_rests_and_tries_again_ever_more_seldom(resident):
+    """Of each request 50 prefixes return at once, which LRU would have kept; whether they are there is what differs."""
+    shadow = Shadow(capacity=10_000, page_size=16)
+    rng = np.random.default_rng(0)
+    returning = [int(x) for x in rng.integers(0, 2**63, 50)]
+    turns = [(False, 0)]
+    for _ in range(2_000):
+        shadow.advance(1_000)
+        shadow.observe([*returning, *(int(x) for x in rng.integers(0, 2**63, 30))], -1, resident)
+        if shadow.resting != turns[-1][0]:
+            turns.append((shadow.resting, shadow.volume))
+            assert shadow.worth.any() != shadow.resting
+    if resident:
+        assert turns == [(False, 0)]
+        return
+    rests = [after - before for (resting, before), (_, after) in pairwise(turns) if resting]
+    trials = [after - before for (resting, before), (_, after) in pairwise(turns) if not resting]
+    assert max(trials) < 10 * shadow.capacity
+    assert all(1.8 < after / before < 2.2 for before, after in pairwise(rests[:4]))
+    assert len(rests) >= 4
 
 
 def test_before_anything_is_known_it_is_lru():

@@ -10,6 +10,7 @@ import pytest
 from idle import check_idle
 
 import rootcellar
+from checkpoints import golden
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.runner.sampler import Sampled, build, sample
@@ -39,6 +40,12 @@ class Knowing:
             at = state // 3 % len(guess)
             guess = [*guess[:at], (guess[at] + 1) % 500, *guess[at + 1 :]]
         return tuple(guess) if request.guessable else ()
+
+    def ended(self, request):
+        pass
+
+    def forget(self):
+        pass
 
     def took(self, tokens, seconds):
         pass
@@ -138,6 +145,21 @@ def test_what_repeats_is_guessed_and_counted(tiny_engine, guessing_engine):
     ):
         assert after[ours] - before[ours] == meta[theirs]
     assert after["spec_verify_ct"] - before["spec_verify_ct"] == meta["spec_verify_ct"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "deepseek3", "mistral-window"])
+def test_windows_chunks_and_latents_verify_guesses(name, tmp_path):
+    case, guesses, new = golden(name), Knowing(16), 24
+    options = OPTIONS | {"page_size": 4, "speculative_algorithm": "ngram", "skip_tokenizer_init": True}
+    with rootcellar.Engine(model_path=case.make(tmp_path), **options) as engine:
+        guesses.answers = {tuple(p): list(t[:new]) for p, t in zip(case.prompts, case.tokens, strict=True)}
+        engine._parts.scheduler.guesses = guesses
+        sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+        for prompts in (case.prompts[:1], case.prompts[:4]):
+            results = engine.generate(input_ids=prompts, sampling_params=sampling)
+            assert [r["output_ids"] for r in results] == [list(t[:new]) for t in case.tokens[: len(prompts)]]
+        check_idle(engine)
+    assert 0 < guesses.right < guesses.guessed
 
 
 def test_drawn_tokens_have_the_models_distribution():

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rootcellar.cache import Suffixes
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import NgramGuesser, Request, keep
 from rootcellar.scheduler.guessing import NOTHING, Prices, repetition, shares
@@ -14,12 +15,17 @@ def text(tokens):
     return np.asarray(tokens, np.int64)
 
 
-def request(tokens, most=100, **options):
-    return Request.new("r", text(tokens), SamplingParams(max_new_tokens=most), **options)
+def request(tokens, most=100, cached=None, **options):
+    made = Request.new("r", text(tokens), SamplingParams(max_new_tokens=most), **options)
+    made.cached = cached
+    return made
 
 
-def guesser(most=4, rows=8, prices=()):
-    made = NgramGuesser(most=most, least=2, longest=8, rows=rows)
+FREE = tuple((size, 1.0) for size in (1, 2, 4, 8))
+
+
+def guesser(most=4, rows=8, prices=FREE, suffixes=None):
+    made = NgramGuesser(suffixes, most=most, least=2, longest=8, rows=rows)
     for size, seconds in prices:
         made.took(size, seconds)
         made.took(size, seconds)
@@ -76,11 +82,11 @@ def test_as_much_is_guessed_as_makes_tokens_come_faster():
 
 def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
     prices = Prices()
-    assert prices.of(4) == 1.0
+    assert prices.of(4) == 1.25**2
     prices.took(2, 0.5)
     prices.took(4, 60.0)
     prices.took(2, 0.5)
-    assert prices.of(4) == 0.5, "as little as the size below, until it is known"
+    assert prices.of(4) == 0.625, "a little more than the size below, until it is known"
     prices.took(4, 0.7)
     assert prices.of(4) == 0.7
     for seconds in (0.9, 0.9, 0.8):
@@ -92,7 +98,7 @@ def test_nothing_is_looked_for_where_no_step_could_pay():
     looked = request([1, 2, 3, 1, 2])
     assert guesser(prices=[(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]).of([looked]) == [()]
     assert looked.guessed.matched == 0
-    assert guesser(prices=[(1, 1.0), (2, 1.0)]).of([looked]) == [(3, 1, 2, 3)]
+    assert guesser().of([looked]) == [(3, 1, 2, 3)]
     assert looked.guessed.matched == 2
 
 
@@ -132,3 +138,27 @@ def test_whoever_guesses_right_guesses_more():
 def test_what_may_be_guessed(asked, found):
     ((guess),) = guesser().of([asked])
     assert len(guess) == found
+
+
+# -- what others said -------------------------------------------------------------------------------------------------
+
+
+def test_what_others_of_its_namespace_said_is_guessed_once_they_ended():
+    made = guesser(suffixes=Suffixes(1000, 8, 8))
+    said = request([1, 2, 3, 4, 5, 6, 7, 8], cached=0)
+    made.ended(said)
+    assert made.of([request([2, 3, 4, 5])]) == [(6, 7, 8)]
+    assert made.of([request([2, 3, 4, 5], namespace="other")]) == [()]
+    assert made.of([request([2, 3, 4, 5, 9, 4, 5])]) == [(9, 4, 5, 9)], "its own text agrees with as much"
+    made.forget()
+    assert made.of([request([2, 3, 4, 5])]) == [()]
+
+
+def test_of_a_prompt_that_was_cached_only_the_rest_is_added():
+    suffixes = Suffixes(1000, 8, 8)
+    made = guesser(suffixes=suffixes)
+    made.ended(request(range(100), cached=90))
+    assert made.of([request([79, 80, 81, 82, 83])]) == [()]
+    assert made.of([request([86, 87, 88, 89])]) == [(90, 91, 92, 93)]
+    made.ended(request([500, 501, 502, 503, 504, 505], cached=None))
+    assert made.of([request([500, 501, 502, 503])]) == [()], "it never ran"

@@ -15,6 +15,7 @@ from checkpoints import make_config
 from rootcellar.cli import main
 from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
+from rootcellar.sim.azure import parse_csv
 from rootcellar.sim.replay import Outcome, optimal, replay
 from rootcellar.sim.trace import TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, agents, workload
@@ -240,3 +241,56 @@ class TestConversationTrace:
         """The numbers are those of LFU and SLRU that count uses of blocks long evicted, and of LRU at 10M."""
         rate = 100 * replay(conversation, capacity=millions * 10**6, policy="adaptive").hit_rate
         assert rate > best_fixed
+
+
+# -- more of a trace -----------------------------------------------------------------------------------------------
+
+
+def test_shares_of_several_traces_gaps_and_what_a_gigabyte_gains(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(make_config("qwen2")))
+    lines = [{"timestamp": 1000 * i, "input_length": 1024, "hash_ids": [i % 3, 10 + i % 3]} for i in range(9)]
+    (tmp_path / "trace").write_text("\n".join(map(json.dumps, lines)))
+    traces = [str(tmp_path / "trace"), "generated:agents"]
+    options = ["--capacity", "2k", "--policy", "mru", "--limit", "200", "--model-config", str(config), "--json"]
+    assert main(["replay", *traces, *options]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["gaps"] == {"turns": 6, "tokens": [2048] * 4, "seconds": [3.0] * 4}
+    mru, best = first["results"]
+    assert (mru["policy"], best["policy"]) == ("mru", "optimal")
+    assert best["share_of_distance"] == 1
+    assert mru["share_of_distance"] == pytest.approx(mru["hit_rate"] / best["hit_rate"]), "LRU hits nothing here"
+    assert mru["gained_by_1_gb"] > 0
+    assert second["requests"] == 200
+    assert main(["replay", *traces, *options[:-1]]) == 0
+    printed = capsys.readouterr().out
+    assert "6 go on with an earlier one" in printed
+    assert "+1 GB" in printed
+
+
+def test_ids_are_made_of_azures_lengths():
+    """The second goes on with the first (100 + 20 tokens and a message of 30), the third with nobody."""
+    rows = ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:17:03.9799600,100,20",
+            "2023-11-16 18:17:05.0000000,150,9", "2023-11-16 18:18:05.0,9000,9", "nonsense,1,2"]  # fmt: skip
+    (first, second, third), (bad,) = parse_csv(rows, block=16, most=64)
+    assert bad.line == 5
+    assert second.timestamp - first.timestamp == pytest.approx(1020.04, abs=0.1)
+    assert second.whole(16).tokens[:112].tolist() == first.whole(16).tokens[:112].tolist()
+    assert not set(third.hash_ids) & set(second.hash_ids + second.output_ids)
+    assert replay([first, second, third], capacity=1 << 20, page_size=16, block=16).hit_tokens == 112
+    assert replay(parse_csv(rows, block=16, most=16)[0], capacity=1 << 20, page_size=16, block=16).hit_tokens == 0
+    with pytest.raises(ValueError, match="ContextTokens"):
+        parse_csv(["a,b", "1,2"])
+
+
+def test_answers_whose_ids_are_known_are_cached_and_times_make_the_order():
+    lines = [
+        {"timestamp": 5, "input_length": 12, "output_length": 3, "hash_ids": [1, 2, 3]},
+        {"timestamp": 1, "input_length": 6, "output_length": 5, "hash_ids": [1, 9], "output_hash_ids": [2, 8]},
+        {"timestamp": 1, "input_length": 6, "output_length": 5, "hash_ids": [1, 9], "output_hash_ids": [2]},
+    ]
+    (first, second), (bad,) = parse(map(json.dumps, lines), block=4)
+    assert "output_hash_ids" in bad.reason
+    assert (first.timestamp, second.timestamp) == (1, 5)
+    assert len(first.whole(4).tokens) == 10
+    assert replay([first, second], capacity=64, page_size=4, block=4).hit_tokens == 8

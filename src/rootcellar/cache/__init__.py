@@ -8,7 +8,7 @@ cache.commit(lease, key)               # computed pages become shareable
 cache.close(lease)                     # finished, aborted, retracted
 """
 
-from rootcellar.cache.choose import CORE, Hit, Lease, RadixCache, digests
+from rootcellar.cache.choose import CORE, Hit, Lease, RadixCache, Suffixes, digests
 from rootcellar.cache.control import Prefetch
 from rootcellar.cache.explain import Explanation
 from rootcellar.cache.journal import AllBlocksCleared, BlockRemoved, BlockStored, Eviction, KVEvent
@@ -18,6 +18,7 @@ from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Answer, Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question, Reports
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
+from rootcellar.cache.suffixes import owner_of
 from rootcellar.cache.views import NodeView, TreeView
 
 __all__ = [
@@ -50,11 +51,13 @@ __all__ = [
     "ReqToTokenPool",
     "ShelfStats",
     "SlotAllocator",
+    "Suffixes",
     "Tier",
     "TreeView",
     "chunked_local",
     "digests",
     "full",
+    "owner_of",
     "recurrent",
     "sliding_window",
 ]

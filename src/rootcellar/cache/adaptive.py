@@ -15,12 +15,18 @@ What is seen is a **shadow**: prefixes at every ``stride`` tokens, sampled by ha
 2015), remembered beyond their eviction, with the volume at which they were last used. An entry that leaves the shadow
 unreturned is a censored observation. Old observations fade at the rate at which the shadow turns over. No constant
 here depends on a workload: the shadow looks back ``LOOK_BACK`` cache sizes with at most ``MAX_SHADOW`` samples.
+
+Where what returns nearly fits, or returns by a rhythm that no class has, recency is as good or better. The shadow knows
+what LRU would have kept: what was used since the newest prefixes that fill the cache (Denning's working set, 1968). It
+is compared with what was there, over ``TRIAL`` cache sizes of prompts at a time; where LRU would have had more, nothing
+is worth more than anything else for ``REST`` cache sizes, twice as long each time, so that the oldest leaves.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from math import isqrt
 from sys import getsizeof
 
@@ -39,6 +45,8 @@ EDGES = [0, *(isqrt((1 << i) - 1) + 1 for i in range(1, BUCKETS))]
 LOOK_BACK = 32
 MAX_SHADOW = 1 << 15
 STRIDE = 512
+SETTLE, TRIAL, REST = 2, 4, 8  # cache sizes: until a trial begins, of a trial, of the first rest after one
+LONGEST_REST = 5  # doublings
 
 _WIDTHS = np.diff(np.array([*EDGES, 2 * EDGES[-2]], np.float64))
 _MASK = (1 << 64) - 1
@@ -71,8 +79,19 @@ class Shadow:
         self.returns = np.zeros((CLASSES, BUCKETS))
         self.gone = np.zeros((CLASSES, BUCKETS))
         self.sample = 1 << 64  # prefixes with a hash below this are sampled
+        self.halvings = 0  # how often that was halved
         self.news = 0  # observations since the last fit
         self.faded = 0
+        self.capacity = capacity
+        self.resting = False  # whether LRU does better
+        self.turned = 0  # the volume at which that changed
+        self.watching = False  # whether a trial is under way
+        self.failures = 0  # trials that LRU won, those that it did not taken off
+        self.watched = 0  # tokens of the trial under way, strides that LRU would have had, and that were there
+        self.recent = 0
+        self.kept = 0
+        self.reach = 1 << 62  # the age up to which LRU keeps a prefix
+        self.before = 0  # volume before the newest request
 
     def bucket(self, age: int) -> int:
         """The age bucket of an age in tokens."""
@@ -88,9 +107,10 @@ class Shadow:
             chained.append(prefix)
         return chained
 
-    def observe(self, prefixes: list[int], above: int) -> tuple[list[int], int]:
+    def observe(self, prefixes: list[int], above: int, resident: bool) -> tuple[list[int], int]:
         """A request used these consecutive prefixes; ``above`` is the class of the last one before that was known.
 
+        ``resident``: whether the cache had them, as far as the device does.
         ``above`` is -1 at a root. Returns the class of each now, and the class of the last that was known. Prefixes
         that are not sampled share the class of the sampled one before, or else after, them.
         """
@@ -105,6 +125,9 @@ class Shadow:
                 else:
                     when, history = known
                     self.returns[group_of(history), self.bucket(self.volume - when)] += 1
+                    if self.watching:
+                        self.recent += self.before - when < self.reach
+                        self.kept += resident
                     history = max(CONTINUES, history) + 1
                     now = above = group_of(history)
                 self.seen[prefix] = (self.volume, history)
@@ -117,7 +140,12 @@ class Shadow:
 
     def advance(self, tokens: int) -> None:
         """``tokens`` more of prompts were served."""
+        self.before = self.volume
         self.volume += tokens
+        # What was done before the last turn is seen for a while.
+        self.watching = not self.resting and self.volume - self.turned > SETTLE * self.capacity
+        if self.watching:
+            self.watched += tokens
         oldest = self.volume - self.window
         while self.seen:
             prefix = next(iter(self.seen))
@@ -131,14 +159,41 @@ class Shadow:
         # A fit costs as much as some hundred observations and some of all that is remembered: this keeps it a fraction.
         if self.news >= 256 + len(self.seen) // 8:
             self.news = 0
+            self._compare()
             self._fit()
 
     def _thin(self) -> None:
         """Sample half as many prefixes from now on."""
         self.sample >>= 1
+        self.halvings += 1
         self.seen = {prefix: known for prefix, known in self.seen.items() if prefix < self.sample}
         self.returns /= 2
         self.gone /= 2
+
+    def _compare(self) -> None:
+        """Rest where LRU had more of late; learn up to which age it keeps."""
+        newest = (self.capacity // self.stride) >> self.halvings
+        self.reach = 1 << 62
+        if len(self.seen) > newest:
+            when, _ = next(islice(reversed(self.seen.values()), newest, None))
+            self.reach = self.volume - when
+        if self.resting:
+            if self.volume - self.turned > (REST * self.capacity) << min(self.failures - 1, LONGEST_REST):
+                self._turn()
+        elif self.watched > TRIAL * self.capacity:
+            if self.kept < self.recent:
+                self.failures += 1
+                self._turn()
+            elif self.watched > 8 * TRIAL * self.capacity:
+                self.failures = max(0, self.failures - 1)
+                self.watched //= 2
+                self.recent //= 2
+                self.kept //= 2
+
+    def _turn(self) -> None:
+        self.resting = not self.resting
+        self.turned = self.volume
+        self.watched = self.recent = self.kept = 0
 
     def _fit(self) -> None:
         """Learn ``worth`` from the returns seen, what has not returned yet counted as long as it was watched."""
@@ -154,7 +209,7 @@ class Shadow:
         at_risk = left[:, ::-1].cumsum(axis=1)[:, ::-1] - (self.gone + waiting) / 2
         hazard = np.divide(self.returns, at_risk, out=np.zeros_like(left), where=at_risk >= 1).clip(0, 1)
         for group in range(CLASSES):
-            self.worth[group] = _gittins(hazard[group], _WIDTHS)
+            self.worth[group] = 0 if self.resting else _gittins(hazard[group], _WIDTHS)
         if self.volume - self.faded >= self.window:
             self.faded = self.volume
             self.returns /= 2

@@ -23,13 +23,14 @@ if TYPE_CHECKING or CORE == "python":
     from rootcellar.cache.lease import Lease
     from rootcellar.cache.match import Hit
     from rootcellar.cache.radix import PyRadixCache as RadixCache
+    from rootcellar.cache.suffixes import PySuffixes as Suffixes
 
     chain = python_chain
 else:
     from rootcellar.cache import _core
     from rootcellar.cache.native import NativeRadixCache as RadixCache
 
-    Hit, Lease, chain = _core.Hit, _core.Lease, _core.chain
+    Hit, Lease, Suffixes, chain = _core.Hit, _core.Lease, _core.Suffixes, _core.chain
 
 
 def digests(key: Key, page_size: int, fingerprint: bytes = b"") -> list[bytes]:
@@ -37,4 +38,4 @@ def digests(key: Key, page_size: int, fingerprint: bytes = b"") -> list[bytes]:
     return chain(seed_digest(fingerprint, key.namespace, page_size), key.tokens, page_size)
 
 
-__all__ = ["CORE", "Hit", "Lease", "RadixCache", "digests"]
+__all__ = ["CORE", "Hit", "Lease", "RadixCache", "Suffixes", "digests"]

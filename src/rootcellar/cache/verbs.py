@@ -75,7 +75,7 @@ def open_lease(cache: Cache, hit: Hit, tier: Tier, priority: int, room: Mapping[
     if tree.shadow is not None and cache.given.reuse:
         tree.shadow.advance(len(hit.key))
         lease.observed = (0, mix(crc32(hit.key.namespace.encode("utf-8", "surrogatepass"))), -1)
-        _observe(cache, lease, hit.key, 0, boundary // tree.page_size)
+        _observe(cache, lease, hit.key, 0, boundary // tree.page_size, resident=True)
     return lease
 
 
@@ -102,13 +102,16 @@ def _fill_row(cache: Cache, lease: Lease, shelf: Shelf, start: int) -> None:
         climb = climb.parent
 
 
-def _observe(cache: Cache, lease: Lease, key: Key, first: int, pages: int) -> None:
-    """Tell the shadow that pages ``[first, pages)`` of a request are in the tree; put each node in its class."""
+def _observe(cache: Cache, lease: Lease, key: Key, first: int, pages: int, *, resident: bool) -> None:
+    """Tell the shadow that pages ``[first, pages)`` of a request are in the tree; put each node in its class.
+
+    ``resident``: they were there before it came.
+    """
     tree, shadow = cache.tree, cache.tree.shadow
     assert shadow is not None
     strides, prefix, above = lease.observed
     prefixes = shadow.hashes(prefix, key.tokens[strides * shadow.stride : pages * tree.page_size])
-    classes, above = shadow.observe(prefixes, above)
+    classes, above = shadow.observe(prefixes, above, resident)
     lease.observed = (strides + len(prefixes), prefixes[-1] if prefixes else prefix, above)
     per_stride = shadow.stride // tree.page_size
     climb = lease.node
@@ -214,7 +217,7 @@ def commit(cache: Cache, lease: Lease, key: Key, snapshot: bool) -> None:
                 lease.node = place
             lease.committed = pages * size
             if tree.shadow is not None:
-                _observe(cache, lease, key, done, pages)
+                _observe(cache, lease, key, done, pages, resident=False)
             if cache.given.digests:
                 page_digests(tree.naming, lease.node)
     for shelf in cache.windows:

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar import demo
-from rootcellar.cache import RadixCache, Tier, digests
+from rootcellar.cache import RadixCache, Suffixes, Tier, digests
 from rootcellar.config import EngineConfig
 from rootcellar.engine import identity, memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
+from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
 from rootcellar.models.config import load_config, read_json
@@ -47,6 +48,8 @@ WORTH_LOADING = 10
 """Tokens that host memory must add to a hit; fewer are computed sooner than loaded (SGLang draws the same line)."""
 _LATER = 4
 """Times as long as rank 0 has for a grammar, other ranks have."""
+TRIES = 32
+"""Places of equal text that are compared for a guess, the newest first."""
 NOTED = 2
 """Pages that the cache knows to be in a store, for each on the device and the host; it is asked about others again."""
 
@@ -94,6 +97,8 @@ class Parts:
     """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
     prefetcher: Prefetcher
     """What waiting requests want of the store behind it."""
+    trace: TraceLog | None
+    """What writes down what was asked; None: nobody wants that, or another rank does it."""
 
     @property
     def identity(self) -> str:
@@ -219,6 +224,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         host,
         mover,
         Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
+        None if config.record_trace is None or config.node_rank else TraceLog(config.record_trace, config.page_size),
     )
 
 
@@ -317,10 +323,14 @@ def _guessed(config: EngineConfig) -> int:
 def _guesser(config: EngineConfig, shapes: Shapes) -> NgramGuesser | None:
     if config.speculative_algorithm is None:
         return None
+    capacity, longest = config.speculative_ngram_capacity, config.speculative_ngram_max_match_window_size
+    # Of what is not to be shared nothing is said either.
+    shared = capacity > 0 and not config.disable_radix_cache
     return NgramGuesser(
+        Suffixes(capacity, longest, TRIES) if shared else None,
         most=config.speculative_num_draft_tokens,
         least=config.speculative_ngram_min_match_window_size,
-        longest=config.speculative_ngram_max_match_window_size,
+        longest=longest,
         rows=shapes.verified,
     )
 

@@ -7,7 +7,7 @@ is one more.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,14 @@ class Chosen:
     top: tuple[np.ndarray, np.ndarray] | None
 
 
-def parts_of(chunk: Chunk) -> Iterator[BatchPart]:
-    """A chunk in a batch: its tokens, and each token of its guess alone, so that one is chosen after each."""
+def parts_of(plan: Plan) -> list[BatchPart]:
+    """A batch's parts: each chunk's tokens, and each token of its guess alone, so that one is chosen after each."""
+    if not plan.guesses:
+        return [BatchPart(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
+    return [part for chunk in plan.chunks for part in _parts(chunk)]
+
+
+def _parts(chunk: Chunk) -> Iterator[BatchPart]:
     row = _row(chunk.request)
     yield BatchPart(row, chunk.start, chunk.request.ids[chunk.start : chunk.stop])
     for j, token in enumerate(chunk.guess):
@@ -45,32 +51,44 @@ def parts_of(chunk: Chunk) -> Iterator[BatchPart]:
 
 def rows_of(plan: Plan) -> list[int]:
     """For each chunk its first part's place among all parts."""
-    if not any(c.guess for c in plan.chunks):
+    if not plan.guesses:
         return list(range(len(plan.chunks)))
     return list(itertools.accumulate((1 + len(c.guess) for c in plan.chunks[:-1]), initial=0))
 
 
+def sampled_of(plan: Plan, trackers: Mapping[Request, Tracker]) -> list[Sampled]:
+    """What the token after each part is chosen by; after a token of a guess as if the guess were right."""
+    if not plan.guesses:
+        return [_sampled(c, trackers[c.request], 0) for c in plan.chunks]
+    return [_sampled(c, trackers[c.request], j) for c in plan.chunks for j in range(1 + len(c.guess))]
+
+
+def _sampled(chunk: Chunk, tracker: Tracker, j: int) -> Sampled:
+    """What the token after the ``j``-th of a chunk's guess is chosen by; 0: after the chunk's own."""
+    request, at = chunk.request, chunk.stop + j
+    grammar = tracker.grammar if chunk.ends else None
+    return Sampled(
+        request.sampling,
+        tracker.seed,
+        at,
+        request.banned(at) if grammar is None else (),  # a grammar alone says where its answer may end
+        request.ids[: request.prompt_length],
+        np.concatenate([request.output, chunk.guess[:j]]).astype(np.int64) if j else request.output,
+        None if grammar is None else grammar.allowed(),
+    )
+
+
 def read(unread: Unread | None, plan: Plan) -> Chosen:
     """What a step gave, once it is there: of a guess what was chosen there too, and the token after that."""
+    rows = rows_of(plan)
     if unread is None:
-        return Chosen([()] * len(plan.chunks), [], np.zeros(0), None)
+        return Chosen([()] * len(rows), rows, np.zeros(0), None)
     chosen, logprobs, top = unread.read()
-    tokens, rows = chosen.tolist(), rows_of(plan)
+    tokens = chosen.tolist()
+    if not plan.guesses:
+        return Chosen([tokens[row : row + 1] for row in rows], rows, logprobs, top)
     kept = [keep(c.guess, tokens[row : row + 1 + len(c.guess)]) for c, row in zip(plan.chunks, rows, strict=True)]
     return Chosen(kept, rows, logprobs, top)
-
-
-def sampled(chunk: Chunk, tracker: Tracker) -> Iterator[Sampled]:
-    """What the token after a chunk is chosen by, and that after each token of its guess, as if that were right."""
-    request = chunk.request
-    grammar = tracker.grammar if chunk.ends else None
-    allowed = None if grammar is None else grammar.allowed()
-    prompt, output = request.ids[: request.prompt_length], request.output
-    for j in range(1 + len(chunk.guess)):
-        at = chunk.stop + j
-        said = np.concatenate([output, chunk.guess[:j]]).astype(np.int64) if j else output
-        banned = request.banned(at) if grammar is None else ()  # a grammar alone says where its answer may end
-        yield Sampled(request.sampling, tracker.seed, at, banned, prompt, said, allowed)
 
 
 def _row(request: Request) -> int:

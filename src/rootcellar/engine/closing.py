@@ -39,6 +39,8 @@ def _close(loop: Loop, parts: Parts, exchange: Exchange | None) -> None:
     if parts.grammars is not None:
         parts.grammars.close()
     loop.stop()
+    if parts.trace is not None:
+        parts.trace.close()
     if exchange is not None:
         exchange.close(f"rank {exchange.rank} was shut down", in_order=True)
     if not loop.failed:

@@ -185,6 +185,8 @@ class Flush(Command):
         """See above."""
         machine.require_nothing_computed("flush_cache")
         machine.life.flush()
+        if machine.scheduler.guesses is not None:
+            machine.scheduler.guesses.forget()
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,6 @@ class Engine:
                 clock=clock,
                 log_interval=self.config.log_interval,
                 overlap=self._parts.overlap,
-                prefetcher=self._parts.prefetcher,
             )
         except BaseException as error:
             if exchange is not None:

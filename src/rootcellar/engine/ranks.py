@@ -46,6 +46,7 @@ OWN = frozenset(
         "hicache_storage_backend_extra_config",
         "log_level",
         "log_interval",
+        "record_trace",
     }
 )
 """Settings that each rank may have its own of."""
@@ -207,6 +208,7 @@ def loop_of(parts: Parts, exchange: Exchange | None, **options: Any) -> Loop:
     Raises ``ConfigError``: ranks are not alike.
     """
     life = Lifecycle.of(parts)
+    options |= {"prefetcher": parts.prefetcher, "trace": parts.trace}
     if exchange is None:
         return Loop(Machine(life, **options))
     require_same(exchange, parts)

@@ -17,6 +17,7 @@ from rootcellar.engine.output import Tracker
 from rootcellar.engine.rates import Meter
 from rootcellar.engine.stats_logger import StatsLogger
 from rootcellar.engine.timeline import RequestRecord, StepRecord, Timeline
+from rootcellar.engine.trace_log import TraceLine, TraceLog
 from rootcellar.runner import Runner
 from rootcellar.scheduler import Plan, Request, Scheduler
 
@@ -40,8 +41,10 @@ class Recorder:
         meter: how fast prompts were computed, and bytes came from farther tiers.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock) -> None:
-        """``log_interval``: seconds between two lines of the log about the work under way."""
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock, trace: TraceLog | None = None
+    ) -> None:
+        """``log_interval``: seconds between two lines of the log about the work under way. ``trace``: told of all."""
         self._now = clock.now
         self.began = self._now()
         self.metrics = Metrics(self.began)
@@ -49,6 +52,7 @@ class Recorder:
         self.meter = Meter()
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
+        self._trace = trace
         self._stats_logger = StatsLogger(log_interval, self.began)
         self._planning = self._computed_before = self._computed = self._ended = self.began
 
@@ -124,7 +128,11 @@ class Recorder:
             counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
         # A copy: the request's own array has room for all that it might have generated.
         key = request.key(request.length)
-        self.timeline.ended(record, Key(key.tokens.copy(), key.namespace))
+        tokens = key.tokens.copy()
+        self.timeline.ended(record, Key(tokens, key.namespace))
+        if self._trace is not None and tracker.started is not None:
+            at = tracker.started - self.began
+            self._trace.ended(TraceLine(at, tokens, request.prompt_length, request.namespace))
         if finish.type == "abort" and finish.cause != "gone":
             log.info("request %s ended early: %s", request.rid, finish.message)
         log.debug("request %s ended: %s", request.rid, record)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from rootcellar.cache import Reports, digests
-from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled
+from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.lifecycle import Lifecycle
@@ -31,6 +31,7 @@ from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
+from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import EngineError, RootcellarError
 from rootcellar.runner import Batch, Unread
 from rootcellar.scheduler import Finish, Plan, Prefetcher, Rates, Request
@@ -102,17 +103,19 @@ class Machine:
         log_interval: float,
         overlap: bool = True,
         prefetcher: Prefetcher | None = None,
+        trace: TraceLog | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
-        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store.
+        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``trace``: is told what was
+        asked.
         """
         self.life = life
         self.scheduler = life.scheduler
         self.runner = life.runner
         self.clock = clock
-        self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock)
+        self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock, trace)
         self.roster = Roster()
         self.trackers = self.roster.trackers
         self.places = Places(life.scheduler, max_running, max_queued)
@@ -338,7 +341,7 @@ class Machine:
         self._planned = plan
         self._dispatch()
         cache, runner = self.scheduler.cache, self.runner
-        parts = [part for c in plan.chunks for part in parts_of(c)]
+        parts = parts_of(plan)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
         start = self.recorder.dispatched()
@@ -350,8 +353,7 @@ class Machine:
             return Launched(plan, None, start)
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        rows = [row for c in plan.chunks for row in sampled(c, self.trackers[c.request])]
-        return Launched(plan, runner.sample(scores, rows, k), start)
+        return Launched(plan, runner.sample(scores, sampled_of(plan, self.trackers), k), start)
 
     def _take(self, launched: Launched) -> None:
         """Wait for what a step gave; give each request its tokens, and its caller the news."""

@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import Kind, RadixCache
+from rootcellar.cache import Kind, RadixCache, Suffixes, owner_of
 from rootcellar.errors import ConfigError
 from rootcellar.scheduler.request import Request
 
@@ -39,6 +39,8 @@ _SURELY = 0.9
 _BELIEF = 8.0
 """Guessed tokens that such a belief counts for; half as many, what is known of all requests for one of them."""
 _MANY = 256.0
+_MORE = 1.25
+"""Times as long as half as many rows, rows are taken to take until that is known: a likely guess finds out."""
 _FADE = 0.99
 _REMEMBERED = 0.85
 
@@ -58,6 +60,12 @@ class Guesses(Protocol):
 
     def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
         """For each request the tokens to verify after its newest; none is as good an answer as any."""
+
+    def ended(self, request: Request) -> None:
+        """A request that ran ended: this is all that it said."""
+
+    def forget(self) -> None:
+        """What is cached is flushed."""
 
     def took(self, tokens: int, seconds: float) -> None:
         """A decode step of so many tokens, guessed ones among them, took so long."""
@@ -135,11 +143,11 @@ class Prices:
             self._known[rows] = sorted(lately)[(len(lately) - 1) // 2]
 
     def of(self, rows: int) -> float:
-        """What a step of so many rows takes; as long as that is not known, as little as the next smaller one."""
-        return (
-            self._known.get(rows)
-            or max(((size, price) for size, price in self._known.items() if size < rows), default=(0, 1.0))[1]
-        )
+        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows."""
+        if rows in self._known:
+            return self._known[rows]
+        smaller, price = max(((size, price) for size, price in self._known.items() if size < rows), default=(1, 1.0))
+        return price * _MORE ** ((rows // smaller).bit_length() - 1)
 
 
 def padded(rows: int) -> int:
@@ -195,15 +203,17 @@ class _Record:
 
 
 class NgramGuesser:
-    """Guesses what followed in a request's own text (prompt lookup; Saxena 2023).
+    """Guesses what followed in a request's own text (prompt lookup; Saxena 2023), or in what went through the cache.
 
     Args:
+        suffixes: finds the latter; None: nobody asks for others' text.
         most: tokens in a guess.
         least, longest: how many of a request's last tokens must stand somewhere else, and how many are compared.
         rows: rows of the largest step.
     """
 
-    def __init__(self, *, most: int, least: int, longest: int, rows: int) -> None:
+    def __init__(self, suffixes: Suffixes | None, *, most: int, least: int, longest: int, rows: int) -> None:
+        self._suffixes = suffixes
         self._prices = Prices()
         self._most = most
         self._least, self._longest = least, longest
@@ -243,6 +253,17 @@ class NgramGuesser:
         """See ``Guesses``."""
         self._prices.took(padded(tokens), seconds)
 
+    def ended(self, request: Request) -> None:
+        """See ``Guesses``. What of its prompt was cached is known, up to what stands before the rest."""
+        if self._suffixes is not None and request.cached is not None:
+            start = max(0, request.cached - self._longest)
+            self._suffixes.add(owner_of(request.namespace), request.ids[start : request.length])
+
+    def forget(self) -> None:
+        """See ``Guesses``."""
+        if self._suffixes is not None:
+            self._suffixes.clear()
+
     def _can_pay(self, rows: int) -> bool:
         """Whether a step of some size would give more tokens a second than one without guesses if all were right."""
         size, limit = padded(rows), min(self._rows, rows * (1 + self._most))
@@ -260,7 +281,11 @@ class NgramGuesser:
         if not request.guessable or most < 1:
             return NOTHING
         known = request.ids[max(0, request.length - LOOK_BACK) : request.length]
-        return repetition(known, self._least, self._longest, most)
+        own = repetition(known, self._least, self._longest, most)
+        if self._suffixes is None or own.matched >= self._longest:
+            return own
+        others = self._suffixes.find(owner_of(request.namespace), known[-self._longest :], most)
+        return own if own.matched >= others[0] else Proposal(*others)
 
     def _class(self, matched: int) -> int:
         """By the length of what matched, in doublings."""

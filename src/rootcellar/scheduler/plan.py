@@ -56,6 +56,11 @@ class Plan:
         return [chunk.request for chunk in self.chunks]
 
     @property
+    def guesses(self) -> bool:
+        """Whether it verifies any."""
+        return any(chunk.guess for chunk in self.chunks)
+
+    @property
     def tokens(self) -> int:
         """Tokens that it computes."""
         return sum(chunk.stop - chunk.start + len(chunk.guess) for chunk in self.chunks)

@@ -68,10 +68,8 @@ class Scheduler:
             max_tiles: most tiles in a prefill step; None: as many as tokens.
             snapshots: where requests leave recurrent states; None: the model has none.
             loads: says what farther tiers give; None: all that they have.
-            guesses: says what decoding requests may say next; None: a step gives each one token.
-
-        Raises:
-            ConfigError: guesses for a model with recurrent states, which cannot be taken back.
+            guesses: says what decoding requests may say next; None: a step gives each one token. ``ConfigError`` where
+                the model has recurrent states, which cannot be taken back.
         """
         if guesses is not None:
             require_no_states(cache.kinds)
@@ -191,6 +189,8 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         self._commit(request, everything=True)
+        if self.guesses is not None:
+            self.guesses.ended(request)
         self._release(request)
         request.enter(Stage.FINISHED)
 

@@ -47,10 +47,11 @@ def replay(
     """Send requests through a :class:`RadixCache` of ``capacity`` tokens, in order.
 
     Up to ``concurrency`` requests hold their pages at a time; the oldest finishes when another must start. Each
-    computes its prompt and then ``output_tokens`` tokens that nobody asks for again (None: as many as the trace says).
+    computes its prompt and then ``output_tokens`` tokens that nobody asks for again (None: as many as the trace says);
+    an answer whose ids the trace has is cached instead, and may be asked for.
     ``progress`` is called with the number of requests done.
     """
-    lengths = [r.input_length + (r.output_length if output_tokens is None else output_tokens) for r in requests]
+    lengths = [_length(r, output_tokens) for r in requests]
     cache = RadixCache(
         [full("full")],
         page_size=page_size,
@@ -72,7 +73,9 @@ def replay(
             refused += 1
             continue
         hit_tokens += lease.cached
-        if length > len(key):
+        if request.output_ids:
+            key = request.whole(block)
+        elif length > len(key):
             answer = np.arange(fresh - 1, fresh - 1 - (length - len(key)), -1)  # ids below 0 are in no prompt
             fresh -= length - len(key)
             key = Key(np.concatenate([key.tokens, answer]))
@@ -84,6 +87,13 @@ def replay(
         cache.close(lease)
     evicted = cache.stats().shelves["full", Tier.DEVICE].evicted
     return Outcome(policy, capacity, page_size, input_tokens, hit_tokens, evicted, refused)
+
+
+def _length(request: TraceRequest, output_tokens: int | None) -> int:
+    """Tokens that a request holds in the end."""
+    if request.output_ids:
+        return request.input_length + max(0, request.output_length - 1)
+    return request.input_length + (request.output_length if output_tokens is None else output_tokens)
 
 
 def _admit(cache: RadixCache, running: deque[Lease], key: Key, length: int) -> Lease | None:

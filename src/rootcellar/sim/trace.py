@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rootcellar.cache import Key
 
@@ -18,17 +20,33 @@ _LONGEST = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request: ids of its prompt's blocks (equal ids at equal prefixes are equal tokens), lengths in tokens."""
+    """One request: ids of its prompt's blocks (equal ids at equal prefixes are equal tokens), lengths in tokens.
+
+    ``output_ids``: ids of the blocks of prompt and answer, from the prompt's first that is not whole on, where they are
+    known; the answer's newest token, which is never cached, is not in them. ``timestamp``: milliseconds, if known.
+    """
 
     hash_ids: tuple[int, ...]
     input_length: int
     output_length: int = 0
+    output_ids: tuple[int, ...] = ()
+    timestamp: float | None = None
 
     def key(self, block: int = BLOCK) -> Key:
         """The prompt as token ids: block ``b`` is ``b * block, b * block + 1, ...``, the last one cut to length."""
-        ids = np.asarray(self.hash_ids, np.int64)
-        tokens = (ids[:, None] * block + np.arange(block, dtype=np.int64)).ravel()
-        return Key(tokens[: self.input_length])
+        return Key(_tokens(self.hash_ids, block)[: self.input_length])
+
+    def whole(self, block: int = BLOCK) -> Key:
+        """Prompt and answer as far as they are cached in the end; the prompt alone where the answer is not known."""
+        if not self.output_ids:
+            return self.key(block)
+        ids = self.hash_ids[: self.input_length // block] + self.output_ids
+        return Key(_tokens(ids, block)[: self.input_length + max(0, self.output_length - 1)])
+
+
+def _tokens(hash_ids: tuple[int, ...], block: int) -> NDArray[np.int64]:
+    ids = np.asarray(hash_ids, np.int64)
+    return (ids[:, None] * block + np.arange(block, dtype=np.int64)).ravel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +61,9 @@ def parse(lines: Iterable[str], block: int = BLOCK) -> tuple[list[TraceRequest],
     """Read a trace in Mooncake's format: a JSON object a line with ``input_length``, ``output_length``, ``hash_ids``.
 
     All that matters of an id is which others it equals (some traces have hashes of 64 bits): they are numbered in the
-    order in which they appear. Lines are numbered from 1; blank ones are passed over. Nothing is raised for a bad line:
-    it is in the second list.
+    order in which they appear. ``output_hash_ids`` are as ``TraceRequest.output_ids``: what ``record_trace`` writes.
+    With a ``timestamp`` each, they are put in its order. Lines are numbered from 1; blank ones are passed over. Nothing
+    is raised for a bad line: it is in the second list.
     """
     requests: list[TraceRequest] = []
     bad: list[BadLine] = []
@@ -57,6 +76,9 @@ def parse(lines: Iterable[str], block: int = BLOCK) -> tuple[list[TraceRequest],
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             bad.append(BadLine(number, reason))
+    times = [request.timestamp for request in requests if request.timestamp is not None]
+    if len(times) == len(requests) and times != sorted(times):
+        requests.sort(key=lambda request: request.timestamp or 0)
     return requests, bad
 
 
@@ -70,8 +92,23 @@ def _request(fields: Any, block: int, numbers: dict[int, int]) -> TraceRequest:
         raise ValueError(f"hash_ids is {reprlib.repr(ids)}, not a list of block ids")
     if len(ids) != -(-length // block):
         raise ValueError(f"{length} tokens are {-(-length // block)} blocks of {block}, hash_ids has {len(ids)}")
-    whole = [_whole(f"hash_ids[{i}]", value) for i, value in enumerate(ids)]
-    return TraceRequest(tuple(numbers.setdefault(value, len(numbers)) for value in whole), length, output)
+    found, after = _numbered("hash_ids", ids, numbers), fields.get("output_hash_ids", [])
+    if after and (not isinstance(after, list) or len(after) != -(-(length % block + max(0, output - 1)) // block)):
+        raise ValueError("output_hash_ids has another number of blocks than the prompt's rest and the answer")
+    answer = _numbered("output_hash_ids", after, numbers)
+    return TraceRequest(found, length, output, answer, _moment(fields.get("timestamp")))
+
+
+def _moment(value: Any) -> float | None:
+    """A time; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _numbered(name: str, ids: list[Any], numbers: dict[int, int]) -> tuple[int, ...]:
+    whole = [_whole(f"{name}[{i}]", value) for i, value in enumerate(ids)]
+    return tuple(numbers.setdefault(value, len(numbers)) for value in whole)
 
 
 def _length(name: str, value: Any, least: int) -> int:

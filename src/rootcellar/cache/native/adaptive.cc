@@ -7,7 +7,7 @@ namespace rootcellar {
 
 namespace {
 
-constexpr std::int64_t LOOK_BACK = 32, STRIDE = 512;
+constexpr std::int64_t LOOK_BACK = 32, STRIDE = 512, SETTLE = 2, TRIAL = 4, REST = 8, LONGEST_REST = 5;
 constexpr std::size_t MAX_SHADOW = std::size_t{1} << 15;
 constexpr std::uint64_t ODD = 0x9E3779B97F4A7C15;
 
@@ -87,6 +87,13 @@ void Seen::add(std::uint64_t prefix, std::int64_t volume, std::int64_t history) 
     ++count_;
 }
 
+const Seen::Known* Seen::newest_but(std::int64_t others) const {
+    if (static_cast<std::int64_t>(count_) <= others) return nullptr;
+    std::int32_t index = newest_;
+    for (; others > 0; --others) index = known_[index].older;
+    return &known_[index];
+}
+
 void Seen::grow() {
     table_.assign(table_.size() * 2, -1);
     for (std::int32_t i = oldest_; i >= 0; i = known_[i].newer) table_[slot_of(known_[i].prefix)] = i;
@@ -94,7 +101,8 @@ void Seen::grow() {
 
 // ---- the shadow --------------------------------------------------------------------------------------------------
 
-Shadow::Shadow(std::int64_t capacity, std::int64_t page_size, const Edges& edges) : edges_(edges) {
+Shadow::Shadow(std::int64_t capacity, std::int64_t page_size, const Edges& edges)
+    : capacity_(capacity), edges_(edges) {
     stride = std::max(page_size, std::min(STRIDE, capacity / 64) / page_size * page_size);
     window = std::max(LOOK_BACK * capacity, stride);
     std::uint64_t weight = 1;
@@ -118,7 +126,7 @@ void Shadow::hashes(std::uint64_t prefix, const std::int64_t* tokens, std::int64
     }
 }
 
-void Shadow::observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& above,
+void Shadow::observe(const std::vector<std::uint64_t>& prefixes, bool resident, std::int32_t& above,
                      std::vector<std::int32_t>& classes) {
     classes.clear();
     std::int32_t now = -1;
@@ -132,6 +140,10 @@ void Shadow::observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& a
                 history = now;
             } else {
                 returns[group_of(known->history)][bucket(volume - known->volume)] += 1;
+                if (watching_) {
+                    recent += before_ - known->volume < reach;
+                    kept += resident;
+                }
                 history = std::max<std::int64_t>(CONTINUES, known->history) + 1;
                 now = above = group_of(history);
             }
@@ -144,7 +156,10 @@ void Shadow::observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& a
 }
 
 void Shadow::advance(std::int64_t tokens) {
+    before_ = volume;
     volume += tokens;
+    watching_ = !resting && volume - turned > SETTLE * capacity_;
+    if (watching_) watched += tokens;
     const std::int64_t oldest = volume - window;
     while (const Seen::Known* known = seen.oldest()) {
         if (known->volume >= oldest) break;
@@ -154,6 +169,7 @@ void Shadow::advance(std::int64_t tokens) {
     if (seen.size() > MAX_SHADOW) thin();
     if (news >= 256 + static_cast<std::int64_t>(seen.size() / 8)) {
         news = 0;
+        compare();
         fit();
     }
 }
@@ -166,6 +182,7 @@ void Shadow::halve() {
 
 void Shadow::thin() {
     last_sampled >>= 1;
+    ++halvings_;
     std::vector<std::uint64_t> dropped;
     seen.each([&](const Seen::Known& known) {
         if (known.prefix > last_sampled) dropped.push_back(known.prefix);
@@ -174,7 +191,32 @@ void Shadow::thin() {
     halve();
 }
 
+void Shadow::compare() {
+    const Seen::Known* last = seen.newest_but((capacity_ / stride) >> halvings_);
+    reach = last == nullptr ? std::int64_t{1} << 62 : volume - last->volume;
+    if (resting) {
+        if (volume - turned > (REST * capacity_) << std::min(failures - 1, LONGEST_REST)) turn();
+    } else if (watched > TRIAL * capacity_) {
+        if (kept < recent) {
+            ++failures;
+            turn();
+        } else if (watched > 8 * TRIAL * capacity_) {
+            failures = std::max<std::int64_t>(0, failures - 1);
+            watched /= 2;
+            recent /= 2;
+            kept /= 2;
+        }
+    }
+}
+
+void Shadow::turn() {
+    resting = !resting;
+    turned = volume;
+    watched = recent = kept = 0;
+}
+
 void Shadow::fit() {
+    ++fits;
     Histogram waiting{};
     seen.each([&](const Seen::Known& known) { waiting[group_of(known.history)][bucket(volume - known.volume)] += 1; });
     for (int group = 0; group < CLASSES; ++group) {
@@ -195,7 +237,7 @@ void Shadow::fit() {
                 if (room > 0) best = std::max(best, reward / room);
                 alive *= 1 - hazard[b];
             }
-            worth[group][age] = best;
+            worth[group][age] = resting ? 0 : best;
         }
     }
     if (volume - faded >= window) {

@@ -32,6 +32,8 @@ class Seen {
 
     Seen();
     std::size_t size() const { return count_; }
+    // When the prefix was last used before which so many others were; null: there are not so many.
+    const Known* newest_but(std::int64_t others) const;
     const Known* oldest() const { return oldest_ < 0 ? nullptr : &known_[oldest_]; }
     std::optional<Known> take(std::uint64_t prefix);
     void add(std::uint64_t prefix, std::int64_t volume, std::int64_t history);  // not there before; the newest
@@ -60,7 +62,8 @@ class Shadow {
     void hashes(std::uint64_t prefix, const std::int64_t* tokens, std::int64_t count,
                 std::vector<std::uint64_t>& into) const;
     // A request used these prefixes; gives the class of each now and moves `above` to the last that was known.
-    void observe(const std::vector<std::uint64_t>& prefixes, std::int32_t& above, std::vector<std::int32_t>& classes);
+    void observe(const std::vector<std::uint64_t>& prefixes, bool resident, std::int32_t& above,
+                 std::vector<std::int32_t>& classes);
     void advance(std::int64_t tokens);
     std::size_t bytes() const { return sizeof(Shadow) + seen.bytes(); }
 
@@ -74,13 +77,22 @@ class Shadow {
     std::uint64_t last_sampled = ~std::uint64_t{0};  // prefixes up to this hash are sampled
     std::int64_t news = 0;
     std::int64_t faded = 0;
+    std::int64_t fits = 0;  // how often `worth` changed
+    bool resting = false;
+    std::int64_t turned = 0, failures = 0, watched = 0, recent = 0, kept = 0;
+    std::int64_t reach = std::int64_t{1} << 62;
 
   private:
     void thin();
+    void compare();
+    void turn();
     void fit();
     void halve();
 
     std::vector<std::uint64_t> weights_;
+    std::int64_t capacity_, before_ = 0;
+    int halvings_ = 0;
+    bool watching_ = false;
     Edges edges_;
     std::array<double, BUCKETS> widths_;
 };

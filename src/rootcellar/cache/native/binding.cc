@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "enter.h"
+#include "suffixes.h"
 
 using namespace nanobind::literals;
 
@@ -83,6 +84,13 @@ void construct(Core* self, nb::handle given, const std::vector<std::tuple<int, i
         buffers.push_back(std::move(buffer));
     }
     new (self) Core(settings, sizes, std::move(pointers), std::move(buffers), least_shared);
+}
+
+Owner16 owner_of(nb::bytes name) {
+    Owner16 owner;
+    if (name.size() != sizeof(owner)) throw nb::value_error("an owner has 16 bytes");
+    std::memcpy(owner.data(), name.c_str(), sizeof(owner));
+    return owner;
 }
 
 nb::list chain_of(nb::bytes parent, nb::handle tokens, std::int64_t page_size, int most) {
@@ -199,6 +207,23 @@ NB_MODULE(_core, module) {
         .def("memory_bytes", &Core::memory_bytes)
         .def("_ledger_bytes", &Core::ledger_bytes)
         .def("_node_bytes", &Core::node_bytes);
+
+    nb::class_<Suffixes>(module, "Suffixes", "What went through the cache, by what stands before; see suffixes.py.")
+        .def(nb::init<std::int64_t, std::int64_t, std::int64_t>(), "capacity"_a, "longest"_a, "tries"_a)
+        .def_prop_ro("capacity", &Suffixes::capacity)
+        .def("add", [](Suffixes& self, nb::bytes owner, nb::handle tokens) {
+            const Buffer buffer(tokens, false);
+            self.add(owner_of(owner), buffer.as<std::int64_t>(1), buffer.extent(0));
+        })
+        .def("find", [](const Suffixes& self, nb::bytes owner, nb::handle tokens, std::int64_t most) {
+            const Buffer buffer(tokens, false);
+            std::vector<std::int64_t> said;
+            const auto* at = buffer.as<std::int64_t>(1);
+            const std::int64_t matched = self.find(owner_of(owner), at, buffer.extent(0), most, said);
+            return nb::make_tuple(matched, python_tuple(said, [](std::int64_t token) { return nb::int_(token); }));
+        })
+        .def("clear", &Suffixes::clear)
+        .def("memory_bytes", &Suffixes::bytes);
 
     module.def("chain", &chain_of, "parent"_a, "tokens"_a, "page_size"_a, "most"_a = static_cast<int>(Means::wide));
 }

@@ -135,7 +135,7 @@ class Cache {
     bool load(Lease& lease);
     void fill_rows(const Lease& lease);
     void fill_row(const Lease& lease, const Shelf& shelf);
-    void observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages);
+    void observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages, bool resident);
     void step_states(Lease& lease);
     void read_own_states(Lease& lease);
     void release_passed(Lease& lease, Shelf& shelf, std::int64_t tokens);

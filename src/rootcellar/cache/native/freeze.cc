@@ -96,7 +96,9 @@ nb::object shadow_of(const Shadow* shadow) {
         [&](const Seen::Known& known) { seen.append(nb::make_tuple(known.prefix, known.volume, known.history)); });
     return nb::make_tuple(shadow->stride, shadow->window, shadow->volume, raw(&shadow->worth, sizeof(Histogram)),
                           raw(&shadow->returns, sizeof(Histogram)), raw(&shadow->gone, sizeof(Histogram)),
-                          nb::tuple(seen), shadow->last_sampled, shadow->news, shadow->faded);
+                          nb::tuple(seen), shadow->last_sampled, shadow->news, shadow->faded,
+                          shadow->resting, shadow->turned, shadow->failures, shadow->watched, shadow->recent,
+                          shadow->kept, shadow->reach);
 }
 
 nb::object evictions_of(const Evictions& evictions) {

@@ -1,7 +1,9 @@
 #include "order.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <numeric>
 #include <tuple>
 #include <utility>
 
@@ -139,7 +141,35 @@ bool FixedOrder::take(Item& least) {
 // ---- the adaptive policy -----------------------------------------------------------------------------------------
 
 LearnedOrder::LearnedOrder(const Shadow& shadow)
-    : shadow_(shadow), heaps_(DAMAGES * CLASSES * BUCKETS), filled_((heaps_.size() + 63) / 64) {}
+    : shadow_(shadow),
+      heaps_(DAMAGES * CLASSES * BUCKETS),
+      by_place_(heaps_.size()),
+      places_(heaps_.size()),
+      filled_((heaps_.size() + 63) / 64) {
+    sort();
+}
+
+double LearnedOrder::worth(int heap) const {
+    return shadow_.worth[heap / BUCKETS % CLASSES][heap % BUCKETS];
+}
+
+void LearnedOrder::mark(int heap) {
+    filled_[places_[heap] / 64] |= std::uint64_t{1} << (places_[heap] % 64);
+}
+
+void LearnedOrder::sort() {
+    fits_ = shadow_.fits;
+    std::iota(by_place_.begin(), by_place_.end(), 0);
+    std::sort(by_place_.begin(), by_place_.end(), [this](int one, int other) {
+        return std::tuple(one / BUCKETS / CLASSES, worth(one), one) <
+               std::tuple(other / BUCKETS / CLASSES, worth(other), other);
+    });
+    std::fill(filled_.begin(), filled_.end(), 0);
+    for (std::size_t place = 0; place < by_place_.size(); ++place) {
+        places_[by_place_[place]] = static_cast<std::int32_t>(place);
+        if (!heaps_[by_place_[place]].empty()) mark(by_place_[place]);
+    }
+}
 
 void LearnedOrder::push(Node* node, const Rank& rank) {
     const Entry& entry = node->entry(rank.shelf);
@@ -154,7 +184,7 @@ void LearnedOrder::file(const Rank& rank, Node* node) {
     const int bucket = shadow_.bucket(shadow_.volume - rank.second);
     const auto heap = static_cast<std::int32_t>((rank.damage * CLASSES + rank.first) * BUCKETS + bucket);
     heaps_[heap].push(rank, node, heap);
-    filled_[heap / 64] |= std::uint64_t{1} << (heap % 64);
+    mark(heap);
 }
 
 void LearnedOrder::forget(Entry& entry) {
@@ -166,7 +196,7 @@ const Rank* LearnedOrder::filed(const Entry& entry) const {
 }
 
 std::size_t LearnedOrder::bytes() const {
-    std::size_t sum = heaps_.size() * sizeof(Heap);
+    std::size_t sum = heaps_.size() * (sizeof(Heap) + 2 * sizeof(std::int32_t));
     for (const Heap& heap : heaps_) sum += heap.bytes();
     return sum;
 }
@@ -175,38 +205,44 @@ template <class Visit>
 void LearnedOrder::each_heap(Visit visit) {
     for (std::size_t word = 0; word < filled_.size(); ++word) {
         for (std::uint64_t bits = filled_[word]; bits != 0; bits &= bits - 1) {
-            const int index = static_cast<int>(word * 64) + std::countr_zero(bits);
+            const std::size_t place = word * 64 + std::countr_zero(bits);
+            const int index = by_place_[place];
             if (heaps_[index].empty())
-                filled_[word] &= ~(std::uint64_t{1} << (index % 64));
-            else
-                visit(index, heaps_[index]);
+                filled_[word] &= ~(std::uint64_t{1} << (place % 64));
+            else if (!visit(index, heaps_[index]))
+                return;
         }
     }
 }
 
 void LearnedOrder::age() {
     moved_ = shadow_.volume;
+    if (fits_ != shadow_.fits) sort();
     each_heap([this](int index, Heap& heap) {
         while (!heap.empty() && shadow_.bucket(moved_ - heap.least().rank.second) != index % BUCKETS) {
             const Item item = heap.pop();
             file(item.rank, item.node);
         }
+        return true;
     });
 }
 
 bool LearnedOrder::take(Item& least) {
-    if (moved_ != shadow_.volume) age();
+    if (moved_ != shadow_.volume || fits_ != shadow_.fits) age();
     Heap* best = nullptr;
-    std::tuple<int, double, std::int64_t, std::int64_t, int> rank;
+    std::tuple<int, double> value;
+    std::tuple<std::int64_t, std::int64_t, int> rank;
     each_heap([&](int index, Heap& heap) {
+        const std::tuple<int, double> its{index / BUCKETS / CLASSES, worth(index)};
+        if (best != nullptr && its != value) return false;
         const Rank& head = heap.least().rank;
-        const int group = index / BUCKETS % CLASSES, bucket = index % BUCKETS;
-        const std::tuple<int, double, std::int64_t, std::int64_t, int> other{
-            index / BUCKETS / CLASSES, shadow_.worth[group][bucket], head.second, head.id, head.shelf};
+        const std::tuple<std::int64_t, std::int64_t, int> other{head.second, head.id, head.shelf};
         if (best == nullptr || other < rank) {
             best = &heap;
+            value = its;
             rank = other;
         }
+        return true;
     });
     if (best == nullptr) return false;
     least = best->pop();

@@ -98,6 +98,9 @@ class FixedOrder final : public Order {
 };
 
 // The adaptive policy: a heap per damage, class and age bucket; the head that is worth least leaves.
+//
+// Heaps stand in the order of what they are worth, which changes only when the shadow learns: the first that is not empty
+// has the head that leaves, or one of those that are worth the same.
 class LearnedOrder final : public Order {
   public:
     explicit LearnedOrder(const Shadow& shadow);
@@ -111,14 +114,20 @@ class LearnedOrder final : public Order {
 
   private:
     void file(const Rank& rank, Node* node);
+    void sort();
     void age();
+    double worth(int heap) const;
+    void mark(int heap);
+    // Heaps that hold something, by worth, until `visit` says that it has seen enough.
     template <class Visit>
     void each_heap(Visit visit);
 
     const Shadow& shadow_;
     std::vector<Heap> heaps_;
-    std::vector<std::uint64_t> filled_;  // a bit per heap: it may hold something
-    std::int64_t moved_ = -1;            // volume at which the heads were last moved on
+    std::vector<std::int32_t> by_place_, places_;  // the heap at each place of the order, the place of each heap
+    std::vector<std::uint64_t> filled_;            // a bit per place: the heap there may hold something
+    std::int64_t fits_ = 0;                        // of the shadow, when the order was made
+    std::int64_t moved_ = -1;                      // volume at which the heads were last moved on
 };
 
 }  // namespace rootcellar

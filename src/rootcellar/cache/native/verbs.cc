@@ -101,7 +101,7 @@ Ref<Lease> Cache::open_lease(const Key& key, const Hit& hit, Tier tier, std::int
     if (tree.shadow && given.reuse) {
         tree.shadow->advance(key.count);
         lease->prefix = mix(crc32(key.name->text));
-        observe(*lease, key, 0, tree.page_at(reach));
+        observe(*lease, key, 0, tree.page_at(reach), true);
     }
     return lease;
 }
@@ -156,11 +156,11 @@ void Cache::fill_row(const Lease& lease, const Shelf& shelf) {
     }
 }
 
-void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages) {
+void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64_t pages, bool resident) {
     Shadow& shadow = *tree.shadow;
     const std::int64_t strides = lease.strides, from = strides * shadow.stride;
     shadow.hashes(lease.prefix, key.tokens + std::min(from, key.count), pages * tree.page_size - from, prefixes_);
-    shadow.observe(prefixes_, lease.above, classes_);
+    shadow.observe(prefixes_, resident, lease.above, classes_);
     lease.strides += static_cast<std::int64_t>(prefixes_.size());
     if (!prefixes_.empty()) lease.prefix = prefixes_.back();
     const std::int64_t per_stride = shadow.stride / tree.page_size;
@@ -269,7 +269,7 @@ void Cache::commit(Lease& lease, const Key& key, bool snapshot) {
                 lease.node = place;
             }
             lease.committed = pages * size;
-            if (tree.shadow) observe(lease, key, done, pages);
+            if (tree.shadow) observe(lease, key, done, pages, false);
             if (given.digests) tree.page_digests(lease.node);
         }
     }
