@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "measure prefill, decode and time to first token",
     "demo": "see the cache at work with the model that ships with the package",
     "replay": "replay a trace of requests through the cache, without a model",
+    "explain": "what the prompts of a recorded log compute again, and why, without a model",
     "plan": "how many tokens and requests fit, from a model's config and the hardware",
     "launch": "print what an agent such as claude or codex needs to work against a server, or start it so",
     "store": "look at, verify and prune the folder of a file store",

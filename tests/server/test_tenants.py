@@ -132,6 +132,33 @@ def test_explanations_and_pins_are_ones_own(engine, clients):
     assert root.post("/cache/pin", json={**prompt, "ttl": 0, "tenant": "alice"}).json()["unpinned"] is True
 
 
+def test_explanations_of_requests_are_ones_own(engine, clients):
+    alice, bob, root = clients
+    for client, salt in ((alice, "a"), (alice, "b"), (bob, "b")):
+        body = {
+            "input_ids": list(range(200, 264)),
+            "rid": "own",
+            "cache_salt": salt,
+            "explain": True,
+            "sampling_params": SHORT,
+        }
+        told = client.post("/generate", json=body).json()["meta_info"]["explanation"]
+        if client is alice and salt == "b":
+            assert (told["cause"], told["detail"]) == ("other_namespace", "own had another cache_salt")
+    assert (told["cause"], told["than"]) == ("first_seen", "")  # what others asked is nothing to compare with
+    assert alice.get("/cache/explain/own").json()["cause"] == "other_namespace"
+    assert bob.get("/cache/explain/own").json()["cause"] == "first_seen"
+    assert "other_namespace" in [each["cause"] for each in alice.get("/cache/report").json()["causes"]]
+    assert "other_namespace" in [each["cause"] for each in root.get("/cache/report").json()["causes"]]
+
+
+def test_users_without_a_name_are_told_nothing_of_what_others_asked(engine):
+    with on_thread(engine, admin_api_key="root") as url, httpx.Client(base_url=url, timeout=60) as client:
+        body = {"input_ids": IDS, "sampling_params": SHORT, "explain": True}
+        assert client.post("/generate", json=body).status_code == 401
+        assert client.get("/cache/report").status_code == 401
+
+
 def test_one_keys_pins_leave_room_for_the_others(engine, clients):
     """Pins hold at most half of the cache, and each of two keys at most half of that."""
     alice, bob, _ = clients

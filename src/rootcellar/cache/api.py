@@ -198,6 +198,12 @@ class PrefixCache(Protocol):
     def trail(self, key: Key) -> tuple[int, ...]:
         """Ids, as in :meth:`tree`, of the nodes that ``key`` goes through. Changes nothing, not even recency."""
 
+    def last_eviction(self, key: Key) -> Eviction | None:
+        """How the page after what the tree knows of ``key`` left, where that was evicted lately; None: it was not.
+
+        Changes nothing, not even recency. O(tokens matched + nodes on the path).
+        """
+
     def explain(self, key: Key, may_name: Callable[[str], bool] = everybody) -> Explanation:
         """Why ``key`` hits as far as it does. Changes nothing, not even recency.
 

@@ -166,6 +166,10 @@ class NativeRadixCache(_core.Core):
             tokens[kind.name, tier] = pages * (1 if kind.rule == "recurrent" else page)
         return NodeView(ident, parent, namespace, start * page, size * page, head, tokens, *rest)
 
+    def last_eviction(self, key: Key) -> Eviction | None:
+        found = self._last_eviction(key)
+        return None if found is None else self._eviction(*found)
+
     def explain(self, key: Key, may_name: Callable[[str], bool] = everybody) -> Explanation:
         return explain(self._part(self._nodes_on_the_way(key)), key, may_name)
 

@@ -28,7 +28,7 @@ from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, shelf_stats
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.verbs import close, commit, fill_rows, grow, grow_many, must_be_open, open_lease
-from rootcellar.cache.views import TreeView, trail, tree_view
+from rootcellar.cache.views import TreeView, last_eviction, trail, tree_view
 
 
 class PyRadixCache(PrefixCache):
@@ -206,6 +206,9 @@ class PyRadixCache(PrefixCache):
 
     def trail(self, key: Key) -> tuple[int, ...]:
         return trail(self._tree, key)
+
+    def last_eviction(self, key: Key) -> Eviction | None:
+        return last_eviction(self._tree, key)
 
     def explain(self, key: Key, may_name: Callable[[str], bool] = everybody) -> Explanation:
         return explain(self._tree, key, may_name)

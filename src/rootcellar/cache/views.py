@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from rootcellar.cache.journal import Eviction
 from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Tier
 from rootcellar.cache.match import find
@@ -98,3 +99,13 @@ def _view(tree: Tree, node: Node, namespace: str) -> NodeView:
 def trail(tree: Tree, key: Key) -> tuple[int, ...]:
     """Ids of the nodes that ``key`` goes through, the first below the root first; the last perhaps in part."""
     return tuple(node.id for node in find(tree, key).path)
+
+
+def last_eviction(tree: Tree, key: Key) -> Eviction | None:
+    """The eviction of the page after what the tree knows of ``key``, if it is remembered."""
+    hit = find(tree, key)
+    node = hit.path[-1] if hit.path else tree.roots.get(key.namespace)
+    pages = hit.branch // tree.page_size
+    if node is None or pages != node.end or len(key) < hit.branch + tree.page_size:
+        return None
+    return tree.evictions.find(node.id, tree.first(key.tokens, pages))

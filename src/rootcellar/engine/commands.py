@@ -187,6 +187,7 @@ class Flush(Command):
         machine.life.flush()
         if machine.scheduler.guesses is not None:
             machine.scheduler.guesses.forget()
+        machine.recorder.explainer.forgotten()
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,8 @@ class Release(Command):
 
     def run(self, machine: Machine) -> dict[str, Any]:
         """What was given back."""
+        if not self.preserve and "kv_cache" in self.tags:
+            machine.recorder.explainer.forgotten()
         return machine.life.release(self.tags, self.preserve, self.clear_compiled)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from rootcellar.cache import Tier, digests
 from rootcellar.engine.build import Parts
 from rootcellar.engine.commands import Pin, Unpin
+from rootcellar.engine.explaining import HOUR
 from rootcellar.engine.identity import read_namespace, tenant_in
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import RequestError
+from rootcellar.misses import told, told_habit
 
 
 class Prefixes:
@@ -28,6 +30,8 @@ class Prefixes:
         self._scheduler = loop.machine.scheduler
         self._config = parts.config
         self._fingerprint = parts.fingerprint
+        self._tokenizer = parts.tokenizer
+        self._explainer = loop.machine.recorder.explainer
 
     def explain(
         self,
@@ -71,6 +75,37 @@ class Prefixes:
             }
 
         return self._loop.call(read)
+
+    def explained(self, name: str, tenant: str | None = None) -> dict[str, Any] | None:
+        """Why the newest request that goes by ``name`` computed what it did; None: it is not known, or not any more.
+
+        It is known from its first token on, as long as it is among the newest ``RECENT``. ``tenant``: only its own.
+
+        Returns:
+            ``{"rid", "cause", "position", "prompt_tokens", "cached_tokens", "price_tokens", "price_seconds", "before",
+            "got", "instead", "than", "detail", "remedy", "text"}``: the cause is one of ``rootcellar.misses.Cause``;
+            the prompt left the cache at token ``position``, ``before`` and ``got`` are the text around it, ``instead``
+            that of the earlier request ``than``; the price is what would have come from the cache else.
+        """
+        found = self._explainer.find(name, tenant)
+        return None if found is None else told(found, self._text_of)
+
+    def report(self, tenant: str | None = None, most: int = 10) -> dict[str, Any]:
+        """What the prompts of the last hour computed again: the costliest causes, each with an example.
+
+        Returns:
+            ``{"seconds", "requests", "price_tokens", "causes": [{"cause", "requests", "price_tokens", "price_seconds",
+            "remedy", "example"}, ...]}``; an example is as :meth:`explained` gives it.
+        """
+        requests, tokens, habits = self._explainer.report(tenant, self._loop.machine.clock.now(), most)
+        causes = [told_habit(habit, self._text_of) for habit in habits]
+        return {"seconds": HOUR, "requests": requests, "price_tokens": tokens, "causes": causes}
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids; the ids themselves where there is no tokenizer."""
+        if self._tokenizer is None:
+            return " ".join(map(str, ids))
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def pin(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rootcellar.cache import Key
 from rootcellar.engine.clock import Clock
+from rootcellar.engine.explaining import Explainer
 from rootcellar.engine.history import History
 from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.engine.output import Tracker
@@ -38,6 +39,7 @@ class Recorder:
     Attributes:
         began: when the engine did, by the clock.
         metrics, timeline, history: what was counted, what happened lately, and the last minutes in samples.
+        explainer: why requests computed what they did.
         meter: how fast prompts were computed, and bytes came from farther tiers.
     """
 
@@ -50,6 +52,7 @@ class Recorder:
         self.metrics = Metrics(self.began)
         self.timeline = Timeline()
         self.meter = Meter()
+        self.explainer = Explainer(scheduler.cache.page_size)
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
         self._trace = trace
@@ -82,6 +85,8 @@ class Recorder:
         """A request got a token; ``before``: when it got the one before, None for the first."""
         assert tracker.last_token is not None
         request = tracker.request
+        if before is None:
+            self._explain(tracker)
         for counts in self._counts(request):
             if before is not None:
                 counts.next_token(tracker.last_token - before)
@@ -92,6 +97,11 @@ class Recorder:
                 request.prompt_length,
                 request.cached or 0,
             )
+
+    def _explain(self, tracker: Tracker) -> None:
+        gone = tracker.request.met.evicted
+        evicted_at = None if gone is None else self.metrics.ticks.at(gone.tick)
+        self.explainer.begun(tracker, self._now(), self.meter.prefills.speed, evicted_at)
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""
@@ -123,6 +133,8 @@ class Recorder:
         """A request came to its end."""
         request, finish = tracker.request, tracker.request.finish
         assert finish is not None
+        if tracker.first_token is None:
+            self._explain(tracker)
         record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
         for counts in self._counts(request):
             counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)

@@ -453,6 +453,7 @@ class Machine:
                 pool.free()
                 pool.allocate()
         self.life.missed += forget_device(self.scheduler, self._mover)
+        self.recorder.explainer.forgotten()
         self._stuck = False
         self._rested()
         self.places.look()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import Key, Lease
+from rootcellar.cache import Eviction, Key, Lease
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler.loads import Decision
 from rootcellar.scheduler.stages import Stage, advance_stage
@@ -60,6 +60,20 @@ class Guessed:
     matched: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What the cache knew of a request's prompt when it was opened.
+
+    ``wanted``: tokens that it might have given; ``reaches``: what each tier could give, ``branch``: what the tree knew,
+    in tokens; ``evicted``: what is remembered of the page that it lacked there.
+    """
+
+    wanted: int = 0
+    reaches: tuple[int, ...] = ()
+    branch: int = 0
+    evicted: Eviction | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence to compute; made by :meth:`new`.
@@ -90,6 +104,8 @@ class Request:
         slots: tokens that its lease has slots for.
         cached: prompt tokens that were taken from the cache when it first ran; None before that.
         cached_by_tier: where they came from, by tier.
+        met: what the cache knew of it then; ``opened``: the tick at which that was.
+        lost: tokens up to which a farther tier had more of it, that failed to come.
         stored: tokens that a store gave host memory while it waited.
         checkpoint: whether what it leaves is to be written to the store at once; ``handle`` then names that, for
             somebody to depend on, unless there is nothing to name.
@@ -127,6 +143,9 @@ class Request:
     slots: int = 0
     cached: int | None = None
     cached_by_tier: dict[str, int] = field(default_factory=dict)
+    met: Met = Met()
+    opened: int = 0
+    lost: int = 0
     stored: int = 0
     checkpoint: bool = False
     handle: str | None = None

@@ -25,12 +25,11 @@ from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
 from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
-from rootcellar.scheduler.sharing import Sharing, note_cached
+from rootcellar.scheduler.sharing import Sharing, note_cached, note_met
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
 
-# More waiting requests than this are taken in order of arrival: matching all of them before each step costs more than
-# the better order saves (SGLang draws the same line).
+# More waiting requests than this are taken in order of arrival: matching all costs more than it saves (SGLang's line).
 _LPM_LIMIT = 128
 # Waiting requests that are passed over in one plan: the step has no tokens left for them, or they are held back.
 _LOOK = 128
@@ -175,6 +174,7 @@ class Scheduler:
         for request, hit in list(self.loading.items()):
             assert request.lease is not None
             if request.lease.lost:
+                request.lost = hit.reach(Tier.HOST)
                 self._release(request)
                 self._wait_again(request)
             elif request.lease.ready:
@@ -430,6 +430,7 @@ class Scheduler:
         lease = self.cache.open(hit, self.loads.farthest(hit), priority=request.priority, room=room)
         if lease is None:
             return False
+        note_met(request, hit, self.cache)
         request.decisions += self.loads.decided(hit)
         request.lease = lease
         self._namespaces.add(lease.namespace)

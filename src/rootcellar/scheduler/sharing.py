@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import Hit
-from rootcellar.scheduler.request import Request
+from rootcellar.cache import Hit, RadixCache, Tier
+from rootcellar.scheduler.request import Met, Request
 from rootcellar.scheduler.shares import call_of
 
 # A waiting request is held back while a running one computes a prefix that would save it at least this many tokens.
@@ -63,6 +63,15 @@ class Sharing:
         shared -= shared % self.page_size
         if shared > other.computed and not other.computed < other.branch < shared:
             other.branch = shared
+
+
+def note_met(request: Request, hit: Hit, cache: RadixCache) -> None:
+    """What ``cache`` knew of a request that it has just opened, for whoever explains it; until it was computed once."""
+    if request.cached is None:
+        wanted = request.matchable
+        gone = cache.last_eviction(request.key(wanted)) if hit.branch + cache.page_size <= wanted else None
+        request.met = Met(wanted, tuple(hit.reach(tier) for tier in Tier), hit.branch, gone)
+        request.opened = cache.tick
 
 
 def note_cached(request: Request, hit: Hit) -> None:

@@ -201,6 +201,7 @@ NB_MODULE(_core, module) {
         .def_prop_ro("tick", &Core::tick)
         .def("_top_nodes", &Core::tree)
         .def("trail", &Core::trail, "key"_a)
+        .def("_last_eviction", &Core::last_eviction)
         .def("_frozen", &Core::frozen)
         .def("_nodes", &Core::nodes)
         .def("_nodes_on_the_way", &Core::nodes_on_the_way)

@@ -372,6 +372,13 @@ class Core {
         return list;
     }
 
+    nb::object last_eviction(nb::handle key) {
+        const KeyView keys = view(key);
+        const Eviction* eviction = last_eviction_of(cache_, keys.key);
+        if (eviction == nullptr) return nb::none();
+        return python_eviction(*eviction);
+    }
+
     std::int64_t tick() const { return cache_.tree.tick; }
     nb::list tree(std::int64_t limit) { return tree_of(cache_, limit); }
     nb::tuple trail(nb::handle key) {

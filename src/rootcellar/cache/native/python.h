@@ -146,5 +146,6 @@ nb::list nodes_along(Cache& cache, const Key& key);
 // views.cc
 nb::list tree_of(Cache& cache, std::int64_t limit);
 nb::tuple trail_of(Cache& cache, const Key& key);
+const Eviction* last_eviction_of(Cache& cache, const Key& key);
 
 }  // namespace rootcellar

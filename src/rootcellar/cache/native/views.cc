@@ -69,4 +69,16 @@ nb::tuple trail_of(Cache& cache, const Key& key) {
     return nb::tuple(ids);
 }
 
+// The eviction of the page after what the tree knows of a key, if it is remembered.
+const Eviction* last_eviction_of(Cache& cache, const Key& key) {
+    Tree& tree = cache.tree;
+    Hit hit;
+    tree.find(key, hit);
+    const Node* node = hit.path.empty() ? key.name->root : hit.path.back();
+    if (node == nullptr || hit.branch != node->end() * tree.page_size) return nullptr;
+    if (key.count < hit.branch + tree.page_size) return nullptr;
+    const auto* page = reinterpret_cast<const char*>(key.tokens + hit.branch);
+    return tree.evictions.find(node->id, {page, tree.page_size * sizeof(std::int64_t)});
+}
+
 }  // namespace rootcellar

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request
 from orjson import Fragment
 from starlette.responses import Response
 
-from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, on_thread, require_room, whole
+from rootcellar.server.answer import EventStream, Result, begin, event_of, on_thread, require_room, whole
 from rootcellar.server.errors import invalid, json_bytes, json_response
+from rootcellar.server.explaining import explanations, wants_explanation
 from rootcellar.server.fields import IGNORED, REFUSED
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.chat import for_template
@@ -20,7 +21,7 @@ from rootcellar.server.prompts import detokenize as read_ids
 from rootcellar.server.prompts import read_prompts, rendered
 from rootcellar.server.prompts import tokenize as read_texts
 from rootcellar.server.routes import UserRoute
-from rootcellar.server.state import state_of
+from rootcellar.server.state import ServerState, state_of
 from rootcellar.server.writing import PIECE, as_list, dumps, entries, logprobs_of, written
 
 router = APIRouter(route_class=UserRoute, tags=["SGLang"])
@@ -39,10 +40,14 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     arguments["input_ids"] = prompts.input_ids
     arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)
     ids = prompts.ids if body.return_prompt_token_ids else None
+    explain = wants_explanation(request, state, body.explain)
     if body.stream:
         stream = await begin(request, state, **arguments)
-        return EventStream(stream, _events(stream, ids, n))
+        results_of = stream.results()
+        return EventStream(stream, _events(_explained(request, state, results_of) if explain else results_of, ids, n))
     results = await whole(request, state, **arguments)
+    if explain:
+        results = await _with_explanations(request, state, results)
     shown = [_shown(result, i // n, ids) for i, result in enumerate(results)]
     content = shown[0] if prompts.one and len(shown) == 1 else shown
     return json_bytes(await written(logprobs_of(results), lambda: dumps(content)))
@@ -53,9 +58,24 @@ def _count(params: dict[str, Any]) -> int:
     return n if isinstance(n, int) else 1  # the engine says what is wrong with another
 
 
-async def _events(stream: Stream, ids: list[list[int]] | None, n: int) -> AsyncGenerator[bytes]:
+async def _with_explanations(request: Request, state: ServerState, results: list[Result]) -> list[Result]:
+    told = await explanations(request, state, results)
+    return [
+        {**result, "meta_info": {**result["meta_info"], "explanation": each}}
+        for result, each in zip(results, told, strict=True)
+    ]
+
+
+async def _explained(request: Request, state: ServerState, results: AsyncGenerator[Result]) -> AsyncGenerator[Result]:
+    """The last of each answer's results with its explanation."""
+    async for result in results:
+        ended = result["meta_info"]["finish_reason"] is not None
+        yield (await _with_explanations(request, state, [result]))[0] if ended else result
+
+
+async def _events(results: AsyncGenerator[Result], ids: list[list[int]] | None, n: int) -> AsyncGenerator[bytes]:
     growing: dict[int, _Growing] = {}
-    async for result in stream.results():
+    async for result in results:
         i = result.get("index", 0)
         event = _shown(result, i // n, ids)
         if "output_token_logprobs" in result["meta_info"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.answer import on_thread, whole
-from rootcellar.server.callers import Caller, caller_of
-from rootcellar.server.errors import invalid, json_response
+from rootcellar.server.callers import Caller, caller_of, own_of
+from rootcellar.server.errors import ApiError, invalid, json_response
 from rootcellar.server.native.protocol import InputIds
 from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
@@ -21,6 +22,7 @@ from rootcellar.server.state import ServerState, state_of
 router = APIRouter(route_class=OwnerRoute, tags=["Cache"])
 """For whoever owns what is cached."""
 check_router = APIRouter(route_class=AdminRoute, tags=["Cache"])
+Most = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
 
 
 class PromptRequest(Rendering):
@@ -69,6 +71,23 @@ async def explain(body: PromptRequest, request: Request) -> Response:
     caller = caller_of(request)
     where = body.where(caller)
     return json_response(await on_thread(state.engine.prefixes.explain, ids, **where, others=caller.admin))
+
+
+@router.get("/cache/explain/{rid}")
+async def explain_request(rid: str, request: Request) -> Response:
+    """Why a request that was answered lately, or is being answered, computed what it did; by its id."""
+    state = state_of(request)
+    found = await on_thread(state.engine.prefixes.explained, rid, own_of(request))
+    if found is None:
+        message = f"no request {rid[:LONGEST_NAME]!r} is remembered: it is from its first token on, for a while"
+        raise ApiError(404, message, "rid", "no_such_request")
+    return json_response(found)
+
+
+@router.get("/cache/report")
+async def report(request: Request, most: Most = 10) -> Response:
+    """What the prompts of the last hour computed again: the costliest causes, with an example each."""
+    return json_response(await on_thread(state_of(request).engine.prefixes.report, own_of(request), most))
 
 
 @router.post("/cache/pin")

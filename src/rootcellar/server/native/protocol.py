@@ -38,6 +38,7 @@ class GenerateRequest(Body):
     storage_checkpoint: bool | None = False
     storage_checkpoint_dependency: str | None = None
     return_prompt_token_ids: bool | None = False
+    explain: bool | None = False
     model: str | None = None
 
     def arguments(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
 from rootcellar.server.errors import json_bytes
+from rootcellar.server.explaining import explanations, wants_explanation
 from rootcellar.server.openai.choices import Sent, extension, finish, usage
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.protocol import Sampling, StreamOptions
@@ -47,6 +48,7 @@ class OpenAIJob(ABC):
     arguments: dict[str, Any]
     _created: int = field(default_factory=lambda: int(time.time()), init=False)
     _sent: dict[int, Sent] = field(default_factory=dict, init=False)
+    _explained: list[dict[str, Any] | None] | None = field(default=None, init=False)
 
     @abstractmethod
     async def choice(self, i: int, result: Result) -> dict[str, Any]:
@@ -62,10 +64,14 @@ class OpenAIJob(ABC):
 
     async def answer(self, request: Request, state: ServerState, body: Sampling) -> Response:
         """Ask the engine, and answer as ``body`` wants it."""
+        explain = wants_explanation(request, state, body.explain)
         if body.stream:
             stream = await begin(request, state, **self.arguments)
-            return EventStream(stream, self._events(stream, body.stream_options or StreamOptions()))
+            look = functools.partial(self._look, request, state) if explain else None
+            return EventStream(stream, self._events(stream, body.stream_options or StreamOptions(), look))
         results = await whole(request, state, **self.arguments)
+        if explain:
+            await self._look(request, state, results)
         contents = [await self.choice(i, result) for i, result in enumerate(results)]
 
         def write() -> bytes:
@@ -81,8 +87,14 @@ class OpenAIJob(ABC):
         for choice, result in zip(choices, results, strict=True):
             (choice if self.in_choices else head).update(self.extras.of_prompt(choice["index"] // self.n, result))
 
-    async def _events(self, stream: Stream, options: StreamOptions) -> AsyncGenerator[bytes]:
-        """The answer in pieces: what is new, then why it ended, then what it used."""
+    async def _look(self, request: Request, state: ServerState, results: list[Result]) -> None:
+        """Find out why each prompt computed what it did."""
+        self._explained = await explanations(request, state, results[:: self.n])
+
+    async def _events(
+        self, stream: Stream, options: StreamOptions, look: Callable[[list[Result]], Awaitable[None]] | None
+    ) -> AsyncGenerator[bytes]:
+        """The answer in pieces: what is new, then why it ended, then what it used. ``look``: explains, at the end."""
         head = self._head(self.event_name)
         newest: dict[int, Result] = {}
         left = self.answers
@@ -107,17 +119,21 @@ class OpenAIJob(ABC):
             if not left and self.extras.cached_details and self.in_choices and not options.include_usage:
                 event["sglext"] = self._used([newest[i] for i in sorted(newest)])["sglext"]
             yield event_of(event)
-        used = self._used([newest[i] for i in sorted(newest)])
+        results = [newest[i] for i in sorted(newest)]
+        if look is not None:
+            await look(results)
+        used = self._used(results)
         if options.include_usage:
             yield event_of({**head, "choices": [], **used})
-        elif self.extras.cached_details and not self.in_choices:
+        elif look is not None or (self.extras.cached_details and not self.in_choices):
             yield event_of({**head, "choices": [], "sglext": used["sglext"]})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def _used(self, results: list[Result]) -> dict[str, Any]:
-        return {"usage": usage(results, self.n), "sglext": extension(results, self.n)}
+        more = {} if self._explained is None else {"explanations": self._explained}
+        return {"usage": usage(results, self.n), "sglext": {**extension(results, self.n), **more}}
 
     def _choice(self, i: int, content: dict[str, Any], result: Result) -> dict[str, Any]:
         logprobs = None if self.top is None else self.logprobs(i, result, self.top)

@@ -79,6 +79,7 @@ class Sampling(Forms):
     echo: bool | None = False
     return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
+    explain: bool | None = None
     rid: str | None = None
     request_id: str | None = None
     priority: Priority | None = None

@@ -5,6 +5,7 @@ import { saveTrace, startChat } from "./chat.js";
 import { $, count, percent, seconds } from "./dom.js";
 import { draw, rates, recall, remember } from "./history.js";
 import { drawMemory } from "./memory.js";
+import { followReport } from "./report.js";
 import { drawRequests } from "./requests.js";
 import { drawTree, startTree } from "./tree.js";
 
@@ -45,6 +46,7 @@ function askForKey(reason) {
 async function follow() {
   watching?.abort();
   const mine = (watching = new AbortController());
+  followReport(mine.signal);
   while (!mine.signal.aborted) {
     try {
       for await (const { event, data } of events("/feed", { signal: mine.signal })) {

@@ -1,0 +1,22 @@
+"""Why prompts were computed again: the cause, its price in tokens, and what would help. Pure logic over token ids."""
+
+from rootcellar.misses.causes import REMEDIES, Cause, Facts, Miss
+from rootcellar.misses.judge import judge
+from rootcellar.misses.past import Past, Prompt
+from rootcellar.misses.report import Habit, costliest
+from rootcellar.misses.words import TextOf, told, told_habit
+
+__all__ = [
+    "REMEDIES",
+    "Cause",
+    "Facts",
+    "Habit",
+    "Miss",
+    "Past",
+    "Prompt",
+    "TextOf",
+    "costliest",
+    "judge",
+    "told",
+    "told_habit",
+]
