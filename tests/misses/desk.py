@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from rootcellar.cache import Done, Failed, Key, RadixCache, Tier
-from rootcellar.misses import Facts, Past, Prompt, judge
+from rootcellar.misses import Earlier, Facts, Past, judge
 
 RATE = 1000.0
-"""Prompt tokens a second."""
+"""Earlier tokens a second."""
 
 
 class Desk:
@@ -81,7 +81,7 @@ class Desk:
             rate=RATE,
         )
         miss = judge(facts, self.past)
-        self.past.add(tenant, Prompt(rid, key.tokens, namespace, self.flushes))
+        self.past.add(tenant, Earlier(rid, key.tokens, namespace, self.flushes))
         whole = len(key) - len(key) % self.page_size
         for end in (whole, len(key)):
             if end > lease.length:

@@ -13,7 +13,7 @@ import pytest
 from desk import RATE, Desk
 
 from rootcellar.cache import Tier, chunked_local, full, recurrent, sliding_window
-from rootcellar.misses import Cause, Past, Prompt, costliest
+from rootcellar.misses import Cause, Earlier, Past, costliest
 from rootcellar.scheduler.placeholders import placeholder_ids
 
 KINDS = {
@@ -267,9 +267,9 @@ def test_a_tenant_is_compared_with_its_own_prompts_alone():
 def test_what_is_remembered_is_bounded_and_who_has_most_gives_way():
     past = Past(prompts=10, tokens=1000)
     for i in range(50):
-        past.add("many", Prompt(f"m{i}", np.full(90, i), "", 0))
+        past.add("many", Earlier(f"m{i}", np.full(90, i), "", 0))
         if i < 2:
-            past.add("few", Prompt(f"f{i}", np.full(90, -i), "", 0))
+            past.add("few", Earlier(f"f{i}", np.full(90, -i), "", 0))
     assert [prompt.rid for prompt in past.of("few")] == ["f1", "f0"]
     assert len(list(past.of("many"))) == 8
     assert next(prompt.rid for prompt in past.of("many")) == "m49"

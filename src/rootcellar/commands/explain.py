@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     capacity = parse_tokens(args.max_total_tokens)
     if not 1 <= args.page_size <= capacity:
         raise ConfigError(f"--page-size {args.page_size}: give at least 1, and at most --max-total-tokens")
-    reader = _Reader(args.model_path)
+    reader = _LogReader(args.model_path)
     found = list(
         misses(reader.requests(args.log), capacity=capacity, page_size=args.page_size, rate=max(0.0, args.prefill_rate))
     )
@@ -89,7 +89,7 @@ def _words(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Reader:
+class _LogReader:
     """Reads a log; the tokenizer is loaded for the first text in it."""
 
     def __init__(self, model_path: str) -> None:

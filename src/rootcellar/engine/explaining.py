@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rootcellar.cache import Key, Tier
 from rootcellar.engine.output import Tracker
-from rootcellar.misses import Facts, Habit, Miss, Past, Prompt, costliest, judge
+from rootcellar.misses import Earlier, Facts, Habit, Miss, Past, costliest, judge
 
 HOUR = 3600.0
 RECENT = 1024
@@ -94,7 +94,7 @@ class Explainer:
                 facts = noted.facts
                 miss = judge(facts, self._past)
                 key = facts.key
-                self._past.add(facts.tenant, Prompt(facts.rid, key.tokens, key.namespace, facts.flushes))
+                self._past.add(facts.tenant, Earlier(facts.rid, key.tokens, key.namespace, facts.flushes))
                 self._misses.append(miss)
                 self._named.append((noted.names, miss))
             self._judging = False

@@ -2,18 +2,18 @@
 
 from rootcellar.misses.causes import REMEDIES, Cause, Facts, Miss
 from rootcellar.misses.judge import judge
-from rootcellar.misses.past import Past, Prompt
+from rootcellar.misses.past import Earlier, Past
 from rootcellar.misses.report import Habit, costliest
 from rootcellar.misses.words import TextOf, told, told_habit
 
 __all__ = [
     "REMEDIES",
     "Cause",
+    "Earlier",
     "Facts",
     "Habit",
     "Miss",
     "Past",
-    "Prompt",
     "TextOf",
     "costliest",
     "judge",

@@ -16,7 +16,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Stretch:
     """``length`` tokens that are alike: from ``old`` on in the earlier prompt, from ``new`` on in the newer one."""
 
     old: int
@@ -24,9 +24,9 @@ class Run:
     length: int
 
 
-def runs(old: NDArray[np.int64], new: NDArray[np.int64], start: int) -> list[Run]:
+def runs(old: NDArray[np.int64], new: NDArray[np.int64], start: int) -> list[Stretch]:
     """The runs behind ``start``, where the prompts differ, in the order of the newer one; none overlap there."""
-    found: list[Run] = []
+    found: list[Stretch] = []
     begun, ids, ours = start, _windows(old[start:]), _windows(new[start:])
     known, first, times = np.unique(ids, return_index=True, return_counts=True)
     known, first = known[times == 1], first[times == 1]  # what stands there twice says nothing of the order
@@ -42,7 +42,7 @@ def runs(old: NDArray[np.int64], new: NDArray[np.int64], start: int) -> list[Run
         if length < WINDOW:
             continue  # two windows of one number
         back = _back(old[start:o], new[begun:n])
-        found.append(Run(o - back, n - back, length + back))
+        found.append(Stretch(o - back, n - back, length + back))
         begun = n + length
     return found
 
@@ -64,7 +64,7 @@ def _windows(tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
     return sums
 
 
-def in_order(found: list[Run]) -> list[Run]:
+def in_order(found: list[Stretch]) -> list[Stretch]:
     """The longest part of ``found`` (by runs) that stands in the order of the earlier prompt too."""
     ends: list[int] = []
     last: list[int] = []
@@ -74,7 +74,7 @@ def in_order(found: list[Run]) -> list[Run]:
         before.append(last[at - 1] if at else None)
         ends[at : at + 1] = [run.old]
         last[at : at + 1] = [i]
-    kept: list[Run] = []
+    kept: list[Stretch] = []
     at_last = last[-1] if last else None
     while at_last is not None:
         kept.append(found[at_last])

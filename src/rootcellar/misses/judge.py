@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
-from rootcellar.misses.aligning import WINDOW, Run, in_order, runs
+from rootcellar.misses.aligning import WINDOW, Stretch, in_order, runs
 from rootcellar.misses.causes import Cause, Facts, Miss
-from rootcellar.misses.past import Past, Prompt
+from rootcellar.misses.past import Earlier, Past
 
 # Token ids shown on either side of the place where a prompt left the cache.
 SHOWN = 24
@@ -31,7 +31,7 @@ class _Found:
     cause: Cause
     position: int
     reach: int
-    than: Prompt | None = None
+    than: Earlier | None = None
     detail: str = ""
     alike: int = 0
 
@@ -76,7 +76,7 @@ def _whole(facts: Facts, tokens: int) -> int:
     return tokens - tokens % facts.page_size
 
 
-def _not_taken(facts: Facts, own: Sequence[tuple[int, Prompt]]) -> _Found | None:
+def _not_taken(facts: Facts, own: Sequence[tuple[int, Earlier]]) -> _Found | None:
     """What the cache knew, or should have known, of this very prompt, and did not give."""
     cached, farthest = facts.cached, max(facts.reaches, default=0)
     if facts.lost > cached:
@@ -106,8 +106,8 @@ def _eviction(facts: Facts) -> str:
 
 def _never_had(
     facts: Facts,
-    alike: Sequence[tuple[int, Prompt]],
-    own: Sequence[tuple[int, Prompt]],
+    alike: Sequence[tuple[int, Earlier]],
+    own: Sequence[tuple[int, Earlier]],
     seen: int,
 ) -> _Found | None:
     """What the cache had of a prompt that is this one but for its namespace, or for some of its tokens."""
@@ -135,12 +135,12 @@ def _differ(ours: str, theirs: str) -> str:
     return " and ".join((["weights"] if weights != other_weights else []) + names)
 
 
-def _is_image(facts: Facts, at: int, other: Prompt) -> bool:
+def _is_image(facts: Facts, at: int, other: Earlier) -> bool:
     tokens = facts.key.tokens
     return at < min(len(tokens), len(other.tokens)) and min(tokens[at], other.tokens[at]) >= _PLACEHOLDER
 
 
-def _change(facts: Facts, seen: int, other: Prompt) -> _Found | None:
+def _change(facts: Facts, seen: int, other: Earlier) -> _Found | None:
     """What the prompt has in common with another behind the place where they part, and what became of the rest."""
     tokens = facts.key.tokens
     least = max(WINDOW, facts.page_size)
@@ -173,9 +173,9 @@ def _change(facts: Facts, seen: int, other: Prompt) -> _Found | None:
     return _Found(cause, seen, reach, other, detail, seen + kept)
 
 
-def _values(ordered: Sequence[Run], seen: int) -> tuple[list[Run], Run]:
+def _values(ordered: Sequence[Stretch], seen: int) -> tuple[list[Stretch], Stretch]:
     """The first runs that follow each other with no more than a value between, and the last of them."""
-    kept: list[Run] = []
+    kept: list[Stretch] = []
     old = new = seen
     for run in ordered:
         if max(run.old - old, run.new - new) > _VALUE:
@@ -185,7 +185,7 @@ def _values(ordered: Sequence[Run], seen: int) -> tuple[list[Run], Run]:
     return kept, kept[-1] if kept else ordered[-1]
 
 
-def _rest(facts: Facts, seen: int, nearest: Prompt | None) -> _Found:
+def _rest(facts: Facts, seen: int, nearest: Earlier | None) -> _Found:
     """All that was known was taken, as far as whole pages go."""
     last = len(facts.key) - 1
     if facts.wanted < last and (reach := _whole(facts, min(seen, last))) > facts.cached >= _whole(facts, facts.wanted):

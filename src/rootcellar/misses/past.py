@@ -18,7 +18,7 @@ _FIRST_MARK = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class Earlier:
     """One of them. ``flushes``: how often all had been forgotten before it."""
 
     rid: str
@@ -46,11 +46,11 @@ class Past:
     def __init__(self, prompts: int = PROMPTS, tokens: int = TOKENS) -> None:
         """Remember so many prompts of so many tokens."""
         self._most = prompts, tokens
-        self._own: dict[str, deque[Prompt]] = {}
+        self._own: dict[str, deque[Earlier]] = {}
         self._sizes: dict[str, int] = {}
         self._count = self._size = 0
 
-    def add(self, tenant: str, prompt: Prompt) -> None:
+    def add(self, tenant: str, prompt: Earlier) -> None:
         """Remember ``prompt``."""
         own = self._own.setdefault(tenant, deque())
         if own and own[-1].namespace == prompt.namespace and np.array_equal(own[-1].tokens, prompt.tokens):
@@ -63,25 +63,25 @@ class Past:
             largest = max(self._sizes, key=lambda name: (self._sizes[name], len(self._own[name])))
             self._forget(largest, self._own[largest].popleft())
 
-    def _forget(self, tenant: str, prompt: Prompt) -> None:
+    def _forget(self, tenant: str, prompt: Earlier) -> None:
         self._count -= 1
         self._size -= len(prompt.tokens)
         self._sizes[tenant] -= len(prompt.tokens)
         if not self._own[tenant]:
             del self._own[tenant], self._sizes[tenant]
 
-    def of(self, tenant: str) -> Iterator[Prompt]:
+    def of(self, tenant: str) -> Iterator[Earlier]:
         """The tenant's, the newest first."""
         return reversed(self._own.get(tenant, ()))
 
-    def closest(self, tenant: str, tokens: NDArray[np.int64]) -> list[tuple[int, Prompt]]:
+    def closest(self, tenant: str, tokens: NDArray[np.int64]) -> list[tuple[int, Earlier]]:
         """The tenant's prompts that begin most like ``tokens``, and the newest, each with how many tokens are alike.
 
         The newest first; the closest of each namespace and of each time between two flushes are among them.
         """
         marks = _marks(tokens)
-        levels: dict[tuple[str, int], tuple[int, list[Prompt]]] = {}
-        newest: dict[str, list[Prompt]] = {}
+        levels: dict[tuple[str, int], tuple[int, list[Earlier]]] = {}
+        newest: dict[str, list[Earlier]] = {}
         for prompt in self.of(tenant):
             level = 0
             for theirs, ours in zip(prompt.marks, marks, strict=False):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rootcellar.cache import Key, RadixCache, Tier, full
-from rootcellar.misses import Facts, Miss, Past, Prompt, judge
+from rootcellar.misses import Earlier, Facts, Miss, Past, judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def misses(requests: Iterable[LoggedRequest], *, capacity: int, page_size: int, 
             rate=rate,
         )
         yield judge(facts, past)
-        past.add(request.tenant, Prompt(request.rid, key.tokens, key.namespace, 0))
+        past.add(request.tenant, Earlier(request.rid, key.tokens, key.namespace, 0))
         cache.grow(lease, len(key) - lease.length)
         cache.commit(lease, key)
         cache.close(lease)
