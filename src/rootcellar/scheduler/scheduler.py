@@ -283,8 +283,7 @@ class Scheduler:
     def _decode(self, decoding: list[Request]) -> Plan | None:
         if not decoding:
             return None
-        # Prefill that found no room may have retracted some.
-        requests = [r for r in decoding if r.lease is not None] if self.retracted else decoding
+        requests = [r for r in decoding if r.lease is not None] if self.retracted else decoding  # by prefill
         if not self._one_slot_more([r for r in requests if r.slots == r.computed]):
             requests = self._grow(requests, [r.computed + 1 for r in requests])
         if self.guesses is None:
