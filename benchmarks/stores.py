@@ -2,6 +2,7 @@
 
     make test-stores ARGS=--collect-only                                      # once: what can be installed
     .venv-stores/client/bin/python benchmarks/stores.py [--stores redis,s3] [--rounds 5] [--json]
+    .venv-stores/nixl/bin/python benchmarks/stores.py --stores nixl-posix
 
 Each component is started as the tests start it, and asked for batches of images of each size through the store as an
 engine uses it (with its checksums), through the component's own client, and by memcpy, in turns; medians are told.
@@ -144,7 +145,7 @@ CLIENTS = {
     "nixl-posix": nixl_client,
     "hf3fs": files,
 }
-"""What to compare with: the component's own client, or plain files where that is what it does."""
+"""What to compare with: the component's own client, or plain files where it has none."""
 
 
 def timed(call, nbytes):
@@ -161,6 +162,8 @@ def measure(name, component, folder, rounds, total):
         count = max(min(total // size, 128), 1)
         pages = np.random.default_rng(1).integers(0, 256, (count, size), np.uint8)
         into = np.zeros_like(pages)
+        for rows in (pages, into):
+            store.register(rows.reshape(-1).data)  # as an engine does with its host memory
         rates = []
         for _ in range(rounds + 1):  # the first is not counted
             rates.append(turn(store, raw, settings.get("prefix", ""), pages, into))

@@ -5,7 +5,7 @@
 set -uo pipefail
 folder=$1 lent=$2 torch=$3
 shift 3
-wanted=(redis-server bindfs fuse3 libibverbs1 librdmacm1 libnuma1)
+wanted=(redis-server bindfs fuse3 libibverbs1 librdmacm1 libnuma1 procps)
 patience=${PATIENCE:-600}  # seconds for each environment, and for the system's programs
 
 missing=()

@@ -24,6 +24,7 @@ DEVICES = "--xla_force_host_platform_device_count=2"
 
 def pytest_addoption(parser):
     parser.addoption("--component", choices=list(COMPONENTS), help="which to test")
+    parser.addoption("--kills", type=int, default=3, help="how often its server is killed while engines use it")
     parser.addoption("--told", type=Path, help="a file that says of it, as JSON, what ran")
 
 

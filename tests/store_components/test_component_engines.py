@@ -102,13 +102,12 @@ def test_another_model_dtype_or_other_weights_find_nothing_and_nothing_fails(com
         assert all(hit >= 80 for hit in hits)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.long)])
-def test_a_server_that_is_killed_in_the_middle_of_puts_and_gets(component, expected, times, record_property):
+def test_a_server_that_is_killed_in_the_middle_of_puts_and_gets(component, expected, request, record_property):
     """No wrong token, no call beyond its deadline, and the store is used again by itself each time."""
     victim = component.server or component.sidecars
     if victim is None:
         pytest.skip("it has no server that could be killed")
-    dice = random.Random(1)
+    times, dice = request.config.getoption("--kills"), random.Random(1)
     with engine() as running:
         attach(running, component, component.settings())
         assert ask(running)[0] == expected

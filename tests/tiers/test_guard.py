@@ -271,11 +271,12 @@ def test_a_store_that_keeps_what_it_was_shown_is_shown_little():
 
 def test_large_pages_are_given_a_few_at_a_time():
     inner, counts = MemoryStore(), []
-    guard = Guard(ToldStore(inner), GuardSettings(bytes_at_once=12_000))
+    guard = Guard(ToldStore(inner), GuardSettings(bytes_apart=12_000, pages_apart=3))
     inner.put = lambda names, _: counts.append(len(names)) or [True] * len(names)
     assert put(guard, range(5)) == [True] * 5
     assert put(guard, [1, 2], 20_000) == [True] * 2
-    assert counts == [2, 2, 1, 1, 1]
+    assert put(guard, range(10), 10) == [True] * 10
+    assert counts == [2, 2, 1, 1, 1, 3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("pages", [4, 20], ids=["one piece", "several"])

@@ -50,8 +50,10 @@ class GuardSettings:
     """For which it is, the first time."""
     longest_pause: float = 60.0
     """At most, however often it failed."""
-    bytes_at_once: int = 64 << 20
-    """That any other is given at a time, or one page."""
+    pages_apart: int = 128
+    """Pages that any other is given at a time; what it does in one call is lost when that is late."""
+    bytes_apart: int = 64 << 20
+    """And so many bytes, or one page."""
     most_hanging: int = 4
     """Calls that may hang; the store is left alone while so many do."""
 
@@ -284,7 +286,8 @@ class Guard:
         """How many of these pages one call gets."""
         if self._store.verifies:
             return min(len(lengths), self._settings.pages_at_once)
-        return max(sum(total <= self._settings.bytes_at_once for total in accumulate(lengths)), 1)
+        some = lengths[: self._settings.pages_apart]
+        return max(sum(total <= self._settings.bytes_apart for total in accumulate(some)), 1)
 
     def _get_whole(self, names: Sequence[bytes], into: Sequence[memoryview], _end: float) -> list[bool]:
         return self._store.get(names, into)

@@ -18,6 +18,8 @@ from typing import Protocol
 
 NAME_BYTES = 32
 """Length of a name."""
+Block = memoryview | bytes
+"""Bytes that are only read."""
 
 
 class Store(Protocol):
@@ -65,12 +67,10 @@ class GatheringStore(ABC):
 
     @abstractmethod
     def gathers(self, images: Sequence[memoryview]) -> bool:
-        """Whether that is faster for these than ``put``: they lie in memory that it was shown, and are large."""
+        """Whether that is sooner done for these than ``put``; they lie where it was shown, if it needs that."""
 
     @abstractmethod
-    def put_parts(
-        self, names: Sequence[bytes], heads: Sequence[memoryview], images: Sequence[memoryview]
-    ) -> list[bool]:
+    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
         """As ``put`` of blocks that are ``heads[i]``, then ``images[i]``."""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import host_and_port, need, nothing_else, take_choice, take_size, take_switch, take_text
-from rootcellar.tiers.store import GatheringStore, check_names
+from rootcellar.tiers.store import Block, GatheringStore, check_names
 from rootcellar.tiers.stores.passage import Passage
 
 _LARGE = 1 << 20
@@ -171,14 +171,12 @@ class MooncakeStore(GatheringStore):
         """See ``GatheringStore``."""
         return min(map(len, images), default=0) >= _LARGE and self._registered(images)
 
-    def put_parts(
-        self, names: Sequence[bytes], heads: Sequence[memoryview], images: Sequence[memoryview]
-    ) -> list[bool]:
+    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
         """See ``GatheringStore``; False where no client has room. Raises ``OSError``."""
         check_names(names, images)
-        parts = list(zip(heads, images, strict=True))
+        parts = [[memoryview(head), image.cast("B")] for head, image in zip(heads, images, strict=True)]
         with self._passage:
-            if not self._registered([*heads, *images]):
+            if not all(self._registered(each) for each in zip(*parts, strict=True)):
                 raise OSError("Mooncake sends from memory only that it was shown")
             at = [[_address(part) for part in each] for each in parts]
             sizes = [[len(part) for part in each] for each in parts]

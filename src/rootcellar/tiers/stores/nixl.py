@@ -1,4 +1,4 @@
-"""NIXL's plugin ``POSIX``: a file a page in a folder, which NIXL writes from the guard's memory and reads into it.
+"""NIXL's plugin ``POSIX``: a file a page in a folder, written from where the page lies, read into the guard's memory.
 
 A file is written beside its place and then renamed. What is there is asked of the folder.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import need, nothing_else, take_choice, take_text
-from rootcellar.tiers.store import check_names
+from rootcellar.tiers.store import Block, GatheringStore, check_names
 from rootcellar.tiers.stores.passage import Passage
 
 _POLL = 5e-5
@@ -31,6 +31,8 @@ _LATE = 0.05
 _AT_ONCE = 64
 """Pages of one transfer, and files that are open for it."""
 _NEW = os.O_RDWR | os.O_CREAT
+_LARGE = 1 << 16
+"""Bytes of an image from which on a call of the system for its head costs less than a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,12 @@ class _Folder:
             found.append((0, size, fd, "") if os.fstat(fd).st_size == size else None)
         return found
 
-    def writing(self, names: Sequence[bytes], sizes: Sequence[int], stack: ExitStack) -> list[Any]:
+    def writing(
+        self, names: Sequence[bytes], heads: Sequence[Block], sizes: Sequence[int], stack: ExitStack
+    ) -> list[Any]:
+        """Of new files, which begin with ``heads``."""
         made: list[Any] = []
-        for name, size in zip(names, sizes, strict=True):
+        for name, head, size in zip(names, heads, sizes, strict=True):
             folder = f"{self._path}/{name[:1].hex()}"
             part = f"{folder}/{self._mine}{next(self._count)}.part"
             try:
@@ -94,7 +99,9 @@ class _Folder:
                 fd = os.open(part, _NEW, 0o600)
             self._parts[fd] = part
             stack.callback(self._end, fd)
-            made.append((0, size, fd, ""))
+            if len(head) and os.pwrite(fd, head, 0) != len(head):
+                raise OSError("the disk is full")
+            made.append((len(head), size, fd, ""))
         return made
 
     def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
@@ -153,7 +160,7 @@ class _Agent:
             self._agent.deregister_memory(held)
 
 
-class NixlStore:
+class NixlStore(GatheringStore):
     """A :class:`~rootcellar.tiers.store.Store` on one of NIXL's plugins."""
 
     verifies = False
@@ -210,13 +217,22 @@ class NixlStore:
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
-        check_names(names, blocks)
-        views = [block.cast("B") for block in blocks]
+        return self.put_parts(names, [b""] * len(blocks), blocks)
+
+    def gathers(self, images: Sequence[memoryview]) -> bool:
+        """See ``GatheringStore``: from any memory, but what is small is copied as fast."""
+        return min(map(len, images), default=0) >= _LARGE
+
+    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
+        """See ``GatheringStore``. Raises ``OSError``."""
+        check_names(names, images)
+        views = [image.cast("B") for image in images]
         with self._passage:
             for start in range(0, len(names), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
                 with self._writer.lock, _as_os_error(), ExitStack() as stack:
-                    descriptors = self._folder.writing(names[some], [len(view) for view in views[some]], stack)
+                    sizes = [len(view) for view in views[some]]
+                    descriptors = self._folder.writing(names[some], heads[some], sizes, stack)
                     if not self._writer.move("WRITE", views[some], descriptors):
                         raise OSError("NIXL could not write")
                     self._folder.written(names[some], descriptors)

@@ -42,7 +42,7 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
-BYTES_AT_ONCE = {"nixl": 4 << 20}
+BYTES_APART = {"nixl": 4 << 20}
 """Of those whose calls begin fast: what is copied and checked is in the processor's caches yet when it is sent."""
 TIMED = frozenset({"chain"})
 """Those that are told the deadline too: it is of the calls to all that is behind them, together."""
@@ -70,7 +70,7 @@ def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guar
     usual = GuardSettings()
     settings = GuardSettings(
         deadline=positive(own, "deadline", usual.deadline),
-        bytes_at_once=BYTES_AT_ONCE.get(backend, usual.bytes_at_once),
+        bytes_apart=BYTES_APART.get(backend, usual.bytes_apart),
     )
     if backend in TIMED:
         own["deadline"] = settings.deadline
