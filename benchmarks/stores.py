@@ -11,6 +11,7 @@ engine uses it (with its checksums), through the component's own client, and by 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -86,13 +87,21 @@ def mooncake_client(settings, _folder):
     return put, get
 
 
+def emptied(path):
+    """A folder for the files of a raw client, without those of the round before, which would be written to the disk."""
+    folder = Path(f"{path}-raw")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def nixl_client(settings, _folder):
     """NIXL's API, as its examples use it: all files of a batch in one transfer."""
     from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent("raw", nixl_agent_config(enable_prog_thread=False, backends=[]))
     agent.create_backend("POSIX", {})
-    folder = Path(settings["path"])
+    folder = emptied(settings["path"])
 
     def move(verb, keys, rows, flags):
         fds = [os.open(folder / key, flags, 0o600) for key in keys]
@@ -123,8 +132,7 @@ def nixl_client(settings, _folder):
 
 def files(settings, _folder):
     """Plain reads and writes of a file each."""
-    folder = Path(settings["file_path_prefix"]).parent
-    folder.mkdir(exist_ok=True)
+    folder = emptied(settings["file_path_prefix"])
 
     def put(keys, rows):
         for key, row in zip(keys, rows, strict=True):
@@ -146,6 +154,8 @@ CLIENTS = {
     "hf3fs": files,
 }
 """What to compare with: the component's own client, or plain files where it has none."""
+FILES = {"nixl-posix": "path", "hf3fs": "file_path_prefix"}
+"""Those whose raw client leaves files, beside what this setting names."""
 
 
 def timed(call, nbytes):
@@ -166,10 +176,15 @@ def measure(name, component, folder, rounds, total):
             store.register(rows.reshape(-1).data)  # as an engine does with its host memory
         rates = []
         for _ in range(rounds + 1):  # the first is not counted
+            if name in FILES:
+                emptied(settings[FILES[name]])
             rates.append(turn(store, raw, settings.get("prefix", ""), pages, into))
             if component.deletes:
                 store.clear()
-        yield {"store": name, "size": label} | {way: statistics.median(r[way] for r in rates[1:]) for way in rates[0]}
+        row = {way: statistics.median(r[way] for r in rates[1:]) for way in rates[0]}
+        for way in ("put", "get") if raw is not None else ():
+            row[f"{way} of raw"] = statistics.median(r[way] / r[f"raw {way}"] for r in rates[1:])
+        yield {"store": name, "size": label} | row
     store.close()
 
 
@@ -200,7 +215,7 @@ def show(rows):
         words = [row["store"], row["size"], f"{row['memcpy']:.2f}"]
         for way in ("put", "get"):
             own = row.get(f"raw {way}")
-            words += [f"{row[way]:.2f}", *(("", "") if own is None else (f"{own:.2f}", f"{row[way] / own:.2f}"))]
+            words += [f"{row[way]:.2f}", *(("", "") if own is None else (f"{own:.2f}", f"{row[f'{way} of raw']:.2f}"))]
         print("| " + " | ".join(words) + " |")
 
 

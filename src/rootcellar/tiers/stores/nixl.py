@@ -120,6 +120,7 @@ class _Agent:
     """One of NIXL's agents; one call at a time."""
 
     def __init__(self, settings: NixlSettings) -> None:
+        os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else it says on standard output that it began
         api = need("nixl._api", "rootcellar[nixl]", "a nixl store")
         self._name = f"rootcellar-{uuid4().hex}"
         # Its thread would turn round and round; storage needs none.

@@ -42,7 +42,7 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
-BYTES_APART = {"nixl": 4 << 20}
+BYTES_APART = {"nixl": 8 << 20}
 """Of those whose calls begin fast: what is copied and checked is in the processor's caches yet when it is sent."""
 TIMED = frozenset({"chain"})
 """Those that are told the deadline too: it is of the calls to all that is behind them, together."""
