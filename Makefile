@@ -9,6 +9,8 @@ STORES_VENVS := .venv-stores
 # Which are tested, and seconds for the tests of each, after which they are ended.
 STORES ?= redis redis-tls chain hf3fs s3 mooncake nixl-posix lmcache aibrix
 STORES_LIMIT ?= 300
+# What builds the documentation's site.
+DOCS_VENV := .venv-docs
 # Where pip finds torch without CUDA, unless an index it already uses has such a build.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Processes that run the tests side by side, one more than there are cores, as tests wait for processes that they start;
@@ -27,7 +29,8 @@ RUN := $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-wide test-reference test-clients test-stores fuzz sanitize lint format docs golden bench lock clean
+.PHONY: help demo wheel test test-wide test-reference test-clients test-stores fuzz sanitize lint format docs site docs-serve golden bench \
+	lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -71,9 +74,18 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources in the house style.
 	@$(RUN)ruff format .
 	@$(RUN)ruff check --fix .
 
-docs: $(VENV)/.stamp-dev  ## Write the generated pages of docs/ again.
+docs: $(VENV)/.stamp-dev  ## Write the generated pages of docs/ again, and the site in build/site.
 	@$(RUN)python -m rootcellar.config > docs/configuration.md
 	@$(RUN)python scripts/draw_figures.py
+	@$(RUN)python scripts/write_llms.py
+	@$(MAKE) --no-print-directory site
+
+site: $(DOCS_VENV)/.stamp  ## Build the documentation's site in build/site.
+	@$(DOCS_VENV)/bin/zensical build --clean
+
+docs-serve: $(DOCS_VENV)/.stamp  ## Show the documentation's site while it is written, on port 8000.
+	@$(DOCS_VENV)/bin/zensical serve
+
 
 golden: $(REFERENCE_VENV)/.stamp  ## Write the golden files of tests/ again, from transformers on torch.
 	@$(REFERENCE_VENV)/bin/python scripts/make_golden.py
@@ -98,7 +110,7 @@ PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --qu
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 clean:  ## Remove everything that can be made again.
-	rm -rf $(VENV) $(REFERENCE_VENV) $(STORES_VENVS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(STORES_VENVS) $(DOCS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- The virtual environments -----------------------------------------------------------------------------------------
@@ -113,6 +125,12 @@ $(VENV)/.stamp: $(BUILD_INPUTS)
 $(VENV)/.stamp-dev: $(VENV)/.stamp requirements/lock.txt
 	@echo "Adding what tests and checks need ..."
 	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/lock.txt
+	@touch $@
+
+# Alone: the site needs nothing of rootcellar.
+$(DOCS_VENV)/.stamp: requirements/docs.txt
+	@$(call create_venv,$(DOCS_VENV))
+	@$(DOCS_VENV)/bin/python $(PIP_INSTALL) -r requirements/docs.txt
 	@touch $@
 
 # Torch and the rest on top of what is in $(VENV), which a path file lends: nothing is installed or compiled twice.

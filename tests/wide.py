@@ -198,6 +198,9 @@ WIDE: dict[str, dict[str, str]] = {
     "test_house.py": {
         "test_the_wheel_builds_with_and_without_a_compiler": "",
     },
+    "test_site.py": {
+        "test_python_of_the_guides_runs": "",
+    },
     "text/test_tokenizer.py": {
         "test_the_pieces_equal_the_whole": "sentencepiece",
     },

@@ -97,6 +97,22 @@ def test_best_effort_waits_for_nothing():
     made.verify()
 
 
+def test_what_is_expected_comes_to_the_host_before_it_is_asked_for():
+    made = world("wait_complete")
+    wish = Request.new("hint", np.asarray([*PROMPT, 1]), SamplingParams(max_new_tokens=1))
+    assert made.prefetcher.bring(wish, made.now)
+    for _ in range(3):
+        made.step()
+        made.land()
+    assert not made.prefetcher.waiting
+    assert made.cache.match(wish.key(len(PROMPT))).reach(Tier.HOST) == 32
+    assert not made.prefetcher.bring(wish, made.now)
+    request = made.add([*PROMPT, 1], 2)
+    made.run()
+    assert request.cached_by_tier["host"] == 32
+    made.verify()
+
+
 def test_a_request_waits_until_its_time_is_over_and_what_comes_later_is_kept():
     made = world("timeout", limit=3.0)
     request = made.add(PROMPT, 4)

@@ -1,4 +1,4 @@
-"""docs/serving.md: each of its curl lines works, and every route is in it."""
+"""The documentation: each curl line of the guides works, and every route is in docs/serving.md."""
 
 import re
 import subprocess
@@ -10,8 +10,11 @@ from rootcellar.server.app import create_app, routers
 from rootcellar.server_config import ServerConfig
 from serving import Server
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^curl .*$", PAGE, re.MULTILINE)
+DOCS = Path(__file__).parents[2] / "docs"
+LINES, *OTHERS = (
+    re.findall(r"^curl .*$", (DOCS / name).read_text(encoding="utf-8"), re.MULTILINE)
+    for name in ("serving.md", "index.md", "agents.md")
+)
 ENDLESS = 28  # curl's status when its time is up
 
 
@@ -21,7 +24,11 @@ def server():
         yield server
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: re.search(r":30000(/[^' ]*)", line)[1])
+@pytest.mark.parametrize(
+    "line",
+    [*LINES, *(line for lines in OTHERS for line in lines)],
+    ids=lambda line: re.search(r":30000(/[^' ]*)", line)[1],
+)
 def test_every_curl_line_works(server, line, tmp_path_factory):
     """In the order of the page: what is released there is resumed there."""
     script = 'curl() { command curl --silent --show-error --fail-with-body "$@"; }\n'

@@ -16,6 +16,7 @@ from rootcellar.engine.build import Weights
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import AnyMover
 from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.hints import Reply
 from rootcellar.engine.output import Deliver, Tracker
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
@@ -171,6 +172,7 @@ class Expire(Command):
         late = Finish.abort("timeout", "timed out: it took longer than request_timeout")
         machine.end_all(machine.roster.late(self.now), late)
         machine.pins.expire(self.now)
+        machine.hints.expire(self.now)
         machine.prefetcher.expire(self.now)
 
 
@@ -187,6 +189,7 @@ class Flush(Command):
         machine.life.flush()
         if machine.scheduler.guesses is not None:
             machine.scheduler.guesses.forget()
+        machine.pins.forget()
         machine.recorder.explainer.forgotten()
 
 
@@ -204,6 +207,23 @@ class Pin(Command):
         """Tokens that are pinned, and the tenant's pins."""
         key = machine.scheduler.key(self.ids, self.namespace)
         return machine.pins.add(self.tenant, key, self.ends, self.share)
+
+
+@dataclass(frozen=True)
+class Hint(Command):
+    """What a tenant says of the future of these tokens. See ``Prefixes.hint``; ``hints`` are checked."""
+
+    ids: tuple[int, ...]
+    namespace: str
+    tenant: str
+    hints: Mapping[str, float]
+    share: float
+    now: float
+
+    def run(self, machine: Machine) -> list[Reply]:
+        """An answer to each."""
+        key = machine.scheduler.key(self.ids, self.namespace)
+        return machine.hints.take(self.tenant, key, self.hints, self.share, self.now)
 
 
 @dataclass(frozen=True)
@@ -339,7 +359,10 @@ class Release(Command):
         """What was given back."""
         if not self.preserve and "kv_cache" in self.tags:
             machine.recorder.explainer.forgotten()
-        return machine.life.release(self.tags, self.preserve, self.clear_compiled)
+        released = machine.life.release(self.tags, self.preserve, self.clear_compiled)
+        if "kv_cache" in self.tags:
+            machine.pins.forget()
+        return released
 
 
 @dataclass(frozen=True)
@@ -350,7 +373,9 @@ class Resume(Command):
 
     def run(self, machine: Machine) -> dict[str, Any]:
         """What was taken."""
-        return machine.life.resume(self.tags)
+        resumed = machine.life.resume(self.tags)
+        machine.pins.forget()  # of what the weights that are read again may not have computed
+        return resumed
 
 
 @dataclass(frozen=True)
@@ -379,7 +404,9 @@ class UpdateWeights(Command):
 
     def run(self, machine: Machine, weights: Weights, reload: Callable[[], Weights] | None) -> tuple[str, list[str]]:
         """The version, and which parameters were copied. ``weights``: those meant; ``reload`` gives them again."""
-        return machine.life.update_weights(weights, self.version, reload)
+        updated = machine.life.update_weights(weights, self.version, reload)
+        machine.pins.forget()
+        return updated
 
 
 def _mover_of(machine: Machine) -> AnyMover:

@@ -5,7 +5,7 @@ Everything is read and changed on the engine's thread, between two steps; ``pins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from rootcellar.cache import Tier, digests
 from rootcellar.engine.build import Parts
-from rootcellar.engine.commands import Pin, Unpin
+from rootcellar.engine.commands import Hint, Pin, Unpin
 from rootcellar.engine.explaining import HOUR
+from rootcellar.engine.hints import check_hints
 from rootcellar.engine.identity import read_namespace, tenant_in
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import RequestError
@@ -133,6 +134,38 @@ class Prefixes:
         ends = self._loop.machine.clock.now() + seconds
         tokens, pins = self._loop.run(Pin(_ids(input_ids), where, tenant, ends, share))
         return {"pinned_tokens": tokens, "prompt_tokens": len(input_ids), "seconds": seconds, "pins": pins}
+
+    def hint(
+        self,
+        input_ids: Sequence[int],
+        hints: Mapping[str, Any],
+        extra_key: str = "",
+        *,
+        cache_salt: str = "",
+        tenant: str = "",
+        share: float = 1.0,
+    ) -> list[dict[str, Any]]:
+        """Say what will become of a prompt, and hear of each hint whether it is granted, clipped, deferred or refused.
+
+        Args:
+            input_ids: the prompt's tokens, as far as is known of it.
+            hints: ``pin`` (seconds: keep it so long), ``retain`` (seconds: the same, but it gives way to requests that
+                find no room, and to the tenant's pins), ``next_turn`` (seconds until its next turn: retained till a
+                little later, or brought from the store before), ``demote`` (true: keep it no longer, and copy it to
+                farther tiers), ``prefetch`` (true: let come to host memory what the store has of it). 0 seconds undo.
+            extra_key, cache_salt, tenant: as for ``Engine.generate``.
+            share: the tenant's pins may hold this part of what pins may hold.
+
+        Returns:
+            ``[{"hint", "answer", "why", "tokens", "seconds"}, ...]``.
+
+        Raises:
+            RequestError: a hint is unknown, or its value wrong.
+        """
+        where = self._read(input_ids, tenant, cache_salt, extra_key)
+        checked, now = check_hints(hints), self._loop.machine.clock.now()
+        replies = self._loop.run(Hint(_ids(input_ids), where, tenant, checked, share, now))
+        return [reply.fields() for reply in replies]
 
     def unpin(self, input_ids: Sequence[int], extra_key: str = "", *, cache_salt: str = "", tenant: str = "") -> bool:
         """Undo the tenant's :meth:`pin` of exactly these tokens; False when there was none."""

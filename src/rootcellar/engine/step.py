@@ -25,6 +25,7 @@ from rootcellar.cache import Reports, digests
 from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
+from rootcellar.engine.hints import Hints
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.pins import Pins
@@ -83,7 +84,7 @@ class Machine:
         life, scheduler, runner: what is computed with.
         roster, trackers: the requests that have not ended.
         places: who may still wait.
-        pins: what is kept for tenants.
+        pins, hints: what is kept for tenants, and what is said of prompts' future.
         prefetcher: what waiting requests want of a store.
         clock, recorder: the time; what was counted, and what happened lately.
         paused: whether nothing is computed until somebody says so.
@@ -122,6 +123,7 @@ class Machine:
         self.pins = Pins(life.scheduler.cache, total_tokens)
         names_of = partial(digests, page_size=life.scheduler.cache.page_size)
         self.prefetcher = prefetcher or Prefetcher(life.scheduler, names_of)
+        self.hints = Hints(life.scheduler, self.pins, self.prefetcher)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
@@ -222,7 +224,7 @@ class Machine:
     @property
     def next_end(self) -> float | None:
         """When something will next be late, if nothing happens before; None: never."""
-        ends = self.roster.next_deadline, self.pins.next_end, self.prefetcher.next_end
+        ends = self.roster.next_deadline, self.pins.next_end, self.prefetcher.next_end, self.hints.next_end
         return min((end for end in ends if end is not None), default=None)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -305,6 +307,7 @@ class Machine:
 
     def _plan(self) -> Plan | None:
         self.recorder.step_begins()
+        self.hints.make_way()
         plan = self.scheduler.plan()
         self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:

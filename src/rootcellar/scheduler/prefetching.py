@@ -101,8 +101,14 @@ class Prefetcher:
         ends = [wish.since + wish.limit for wish in self._wishes.values() if wish.limit < inf]
         return min(ends, default=None)
 
-    def arrived(self, request: Request, now: float) -> None:
-        """A request waits from ``now`` on (seconds of the engine's clock)."""
+    def bring(self, request: Request, now: float) -> bool:
+        """Let come to HOST what the store has of a request that is never run; whether the store is asked."""
+        before = self._serial
+        self.arrived(request, now, waits=False)
+        return self._serial > before
+
+    def arrived(self, request: Request, now: float, *, waits: bool = True) -> None:
+        """A request waits (or somebody else for its prompt) from ``now`` on (seconds of the engine's clock)."""
         rules, cache = self._rules, self._scheduler.cache
         check = None if rules is None else self._check_of(request)
         if request.depends is not None and check is None:
@@ -117,10 +123,10 @@ class Prefetcher:
         if asked is None and known - near < rules.threshold:
             return
         self._serial += 1
-        patient = rules.policy == "wait_complete" and check is None
+        patient = waits and rules.policy == "wait_complete" and check is None
         limit = inf if patient else rules.timeout(len(key) - near)
         self._wishes[self._serial] = wish = _Wish(request, near, now, limit, check=check, asked=self._learned)
-        if rules.policy != "best_effort" or check is not None:
+        if waits and (rules.policy != "best_effort" or check is not None):
             self._scheduler.hold(request)
         if asked is None:
             self._fetch(self._serial, wish, rules)

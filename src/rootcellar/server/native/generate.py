@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +14,8 @@ from rootcellar.server.answer import EventStream, Result, begin, event_of, on_th
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.explaining import explanations, wants_explanation
 from rootcellar.server.fields import IGNORED, REFUSED
+from rootcellar.server.hinting import check as check_hints_of
+from rootcellar.server.hinting import taken
 from rootcellar.server.native.protocol import GenerateRequest
 from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
@@ -40,14 +43,12 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     arguments["input_ids"] = prompts.input_ids
     arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)
     ids = prompts.ids if body.return_prompt_token_ids else None
-    explain = wants_explanation(request, state, body.explain)
+    check_hints_of(body.cache_hints, arguments, n)
+    extras = _Extras(request, state, arguments, wants_explanation(request, state, body.explain), body.cache_hints)
     if body.stream:
         stream = await begin(request, state, **arguments)
-        results_of = stream.results()
-        return EventStream(stream, _events(_explained(request, state, results_of) if explain else results_of, ids, n))
-    results = await whole(request, state, **arguments)
-    if explain:
-        results = await _with_explanations(request, state, results)
+        return EventStream(stream, _events(extras.beside(stream.results()), ids, n))
+    results = [await extras.to(result) for result in await whole(request, state, **arguments)]
     shown = [_shown(result, i // n, ids) for i, result in enumerate(results)]
     content = shown[0] if prompts.one and len(shown) == 1 else shown
     return json_bytes(await written(logprobs_of(results), lambda: dumps(content)))
@@ -58,19 +59,30 @@ def _count(params: dict[str, Any]) -> int:
     return n if isinstance(n, int) else 1  # the engine says what is wrong with another
 
 
-async def _with_explanations(request: Request, state: ServerState, results: list[Result]) -> list[Result]:
-    told = await explanations(request, state, results)
-    return [
-        {**result, "meta_info": {**result["meta_info"], "explanation": each}}
-        for result, each in zip(results, told, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Extras:
+    """What stands in an answer's ``meta_info`` when it has ended, for those who ask for it."""
 
+    request: Request
+    state: ServerState
+    arguments: dict[str, Any]
+    explain: bool
+    hints: dict[str, Any] | None
 
-async def _explained(request: Request, state: ServerState, results: AsyncGenerator[Result]) -> AsyncGenerator[Result]:
-    """The last of each answer's results with its explanation."""
-    async for result in results:
-        ended = result["meta_info"]["finish_reason"] is not None
-        yield (await _with_explanations(request, state, [result]))[0] if ended else result
+    async def to(self, result: Result) -> Result:
+        """``result``, which has ended, with what was asked for."""
+        meta = dict(result["meta_info"])
+        if self.explain:
+            meta["explanation"] = (await explanations(self.request, self.state, [result]))[0]
+        if self.hints is not None:
+            meta["cache_hints"] = await taken(self.request, self.state, self.hints, self.arguments, result)
+        return {**result, "meta_info": meta}
+
+    async def beside(self, results: AsyncGenerator[Result]) -> AsyncGenerator[Result]:
+        """``results`` of a stream, the last of each answer with what was asked for."""
+        async for result in results:
+            ended = result["meta_info"]["finish_reason"] is not None
+            yield await self.to(result) if ended else result
 
 
 async def _events(results: AsyncGenerator[Result], ids: list[list[int]] | None, n: int) -> AsyncGenerator[bytes]:

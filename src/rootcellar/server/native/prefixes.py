@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -61,6 +61,23 @@ class PinRequest(PromptRequest):
 
     ttl: Annotated[float, Field(ge=0, le=10**7, allow_inf_nan=False)] = 3600.0
     compute: bool = True
+
+
+class HintRequest(PromptRequest):
+    """What becomes of a prompt; ``hints`` as for ``Prefixes.hint``."""
+
+    hints: dict[str, Any]
+
+
+@router.post("/cache/hint")
+async def hint(body: HintRequest, request: Request) -> Response:
+    """Say how long to keep a prompt, when it comes next, or that it may go; each hint is answered."""
+    state = state_of(request)
+    ids = await body.tokens(state)
+    caller = caller_of(request)
+    where, share = body.where(caller), state.pinned_share(caller)
+    replies = await on_thread(state.engine.prefixes.hint, ids, body.hints, **where, share=share)
+    return json_response({"prompt_tokens": len(ids), "hints": replies})
 
 
 @router.post("/cache/explain")

@@ -39,6 +39,7 @@ class GenerateRequest(Body):
     storage_checkpoint_dependency: str | None = None
     return_prompt_token_ids: bool | None = False
     explain: bool | None = False
+    cache_hints: dict[str, Any] | None = None
     model: str | None = None
 
     def arguments(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from starlette.responses import Response
 from rootcellar.server.answer import EventStream, Result, Stream, begin, event_of, whole
 from rootcellar.server.errors import json_bytes
 from rootcellar.server.explaining import explanations, wants_explanation
+from rootcellar.server.hinting import check as check_hints_of
+from rootcellar.server.hinting import taken
 from rootcellar.server.openai.choices import Sent, extension, finish, usage
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.protocol import Sampling, StreamOptions
@@ -48,7 +50,8 @@ class OpenAIJob(ABC):
     arguments: dict[str, Any]
     _created: int = field(default_factory=lambda: int(time.time()), init=False)
     _sent: dict[int, Sent] = field(default_factory=dict, init=False)
-    _explained: list[dict[str, Any] | None] | None = field(default=None, init=False)
+    _more: dict[str, Any] = field(default_factory=dict, init=False)
+    """What was asked for of the cache, beside where tokens came from."""
 
     @abstractmethod
     async def choice(self, i: int, result: Result) -> dict[str, Any]:
@@ -64,14 +67,14 @@ class OpenAIJob(ABC):
 
     async def answer(self, request: Request, state: ServerState, body: Sampling) -> Response:
         """Ask the engine, and answer as ``body`` wants it."""
-        explain = wants_explanation(request, state, body.explain)
+        check_hints_of(body.cache_hints, self.arguments, self.n)
+        asked = wants_explanation(request, state, body.explain), body.cache_hints
         if body.stream:
             stream = await begin(request, state, **self.arguments)
-            look = functools.partial(self._look, request, state) if explain else None
+            look = functools.partial(self._look, request, state, *asked) if any(asked) else None
             return EventStream(stream, self._events(stream, body.stream_options or StreamOptions(), look))
         results = await whole(request, state, **self.arguments)
-        if explain:
-            await self._look(request, state, results)
+        await self._look(request, state, *asked, results)
         contents = [await self.choice(i, result) for i, result in enumerate(results)]
 
         def write() -> bytes:
@@ -87,14 +90,19 @@ class OpenAIJob(ABC):
         for choice, result in zip(choices, results, strict=True):
             (choice if self.in_choices else head).update(self.extras.of_prompt(choice["index"] // self.n, result))
 
-    async def _look(self, request: Request, state: ServerState, results: list[Result]) -> None:
-        """Find out why each prompt computed what it did."""
-        self._explained = await explanations(request, state, results[:: self.n])
+    async def _look(
+        self, request: Request, state: ServerState, explain: bool, hints: dict[str, Any] | None, results: list[Result]
+    ) -> None:
+        """Find out why each prompt computed what it did, and take the hints on a conversation."""
+        if explain:
+            self._more["explanations"] = await explanations(request, state, results[:: self.n])
+        if hints is not None:
+            self._more["cache_hints"] = await taken(request, state, hints, self.arguments, results[0])
 
     async def _events(
         self, stream: Stream, options: StreamOptions, look: Callable[[list[Result]], Awaitable[None]] | None
     ) -> AsyncGenerator[bytes]:
-        """The answer in pieces: what is new, then why it ended, then what it used. ``look``: explains, at the end."""
+        """The answer in pieces: what is new, then why it ended, then what it used. ``look``: done at the end."""
         head = self._head(self.event_name)
         newest: dict[int, Result] = {}
         left = self.answers
@@ -132,8 +140,7 @@ class OpenAIJob(ABC):
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def _used(self, results: list[Result]) -> dict[str, Any]:
-        more = {} if self._explained is None else {"explanations": self._explained}
-        return {"usage": usage(results, self.n), "sglext": {**extension(results, self.n), **more}}
+        return {"usage": usage(results, self.n), "sglext": {**extension(results, self.n), **self._more}}
 
     def _choice(self, i: int, content: dict[str, Any], result: Result) -> dict[str, Any]:
         logprobs = None if self.top is None else self.logprobs(i, result, self.top)

@@ -80,6 +80,7 @@ class Sampling(Forms):
     return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
     explain: bool | None = None
+    cache_hints: dict[str, Any] | None = None
     rid: str | None = None
     request_id: str | None = None
     priority: Priority | None = None

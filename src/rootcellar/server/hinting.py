@@ -1,0 +1,35 @@
+"""Hints that a request brings for its own conversation: taken when it ends, and answered beside its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+
+from rootcellar.engine.hints import check_hints
+from rootcellar.server.answer import Result, on_thread
+from rootcellar.server.callers import caller_of
+from rootcellar.server.errors import invalid
+from rootcellar.server.state import ServerState
+
+
+def check(hints: dict[str, Any] | None, arguments: Mapping[str, Any], n: int) -> None:
+    """Refuse hints that are wrong, or of more than one conversation, before anything is computed."""
+    if hints is None:
+        return
+    check_hints(hints)
+    ids = arguments["input_ids"]
+    if n != 1 or (ids and isinstance(ids[0], Sequence)):
+        raise invalid("cache_hints are for one conversation: one prompt and n=1", "cache_hints")
+
+
+async def taken(
+    request: Request, state: ServerState, hints: Mapping[str, Any], arguments: Mapping[str, Any], result: Result
+) -> list[dict[str, Any]]:
+    """The answers to ``hints`` on the prompt of ``arguments`` and its answer."""
+    caller = caller_of(request)
+    tenant = arguments.get("tenant", caller.name)
+    where = {"tenant": tenant, **{name: arguments[name] for name in ("extra_key", "cache_salt")}}
+    ids = [*arguments["input_ids"], *result["output_ids"]]
+    return await on_thread(state.engine.prefixes.hint, ids, hints, **where, share=state.pinned_share(caller))

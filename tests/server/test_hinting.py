@@ -1,0 +1,73 @@
+"""Hints by their route and with requests: each is answered; what is wrong is refused before anything is computed."""
+
+import json
+
+import pytest
+
+TEXT = (
+    "The keeper of the root cellar will ask again about the jars on the third shelf, once the tool has counted them. "
+    * 2
+)
+MESSAGES = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(engine):
+    yield
+    engine.flush_cache()
+    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
+
+
+def test_a_prompt_is_retained_pinned_and_let_go(client, engine):
+    client.post("/generate", json={"text": TEXT, "sampling_params": {"max_new_tokens": 0}})
+
+    def hint(**hints):
+        answer = client.post("/cache/hint", json={"text": TEXT, "hints": hints})
+        assert answer.status_code == 200, answer.text
+        return {each["hint"]: each for each in answer.json()["hints"]}
+
+    told = hint(retain=60, next_turn=5, prefetch=True)
+    assert {name: each["answer"] for name, each in told.items()} == {
+        "retain": "granted", "next_turn": "granted", "prefetch": "granted",
+    }  # fmt: skip
+    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == told["retain"]["tokens"] > 0
+    assert hint(demote=True)["demote"]["answer"] == "granted"
+    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
+    assert hint(pin=0)["pin"]["answer"] == "refused"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_request_brings_its_own(client, path, stream):
+    body = {
+        "/generate": {"text": TEXT, "sampling_params": {"max_new_tokens": 2}},
+        "/v1/completions": {"prompt": TEXT, "max_tokens": 2},
+        "/v1/chat/completions": MESSAGES,
+    }[path]
+    answer = client.post(path, json={**body, "stream": stream, "cache_hints": {"next_turn": 30}})
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    last = events[-1] if stream else answer.json()
+    told = last["meta_info" if path == "/generate" else "sglext"]["cache_hints"]
+    assert [(each["hint"], each["answer"]) for each in told] == [("next_turn", "granted")]
+    assert told[0]["seconds"] == 45
+
+
+@pytest.mark.parametrize(
+    ("hints", "said"),
+    [({"keep": 1}, "known are pin"), ({"pin": "x"}, "a number of seconds"), ({}, "must be an object")],
+)
+def test_what_is_no_hint_is_refused(client, hints, said):
+    for path, body in (
+        ("/cache/hint", {"text": TEXT, "hints": hints}),
+        ("/v1/chat/completions", {**MESSAGES, "cache_hints": hints}),
+    ):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400
+        assert said in answer.json()["error"]["message"]
+
+
+def test_hints_are_for_one_conversation(client):
+    for body in ({"prompt": [TEXT, TEXT]}, {"prompt": TEXT, "n": 2}):
+        answer = client.post("/v1/completions", json={**body, "max_tokens": 1, "cache_hints": {"pin": 1}})
+        assert answer.status_code == 400
+        assert "one conversation" in answer.json()["error"]["message"]
