@@ -31,5 +31,5 @@ async def taken(
     caller = caller_of(request)
     tenant = arguments.get("tenant", caller.name)
     where = {"tenant": tenant, **{name: arguments[name] for name in ("extra_key", "cache_salt")}}
-    ids = [*arguments["input_ids"], *result["output_ids"]]
+    ids = [*arguments["input_ids"], *result["output_ids"][:-1]]  # the newest token was not computed
     return await on_thread(state.engine.prefixes.hint, ids, hints, **where, share=state.pinned_share(caller))
