@@ -12,9 +12,9 @@ MESSAGES = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept(engine):
+def nothing_is_kept(engine, client):
     yield
-    engine.flush_cache()
+    client.post("/flush_cache", params={"timeout": 10})
     assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
 
 
