@@ -31,7 +31,7 @@ _LAST_SECONDS = 3
 # Connections that may wait to be accepted, and those that are accepted in one go. asyncio takes one number for both,
 # and whoever opens hundreds at once would keep the loop from everybody for as long.
 _BACKLOG = 2048
-_ACCEPTED = 8
+_ACCEPTED = 2
 # After which a thread that computes in Python lets another do so. A step asks for its turn a dozen times, and would
 # wait Python's 5 ms each time for whoever reads a large body.
 _SWITCH_SECONDS = 0.0005
