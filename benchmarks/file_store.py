@@ -1,11 +1,13 @@
 """The file store against what its medium gives: the same bytes in the same sizes, in one run.
 
-    .venv/bin/python benchmarks/file_store.py [--path FOLDER] [--mib 128] [--rounds 3] [--json]
+    .venv/bin/python benchmarks/file_store.py [--path FOLDER] [--mib 128] [--rounds 5] [--ways buffered] [--json]
 
 For each size of an image, buffered, buffered and on the medium (fdatasync), and direct (O_DIRECT): GB/s of `put` and
-`get`, of plain pwrite and pread of one file that is there already, one call an image, and of memcpy. Best of the
-rounds, in which all take turns. `put` overwrites the pages of the round before, as a full store does. Whatever is read
-has been written shortly before, so buffered reads come from the system's cache. `dd` of the same bytes is shown beside.
+`get`, of plain pwrite and pread of one file that is there already, one call an image, and of memcpy. Medians of the
+rounds, in which all take turns; `of write` and `of read` are medians of each round's own ratio, with --cpu of the
+processor's time, which a busy machine changes little (and which says nothing of a medium that is waited for). `put`
+overwrites the pages of the round before, as a full store does. Whatever is read has been written shortly before, so
+buffered reads come from the system's cache. `dd` of the same bytes is shown beside.
 """
 
 import argparse
@@ -13,10 +15,13 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +31,7 @@ from rootcellar.tiers.stores.file import FileStore
 from rootcellar.tiers.stores.file_settings import FileSettings
 
 KIB = 1024
-SIZES = (36 * KIB, 144 * KIB, 512 * KIB, 590 * KIB, 1024 * KIB, 2048 * KIB)
+SIZES = (36, 144, 512, 590, 1024, 2048)
 BATCH = 32
 """Images of one call of the store."""
 
@@ -35,29 +40,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, help="Where to write (default: a temporary folder).")
     parser.add_argument("--mib", type=int, default=128, help="MiB of each pass.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=["buffered", "fdatasync", "direct"])
+    parser.add_argument("--kib", nargs="+", type=int, default=SIZES, help="Sizes of an image.")
+    parser.add_argument("--cpu", action="store_true", help="Seconds of the processor instead of the clock's.")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if not args.json:
+        print(f"{'way':<10} {'KiB':>5} {'memcpy':>7} {'write':>7} {'dd':>7} {'put':>7} {'of write':>9} ", end="")
+        print(f"{'read':>7} {'get':>7} {'of read':>8}   (GB/s)")
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=args.path) as folder:
-        rows = [
-            measure(Path(folder), size, way, args.mib << 20, args.rounds)
-            for way in ("buffered", "fdatasync", "direct")
-            for size in SIZES
-        ]
+        for way in args.ways:
+            for kib in args.kib:
+                rows.append(r := measure(Path(folder), kib * KIB, way, args.mib << 20, args.rounds, args.cpu))
+                if not args.json:
+                    print(
+                        f"{r['way']:<10} {r['kib']:>5} {r['memcpy']:>7.2f} {r['write']:>7.2f} {r['dd']:>7.2f} ", end=""
+                    )
+                    print(f"{r['put']:>7.2f} {r['of write']:>8.0%}  {r['read']:>7.2f} {r['get']:>7.2f} ", end="")
+                    print(f"{r['of read']:>7.0%}", flush=True)
     if args.json:
         print(json.dumps(rows))
-        return
-    print(f"{'way':<10} {'KiB':>5} {'memcpy':>7} {'write':>7} {'dd':>7} {'put':>7} {'of write':>9} ", end="")
-    print(f"{'read':>7} {'get':>7} {'of read':>8}   (GB/s)")
-    for r in rows:
-        print(f"{r['way']:<10} {r['kib']:>5} {r['memcpy']:>7.2f} {r['write']:>7.2f} {r['dd']:>7.2f} ", end="")
-        print(f"{r['put']:>7.2f} {r['put'] / r['write']:>8.0%}  {r['read']:>7.2f} {r['get']:>7.2f} ", end="")
-        print(f"{r['get'] / r['read']:>7.0%}")
 
 
-def measure(folder: Path, size: int, way: str, nbytes: int, rounds: int) -> dict[str, object]:
-    """GB/s of each way to move ``nbytes`` in images of ``size``."""
+def measure(folder: Path, size: int, way: str, nbytes: int, rounds: int, cpu: bool) -> dict[str, object]:
+    """GB/s, by the clock or of ``cpu`` time, of each way to move ``nbytes`` in images of ``size``."""
     count = nbytes // size
+    clock = process_seconds if cpu else time.perf_counter
     memory = np.frombuffer(mmap.mmap(-1, count * size), np.uint8)
     memory[:] = np.frombuffer(np.random.default_rng(0).bytes(count * size), np.uint8)
     other = np.frombuffer(mmap.mmap(-1, count * size), np.uint8)
@@ -108,16 +118,15 @@ def measure(folder: Path, size: int, way: str, nbytes: int, rounds: int) -> dict
         for view, image in zip(into, images, strict=True):
             view[:] = image
 
-    best: dict[str, float] = {}
+    seen: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):  # the first only makes the files
         calls: dict[str, Callable[[], None]] = {"memcpy": memcpy, "write": write, "dd": dd}
         calls |= {"put": lambda turn=turn: put(turn), "read": read, "get": lambda turn=turn: get(turn)}
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             call()
-            seconds = time.perf_counter() - began
             if turn:
-                best[name] = max(best.get(name, 0.0), count * size / seconds / 1e9)
+                seen[name].append(count * size / (clock() - began) / 1e9)
         assert all(store.has([_name(turn, i) for i in range(count)])), "the store is too small for this"
         assert (other == memory).all()
     store.close()
@@ -126,7 +135,15 @@ def measure(folder: Path, size: int, way: str, nbytes: int, rounds: int) -> dict
     shutil.rmtree(path)
     for name in ("plain", "dd"):
         (folder / name).unlink()
-    return {"way": way, "kib": size // KIB, **best}
+    for ratio, (ours, plain) in {"of write": ("put", "write"), "of read": ("get", "read")}.items():
+        seen[ratio] = [a / b for a, b in zip(seen[ours], seen[plain], strict=True)]
+    return {"way": way, "kib": size // KIB, **{name: statistics.median(each) for name, each in seen.items()}}
+
+
+def process_seconds() -> float:
+    """The processor's time of this process and of those that it waited for."""
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + others.ru_utime + others.ru_stime
 
 
 def _name(turn: int, i: int) -> bytes:

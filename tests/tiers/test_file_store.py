@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -160,6 +161,7 @@ def test_files_of_another_identity_are_unknown_and_make_room(path):
 
 
 def test_a_full_disk_is_no_room(path, monkeypatch):
+    monkeypatch.setattr(slotio, "NATIVE", False)
     store = file_store(path)
 
     def full(*_):
@@ -178,6 +180,7 @@ def test_a_full_disk_is_no_room(path, monkeypatch):
 
 
 def test_a_medium_that_fails_is_an_error_and_nothing_is_findable(path, monkeypatch):
+    monkeypatch.setattr(slotio, "NATIVE", False)
     store = file_store(path)
     put(store, [1])
 
@@ -205,12 +208,72 @@ def test_reads_and_writes_that_end_early_go_on(path, monkeypatch, most):
     def cut(views):
         return [memoryview(views[0])[:most]]
 
+    monkeypatch.setattr(slotio, "NATIVE", False)
     store = file_store(path)
     monkeypatch.setattr(os, "pwritev", lambda fd, views, at: pwrite(fd, cut(views), at))
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: pread(fd, cut(views), at))
     assert put(store, [1, 2]) == [True, True]
     assert get(store, 1)
     assert store.get([name(1), name(2)], [room(), room()]) == [True, True]
+
+
+@pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("vectors", ["", "plain"])
+def test_native_transfers_do_what_those_of_python_do(tmp_path, direct, vectors):
+    """Images of lengths around those of stripes, blocks and pieces, of which one reads what the other wrote."""
+    slow = slotio.UnbufferedByPython() if direct else slotio.BufferedByPython()
+    fast = slotio.Native(slow, direct, vectors)
+    fd = os.open(tmp_path / "slots", os.O_RDWR | os.O_CREAT | slow.flags)
+    around = [n + d for n in (1024, 4096, 12_288, slotio.READ_PIECE, slotio.WRITE_PIECE) for d in (-65, -64, -1, 0, 1)]
+    for turn, size in enumerate([240, 241, 255, *around]):
+        count = 1 + turn % 3
+        stride = slotio.round_up(size)
+        given = [memoryview(bytes(image(turn + i, size + turn % 40)))[turn % 40 :] for i in range(count)]
+        seeds = [segment.seed_of(name(turn + i), size) for i in range(count)]
+        for writes, reads in ((fast, slow), (slow, fast)):
+            os.ftruncate(fd, 0)
+            into = [memoryview(bytearray(size + turn % 33))[turn % 33 :] for _ in given]
+            sums = writes.write(fd, 8192, stride, slotio.Run(0, given, seeds, range(count)))
+            assert os.fstat(fd).st_size == 8192 + count * stride
+            run = slotio.Run(0, into, seeds, range(count))
+            assert (reads.read(fd, 8192, stride, run), into) == (sums, given)
+            os.ftruncate(fd, 8192 + (count - 1) * stride)
+            assert [*reads.read(fd, 8192, stride, run)] == [*sums[:-1], None]
+    os.close(fd)
+
+
+@pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
+@pytest.mark.parametrize("direct", [False, True])
+def test_native_transfers_that_fail_are_errors(tmp_path, direct):
+    fast = slotio.medium(direct)
+    run = slotio.Run(0, [room()], [1], [0])
+    for flags, call in ((os.O_RDONLY, fast.write), (os.O_WRONLY, fast.read)):
+        fd = os.open(tmp_path / "slots", flags | os.O_CREAT, 0o600)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            call(fd, 0, 8192, run)
+        os.close(fd)
+
+
+def test_a_crew_does_each_job_once_and_waits_for_its_own_only():
+    crew = slotio.Crew(2, "crew")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hang(job):
+        inside.set()
+        assert go_on.wait(30)
+
+    held = threading.Thread(target=crew.each, args=(hang, [0, 1, 2]))
+    held.start()
+    assert inside.wait(30)
+    done = []
+    crew.each(done.append, range(50))  # while its threads are with the others
+    assert sorted(done) == list(range(50))
+    go_on.set()
+    held.join(30)
+    crew.each(done.append, range(50, 60))
+    assert sorted(done) == list(range(60))
+    crew.close()
 
 
 # --- what is not whole ------------------------------------------------------------------------------------------------
@@ -222,7 +285,7 @@ def test_a_flipped_bit_is_a_miss(path, where):
     put(store, [1, 2])
     store.close()
     file = only_file(path)
-    slot = int(segment.Segment.open(file, slotio.Buffered(), writable=False).valid()[0])
+    slot = int(segment.Segment.open(file, slotio.medium(direct=False), writable=False).valid()[0])
     entry = segment.BLOCK + slot * segment.ENTRY.itemsize
     at = {"image": head_of(file).first_slot + slot * 8192 + 4321, "name": entry + 5}
     at |= {"checksum": entry + 33, "length": entry + 56}
@@ -383,16 +446,19 @@ PAGES = st.integers(0, 59)
 class AgainstDict(RuleBasedStateMachine):
     """Nothing is evicted here, so the store is a dict, whatever happens to its process."""
 
-    @initialize(direct=st.booleans())
-    def begin(self, direct):
+    @initialize(direct=st.booleans(), native=st.booleans())
+    def begin(self, direct, native):
         import tempfile
 
         self.folder = tempfile.TemporaryDirectory()
+        self.native = slotio.NATIVE and native
         self.direct, self.model = direct, {}
         self.open()
 
     def open(self):
-        self.store = file_store(Path(self.folder.name), direct=self.direct, max_size=64 * MIB)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(slotio, "NATIVE", self.native)
+            self.store = file_store(Path(self.folder.name), direct=self.direct, max_size=64 * MIB)
 
     @rule(pages=st.lists(PAGES, max_size=12), size=st.sampled_from(SIZES))
     def put(self, pages, size):

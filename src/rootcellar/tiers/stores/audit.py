@@ -13,7 +13,7 @@ import numpy as np
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.stores.folder import lock
 from rootcellar.tiers.stores.segment import SUFFIX, Segment, UnreadableSegment, seed_of
-from rootcellar.tiers.stores.slotio import Buffered, Run
+from rootcellar.tiers.stores.slotio import Run, medium
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def damages(folder: Path, mend: bool = False) -> Iterator[Damage | int]:
     with _writing(folder) if mend else _reading(folder):
         for path in _files(folder):
             try:
-                segment = Segment.open(path, Buffered(), writable=mend)
+                segment = Segment.open(path, medium(direct=False), writable=mend)
             except FileNotFoundError:
                 continue
             except (OSError, UnreadableSegment) as error:
@@ -84,7 +84,7 @@ def prune(folder: Path, max_size: int | None, older_than: float | None) -> tuple
         rest: list[tuple[int, Path, int, int]] = []
         for path in _files(folder):
             try:
-                segment = Segment.open(path, Buffered(), writable=True)
+                segment = Segment.open(path, medium(direct=False), writable=True)
             except (OSError, UnreadableSegment):
                 rest.append((path.stat().st_mtime_ns, path, path.stat().st_size, 0))
                 continue
@@ -132,7 +132,7 @@ def _reading(_folder: Path) -> Iterator[None]:
 def _holding(path: Path) -> Holding:
     size = path.stat().st_size
     try:
-        segment = Segment.open(path, Buffered(), writable=False)
+        segment = Segment.open(path, medium(direct=False), writable=False)
     except (OSError, UnreadableSegment) as error:
         return Holding(path, "", 0, 0, 0, 0, size, None, None, str(error))
     head, slots = segment.head, segment.valid()
@@ -171,7 +171,7 @@ def _damages(segment: Segment, mend: bool) -> Iterator[Damage | int]:
 
 def _wrong(segment: Segment, slot: int, name: bytes, buffer: memoryview) -> str:
     length, checksum = int(segment.entries["length"][slot]), int(segment.entries["checksum"][slot])
-    run = Run(slot, [buffer[:length]], [seed_of(name, length)])
+    run = Run(slot, [buffer[:length]], [seed_of(name, length)], [slot])
     try:
         (found,) = segment.medium.read(segment.images, segment.offset(slot), segment.head.slot_bytes, run)
     except OSError as error:

@@ -24,7 +24,7 @@ from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.file_settings import FileSettings, read_settings
 from rootcellar.tiers.stores.index import Index, Page, Slot
 from rootcellar.tiers.stores.segment import Segment, seed_of
-from rootcellar.tiers.stores.slotio import Buffered, Unbuffered, runs
+from rootcellar.tiers.stores.slotio import Crew, Run, medium, runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,9 @@ class FileStore:
     def __init__(self, settings: FileSettings, now: Callable[[], float] = time.time) -> None:
         """Open the folder; ``now``: seconds since 1970. Raises ``ConfigError``: it cannot be used, or is written in."""
         self.settings = settings
-        self._medium = Unbuffered() if settings.direct else Buffered()
+        self._medium = medium(settings.direct)
         self._index = Index(settings, self._medium, now)
+        self._crew = Crew(self._medium.in_flight - 1, "rootcellar-file-store")
         self._lock = threading.Lock()
         """Of the index; images are read and written without it."""
         self._putting = threading.Lock()
@@ -79,15 +80,12 @@ class FileStore:
                 if page is not None:
                     wanted[page.segment].append((page.slot, i, page))
             self._index.enter(wanted)
-        whole: dict[int, bool] = {}
+        sums: dict[int, int | None] = {}
         errors: list[OSError] = []
+        whole: dict[int, bool] = {}
         try:
-            for segment, rows in wanted.items():
-                rows.sort()
-                order = [i for _, i, _ in rows]
-                seeds = [seed_of(names[i], len(views[i])) for i in order]
-                sums = self._read(segment, [slot for slot, _, _ in rows], [views[i] for i in order], seeds, errors)
-                whole.update((i, page.checksum == found) for (_, i, page), found in zip(rows, sums, strict=True))
+            self._read(wanted, names, views, sums, errors)
+            whole = {i: sums[i] == page.checksum for rows in wanted.values() for _, i, page in rows if i in sums}
         finally:
             with self._lock:
                 self._index.leave(wanted)
@@ -145,6 +143,7 @@ class FileStore:
                 return
             self._closed = True
             self._index.close()
+            self._crew.close()
 
     def usage(self) -> Usage:
         """What it holds and has done."""
@@ -161,44 +160,71 @@ class FileStore:
 
     def _read(
         self,
-        segment: Segment,
-        slots: Sequence[int],
+        wanted: Mapping[Segment, list[tuple[int, int, Page]]],
+        names: Sequence[bytes],
         views: Sequence[memoryview],
-        seeds: Sequence[int],
+        sums: dict[int, int | None],
         errors: list[OSError],
-    ) -> list[int | None]:
-        """Fill the views from slots, ascending. Checksums; None where a read failed, its error then in ``errors``."""
-        sums: list[int | None] = []
-        for run in runs(slots, views, seeds, self._medium.read_piece):
+    ) -> None:
+        """Fill the views from what is ``wanted``: slot, index, page. ``sums`` gets the checksums; where a read failed,
+        None, and ``errors`` its error.
+        """
+
+        def read(job: tuple[Segment, Run]) -> None:
+            segment, run = job
             try:
-                sums += self._medium.read(segment.images, segment.offset(run.slot), segment.head.slot_bytes, run)
+                found = self._medium.read(segment.images, segment.offset(run.slot), segment.head.slot_bytes, run)
             except OSError as error:
                 errors.append(error)
-                sums += [None] * len(run.views)
-        return sums
+                found = [None] * len(run.rows)
+            sums.update(zip(run.rows, found, strict=True))
+
+        slots = {segment: sorted((slot, i) for slot, i, _ in rows) for segment, rows in wanted.items()}
+        self._crew.each(read, _jobs(slots, names, views, self._medium.run))
 
     def _write(
         self, places: Mapping[int, Slot], names: Sequence[bytes], views: Sequence[memoryview], written: dict[int, int]
     ) -> None:
-        """Write images to their places, ascending within a file; ``written`` gets the checksums of those that were."""
-        by_file: dict[Segment, list[int]] = defaultdict(list)
-        for i, (segment, _) in places.items():
-            by_file[segment].append(i)
-        for segment, order in by_file.items():
-            slots = [places[i][1] for i in order]
-            seeds = [seed_of(names[i], len(views[i])) for i in order]
-            start = 0
-            for run in runs(slots, [views[i] for i in order], seeds, self._medium.write_piece):
-                at, stride = segment.offset(run.slot), segment.head.slot_bytes
-                sums = self._medium.write(segment.images, at, stride, run)
-                written.update(zip(order[start : start + len(sums)], sums, strict=True))
-                start += len(sums)
+        """Write images to their places, ascending within a file; ``written`` gets the checksums of those that were.
+
+        Raises ``OSError``: some could not be.
+        """
+        errors: list[OSError] = []
+
+        def write(job: tuple[Segment, Run]) -> None:
+            segment, run = job
+            try:
+                if not errors:
+                    sums = self._medium.write(segment.images, segment.offset(run.slot), segment.head.slot_bytes, run)
+                    written.update(zip(run.rows, sums, strict=True))
+            except OSError as error:
+                errors.append(error)
+
+        slots: dict[Segment, list[tuple[int, int]]] = defaultdict(list)
+        for i, (segment, slot) in places.items():
+            slots[segment].append((slot, i))
+        self._crew.each(write, _jobs(slots, names, views, self._medium.run))
+        if errors:
+            raise errors[0]
 
     def _sync(self, places: Mapping[int, Slot]) -> None:
         """Wait for images and entries at once: an entry whose image a power cut lost has another checksum."""
         if self.settings.fsync:
             for segment in _segments_of(places):
                 segment.sync()
+
+
+def _jobs(
+    slots: Mapping[Segment, Sequence[tuple[int, int]]], names: Sequence[bytes], views: Sequence[memoryview], piece: int
+) -> list[tuple[Segment, Run]]:
+    """Transfers: of each file slots, ascending, with indices into ``names`` and ``views``."""
+    jobs: list[tuple[Segment, Run]] = []
+    for segment, pairs in slots.items():
+        rows = [i for _, i in pairs]
+        seeds = [seed_of(names[i], len(views[i])) for i in rows]
+        some = runs([slot for slot, _ in pairs], [views[i] for i in rows], seeds, rows, segment.head.slot_bytes, piece)
+        jobs += [(segment, run) for run in some]
+    return jobs
 
 
 def _segments_of(places: Mapping[int, Slot]) -> set[Segment]:

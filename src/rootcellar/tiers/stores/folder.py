@@ -18,11 +18,11 @@ from pathlib import Path
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.stores.segment import SUFFIX, Head, Segment, UnreadableSegment, slots_within
-from rootcellar.tiers.stores.slotio import Buffered, Unbuffered
+from rootcellar.tiers.stores.slotio import Medium
 
 _FEW = 64
 """Files that a full store has, about: each is open all the time."""
-_SMALLEST, _LARGEST = 1 << 20, 1 << 36
+_SMALLEST, _USUAL, _LARGEST = 1 << 20, 1 << 26, 1 << 36
 _TICK = 10**9
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Stranger:
 class Folder:
     """The files below ``path``. The store that holds it locks."""
 
-    def __init__(self, path: Path, identity: str, medium: Buffered | Unbuffered, writable: bool) -> None:
+    def __init__(self, path: Path, identity: str, medium: Medium, writable: bool) -> None:
         """Open all files of ``identity``. Raises ``ConfigError``: no such folder, or somebody else writes in it."""
         self.path = path
         self.identity = identity
@@ -145,7 +145,7 @@ def last_used(file: Segment | Stranger) -> int:
 
 def usual_file_bytes(room: int) -> int:
     """How large a file should be in a store of ``room`` bytes."""
-    return min(max(room // _FEW, _SMALLEST), _LARGEST)
+    return min(max(room // _FEW, min(room // 8, _USUAL), _SMALLEST), _LARGEST)
 
 
 def _require(path: Path, flags: int) -> None:

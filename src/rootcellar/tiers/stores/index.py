@@ -17,7 +17,7 @@ import numpy as np
 from rootcellar.tiers.stores.file_settings import FileSettings
 from rootcellar.tiers.stores.folder import Folder, Stranger, last_used, usual_file_bytes
 from rootcellar.tiers.stores.segment import ENTRY, Segment
-from rootcellar.tiers.stores.slotio import BLOCK, Buffered, Unbuffered, round_up
+from rootcellar.tiers.stores.slotio import BLOCK, Medium, round_up
 
 _STAMPS = 256
 """Uses of pages after which the times are written down: a killed process forgets as many."""
@@ -50,7 +50,7 @@ class SizeClass:
 class Index:
     """All pages of a folder that are of one identity."""
 
-    def __init__(self, settings: FileSettings, medium: Buffered | Unbuffered, now: Callable[[], float]) -> None:
+    def __init__(self, settings: FileSettings, medium: Medium, now: Callable[[], float]) -> None:
         """Open the folder. Raises ``ConfigError``: it cannot be used, or another process writes in it."""
         self.evicted = self.damaged = 0
         self._settings = settings
@@ -300,7 +300,7 @@ class Index:
         for segment, gone in emptied.items():
             self.evicted += len(gone)
             segment.clear(sorted(gone))
-        slots.sort(key=lambda slot: (slot[0].path, slot[1]))
+        slots.sort(key=lambda slot: (slot[0].path.name, slot[1]))
         return dict(zip(group, slots, strict=False))
 
     def _free(self, sized: SizeClass, page: Page) -> None:
@@ -312,7 +312,9 @@ class Index:
         usual = max(self._file_bytes, 4 * size)
         least = usual // 4 if sized.pages else size + 3 * BLOCK
         while True:
-            left = min(self._room - self._folder.file_bytes, self._folder.free_bytes() - self._settings.min_free_space)
+            left = self._room - self._folder.file_bytes
+            if left >= least:  # else there is no need to ask the file system, which takes its time
+                left = min(left, self._folder.free_bytes() - self._settings.min_free_space)
             if left >= least:
                 segment = self._folder.create(size, min(usual, left))
                 if segment is not None:

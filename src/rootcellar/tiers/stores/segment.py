@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from rootcellar.tiers.stores.slotio import BLOCK, Buffered, Unbuffered, round_up
+from rootcellar.tiers.stores.slotio import BLOCK, Medium, round_up
 
 FORMAT = 1
 """Of files. What is written under one format is never read under another."""
@@ -72,7 +72,7 @@ def seed_of(name: bytes, length: int) -> int:
 class Segment:
     """An open file. Nothing here is locked; whoever holds it does that."""
 
-    def __init__(self, path: Path, head: Head, fd: int, medium: Buffered | Unbuffered, writable: bool = True) -> None:
+    def __init__(self, path: Path, head: Head, fd: int, medium: Medium, writable: bool = True) -> None:
         """Of an open ``fd``; see :meth:`create` and :meth:`open`."""
         self.path = path
         self.head = head
@@ -90,7 +90,7 @@ class Segment:
         """The file descriptor to read and write slots with."""
 
     @classmethod
-    def create(cls, path: Path, head: Head, medium: Buffered | Unbuffered) -> Segment:
+    def create(cls, path: Path, head: Head, medium: Medium) -> Segment:
         """A new file with all its room. Raises ``OSError``: there is no such room (and then no such file)."""
         fresh = path.with_suffix(".new")
         fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -107,7 +107,7 @@ class Segment:
         return segment
 
     @classmethod
-    def open(cls, path: Path, medium: Buffered | Unbuffered, writable: bool) -> Segment:
+    def open(cls, path: Path, medium: Medium, writable: bool) -> Segment:
         """Open a file. Raises ``OSError``, or ``UnreadableSegment`` when it is not one of this format."""
         fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
@@ -183,10 +183,10 @@ class Segment:
         os.close(self._fd)
 
     def _replace(self, slots: Sequence[int], entries: Entries) -> None:
-        self.entries[list(slots)] = entries
         start = 0
         for i in range(1, len(slots) + 1):
             if i == len(slots) or slots[i] != slots[i - 1] + 1:
+                self.entries[slots[start] : slots[i - 1] + 1] = entries[start:i] if entries.shape else entries
                 self._write_entries(slots[start], slots[i - 1] + 1)
                 start = i
         self._changes = (self._changes + 1) % (1 << 64)

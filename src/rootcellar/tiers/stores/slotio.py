@@ -1,10 +1,12 @@
 """Images between memory and slots of a file, with their checksums: buffered or direct, several slots at a time.
 
 Slots are ``stride`` bytes apart, a multiple of ``BLOCK``, and begin at multiples of it, so writing one never makes the
-system read what it overwrites. A checksum is computed once the bytes were copied, while they are in the processor's
-caches (XXH3 takes 15 GB/s there and 10 from memory), so buffered transfers go in pieces: ``READ_PIECE`` fits the near
-ones, ``WRITE_PIECE`` the last, since each write costs the system time of its own. Others (``O_DIRECT``) go past
-its cache: the longer a piece, the better; memory that is not aligned for them is copied once more.
+system read what it overwrites. Each medium is here twice, with the same results. C++ (``native/slots.cc``) passes over
+memory once less: it sums up what it copies while it is in the near caches of the processor, and Python's lock is free
+meanwhile. ``ByPython`` is slow and plain, and does the work where that was not built, and of the smallest images.
+
+Direct transfers (``O_DIRECT``) go past the system's cache: the longer a piece, the better. Several pieces of a call are
+under way at once.
 """
 
 from __future__ import annotations
@@ -13,20 +15,38 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import xxhash
 
+NATIVE = os.environ.get("ROOTCELLAR_NO_NATIVE") != "1" and find_spec("rootcellar.tiers._slots") is not None
+"""Whether C++ does the work."""
+if TYPE_CHECKING or NATIVE:
+    from rootcellar.tiers import _slots
+
 BLOCK = 4096
 """Bytes: what direct transfers are aligned to, and pages of the system's cache."""
 READ_PIECE = 1 << 18
-WRITE_PIECE = 1 << 21
-DIRECT_PIECE = 1 << 23
+"""Of a buffered read: what fits into a core's own cache, and costs little beside the system call."""
+WRITE_PIECE = 1 << 19
+DIRECT_PIECE = 1 << 22
+RUN = 1 << 23
+"""Bytes of images that are handed to C++ at once, about."""
+COPIES, DIRECT = 2, 4
+"""Transfers of one call that are under way at once. Buffered ones are copies: each keeps a processor busy."""
 _MOST_IMAGES = 256
 """Of a run: two parts each, and a system call takes 1,024 at most."""
+_SHORTEST = 241
+"""Bytes of an image that C++ sums up."""
 _ZEROS = bytes(BLOCK)
+_T = TypeVar("_T")
 
 
 def round_up(nbytes: int) -> int:
@@ -36,53 +56,121 @@ def round_up(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Images in adjacent slots: ``views[i]``, bytes, lies in slot ``slot + i``; ``seeds[i]`` begins its checksum."""
+    """Images in adjacent slots: ``views[i]``, bytes, lies in slot ``slot + i``; ``seeds[i]`` begins its checksum.
+
+    ``rows[i]``: what whoever asks calls it.
+    """
 
     slot: int
     views: Sequence[memoryview]
     seeds: Sequence[int]
+    rows: Sequence[int]
 
 
-def runs(slots: Sequence[int], views: Sequence[memoryview], seeds: Sequence[int], piece: int) -> list[Run]:
+def runs(
+    slots: Sequence[int],
+    views: Sequence[memoryview],
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    stride: int,
+    piece: int,
+) -> list[Run]:
     """Images in ascending ``slots`` as runs of at most ``piece`` bytes, or of one image."""
-    found: list[Run] = []
-    start = size = 0
-    for i in range(len(slots) + 1):
-        full = i < len(slots) and (size + len(views[i]) > piece or i - start == _MOST_IMAGES)
-        if i > start and (i == len(slots) or slots[i] != slots[i - 1] + 1 or full):
-            found.append(Run(slots[start], views[start:i], seeds[start:i]))
-            start, size = i, 0
-        if i < len(slots):
-            size += len(views[i])
-    return found
+    most = max(1, min(piece // stride, _MOST_IMAGES))
+    cuts = [0]
+    for i in range(1, len(slots)):
+        if slots[i] != slots[i - 1] + 1 or i - cuts[-1] == most:
+            cuts.append(i)
+    cuts.append(len(slots))
+    return [Run(slots[i], views[i:j], seeds[i:j], rows[i:j]) for i, j in pairwise(cuts) if j > i]
 
 
-class Buffered:
-    """Transfers through the system's cache."""
+class Medium(Protocol):
+    """How images get into a file and back."""
 
-    read_piece, write_piece = READ_PIECE, WRITE_PIECE
-    flags = 0
+    @property
+    def flags(self) -> int:
+        """To open the file with, beside the usual ones."""
+        ...
+
+    @property
+    def run(self) -> int:
+        """Bytes of a run, at most."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """How many runs of one call are transferred at once."""
+        ...
 
     def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
         """Fill the views from the slots, the first of which begins at byte ``at``.
 
-        Returns their checksums; None where the file ends before. Raises ``OSError``.
+        Returns their checksums; None where the file ends before. Raises ``OSError``: nothing could be read.
         """
+        ...
+
+    def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
+        """Write the views into the slots, the first of which begins at byte ``at``; returns their checksums.
+
+        Raises ``OSError``.
+        """
+        ...
+
+
+def medium(direct: bool) -> Medium:
+    """The fastest there is here."""
+    slow = UnbufferedByPython() if direct else BufferedByPython()
+    return Native(slow, direct) if NATIVE else slow
+
+
+class Native:
+    """Transfers by C++."""
+
+    run = RUN
+
+    def __init__(self, slow: Medium, direct: bool, vectors: str = "") -> None:
+        """``slow``: what transfers images that are too small. ``vectors``: by name, for tests."""
+        self.flags, self.in_flight = slow.flags, slow.in_flight
+        self._slow, self._direct, self._vectors = slow, direct, vectors
+
+    def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
+        """See ``Medium``."""
+        if len(run.views[0]) < _SHORTEST:  # of one stride all are, or none
+            return self._slow.read(fd, at, stride, run)
+        piece = DIRECT_PIECE if self._direct else READ_PIECE
+        return _slots.read(fd, at, stride, list(run.views), run.seeds, piece, self._vectors)
+
+    def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
+        """See ``Medium``."""
+        if len(run.views[0]) < _SHORTEST:
+            return self._slow.write(fd, at, stride, run)
+        piece = DIRECT_PIECE if self._direct else WRITE_PIECE
+        return _slots.write(fd, at, stride, list(run.views), run.seeds, piece, self._direct, self._vectors)
+
+
+class BufferedByPython:
+    """Transfers through the system's cache."""
+
+    run = WRITE_PIECE
+    flags = 0
+    in_flight = min(COPIES, os.cpu_count() or 1)
+
+    def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
+        """See ``Medium``."""
         if len(run.views) > 1:
-            gap = memoryview(bytearray(BLOCK))
-            parts = [part for view in run.views for part in (view, gap[: stride - len(view)])][:-1]
-            if os.preadv(fd, parts, at) == sum(map(len, parts)):
-                pairs = zip(run.views, run.seeds, strict=True)
-                return [xxhash.xxh3_64_intdigest(view, seed) for view, seed in pairs]
+            parts = _with_gaps(run.views, stride, memoryview(bytearray(BLOCK)))[:-1]
+            if os.preadv(fd, parts, at) == (len(run.views) - 1) * stride + len(run.views[-1]):
+                return [*map(xxhash.xxh3_64_intdigest, run.views, run.seeds)]
         triples = enumerate(zip(run.views, run.seeds, strict=True))
         return [_read_one(fd, at + i * stride, view, seed) for i, (view, seed) in triples]
 
     def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
-        """Write the views into the slots, the first of which begins at byte ``at``; returns their checksums."""
+        """See ``Medium``."""
         if len(run.views) == 1 and len(run.views[0]) > WRITE_PIECE:
             return [_write_one(fd, at, stride, run.views[0], run.seeds[0])]
-        _write_all(fd, at, [part for view in run.views for part in (view, _ZEROS[: stride - len(view)])])
-        return [xxhash.xxh3_64_intdigest(view, seed) for view, seed in zip(run.views, run.seeds, strict=True)]
+        _write_all(fd, at, _with_gaps(run.views, stride, memoryview(_ZEROS)))
+        return [*map(xxhash.xxh3_64_intdigest, run.views, run.seeds)]
 
 
 class _Bounce(threading.local):
@@ -91,17 +179,18 @@ class _Bounce(threading.local):
     memory = memoryview(b"")
 
 
-class Unbuffered:
+class UnbufferedByPython:
     """Transfers past the system's cache."""
 
-    read_piece = write_piece = DIRECT_PIECE
+    run = DIRECT_PIECE
     flags = os.O_DIRECT if sys.platform == "linux" else 0
+    in_flight = DIRECT
 
     def __init__(self) -> None:
         self._bounced = _Bounce()
 
     def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
-        """As :meth:`Buffered.read`."""
+        """See ``Medium``."""
         aligned = all(len(view) == stride and _address(view) % BLOCK == 0 for view in run.views)
         parts = list(run.views) if aligned else self._bounce(stride, len(run.views))
         done = os.preadv(fd, parts, at)
@@ -115,7 +204,7 @@ class Unbuffered:
         ]
 
     def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
-        """As :meth:`Buffered.write`."""
+        """See ``Medium``."""
         aligned = all(len(view) == stride and _address(view) % BLOCK == 0 for view in run.views)
         parts = list(run.views) if aligned else self._bounce(stride, len(run.views))
         if not aligned:
@@ -123,7 +212,7 @@ class Unbuffered:
                 part[: len(view)] = view
                 part[len(view) :] = _ZEROS[: stride - len(view)]
         _write_all(fd, at, parts)
-        return [xxhash.xxh3_64_intdigest(view, seed) for view, seed in zip(run.views, run.seeds, strict=True)]
+        return [*map(xxhash.xxh3_64_intdigest, run.views, run.seeds)]
 
     def _bounce(self, stride: int, count: int) -> list[memoryview]:
         """Aligned memory of this thread for ``count`` slots."""
@@ -131,6 +220,67 @@ class Unbuffered:
         if len(memory) < stride * count:
             memory = self._bounced.memory = memoryview(mmap.mmap(-1, stride * count))
         return [memory[i * stride : (i + 1) * stride] for i in range(count)]
+
+
+class Crew:
+    """Threads that share the work of a call with the thread that makes it."""
+
+    def __init__(self, others: int, name: str) -> None:
+        """``others``: how many beside the caller, at most; they begin with the first call that has work for them."""
+        self._others, self._name = others, name
+        self._began = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def each(self, do: Callable[[_T], None], jobs: Sequence[_T]) -> None:
+        """``do`` each of them, several at once; it raises nothing. Those of another call are waited for by nobody."""
+        helpers = min(self._others, len(jobs) - 1)
+        if helpers <= 0:
+            for job in jobs:
+                do(job)
+            return
+        rest, done = deque(jobs), threading.Semaphore(0)
+
+        def work() -> None:
+            while rest:
+                try:
+                    job = rest.popleft()
+                except IndexError:
+                    return
+                try:
+                    do(job)
+                finally:
+                    done.release()
+
+        self._begin()
+        for _ in range(helpers):
+            self._asked.put(work)
+        work()
+        for _ in jobs:
+            done.acquire()
+
+    def close(self) -> None:
+        """Let the threads end."""
+        with self._began:
+            for _ in self._threads:
+                self._asked.put(None)
+            self._threads.clear()
+
+    def _begin(self) -> None:
+        with self._began:
+            while len(self._threads) < self._others:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _run(self) -> None:
+        while work := self._asked.get():
+            work()
+
+
+def _with_gaps(views: Sequence[memoryview], stride: int, gap: memoryview) -> list[memoryview]:
+    """The images, and behind each what is left of its slot."""
+    return [part for view in views for part in (view, gap[: stride - len(view)])]
 
 
 def _address(view: memoryview) -> int:
