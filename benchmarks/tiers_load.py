@@ -61,14 +61,14 @@ def step_counts(engine):
     return steps.count, steps.sum
 
 
-def decode(rounds, layers, batch, steps, length):
-    """Seconds of a decode step of a batch, while others ask for prompts one after the other, of which half are new and
-    half come back; the others take part in no decode step. With tiers the device has evicted by then what comes back;
-    without, it holds everything: a prompt costs both the same computing. How many prompts come beside so many steps
-    depends on the machine, so the two figures are of one load only where those counts, which are printed, are alike.
+def decode(rounds, layers, batch, steps, length, prompts):
+    """Seconds of a decode step of a batch, while another asks for so many ``prompts`` one after the other, half of them
+    new and half such as come back; they take part in no decode step. With tiers the device has evicted by then what
+    comes back; without, it holds everything: a prompt costs both the same computing. So both have one load where all
+    prompts end before the batch does: ``beside`` says how many did.
     """
-    own, others_asked = batch * (64 + steps), rounds * (2 * steps + 8)
-    tokens = {"none": rounds * own + (8 + others_asked) * length, "host + file": own + 6 * length}
+    own = batch * (64 + steps)
+    tokens = {"none": rounds * own + (8 + rounds * prompts) * length, "host + file": own + 6 * length}
     with contextlib.ExitStack() as stack:
         found = engines(stack, layers, tokens, max_running_requests=batch + 2)
         old = [tokens_of([1, i], length) for i in range(8)]  # of which the device holds fewer
@@ -78,15 +78,16 @@ def decode(rounds, layers, batch, steps, length):
             ask(engine, [tokens_of([2, i], 64) for i in range(batch)], 4)
         before = {name: moved(engine) for name, engine in found.items()}
         seen = {name: [] for name in found}
-        asked = dict.fromkeys(found, 0)
+        asked, beside = dict.fromkeys(found, 0), dict.fromkeys(found, 0)
         for i in range(rounds):
             for name in sorted(found, reverse=bool(i % 2)):
                 engine, ended = found[name], threading.Event()
 
                 def others(engine=engine, ended=ended, name=name):
-                    while not ended.is_set():
+                    for _ in range(prompts):
                         turn = asked[name] = asked[name] + 1
                         ask(engine, old[turn // 2 % 8] if turn % 2 else tokens_of([3, turn], length), 1)
+                        beside[name] += not ended.is_set()
 
                 thread = threading.Thread(target=others)
                 count, seconds = step_counts(engine)
@@ -100,7 +101,7 @@ def decode(rounds, layers, batch, steps, length):
     medians = {name: statistics.median(each) for name, each in seen.items()}
     ratios = [tiers / none for tiers, none in zip(seen["host + file"], seen["none"], strict=True)]
     return {"batch": batch, "step_seconds": medians, "ratio": statistics.median(ratios), "ratios": ratios,
-            "others": asked, "bytes": bytes_moved}  # fmt: skip
+            "asked": rounds * prompts, "beside": beside, "bytes": bytes_moved}  # fmt: skip
 
 
 def conversations(layers, count, turns, clients):
@@ -153,6 +154,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--length", type=int, default=256, help="Tokens of the prompts that come and go.")
+    parser.add_argument("--prompts", type=int, default=8, help="That come and go in a round.")
     parser.add_argument("--count", type=int, default=64, help="Conversations.")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--clients", type=int, default=4)
@@ -160,7 +162,7 @@ def main():
     args = parser.parse_args()
     found = {}
     if args.decode or not args.conversations:
-        found["decode"] = decode(args.rounds, args.layers, args.batch, args.steps, args.length)
+        found["decode"] = decode(args.rounds, args.layers, args.batch, args.steps, args.length, args.prompts)
     if args.conversations or not args.decode:
         found["conversations"] = conversations(args.layers, args.count, args.turns, args.clients)
     if args.json:
@@ -172,7 +174,8 @@ def main():
         steps = ", ".join(f"{name} {1000 * each:.1f} ms" for name, each in row["step_seconds"].items())
         lanes = ", ".join(f"{name} {each / 1e6:.0f} MB" for name, each in row["bytes"].items())
         print(f"decode step of {row['batch']}: {steps}; with tiers {row['ratio']:.3f} times as long; {lanes}")
-        print(f"  rounds: {', '.join(f'{each:.3f}' for each in row['ratios'])}; prompts beside: {row['others']}")
+        print(f"  rounds: {', '.join(f'{each:.3f}' for each in row['ratios'])}", end="; ")
+        print(f"of {row['asked']} prompts beside: {row['beside']}")
     if "conversations" in found:
         rows = found["conversations"]["rows"]
         for name, row in rows.items():

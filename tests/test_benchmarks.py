@@ -64,6 +64,20 @@ def test_tiers_are_measured_under_load():
     assert all(row["first_token_seconds"] > 0 and 0 <= row["cached"] < 1 for row in rows.values())
 
 
+@pytest.mark.long
+def test_hybrid_layouts_are_measured_with_every_tier_and_planned_for():
+    words = ["--shapes", "gemma3", "--memory", "32MB", "--rounds", "1", "--answer", "4", "--plan", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "hybrid_tiers.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["measured"]) == 6
+    for row in found["measured"]:
+        assert row["longest"] == row["planned"]
+        assert (row["cached_when_back"] > 0) == (row["tiers"] != "none")
+    assert {(row["machine"], row["length"]) for row in found["planned"]} >= {("8xH200", 10_000_000)}
+
+
 @pytest.mark.skipif(native.kernel() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make_config
+from rootcellar.cache import Tier
 from rootcellar.cli import main
 from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
@@ -165,6 +166,30 @@ class TestCommand:
         path.write_text("\n".join([*lines, "oops"]))
         return path
 
+    def test_the_command_says_what_each_tier_gave(self, trace, capsys):
+        assert (
+            main(
+                [
+                    "replay",
+                    str(trace),
+                    "--capacity",
+                    "2k",
+                    "--policy",
+                    "lru",
+                    "--host",
+                    "4k",
+                    "--storage",
+                    "1M",
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        first = json.loads(capsys.readouterr().out)["results"][0]
+        assert sum(first["hit_tokens_by_tier"].values()) == first["hit_tokens"]
+        assert main(["replay", str(trace), "--storage", "1M"]) == 2
+        assert "--storage is behind --host" in capsys.readouterr().err
+
     def test_json(self, trace, capsys):
         assert main(["replay", str(trace), "--capacity", "2k,1M", "--policy", "lru,adaptive", "--json"]) == 0
         out, err = capsys.readouterr()
@@ -294,3 +319,19 @@ def test_answers_whose_ids_are_known_are_cached_and_times_make_the_order():
     assert (first.timestamp, second.timestamp) == (1, 5)
     assert len(first.whole(4).tokens) == 10
     assert replay([first, second], capacity=64, page_size=4, block=4).hit_tokens == 8
+
+
+def test_with_tiers_each_gives_what_the_nearer_ones_no_longer_have():
+    """Eight prompts in turns: the device holds two of them, the host four, a store all."""
+    turns = requests(*([i, 100 + i] for i in [*range(8)] * 3))
+    sizes = {"capacity": 16, "page_size": 4}
+    alone = replay(turns, **sizes)
+    host = replay(turns, **sizes, farther={Tier.HOST: 32})
+    stored = replay(turns, **sizes, farther={Tier.HOST: 32, Tier.STORAGE: 64})
+    assert (alone.hit_tokens, alone.by_tier) == (0, {})
+    assert (host.hit_tokens, sum(host.by_tier.values())) == (0, 0)  # of four in turns one that holds fewer has none
+    assert stored.hit_tokens == 2 * 8 * 8 == stored.by_tier[Tier.STORAGE]
+    again = replay(requests([1, 2], [1, 2], [3, 4], [5, 6], [1, 2], [7, 8], [9, 10], [11, 12], [1, 2]), **sizes,
+                   farther={Tier.HOST: 24, Tier.STORAGE: 200})  # fmt: skip
+    assert again.by_tier == {Tier.DEVICE: 8, Tier.HOST: 8, Tier.STORAGE: 8}
+    assert again.hit_tokens == 24

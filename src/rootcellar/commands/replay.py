@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rootcellar.cache import Tier
 from rootcellar.cache.order import POLICIES
 from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
@@ -45,6 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity", default="1M,2M,5M,10M", help="Cache sizes in tokens, as 500k,1M (default %(default)s)."
     )
+    parser.add_argument("--host", help="Tokens of host memory behind each of these, as 3M; copies take no time.")
+    parser.add_argument("--storage", help="Tokens of a store behind that.")
     parser.add_argument("--page-size", type=int, default=64, help="Tokens in a page (default %(default)s).")
     policies = ", ".join([*POLICIES, "optimal"])
     parser.add_argument(
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--figure {args.figure}: the name must end in .html, .svg or .png")
     if args.figure and len(args.trace) > 1:
         raise ConfigError("--figure draws one trace; give one")
+    if args.storage and not args.host:
+        raise ConfigError("--storage is behind --host: give both")
     token_bytes = _token_bytes(args)
     replayed = []
     for name in args.trace:
@@ -188,6 +193,7 @@ def _row(
         concurrency=args.concurrency,
         output_tokens=output,
         block=args.block_size,
+        farther={tier: parse_tokens(t) for tier, t in ((Tier.HOST, args.host), (Tier.STORAGE, args.storage)) if t},
         progress=tell,
     )
 
@@ -275,6 +281,7 @@ def _fields(each: Replayed) -> dict[str, Any]:
             "hit_tokens": row.outcome.hit_tokens,
             "input_tokens": row.outcome.input_tokens,
             "evicted_tokens": row.outcome.evicted_tokens,
+            "hit_tokens_by_tier": {tier.name.lower(): tokens for tier, tokens in row.outcome.by_tier.items()},
             "refused_requests": row.outcome.refused,
             "share_of_distance": row.share,
             "seconds": round(row.seconds, 3),
@@ -316,6 +323,7 @@ def _print(each: Replayed, token_bytes: float | None) -> None:
             f"{figure.short(outcome.capacity_tokens):>9} {gigabytes:>8} {outcome.policy:<10} "
             f"{100 * outcome.hit_rate:>7.2f} % {share:>7} {gained:>8} {outcome.evicted_tokens:>14,} "
             f"{row.seconds:>8.1f} {1e3 * row.seconds / each.requests:>11.3f}"
+            + "".join(f"  {t.name.lower()} {100 * n / outcome.input_tokens:.2f} %" for t, n in outcome.by_tier.items())
             + (f"  {outcome.refused} requests never fit" if outcome.refused else "")
         )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 import numpy as np
 
-from rootcellar.cache import Key, Lease, RadixCache, Tier, full
+from rootcellar.cache import Done, Hit, Key, Lease, RadixCache, Tier, full
 from rootcellar.sim.trace import BLOCK, TraceRequest
 
 Progress = Callable[[int], None]
@@ -26,6 +26,8 @@ class Outcome:
     hit_tokens: int
     evicted_tokens: int
     refused: int = 0
+    by_tier: Mapping[Tier, int] = field(default_factory=dict)
+    """Of the hit tokens those that each tier gave, where there are several: what is on a nearer one counts there."""
 
     @property
     def hit_rate(self) -> float:
@@ -42,9 +44,12 @@ def replay(
     concurrency: int = 1,
     output_tokens: int | None = 0,
     block: int = BLOCK,
+    farther: Mapping[Tier, int] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Send requests through a :class:`RadixCache` of ``capacity`` tokens, in order.
+
+    ``farther``: tokens of HOST, and of STORAGE behind it. Copies then take no time: what a farther tier has is loaded.
 
     Up to ``concurrency`` requests hold their pages at a time; the oldest finishes when another must start. Each
     computes its prompt and then ``output_tokens`` tokens that nobody asks for again (None: as many as the trace says);
@@ -55,24 +60,27 @@ def replay(
     cache = RadixCache(
         [full("full")],
         page_size=page_size,
-        capacity={("full", Tier.DEVICE): capacity},
+        capacity={("full", tier): size for tier, size in {Tier.DEVICE: capacity, **(farther or {})}.items()},
         max_leases=concurrency,
         max_length=max(lengths, default=1),
         policy=policy,
     )
     running: deque[Lease] = deque()
     input_tokens = hit_tokens = refused = fresh = 0
+    by_tier = dict.fromkeys((Tier.DEVICE, *farther) if farther else (), 0)
     for done, (request, length) in enumerate(zip(requests, lengths, strict=True), start=1):
         key = request.key(block)
         while len(running) >= concurrency:
             cache.close(running.popleft())
+            _copy(cache)
         hit = cache.match(key)
         input_tokens += len(key)
-        lease = _admit(cache, running, hit.key, length)
+        lease = _admit(cache, running, hit.key, length, max(farther or (), default=Tier.DEVICE))
         if lease is None:
             refused += 1
             continue
         hit_tokens += lease.cached
+        _count(by_tier, hit, lease.cached)
         if request.output_ids:
             key = request.whole(block)
         elif length > len(key):
@@ -86,7 +94,7 @@ def replay(
     for lease in running:
         cache.close(lease)
     evicted = cache.stats().shelves["full", Tier.DEVICE].evicted
-    return Outcome(policy, capacity, page_size, input_tokens, hit_tokens, evicted, refused)
+    return Outcome(policy, capacity, page_size, input_tokens, hit_tokens, evicted, refused, by_tier)
 
 
 def _length(request: TraceRequest, output_tokens: int | None) -> int:
@@ -96,11 +104,28 @@ def _length(request: TraceRequest, output_tokens: int | None) -> int:
     return request.input_length + (request.output_length if output_tokens is None else output_tokens)
 
 
-def _admit(cache: RadixCache, running: deque[Lease], key: Key, length: int) -> Lease | None:
+def _copy(cache: RadixCache) -> None:
+    """All that the cache would like to see copied is."""
+    while moves := cache.moves():
+        for move in moves:
+            cache.learn(Done(move.id))
+
+
+def _count(by_tier: dict[Tier, int], hit: Hit, cached: int) -> None:
+    """Add what each tier gave of the ``cached`` tokens of a hit, seen before anything was loaded."""
+    before = 0
+    for tier in by_tier:
+        reach = min(hit.reach(tier), cached)
+        by_tier[tier] += reach - before
+        before = reach
+
+
+def _admit(cache: RadixCache, running: deque[Lease], key: Key, length: int, tier: Tier) -> Lease | None:
     """Open and grow a request, letting older ones finish as long as it lacks room. None when it does not fit alone."""
     while True:
-        lease = cache.open(cache.match(key))
+        lease = cache.open(cache.match(key), tier)
         if lease is not None:
+            _copy(cache)
             if cache.grow(lease, length - lease.length):
                 return lease
             cache.close(lease)
