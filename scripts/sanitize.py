@@ -1,7 +1,7 @@
 """The C++ parts under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
 
-Builds them with both in ``build/sanitize``. The attention kernels run beside attention written out, over random batches
-and with each instruction set that this processor has (``tests/ops/check_attention.cc``); the cache core runs in
+Builds them with both in ``build/sanitize``. The kernels for CPUs run beside the same written out, at random and with
+each instruction set that this processor has (``tests/ops/check_*.cc``); the cache core runs in
 lockstep with the Python one. Any bad access and any undefined behaviour ends that with a report. Needs GCC or Clang
 with their sanitizer runtimes. The interpreter's own leaks would drown ours, so leaks are not looked for there;
 ``tests/cache/test_native_core.py`` counts memory instead.
@@ -63,7 +63,8 @@ def runtime() -> str:
 def main() -> None:
     steps, seed = [*sys.argv[1:], *("20000", "0")[len(sys.argv) - 1 :]]
     build()
-    subprocess.run([BUILD / "check_attention", "25", seed], check=True)
+    for check in ("check_attention", "check_products"):
+        subprocess.run([BUILD / check, "25", seed], check=True)
     environment = os.environ | {
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",

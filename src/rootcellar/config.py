@@ -32,9 +32,15 @@ class EngineConfig:
     )
     dtype: str = option(
         "auto",
-        "Type of weights and activations. 'auto' takes the checkpoint's own on an accelerator and float32 on CPU, "
-        "where bfloat16 is slower.",
+        "Type of weights and activations. 'auto' takes the checkpoint's own on an accelerator. On CPU it is float32, "
+        "where bfloat16 is slower; but the weights of products stay in memory as bfloat16 where they were saved so.",
         choices=("auto", "bfloat16", "float32"),
+    )
+    quantization: str | None = option(
+        None,
+        "Keep the weights of products as integers, made of any checkpoint while it is read: 'w8' takes 8.5 bits of a "
+        "weight, 'w4' 5, in groups of 32 with scales of their own. Arithmetic stays as dtype says.",
+        choices=("w8", "w4"),
     )
     kv_cache_dtype: str = option(
         "auto",

@@ -14,6 +14,7 @@ import rootcellar
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params
+from rootcellar.ops.panels import Packed
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 75))
@@ -44,8 +45,26 @@ def own(tiny_folder):
         check_idle(engine)
 
 
+@pytest.fixture
+def given(tiny_folder, weights):
+    """The same with weights that were handed over."""
+    with rootcellar.Engine(
+        model_path=tiny_folder,
+        params=weights,
+        max_total_tokens=1024,
+        max_running_requests=4,
+        chunked_prefill_size=64,
+    ) as engine:
+        yield engine
+        check_idle(engine)
+
+
 def ask(engine, prompt=PROMPT, **options):
     return engine.generate(input_ids=prompt, sampling_params={**GREEDY, **options})
+
+
+def packed(weight):
+    return isinstance(weight, Packed)
 
 
 def deleted(report):
@@ -173,39 +192,51 @@ def test_pause_in_place_keeps_leases_and_says_so(engine):
     assert len(results[0]["output_ids"]) == 300
 
 
-def test_weights_that_lie_in_the_same_place_under_another_name_are_not_copied(own, weights):
+def test_weights_that_lie_in_the_same_place_under_another_name_are_not_copied(given, weights):
     """A trainer's arrays have shardings of its mesh: on one device that is where ours lie."""
-    ask(own)
+    ask(given)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     theirs = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(theirs)]
-    compiled = own.stats()["compilations"]
-    assert own.update_weights(theirs)["copied"] == []
-    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(own._parts.runner.params)] == pointers
-    ask(own)
-    assert own.stats()["compilations"] == compiled
+    compiled = given.stats()["compilations"]
+    assert given.update_weights(theirs)["copied"] == []
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(given._parts.runner.params)] == pointers
+    ask(given)
+    assert given.stats()["compilations"] == compiled
     host = {**theirs, "norm": np.array(theirs["norm"])}
-    assert own.update_weights(host)["copied"] == ["norm"]
-    own.update_weights(weights)
+    assert given.update_weights(host)["copied"] == ["norm"]
+    given.update_weights(weights)
 
 
-def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(own, weights):
-    first = ask(own)
-    ask(own)
+def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(given, weights):
+    first = ask(given)
+    ask(given)
     changed = jax.tree.map(lambda a: a * 1.25, weights)
     pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(changed)]
-    compiled = own.stats()["compilations"]
-    assert own.update_weights(changed) == {"weight_version": "1", "copied": []}
-    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(own._parts.runner.params)] == pointers
-    second = ask(own)
+    compiled = given.stats()["compilations"]
+    assert given.update_weights(changed) == {"weight_version": "1", "copied": []}
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(given._parts.runner.params)] == pointers
+    second = ask(given)
     assert second["meta_info"]["cached_tokens"] == 0
     assert second["meta_info"]["weight_version"] == "1"
     assert second["output_ids"] != first["output_ids"]
-    assert ask(own)["meta_info"]["cached_tokens"] == 64
-    own.update_weights(weights, version="step-7")
-    third = ask(own)
+    assert ask(given)["meta_info"]["cached_tokens"] == 64
+    given.update_weights(weights, version="step-7")
+    third = ask(given)
     assert third["output_ids"] == first["output_ids"]
     assert third["meta_info"]["cached_tokens"] == 0
+    assert given.stats()["compilations"] == compiled
+
+
+def test_weights_that_are_packed_here_are_said_to_be_copied(own, weights):
+    first, compiled = ask(own), own.stats()["compilations"]
+    copied = own.update_weights(weights)["copied"]
+    held = [a for a in jax.tree.leaves(own._parts.runner.params, is_leaf=packed) if packed(a)]
+    assert len(copied) == len(held)
+    assert set(copied) <= {"embed", "head"} | {
+        f"layers.{i}.{w}" for i in range(8) for w in ("qkv", "o", "gate_up", "down")
+    }
+    assert ask(own)["output_ids"] == first["output_ids"]
     assert own.stats()["compilations"] == compiled
 
 

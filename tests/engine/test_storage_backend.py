@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import conversations
+import numpy as np
 import pytest
 from conversations import FAMILIES, HALF, LONG, ask, go_on, tiered
 from idle import check_idle
@@ -15,6 +16,8 @@ import rootcellar
 from rootcellar.cache import Tier
 from rootcellar.engine import storage
 from rootcellar.errors import CacheBusy, ConfigError, EngineError, RequestError
+from rootcellar.models.config import load_config
+from rootcellar.models.loader import load_params
 from rootcellar.scheduler import Rates, TierRate
 from rootcellar.tiers import mover
 from rootcellar.tiers.faulty import Faults, FaultyStore
@@ -117,7 +120,7 @@ def test_other_weights_hit_nothing_that_was_stored_before(case_of, pages, tmp_pa
     case, folder = case_of("qwen2-4kv")
     with engine(folder, pages) as running:
         begin(running, case)
-        running.update_weights(dict(running._parts.runner.params), weights_name="others")
+        running.update_weights(load_params(folder, load_config(folder), np.float32), weights_name="others")
         assert ask(running, case.prompts[15], 1)["meta_info"]["cached_tokens"] == 0
 
 

@@ -30,6 +30,7 @@ from rootcellar.models.loader import check_weights, load_params, weight_files
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
+from rootcellar.ops import products
 from rootcellar.ops.backends import choose_backend
 from rootcellar.plan.sizing import ARENA
 from rootcellar.plan.stored import SHORT_NAMES
@@ -151,7 +152,7 @@ def load_weights(folder: Path, parts: Parts) -> Weights:
         theirs, ours = (_settings(cfg) for cfg in (model, parts.model))
         differs = sorted({name.split(".")[-1] for name, _ in theirs.items() ^ ours.items()})
         raise ModelError(f"{folder} holds another model: its {', '.join(differs)} differ; start a new engine for it")
-    return _read(folder, model, parts.dtype)
+    return _read(folder, parts.runner.placement, parts.dtype)
 
 
 def _settings(model: ModelConfig) -> dict[str, object]:
@@ -176,10 +177,10 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
     dtype = _dtype(config.dtype, model.dtype, platform)
-    reload = None if params is not None else functools.partial(_load, config, folder, model, dtype)
     if params is not None:
         check_params(model, params)
-    placement = Placement(model, config.tp_size)
+    placement = Placement(model, config.tp_size, _holding(config, model, dtype, params))
+    reload = None if params is not None else functools.partial(_load, config, folder, placement, dtype)
     kv_dtype = _kv_dtype(config, dtype)
     programs = _programs(config, placement, _weights_dtype(model, params, dtype), kv_dtype)
     kinds = programs.paging.kinds
@@ -196,7 +197,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
     runner = Runner(programs, placement.place(weights.params), pools)
-    names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size)
+    names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size, config.quantization)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
     images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
@@ -373,16 +374,18 @@ def _model(config: EngineConfig, folder: Path, params: Params | None) -> ModelCo
     return model
 
 
-def _load(config: EngineConfig, folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Weights:
+def _load(config: EngineConfig, folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
     if config.load_format == "dummy":
         seeded = identity.weights_named(f"dummy {config.random_seed}")
-        return Weights(init_params(model, config.random_seed, dtype), seeded)
-    return _read(folder, model, dtype)
+        return Weights(init_params(placement.model, config.random_seed, dtype), seeded)
+    return _read(folder, placement, dtype)
 
 
-def _read(folder: Path, model: ModelConfig, dtype: jnp.dtype) -> Weights:
+def _read(folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
     name = identity.weights_in_files(weight_files(folder), _user_cache() / "weights.json")
-    return Weights(load_params(folder, model, dtype), name)
+    if placement.tp_size > 1:  # KV heads are repeated before anything is packed
+        return Weights(load_params(folder, placement.model, dtype), name)
+    return Weights(load_params(folder, placement.model, dtype, placement.hold), name)
 
 
 def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
@@ -393,6 +396,20 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
             log.info("dtype=auto: computing in float32, because CPUs are several times slower in %s", saved)
         return jnp.dtype(jnp.float32)
     return jnp.dtype(saved)
+
+
+def _holding(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, params: Params | None) -> str | None:
+    """How weights are packed: see ``Placement.holding``.
+
+    As integers where that is asked for. Else a CPU's lie in panels, bfloat16 as it was saved although arithmetic is in
+    float32; weights that were handed over are used where they lie.
+    """
+    if config.quantization is not None:
+        return config.quantization
+    if params is not None or config.tp_size > 1 or dtype != jnp.float32 or not products.runs(jax.default_backend()):
+        return None
+    kept = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
+    return "bfloat16" if kept else "float32"
 
 
 def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:

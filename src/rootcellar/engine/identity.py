@@ -44,10 +44,17 @@ _PIECE = 1 << 22
 _REMEMBERED = 4096
 
 
-def fingerprint(model: ModelConfig, kinds: Sequence[Kind], dtype: str, kv_dtype: str, page_size: int) -> bytes:
+def fingerprint(
+    model: ModelConfig,
+    kinds: Sequence[Kind],
+    dtype: str,
+    kv_dtype: str,
+    page_size: int,
+    quantization: str | None = None,
+) -> bytes:
     """32 bytes that differ whenever an engine would fill the pages of equal tokens, by equal weights, otherwise.
 
-    ``dtype``: what the model computes in; ``kv_dtype``: what the cache holds.
+    ``dtype``: what the model computes in; ``kv_dtype``: what the cache holds; ``quantization``: of the weights.
     """
     alike = replace(model, eos_token_ids=(), bos_token_id=None, dtype="float32")  # of answers, and how it was saved
     said = {
@@ -58,6 +65,8 @@ def fingerprint(model: ModelConfig, kinds: Sequence[Kind], dtype: str, kv_dtype:
         "kv_cache_dtype": kv_dtype,
         "page_size": page_size,
     }
+    if quantization is not None:
+        said["quantization"] = quantization
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
 
 

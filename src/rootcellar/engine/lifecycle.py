@@ -30,6 +30,8 @@ from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.params import check_params, path_name
+from rootcellar.models.spec import Params
+from rootcellar.ops.panels import Packed
 from rootcellar.pools.copying import BLOCKS, Copier
 from rootcellar.pools.images import Images
 from rootcellar.runner import Runner
@@ -62,7 +64,7 @@ class Lifecycle:
     released: set[str] = field(default_factory=set)
     missed: Reports = field(default_factory=Reports)
     saved: dict[str, Saved] = field(default_factory=dict)
-    _dtypes: list[jnp.dtype] = field(default_factory=list)
+    _dtypes: list[tuple[jnp.dtype, ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, parts: Parts) -> Lifecycle:
@@ -70,7 +72,8 @@ class Lifecycle:
         return cls(parts.scheduler, parts.runner, parts.reload, parts.weights, mover=parts.mover)
 
     def __post_init__(self) -> None:
-        self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(self.runner.params)]
+        packed = self.runner.programs.dtype, jnp.dtype(jnp.bfloat16)
+        self._dtypes = [packed if isinstance(leaf, Packed) else (leaf.dtype,) for leaf in _leaves(self.runner.params)]
         self.scheduler.set_epoch(self.weights)
 
     @cached_property
@@ -167,24 +170,28 @@ class Lifecycle:
     ) -> tuple[str, list[str]]:
         """Use other weights from the next step on. See ``Engine.update_weights``.
 
-        Returns the version, and the names of parameters that had to be copied because they were placed elsewhere.
+        Returns the version, and the names of parameters that were copied: they lay elsewhere, or are packed here.
         """
         if version is not None:
             check_name("weight_version", version)
         params = weights.params
-        check_params(self.runner.placement.model, params)
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        pairs = zip(leaves, self._dtypes, strict=True)
-        wrong = [f"{path_name(path)} is {new.dtype}, not {old}" for (path, new), old in pairs if new.dtype != old]
-        if wrong:
-            raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
+        if reload is None:  # else they were read for this model, and packed on the way
+            check_params(self.runner.placement.model, params)
+            pairs = zip(leaves, self._dtypes, strict=True)
+            wrong = [f"{path_name(p)} is {new.dtype}, not {old[0]}" for (p, new), old in pairs if new.dtype not in old]
+            if wrong:
+                raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
         placed = self.runner.placement.place(params)
         copied = [
             path_name(path)
-            for (path, new), now in zip(leaves, jax.tree.leaves(placed), strict=True)
-            if not isinstance(new, Array)
-            or new.shape != now.shape  # KV heads repeated for more devices
-            or not new.sharding.is_equivalent_to(now.sharding, now.ndim)
+            for (path, new), now in zip(leaves, _leaves(placed), strict=True)
+            if new is not now
+            and (
+                not (isinstance(new, Array) and isinstance(now, Array))
+                or new.shape != now.shape  # KV heads repeated for more devices
+                or not new.sharding.is_equivalent_to(now.sharding, now.ndim)
+            )
         ]
         self.version = version if version is not None else _next_version(self.version)
         self.runner.params = placed
@@ -205,6 +212,15 @@ def _resident_bytes() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _leaves(params: Params) -> list[Any]:
+    """The parameters, a packed one as a whole."""
+    return jax.tree.leaves(params, is_leaf=_is_packed)
+
+
+def _is_packed(weight: object) -> bool:
+    return isinstance(weight, Packed)
 
 
 def _next_version(version: str) -> str:

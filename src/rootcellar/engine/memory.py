@@ -266,9 +266,12 @@ def estimate_reserve(programs: Programs) -> int:
         vocab=model.vocab_size,
     )
     nbytes = activation_bytes(widths, prefill * shapes.tile, prefill, rows)
-    if jax.default_backend() == "cpu" and programs.dtype.itemsize < 4:
+    placement = programs.placement
+    if (placement.holding is not None and not placement.native) or (
+        jax.default_backend() == "cpu" and programs.dtype.itemsize < 4
+    ):
         # XLA computes in float32 copies of the weights, of some more than one: up to 1.5 times in all was seen.
-        nbytes += 2 * weight_bytes(programs.placement, jnp.float32)
+        nbytes += 2 * weight_bytes(dataclasses.replace(placement, holding=None), jnp.float32)
     return nbytes
 
 

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.spec import Params
+from rootcellar.ops.products import product, rows
 
 Mix = Callable[[int, Params, jax.Array], jax.Array]
 """``mix(layer, params of the layer, x [T, E]) -> [T, E]``: the layer's mixer over the packed tokens."""
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """What enters the first layer for ``tokens`` int32 ``[T]``: ``[T, E]`` in the params' dtype.
+    """What enters the first layer for ``tokens`` int32 ``[T]``: ``[T, E]`` in the dtype of the norms.
 
     Token ids must lie in the vocabulary: it is not checked here. What is no token has a vector of its own instead.
     """
-    hidden: jax.Array = params["embed"][tokens]
+    hidden = rows(params["embed"], tokens, params["norm"].dtype)
     return hidden if cfg.embed_scale == 1 else hidden * jnp.asarray(cfg.embed_scale, hidden.dtype)
 
 
@@ -48,9 +49,9 @@ def through_layers(params: Params, cfg: ModelConfig, hidden: jax.Array, mix: Mix
 def logits(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Scores of the next token, float32 ``[..., V]``, of hidden states ``[..., E]`` from ``forward``."""
     if cfg.tie_word_embeddings:
-        scores = jnp.einsum("...e,ve->...v", hidden, params["embed"], preferred_element_type=jnp.float32)
+        scores = product(hidden, params["embed"], (1,), jnp.float32)
     else:
-        scores = jnp.einsum("...e,ev->...v", hidden, params["head"], preferred_element_type=jnp.float32)
+        scores = product(hidden, params["head"], (0,), jnp.float32)
     if cfg.logit_softcap is not None:
         scores = jnp.tanh(scores / cfg.logit_softcap) * cfg.logit_softcap
     return scores

@@ -31,8 +31,13 @@ FLOATS = {"BF16", "F16", "F32", "F64"}
 _COMPARED = 2**22  # elements of embeddings and head in memory at a time
 
 
-def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
-    """The params pytree of ``cfg``, in ``dtype`` on the default device, from a folder's safetensors.
+def load_params(
+    folder: str | Path,
+    cfg: ModelConfig,
+    dtype: Any,
+    hold: Callable[[ParamSpec, NDArray[Any]], Any] = lambda _, array: jax.device_put(array),
+) -> Params:
+    """The params pytree of ``cfg``, in ``dtype``, from a folder's safetensors; ``hold`` puts each on the device.
 
     Reads ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names. Parameters are read, packed
     and placed one at a time: beyond the result, memory holds at most one parameter. Raises ``ModelError`` naming the
@@ -44,7 +49,7 @@ def load_params(folder: str | Path, cfg: ModelConfig, dtype: Any) -> Params:
         if cfg.tie_word_embeddings and checkpoint.differ(*_embed_and_head(cfg)):
             raise ModelError(f"{folder} has a head of its own, but the config given ties it: take load_config(folder)")
         checkpoint.report_unused(jax.tree.leaves(specs))
-        params: Params = jax.tree.map(lambda spec: jax.device_put(pack(spec, checkpoint.readers(spec), dtype)), specs)
+        params: Params = jax.tree.map(lambda spec: hold(spec, pack(spec, checkpoint.readers(spec), dtype)), specs)
         return params
 
 

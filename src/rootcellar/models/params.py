@@ -38,11 +38,11 @@ def declare(cfg: ModelConfig) -> Params:
     spec = _declaring(cfg.architecture, None)
     vocab, embed = cfg.vocab_size, cfg.hidden_size
     top: Params = {
-        "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "random"),
+        "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "random", inputs=(1,)),
         "norm": spec("norm", (embed,), (None,), cfg.norm.init),
     }
     if not cfg.tie_word_embeddings:
-        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "random", packing.transposed)
+        top["head"] = spec("head", (embed, vocab), ("embed", "vocab"), "random", packing.transposed, (0,))
     return {**top, "layers": [_declare_layer(cfg, index, layer) for index, layer in enumerate(cfg.layers)]}
 
 
@@ -64,10 +64,15 @@ def _declaring(architecture: str, layer: int | None) -> Declare:
     names = FAMILIES[architecture].names
 
     def spec(
-        name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Init, packing: Packing = packing.same
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[Axis, ...],
+        init: Init,
+        packing: Packing = packing.same,
+        inputs: tuple[int, ...] = (),
     ) -> ParamSpec:
         sources = tuple(source.replace("{layer}", str(layer)) for source in names[name])
-        return ParamSpec(shape, axes, init, packing, sources)
+        return ParamSpec(shape, axes, init, packing, sources, inputs=inputs)
 
     return spec
 

@@ -19,9 +19,10 @@ tensor's order, perhaps split further, and the tensor's own shape. See ``packing
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. ``axes`` names what may be sharded; ``sources`` are the checkpoint's tensors it is packed from.
+    """One parameter. ``axes`` names what may be sharded; ``sources`` are the checkpoint's tensors it comes from.
 
-    ``wide``: it stays float32 whatever the dtype of the weights, because its last bits decide.
+    ``wide``: it stays float32 whatever the dtype of the weights, because its last bits decide. ``inputs``: the axes,
+    the first or the last, that ``ops.products.product`` sums over; none: nothing is multiplied by it there.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class ParamSpec:
     packing: Packing
     sources: tuple[str, ...]
     wide: bool = False
+    inputs: tuple[int, ...] = ()
 
     def dtype(self, weights: Any) -> np.dtype[Any]:
         """Its dtype, where that of the weights is ``weights``."""
@@ -40,7 +42,13 @@ class Declare(Protocol):
     """Makes the ``ParamSpec`` of a named parameter of one layer, the sources taken from its family's name table."""
 
     def __call__(
-        self, name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Init, packing: Packing = ...
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[Axis, ...],
+        init: Init,
+        packing: Packing = ...,
+        inputs: tuple[int, ...] = (),
     ) -> ParamSpec:
         """The spec of parameter ``name``."""
         ...

@@ -24,6 +24,8 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
 from rootcellar.models.spec import Params, ParamSpec
+from rootcellar.ops import products
+from rootcellar.ops.panels import Packed, Packer, packer
 from rootcellar.plan.stored import Heads
 from rootcellar.pools import Layout
 
@@ -47,10 +49,12 @@ def _devices(count: int) -> list[jax.Device]:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model lies on ``tp_size`` devices."""
+    """How a model lies on ``tp_size`` devices, and how its weights are held."""
 
     model: ModelConfig
     tp_size: int = 1
+    holding: str | None = None
+    """How weights that products take are packed: a name in ``ops.panels.HOLDINGS``; None: they are arrays."""
 
     def __post_init__(self) -> None:
         found = jax.device_count()
@@ -84,10 +88,29 @@ class Placement:
         if self.tp_size > 1:
             layers = zip(self.model.layers, params["layers"], strict=True)
             params = {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
-        placed: Params = jax.tree.map(
-            lambda spec, array: self.put(array, self._sharding(spec)), declare(self.served), params
-        )
+        placed: Params = jax.tree.map(self.hold, declare(self.served), params)
         return placed
+
+    def hold(self, spec: ParamSpec, weight: Any) -> Array | Packed:
+        """One parameter of ``served`` as it is computed with: placed, and packed where it is to be and is not yet."""
+        how = self._packer(spec)
+        if how is None:
+            return self.put(weight, self._sharding(spec))
+        if isinstance(weight, Packed):
+            return weight
+        return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), native=self.native)
+
+    def _packer(self, spec: ParamSpec) -> Packer | None:
+        return None if self.holding is None else packer(self.holding, spec.shape, spec.inputs)
+
+    def _packed_shardings(self, how: Packer, spec: ParamSpec) -> list[Sharding]:
+        named = zip(how.axes(spec.axes), how.shapes(), strict=True)
+        return [self._placed(self._spec(axes, shape)) for axes, (shape, _) in named]
+
+    @property
+    def native(self) -> bool:
+        """Whether kernels multiply by packed weights. They know nothing of meshes; XLA does."""
+        return self.tp_size == 1 and products.runs(jax.default_backend())
 
     def put(self, array: Any, where: Sharding) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
@@ -98,10 +121,16 @@ class Placement:
 
     def abstract(self, dtype: Any) -> Params:
         """The params as they will lie, as ``jax.ShapeDtypeStruct``: for compiling and sizing without weights."""
-        shapes: Params = jax.tree.map(
-            lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._sharding(spec)),
-            declare(self.served),
-        )
+
+        def abstract(spec: ParamSpec) -> Any:
+            how = self._packer(spec)
+            if how is None:
+                return jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._sharding(spec))
+            placed = zip(how.shapes(), self._packed_shardings(how, spec), strict=True)
+            arrays = (jax.ShapeDtypeStruct(shape, of, sharding=at) for (shape, of), at in placed)
+            return how.packed(arrays, native=self.native)
+
+        shapes: Params = jax.tree.map(abstract, declare(self.served))
         return shapes
 
     def _sharding(self, spec: ParamSpec) -> Sharding:

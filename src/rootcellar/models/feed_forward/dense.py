@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from rootcellar.models import packing
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.spec import Declare, Params
+from rootcellar.ops.products import product
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Dense:
         """``gate_up`` [E, 2, I], ``down`` [I, E], and their biases where there are any."""
         inner = self.intermediate_size
         params: Params = {
-            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.gate_up),
-            "down": declare("down", (inner, embed), ("mlp", "embed"), "random", packing.transposed),
+            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.gate_up, (0,)),
+            "down": declare("down", (inner, embed), ("mlp", "embed"), "random", packing.transposed, (0,)),
         }
         if self.bias:
             params["gate_up_bias"] = declare(
@@ -40,8 +40,8 @@ class Dense:
 
     def apply(self, params: Params, x: jax.Array) -> jax.Array:
         """``[T, E]`` of ``x`` [T, E]."""
-        rows = jnp.einsum("te,eci->tci", x, params["gate_up"])
+        rows = product(x, params["gate_up"])
         if self.bias:
             rows = rows + params["gate_up_bias"]
-        out = jnp.einsum("ti,ie->te", ACTIVATIONS[self.activation](rows[:, 0]) * rows[:, 1], params["down"])
+        out = product(ACTIVATIONS[self.activation](rows[:, 0]) * rows[:, 1], params["down"])
         return out + params["down_bias"] if self.bias else out

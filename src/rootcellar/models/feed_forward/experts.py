@@ -149,8 +149,13 @@ def _shared(declare: Declare) -> Declare:
     """Names the shared expert's parameters ``shared_...`` in the family's table."""
 
     def prefixed(
-        name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Init, packing: Packing = packing.same
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[Axis, ...],
+        init: Init,
+        packing: Packing = packing.same,
+        inputs: tuple[int, ...] = (),
     ) -> ParamSpec:
-        return declare(f"shared_{name}", shape, axes, init, packing)
+        return declare(f"shared_{name}", shape, axes, init, packing, inputs)
 
     return prefixed

@@ -16,6 +16,7 @@ from rootcellar.models.norms import Norm, scaled
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.ops.backends import Reach, attention
+from rootcellar.ops.products import product
 from rootcellar.plan.stored import Heads
 
 _ROWS: tuple[Axis, ...] = (None, "heads")
@@ -104,8 +105,8 @@ class Attention:
         group = self.group_size * (2 if self.gated else 1)
         by_group: tuple[Axis, ...] = ("kv_heads", None, None)
         params: Params = {
-            "qkv": declare("qkv", (embed, kv, group + 2, dim), ("embed", *by_group), "random", packing.qkv),
-            "o": declare("o", (heads, dim, embed), ("heads", None, "embed"), "random", packing.heads_in),
+            "qkv": declare("qkv", (embed, kv, group + 2, dim), ("embed", *by_group), "random", packing.qkv, (0,)),
+            "o": declare("o", (heads, dim, embed), ("heads", None, "embed"), "random", packing.heads_in, (0, 1)),
         }
         if self.qkv_bias:
             params["qkv_bias"] = declare("qkv_bias", (kv, group + 2, dim), by_group, "zeros", packing.qkv_bias)
@@ -157,7 +158,7 @@ class Attention:
         self, params: Params, x: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned; and gates."""
-        rows = jnp.einsum("te,ekgd->tkgd", x, params["qkv"])
+        rows = product(x, params["qkv"])
         if self.qkv_bias:
             rows = rows + params["qkv_bias"]
         q, k, v = rows[:, :, :-2], rows[:, :, -2], rows[:, :, -1]
@@ -178,7 +179,7 @@ class Attention:
         """``[T, E]`` of the heads' outputs ``[T, H, D]`` and their gates."""
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        mixed = jnp.einsum("thd,hde->te", out, params["o"])
+        mixed = product(out, params["o"], (0, 1))
         return mixed + params["o_bias"] if self.o_bias else mixed
 
     def _sinks(self, params: Params) -> jax.Array:

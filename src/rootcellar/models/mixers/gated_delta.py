@@ -15,6 +15,7 @@ from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
 from rootcellar.models.spec import Declare, Params
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
+from rootcellar.ops.products import product
 from rootcellar.ops.recurrent import causal_conv, causal_conv_sequential, course
 from rootcellar.plan.stored import States
 
@@ -70,7 +71,9 @@ class GatedDelta(Recurrent):
         wide = 2 * self.key_dim + 2 * by_key * self.value_dim
         inner, linear = self.heads * self.value_dim, packing.transposed
         return {
-            "delta_in": declare("delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", linear),
+            "delta_in": declare(
+                "delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", linear, (0,)
+            ),
             "delta_rates": declare(
                 "delta_rates", (embed, self.key_heads, 2 * by_key), ("embed", None, None), "random", linear
             ),
@@ -78,7 +81,7 @@ class GatedDelta(Recurrent):
             "delta_dt_bias": replace(declare("delta_dt_bias", (self.heads,), (None,), "ones"), wide=True),
             "delta_a_log": replace(declare("delta_a_log", (self.heads,), (None,), "ones"), wide=True),
             "delta_norm": declare("delta_norm", (self.value_dim,), (None,), "ones"),
-            "delta_out": declare("delta_out", (inner, embed), (None, "embed"), "random", linear),
+            "delta_out": declare("delta_out", (inner, embed), (None, "embed"), "random", linear, (0,)),
         }
 
     def run(
@@ -102,7 +105,7 @@ class GatedDelta(Recurrent):
     def _project(self, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         """The convolution's inputs ``[T, channels]``, gates ``[T, H, V]``; decays and rates, float32 ``[T, H]``."""
         tokens, keys, values = len(x), self.key_dim, self._per_key * self.value_dim
-        wide = jnp.einsum("te,ekw->tkw", x, params["delta_in"])
+        wide = product(x, params["delta_in"])
         parts = jnp.split(wide, (keys, 2 * keys, 2 * keys + values), axis=-1)
         mixed = jnp.concatenate([part.reshape(tokens, -1) for part in parts[:3]], axis=-1)
         rates = jnp.einsum("te,ekr->tkr", x, params["delta_rates"]).astype(jnp.float32)
@@ -122,4 +125,4 @@ class GatedDelta(Recurrent):
         """``[T, E]`` of the heads' outputs ``[T, H, V]``, normed and then gated."""
         y = scaled(y, self.eps) * params["delta_norm"].astype(jnp.float32)
         y = (y * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
-        return y.reshape(len(y), -1) @ params["delta_out"]
+        return product(y.reshape(len(y), -1), params["delta_out"])

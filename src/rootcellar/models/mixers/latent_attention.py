@@ -16,6 +16,7 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig, check_turned, turn
 from rootcellar.models.spec import Axis, Declare, Params
 from rootcellar.ops.backends import Reach, attention
+from rootcellar.ops.products import product
 from rootcellar.plan.stored import Latents
 
 _HEADS: tuple[Axis, ...] = (None, "heads")
@@ -77,21 +78,27 @@ class LatentAttention:
         heads, dim = self.num_heads, self.nope_dim + self.rope_dim
         rows = self.kv_rank + self.rope_dim
         params: Params = {
-            "kv_a": declare("kv_a", (embed, rows), ("embed", None), "random", packing.transposed),
+            "kv_a": declare("kv_a", (embed, rows), ("embed", None), "random", packing.transposed, (0,)),
             "kv_a_norm": declare("kv_a_norm", (self.kv_rank,), (None,), self.norm.init),
             "kv_b": declare(
                 "kv_b", (heads, self.nope_dim + self.value_dim, self.kv_rank), ("heads", None, None), "random",
                 packing.outputs_first,
             ),
-            "o": declare("o", (heads, self.value_dim, embed), ("heads", None, "embed"), "random", packing.heads_in),
+            "o": declare(
+                "o", (heads, self.value_dim, embed), ("heads", None, "embed"), "random", packing.heads_in, (0, 1)
+            ),
         }  # fmt: skip
         if self.q_rank is None:
-            params["q"] = declare("q", (embed, heads, dim), ("embed", "heads", None), "random", packing.transposed)
+            params["q"] = declare(
+                "q", (embed, heads, dim), ("embed", "heads", None), "random", packing.transposed, (0,)
+            )
         else:
             rank = self.q_rank
-            params["q_a"] = declare("q_a", (embed, rank), ("embed", None), "random", packing.transposed)
+            params["q_a"] = declare("q_a", (embed, rank), ("embed", None), "random", packing.transposed, (0,))
             params["q_a_norm"] = declare("q_a_norm", (rank,), (None,), self.norm.init)
-            params["q_b"] = declare("q_b", (rank, heads, dim), (None, "heads", None), "random", packing.transposed)
+            params["q_b"] = declare(
+                "q_b", (rank, heads, dim), (None, "heads", None), "random", packing.transposed, (0,)
+            )
         if self.bias:
             params["kv_a_bias"] = declare("kv_a_bias", (rows,), (None,), "zeros")
             params["o_bias"] = declare("o_bias", (embed,), (None,), "zeros")
@@ -130,11 +137,13 @@ class LatentAttention:
     def _project(self, params: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of ``x`` [T, E]: queries ``[T, H, nope]`` and, turned, ``[T, H, rope]``; latents ``[T, R + rope]``."""
         if self.q_rank is None:
-            q = jnp.einsum("te,ehd->thd", x, params["q"])
+            q = product(x, params["q"])
         else:
-            low = x @ params["q_a"] + params["q_a_bias"] if self.bias else x @ params["q_a"]
-            q = jnp.einsum("tr,rhd->thd", self.norm(low, params["q_a_norm"]), params["q_b"])
-        rows = x @ params["kv_a"] + params["kv_a_bias"] if self.bias else x @ params["kv_a"]
+            low = product(x, params["q_a"])
+            low = low + params["q_a_bias"] if self.bias else low
+            q = product(self.norm(low, params["q_a_norm"]), params["q_b"])
+        rows = product(x, params["kv_a"])
+        rows = rows + params["kv_a_bias"] if self.bias else rows
         compressed, k = jnp.split(rows, [self.kv_rank], axis=-1)
         turned, k = turn(self.rope, positions, q[..., self.nope_dim :], k[:, None])
         latents = jnp.concatenate([self.norm(compressed, params["kv_a_norm"]), k[:, 0]], axis=-1)
@@ -142,7 +151,7 @@ class LatentAttention:
 
     def _merge(self, params: Params, out: jax.Array) -> jax.Array:
         """``[T, E]`` of the heads' outputs ``[T, H, V]``."""
-        mixed = jnp.einsum("thv,hve->te", out, params["o"])
+        mixed = product(out, params["o"], (0, 1))
         return mixed + params["o_bias"] if self.bias else mixed
 
     # -- tensor parallelism: heads are split, and every device stores all latents --------------------------------

@@ -14,6 +14,7 @@ from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
 from rootcellar.models.spec import Declare, Params
+from rootcellar.ops.products import product
 from rootcellar.ops.recurrent import causal_conv, causal_conv_sequential, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
 from rootcellar.plan.stored import States
@@ -67,13 +68,13 @@ class Mamba2(Recurrent):
         """``mamba_in`` [E, inner + channels + H]: gate, the convolution's inputs, steps; ``mamba_out``; small ones."""
         wide = self.inner + self.channels + self.heads
         params: Params = {
-            "mamba_in": declare("mamba_in", (embed, wide), ("embed", None), "random", packing.transposed),
+            "mamba_in": declare("mamba_in", (embed, wide), ("embed", None), "random", packing.transposed, (0,)),
             "mamba_conv": declare("mamba_conv", (self.taps, self.channels), (None, None), "random", packing.depthwise),
             "mamba_dt_bias": replace(declare("mamba_dt_bias", (self.heads,), (None,), "ones"), wide=True),
             "mamba_a_log": replace(declare("mamba_a_log", (self.heads,), (None,), "ones"), wide=True),
             "mamba_d": declare("mamba_d", (self.heads,), (None,), "ones"),
             "mamba_norm": declare("mamba_norm", (self.inner,), (None,), "ones"),
-            "mamba_out": declare("mamba_out", (self.inner, embed), (None, "embed"), "random", packing.transposed),
+            "mamba_out": declare("mamba_out", (self.inner, embed), (None, "embed"), "random", packing.transposed, (0,)),
         }
         if self.conv_bias:
             params["mamba_conv_bias"] = declare("mamba_conv_bias", (self.channels,), (None,), "zeros")
@@ -103,7 +104,7 @@ class Mamba2(Recurrent):
 
     def _project(self, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gate ``[T, inner]``, the convolution's inputs ``[T, channels]`` and steps, float32 ``[T, H]``."""
-        wide = x @ params["mamba_in"]
+        wide = product(x, params["mamba_in"])
         if self.proj_bias:
             wide = wide + params["mamba_in_bias"]
         gate, mixed, dt = jnp.split(wide, (self.inner, self.inner + self.channels), axis=-1)
@@ -121,7 +122,7 @@ class Mamba2(Recurrent):
         y = y + params["mamba_d"].astype(jnp.float32)[:, None] * inputs
         y = y.reshape(len(y), -1) * jax.nn.silu(gate.astype(jnp.float32))
         y = scaled(y.reshape(len(y), self.groups, -1), self.eps).reshape(y.shape).astype(gate.dtype)
-        out = (y * params["mamba_norm"].astype(y.dtype)) @ params["mamba_out"]
+        out = product(y * params["mamba_norm"].astype(y.dtype), params["mamba_out"])
         return out + params["mamba_out_bias"] if self.proj_bias else out
 
     def _conv_bias(self, params: Params) -> jax.Array | None:

@@ -1,44 +1,25 @@
 """Attention in C++ behind XLA's foreign-function interface, for CPUs (``ops/native/``).
 
-It works on the pool in place. The library has kernels for several instruction sets and takes the fastest that the
-processor has; ``ROOTCELLAR_VECTORS`` names another (``avx512``, ``avx2``, ``baseline``).
+It works on the pool in place.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rootcellar import ops
-from rootcellar.compiled import open_library
 from rootcellar.ops.backends.backend import Attend
+from rootcellar.ops.library import kernels, runs_vectors, vectors
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import TokenLayout
 
-# What XLA calls attention over each form of pages, and the function of the library.
+# What XLA calls attention over each form of pages.
 _TARGETS = {"heads": "rootcellar_attention_by_head", "latents": "rootcellar_attention_over_latents"}
-_FUNCTIONS = {_TARGETS["heads"]: "RootcellarAttentionByHead", _TARGETS["latents"]: "RootcellarAttentionOverLatents"}
-
-
-@functools.cache
-def kernel() -> ctypes.CDLL | None:
-    """The shared library with the CPU kernels, registered with XLA; None where it was not built or is not wanted."""
-    return open_library(
-        ops.__path__, "_native.so", _FUNCTIONS, "attention runs through XLA", functions=["rootcellar_runs_vectors"]
-    )
-
-
-def runs_vectors(name: str) -> bool:
-    """Whether there are kernels for the instruction set of that name, and this processor has it; ``""``: for any."""
-    opened = kernel()
-    return opened is not None and bool(opened.rootcellar_runs_vectors(name.encode()))
 
 
 def lacks(layout: Layout, platform: str) -> str | None:
@@ -52,22 +33,18 @@ def lacks(layout: Layout, platform: str) -> str | None:
     (array,) = layout.buffers(1)
     if array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
-    if kernel() is None:
+    if kernels() is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
-    if not runs_vectors(_vectors()):
-        return f"ROOTCELLAR_VECTORS={_vectors()!r} is no instruction set that it is compiled for and that runs here"
+    if not runs_vectors(vectors()):
+        return f"ROOTCELLAR_VECTORS={vectors()!r} is no instruction set that it is compiled for and that runs here"
     size = array.shape[-1]
     return None if size % 16 == 0 else f"it has no kernel for rows of {size} elements, only for multiples of 16"
 
 
 def attend(layout: TokenLayout, reach: Reach) -> Attend:
     """See ``Backend``."""
-    kernel()
-    return functools.partial(_attend, _TARGETS[layout.form], _vectors(), reach)
-
-
-def _vectors() -> str:
-    return os.environ.get("ROOTCELLAR_VECTORS", "")
+    kernels()
+    return functools.partial(_attend, _TARGETS[layout.form], vectors(), reach)
 
 
 def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> tuple[Array, ...]:

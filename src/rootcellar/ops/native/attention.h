@@ -13,17 +13,12 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
-namespace rootcellar {
+#include "targets.h"
 
-struct bf16 {
-  uint16_t bits;
-};
+namespace rootcellar {
 
 constexpr float kMasked = -3.0e38f;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -70,30 +65,20 @@ using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float*
 
 inline int64_t room_for(int64_t dim, int64_t rows) { return 2 * dim * kBlock + kRows * kBlock + rows * dim; }
 
-#define ROOTCELLAR_PRAGMA(x) _Pragma(#x)
-#if defined(__x86_64__) && defined(__clang__)
-#define ROOTCELLAR_TARGET_BEGIN(features) \
-  ROOTCELLAR_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define ROOTCELLAR_TARGET_END ROOTCELLAR_PRAGMA(clang attribute pop)
-#elif defined(__x86_64__)
-#define ROOTCELLAR_TARGET_BEGIN(features) \
-  ROOTCELLAR_PRAGMA(GCC push_options)     \
-  ROOTCELLAR_PRAGMA(GCC target(features))
-#define ROOTCELLAR_TARGET_END ROOTCELLAR_PRAGMA(GCC pop_options)
-#endif
-
 #if defined(__x86_64__)
-ROOTCELLAR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX512)
 namespace avx512 {
 #define ROOTCELLAR_LANES 16
 #define ROOTCELLAR_REGISTERS 32
+#include "vectors.inc"
 #include "kernel.inc"
 }  // namespace avx512
 ROOTCELLAR_TARGET_END
-ROOTCELLAR_TARGET_BEGIN("avx2,fma")
+ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX2)
 namespace avx2 {
 #define ROOTCELLAR_LANES 8
 #define ROOTCELLAR_REGISTERS 16
+#include "vectors.inc"
 #include "kernel.inc"
 }  // namespace avx2
 ROOTCELLAR_TARGET_END
@@ -101,11 +86,8 @@ ROOTCELLAR_TARGET_END
 // What the compiler takes for granted: SSE2, NEON (which has 32 registers), or no vectors at all.
 namespace baseline {
 #define ROOTCELLAR_LANES 4
-#if defined(__aarch64__)
-#define ROOTCELLAR_REGISTERS 32
-#else
-#define ROOTCELLAR_REGISTERS 16
-#endif
+#define ROOTCELLAR_REGISTERS ROOTCELLAR_BASELINE_REGISTERS
+#include "vectors.inc"
 #include "kernel.inc"
 }  // namespace baseline
 
@@ -116,19 +98,6 @@ struct Vectors {
   Kernel (*kernel)(bool is_bf16);
 };
 
-#if defined(__x86_64__)
-inline bool has_avx512() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-inline bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#endif
-
 // Those that are faster come first; the last runs wherever the library does.
 constexpr Vectors kVectorSets[] = {
 #if defined(__x86_64__)
@@ -138,40 +107,7 @@ constexpr Vectors kVectorSets[] = {
     {"baseline", [] { return true; }, baseline::kernel},
 };
 
-// The set of this name, or the fastest for ""; null where the processor does not have it.
-inline const Vectors* find_vectors(const std::string& name) {
-  for (const Vectors& set : kVectorSets)
-    if ((name.empty() || name == set.name) && set.runs()) return &set;
-  return nullptr;
-}
-
-// Run work(0..n-1) on the pool and on this thread. Helpers that start late find nothing left to do; `state` outlives
-// them, so nobody waits for a thread that never came. Threads: num_threads(), Schedule(function).
-template <typename Threads, typename Work>
-void parallel_for(Threads& threads, int64_t n, Work&& work) {
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), n) - 1;
-  if (helpers <= 0) {
-    for (int64_t i = 0; i < n; i++) work(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::function<void(int64_t)> work;
-    int64_t n;
-    void drain() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        work(i);
-        done.fetch_add(1, std::memory_order_release);
-      }
-    }
-  };
-  auto state = std::make_shared<State>();
-  state->work = std::ref(work);
-  state->n = n;
-  for (int64_t i = 0; i < helpers; i++) threads.Schedule([state] { state->drain(); });
-  state->drain();
-  while (state->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
-}
+inline const Vectors* find_vectors(const std::string& name) { return find_set(kVectorSets, name); }
 
 template <typename T>
 void write_row(T* to, const float* from, int64_t n);

@@ -1,0 +1,39 @@
+"""The library of kernels for CPUs in C++ (``ops/native/``), behind XLA's foreign-function interface.
+
+It has kernels for several instruction sets and takes the fastest that the processor has; ``ROOTCELLAR_VECTORS`` names
+another (``avx512``, ``avx2``, ``baseline``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+from rootcellar import ops
+from rootcellar.compiled import open_library
+
+# What XLA calls each handler, and the function of the library.
+_FUNCTIONS = {
+    "rootcellar_attention_by_head": "RootcellarAttentionByHead",
+    "rootcellar_attention_over_latents": "RootcellarAttentionOverLatents",
+    "rootcellar_product": "RootcellarProduct",
+}
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The shared library, registered with XLA; None where it was not built or is not wanted."""
+    without = "attention and products run through XLA"
+    return open_library(ops.__path__, "_native.so", _FUNCTIONS, without, functions=["rootcellar_runs_vectors"])
+
+
+def runs_vectors(name: str) -> bool:
+    """Whether there are kernels for the instruction set of that name, and this processor has it; ``""``: for any."""
+    opened = kernels()
+    return opened is not None and bool(opened.rootcellar_runs_vectors(name.encode()))
+
+
+def vectors() -> str:
+    """The instruction set that is wanted, by name; ``""``: the best."""
+    return os.environ.get("ROOTCELLAR_VECTORS", "")

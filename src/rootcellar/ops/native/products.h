@@ -1,0 +1,133 @@
+// Products of rows with weights that were packed once, for CPUs, in plain C++.
+//
+// A weight [inputs, ...outputs] is packed in *panels* of kColumns outputs, so that a panel is read from its beginning to
+// its end, and a row of it is what some registers hold (the packed operand of Goto and van de Geijn, 2008). Words of 32
+// bits hold an input's float32 weight with one output, two bfloat16 ones of inputs that follow each other, four integers
+// of 8 bits, or eight of 4 bits, the first in the lowest bits: [panels, inputs / those of a word, kColumns]. So each form
+// is read in whole registers. Integers come in groups of inputs, with a scale, and for 4 bits a least value, for each
+// group and output. Arithmetic is in float32.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "targets.h"
+
+namespace rootcellar {
+
+constexpr int kColumns = 16;    // outputs of a panel
+constexpr int kDeep = 256;      // inputs that are decoded at a time, for more rows than a register tile has
+constexpr int64_t kBand = 120;  // rows that an item of work has, at most: their inputs stay in the second cache
+
+enum class Form { f32, bf16, w8, w4 };
+
+constexpr int inputs_of_word(Form form) {
+  return form == Form::f32 ? 1 : form == Form::bf16 ? 2 : form == Form::w8 ? 4 : 8;
+}
+
+// y [rows, leads * length] of x [rows, inputs]. The outputs are `leads` runs of `length`, each packed in panels of its
+// own, the last of which may be filled up.
+struct Product {
+  const float* x;
+  const uint32_t* data;        // words of all panels
+  const bf16 *scales, *least;  // [panels, inputs / group, kColumns]; null where the form has none
+  const float* given;          // [rows, inputs / group]: sums of the inputs; null where there is no least value
+  float* y;
+  int64_t rows, inputs, leads, length, group;
+  Form form;
+
+  // The words of a panel from the one that has this input on.
+  const uint32_t* words(int64_t panel, int64_t input) const {
+    return data + (panel * inputs + input) / inputs_of_word(form) * kColumns;
+  }
+  int64_t each() const { return (length + kColumns - 1) / kColumns; }  // panels of a run
+  int64_t panels() const { return leads * each(); }
+  int64_t width() const { return leads * length; }
+  int columns(int64_t panel) const {
+    return static_cast<int>(std::min<int64_t>(kColumns, length - panel % each() * kColumns));
+  }
+  float* out(int64_t row, int64_t panel) const {
+    return y + row * width() + panel / each() * length + panel % each() * kColumns;
+  }
+};
+
+// Rows [row, row + rows) of a product, its panels [begin, end).
+using Multiply = void (*)(const Product&, int64_t row, int64_t rows, int64_t begin, int64_t end);
+
+#if defined(__x86_64__)
+ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX512)
+namespace avx512 {
+#define ROOTCELLAR_LANES 16
+#define ROOTCELLAR_REGISTERS 32
+#include "vectors.inc"
+#include "product.inc"
+}  // namespace avx512
+ROOTCELLAR_TARGET_END
+ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX2)
+namespace avx2 {
+#define ROOTCELLAR_LANES 8
+#define ROOTCELLAR_REGISTERS 16
+#include "vectors.inc"
+#include "product.inc"
+}  // namespace avx2
+ROOTCELLAR_TARGET_END
+#endif
+namespace baseline {
+#define ROOTCELLAR_LANES 4
+#define ROOTCELLAR_REGISTERS ROOTCELLAR_BASELINE_REGISTERS
+#include "vectors.inc"
+#include "product.inc"
+}  // namespace baseline
+
+// An instruction set that products are compiled for.
+struct ProductSet {
+  const char* name;
+  bool (*runs)();
+  Multiply multiply;
+};
+
+// Those that are faster come first; the last runs wherever the library does.
+constexpr ProductSet kProductSets[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, avx512::multiply},
+    {"avx2", has_avx2, avx2::multiply},
+#endif
+    {"baseline", [] { return true; }, baseline::multiply},
+};
+
+// Fills y, in items of up to kBand rows and a part of the panels. A sum does not depend on how many threads there are.
+template <typename Threads>
+void multiply(Threads& threads, Product p, Multiply kernel) {
+  std::vector<float> given;
+  if (p.least != nullptr) {
+    const int64_t groups = p.inputs / p.group;
+    given.resize(p.rows * groups);
+    for (int64_t i = 0; i < p.rows * groups; i++) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < p.group; k++) sum += p.x[i * p.group + k];
+      given[i] = sum;
+    }
+    p.given = given.data();
+  }
+  const int64_t bands = (p.rows + kBand - 1) / kBand, panels = p.panels();
+  const int64_t count = std::max<int64_t>(threads.num_threads(), 1);
+  // What takes some microseconds is not worth waking another thread for.
+  const bool small = p.rows * panels * p.inputs * kColumns < 1 << 17;
+  const int64_t parts = small ? 1 : std::min(panels, (4 * count + bands - 1) / bands);
+  const auto work = [&](int64_t i) {
+    const int64_t band = i / parts, part = i % parts, from = p.rows * band / bands, to = p.rows * (band + 1) / bands;
+    kernel(p, from, to - from, panels * part / parts, panels * (part + 1) / parts);
+  };
+  if (small) {
+    for (int64_t i = 0; i < bands; i++) work(i);
+  } else {
+    parallel_for(threads, bands * parts, work);
+  }
+}
+
+}  // namespace rootcellar

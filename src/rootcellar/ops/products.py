@@ -1,0 +1,59 @@
+"""Products of rows with weights: by XLA, or over packed ones by the kernels in C++ (``ops/native/products.h``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rootcellar.ops import panels
+from rootcellar.ops.library import kernels, runs_vectors, vectors
+from rootcellar.ops.panels import Packed
+
+Weight = Array | Packed
+"""What a product multiplies by."""
+
+
+def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype | None = None) -> Array:
+    """``x`` [..., *inputs of ``w``] times ``w``: ``[..., *its other axes]``, summed over its axes ``inputs``.
+
+    Over packed weights the arithmetic is in float32. ``dtype``: of the result; None: that of ``x``, or
+    of ``x`` and ``w`` where the weight is an array.
+    """
+    axes = tuple(range(x.ndim - len(inputs), x.ndim)), tuple(inputs)
+    if not isinstance(w, Packed):
+        return jnp.tensordot(x, w, axes=axes, preferred_element_type=dtype)
+    wanted = x.dtype if dtype is None else dtype
+    if w.native:
+        return _native(x.astype(jnp.float32), w).astype(wanted)
+    whole = panels.unpacked(w).astype(x.dtype)
+    return jnp.tensordot(x, whole, axes=axes, preferred_element_type=dtype).astype(wanted)
+
+
+def rows(w: Weight, which: Array, dtype: jnp.dtype) -> Array:
+    """Rows ``which`` [T] of a matrix ``[N, E]``: ``[T, E]`` in ``dtype``."""
+    return (panels.rows(w, which) if isinstance(w, Packed) else w[which]).astype(dtype)
+
+
+def _native(x: Array, w: Packed) -> Array:
+    outputs = [w.shape[i] for i in w.outputs]
+    inputs, leads = math.prod(w.shape[i] for i in w.inputs), math.prod(outputs[:-1])
+    flat = x.reshape(-1, inputs)
+    kernels()
+    call = jax.ffi.ffi_call(
+        "rootcellar_product", jax.ShapeDtypeStruct((flat.shape[0], leads * outputs[-1]), jnp.float32)
+    )
+    out = call(
+        flat, *w.arrays,
+        form=w.holding, leads=np.int64(leads), length=np.int64(outputs[-1]), group=np.int64(w.group), vectors=vectors(),
+    )  # fmt: skip
+    return out.reshape(*x.shape[: x.ndim - len(w.inputs)], *outputs)
+
+
+def runs(platform: str) -> bool:
+    """Whether the kernels run there."""
+    return platform == "cpu" and runs_vectors(vectors())

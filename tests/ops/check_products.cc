@@ -1,0 +1,121 @@
+// Products with packed weights (ops/native/products.h) with each instruction set that runs here, against sums in double
+// precision over weights drawn at random: `check_products [PRODUCTS] [SEED]`. `make sanitize` runs it under sanitizers.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "products.h"
+
+using rootcellar::bf16;
+using rootcellar::Form;
+using rootcellar::kColumns;
+using rootcellar::Product;
+
+namespace {
+
+// As XLA's pool of threads behaves: whoever asks does not wait, and a helper may come late.
+struct Threads {
+  int count;
+  std::vector<std::thread> running;
+  int64_t num_threads() const { return count; }
+  template <typename F>
+  void Schedule(F&& work) {
+    running.emplace_back(std::forward<F>(work));
+  }
+  ~Threads() {
+    for (std::thread& thread : running) thread.join();
+  }
+};
+
+using Random = std::mt19937_64;
+
+int below(Random& random, int n) { return static_cast<int>(random() % n); }
+
+float value(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// The weight of an input in a panel's column, from the words.
+float weight(const Product& p, int64_t panel, int64_t input, int column) {
+  const int each = rootcellar::inputs_of_word(p.form), at = static_cast<int>(input % each);
+  const uint32_t word = p.words(panel, input)[column];
+  if (p.form == Form::bf16) return value({static_cast<uint16_t>(word >> (16 * at))});
+  if (p.form == Form::f32) {
+    float v;
+    std::memcpy(&v, &word, 4);
+    return v;
+  }
+  const int64_t group = (panel * (p.inputs / p.group) + input / p.group) * kColumns + column;
+  if (p.form == Form::w8) return value(p.scales[group]) * static_cast<int8_t>(word >> (8 * at));
+  return value(p.scales[group]) * ((word >> (4 * at)) & 15) + value(p.least[group]);
+}
+
+bool holds(Random& random, const rootcellar::ProductSet& set) {
+  const Form form = static_cast<Form>(below(random, 4));
+  const bool grouped = form == Form::w8 || form == Form::w4;
+  const int group = grouped ? 8 << below(random, 3) : 1;
+  const int64_t inputs = grouped ? group * (1 + below(random, 20)) : 2 * (1 + below(random, 300));
+  const int64_t leads = 1 + below(random, 3), length = 1 + below(random, 100), rows = 1 + below(random, 150);
+  const int64_t panels = leads * ((length + kColumns - 1) / kColumns);
+  std::uniform_real_distribution<float> small(-1, 1);
+  std::vector<float> x(rows * inputs), y(rows * leads * length, NAN);
+  for (float& v : x) v = small(random);
+  std::vector<uint32_t> words(panels * inputs / rootcellar::inputs_of_word(form) * kColumns);
+  for (uint32_t& word : words) {
+    if (grouped) {
+      word = static_cast<uint32_t>(random());
+    } else if (form == Form::f32) {
+      const float v = small(random);
+      std::memcpy(&word, &v, 4);
+    } else {  // between 0.5 and 2, of either sign
+      word = (static_cast<uint32_t>(random()) & 0x80ff80ffu) | 0x3f003f00u;
+    }
+  }
+  std::vector<bf16> scales(grouped ? panels * (inputs / group) * kColumns : 0), least(form == Form::w4 ? scales.size() : 0);
+  for (bf16& scale : scales) scale.bits = static_cast<uint16_t>(0x3c00 + below(random, 128));
+  for (bf16& low : least) low.bits = static_cast<uint16_t>(0xbd00 + below(random, 128));
+  const Product p{x.data(),   words.data(), grouped ? scales.data() : nullptr, least.empty() ? nullptr : least.data(),
+                  nullptr,    y.data(),     rows,                              inputs,
+                  leads,      length,       group,                             form};
+  Threads threads{1 + below(random, 4), {}};
+  rootcellar::multiply(threads, p, set.multiply);
+  for (int64_t row = 0; row < rows; row += 1 + below(random, 5)) {
+    for (int64_t panel = 0; panel < panels; panel++) {
+      for (int column = 0; column < p.columns(panel); column++) {
+        double sum = 0, most = 0;
+        for (int64_t k = 0; k < inputs; k++) {
+          const double term = static_cast<double>(x[row * inputs + k]) * weight(p, panel, k, column);
+          sum += term;
+          most += std::abs(term);
+        }
+        const double off = std::abs(sum - p.out(row, panel)[column]);
+        if (off <= 1e-5 * most + 1e-6) continue;
+        std::printf("%s: row %d, panel %d, column %d is off by %g: form %d, group %d, %d x (%d x %d), %d rows\n", set.name,
+                    static_cast<int>(row), static_cast<int>(panel), column, off, static_cast<int>(form), group,
+                    static_cast<int>(inputs), static_cast<int>(leads), static_cast<int>(length), static_cast<int>(rows));
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int products = argc > 1 ? std::atoi(argv[1]) : 300;
+  Random random(argc > 2 ? std::atoi(argv[2]) : 0);
+  int seen = 0;
+  for (const rootcellar::ProductSet& set : rootcellar::kProductSets) {
+    if (!set.runs()) continue;
+    for (int i = 0; i < products; i++, seen++)
+      if (!holds(random, set)) return 1;
+    std::printf("products, %s: %d\n", set.name, products);
+  }
+  return seen == 0;
+}

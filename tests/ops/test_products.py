@@ -1,0 +1,89 @@
+"""Products over packed weights, however held, on every set of vectors that runs here, beside arithmetic written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rootcellar.ops import library
+from rootcellar.ops.panels import HOLDINGS, packer, rows, unpacked
+from rootcellar.ops.products import product
+
+# Inputs and outputs of a weight, and which axes are inputs: one axis, heads, parts of a projection, an embedding.
+WEIGHTS = [((96, 60), (0,)), ((2, 32, 48), (0, 1)), ((288, 2, 3, 16), (0,)), ((57, 64), (1,))]
+# By how much integers may be off, for weights of a normal distribution: half a step, and half of bfloat16's of it.
+STEP = {"float32": 0.0, "bfloat16": 0.02, "w8": 0.02, "w4": 0.6}
+
+
+def packed(holding, shape, inputs, seed=0, *, native):
+    weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    how = packer(holding, shape, inputs)
+    return weight, how.packed(how.pack(weight), native=native)
+
+
+@pytest.mark.parametrize("holding", HOLDINGS)
+@pytest.mark.parametrize(("shape", "inputs"), WEIGHTS, ids=str)
+def test_what_is_packed_is_the_weight_to_half_a_step(holding, shape, inputs):
+    weight, held = packed(holding, shape, inputs, native=False)
+    how = packer(holding, shape, inputs)
+    assert [(a.shape, a.dtype) for a in held.arrays] == how.shapes()
+    np.testing.assert_allclose(unpacked(held), weight, rtol=0, atol=STEP[holding])
+    if inputs == (1,):
+        np.testing.assert_array_equal(rows(held, jnp.array([0, 56, 17])), unpacked(held)[jnp.array([0, 56, 17])])
+
+
+@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("holding", HOLDINGS)
+@pytest.mark.parametrize(("shape", "inputs"), WEIGHTS, ids=str)
+def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkeypatch):
+    if not library.runs_vectors(vectors):
+        pytest.skip(f"{vectors} does not run here")
+    monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
+    _, held = packed(holding, shape, inputs, native=True)
+    whole = np.asarray(unpacked(held), np.float64)
+    rng = np.random.default_rng(1)
+    for tokens in (1, 2, 3, 7, 125):
+        x = rng.normal(size=(tokens, *(shape[i] for i in inputs))).astype(np.float32)
+        axes = list(range(1, x.ndim)), list(inputs)
+        np.testing.assert_allclose(product(x, held, inputs), np.tensordot(x, whole, axes), rtol=0, atol=2e-4)
+
+
+def test_many_threads_and_many_panels_give_the_same_as_few(monkeypatch):
+    """So many outputs that the kernel takes all its threads; each sum is made by one of them, always in one order."""
+    _, held = packed("w4", (256, 4096), (0,), native=True)
+    x = np.random.default_rng(2).normal(size=(33, 256)).astype(np.float32)
+    first = product(x, held)
+    np.testing.assert_array_equal(first, product(x, held))
+    np.testing.assert_allclose(first, np.asarray(x, np.float64) @ np.asarray(unpacked(held), np.float64), atol=1e-4)
+
+
+def test_groups_of_equal_weights_divide_by_nothing():
+    for holding in ("w8", "w4"):
+        how = packer(holding, (64, 16), (0,))
+        for value in (0.0, 0.5, -3.0):
+            held = how.packed(how.pack(np.full((64, 16), value, np.float32)), native=False)
+            np.testing.assert_allclose(unpacked(held), value, rtol=1 / 127)
+
+
+@pytest.mark.parametrize(
+    ("holding", "shape", "inputs"),
+    [("w8", (36, 64), (0,)), ("bfloat16", (33, 64), (0,)), ("float32", (64, 5), (0,)), ("w4", (64, 64), ())],
+)
+def test_what_does_not_fit_panels_stays_as_it_is(holding, shape, inputs):
+    assert packer(holding, shape, inputs) is None
+
+
+def test_arrays_multiply_as_before():
+    x = jnp.ones((3, 2, 8))
+    assert product(x, jnp.ones((2, 8, 5)), (0, 1)).shape == (3, 5)
+    wide = product(x[:, 0].astype(jnp.bfloat16), jnp.ones((7, 8), jnp.bfloat16), (1,), jnp.float32)
+    assert (wide.shape, wide.dtype) == ((3, 7), jnp.float32)
+
+
+def test_a_form_that_the_library_does_not_have_is_refused():
+    if not library.runs_vectors(""):
+        pytest.skip("no kernels here")
+    _, held = packed("w8", (32, 16), (0,), native=True)
+    wrong = jax.tree_util.tree_map(lambda a: a[..., :8], held)
+    with pytest.raises(Exception, match="does not fit"):
+        jax.block_until_ready(product(np.ones((1, 32), np.float32), wrong))
