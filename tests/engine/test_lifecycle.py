@@ -14,7 +14,6 @@ import rootcellar
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params
-from rootcellar.ops.panels import Packed
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 75))
@@ -61,10 +60,6 @@ def given(tiny_folder, weights):
 
 def ask(engine, prompt=PROMPT, **options):
     return engine.generate(input_ids=prompt, sampling_params={**GREEDY, **options})
-
-
-def packed(weight):
-    return isinstance(weight, Packed)
 
 
 def deleted(report):
@@ -226,18 +221,6 @@ def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(given,
     assert third["output_ids"] == first["output_ids"]
     assert third["meta_info"]["cached_tokens"] == 0
     assert given.stats()["compilations"] == compiled
-
-
-def test_weights_that_are_packed_here_are_said_to_be_copied(own, weights):
-    first, compiled = ask(own), own.stats()["compilations"]
-    copied = own.update_weights(weights)["copied"]
-    held = [a for a in jax.tree.leaves(own._parts.runner.params, is_leaf=packed) if packed(a)]
-    assert len(copied) == len(held)
-    assert set(copied) <= {"embed", "head"} | {
-        f"layers.{i}.{w}" for i in range(8) for w in ("qkv", "o", "gate_up", "down")
-    }
-    assert ask(own)["output_ids"] == first["output_ids"]
-    assert own.stats()["compilations"] == compiled
 
 
 def test_weights_changed_during_a_request_are_told_apart(own, weights):
