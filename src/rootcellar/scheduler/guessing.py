@@ -285,7 +285,7 @@ class NgramGuesser:
         if self._suffixes is None or own.matched >= self._longest:
             return own
         others = self._suffixes.find(owner_of(request.namespace), known[-self._longest :], most)
-        return own if own.matched >= others[0] else Proposal(*others)
+        return Proposal(*others) if others[0] >= max(self._least, own.matched + 1) else own
 
     def _class(self, matched: int) -> int:
         """By the length of what matched, in doublings."""
