@@ -92,6 +92,7 @@ def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
     for seconds in (0.9, 0.9, 0.8):
         prices.took(4, seconds)
     assert prices.of(4) == 0.9
+    assert prices.of(1) == 0.5 / 1.25, "a little less than the size above, where none below is known"
 
 
 def test_nothing_is_looked_for_where_no_step_could_pay():

@@ -143,11 +143,14 @@ class Prices:
             self._known[rows] = sorted(lately)[(len(lately) - 1) // 2]
 
     def of(self, rows: int) -> float:
-        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows."""
+        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows.
+
+        Where none of those is known either, a little less than one of more.
+        """
         if rows in self._known:
             return self._known[rows]
-        smaller, price = max(((size, price) for size, price in self._known.items() if size < rows), default=(1, 1.0))
-        return price * _MORE ** ((rows // smaller).bit_length() - 1)
+        near = max((size for size in self._known if size < rows), default=min(self._known, default=1))
+        return self._known.get(near, 1.0) * _MORE ** (rows.bit_length() - near.bit_length())
 
 
 def padded(rows: int) -> int:
