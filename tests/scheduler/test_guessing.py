@@ -150,6 +150,7 @@ def test_what_others_of_its_namespace_said_is_guessed_once_they_ended():
     made.ended(said)
     assert made.of([request([2, 3, 4, 5])]) == [(6, 7, 8)]
     assert made.of([request([2, 3, 4, 5], namespace="other")]) == [()]
+    assert made.of([request([2, 3, 4, 5], tenant="other")]) == [()], "though what is cached may be shared"
     assert made.of([request([2, 3, 4, 5, 9, 4, 5])]) == [(9, 4, 5, 9)], "its own text agrees with as much"
     made.forget()
     assert made.of([request([2, 3, 4, 5])]) == [()]

@@ -34,9 +34,10 @@ _Anchor = tuple[bytes, int, int]
 """What a place is found by: its owner, and its last two bigrams."""
 
 
-def owner_of(namespace: str) -> bytes:
-    """A namespace in 16 bytes that no other has."""
-    return sha256(namespace.encode("utf-8", "surrogatepass")).digest()[:16]
+def owner_of(namespace: str, tenant: str = "") -> bytes:
+    """A tenant's part of a namespace, in 16 bytes that no other has."""
+    names = (name.encode("utf-8", "surrogatepass") for name in (namespace, tenant))
+    return sha256(b"\xff".join(names)).digest()[:16]  # a byte that stands in no name
 
 
 def _said(tokens: NDArray[np.int64]) -> bool:

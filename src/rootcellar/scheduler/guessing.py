@@ -205,6 +205,15 @@ class _Record:
         return self.right / self.tried
 
 
+def _owner(request: Request) -> bytes:
+    """Whose text it may be guessed from: its tenant's own, in its namespace.
+
+    Tenants may share what is cached, of which one must know all that stands before. Here four tokens would do to ask
+    for the next one, since a request is told how many of its guesses were right.
+    """
+    return owner_of(request.namespace, request.tenant)
+
+
 class NgramGuesser:
     """Guesses what followed in a request's own text (prompt lookup; Saxena 2023), or in what went through the cache.
 
@@ -260,7 +269,7 @@ class NgramGuesser:
         """See ``Guesses``. What of its prompt was cached is known, up to what stands before the rest."""
         if self._suffixes is not None and request.cached is not None:
             start = max(0, request.cached - self._longest)
-            self._suffixes.add(owner_of(request.namespace), request.ids[start : request.length])
+            self._suffixes.add(_owner(request), request.ids[start : request.length])
 
     def forget(self) -> None:
         """See ``Guesses``."""
@@ -287,7 +296,7 @@ class NgramGuesser:
         own = repetition(known, self._least, self._longest, most)
         if self._suffixes is None or own.matched >= self._longest:
             return own
-        others = self._suffixes.find(owner_of(request.namespace), known[-self._longest :], most)
+        others = self._suffixes.find(_owner(request), known[-self._longest :], most)
         return Proposal(*others) if others[0] >= max(self._least, own.matched + 1) else own
 
     def _class(self, matched: int) -> int:
