@@ -110,3 +110,16 @@ def test_what_is_no_token_of_a_text_is_not_kept(kind):
 @pytest.mark.skipif(CORE != "native", reason="the native core was not built, or is not wanted")
 def test_text_takes_few_bytes():
     assert Suffixes(1_000_000, 24, 32).memory_bytes() < 13 * 1_000_000
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_index_that_is_full_grows_no_more(kind):
+    index, rng = kind(1000, 8, 8), np.random.default_rng(0)
+
+    def added():
+        for _ in range(20):
+            index.add(OWNERS[0], rng.integers(0, 1 << 20, 100))
+        return index.memory_bytes()
+
+    full = added()
+    assert added() <= full

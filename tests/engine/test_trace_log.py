@@ -3,6 +3,8 @@
 import json
 import random
 import stat
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,3 +92,18 @@ def test_a_trace_grows_and_one_that_cannot_be_written_is_refused(tmp_path):
     assert len(lines_of(tmp_path / "a", asked([1, 2], 2, at=2.5))) == 2
     with pytest.raises(ConfigError, match="record_trace"):
         TraceLog(str(tmp_path / "none" / "a"), 4)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("when", ["while it is written", "at its end"])
+def test_a_disk_that_is_full_ends_a_trace_and_holds_up_nobody(when, monkeypatch):
+    log, gate = TraceLog("/dev/full", 4), threading.Event()
+    monkeypatch.setattr(log, "_line", lambda _: {"waited": gate.wait(60)})
+    log.ended(asked([1, 2], 2))
+    if when == "at its end":
+        log._queue.put(None)
+    gate.set()
+    if when == "while it is written":
+        log.close()
+    log._thread.join(10)
+    assert not log._thread.is_alive()

@@ -24,8 +24,8 @@ def request(tokens, most=100, cached=None, **options):
 FREE = tuple((size, 1.0) for size in (1, 2, 4, 8))
 
 
-def guesser(most=4, rows=8, prices=FREE, suffixes=None):
-    made = NgramGuesser(suffixes, most=most, least=2, longest=8, rows=rows)
+def guesser(most=4, rows=8, prices=FREE, suffixes=None, least=2):
+    made = NgramGuesser(suffixes, most=most, least=least, longest=8, rows=rows)
     for size, seconds in prices:
         made.took(size, seconds)
         made.took(size, seconds)
@@ -92,6 +92,7 @@ def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
     for seconds in (0.9, 0.9, 0.8):
         prices.took(4, seconds)
     assert prices.of(4) == 0.9
+    assert prices.of(1) == 0.5 / 1.25, "a little less than the size above, where none below is known"
 
 
 def test_nothing_is_looked_for_where_no_step_could_pay():
@@ -149,9 +150,17 @@ def test_what_others_of_its_namespace_said_is_guessed_once_they_ended():
     made.ended(said)
     assert made.of([request([2, 3, 4, 5])]) == [(6, 7, 8)]
     assert made.of([request([2, 3, 4, 5], namespace="other")]) == [()]
+    assert made.of([request([2, 3, 4, 5], tenant="other")]) == [()], "though what is cached may be shared"
     assert made.of([request([2, 3, 4, 5, 9, 4, 5])]) == [(9, 4, 5, 9)], "its own text agrees with as much"
     made.forget()
     assert made.of([request([2, 3, 4, 5])]) == [()]
+
+
+def test_what_others_said_is_guessed_where_as_much_matches_as_in_its_own_text():
+    made = guesser(suffixes=Suffixes(1000, 8, 8), least=6)
+    made.ended(request(range(1, 20), cached=0))
+    assert made.of([request([70, 71, 4, 5, 6, 7])]) == [()], "four are not six"
+    assert made.of([request([70, 2, 3, 4, 5, 6, 7])]) == [(8, 9, 10, 11)]
 
 
 def test_of_a_prompt_that_was_cached_only_the_rest_is_added():

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import xxhash
 from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
 
 from rootcellar.tiers.faulty import Faults, FaultyStore
@@ -333,6 +334,34 @@ class Gatherer(MemoryStore, GatheringStore):
         return self.put(
             names, [memoryview(bytes(head) + bytes(view)) for head, view in zip(heads, images, strict=True)]
         )
+
+
+def test_what_comes_while_it_is_checked_is_a_miss(monkeypatch):
+    """It is what was copied that is checked, whatever the store still writes when it has answered."""
+    inner, came = MemoryStore(), []
+    guard = Guard(inner)
+    put(guard, [1])
+    whole, real = bytes(inner.objects[name(1)]), xxhash.xxh3_64
+
+    def early(_, into):
+        came.append(into[0])
+        into[0][:] = whole[:-5000] + bytes(5000)
+        return [True]
+
+    class Late:
+        def __init__(self, seed):
+            self._checksum = real(seed=seed)
+            self.intdigest = self._checksum.intdigest
+
+        def update(self, piece):
+            came[0][:] = whole
+            self._checksum.update(piece)
+
+    monkeypatch.setattr(inner, "get", early)
+    monkeypatch.setattr(xxhash, "xxh3_64", Late)
+    into = room()
+    assert guard.get([name(1)], [into]) == [False]
+    assert guard.stats()["get"].damaged == 1
 
 
 def test_images_are_sent_from_where_they_lie():

@@ -16,7 +16,7 @@ This is the twin of ``native/suffixes.cc``, which takes 12 bytes a token; here p
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import deque
 from hashlib import sha256
 
 import numpy as np
@@ -30,11 +30,14 @@ BLOCK = 64
 """Tokens of the ring that belong to one namespace."""
 _END = -1
 """What stands behind a segment."""
+_Anchor = tuple[bytes, int, int]
+"""What a place is found by: its owner, and its last two bigrams."""
 
 
-def owner_of(namespace: str) -> bytes:
-    """A namespace in 16 bytes that no other has."""
-    return sha256(namespace.encode("utf-8", "surrogatepass")).digest()[:16]
+def owner_of(namespace: str, tenant: str = "") -> bytes:
+    """A tenant's part of a namespace, in 16 bytes that no other has."""
+    names = (name.encode("utf-8", "surrogatepass") for name in (namespace, tenant))
+    return sha256(b"\xff".join(names)).digest()[:16]  # a byte that stands in no name
 
 
 def _said(tokens: NDArray[np.int64]) -> bool:
@@ -52,7 +55,8 @@ class PySuffixes:
         self._tokens = np.full(self.capacity, _END, np.int64)
         self._owners = [b""] * (self.capacity // BLOCK)
         self._next = 0  # tokens written since the start: the place of the next one
-        self._places: defaultdict[tuple[bytes, int, int], list[int]] = defaultdict(list)
+        self._places: dict[_Anchor, deque[int]] = {}
+        self._filed: list[list[_Anchor]] = [[] for _ in self._owners]  # by block: under what its places are, in order
 
     def add(self, owner: bytes, tokens: NDArray[np.int64]) -> None:
         """A segment of a namespace's ``owner``, the last tokens of too many; not where one is no token of a text."""
@@ -68,12 +72,20 @@ class PySuffixes:
         for i, token in enumerate(tokens.tolist()):
             self._tokens[(start + i) % self.capacity] = token
         for i in range(ANCHOR - 1, len(tokens)):
-            self._places[owner, int(bigrams[i - 3]), int(bigrams[i - 1])].append(start + i)
+            anchor = owner, int(bigrams[i - 3]), int(bigrams[i - 1])
+            self._places.setdefault(anchor, deque()).append(start + i)
+            self._filed[(start + i) % self.capacity // BLOCK].append(anchor)
 
     def _clear(self, at: int) -> None:
         """Forget what a block had before."""
         begin = at % self.capacity
         self._tokens[begin : begin + BLOCK] = _END
+        for anchor in self._filed[begin // BLOCK]:
+            places = self._places[anchor]
+            places.popleft()  # the oldest of all, since the oldest block is cleared first
+            if not places:
+                del self._places[anchor]
+        self._filed[begin // BLOCK] = []
 
     def find(self, owner: bytes, tokens: NDArray[np.int64], most: int) -> tuple[int, tuple[int, ...]]:
         """How many of the last tokens stand at the best place of ``owner``, and up to ``most`` that followed there."""
@@ -82,7 +94,7 @@ class PySuffixes:
             return 0, ()
         bigrams = Key(tokens).bigrams().tokens
         oldest = self._next - self.capacity
-        places = self._places.get((owner, int(bigrams[-3]), int(bigrams[-1])), [])
+        places = self._places.get((owner, int(bigrams[-3]), int(bigrams[-1])), ())
         best, where, tries = 0, 0, 0
         for end in reversed(places):
             if end - (ANCHOR - 1) < oldest or tries == self._tries:
@@ -95,8 +107,6 @@ class PySuffixes:
                 matched += 1
             if matched > best:
                 best, where = matched, end
-        if places and places[0] - (ANCHOR - 1) < oldest:
-            places[:] = [end for end in places if end - (ANCHOR - 1) >= oldest]
         said = [self._at(where + 1 + i) for i in range(most)] if best else []
         stop = said.index(_END) if _END in said else len(said)
         return best, tuple(said[:stop])
@@ -108,6 +118,7 @@ class PySuffixes:
         """Forget all text."""
         self._tokens.fill(_END)
         self._places.clear()
+        self._filed = [[] for _ in self._owners]
 
     def memory_bytes(self) -> int:
         """Bytes of the text and of what finds it, roughly."""

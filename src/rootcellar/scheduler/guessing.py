@@ -143,11 +143,14 @@ class Prices:
             self._known[rows] = sorted(lately)[(len(lately) - 1) // 2]
 
     def of(self, rows: int) -> float:
-        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows."""
+        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows.
+
+        Where none of those is known either, a little less than one of more.
+        """
         if rows in self._known:
             return self._known[rows]
-        smaller, price = max(((size, price) for size, price in self._known.items() if size < rows), default=(1, 1.0))
-        return price * _MORE ** ((rows // smaller).bit_length() - 1)
+        near = max((size for size in self._known if size < rows), default=min(self._known, default=1))
+        return self._known.get(near, 1.0) * _MORE ** (rows.bit_length() - near.bit_length())
 
 
 def padded(rows: int) -> int:
@@ -200,6 +203,15 @@ class _Record:
     @property
     def chance(self) -> float:
         return self.right / self.tried
+
+
+def _owner(request: Request) -> bytes:
+    """Whose text it may be guessed from: its tenant's own, in its namespace.
+
+    Tenants may share what is cached, of which one must know all that stands before. Here four tokens would do to ask
+    for the next one, since a request is told how many of its guesses were right.
+    """
+    return owner_of(request.namespace, request.tenant)
 
 
 class NgramGuesser:
@@ -257,7 +269,7 @@ class NgramGuesser:
         """See ``Guesses``. What of its prompt was cached is known, up to what stands before the rest."""
         if self._suffixes is not None and request.cached is not None:
             start = max(0, request.cached - self._longest)
-            self._suffixes.add(owner_of(request.namespace), request.ids[start : request.length])
+            self._suffixes.add(_owner(request), request.ids[start : request.length])
 
     def forget(self) -> None:
         """See ``Guesses``."""
@@ -284,8 +296,8 @@ class NgramGuesser:
         own = repetition(known, self._least, self._longest, most)
         if self._suffixes is None or own.matched >= self._longest:
             return own
-        others = self._suffixes.find(owner_of(request.namespace), known[-self._longest :], most)
-        return own if own.matched >= others[0] else Proposal(*others)
+        others = self._suffixes.find(_owner(request), known[-self._longest :], most)
+        return Proposal(*others) if others[0] >= max(self._least, own.matched + 1) else own
 
     def _class(self, matched: int) -> int:
         """By the length of what matched, in doublings."""

@@ -212,7 +212,7 @@ REFUSED: Mapping[str, Refused] = {
     "lora_path": Refused("there are no adapters", ("", [])),
     "lora_id": Refused("there are no adapters", ("", [])),
     "session_params": Refused("every prefix is found in the cache without sessions", ({},)),
-    "ngram_corpus_id": Refused("there is no speculative decoding", ("", [])),
+    "ngram_corpus_id": Refused("what is guessed comes from what was asked and answered before", ("", [])),
     "bootstrap_host": Refused(_DISAGGREGATED),
     "bootstrap_port": Refused(_DISAGGREGATED),
     "bootstrap_room": Refused(_DISAGGREGATED),

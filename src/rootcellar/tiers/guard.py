@@ -451,5 +451,6 @@ def _seal(name: bytes, image: memoryview, into: memoryview | None = None) -> byt
         piece = image[start : start + _PIECE]
         if into is not None:
             into[start : start + _PIECE] = piece
+            piece = into[start : start + _PIECE]  # which nobody else writes
         checksum.update(piece)
     return _HEADER.pack(_MAGIC, length, checksum.intdigest())
