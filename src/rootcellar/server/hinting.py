@@ -9,15 +9,21 @@ from fastapi import Request
 
 from rootcellar.engine.hints import check_hints
 from rootcellar.server.answer import Result, on_thread
-from rootcellar.server.callers import caller_of
+from rootcellar.server.callers import caller_of, require_owner
 from rootcellar.server.errors import invalid
 from rootcellar.server.state import ServerState
 
 
-def check(hints: dict[str, Any] | None, arguments: Mapping[str, Any], n: int) -> None:
-    """Refuse hints that are wrong, or of more than one conversation, before anything is computed."""
+def check(
+    request: Request, state: ServerState, hints: dict[str, Any] | None, arguments: Mapping[str, Any], n: int
+) -> None:
+    """Refuse hints that are wrong, or of more than one conversation, before anything is computed.
+
+    ``ApiError``, too: the caller owns nothing. Those without a name are many, and would let go of each other's pins.
+    """
     if hints is None:
         return
+    require_owner(request.scope, state.callers)
     check_hints(hints)
     ids = arguments["input_ids"]
     if n != 1 or (ids and isinstance(ids[0], Sequence)):
