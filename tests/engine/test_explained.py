@@ -48,7 +48,7 @@ def test_a_prompt_that_cannot_be_judged_does_not_end_the_judging(monkeypatch):
     callers.run()
     explainer = machine.recorder.explainer
     explainer._judging = True
-    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr("rootcellar.engine.explaining.judge", lambda *_: 1 / 0)
+    monkeypatch.setattr("rootcellar.engine.explaining.judge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         explainer.find("c0", None)
     assert not explainer._judging

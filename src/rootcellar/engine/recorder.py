@@ -135,9 +135,10 @@ class Recorder:
         request, finish = tracker.request, tracker.request.finish
         assert finish is not None
         if tracker.first_token is None:
-            # Of a prompt that was given up, what was computed by then is cached, and no more was ever there.
-            cut = finish.type == "abort"
-            self._explain(tracker, self._scheduler.cache.match(request.key(request.prompt_length)).branch if cut else None)
+            # Of a prompt that was given up no more was ever there than the tree knows now.
+            cut = finish.type == "abort" and request.cached is not None
+            key = request.key(request.prompt_length)
+            self._explain(tracker, self._scheduler.cache.match(key).branch if cut else None)
         record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
         for counts in self._counts(request):
             counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)
