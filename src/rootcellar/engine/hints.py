@@ -7,9 +7,8 @@ the answer says why. For the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from heapq import heappop, heappush
-from itertools import count
+from dataclasses import asdict, dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any, Literal
 
 from rootcellar.cache import Key, RadixCache, Tier
@@ -26,8 +25,17 @@ LONGEST = {"pin": 86_400.0, "retain": 3_600.0, "next_turn": 3_600.0}
 _LATE = 0.5, 5.0
 # What a store has is brought nearer so many seconds before a turn.
 _LEAD = 2.0
-# Turns that are waited for; later ones wait for theirs in the store.
-_TURNS = 4096
+# Turns that are waited for, and tokens of their prompts; a tenant's share of both. Others wait for theirs in the store.
+_TURNS, _TURN_TOKENS = 4096, 1 << 22
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Turn:
+    """When what a store has of a tenant's prompt is to be brought nearer."""
+
+    at: float
+    tenant: str = field(compare=False)
+    key: Key = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,7 @@ class Hints:
         self._scheduler = scheduler
         self._pins = pins
         self._prefetcher = prefetcher
-        self._turns: list[tuple[float, int, Key]] = []
-        self._serial = count()
+        self._turns: list[_Turn] = []
 
     def take(self, tenant: str, key: Key, hints: Mapping[str, float], share: float, now: float) -> list[Reply]:
         """Answer checked ``hints`` on ``key``; ``share``: of what pins may hold, the tenant's."""
@@ -112,14 +119,23 @@ class Hints:
 
     def _next_turn(self, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
         """Retain till a little after the turn is due; what cannot be is brought from the store before it."""
-        late = max(_LATE[0] * seconds, _LATE[1])
+        self._turns = [turn for turn in self._turns if (turn.tenant, turn.key) != (tenant, key)]
+        heapify(self._turns)
+        late = max(_LATE[0] * seconds, _LATE[1]) if seconds else 0.0
         kept = self._keep("retain", tenant, key, seconds + late, share, now)
-        if self._prefetcher.rules is not None and len(self._turns) < _TURNS:
-            heappush(self._turns, (now + max(0.0, seconds - _LEAD), next(self._serial), key))
+        if 0 < seconds <= LONGEST["next_turn"] and self._may_wait(tenant, key, share):
+            heappush(self._turns, _Turn(now + max(0.0, seconds - _LEAD), tenant, key))
             if kept.answer == "refused":
                 why = f"{kept.why}; what the store has of it is brought before the turn"
                 return Reply("next_turn", "deferred", why, 0, seconds)
         return Reply("next_turn", kept.answer, kept.why, kept.tokens, kept.seconds)
+
+    def _may_wait(self, tenant: str, key: Key, share: float) -> bool:
+        """Whether one more turn of the tenant's may be waited for."""
+        if self._prefetcher.rules is None or len(self._turns) >= _TURNS:
+            return False
+        own = [len(turn.key) for turn in self._turns if turn.tenant == tenant]
+        return len(own) < _TURNS * share and sum(own) + len(key) <= _TURN_TOKENS * share
 
     def _demote(self, tenant: str, key: Key) -> Reply:
         """Let go of what the tenant keeps of it, and copy it to farther tiers, so that it leaves without loss."""
@@ -142,7 +158,9 @@ class Hints:
 
     def _bring(self, key: Key, now: float) -> bool:
         """Let come to the host what the store has of ``key``, as for a request that is never run."""
-        epoch, _, namespace = key.namespace.partition("/")
+        epoch, _, namespace = key.namespace.rpartition("/")
+        if key != self._scheduler.key(key.tokens, namespace):
+            return False  # other weights computed it
         wish = Request.new("hint", key.tokens, SamplingParams(max_new_tokens=1), namespace=namespace)
         wish.epoch = epoch
         return self._prefetcher.bring(wish, now)
@@ -152,12 +170,12 @@ class Hints:
     @property
     def next_end(self) -> float | None:
         """When the first turn that is waited for is near."""
-        return self._turns[0][0] if self._turns else None
+        return self._turns[0].at if self._turns else None
 
     def expire(self, now: float) -> None:
         """Bring nearer what is soon asked for."""
-        while self._turns and self._turns[0][0] <= now:
-            self._bring(heappop(self._turns)[2], now)
+        while self._turns and self._turns[0].at <= now:
+            self._bring(heappop(self._turns).key, now)
 
     def make_way(self) -> None:
         """Before a step is planned: what is only retained gives way to what runs, and to the request that waits first.

@@ -84,8 +84,8 @@ class TraceLog:
                         file.flush()
         except OSError as error:
             log.error("the trace %s ends here: %s", self._path, error)
-            while asked is not None:  # nobody must wait for a place in the line, nor for the end where that was taken
-                asked = self._queue.get()
+            while self._queue.get() is not None:  # nobody must wait for a place in the line
+                pass
 
     def _line(self, asked: TraceLine) -> dict[str, object]:
         ids, n, block = asked.ids, asked.prompt_length, self._block
