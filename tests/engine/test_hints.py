@@ -15,7 +15,7 @@ from rootcellar.engine.hints import Hints, check_hints
 from rootcellar.engine.pins import Pins
 from rootcellar.errors import RequestError
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Prefetcher, Request, Scheduler
+from rootcellar.scheduler import Prefetcher, PrefetchRules, Request, Scheduler
 from rootcellar.sim.trace import parse
 
 PAGE = 16
@@ -152,6 +152,48 @@ def test_a_conversation_that_grows_is_retained_once():
         desk.serve(prompt(0, n))
         assert desk.take(prompt(0, n), {"retain": 60})["retain"].answer == "granted"
     assert desk.pins.room("a", 1.0) == 1024 - 480
+
+
+def store_desk(asked):
+    """A desk with a store, that notes the prompts it is asked for."""
+    desk = Desk(1024)
+    desk.hints = Hints(desk.scheduler, desk.pins, Prefetcher(desk.scheduler, lambda _: []))
+    desk.hints._prefetcher.open(PrefetchRules("best_effort", PAGE, lambda _: 1.0))
+    desk.hints._prefetcher.bring = lambda request, now: asked.append(request.prompt_length) or True
+    return desk
+
+
+def test_a_turn_is_waited_for_once_and_undone():
+    asked = []
+    desk = store_desk(asked)
+    for seconds in (30, 20, 10):
+        assert desk.take(prompt(1, 256), {"next_turn": seconds})["next_turn"].answer == "deferred"
+    assert desk.hints.next_end == 8.0
+    desk.hints.expire(100.0)
+    assert asked == [256]
+    desk.serve(prompt(1, 256))
+    assert desk.take(prompt(1, 256), {"next_turn": 10})["next_turn"].answer == "granted"
+    assert desk.take(prompt(1, 256), {"next_turn": 0})["next_turn"].answer == "granted"
+    assert (desk.pinned, desk.hints.next_end) == (0, None)
+
+
+def test_one_tenants_turns_leave_room_for_anothers_and_none_is_waited_for_for_years(monkeypatch):
+    monkeypatch.setattr("rootcellar.engine.hints._TURN_TOKENS", 1024)
+    desk = store_desk([])
+    answers = [desk.take(prompt(i, 256), {"next_turn": 60}, "a", 0.5)["next_turn"].answer for i in range(4)]
+    assert answers == ["deferred", "deferred", "refused", "refused"]
+    assert desk.take(prompt(9, 256), {"next_turn": 60}, "b", 0.5)["next_turn"].answer == "deferred"
+    assert desk.take(prompt(10, 64), {"next_turn": 1e8}, "b", 0.5)["next_turn"].answer == "refused"
+
+
+def test_a_turn_of_other_weights_is_brought_no_more():
+    asked = []
+    desk = store_desk(asked)
+    desk.scheduler.set_epoch("one")
+    desk.take(prompt(1, 256), {"next_turn": 10})
+    desk.scheduler.set_epoch("two")
+    desk.hints.expire(100.0)
+    assert asked == []
 
 
 def test_wrong_hints_are_refused_with_what_is_known():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from machines import EOS, VOCAB, Callers, expected_answer, hash_machine
 
 from rootcellar.cache import Done, Key, Reports, Tier
+from rootcellar.engine.commands import Hint
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.errors import CacheBroken
@@ -30,6 +31,19 @@ def check_whole(machine):
     for shelf in cache.stats().shelves.values():
         assert shelf.pinned == shelf.leased == 0
         assert shelf.free + shelf.cached + shelf.in_flight == shelf.size
+
+
+def test_what_is_only_retained_gives_way_to_a_request_that_grows():
+    machine = hash_machine(tokens=64)
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(1, 28)], 0, max_new_tokens=1))
+    callers.run()
+    kept = callers.do(Hint(tuple(prompt(1, 28)), "", "", {"retain": 60.0}, 1.0, 0.0)).result()
+    assert kept[0].tokens == 28
+    callers.do(callers.submit([prompt(2, 20)], 1, stop_ids=(), max_new_tokens=40))
+    callers.run()
+    assert callers.results()["c1-0"][1] == {"type": "length", "length": 40}
+    check_whole(machine)
 
 
 # -- steps that fail --------------------------------------------------------------------------------------------------

@@ -66,3 +66,16 @@ def test_a_report_for_people_and_what_cannot_be_read(tmp_path, capsys):
     assert "changing_value" in told
     assert main(["explain", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_wrong_model_is_told_and_a_wrong_line_is_passed_over(tmp_path, capsys):
+    assert main(["explain", logged(tmp_path, 2), "--model-path", str(tmp_path / "none")]) == 2
+    told = capsys.readouterr()
+    assert "--model-path" in told.err
+    assert "skipped" not in told.err
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"hash_ids": [1], "input_length": 1e999}\n{"input_ids": [1, 2, 3]}\n', encoding="utf-8")
+    assert main(["explain", str(path)]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("1 requests: ")
+    assert told.err.count("skipped") == 1

@@ -1,8 +1,14 @@
 """Hints by their route and with requests: each is answered; what is wrong is refused before anything is computed."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
+
+from rootcellar.errors import EngineError
+from rootcellar.server.callers import Caller, note_caller
+from rootcellar.server.hinting import taken
 
 TEXT = (
     "The keeper of the root cellar will ask again about the jars on the third shelf, once the tool has counted them. "
@@ -64,6 +70,22 @@ def test_what_is_no_hint_is_refused(client, hints, said):
         answer = client.post(path, json=body)
         assert answer.status_code == 400
         assert said in answer.json()["error"]["message"]
+
+
+def test_an_answer_is_told_though_the_engine_was_shut_down_before_its_hints():
+    def shut(*_, **__):
+        raise EngineError("the engine was shut down")
+
+    request = SimpleNamespace(scope={})
+    note_caller(request.scope, Caller("alice"))
+    state = SimpleNamespace(
+        engine=SimpleNamespace(prefixes=SimpleNamespace(hint=shut)), pinned_share=lambda caller: 1.0
+    )
+    arguments = {"input_ids": [1, 2], "extra_key": "", "cache_salt": ""}
+    told = asyncio.run(taken(request, state, {"pin": 1}, arguments, {"output_ids": [3]}))
+    assert [(each["hint"], each["answer"], each["why"]) for each in told] == [
+        ("pin", "refused", "the engine was shut down")
+    ]
 
 
 def test_hints_are_for_one_conversation(client):

@@ -159,6 +159,19 @@ def test_users_without_a_name_are_told_nothing_of_what_others_asked(engine):
         assert client.get("/cache/report").status_code == 401
 
 
+@pytest.mark.parametrize("hint", [{"pin": 0}, {"demote": True}, {"pin": 60}])
+def test_users_without_a_name_let_go_of_no_pin_of_the_admin(engine, hint):
+    with on_thread(engine, admin_api_key="root") as url, httpx.Client(base_url=url, timeout=60) as client:
+        root = {"headers": {"Authorization": "Bearer root"}}
+        assert client.post("/cache/pin", json={"input_ids": IDS, "ttl": 60}, **root).json()["pinned_tokens"] > 0
+        for path, body in (
+            ("/generate", {"input_ids": IDS, "sampling_params": SHORT}),
+            ("/v1/completions", {"prompt": IDS, "max_tokens": 1}),
+        ):
+            assert client.post(path, json={**body, "cache_hints": hint}).status_code == 401
+        assert client.post("/cache/pin", json={"input_ids": IDS, "ttl": 0}, **root).json()["unpinned"] is True
+
+
 def test_one_keys_pins_leave_room_for_the_others(engine, clients):
     """Pins hold at most half of the cache, and each of two keys at most half of that."""
     alice, bob, _ = clients

@@ -101,7 +101,10 @@ class _LogReader:
     def tokenizer(self) -> Tokenizer:
         """The model's."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._folder)
+            try:
+                self._tokenizer = Tokenizer(self._folder)
+            except (OSError, ValueError, RootcellarError) as error:
+                raise ConfigError(f"--model-path {self._folder} has no tokenizer that can be read: {error}") from error
         return self._tokenizer
 
     @property
@@ -119,7 +122,9 @@ class _LogReader:
                         continue
                     try:
                         yield self._request(json.loads(line), number)
-                    except (ValueError, KeyError, TypeError, RecursionError, RootcellarError) as error:
+                    except ConfigError:
+                        raise  # no line of the log is wrong
+                    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, RootcellarError) as error:
                         print(f"{path}:{number}: skipped: {error}", file=sys.stderr)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error

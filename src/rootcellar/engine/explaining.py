@@ -24,8 +24,12 @@ _OPENERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
+    """``known``: tokens of the prompt that were computed; ``tick``: by when they were."""
+
     facts: Facts
     names: tuple[str, ...]
+    known: int
+    tick: int
 
 
 class Explainer:
@@ -49,8 +53,13 @@ class Explainer:
         """All that was cached is gone."""
         self._flushes += 1
 
-    def begun(self, tracker: Tracker, now: float, rate: float, evicted_at: float | None) -> None:
-        """A request's prompt is computed. ``rate``: prompt tokens a second; ``evicted_at``: see ``Facts``."""
+    def begun(
+        self, tracker: Tracker, now: float, rate: float, evicted_at: float | None, tick: int, known: int | None = None
+    ) -> None:
+        """A request's prompt is computed at ``tick`` of the cache, or as many of its tokens as are ``known``.
+
+        ``rate``: prompt tokens a second; ``evicted_at``: see ``Facts``.
+        """
         request = tracker.request
         if request.cached is None:
             return  # it never ran
@@ -78,8 +87,9 @@ class Explainer:
             lost=request.lost,
             flushes=self._flushes,
             rate=rate,
+            opened=request.opened,
         )
-        self._noted.append(_Noted(facts, tracker.names))
+        self._noted.append(_Noted(facts, tracker.names, len(key) if known is None else known, tick))
         if len(self._noted) > _MANY and not self._judging:
             self._judging = True
             threading.Thread(target=self._judge, name="rootcellar-explaining", daemon=True).start()
@@ -89,15 +99,18 @@ class Explainer:
     def _judge(self) -> None:
         """Judge all that was noted."""
         with self._lock:
-            while self._noted:
-                noted = self._noted.popleft()
-                facts = noted.facts
-                miss = judge(facts, self._past)
-                key = facts.key
-                self._past.add(facts.tenant, Earlier(facts.rid, key.tokens, key.namespace, facts.flushes))
-                self._misses.append(miss)
-                self._named.append((noted.names, miss))
-            self._judging = False
+            try:
+                while self._noted:
+                    noted = self._noted.popleft()
+                    facts, key = noted.facts, noted.facts.key[: noted.known]
+                    miss = judge(facts, self._past)
+                    if len(key):
+                        earlier = Earlier(facts.rid, key.tokens, key.namespace, facts.flushes, noted.tick)
+                        self._past.add(facts.tenant, earlier)
+                    self._misses.append(miss)
+                    self._named.append((noted.names, miss))
+            finally:
+                self._judging = False
 
     def find(self, name: str, tenant: str | None) -> Miss | None:
         """The newest request of this name, of a tenant or (None) of all; None: it is not known (any more)."""

@@ -178,12 +178,20 @@ class Hints:
             self._bring(heappop(self._turns).key, now)
 
     def make_way(self) -> None:
-        """Before a step is planned: what is only retained gives way to the request that waits first."""
+        """Before a step is planned: what is only retained gives way to what runs, and to the request that waits first.
+
+        Nobody is retracted, or ended, while it could.
+        """
+        if not self._pins.retained:
+            return
+        page = self._cache.page_size
+        wanted = sum(max(0, request.length + page - request.slots) for request in self._scheduler.running)
         waiting = next(iter(self._scheduler.waiting), None)
-        if waiting is not None and self._pins.retained:
-            lacking = waiting.length + self._cache.page_size - self._cache.available_tokens()
-            if lacking > 0:
-                self._pins.make_way(lacking)
+        if waiting is not None:
+            wanted += waiting.length + page
+        lacking = wanted - self._cache.available_tokens()
+        if lacking > 0:
+            self._pins.make_way(lacking)
 
     @property
     def _cache(self) -> RadixCache:

@@ -98,10 +98,11 @@ class Recorder:
                 request.cached or 0,
             )
 
-    def _explain(self, tracker: Tracker) -> None:
+    def _explain(self, tracker: Tracker, known: int | None = None) -> None:
         gone = tracker.request.met.evicted
         evicted_at = None if gone is None else self.metrics.ticks.at(gone.tick)
-        self.explainer.begun(tracker, self._now(), self.meter.prefills.speed, evicted_at)
+        tick = self._scheduler.cache.tick
+        self.explainer.begun(tracker, self._now(), self.meter.prefills.speed, evicted_at, tick, known)
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""
@@ -134,7 +135,10 @@ class Recorder:
         request, finish = tracker.request, tracker.request.finish
         assert finish is not None
         if tracker.first_token is None:
-            self._explain(tracker)
+            # Of a prompt that was given up no more was ever there than the tree knows now.
+            cut = finish.type == "abort" and request.cached is not None
+            key = request.key(request.prompt_length)
+            self._explain(tracker, self._scheduler.cache.match(key).branch if cut else None)
         record = RequestRecord.of(tracker, end=tracker.stages[-1][1])
         for counts in self._counts(request):
             counts.ended(finish.type, tracker.stages[-1][1] - tracker.received, record.stages)

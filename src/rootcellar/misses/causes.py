@@ -67,6 +67,7 @@ class Facts:
         lost: tokens up to which a farther tier had promised more and failed.
         flushes: how often all was forgotten before.
         rate: prompt tokens that are computed in a second; 0: not known.
+        opened: the cache's tick when it began: what was computed by others in the same step, or later, was not there.
     """
 
     rid: str
@@ -85,6 +86,7 @@ class Facts:
     lost: int = 0
     flushes: int = 0
     rate: float = 0.0
+    opened: int = 0
 
 
 @dataclass(frozen=True, slots=True)

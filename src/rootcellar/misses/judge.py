@@ -39,7 +39,7 @@ class _Found:
 def judge(facts: Facts, past: Past) -> Miss:
     """Why the request computed what it did; ``past`` has the prompts before it. O(tokens of those that are alike)."""
     tokens = facts.key.tokens
-    alike = past.closest(facts.tenant, tokens)
+    alike = [(n, prompt) for n, prompt in past.closest(facts.tenant, tokens) if prompt.tick < facts.opened]
     own = [(n, prompt) for n, prompt in alike if prompt.namespace == facts.key.namespace]
     seen, nearest = max(own, key=lambda each: each[0], default=(0, None))
     found = _not_taken(facts, own)

@@ -19,12 +19,13 @@ _FIRST_MARK = 16
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """One of them. ``flushes``: how often all had been forgotten before it."""
+    """One of them. ``flushes``: how often all had been forgotten before it; ``tick``: by when it was computed."""
 
     rid: str
     tokens: NDArray[np.int64]
     namespace: str
     flushes: int
+    tick: int = -1
     marks: tuple[int, ...] = field(init=False, repr=False)
     """Hashes of its first 16, 32, 64, ... tokens."""
 

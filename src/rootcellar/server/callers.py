@@ -128,6 +128,13 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
+def require_owner(scope: Scope, callers: Callers) -> None:
+    """Raise ``ApiError`` for whoever may not call routes for owners: for fields that do what those do."""
+    refusal = callers.refusal(noted_caller(scope), Access.OWNER)
+    if refusal is not None:
+        raise refusal
+
+
 def own_of(request: Request) -> str | None:
     """The tenant whose own things a caller is shown; None: everybody's, for the admin, and for users without a name.
 

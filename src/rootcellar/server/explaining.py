@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from rootcellar.server.answer import Result, on_thread
-from rootcellar.server.callers import Access, noted_caller, own_of
+from rootcellar.server.callers import own_of, require_owner
 from rootcellar.server.state import ServerState
 
 HEADER = "x-cache-explain"
@@ -23,9 +23,7 @@ def wants_explanation(request: Request, state: ServerState, given: bool | None) 
     """
     if not given and request.headers.get(HEADER, "") not in ("1", "true"):
         return False
-    refusal = state.callers.refusal(noted_caller(request.scope), Access.OWNER)
-    if refusal is not None:
-        raise refusal
+    require_owner(request.scope, state.callers)
     return True
 
 

@@ -7,17 +7,24 @@ from typing import Any
 
 from fastapi import Request
 
-from rootcellar.engine.hints import check_hints
+from rootcellar.engine.hints import Reply, check_hints
+from rootcellar.errors import EngineError
 from rootcellar.server.answer import Result, on_thread
-from rootcellar.server.callers import caller_of
+from rootcellar.server.callers import caller_of, require_owner
 from rootcellar.server.errors import invalid
 from rootcellar.server.state import ServerState
 
 
-def check(hints: dict[str, Any] | None, arguments: Mapping[str, Any], n: int) -> None:
-    """Refuse hints that are wrong, or of more than one conversation, before anything is computed."""
+def check(
+    request: Request, state: ServerState, hints: dict[str, Any] | None, arguments: Mapping[str, Any], n: int
+) -> None:
+    """Refuse hints that are wrong, or of more than one conversation, before anything is computed.
+
+    ``ApiError``, too: the caller owns nothing. Those without a name are many, and would let go of each other's pins.
+    """
     if hints is None:
         return
+    require_owner(request.scope, state.callers)
     check_hints(hints)
     ids = arguments["input_ids"]
     if n != 1 or (ids and isinstance(ids[0], Sequence)):
@@ -32,4 +39,7 @@ async def taken(
     tenant = arguments.get("tenant", caller.name)
     where = {"tenant": tenant, **{name: arguments[name] for name in ("extra_key", "cache_salt")}}
     ids = [*arguments["input_ids"], *result["output_ids"][:-1]]  # the newest token was not computed
-    return await on_thread(state.engine.prefixes.hint, ids, hints, **where, share=state.pinned_share(caller))
+    try:
+        return await on_thread(state.engine.prefixes.hint, ids, hints, **where, share=state.pinned_share(caller))
+    except EngineError as error:  # it was shut down: an answer that is there is told all the same
+        return [Reply(name, "refused", str(error)).fields() for name in hints]

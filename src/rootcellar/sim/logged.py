@@ -33,7 +33,7 @@ def misses(requests: Iterable[LoggedRequest], *, capacity: int, page_size: int, 
         max_length=capacity,
     )
     past = Past()
-    openers: dict[int, LoggedRequest] = {}
+    openers: dict[int, tuple[str, float]] = {}  # who came at a tick, and when; not its prompt: a log may be long
     for request in requests:
         key = request.key
         if len(key) > capacity - capacity % page_size:
@@ -43,7 +43,7 @@ def misses(requests: Iterable[LoggedRequest], *, capacity: int, page_size: int, 
         gone = cache.last_eviction(wanted)
         lease = cache.open(hit)
         assert lease is not None, "nothing else holds memory"
-        openers[cache.tick] = request
+        openers[cache.tick] = request.rid, request.at
         opener = None if gone is None else openers.get(gone.tick)
         facts = Facts(
             rid=request.rid,
@@ -56,8 +56,8 @@ def misses(requests: Iterable[LoggedRequest], *, capacity: int, page_size: int, 
             reaches=tuple(hit.reach(tier) for tier in Tier),
             branch=hit.branch,
             evicted=gone,
-            evicted_at=None if opener is None else opener.at,
-            evicted_for="" if opener is None else f"request {opener.rid}",
+            evicted_at=None if opener is None else opener[1],
+            evicted_for="" if opener is None else f"request {opener[0]}",
             rate=rate,
         )
         yield judge(facts, past)

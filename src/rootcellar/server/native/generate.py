@@ -43,7 +43,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     arguments["input_ids"] = prompts.input_ids
     arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)
     ids = prompts.ids if body.return_prompt_token_ids else None
-    check_hints_of(body.cache_hints, arguments, n)
+    check_hints_of(request, state, body.cache_hints, arguments, n)
     extras = _Extras(request, state, arguments, wants_explanation(request, state, body.explain), body.cache_hints)
     if body.stream:
         stream = await begin(request, state, **arguments)

@@ -67,7 +67,7 @@ class OpenAIJob(ABC):
 
     async def answer(self, request: Request, state: ServerState, body: Sampling) -> Response:
         """Ask the engine, and answer as ``body`` wants it."""
-        check_hints_of(body.cache_hints, self.arguments, self.n)
+        check_hints_of(request, state, body.cache_hints, self.arguments, self.n)
         asked = wants_explanation(request, state, body.explain), body.cache_hints
         if body.stream:
             stream = await begin(request, state, **self.arguments)
