@@ -72,9 +72,12 @@ class Lifecycle:
         return cls(parts.scheduler, parts.runner, parts.reload, parts.weights, mover=parts.mover)
 
     def __post_init__(self) -> None:
-        packed = self.runner.programs.dtype, jnp.dtype(jnp.bfloat16)
-        self._dtypes = [packed if isinstance(leaf, Packed) else (leaf.dtype,) for leaf in _leaves(self.runner.params)]
+        self._dtypes = [self._taken(leaf) for leaf in _leaves(self.runner.params)]
         self.scheduler.set_epoch(self.weights)
+
+    def _taken(self, leaf: Any) -> tuple[jnp.dtype, ...]:
+        """What may come in the place of a parameter: a packed one is packed anew from either width."""
+        return (self.runner.programs.dtype, jnp.dtype(jnp.bfloat16)) if isinstance(leaf, Packed) else (leaf.dtype,)
 
     @cached_property
     def programs(self) -> list[Program]:
