@@ -171,7 +171,7 @@ def test_every_command_that_is_written_down_is_understood(page, line):
     module = importlib.import_module(f"rootcellar.commands.{command}")
     args = cli._parser(command, module).parse_args([command, *words])
     if command == "replay":  # the trace is there, and the figure can be drawn
-        assert workload(args.trace.removeprefix("generated:"))
+        assert all(workload(trace.removeprefix("generated:")) for trace in args.trace)
         assert args.figure.suffix == ".html"
 
 

@@ -28,11 +28,12 @@ CASES = {
 }
 
 
-def declare(name, shape, axes, init, packing=packing.same):
+def declare(name, shape, axes, init, packing=packing.same, inputs=()):
     """Parameters whose sources are called as they are."""
     many = name in ("experts_gate_up", "experts_down")
     ends = (".gate", ".up") if name.endswith("gate_up") else ("",)
-    return ParamSpec(shape, axes, init, packing, tuple(f"{name}.{{expert}}{e}" if many else name + e for e in ends))
+    sources = tuple(f"{name}.{{expert}}{e}" if many else name + e for e in ends)
+    return ParamSpec(shape, axes, init, packing, sources, inputs=inputs)
 
 
 def specs_of(experts):

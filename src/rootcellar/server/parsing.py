@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import orjson
@@ -78,6 +79,15 @@ def _fail_fast(schema: Any) -> Any:
         return schema
     changed = {name: _fail_fast(part) for name, part in schema.items()}
     return {**changed, "fail_fast": True} if schema.get("type") in ("list", "dict") else changed
+
+
+@dataclass(frozen=True)
+class FailFast:
+    """Of items in a ``TypedDict``, which the model around it does not reach: the first that is wrong ends the check."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler, /) -> CoreSchema:
+        """pydantic's own schema, with ``fail_fast`` wherever there are items."""
+        return cast(CoreSchema, _fail_fast(handler(source)))
 
 
 def _tell_ignored(schema: dict[str, Any], body: type[Body]) -> None:

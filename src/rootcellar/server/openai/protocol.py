@@ -16,7 +16,7 @@ from rootcellar.server.errors import invalid
 from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, Refused
 from rootcellar.server.native.protocol import Priority
 from rootcellar.server.openai.forms import Forms
-from rootcellar.server.parsing import Body
+from rootcellar.server.parsing import Body, FailFast
 from rootcellar.server.tools import ToolChoice, ToolList
 
 Prompt = Annotated[
@@ -174,7 +174,7 @@ class ChatMessage(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: NotRequired[str | list[dict[str, Any]] | None]
+    content: NotRequired[str | Annotated[list[dict[str, Any]], FailFast()] | None]
 
 
 def message_for_template(message: ChatMessage) -> dict[str, Any]:
