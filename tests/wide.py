@@ -47,12 +47,14 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_control.py": {
         "test_an_engine_that_was_not_closed_ends_with_the_program_and_says_nothing": "",
+        "test_no_compilation_in_steady_state": "",
     },
     "engine/test_equivalence.py": {
         "test_every_family_answers_as_transformers": "llama3.*|llama2.*",
         "test_page_size_chunk_and_batch": "1-64-16-2-auto|64-64-16-4-auto|16-256-16-16-auto|16-7-16-2-auto",
     },
     "engine/test_grammar.py": {
+        "test_a_json_schema_is_followed": "sampling1",
         "test_after_a_warm_up_grammars_compile_nothing": "",
     },
     "engine/test_host_tier.py": {
@@ -64,6 +66,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_window_or_chunk_holds_what_its_rule_says": "(llama4|gpt-oss).*",
         "test_after_only_windows_chunks_or_states_were_evicted": "",
         "test_cold_and_from_the_cache": ".*llama4",
+        "test_latents_cold_and_from_the_cache": "",
     },
     "engine/test_identity.py": {
         "test_weights_without_a_name_are_one_runs_and_one_updates": "",
@@ -79,9 +82,12 @@ WIDE: dict[str, dict[str, str]] = {
         "test_the_bound_is_above_what_the_compiler_says": "bfloat16",
     },
     "engine/test_overlap_models.py": {
-        "test_after_an_abort_and_a_retraction_the_others_go_on": "(?!gemma3).*",
+        "test_after_an_abort_and_a_retraction_the_others_go_on": "",
         "test_answers_and_logprobs_are_equal": "",
-        "test_nothing_compiles_that_steps_without_overlap_had_not_compiled": "(?!gemma3).*",
+        "test_nothing_compiles_that_steps_without_overlap_had_not_compiled": "",
+    },
+    "engine/test_quantization.py": {
+        "test_integers_take_less_and_answer_as_the_weights_that_they_stand_for": "w4-.*",
     },
     "engine/test_ranks.py": {
         "test_a_rank_that_follows_refuses_callers_and_ends_with_rank_0": "",
@@ -109,6 +115,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_answers_equal_transformers": "gpt-oss.*",
         "test_latents_are_whole_on_each_device_and_no_expert_is_gathered": "",
         "test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split": "",
+        "test_what_one_number_of_devices_stored_another_reads": "",
     },
     "engine/test_warmup.py": {
         "test_a_first_request_finds_its_programs_and_the_rest_follows": "",
@@ -129,6 +136,9 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_packed_batch_equals_the_recurrence": "lengths[0124]-.*(Ssd|Delta)",
         "test_step_memory_does_not_grow_with_the_pool": "(1-1|4-1)-.*",
     },
+    "plan/test_sizing.py": {
+        "test_states_get_their_share_but_no_more": "",
+    },
     "pools/test_copying.py": {
         "test_images_do_not_depend_on_the_devices": "",
         "test_pages_come_back_as_they_were": ".*float16-Blocks",
@@ -138,10 +148,17 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "server/test_connections.py": {
         "test_a_byte_now_and_then_wins_no_time": "",
+        "test_all_who_ask_for_health_share_one_check": "",
         "test_who_does_not_read_is_given_up": "",
     },
     "server/test_docs.py": {
         "test_every_curl_line_works": "",
+    },
+    "server/test_messages.py": {
+        "test_what_is_to_be_kept_outlasts_a_flood_and_no_longer_than_it_should": "",
+    },
+    "server/test_native.py": {
+        "test_a_pinned_prefix_stays_and_its_time_ends": "",
     },
     "server/test_observe.py": {
         "test_the_page_brings_all_it_needs": "/docs-4",
@@ -150,6 +167,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_narrow_window_is_readable": "dark",
         "test_a_page_that_is_opened_later_shows_the_minutes_before": "",
         "test_a_server_with_a_key_is_asked_for_it_once": "",
+        "test_the_tree_is_walked_by_keyboard": "",
         "test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
     },
     "server/test_process.py": {
