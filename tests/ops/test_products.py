@@ -7,7 +7,7 @@ import pytest
 
 from rootcellar.ops import library
 from rootcellar.ops.panels import HOLDINGS, packer, rows, unpacked
-from rootcellar.ops.products import product
+from rootcellar.ops.products import MANY, product
 
 # Inputs and outputs of a weight, and which axes are inputs: one axis, heads, parts of a projection, an embedding.
 WEIGHTS = [((96, 60), (0,)), ((2, 32, 48), (0, 1)), ((288, 2, 3, 16), (0,)), ((57, 64), (1,))]
@@ -42,7 +42,7 @@ def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkey
     _, held = packed(holding, shape, inputs, native=True)
     whole = np.asarray(unpacked(held), np.float64)
     rng = np.random.default_rng(1)
-    for tokens in (1, 2, 3, 7, 125):
+    for tokens in (1, 2, 3, 7, 125, MANY):
         x = rng.normal(size=(tokens, *(shape[i] for i in inputs))).astype(np.float32)
         axes = list(range(1, x.ndim)), list(inputs)
         np.testing.assert_allclose(product(x, held, inputs), np.tensordot(x, whole, axes), rtol=0, atol=2e-4)

@@ -16,6 +16,8 @@ from rootcellar.ops.panels import Packed
 
 Weight = Array | Packed
 """What a product multiplies by."""
+MANY = 256
+"""Rows from which on XLA's product is faster, though it writes out packed weights first, than that of the kernels."""
 
 
 def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype | None = None) -> Array:
@@ -28,7 +30,7 @@ def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype 
     if not isinstance(w, Packed):
         return jnp.tensordot(x, w, axes=axes, preferred_element_type=dtype)
     wanted = x.dtype if dtype is None else dtype
-    if w.native:
+    if w.native and x.size < MANY * math.prod(w.shape[i] for i in w.inputs):
         return _native(x.astype(jnp.float32), w).astype(wanted)
     whole = panels.unpacked(w).astype(x.dtype)
     return jnp.tensordot(x, whole, axes=axes, preferred_element_type=dtype).astype(wanted)
