@@ -5,7 +5,7 @@ import pytest
 from machines import VOCAB, Callers, hash_machine
 
 from rootcellar.engine.commands import AbortAll
-from rootcellar.misses import Cause
+from rootcellar.misses import Cause, Earlier, Past
 
 
 def prompt(length):
@@ -38,7 +38,7 @@ def test_what_was_given_up_before_it_was_computed_is_not_evicted():
     callers.do(callers.submit([prompt(100)], 1, max_new_tokens=2))
     callers.run()
     assert cause_of(machine, "c1") in (Cause.FIRST_SEEN, Cause.NOTHING)
-    assert machine.recorder.explainer.report(None, 0.0, 10)[1] == 0
+    assert machine.recorder.explainer.report(None, 0.0, 10)[2] == 0
 
 
 def test_a_prompt_that_cannot_be_judged_does_not_end_the_judging(monkeypatch):
@@ -52,3 +52,41 @@ def test_a_prompt_that_cannot_be_judged_does_not_end_the_judging(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         explainer.find("c0", None)
     assert not explainer._judging
+
+
+def test_an_evicted_turn_costs_its_answer_too():
+    machine = hash_machine(tokens=64, page_size=4)
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(12)], 0, max_new_tokens=9, ignore_eos=True, stop_ids=()))
+    callers.run()
+    answer, _ = callers.results()["c0-0"]
+    others = np.random.default_rng(1).integers(0, VOCAB, 60).tolist()
+    callers.do(callers.submit([others], 1, max_new_tokens=2, stop_ids=()))
+    callers.run()
+    callers.do(callers.submit([[*prompt(12), *answer, 1, 2, 3]], 2, max_new_tokens=2, stop_ids=()))
+    callers.run()
+    miss = machine.recorder.explainer.find("c2", None)
+    assert (miss.cause, miss.cached_tokens + miss.tokens) == (Cause.EVICTED, 20), "whole pages of 12 + 9 - 1 tokens"
+
+
+def test_a_prompt_is_remembered_once_with_its_answer():
+    past = Past()
+    tokens = np.arange(40)
+    for rid, n in (("a", 20), ("b", 20), ("a", 30), ("b", 20), ("b", 25)):
+        past.add("t", Earlier(rid, tokens[:n], "", 0))
+    past.add("t", Earlier("a", tokens[::-1], "", 0))  # somebody uses a name again
+    assert [(each.rid, len(each.tokens)) for each in past.of("t")] == [("a", 40), ("b", 25), ("a", 30)]
+
+
+def test_a_report_of_more_than_is_remembered_says_of_how_long_it_is(monkeypatch):
+    monkeypatch.setattr("rootcellar.engine.explaining._KEPT", 2)
+    machine = hash_machine(tokens=128)
+    callers = Callers(machine)
+    seconds = []
+    for call in range(3):
+        callers.do(callers.submit([prompt(12)], call, max_new_tokens=2))
+        callers.run()
+        seconds.append(machine.recorder.explainer.report(None, machine.clock.now(), 10)[:2])
+    assert seconds[0] == (3600.0, 1)
+    assert seconds[2][0] < 3600
+    assert seconds[2][1] == 2

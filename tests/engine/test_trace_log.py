@@ -1,6 +1,7 @@
 """A live engine writes what was asked; replayed, it hits as much as the engine did, and says nothing of the text."""
 
 import json
+import os
 import random
 import stat
 import threading
@@ -107,3 +108,10 @@ def test_a_disk_that_is_full_ends_a_trace_and_holds_up_nobody(when, monkeypatch)
         log.close()
     log._thread.join(10)
     assert not log._thread.is_alive()
+
+
+def test_a_pipe_that_nobody_reads_is_refused_and_what_nobody_asked_is_an_empty_trace(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="record_trace"):
+        TraceLog(str(tmp_path / "pipe"), 4)
+    assert lines_of(tmp_path / "a") == []

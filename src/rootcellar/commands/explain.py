@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -150,11 +150,7 @@ class _LogReader:
         if (ids := body.get("input_ids", body.get("tokens"))) is not None:
             key = Key(ids)
         elif "messages" in body:
-            options = dict(body.get("chat_template_kwargs") or {})
-            chat = self.tokenizer.chat(
-                list(map(_with_text, body["messages"])), tools=body.get("tools"), variables=options
-            )
-            key = Key(chat.ids)
+            key = Key(self._chat(body))
         else:
             text = body.get("prompt", body.get("text"))
             if not isinstance(text, str):
@@ -164,10 +160,12 @@ class _LogReader:
             raise ValueError("its prompt is empty")
         return key
 
+    def _chat(self, body: Mapping[str, Any]) -> Sequence[int]:
+        """A conversation's token ids, as the server makes them; what else a body says changes none of them."""
+        from rootcellar.server.openai.chat import for_template  # only for such logs: they bring the engine with them
+        from rootcellar.server.openai.protocol import ChatRequest, Rendering
 
-def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message with its content as one text, as templates want it."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+        names = ["messages", *Rendering.model_fields]
+        chat = ChatRequest.model_validate({name: body[name] for name in names if name in body})
+        messages, options = for_template(chat.messages, chat)
+        return self.tokenizer.chat(messages, allow_special_tokens=False, **options).ids

@@ -192,6 +192,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     shapes = Shapes.of(config.chunked_prefill_size, running, _guessed(config))
     width = -(-min(context, total) // config.page_size)
     programs = dataclasses.replace(programs, shapes=shapes, table_width=width)
+    trace = None if config.record_trace is None or config.node_rank else TraceLog(config.record_trace, config.page_size)
     weights = live_weights(params, weights_name) if reload is None else reload()
 
     pools = pools_of(programs.paging, placement, sizing.division.pages)
@@ -225,7 +226,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         host,
         mover,
         Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
-        None if config.record_trace is None or config.node_rank else TraceLog(config.record_trace, config.page_size),
+        trace,
     )
 
 

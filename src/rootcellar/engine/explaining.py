@@ -1,14 +1,14 @@
 """Why requests computed what they did: noted as they begin, judged when somebody asks, kept for an hour.
 
-Noting is a copy of the prompt and some numbers, on the engine's thread. Judging compares prompts; it happens on the
-thread of whoever asks, or, when many wait to be judged, on one of its own.
+Noting is a copy of the prompt and some numbers, and at the end what was computed of the answer, on the engine's thread.
+Judging compares prompts; it happens on the thread of whoever asks, or, when many wait to be judged, on one of its own.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rootcellar.cache import Key, Tier
 from rootcellar.engine.output import Tracker
@@ -24,11 +24,14 @@ _OPENERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
-    """``known``: tokens of the prompt that were computed; ``tick``: by when they were."""
+    """What is to be judged of a request (None: it was), and the tokens that were computed of it by ``tick``."""
 
-    facts: Facts
+    rid: str
+    tenant: str
+    facts: Facts | None
     names: tuple[str, ...]
-    known: int
+    key: Key
+    flushes: int
     tick: int
 
 
@@ -40,7 +43,7 @@ class Explainer:
         self._page_size = page_size
         self._flushes = 0
         self._openers: dict[int, tuple[str, str]] = {}
-        self._noted: deque[_Noted] = deque(maxlen=RECENT)
+        self._noted: deque[_Noted] = deque(maxlen=2 * RECENT)
         self._lock = threading.Lock()  # of what follows
         self._past = Past()
         self._misses: deque[Miss] = deque(maxlen=_KEPT)
@@ -89,7 +92,15 @@ class Explainer:
             rate=rate,
             opened=request.opened,
         )
-        self._noted.append(_Noted(facts, tracker.names, len(key) if known is None else known, tick))
+        self._note(facts, tracker, facts.key if known is None else facts.key[:known], tick)
+
+    def ended(self, tracker: Tracker, key: Key, tick: int) -> None:
+        """Of a request that had begun these tokens were computed by ``tick``: its prompt, and of its answer."""
+        self._note(None, tracker, key, tick)
+
+    def _note(self, facts: Facts | None, tracker: Tracker, key: Key, tick: int) -> None:
+        request = tracker.request
+        self._noted.append(_Noted(request.rid, request.tenant, facts, tracker.names, key, self._flushes, tick))
         if len(self._noted) > _MANY and not self._judging:
             self._judging = True
             threading.Thread(target=self._judge, name="rootcellar-explaining", daemon=True).start()
@@ -102,15 +113,21 @@ class Explainer:
             try:
                 while self._noted:
                     noted = self._noted.popleft()
-                    facts, key = noted.facts, noted.facts.key[: noted.known]
-                    miss = judge(facts, self._past)
+                    if noted.facts is not None:
+                        self._keep(judge(noted.facts, self._past), noted.names)
+                    key = noted.key
                     if len(key):
-                        earlier = Earlier(facts.rid, key.tokens, key.namespace, facts.flushes, noted.tick)
-                        self._past.add(facts.tenant, earlier)
-                    self._misses.append(miss)
-                    self._named.append((noted.names, miss))
+                        earlier = Earlier(noted.rid, key.tokens, key.namespace, noted.flushes, noted.tick)
+                        self._past.add(noted.tenant, earlier)
             finally:
                 self._judging = False
+
+    def _keep(self, miss: Miss, names: tuple[str, ...]) -> None:
+        self._named.append((names, miss))
+        # What cost nothing is no example of a habit: it is counted.
+        self._misses.append(miss if miss.tokens else replace(miss, head=(), before=(), got=(), instead=()))
+        while self._misses[0].at < miss.at - HOUR:
+            self._misses.popleft()
 
     def find(self, name: str, tenant: str | None) -> Miss | None:
         """The newest request of this name, of a tenant or (None) of all; None: it is not known (any more)."""
@@ -121,9 +138,12 @@ class Explainer:
                     return miss
         return None
 
-    def report(self, tenant: str | None, now: float, most: int) -> tuple[int, int, list[Habit]]:
-        """Of the hour before ``now``: requests, tokens computed again, and the costliest habits."""
+    def report(self, tenant: str | None, now: float, most: int) -> tuple[float, int, int, list[Habit]]:
+        """Of the hour before ``now``, or as much of it as is remembered: seconds, requests, tokens computed again, and
+        the costliest habits.
+        """
         self._judge()
         with self._lock:
             own = [miss for miss in self._misses if miss.at >= now - HOUR and tenant in (None, miss.tenant)]
-        return len(own), sum(miss.tokens for miss in own), costliest(own, most)
+            seconds = min(HOUR, now - self._misses[0].at) if len(self._misses) == _KEPT else HOUR
+        return seconds, len(own), sum(miss.tokens for miss in own), costliest(own, most)

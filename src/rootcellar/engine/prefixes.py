@@ -14,7 +14,6 @@ import numpy as np
 from rootcellar.cache import Tier, digests
 from rootcellar.engine.build import Parts
 from rootcellar.engine.commands import Hint, Pin, Unpin
-from rootcellar.engine.explaining import HOUR
 from rootcellar.engine.hints import check_hints
 from rootcellar.engine.identity import read_namespace, tenant_in
 from rootcellar.engine.loop import Loop
@@ -94,13 +93,15 @@ class Prefixes:
     def report(self, tenant: str | None = None, most: int = 10) -> dict[str, Any]:
         """What the prompts of the last hour computed again: the costliest causes, each with an example.
 
+        ``seconds`` is less than an hour's where so many came that not all are remembered.
+
         Returns:
             ``{"seconds", "requests", "price_tokens", "causes": [{"cause", "requests", "price_tokens", "price_seconds",
             "remedy", "example"}, ...]}``; an example is as :meth:`explained` gives it.
         """
-        requests, tokens, habits = self._explainer.report(tenant, self._loop.machine.clock.now(), most)
+        seconds, requests, tokens, habits = self._explainer.report(tenant, self._loop.machine.clock.now(), most)
         causes = [told_habit(habit, self._text_of) for habit in habits]
-        return {"seconds": HOUR, "requests": requests, "price_tokens": tokens, "causes": causes}
+        return {"seconds": seconds, "requests": requests, "price_tokens": tokens, "causes": causes}
 
     def _text_of(self, ids: Sequence[int]) -> str:
         """The text of token ids; the ids themselves where there is no tokenizer."""

@@ -145,7 +145,12 @@ class Recorder:
         # A copy: the request's own array has room for all that it might have generated.
         key = request.key(request.length)
         tokens = key.tokens.copy()
-        self.timeline.ended(record, Key(tokens, key.namespace))
+        key = Key(tokens, key.namespace)
+        self.timeline.ended(record, key)
+        if tracker.first_token is not None:
+            kept = key[: request.length - 1]  # the newest token is not computed
+            known = kept if finish.type != "abort" else key[: self._scheduler.cache.match(kept).branch]
+            self.explainer.ended(tracker, known, self._scheduler.cache.tick)
         if self._trace is not None and tracker.started is not None:
             at = tracker.started - self.began
             self._trace.ended(TraceLine(at, tokens, request.prompt_length, request.namespace))

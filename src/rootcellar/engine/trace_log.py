@@ -10,6 +10,7 @@ another run's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _WAITING = 4096
 """Requests that may wait to be written; more are left out, and how many is logged."""
+_PATIENCE = 10.0
+"""Seconds for writing what waits at the end, and again for the last line."""
 _ID_BYTES = 7
 """Of an id: whole numbers up to 2^56, so that two of a billion blocks are equal once in a hundred traces at most."""
 
@@ -47,8 +50,9 @@ class TraceLog:
 
     def __init__(self, path: str, block: int) -> None:
         """``block``: tokens of an id. Raises ``ConfigError`` where the file cannot be written."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe that nobody reads is no place for it
         try:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="ascii")
+            self._file = os.fdopen(os.open(path, flags, 0o600), "w", encoding="ascii")
         except OSError as error:
             raise ConfigError(f"record_trace={path!r} cannot be written: {error.strerror}") from None
         self._path = Path(path)
@@ -57,20 +61,28 @@ class TraceLog:
         self._left_out = 0
         self._queue: queue.Queue[TraceLine | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="rootcellar-trace", daemon=True)
-        self._thread.start()
+        self._begun = False
 
     def ended(self, asked: TraceLine) -> None:
         """Write of a request, soon; called from the engine's thread, and never waits."""
+        if not self._begun:
+            self._begun = True
+            self._thread.start()
         try:
             self._queue.put_nowait(asked)
         except queue.Full:
             self._left_out += 1
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what waits, and end; a disk that hangs is waited for no longer than ``_PATIENCE``."""
         if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=_PATIENCE)
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                log.error("the trace %s may lack its end: its disk does not answer", self._path)
+        elif not self._begun:
+            self._file.close()
         if self._left_out:
             log.warning("%d requests are not in the trace %s: it was not written in time", self._left_out, self._path)
             self._left_out = 0
@@ -88,23 +100,24 @@ class TraceLog:
                 asked = self._queue.get()
 
     def _line(self, asked: TraceLine) -> dict[str, object]:
-        ids, n, block = asked.ids, asked.prompt_length, self._block
-        whole = n // block * block
-        prompt = self._hashes(ids[:n], asked.namespace)
-        after = self._hashes(ids[: max(n, len(ids) - 1)], asked.namespace)[whole // block :] if len(ids) > n else []
+        ids, n = asked.ids, asked.prompt_length
+        whole = n - n % self._block
+        begun, chain = self._hashes(ids[:whole], asked.namespace.encode("utf-8", "surrogatepass"))
+        rest, _ = self._hashes(ids[whole:n], chain)
+        after, _ = self._hashes(ids[whole : max(n, len(ids) - 1)], chain) if len(ids) > n else ([], b"")
         return {
             "timestamp": round(1e3 * asked.at, 3),
             "input_length": n,
             "output_length": len(ids) - n,
-            "hash_ids": prompt,
+            "hash_ids": begun + rest,
             "output_hash_ids": after,
         }
 
-    def _hashes(self, ids: NDArray[np.int64], namespace: str) -> list[int]:
+    def _hashes(self, ids: NDArray[np.int64], chain: bytes) -> tuple[list[int], bytes]:
+        """The ids of blocks that follow what ``chain`` stands for, and what stands for them all."""
         found = []
-        chain = namespace.encode("utf-8", "surrogatepass")
         for at in range(0, len(ids), self._block):
             content = np.ascontiguousarray(ids[at : at + self._block], "<i8").tobytes()
             chain = blake2b(len(chain).to_bytes(4, "little") + chain + content, key=self._key, digest_size=32).digest()
             found.append(int.from_bytes(chain[:_ID_BYTES], "little"))
-        return found
+        return found, chain

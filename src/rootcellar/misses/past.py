@@ -17,7 +17,7 @@ _NEWEST = 4
 _FIRST_MARK = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one is itself: arrays do not say whether they are equal
 class Earlier:
     """One of them. ``flushes``: how often all had been forgotten before it; ``tick``: by when it was computed."""
 
@@ -52,10 +52,15 @@ class Past:
         self._count = self._size = 0
 
     def add(self, tenant: str, prompt: Earlier) -> None:
-        """Remember ``prompt``."""
+        """Remember ``prompt``, which may be one that was remembered, with its answer behind it."""
         own = self._own.setdefault(tenant, deque())
-        if own and own[-1].namespace == prompt.namespace and np.array_equal(own[-1].tokens, prompt.tokens):
-            self._forget(tenant, own.pop())
+        for each in list(own):
+            same = each.rid == prompt.rid or (each is own[-1] and len(each.tokens) == len(prompt.tokens))
+            if not same or each.namespace != prompt.namespace:
+                continue
+            if np.array_equal(each.tokens, prompt.tokens[: len(each.tokens)]):
+                own.remove(each)
+                self._forget(tenant, each)
         self._own.setdefault(tenant, own).append(prompt)
         self._count += 1
         self._size += len(prompt.tokens)

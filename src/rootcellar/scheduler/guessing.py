@@ -83,7 +83,10 @@ def keep(guess: Sequence[int], chosen: Sequence[int]) -> Sequence[int]:
 
 
 def fitting(cache: RadixCache, request: Request, guess: tuple[int, ...]) -> tuple[int, ...]:
-    """A guess, with slots for its tokens; nothing where there are none, since nobody makes way for a guess."""
+    """A guess, with slots for its tokens; nothing where there are none: no request makes way for a guess.
+
+    What is only cached does, as for a request's own tokens: a slot that a wrong guess leaves is its next token's.
+    """
     lacking = request.computed + 1 + len(guess) - request.slots
     if guess and lacking > 0:
         assert request.lease is not None
