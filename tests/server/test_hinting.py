@@ -8,7 +8,7 @@ import pytest
 
 from rootcellar.errors import EngineError
 from rootcellar.server.callers import Caller, note_caller
-from rootcellar.server.hinting import taken
+from rootcellar.server.hinting import keep, taken
 
 TEXT = (
     "The keeper of the root cellar will ask again about the jars on the third shelf, once the tool has counted them. "
@@ -79,13 +79,15 @@ def test_an_answer_is_told_though_the_engine_was_shut_down_before_its_hints():
     request = SimpleNamespace(scope={})
     note_caller(request.scope, Caller("alice"))
     state = SimpleNamespace(
-        engine=SimpleNamespace(prefixes=SimpleNamespace(hint=shut)), pinned_share=lambda caller: 1.0
+        engine=SimpleNamespace(prefixes=SimpleNamespace(hint=shut, keep=shut)), pinned_share=lambda caller: 1.0
     )
     arguments = {"input_ids": [1, 2], "extra_key": "", "cache_salt": ""}
     told = asyncio.run(taken(request, state, {"pin": 1}, arguments, {"output_ids": [3]}))
     assert [(each["hint"], each["answer"], each["why"]) for each in told] == [
         ("pin", "refused", "the engine was shut down")
     ]
+    asyncio.run(keep(request, state, [1, 2], 10.0, arguments))
+    asyncio.run(keep(request, state, [], 10.0, arguments))  # nothing is asked of the engine
 
 
 def test_hints_are_for_one_conversation(client):

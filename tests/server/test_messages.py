@@ -1,19 +1,15 @@
 """Anthropic's messages: blocks, tools, streams, what is kept, errors."""
 
-import asyncio
 import json
-import threading
 
 import httpx
 import pytest
 from test_tools import CLOCK, WEATHER
 
 import rootcellar
-from rootcellar.errors import EngineError, RequestTooLarge
 from rootcellar.server.anthropic.answers import BlockWriter
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.protocol import MessagesRequest
-from rootcellar.server.keeping import Keeper
 from rootcellar.server.openai.protocol import message_for_template
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.tools import Listening
@@ -293,109 +289,6 @@ def test_what_is_to_be_kept_outlasts_a_flood_and_no_longer_than_it_should():
         client.post("/flush_cache?timeout=5")
         assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
         engine.check()
-
-
-class Pinning:
-    """What a ``Keeper`` asks of an engine, with room for so many tokens."""
-
-    def __init__(self, room):
-        self.room = room
-        self.pinned = {}
-        self.seconds = {}
-        self.before_pin = threading.Event()
-        self.before_pin.set()
-
-    def pin(self, ids, seconds, *, tenant, cache_salt, extra_key, share):
-        assert len(ids)
-        assert self.before_pin.wait(20)
-        others = sum(len(each) for name, each in self.pinned.items() if name != (tenant, tuple(ids)))
-        if others + len(ids) > self.room * share:
-            raise RequestTooLarge("no room")
-        self.pinned[tenant, tuple(ids)] = ids
-        self.seconds[tenant, tuple(ids)] = seconds
-        return {"pinned_tokens": len(ids)}
-
-    def unpin(self, ids, *, tenant, cache_salt, extra_key):
-        return self.pinned.pop((tenant, tuple(ids)), None) is not None
-
-
-def test_what_is_kept_is_kept_once_by_the_longest_of_a_conversation():
-    now, engine = [0.0], Pinning(20)
-    keeper = Keeper(engine, lambda: now[0])
-
-    def keep(ids, seconds=10.0, tenant="t", share=1.0):
-        where = {"tenant": tenant, "cache_salt": "", "extra_key": ""}
-        return asyncio.run(keeper.keep(ids, seconds, where, share))
-
-    assert keep([1, 2, 3]) == keep([7, 8, 9]) == keep([1, 2, 4]) == 3
-    assert keep([1, 2, 3, 4, 5]) == 5
-    assert set(engine.pinned) == {("t", (7, 8, 9)), ("t", (1, 2, 4)), ("t", (1, 2, 3, 4, 5))}
-    assert keep([7, 8, 9], tenant="u") == 3
-    assert keep([7, 8, 9, *range(20)]) == 0  # no room: what there was stays
-    assert ("t", (7, 8, 9)) in engine.pinned
-    assert keep([1, 2, 3, 4, 5, 6], seconds=5.0) == 6  # the shorter lasts longer
-    assert ("t", (1, 2, 3, 4, 5)) in engine.pinned
-    now[0] = 11.0  # the engine has let go of all, and nothing is asked of it
-    engine.pinned.clear()
-    assert keep([1, 2, 3, 4, 5, 6, 7]) == 7
-
-
-WHERE = {"tenant": "t", "cache_salt": "", "extra_key": ""}
-
-
-def test_what_was_promised_longer_is_not_let_go_of_sooner():
-    now, engine = [0.0], Pinning(20)
-    keeper = Keeper(engine, lambda: now[0])
-    asyncio.run(keeper.keep([1, 2], 100.0, WHERE, 1.0))
-    now[0] = 10.0
-    asyncio.run(keeper.keep([1, 2], 10.0, WHERE, 1.0))
-    assert engine.seconds == {("t", (1, 2)): 90.0}
-
-
-def test_nothing_to_keep_asks_nothing_of_the_engine():
-    assert asyncio.run(Keeper(Pinning(20)).keep([], 10.0, WHERE, 1.0)) == 0
-
-
-def test_an_engine_that_was_shut_down_keeps_nothing_and_ends_no_answer(monkeypatch):
-    def shut_down(*_, **__):
-        raise EngineError("the engine was shut down")
-
-    engine = Pinning(20)
-    keeper = Keeper(engine)
-    monkeypatch.setattr(engine, "pin", shut_down)
-    assert asyncio.run(keeper.keep([1, 2], 10.0, WHERE, 1.0)) == 0
-    monkeypatch.undo()
-    assert asyncio.run(keeper.keep([1, 2, 3], 10.0, WHERE, 1.0)) == 3
-
-
-def test_a_pin_whose_client_went_away_is_taken_over_by_the_next_turn_s():
-    engine = Pinning(20)
-    keeper = Keeper(engine)
-
-    async def main():
-        engine.before_pin.clear()
-        gone = asyncio.ensure_future(keeper.keep([1, 2], 10.0, WHERE, 1.0))
-        await asyncio.sleep(0)
-        gone.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        engine.before_pin.set()
-        while not engine.pinned:
-            await asyncio.sleep(0.001)
-        assert await keeper.keep([1, 2, 3], 10.0, WHERE, 1.0) == 3
-
-    asyncio.run(main())
-    assert set(engine.pinned) == {("t", (1, 2, 3))}
-
-
-def test_a_tenant_has_so_many_pins_and_the_oldest_of_its_own_make_room(monkeypatch):
-    monkeypatch.setattr("rootcellar.server.keeping._MOST", 2)
-    engine = Pinning(20)
-    keeper = Keeper(engine)
-    asyncio.run(keeper.keep([9], 10.0, {**WHERE, "tenant": "u"}, 1.0))
-    for token in range(4):
-        asyncio.run(keeper.keep([token], 10.0, WHERE, 1.0))
-    assert set(engine.pinned) == {("u", (9,)), ("t", (2,)), ("t", (3,))}
 
 
 def test_a_prompt_that_is_too_long_to_be_kept_is_answered_all_the_same():

@@ -18,6 +18,7 @@ from rootcellar.engine.copies import AnyMover
 from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.hints import Reply
 from rootcellar.engine.output import Deliver, Tracker
+from rootcellar.engine.pins import Sort
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
 from rootcellar.errors import CacheBusy, ConfigError
@@ -195,18 +196,19 @@ class Flush(Command):
 
 @dataclass(frozen=True)
 class Pin(Command):
-    """Keep what is cached of these tokens until ``ends``. See ``Prefixes.pin``."""
+    """Keep what is cached of these tokens until ``ends``. See ``Prefixes.pin`` and ``Prefixes.keep``."""
 
     ids: tuple[int, ...]
     namespace: str
     tenant: str
     ends: float
     share: float
+    sort: Sort = "pin"
 
     def run(self, machine: Machine) -> tuple[int, int]:
         """Tokens that are pinned, and the tenant's pins."""
         key = machine.scheduler.key(self.ids, self.namespace)
-        return machine.pins.add(self.tenant, key, self.ends, self.share)
+        return machine.pins.add(self.tenant, key, self.ends, self.share, sort=self.sort)
 
 
 @dataclass(frozen=True)

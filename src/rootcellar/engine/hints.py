@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Literal
 
 from rootcellar.cache import Key, RadixCache, Tier
-from rootcellar.engine.pins import Pins
+from rootcellar.engine.pins import SORTS, Pins, Sort
 from rootcellar.errors import RequestError
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Prefetcher, Request, Scheduler
@@ -98,13 +98,13 @@ class Hints:
 
     def _keep(self, name: str, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
         """Pin or retain."""
-        retain = name == "retain"
+        sort: Sort = "retained" if name == "retain" else "pin"
         if not seconds:
-            found = self._pins.remove(tenant, key, retained=retain)
+            found = self._pins.remove(tenant, key, sort)
             return Reply(name, "granted" if found else "refused", "" if found else "there was none")
         time = min(seconds, LONGEST[name])
         whole = self._whole(key)
-        tokens, _ = self._pins.add(tenant, key, now + time, share, retain=retain, clip=True)
+        tokens, _ = self._pins.add(tenant, key, now + time, share, sort=sort, clip=True)
         if not tokens and self._cache.match(key).length:
             return Reply(name, "refused", "what the caller may pin is used up")
         if not tokens:
@@ -139,7 +139,7 @@ class Hints:
 
     def _demote(self, tenant: str, key: Key) -> Reply:
         """Let go of what the tenant keeps of it, and copy it to farther tiers, so that it leaves without loss."""
-        kept = [self._pins.remove(tenant, key, retained=retained) for retained in (False, True)]
+        kept = [self._pins.remove(tenant, key, sort) for sort in SORTS]
         copies = self._cache.write_down(key)
         if any(kept) or copies:
             return Reply("demote", "granted", "it is copied to a farther tier" if copies else "")

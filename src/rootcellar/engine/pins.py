@@ -1,12 +1,15 @@
 """Pinned prompts, each with an end in seconds: the cache counts time in ticks. For the engine's thread.
 
-Two sorts: a *pin* stays till its end, what is *retained* also gives way to requests that find no room, and to pins.
+Three sorts. A ``pin`` stays till its end. What is ``kept`` does too, for a conversation that grows: a longer one takes
+the place of those that it begins with. What is ``retained`` is so, and also gives way to requests that find no room,
+and to the others.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rootcellar.cache import Key, RadixCache
 from rootcellar.errors import RequestTooLarge
@@ -16,8 +19,13 @@ _FOREVER = 2**40
 # What pins may hold of the cache: requests must still find room.
 _MOST = 0.5
 
-Name = tuple[str, Key, bool]
-"""Whose, of which tokens, and whether it is only retained."""
+# What a tenant's conversations may keep: each costs a walk through the cache's tree whenever another begins or ends.
+_MOST_KEPT = 1024
+
+Sort = Literal["pin", "kept", "retained"]
+SORTS: tuple[Sort, ...] = ("pin", "kept", "retained")
+Name = tuple[str, Key, Sort]
+"""Whose, of which tokens, and of which sort."""
 
 
 @dataclass
@@ -50,46 +58,55 @@ class Pins:
     # -- what is kept ---------------------------------------------------------------------------------------------
 
     def add(
-        self, tenant: str, key: Key, ends: float, share: float, *, retain: bool = False, clip: bool = False
+        self, tenant: str, key: Key, ends: float, share: float, *, sort: Sort = "pin", clip: bool = False
     ) -> tuple[int, int]:
         """Keep what is cached of ``key`` until ``ends``; the tokens that are, and how many pins the tenant has now.
 
         ``share``: the part of what pins may hold that the tenant's may. ``clip``: keep as much as there is room for.
-        ``RequestTooLarge``: that would be too much.
+        ``RequestTooLarge``: that would be too much; nothing has changed.
         """
-        name = tenant, key, retain
+        name = tenant, key, sort
         before = self._pins.get(name)
-        if before is not None:
-            self._let_go(before)
-            ends = max(ends, before.ends) if retain else ends
+        going = [] if before is None else [before]
+        if sort != "pin":
+            ends = ends if before is None else max(ends, before.ends)
+            going += self._covered(tenant, key, sort, ends)
         tokens = self._cache.match(key).length
-        if retain:
-            self._let_go_of_covered(tenant, key, ends)
-        else:
-            self._make_room_for_pin(tenant, tokens, share)
-        room = self.room(tenant, share)
+        room = self.room(tenant, share) + sum(pin.tokens for pin in going)
+        if sort != "retained":
+            for pin in self._retained_of(tenant):
+                if room >= tokens:
+                    break
+                going.append(pin)
+                room += pin.tokens
+        room = max(0, room)
         if clip and tokens > room:
             tokens = room - room % self._cache.page_size
         if tokens > room:
-            if before is not None:
-                self._put(before)
-            mine, limit = self._held[tenant] + tokens, int(self._limit * share)
-            held, may = (mine, limit) if mine > limit else (self._held.total() + tokens, self._limit)
+            more, limit = tokens - sum(pin.tokens for pin in going), int(self._limit * share)
+            mine = self._held[tenant] + more
+            held, may = (mine, limit) if mine > limit else (self._held.total() + more, self._limit)
             raise RequestTooLarge(
                 f"pins would hold {held} tokens, and may hold {may} (all of them half of the KV cache): unpin "
                 "others or raise max_total_tokens"
             )
+        for pin in going:
+            self._let_go(pin)
         if tokens:
             self._put(_Pin(name, ends, tokens))
+        if sort == "kept":
+            own = [pin for (whose, _, its), pin in self._pins.items() if (whose, its) == (tenant, sort)]
+            for pin in own[: max(0, len(own) - _MOST_KEPT)]:  # the oldest are first
+                self._let_go(pin)
         return tokens, self._counts[tenant]
 
     def room(self, tenant: str, share: float) -> int:
-        """Tokens that the tenant may still pin."""
-        return max(0, min(self._limit - self._held.total(), int(self._limit * share) - self._held[tenant]))
+        """Tokens that the tenant may still pin; less than none where its share became smaller."""
+        return min(self._limit - self._held.total(), int(self._limit * share) - self._held[tenant])
 
-    def remove(self, tenant: str, key: Key, *, retained: bool = False) -> bool:
+    def remove(self, tenant: str, key: Key, sort: Sort = "pin") -> bool:
         """Undo :meth:`add`; False when there was nothing to undo."""
-        pin = self._pins.get((tenant, key, retained))
+        pin = self._pins.get((tenant, key, sort))
         if pin is not None:
             self._let_go(pin)
         return pin is not None
@@ -111,7 +128,7 @@ class Pins:
     def make_way(self, tokens: int) -> int:
         """Let go of what is only retained, what is wanted last first, until ``tokens`` are; how many that were."""
         gone = 0
-        for pin in sorted((pin for pin in self._pins.values() if pin.name[2]), key=lambda pin: -pin.ends):
+        for pin in self._retained_of(None):
             if gone >= tokens:
                 break
             self._let_go(pin)
@@ -121,7 +138,7 @@ class Pins:
     @property
     def retained(self) -> bool:
         """Whether something is kept that may give way."""
-        return any(retained for _, _, retained in self._pins)
+        return any(sort == "retained" for _, _, sort in self._pins)
 
     @property
     def next_end(self) -> float | None:
@@ -130,20 +147,16 @@ class Pins:
 
     # -- how ------------------------------------------------------------------------------------------------------
 
-    def _let_go_of_covered(self, tenant: str, key: Key, ends: float) -> None:
-        """Let go of what the tenant retains of ``key`` already, and not for longer: a conversation grows."""
+    def _covered(self, tenant: str, key: Key, sort: Sort, ends: float) -> list[_Pin]:
+        """What the tenant keeps so of the beginnings of ``key``, and not for longer: a conversation grows."""
         names = [name for node in self._cache.trail(key) for name in self._at.get(node, ())]
-        for pin in [self._pins[name] for name in names if name[0] == tenant and name[2]]:
-            if pin.ends <= ends:
-                self._let_go(pin)
+        own = [self._pins[name] for name in names if name[0] == tenant and name[2] == sort and name[1] != key]
+        return [pin for pin in own if pin.ends <= ends]
 
-    def _make_room_for_pin(self, tenant: str, tokens: int, share: float) -> None:
-        """Let go of what the tenant only retains, as far as its pin of so many tokens needs that."""
-        own = [pin for pin in self._pins.values() if pin.name[0] == tenant and pin.name[2]]
-        for pin in sorted(own, key=lambda pin: -pin.ends):
-            if self.room(tenant, share) >= tokens:
-                return
-            self._let_go(pin)
+    def _retained_of(self, tenant: str | None) -> list[_Pin]:
+        """What is only retained for a tenant (None: for all), what is wanted last first."""
+        own = [pin for (whose, _, sort), pin in self._pins.items() if sort == "retained" and tenant in (None, whose)]
+        return sorted(own, key=lambda pin: -pin.ends)
 
     def _put(self, pin: _Pin) -> None:
         self._pin(pin)

@@ -17,7 +17,7 @@ from rootcellar.engine.commands import Hint, Pin, Unpin
 from rootcellar.engine.hints import check_hints
 from rootcellar.engine.identity import read_namespace, tenant_in
 from rootcellar.engine.loop import Loop
-from rootcellar.errors import RequestError
+from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.misses import told, told_habit
 
 
@@ -135,6 +135,29 @@ class Prefixes:
         ends = self._loop.machine.clock.now() + seconds
         tokens, pins = self._loop.run(Pin(_ids(input_ids), where, tenant, ends, share))
         return {"pinned_tokens": tokens, "prompt_tokens": len(input_ids), "seconds": seconds, "pins": pins}
+
+    def keep(
+        self,
+        input_ids: Sequence[int],
+        seconds: float,
+        extra_key: str = "",
+        *,
+        cache_salt: str = "",
+        tenant: str = "",
+        share: float = 1.0,
+    ) -> int:
+        """:meth:`pin` of a conversation that grows: what it begins with, and was kept no longer, is let go.
+
+        Keeping the same again ends no sooner than was promised. Returns the tokens that are kept, 0 where there is no
+        room for them: then what was kept stays.
+        """
+        where = self._read(input_ids, tenant, cache_salt, extra_key)
+        ends = self._loop.machine.clock.now() + seconds
+        try:
+            tokens, _ = self._loop.run(Pin(_ids(input_ids), where, tenant, ends, share, "kept"))
+        except RequestTooLarge:
+            return 0
+        return tokens
 
     def hint(
         self,

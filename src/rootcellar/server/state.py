@@ -15,7 +15,6 @@ from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Caller, Callers
 from rootcellar.server.errors import ApiError
-from rootcellar.server.keeping import Keeper
 from rootcellar.server.observe import Observer
 from rootcellar.server.pace import Pace
 from rootcellar.server.responses.stored import Responses
@@ -46,7 +45,6 @@ class ServerState:
         pace: who used how much of the event loop.
         sampling: what OpenAI's routes sample with where a request does not say.
         formats: how the model writes calls of tools and what it thinks.
-        keeper: keeps prompts in the cache for requests that say so.
         responses: answers that others may go on from.
     """
 
@@ -63,7 +61,6 @@ class ServerState:
     pace: Pace = field(default_factory=Pace)
     sampling: dict[str, Any] = field(init=False)
     formats: Formats = field(init=False)
-    keeper: Keeper = field(init=False)
     responses: Responses = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -72,7 +69,6 @@ class ServerState:
         self.sampling = sampling_defaults(self.engine.config.model_path) if model else {}
         tokenizer = None if self.engine.config.skip_tokenizer_init else self.engine.tokenizer
         self.formats = Formats.of(self.config, tokenizer)
-        self.keeper = Keeper(self.engine.prefixes)
         self.responses = Responses(self.config.response_ttl, self.config.max_stored_responses)
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)

@@ -15,8 +15,8 @@ from rootcellar.server.anthropic import answers
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.errors import AnthropicRoute, event
 from rootcellar.server.anthropic.protocol import CountRequest, MessagesRequest
-from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import json_response
+from rootcellar.server.hinting import keep
 from rootcellar.server.openai.chat import Asked, chat_tokens, for_template, read_chat_request
 from rootcellar.server.openai.choices import Sent
 from rootcellar.server.openai.names import openai_names
@@ -123,9 +123,6 @@ class _Messages:
 
     async def _keep(self) -> None:
         """Keep of the prompt what is to be kept, as far as there is room."""
-        caller = caller_of(self.request)
-        arguments = self.asked.arguments
-        where = {"tenant": caller.name, "cache_salt": arguments["cache_salt"], "extra_key": arguments["extra_key"]}
-        share = self.state.pinned_share(caller)
         for tokens, seconds in self.keeps:
-            await self.state.keeper.keep(self.asked.prompts.input_ids[:tokens], seconds, where, share)
+            ids = self.asked.prompts.input_ids[:tokens]
+            await keep(self.request, self.state, ids, seconds, self.asked.arguments)

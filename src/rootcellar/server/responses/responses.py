@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from rootcellar.errors import RootcellarError
 from rootcellar.server.answer import EventStream, Result, Stream, begin, named_event, require_room, whole
-from rootcellar.server.callers import caller_of, paying
+from rootcellar.server.callers import paying
 from rootcellar.server.errors import ApiError, invalid, json_bytes, json_response
+from rootcellar.server.hinting import keep
 from rootcellar.server.openai.chat import Asked, read_chat_request
 from rootcellar.server.openai.choices import Sent
 from rootcellar.server.openai.names import openai_names
@@ -142,10 +143,8 @@ class _Responding:
     async def _pin(self, result: Result) -> None:
         """Keep the conversation in the cache for whoever goes on from this response."""
         if seconds := self.state.config.response_pin:
-            caller, arguments = caller_of(self.request), self.asked.arguments
-            where = {name: arguments[name] for name in ("cache_salt", "extra_key")} | {"tenant": caller.name}
             ids = [*self.asked.prompts.input_ids, *result["output_ids"]]
-            await self.state.keeper.keep(ids, seconds, where, self.state.pinned_share(caller))
+            await keep(self.request, self.state, ids, seconds, self.asked.arguments)
 
     async def _tokens_of_thoughts(self, speaker: Speaker, tokens: int) -> int:
         """How many of an answer's ``tokens`` are thoughts."""
