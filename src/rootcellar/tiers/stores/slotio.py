@@ -3,7 +3,7 @@
 Slots are ``stride`` bytes apart, a multiple of ``BLOCK``, and begin at multiples of it, so writing one never makes the
 system read what it overwrites. Each medium is here twice, with the same results. C++ (``native/slots.cc``) passes over
 memory once less: it sums up what it copies while it is in the near caches of the processor, and Python's lock is free
-meanwhile. ``ByPython`` is slow and plain, and does the work where that was not built, and of the smallest images.
+meanwhile. ``ByPython`` is slow and plain, and does the work where that was not built, and of runs with small images.
 
 Direct transfers (``O_DIRECT``) go past the system's cache: the longer a piece, the better. Several pieces of a call are
 under way at once.
@@ -136,14 +136,14 @@ class Native:
 
     def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
         """See ``Medium``."""
-        if len(run.views[0]) < _SHORTEST:  # of one stride all are, or none
+        if _small(stride, run):
             return self._slow.read(fd, at, stride, run)
         piece = DIRECT_PIECE if self._direct else READ_PIECE
         return _slots.read(fd, at, stride, list(run.views), run.seeds, piece, self._vectors)
 
     def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
         """See ``Medium``."""
-        if len(run.views[0]) < _SHORTEST:
+        if _small(stride, run):
             return self._slow.write(fd, at, stride, run)
         piece = DIRECT_PIECE if self._direct else WRITE_PIECE
         return _slots.write(fd, at, stride, list(run.views), run.seeds, piece, self._direct, self._vectors)
@@ -276,6 +276,12 @@ class Crew:
     def _run(self) -> None:
         while work := self._asked.get():
             work()
+
+
+def _small(stride: int, run: Run) -> bool:
+    """Whether there is an image for Python: a small one, or one whose entry has a length that it cannot have."""
+    least = min(map(len, run.views))
+    return least < _SHORTEST or stride - least >= BLOCK
 
 
 def _with_gaps(views: Sequence[memoryview], stride: int, gap: memoryview) -> list[memoryview]:
