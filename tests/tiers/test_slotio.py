@@ -66,3 +66,46 @@ def test_a_crew_does_each_job_once_and_waits_for_its_own_only():
     crew.each(done.append, range(50, 60))
     assert sorted(done) == list(range(60))
     crew.close()
+
+
+def test_a_crew_tells_what_went_wrong_when_all_is_over():
+    crew, done = slotio.Crew(1, "crew"), []
+    both = threading.Barrier(2)
+
+    def do(job):
+        if job < 2:
+            both.wait(30)  # one is the helper's
+            raise MemoryError(job)
+        done.append(job)
+
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            crew.each(do, range(20))
+    assert sorted(done) == sorted([*range(2, 20)] * 2)
+    crew.close()
+
+
+def test_whoever_comes_to_a_crew_that_was_closed_works_alone():
+    crew, names = slotio.Crew(2, "crew"), set()
+    crew.each(lambda _: None, range(9))
+    threads = list(crew._threads)
+    crew.close()
+    for thread in threads:
+        thread.join(30)
+    crew.each(lambda _: names.add(threading.current_thread()), range(9))
+    assert names == {threading.current_thread()}
+    assert not crew._threads
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("sizes", [(3000, 200, 300), (200, 3000, 300), (300, 4096, 200)])
+def test_images_of_which_some_are_small(tmp_path, direct, sizes):
+    how = slotio.medium(direct)
+    given = [image(i, size) for i, size in enumerate(sizes)]
+    run = slotio.Run(0, given, [1, 2, 3], range(3))
+    fd = os.open(tmp_path / "slots", os.O_RDWR | os.O_CREAT | how.flags)
+    sums = how.write(fd, 0, 4096, run)
+    into = [memoryview(bytearray(size)) for size in sizes]
+    assert how.read(fd, 0, 4096, slotio.Run(0, into, [1, 2, 3], range(3))) == sums
+    assert into == given
+    os.close(fd)

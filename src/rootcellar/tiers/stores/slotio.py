@@ -233,13 +233,17 @@ class Crew:
         self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def each(self, do: Callable[[_T], None], jobs: Sequence[_T]) -> None:
-        """``do`` each of them, several at once; it raises nothing. Those of another call are waited for by nobody."""
+        """``do`` each of them, several at once. Those of another call are waited for by nobody.
+
+        Raises what ``do`` raised first, when all are over.
+        """
         helpers = min(self._others, len(jobs) - 1)
         if helpers <= 0:
             for job in jobs:
                 do(job)
             return
         rest, done = deque(jobs), threading.Semaphore(0)
+        errors: list[BaseException] = []
 
         def work() -> None:
             while rest:
@@ -249,6 +253,8 @@ class Crew:
                     return
                 try:
                     do(job)
+                except BaseException as error:
+                    errors.append(error)
                 finally:
                     done.release()
 
@@ -258,10 +264,13 @@ class Crew:
         work()
         for _ in jobs:
             done.acquire()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end. Whoever still comes does it all alone."""
         with self._began:
+            self._others = 0
             for _ in self._threads:
                 self._asked.put(None)
             self._threads.clear()
