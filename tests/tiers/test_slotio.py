@@ -4,35 +4,17 @@ import os
 import threading
 
 import pytest
-from stores import image, name, room
+from stores import image, room
+from transfers import VECTORS, compare
 
-from rootcellar.tiers.stores import segment, slotio
+from rootcellar.tiers.stores import slotio
 
 
 @pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
 @pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("vectors", ["", "plain"])
+@pytest.mark.parametrize("vectors", VECTORS)
 def test_native_transfers_do_what_those_of_python_do(tmp_path, direct, vectors):
-    """Images of lengths around those of stripes, blocks and pieces, of which one reads what the other wrote."""
-    slow = slotio.UnbufferedByPython() if direct else slotio.BufferedByPython()
-    fast = slotio.Native(slow, direct, vectors)
-    fd = os.open(tmp_path / "slots", os.O_RDWR | os.O_CREAT | slow.flags)
-    around = [n + d for n in (1024, 4096, 12_288, slotio.READ_PIECE, slotio.WRITE_PIECE) for d in (-65, -64, -1, 0, 1)]
-    for turn, size in enumerate([240, 241, 255, *around]):
-        count = 1 + turn % 3
-        stride = slotio.round_up(size)
-        given = [memoryview(bytes(image(turn + i, size + turn % 40)))[turn % 40 :] for i in range(count)]
-        seeds = [segment.seed_of(name(turn + i), size) for i in range(count)]
-        for writes, reads in ((fast, slow), (slow, fast)):
-            os.ftruncate(fd, 0)
-            into = [memoryview(bytearray(size + turn % 33))[turn % 33 :] for _ in given]
-            sums = writes.write(fd, 8192, stride, slotio.Run(0, given, seeds, range(count)))
-            assert os.fstat(fd).st_size == 8192 + count * stride
-            run = slotio.Run(0, into, seeds, range(count))
-            assert (reads.read(fd, 8192, stride, run), into) == (sums, given)
-            os.ftruncate(fd, 8192 + (count - 1) * stride)
-            assert [*reads.read(fd, 8192, stride, run)] == [*sums[:-1], None]
-    os.close(fd)
+    compare(tmp_path, direct, vectors)
 
 
 @pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
