@@ -29,6 +29,23 @@ def test_native_transfers_that_fail_are_errors(tmp_path, direct):
         os.close(fd)
 
 
+@pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
+@pytest.mark.parametrize("piece", [0, 1000])
+def test_pieces_that_would_never_end_or_not_be_whole_blocks_are_refused(piece):
+    with pytest.raises(ValueError, match="no such piece"):
+        slotio._slots.read(0, 0, 8192, [room()], [1], piece)
+    with pytest.raises(ValueError, match="no such piece"):
+        slotio._slots.write(0, 0, 8192, [room()], [1], piece, True)
+
+
+def test_a_medium_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwritev", lambda *_: 0)
+    fd = os.open(tmp_path / "slots", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(OSError, match="Input/output error"):
+        slotio.BufferedByPython().write(fd, 0, 8192, slotio.Run(0, [room()], [1], [0]))
+    os.close(fd)
+
+
 def test_a_crew_does_each_job_once_and_waits_for_its_own_only():
     crew = slotio.Crew(2, "crew")
     inside, go_on = threading.Event(), threading.Event()

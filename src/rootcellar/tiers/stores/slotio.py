@@ -11,6 +11,7 @@ under way at once.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -331,6 +332,8 @@ def _write_all(fd: int, at: int, parts: Sequence[memoryview | bytes]) -> None:
     rest = [memoryview(part) for part in parts if len(part)]
     while rest:
         done = os.pwritev(fd, rest, at)
+        if not done:  # it would be so again
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         at += done
         while rest and done >= len(rest[0]):
             done -= len(rest.pop(0))
