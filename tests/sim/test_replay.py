@@ -306,6 +306,12 @@ def test_ids_are_made_of_azures_lengths():
     assert replay(parse_csv(rows, block=16, most=16)[0], capacity=1 << 20, page_size=16, block=16).hit_tokens == 0
     with pytest.raises(ValueError, match="ContextTokens"):
         parse_csv(["a,b", "1,2"])
+    # Ids are made for each block: a number that nobody means would take all memory.
+    _, bad = parse_csv([rows[0], f"{rows[1]}{'0' * 30}", rows[1].replace(",100,", ",0,")], block=16)
+    assert [line.line for line in bad] == [2, 3]
+    assert all("a number of tokens is from" in line.reason for line in bad)
+    with pytest.raises(ValueError, match="no CSV"):
+        parse_csv([rows[0], "x" * 200_000])
 
 
 def test_answers_whose_ids_are_known_are_cached_and_times_make_the_order():

@@ -166,7 +166,7 @@ def optimal(requests: Sequence[TraceRequest], *, capacity: int, block: int = BLO
 
 
 def _next_uses(requests: Sequence[TraceRequest]) -> list[int]:
-    """For each block of prompts and answers, in order, the index of the next prompt that has it (their number: none)."""
+    """For each block of prompts and answers, in order, the index of the next prompt with it (their number: none)."""
     seen: dict[int, int] = {}
     following: list[int] = []
     for i in range(len(requests) - 1, -1, -1):
