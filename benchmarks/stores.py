@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,31 @@ FILES = {"nixl-posix": "path", "hf3fs": "file_path_prefix"}
 """Those whose raw client leaves files, beside what this setting names."""
 
 
+def which(text):
+    """Names of components, by commas, for an option."""
+    names = text.split(",")
+    if unknown := set(names) - COMPONENTS.keys():
+        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}: choose from {', '.join(COMPONENTS)}")
+    return names
+
+
+def started(names):
+    """Each of these: its name, the component, which runs until the next is asked for, and a folder; what is missing is
+    said and passed over.
+    """
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                component = COMPONENTS[name](Path(folder))
+            except Missing as missing:
+                print(f"{name}: {missing}", file=sys.stderr)
+                continue
+            try:
+                yield name, component, Path(folder)
+            finally:
+                component.stop()
+
+
 def timed(call, nbytes):
     began = time.perf_counter()
     call()
@@ -221,26 +247,15 @@ def show(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stores", default=",".join(COMPONENTS), help="which, by commas")
+    parser.add_argument("--stores", type=which, default=",".join(COMPONENTS), help="which, by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=32, help="of a batch, at most 128 images")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    unknown = set(args.stores.split(",")) - COMPONENTS.keys()
-    if unknown:
-        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(COMPONENTS)}")
     rows = []
-    for name in args.stores.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                component = COMPONENTS[name](Path(folder))
-            except Missing as missing:
-                print(f"{name}: {missing}", file=sys.stderr)
-                continue
-            try:
-                rows += measure(name, component, Path(folder), args.rounds, args.mib << 20)
-            finally:
-                component.stop()
+    with closing(started(args.stores)) as components:
+        for name, component, folder in components:
+            rows += measure(name, component, folder, args.rounds, args.mib << 20)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

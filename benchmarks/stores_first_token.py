@@ -9,12 +9,12 @@ prompt is computed and written down, the device and the host forget it, and it i
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from stores import COMPONENTS, Missing
+from stores import COMPONENTS, started, which
 from tiers_load import tokens_of
 
 import rootcellar
@@ -62,25 +62,17 @@ def measure(running, component, tokens, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stores", default=",".join(COMPONENTS), help="which, by commas")
+    parser.add_argument("--stores", type=which, default=",".join(COMPONENTS), help="which, by commas")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as model, engine(model, args.tokens) as running:
+    with ExitStack() as stack:
+        model = stack.enter_context(tempfile.TemporaryDirectory())
+        running = stack.enter_context(engine(model, args.tokens))
         first_token(running, tokens_of(1, args.tokens))  # compiles
-        for name in args.stores.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    component = COMPONENTS[name](Path(folder))
-                except Missing as missing:
-                    print(f"{name}: {missing}", file=sys.stderr)
-                    continue
-                try:
-                    rows.append({"store": name} | measure(running, component, args.tokens, args.rounds))
-                finally:
-                    component.stop()
+        components = stack.enter_context(closing(started(args.stores)))
+        rows = [{"store": name} | measure(running, each, args.tokens, args.rounds) for name, each, _ in components]
     if args.json:
         print(json.dumps(rows, indent=1))
         return

@@ -1,16 +1,17 @@
 """The C++ parts under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
 
 Builds them with both in ``build/sanitize``. The kernels for CPUs run beside the same written out, at random and with
-each instruction set that this processor has (``tests/ops/check_*.cc``); the cache core runs in
-lockstep with the Python one. Any bad access and any undefined behaviour ends that with a report. Needs GCC or Clang
-with their sanitizer runtimes. The interpreter's own leaks would drown ours, so leaks are not looked for there;
-``tests/cache/test_native_core.py`` counts memory instead.
+each instruction set that this processor has (``tests/ops/check_*.cc``); the file store's transfers run beside those of
+Python, the cache core in lockstep with Python's. Any bad access and any undefined behaviour ends that with a report.
+Needs GCC or Clang with their sanitizer runtimes. The interpreter's own leaks would drown ours, so leaks are not looked
+for there; ``tests/cache/test_native_core.py`` counts memory instead.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy
@@ -29,15 +30,20 @@ def build() -> None:
 
 
 def package() -> Path:
-    """A copy of the cache alone beside the sanitized core, so that no installed core can be taken for it."""
+    """A copy of the cache and of ``slotio`` beside what is sanitized, so that nothing installed is taken for that."""
     source, copy = ROOT / "src" / "rootcellar", BUILD / "package" / "rootcellar"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     for name in ("__init__.py", "errors.py"):
         shutil.copy(source / name, copy)
     shutil.copytree(source / "cache", copy / "cache", ignore=shutil.ignore_patterns("__pycache__", "native"))
-    for core in BUILD.glob("_core*.so"):
-        shutil.copy(core, copy / "cache")
+    (copy / "tiers" / "stores").mkdir(parents=True)
+    for name in ("tiers/__init__.py", "tiers/stores/slotio.py"):
+        shutil.copy(source / name, copy / name)
+    (copy / "tiers" / "stores" / "__init__.py").touch()
+    for name, room in (("_core", "cache"), ("_slots", "tiers")):
+        for built in BUILD.glob(f"{name}*.so"):
+            shutil.copy(built, copy / room)
     return copy.parent
 
 
@@ -74,8 +80,10 @@ def main() -> None:
     }
     environment.pop("ROOTCELLAR_NO_NATIVE", None)
     # -S: an editable install would put its own finder first, and the sanitized core would never be imported.
-    command = [sys.executable, "-S", ROOT / "tests" / "cache" / "fuzz.py", steps, seed, "lockstep"]
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    python, tests = [sys.executable, "-S"], ROOT / "tests"
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        subprocess.run([*python, tests / "tiers" / "transfers.py", folder], env=environment, check=True)
+    subprocess.run([*python, tests / "cache" / "fuzz.py", steps, seed, "lockstep"], env=environment, check=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import count_bytes
+from rootcellar.ops import products
 from rootcellar.plan.capacity import Ask, capacity
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
@@ -50,12 +51,12 @@ MODEL = {
 }
 
 
-def programs(config, raw=MODEL, dtype="float32"):
+def programs(config, raw=MODEL, dtype="float32", holding=None):
     """What an engine with these settings would run."""
     model = read_config(raw)
     dtype = dtype if config.dtype == "auto" else config.dtype
     kv_dtype = {"auto": dtype, "bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
-    placement = Placement(model, config.tp_size)
+    placement = Placement(model, config.tp_size, holding)
     return Programs(
         placement,
         jnp.dtype(dtype),
@@ -164,6 +165,23 @@ def test_the_bound_is_above_what_the_compiler_says(dtype):
     assert parts["decode"] >= logits + 8 * 32 * asked.dtype.itemsize
     measured = max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"])
     assert measured <= memory.estimate_reserve(asked)
+
+
+@pytest.mark.skipif(not products.runs("cpu"), reason="no kernels here")
+@pytest.mark.parametrize("holding", ["bfloat16", "w8", "w4"])
+def test_packed_weights_are_written_out_one_after_the_other(holding):
+    """By XLA, in a step of many tokens. Those of all layers at once would be what packing saved, several times."""
+    wide = {**MODEL, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4}
+    config = EngineConfig(chunked_prefill_size=products.MANY, max_running_requests=4)
+    asked = programs(config, wide, holding=holding)
+    parts = reserve_bytes(asked)
+    written = parts["prefill"] - reserve_bytes(programs(config, wide))["prefill"]
+    largest = 256 * 2 * 2048 * 4
+    assert 0 < written < 2 * largest
+    measured = max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"])
+    assert measured <= memory.estimate_reserve(asked)
+    few = dataclasses.replace(asked, shapes=Shapes.of(products.MANY // 2, 4))
+    assert memory.estimate_reserve(few) < memory.estimate_reserve(asked) - 2 * largest
 
 
 OVER_A_MESH = """

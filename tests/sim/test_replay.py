@@ -306,6 +306,12 @@ def test_ids_are_made_of_azures_lengths():
     assert replay(parse_csv(rows, block=16, most=16)[0], capacity=1 << 20, page_size=16, block=16).hit_tokens == 0
     with pytest.raises(ValueError, match="ContextTokens"):
         parse_csv(["a,b", "1,2"])
+    # Ids are made for each block: a number that nobody means would take all memory.
+    _, bad = parse_csv([rows[0], f"{rows[1]}{'0' * 30}", rows[1].replace(",100,", ",0,")], block=16)
+    assert [line.line for line in bad] == [2, 3]
+    assert all("a number of tokens is from" in line.reason for line in bad)
+    with pytest.raises(ValueError, match="no CSV"):
+        parse_csv([rows[0], "x" * 200_000])
 
 
 def test_answers_whose_ids_are_known_are_cached_and_times_make_the_order():
@@ -335,3 +341,22 @@ def test_with_tiers_each_gives_what_the_nearer_ones_no_longer_have():
                    farther={Tier.HOST: 24, Tier.STORAGE: 200})  # fmt: skip
     assert again.by_tier == {Tier.DEVICE: 8, Tier.HOST: 8, Tier.STORAGE: 8}
     assert again.hit_tokens == 24
+
+
+def test_no_tiers_and_no_answers_beat_the_optimum(tmp_path, capsys):
+    """Which has all their room, and what answers left."""
+    turns = requests(*[[10 * who + i for i in range(3)] for who in range(4)] * 3)
+    lines = [json.dumps({"input_length": r.input_length, "hash_ids": r.hash_ids}) for r in turns]
+    trace = tmp_path / "turns.jsonl"
+    trace.write_text("\n".join(lines))
+    words = ["--capacity", "16", "--host", "40", "--storage", "60", "--policy", "lru", "--block-size", "4"]
+    assert main(["replay", str(trace), *words, "--page-size", "4", "--json"]) == 0
+    lru, best = json.loads(capsys.readouterr().out)["results"]
+    assert (lru["hit_tokens"], best["hit_tokens"], best["capacity_tokens"]) == (96, 96, 16)
+    talk = [
+        TraceRequest((1, 2, 9), 10, 7, (3, 4)),  # ten tokens and six of the answer's: two blocks
+        TraceRequest((1, 2, 3, 4, 5), 20),
+    ]
+    assert replay(talk, capacity=64, page_size=4, block=4).hit_tokens == 16
+    assert optimal(talk, capacity=64, block=4).hit_tokens == 16
+    assert optimal(talk, capacity=12, block=4).hit_tokens == 12

@@ -316,6 +316,45 @@ def test_a_call_ends_at_the_moment_that_was_said(tmp_path, clock):
     assert guard.has([name(i) for i in range(4)]) == [True] * 4
 
 
+def test_what_others_left_of_the_time_is_not_held_against_a_store(clock):
+    """Unless it was half of its deadline or more; a try that had too little time says nothing either way."""
+    store = ToldStore(MemoryStore())
+    guard = Guard(store, GuardSettings(deadline=0.4, failures=3, pause=10, most_hanging=100), now=clock)
+    put(guard, [1])
+    gate = threading.Event()
+
+    def has(left):
+        return guard.has([name(1)], clock.seconds + left)
+
+    store.gate = gate
+    for _ in range(5):
+        assert has(0.01) == [False]
+    assert guard.stats()["has"].failures == 0
+    assert not guard.breaker().away
+    for _ in range(3):
+        assert has(0.25) == [False]
+    assert guard.breaker() == BreakerStats(left_alone=1, used_again=0, away=True)
+    clock.seconds += 10
+    calls = store.calls
+    assert has(0.01) == has(0.01) == [False]
+    assert store.calls == calls + 1
+    gate.set()
+    store.idle.wait(60)
+    assert guard.stats()["has"].failures == 3
+    clock.seconds += 20
+    assert has(0.4) == [True]
+    assert guard.breaker() == BreakerStats(left_alone=1, used_again=1, away=False)
+
+
+def test_a_store_that_is_late_by_its_own_deadline_failed_whatever_it_was_given(tmp_path, clock):
+    store = ToldStore(file_store(tmp_path / "store"))
+    guard = Guard(store, GuardSettings(deadline=5), now=clock)
+    for passes, failures in ((2, 0), (6, 1)):
+        store.work = lambda passes=passes: setattr(clock, "seconds", clock.seconds + passes)
+        guard.has([name(1)], clock.seconds + 1)
+        assert guard.stats()["has"].failures == failures
+
+
 class Gatherer(MemoryStore, GatheringStore):
     """Sends images from where they lie, once they were registered."""
 

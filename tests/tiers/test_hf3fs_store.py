@@ -120,3 +120,12 @@ def test_a_writer_that_was_given_up_confirms_nothing_of_who_came_after_it(tmp_pa
     assert other.has([name(1)]) == [False]
     store.close()
     other.close()
+
+
+def test_an_index_that_is_none_is_closed_again(tmp_path, clock):
+    (tmp_path / "pages.index").write_bytes(b"no index at all" * 1000)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match="cannot be used: file is not a database") as raised:
+        opened(tmp_path, clock)
+    assert raised.value.__traceback__ is not None  # which would keep what was not closed
+    assert len(os.listdir("/proc/self/fd")) == before

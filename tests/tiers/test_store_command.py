@@ -7,6 +7,7 @@ import pytest
 from stores import file_store, fill, get, put
 
 from rootcellar import cli
+from rootcellar.tiers.stores import segment
 from rootcellar.tiers.stores.audit import holdings
 
 DAY = 86400
@@ -23,14 +24,14 @@ def folder(tmp_path):
     return path
 
 
-def flip(folder, identity):
-    """A bit of the first page of an identity."""
+def flip(folder, identity, at=None, bit=1):
+    """A bit of the first page of an identity, or of byte ``at`` of its file."""
     (holding,) = (h for h in holdings(folder) if h.identity == identity)
     with holding.path.open("r+b") as file:
-        file.seek(holding.file_bytes - holding.slots * holding.slot_bytes + 100)
+        file.seek(holding.file_bytes - holding.slots * holding.slot_bytes + 100 if at is None else at)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+        file.write(bytes([byte ^ bit]))
 
 
 def test_ls_tells_pages_bytes_and_ages_by_identity(folder, capsys):
@@ -58,6 +59,14 @@ def test_check_reads_every_page_and_shows_what_is_damaged(folder, capsys):
     assert capsys.readouterr().out.endswith("25 pages read, 2 damaged, and forgotten\n")
     assert cli.main(["store", "check", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"pages": 24, "damaged": [], "mended": False}
+
+
+def test_check_of_an_entry_with_a_length_that_its_slot_cannot_have(folder, capsys):
+    flip(folder, "one", segment.BLOCK + segment.ENTRY.fields["length"][1] + 1, bit=16)  # 904 bytes instead of 5000
+    assert cli.main(["store", "check", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert "slot 0, page " in said
+    assert said.endswith("25 pages read, 1 damaged\n")
 
 
 def test_check_while_somebody_writes(folder, capsys):

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -46,7 +46,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity", default="1M,2M,5M,10M", help="Cache sizes in tokens, as 500k,1M (default %(default)s)."
     )
-    parser.add_argument("--host", help="Tokens of host memory behind each of these, as 3M; copies take no time.")
+    parser.add_argument(
+        "--host",
+        help="Tokens of host memory behind each of these, as 3M; copies take no time, and the optimum has the sum.",
+    )
     parser.add_argument("--storage", help="Tokens of a store behind that.")
     parser.add_argument("--page-size", type=int, default=64, help="Tokens in a page (default %(default)s).")
     policies = ", ".join([*POLICIES, "optimal"])
@@ -181,10 +184,11 @@ def _row(
     output: int | None,
     tell: Progress,
 ) -> Outcome:
-    if policy == "optimal":
-        outcome = optimal(requests, capacity=capacity, block=args.block_size)
+    farther = {tier: parse_tokens(t) for tier, t in ((Tier.HOST, args.host), (Tier.STORAGE, args.storage)) if t}
+    if policy == "optimal":  # which need not keep on a tier what is on another
+        outcome = optimal(requests, capacity=capacity + sum(farther.values()), block=args.block_size)
         tell(len(requests))
-        return outcome
+        return replace(outcome, capacity_tokens=capacity)
     return replay(
         requests,
         capacity=capacity,
@@ -193,7 +197,7 @@ def _row(
         concurrency=args.concurrency,
         output_tokens=output,
         block=args.block_size,
-        farther={tier: parse_tokens(t) for tier, t in ((Tier.HOST, args.host), (Tier.STORAGE, args.storage)) if t},
+        farther=farther,
         progress=tell,
     )
 

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.models.kinds import paging
-from rootcellar.models.spec import Params
+from rootcellar.models.params import declare
+from rootcellar.models.spec import Params, ParamSpec
+from rootcellar.ops import products
 from rootcellar.plan.sizing import (
     ARENA,
     MOST_REQUESTS,
@@ -35,7 +37,7 @@ from rootcellar.plan.sizing import (
     largest,
     smallest,
 )
-from rootcellar.runner import Programs, Shapes
+from rootcellar.runner import Placement, Programs, Shapes
 from rootcellar.runner.reserve import reserve_bytes, weight_bytes
 from rootcellar.units import gb, parse_bytes
 
@@ -267,12 +269,26 @@ def estimate_reserve(programs: Programs) -> int:
     )
     nbytes = activation_bytes(widths, prefill * shapes.tile, prefill, rows)
     placement = programs.placement
-    if (placement.holding is not None and not placement.native) or (
-        jax.default_backend() == "cpu" and programs.dtype.itemsize < 4
-    ):
+    packed, narrow = placement.holding is not None, programs.dtype.itemsize < 4
+    if (packed and not placement.native) or (narrow and jax.default_backend() == "cpu"):
         # XLA computes in float32 copies of the weights, of some more than one: up to 1.5 times in all was seen.
         nbytes += 2 * weight_bytes(dataclasses.replace(placement, holding=None), jnp.float32)
+    elif packed:
+        nbytes += 2 * _written_out(placement, max(prefill * shapes.tile, rows), max(prefill, rows))
     return nbytes
+
+
+def _written_out(placement: Placement, tokens: int, scored: int) -> int:
+    """Bytes of the largest packed weight that XLA writes out, one after the other, where kernels multiply by few rows.
+
+    ``tokens``: of a step; ``scored``: how many of them are multiplied by the head.
+    """
+    specs = declare(placement.served)
+    layers, ends = specs.pop("layers"), specs
+    multiplied: list[ParamSpec] = jax.tree.leaves(
+        [part for part, rows in ((layers, tokens), (ends, scored)) if rows >= products.MANY]
+    )
+    return max((math.prod(spec.shape) for spec in multiplied if spec.inputs), default=0) * 4
 
 
 # --- when it does not fit ---------------------------------------------------------------------------------------------

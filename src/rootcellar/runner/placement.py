@@ -112,6 +112,11 @@ class Placement:
         """Whether kernels multiply by packed weights. They know nothing of meshes; XLA does."""
         return self.tp_size == 1 and products.runs(jax.default_backend())
 
+    @property
+    def writes_out(self) -> bool:
+        """Whether XLA for CPUs multiplies by what packed weights stand for, in steps of many rows if no others."""
+        return self.holding is not None and jax.default_backend() == "cpu"
+
     def put(self, array: Any, where: Sharding) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
         if where.is_fully_addressable or (isinstance(array, Array) and array.sharding == where):

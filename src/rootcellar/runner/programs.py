@@ -25,6 +25,9 @@ from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
 from rootcellar.runner.placement import Placement
 
+_IN_LITTLE_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""For steps that write out packed weights: XLA for CPUs would do so for all layers before anything else."""
+
 
 @dataclass(frozen=True)
 class Programs:
@@ -119,7 +122,7 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
         scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
         return buffers, placement.everywhere(scores), hidden
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, compiler_options=_IN_LITTLE_MEMORY if placement.writes_out else None)
 
 
 def _score(cfg: ModelConfig, k: int, params: Params, hidden: Array, targets: Array) -> tuple[Array, Array, Array]:

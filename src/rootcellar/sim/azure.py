@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from datetime import datetime
 
-from rootcellar.sim.trace import BLOCK, BadLine, TraceRequest
+from rootcellar.sim.trace import BLOCK, BadLine, TraceRequest, token_count
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MESSAGE = 256
@@ -26,9 +26,15 @@ def parse_csv(
 ) -> tuple[list[TraceRequest], list[BadLine]]:
     """Requests with made ids, in the order of their rows, and the rows that cannot be read; the first is line 2.
 
-    Raises ``ValueError`` where the columns are not Azure's.
+    Raises ``ValueError`` where the columns are not Azure's, or it is no CSV.
     """
-    rows = csv.DictReader(lines)
+    try:
+        return _parse(csv.DictReader(lines), block, most)
+    except csv.Error as error:
+        raise ValueError(f"it is no CSV: {error}") from None
+
+
+def _parse(rows: csv.DictReader[str], block: int, most: int) -> tuple[list[TraceRequest], list[BadLine]]:
     if rows.fieldnames is None or not set(COLUMNS) <= set(rows.fieldnames):
         raise ValueError(f"a CSV trace has the columns {', '.join(COLUMNS)}")
     fresh = itertools.count()
@@ -37,10 +43,9 @@ def parse_csv(
     ended: list[tuple[int, int, tuple[int, ...]]] = []  # (tokens in the end, its place, its blocks), by tokens
     for number, row in enumerate(rows, start=2):
         try:
-            length, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            length = token_count("ContextTokens", int(row["ContextTokens"]), 1)
+            output = token_count("GeneratedTokens", int(row["GeneratedTokens"]), 0)
             moment = 1e3 * datetime.fromisoformat(row["TIMESTAMP"].strip()[:26]).timestamp()
-            if length < 1 or output < 0:
-                raise ValueError("a prompt has one token or more")
         except (ValueError, TypeError, AttributeError) as error:
             bad.append(BadLine(number, str(error)))
             continue

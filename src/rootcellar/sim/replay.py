@@ -138,7 +138,8 @@ def optimal(requests: Sequence[TraceRequest], *, capacity: int, block: int = BLO
     """The offline optimum on the prefix tree: evict the block whose next use is farthest (Belady 1966).
 
     A block's prefix is used whenever the block is, so its next use is never later: evicting by next use, deepest
-    first among equals, takes leaves only. Blocks are the trace's; a block that is never used again is not kept.
+    first among equals, takes leaves only. Blocks are the trace's, and those of answers where they are known; a block
+    that is never used again is not kept.
     """
     following = _next_uses(requests)
     room = capacity // block
@@ -152,7 +153,7 @@ def optimal(requests: Sequence[TraceRequest], *, capacity: int, block: int = BLO
             matched += 1
         hit_tokens += min(matched * block, request.input_length)
         input_tokens += request.input_length
-        for depth, ident in enumerate(ids):
+        for depth, ident in [*enumerate(ids), *enumerate(request.output_ids, request.input_length // block)]:
             cached[ident] = following[at]
             heappush(heap, (-following[at], -depth, ident))
             at += 1
@@ -165,10 +166,11 @@ def optimal(requests: Sequence[TraceRequest], *, capacity: int, block: int = BLO
 
 
 def _next_uses(requests: Sequence[TraceRequest]) -> list[int]:
-    """For each block of each request in order, the index of the next request that has it (their number: none)."""
+    """For each block of prompts and answers, in order, the index of the next prompt with it (their number: none)."""
     seen: dict[int, int] = {}
     following: list[int] = []
     for i in range(len(requests) - 1, -1, -1):
-        following += [seen.get(ident, len(requests)) for ident in reversed(requests[i].hash_ids)]
+        blocks = requests[i].hash_ids + requests[i].output_ids
+        following += [seen.get(ident, len(requests)) for ident in reversed(blocks)]
         seen.update(dict.fromkeys(requests[i].hash_ids, i))
     return following[::-1]

@@ -85,8 +85,8 @@ def parse(lines: Iterable[str], block: int = BLOCK) -> tuple[list[TraceRequest],
 def _request(fields: Any, block: int, numbers: dict[int, int]) -> TraceRequest:
     if not isinstance(fields, dict):
         raise TypeError(f"is a JSON {type(fields).__name__}, not an object")
-    length = _length("input_length", fields["input_length"], 1)
-    output = _length("output_length", fields.get("output_length", 0), 0)
+    length = token_count("input_length", fields["input_length"], 1)
+    output = token_count("output_length", fields.get("output_length", 0), 0)
     ids = fields["hash_ids"]
     if not isinstance(ids, list):
         raise ValueError(f"hash_ids is {reprlib.repr(ids)}, not a list of block ids")
@@ -111,7 +111,8 @@ def _numbered(name: str, ids: list[Any], numbers: dict[int, int]) -> tuple[int, 
     return tuple(numbers.setdefault(value, len(numbers)) for value in whole)
 
 
-def _length(name: str, value: Any, least: int) -> int:
+def token_count(name: str, value: Any, least: int) -> int:
+    """A number of tokens that a trace may have. Raises ``ValueError``, which says of what."""
     tokens = _whole(name, value)
     if not least <= tokens <= _LONGEST:
         raise ValueError(f"{name} is {value!r}: a number of tokens is from {least} to {_LONGEST}")

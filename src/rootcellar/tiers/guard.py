@@ -138,6 +138,12 @@ class _Breaker:
             self._until = self._now() + self._pause
             self._pause = min(2 * self._pause, self._settings.longest_pause)
 
+    def unknown(self) -> None:
+        """It had too little time to tell. If it is left alone, it is for another pause."""
+        self._probing = False
+        if self.away:
+            self._until = self._now() + self._pause
+
 
 class _LeftBehind(TimeoutError):
     """A call did not end in time, and goes on."""
@@ -252,13 +258,14 @@ class Guard:
     ) -> list[bool]:
         """Answers for pages of these lengths, a few at a time; False for those that the store is not asked for.
 
-        ``by``: a moment before the deadline at which the call is to end.
+        ``by``: a moment before the deadline at which the call is to end. Where that leaves less than half of the
+        deadline, to be late then is no failure of the store's: others took the time.
         """
         count = len(lengths)
         answers: list[bool] = []
-        began = self._now()
-        end = began + self._settings.deadline
-        end = end if by is None else min(end, by)
+        began, own = self._now(), self._settings.deadline
+        given = own if by is None else min(own, by - began)
+        end, short = began + given, given < own / 2
         fine = False  # what it was asked last
         while len(answers) < count and (not answers or self._now() < end) and self._admitted(again=fine):
             asked = len(answers)
@@ -269,13 +276,16 @@ class Guard:
                     raise RuntimeError(f"it answered for {len(got)} of {some.stop - some.start} pages")
             except Exception as error:
                 got, fine = [False] * (some.stop - some.start), False
-                self._failed(verb, error)
+                if short and isinstance(error, _LeftBehind):
+                    self._unknown()
+                else:
+                    self._failed(verb, error)
             else:
                 fine = True
             answers += got
         asked, hits, seconds = len(answers), sum(answers), self._now() - began
         # What came in time is used, but a store that is late each time is to be left alone as one that fails.
-        if fine and began + seconds >= end:
+        if fine and seconds >= (own if short else given):
             self._failed(verb, TimeoutError(f"it took {seconds:.3g} s for {asked} of {count} pages"))
         elif fine:
             self._succeeded()
@@ -389,7 +399,7 @@ class Guard:
             with self._lock:
                 behind = not over.is_set()
             if behind:
-                raise _LeftBehind(f"it did not answer within {self._settings.deadline:g} s")
+                raise _LeftBehind(f"it did not answer in time (its deadline is {self._settings.deadline:g} s)")
         if errors:
             raise errors[0]
         return answer[0]
@@ -407,6 +417,10 @@ class Guard:
             self._breaker.succeeded()
         if failures:
             _log.info("the %s works again, after %d failures in a row", self._name, failures)
+
+    def _unknown(self) -> None:
+        with self._lock:
+            self._breaker.unknown()
 
     def _failed(self, verb: str, error: Exception) -> None:
         with self._lock:

@@ -76,11 +76,13 @@ struct Run {
     std::vector<xxh3::Hash> hashes;
     std::size_t stride;
 
-    Run(const Views& views, const std::vector<std::uint64_t>& seeds, std::size_t stride, const std::string& vectors)
+    Run(const Views& views, const std::vector<std::uint64_t>& seeds, std::size_t stride, std::size_t piece,
+        const std::string& vectors)
         : views(views), stride(stride) {
         const xxh3::AddBlocks add = xxh3::find_vectors(vectors.c_str());
         if (add == nullptr) throw nb::value_error("this processor lacks those vectors");
         if (seeds.size() != views.count() || stride % kBlock != 0) throw nb::value_error("no such slots");
+        if (piece == 0 || piece % kBlock != 0) throw nb::value_error("no such piece");
         hashes.reserve(views.count());
         for (std::size_t i = 0; i < views.count(); ++i) {
             const std::size_t length = views.length(i);
@@ -121,7 +123,7 @@ void fail(int error) {
 nb::list read_slots(int fd, std::int64_t at, std::size_t stride, const nb::list& into,
                     const std::vector<std::uint64_t>& seeds, std::size_t piece, const std::string& vectors) {
     const Views views(into, true);
-    Run run(views, seeds, stride, vectors);
+    Run run(views, seeds, stride, piece, vectors);
     const std::size_t total = stride * views.count();
     std::size_t done = 0;  // of whole pieces, but for the last
     int error = 0;
@@ -156,6 +158,7 @@ int write_all(int fd, std::vector<iovec>& parts, std::int64_t at) {
         const ssize_t wrote = pwritev(fd, parts.data() + next, count, at);
         if (wrote < 0 && errno == EINTR) continue;
         if (wrote < 0) return errno;
+        if (wrote == 0) return EIO;  // it would again
         at += wrote;
         std::size_t left = static_cast<std::size_t>(wrote);
         while (next < parts.size() && left >= parts[next].iov_len) left -= parts[next++].iov_len;
@@ -172,7 +175,7 @@ nb::list write_slots(int fd, std::int64_t at, std::size_t stride, const nb::list
                      const std::string& vectors) {
     static unsigned char zeros[kBlock] = {};
     const Views views(from, false);
-    Run run(views, seeds, stride, vectors);
+    Run run(views, seeds, stride, piece, vectors);
     const std::size_t total = stride * views.count();
     int error = 0;
     {

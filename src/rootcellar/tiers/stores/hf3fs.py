@@ -81,6 +81,9 @@ class Hf3fsStore:
         try:
             prefix.parent.mkdir(parents=True, exist_ok=True)
             self._index = sqlite3.connect(index, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise _unusable(prefix, error) from None
+        try:
             # A killed process is rolled back by the next; a machine that stops may cost the index, not the truth.
             self._index.execute("PRAGMA journal_mode=TRUNCATE")
             self._index.execute("PRAGMA synchronous=OFF")
@@ -88,8 +91,9 @@ class Hf3fsStore:
             self._index.execute(_SHARED)
             self._index.execute("INSERT OR IGNORE INTO shared VALUES ('file_size', ?)", (settings.file_size,))
             (file_size,) = self._index.execute("SELECT value FROM shared WHERE setting = 'file_size'").fetchone()
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"the hf3fs store at {str(prefix)!r} cannot be used: {error}") from None
+        except sqlite3.Error as error:
+            self._index.close()
+            raise _unusable(prefix, error) from None
         if file_size != settings.file_size:
             self._index.close()
             raise ConfigError(
@@ -256,6 +260,10 @@ class Hf3fsStore:
                 if os.fstat(fd).st_size < slots * slot_bytes:
                     os.truncate(fd, slots * slot_bytes)
         return fd, within * slot_bytes
+
+
+def _unusable(prefix: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"the hf3fs store at {str(prefix)!r} cannot be used: {error}")
 
 
 def open_store(extra: Mapping[str, object], _identity: str) -> Hf3fsStore:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,16 @@ class _Folder:
 
     def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
         for name, (_, _, fd, _) in zip(names, descriptors, strict=True):
-            os.replace(self._parts.pop(fd), self._file(name))
+            os.replace(self._parts[fd], self._file(name))
+            del self._parts[fd]
 
     def _end(self, fd: int) -> None:
         """Close a file that was to be written, and take it away unless it was."""
         part = self._parts.pop(fd, None)
         os.close(fd)
         if part is not None:
-            os.unlink(part)
+            with suppress(FileNotFoundError):  # whoever empties the folder may have
+                os.unlink(part)
 
 
 class _Agent:

@@ -3,7 +3,7 @@
 Slots are ``stride`` bytes apart, a multiple of ``BLOCK``, and begin at multiples of it, so writing one never makes the
 system read what it overwrites. Each medium is here twice, with the same results. C++ (``native/slots.cc``) passes over
 memory once less: it sums up what it copies while it is in the near caches of the processor, and Python's lock is free
-meanwhile. ``ByPython`` is slow and plain, and does the work where that was not built, and of the smallest images.
+meanwhile. ``ByPython`` is slow and plain, and does the work where that was not built, and of runs with small images.
 
 Direct transfers (``O_DIRECT``) go past the system's cache: the longer a piece, the better. Several pieces of a call are
 under way at once.
@@ -11,6 +11,7 @@ under way at once.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -136,14 +137,14 @@ class Native:
 
     def read(self, fd: int, at: int, stride: int, run: Run) -> list[int | None]:
         """See ``Medium``."""
-        if len(run.views[0]) < _SHORTEST:  # of one stride all are, or none
+        if _small(stride, run):
             return self._slow.read(fd, at, stride, run)
         piece = DIRECT_PIECE if self._direct else READ_PIECE
         return _slots.read(fd, at, stride, list(run.views), run.seeds, piece, self._vectors)
 
     def write(self, fd: int, at: int, stride: int, run: Run) -> list[int]:
         """See ``Medium``."""
-        if len(run.views[0]) < _SHORTEST:
+        if _small(stride, run):
             return self._slow.write(fd, at, stride, run)
         piece = DIRECT_PIECE if self._direct else WRITE_PIECE
         return _slots.write(fd, at, stride, list(run.views), run.seeds, piece, self._direct, self._vectors)
@@ -233,13 +234,17 @@ class Crew:
         self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def each(self, do: Callable[[_T], None], jobs: Sequence[_T]) -> None:
-        """``do`` each of them, several at once; it raises nothing. Those of another call are waited for by nobody."""
+        """``do`` each of them, several at once. Those of another call are waited for by nobody.
+
+        Raises what ``do`` raised first, when all are over.
+        """
         helpers = min(self._others, len(jobs) - 1)
         if helpers <= 0:
             for job in jobs:
                 do(job)
             return
         rest, done = deque(jobs), threading.Semaphore(0)
+        errors: list[BaseException] = []
 
         def work() -> None:
             while rest:
@@ -249,6 +254,8 @@ class Crew:
                     return
                 try:
                     do(job)
+                except BaseException as error:
+                    errors.append(error)
                 finally:
                     done.release()
 
@@ -258,10 +265,13 @@ class Crew:
         work()
         for _ in jobs:
             done.acquire()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end. Whoever still comes does it all alone."""
         with self._began:
+            self._others = 0
             for _ in self._threads:
                 self._asked.put(None)
             self._threads.clear()
@@ -276,6 +286,12 @@ class Crew:
     def _run(self) -> None:
         while work := self._asked.get():
             work()
+
+
+def _small(stride: int, run: Run) -> bool:
+    """Whether there is an image for Python: a small one, or one whose entry has a length that it cannot have."""
+    least = min(map(len, run.views))
+    return least < _SHORTEST or stride - least >= BLOCK
 
 
 def _with_gaps(views: Sequence[memoryview], stride: int, gap: memoryview) -> list[memoryview]:
@@ -316,6 +332,8 @@ def _write_all(fd: int, at: int, parts: Sequence[memoryview | bytes]) -> None:
     rest = [memoryview(part) for part in parts if len(part)]
     while rest:
         done = os.pwritev(fd, rest, at)
+        if not done:  # it would be so again
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         at += done
         while rest and done >= len(rest[0]):
             done -= len(rest.pop(0))
