@@ -7,27 +7,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <random>
 
 #include "attention.h"
+#include "check.h"
 
 using rootcellar::Batch;
+using Set = rootcellar::Vectors<rootcellar::Choose>;
 
 namespace {
-
-// As XLA's pool of threads behaves: whoever asks does not wait, and a helper may come late.
-struct Threads {
-  int count;
-  std::vector<std::thread> running;
-  int64_t num_threads() const { return count; }
-  template <typename F>
-  void Schedule(F&& work) {
-    running.emplace_back(std::forward<F>(work));
-  }
-  ~Threads() {
-    for (std::thread& thread : running) thread.join();
-  }
-};
 
 struct Case {
   int kv_heads, group, dim, page_size, tile, width;
@@ -35,10 +22,6 @@ struct Case {
   int window, chunk;
   std::vector<int> lengths, fresh;  // of each row: tokens, and how many of them are in the batch
 };
-
-using Random = std::mt19937_64;
-
-int below(Random& random, int n) { return static_cast<int>(random() % n); }
 
 template <typename T>
 T one_of(Random& random, std::initializer_list<T> choices) {
@@ -178,7 +161,7 @@ double difference(const Case& c, const Arrays& a, size_t token, double scale) {
   return worst;
 }
 
-bool holds(const Case& c, Random& random, const rootcellar::Vectors& set, int threads) {
+bool holds(const Case& c, Random& random, const Set& set, int threads) {
   Arrays a = arrays(c, random);
   const float scale = 0.5f / std::sqrt(static_cast<float>(c.dim));
   const Batch b{a.q.data(),
@@ -206,7 +189,7 @@ bool holds(const Case& c, Random& random, const rootcellar::Vectors& set, int th
     b.write<float>();
   }
   Threads pool{threads, {}};
-  rootcellar::attend(pool, b, set.kernel(c.is_bf16));
+  rootcellar::attend(pool, b, set.function(c.is_bf16));
   for (size_t token = 0; token < a.owners.size(); token++) {
     const double off = a.owners[token] < 0 ? 0 : difference(c, a, token, scale);
     if (off < 1e-5) continue;
@@ -226,7 +209,7 @@ int main(int argc, char** argv) {
   const int batches = argc > 1 ? std::atoi(argv[1]) : 300;
   Random random(argc > 2 ? std::atoi(argv[2]) : 0);
   int seen = 0;
-  for (const rootcellar::Vectors& set : rootcellar::kVectorSets) {
+  for (const auto& set : rootcellar::kVectorSets) {
     if (!set.runs()) continue;
     for (int i = 0; i < batches; i++, seen++) {
       const Case c = draw(random);

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 
+#include "check.h"
 #include "products.h"
 
 using rootcellar::bf16;
@@ -14,24 +14,6 @@ using rootcellar::kColumns;
 using rootcellar::Product;
 
 namespace {
-
-// As XLA's pool of threads behaves: whoever asks does not wait, and a helper may come late.
-struct Threads {
-  int count;
-  std::vector<std::thread> running;
-  int64_t num_threads() const { return count; }
-  template <typename F>
-  void Schedule(F&& work) {
-    running.emplace_back(std::forward<F>(work));
-  }
-  ~Threads() {
-    for (std::thread& thread : running) thread.join();
-  }
-};
-
-using Random = std::mt19937_64;
-
-int below(Random& random, int n) { return static_cast<int>(random() % n); }
 
 float value(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -55,7 +37,7 @@ float weight(const Product& p, int64_t panel, int64_t input, int column) {
   return value(p.scales[group]) * ((word >> (4 * at)) & 15) + value(p.least[group]);
 }
 
-bool holds(Random& random, const rootcellar::ProductSet& set) {
+bool holds(Random& random, const rootcellar::Vectors<rootcellar::Multiply>& set) {
   const Form form = static_cast<Form>(below(random, 4));
   const bool grouped = form == Form::w8 || form == Form::w4;
   const int group = grouped ? 8 << below(random, 3) : 1;
@@ -83,7 +65,7 @@ bool holds(Random& random, const rootcellar::ProductSet& set) {
                   nullptr,    y.data(),     rows,                              inputs,
                   leads,      length,       group,                             form};
   Threads threads{1 + below(random, 4), {}};
-  rootcellar::multiply(threads, p, set.multiply);
+  rootcellar::multiply(threads, p, set.function);
   for (int64_t row = 0; row < rows; row += 1 + below(random, 5)) {
     for (int64_t panel = 0; panel < panels; panel++) {
       for (int column = 0; column < p.columns(panel); column++) {
@@ -111,7 +93,7 @@ int main(int argc, char** argv) {
   const int products = argc > 1 ? std::atoi(argv[1]) : 300;
   Random random(argc > 2 ? std::atoi(argv[2]) : 0);
   int seen = 0;
-  for (const rootcellar::ProductSet& set : rootcellar::kProductSets) {
+  for (const auto& set : rootcellar::kProductSets) {
     if (!set.runs()) continue;
     for (int i = 0; i < products; i++, seen++)
       if (!holds(random, set)) return 1;

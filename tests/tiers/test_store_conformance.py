@@ -160,6 +160,28 @@ def test_a_call_of_a_chain_takes_no_longer_than_its_deadline():
     assert seconds == 4, "it was put into those before it"
 
 
+def test_all_pieces_of_a_call_of_a_chain_take_no_longer_than_its_deadline():
+    """Its guard gives it a few pages at a time."""
+    seconds = 0.0
+
+    def slow():
+        nonlocal seconds
+        seconds += 4
+
+    stores = [ToldStore(MemoryStore()) for _ in range(2)]
+    own = GuardSettings(deadline=60)
+    chain = StoreChain([Guard(store, own, now=lambda: seconds) for store in stores], 10, lambda: seconds)
+    guard = Guard(chain, GuardSettings(deadline=10, pages_at_once=2, failures=100), now=lambda: seconds)
+    for store in stores:
+        store.work = slow
+    names = [name(i) for i in range(8)]
+    into = [room() for _ in names]
+    for call in (lambda: guard.has(names), lambda: guard.put(names, into), lambda: guard.get(names, into)):
+        seconds = 0.0
+        call()
+        assert seconds == 12  # the second piece was begun before ten were over, and asked one of them
+
+
 def test_the_stores_of_a_chain_share_its_deadline(tmp_path):
     """But for one that has its own."""
     members = [{"backend": "hf3fs", "file_path_prefix": str(tmp_path / f"{i}"), "file_size": "1MiB"} for i in range(3)]

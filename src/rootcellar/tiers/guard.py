@@ -26,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from rootcellar.tiers.store import GatheringStore, Store, check_names
+from rootcellar.tiers.store import GatheringStore, Store, TimedStore, check_names
 
 _HEADER = struct.Struct("<8sQQ8x")
 _MAGIC = b"rcimage1"
@@ -196,7 +196,10 @@ class Guard:
         check_names(names)
 
         def ask(some: slice, end: float) -> list[bool]:
-            return self._ask(lambda: self._store.has(names[some]), end)
+            store = self._store
+            if isinstance(store, TimedStore):
+                return self._ask(lambda: store.has(names[some], end), end)
+            return self._ask(lambda: store.has(names[some]), end)
 
         return self._each("has", [0] * len(names), ask, by)
 
@@ -299,11 +302,13 @@ class Guard:
         some = lengths[: self._settings.pages_apart]
         return max(sum(total <= self._settings.bytes_apart for total in accumulate(some)), 1)
 
-    def _get_whole(self, names: Sequence[bytes], into: Sequence[memoryview], _end: float) -> list[bool]:
-        return self._store.get(names, into)
+    def _get_whole(self, names: Sequence[bytes], into: Sequence[memoryview], end: float) -> list[bool]:
+        store = self._store
+        return store.get(names, into, end) if isinstance(store, TimedStore) else store.get(names, into)
 
-    def _put_whole(self, names: Sequence[bytes], blocks: Sequence[memoryview], _end: float) -> list[bool]:
-        return self._store.put(names, blocks)
+    def _put_whole(self, names: Sequence[bytes], blocks: Sequence[memoryview], end: float) -> list[bool]:
+        store = self._store
+        return store.put(names, blocks, end) if isinstance(store, TimedStore) else store.put(names, blocks)
 
     def _get_sealed(self, names: Sequence[bytes], into: Sequence[memoryview], end: float) -> list[bool]:
         scratch = self._take(self._lengths(into))

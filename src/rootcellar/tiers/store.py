@@ -74,6 +74,22 @@ class GatheringStore(ABC):
         """As ``put`` of blocks that are ``heads[i]``, then ``images[i]``."""
 
 
+class TimedStore(ABC):
+    """A :class:`Store` that ends its calls at a moment ``by`` of ``time.monotonic`` or soon after it."""
+
+    @abstractmethod
+    def has(self, names: Sequence[bytes], by: float | None = None) -> list[bool]:
+        """See ``Store``."""
+
+    @abstractmethod
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview], by: float | None = None) -> list[bool]:
+        """See ``Store``."""
+
+    @abstractmethod
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview], by: float | None = None) -> list[bool]:
+        """See ``Store``."""
+
+
 class WrittenElsewhere:
     """A store that another process writes, of what this one would: it is read here, and putting is its work."""
 

@@ -63,51 +63,15 @@ struct Query {
 // unnormalised output. `room` for what is packed: room_for(dim, rows) floats.
 using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float* l, float* o);
 
+// The kernel for a pool's type.
+using Choose = Kernel (*)(bool is_bf16);
+
 inline int64_t room_for(int64_t dim, int64_t rows) { return 2 * dim * kBlock + kRows * kBlock + rows * dim; }
 
-#if defined(__x86_64__)
-ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX512)
-namespace avx512 {
-#define ROOTCELLAR_LANES 16
-#define ROOTCELLAR_REGISTERS 32
-#include "vectors.inc"
-#include "kernel.inc"
-}  // namespace avx512
-ROOTCELLAR_TARGET_END
-ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX2)
-namespace avx2 {
-#define ROOTCELLAR_LANES 8
-#define ROOTCELLAR_REGISTERS 16
-#include "vectors.inc"
-#include "kernel.inc"
-}  // namespace avx2
-ROOTCELLAR_TARGET_END
-#endif
-// What the compiler takes for granted: SSE2, NEON (which has 32 registers), or no vectors at all.
-namespace baseline {
-#define ROOTCELLAR_LANES 4
-#define ROOTCELLAR_REGISTERS ROOTCELLAR_BASELINE_REGISTERS
-#include "vectors.inc"
-#include "kernel.inc"
-}  // namespace baseline
+#define ROOTCELLAR_KERNELS "kernel.inc"
+#include "sets.inc"
 
-// An instruction set that there are kernels for.
-struct Vectors {
-  const char* name;
-  bool (*runs)();
-  Kernel (*kernel)(bool is_bf16);
-};
-
-// Those that are faster come first; the last runs wherever the library does.
-constexpr Vectors kVectorSets[] = {
-#if defined(__x86_64__)
-    {"avx512", has_avx512, avx512::kernel},
-    {"avx2", has_avx2, avx2::kernel},
-#endif
-    {"baseline", [] { return true; }, baseline::kernel},
-};
-
-inline const Vectors* find_vectors(const std::string& name) { return find_set(kVectorSets, name); }
+constexpr Vectors<Choose> kVectorSets[] = {ROOTCELLAR_SETS(kernel)};
 
 template <typename T>
 void write_row(T* to, const float* from, int64_t n);

@@ -19,14 +19,14 @@ ffi::Error attend(ffi::ThreadPool& threads, Batch b, ffi::AnyBuffer pool, ffi::R
   if (b.tiles == 0 || b.tokens % b.tiles != 0 || b.heads % b.kv_heads != 0)
     return ffi::Error::InvalidArgument("paged attention: tokens must be a multiple of tiles, heads of kv_heads");
   if (b.dim % 16 != 0) return ffi::Error::InvalidArgument("paged attention: there is no kernel for this head_dim");
-  const rootcellar::Vectors* found = rootcellar::find_vectors(std::string(vectors));
+  const auto* found = rootcellar::find_vectors(rootcellar::kVectorSets, std::string(vectors));
   if (found == nullptr) return ffi::Error::InvalidArgument("paged attention: this processor lacks those vectors");
   if (is_bf16) {
     b.write<rootcellar::bf16>();
   } else {
     b.write<float>();
   }
-  rootcellar::attend(threads, b, found->kernel(is_bf16));
+  rootcellar::attend(threads, b, found->function(is_bf16));
   return ffi::Error::Success();
 }
 
@@ -132,4 +132,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverLatents, over_latents,
                                   .Ret<ffi::AnyBuffer>());
 
 // 1 when there are kernels of vectors of this name that run here, so that Python can tell before it compiles a step.
-extern "C" int rootcellar_runs_vectors(const char* name) { return rootcellar::find_vectors(name) != nullptr; }
+extern "C" int rootcellar_runs_vectors(const char* name) {
+  return rootcellar::find_vectors(rootcellar::kVectorSets, name) != nullptr;
+}

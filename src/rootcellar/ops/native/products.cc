@@ -51,7 +51,7 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArg
       return ffi::Error::InvalidArgument("product: a weight's array does not fit");
     held[i] = array->untyped_data();
   }
-  const rootcellar::ProductSet* set = rootcellar::find_set(rootcellar::kProductSets, std::string(vectors));
+  const auto* set = rootcellar::find_vectors(rootcellar::kProductSets, std::string(vectors));
   if (set == nullptr) return ffi::Error::InvalidArgument("product: this processor lacks those vectors");
   const rootcellar::Product p{x.typed_data<float>(),
                               static_cast<const uint32_t*>(held[0]),
@@ -65,7 +65,7 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArg
                               length,
                               group,
                               named->form};
-  rootcellar::multiply(threads, p, set->multiply);
+  rootcellar::multiply(threads, p, set->function);
   return ffi::Error::Success();
 }
 

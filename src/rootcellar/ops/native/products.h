@@ -59,46 +59,10 @@ struct Product {
 // Rows [row, row + rows) of a product, its panels [begin, end).
 using Multiply = void (*)(const Product&, int64_t row, int64_t rows, int64_t begin, int64_t end);
 
-#if defined(__x86_64__)
-ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX512)
-namespace avx512 {
-#define ROOTCELLAR_LANES 16
-#define ROOTCELLAR_REGISTERS 32
-#include "vectors.inc"
-#include "product.inc"
-}  // namespace avx512
-ROOTCELLAR_TARGET_END
-ROOTCELLAR_TARGET_BEGIN(ROOTCELLAR_AVX2)
-namespace avx2 {
-#define ROOTCELLAR_LANES 8
-#define ROOTCELLAR_REGISTERS 16
-#include "vectors.inc"
-#include "product.inc"
-}  // namespace avx2
-ROOTCELLAR_TARGET_END
-#endif
-namespace baseline {
-#define ROOTCELLAR_LANES 4
-#define ROOTCELLAR_REGISTERS ROOTCELLAR_BASELINE_REGISTERS
-#include "vectors.inc"
-#include "product.inc"
-}  // namespace baseline
+#define ROOTCELLAR_KERNELS "product.inc"
+#include "sets.inc"
 
-// An instruction set that products are compiled for.
-struct ProductSet {
-  const char* name;
-  bool (*runs)();
-  Multiply multiply;
-};
-
-// Those that are faster come first; the last runs wherever the library does.
-constexpr ProductSet kProductSets[] = {
-#if defined(__x86_64__)
-    {"avx512", has_avx512, avx512::multiply},
-    {"avx2", has_avx2, avx2::multiply},
-#endif
-    {"baseline", [] { return true; }, baseline::multiply},
-};
+constexpr Vectors<Multiply> kProductSets[] = {ROOTCELLAR_SETS(multiply)};
 
 // Fills y, in items of up to kBand rows and a part of the panels. A sum does not depend on how many threads there are.
 template <typename Threads>

@@ -24,12 +24,6 @@
 #endif
 #define ROOTCELLAR_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #define ROOTCELLAR_AVX2 "avx2,fma"
-// Registers of what the compiler takes for granted: SSE2, NEON, or no vectors at all.
-#if defined(__aarch64__)
-#define ROOTCELLAR_BASELINE_REGISTERS 32
-#else
-#define ROOTCELLAR_BASELINE_REGISTERS 16
-#endif
 
 namespace rootcellar {
 
@@ -50,11 +44,28 @@ inline bool has_avx2() {
 }
 #endif
 
-// Of sets that say their name and whether they run, the one of this name, or the first (fastest) for ""; null where the
-// processor does not have it.
-template <typename Set, size_t N>
-const Set* find_set(const Set (&sets)[N], const std::string& name) {
-  for (const Set& set : sets)
+// An instruction set, and what was compiled for it.
+template <typename Function>
+struct Vectors {
+  const char* name;
+  bool (*runs)();
+  Function function;
+};
+
+// What the namespaces of sets.inc call `function`: those that are faster come first, the last runs wherever the library
+// does.
+#if defined(__x86_64__)
+#define ROOTCELLAR_SETS(function)                                               \
+  {"avx512", has_avx512, avx512::function}, {"avx2", has_avx2, avx2::function}, \
+      {"baseline", [] { return true; }, baseline::function}
+#else
+#define ROOTCELLAR_SETS(function) {"baseline", [] { return true; }, baseline::function}
+#endif
+
+// The set of this name, or the first (fastest) for ""; null where the processor does not have it.
+template <typename Function, size_t N>
+const Vectors<Function>* find_vectors(const Vectors<Function> (&sets)[N], const std::string& name) {
+  for (const Vectors<Function>& set : sets)
     if ((name.empty() || name == set.name) && set.runs()) return &set;
   return nullptr;
 }

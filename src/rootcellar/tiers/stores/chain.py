@@ -15,7 +15,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.tiers.guard import Guard, GuardSettings
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import nothing_else
-from rootcellar.tiers.store import check_names
+from rootcellar.tiers.store import TimedStore, check_names
 from rootcellar.tiers.stores import registry
 
 
@@ -39,7 +39,7 @@ def open_store(extra: Mapping[str, object], identity: str) -> StoreChain:
     return StoreChain(opened, deadline)
 
 
-class StoreChain:
+class StoreChain(TimedStore):
     """Stores that check what they give, the nearest first."""
 
     verifies = True
@@ -55,10 +55,10 @@ class StoreChain:
         self._deadline = deadline
         self._now = now
 
-    def has(self, names: Sequence[bytes]) -> list[bool]:
+    def has(self, names: Sequence[bytes], by: float | None = None) -> list[bool]:
         """See ``Store``: whether any has them."""
         check_names(names)
-        by = self._now() + self._deadline
+        by = self._end(by)
         there = [False] * len(names)
         for store in self._stores:
             missing = [i for i, found in enumerate(there) if not found]
@@ -67,10 +67,10 @@ class StoreChain:
                     there[i] = found
         return there
 
-    def get(self, names: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+    def get(self, names: Sequence[bytes], into: Sequence[memoryview], by: float | None = None) -> list[bool]:
         """See ``Store``. What comes from a farther store is put into those before it, if there is time."""
         check_names(names, into)
-        by = self._now() + self._deadline
+        by = self._end(by)
         there = [False] * len(names)
         for depth, store in enumerate(self._stores):
             missing = [i for i, found in enumerate(there) if not found]
@@ -85,10 +85,10 @@ class StoreChain:
                     nearer.put([names[i] for i in came], [into[i] for i in came], by)
         return there
 
-    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def put(self, names: Sequence[bytes], blocks: Sequence[memoryview], by: float | None = None) -> list[bool]:
         """See ``Store``: True where any of them keeps it."""
         check_names(names, blocks)
-        by = self._now() + self._deadline
+        by = self._end(by)
         held = [False] * len(names)
         for store in self._stores:
             if self._now() < by:
@@ -108,3 +108,8 @@ class StoreChain:
         """See ``Store``."""
         for store in self._stores:
             store.close()
+
+    def _end(self, by: float | None) -> float:
+        """When a call that begins now is to end."""
+        end = self._now() + self._deadline
+        return end if by is None else min(end, by)
