@@ -287,6 +287,13 @@ class EngineConfig:
         low=1,
     )
     max_logprobs: int = option(20, "Most of the likeliest tokens to report at each place.", low=0)
+    logprobs_mode: str = option(
+        "raw_logprobs",
+        "Of which distribution an answer's logprobs are: 'raw_logprobs' of the model's own, 'processed_logprobs' of "
+        "what tokens are drawn from, after penalties, bans, temperature, top_k, top_p and min_p (vLLM's words). "
+        "Those of prompt tokens are the model's own.",
+        choices=("raw_logprobs", "processed_logprobs"),
+    )
     max_stop_strings: int = option(256, "Most stop strings of one answer; more are refused.", low=1)
     max_stop_length: int = option(
         2**12, "Most characters of all stop strings of one request together; more are refused.", low=1

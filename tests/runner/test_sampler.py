@@ -153,6 +153,41 @@ def test_top_logprobs():
     np.testing.assert_allclose(values, np.take_along_axis(expected, order, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.7, "top_k": 5},
+        {"temperature": 0.6, "top_p": 0.7, "min_p": 0.02},
+        {"temperature": 0, "logit_bias": {"4": 2.0}},
+        {"temperature": 0.8, "logit_bias": {"4": 2.0}, "frequency_penalty": 0.5},
+    ],
+)
+def test_processed_logprobs_are_those_of_what_tokens_are_drawn_from(params):
+    logits = np.random.default_rng(8).standard_normal(VOCAB).astype(np.float32) * 2
+    n = 64
+    rows = [row(position=i, seed=2, banned=(7,), **params) for i in range(n)]
+    settings = sampler.build(rows, n, VOCAB)
+    many = jnp.asarray(np.tile(logits, (n, 1)))
+    tokens, logprobs = jax.jit(sampler.sample, static_argnames="processed")(many, settings, processed=True)
+    raw_tokens, raw = sample(many, settings)
+    np.testing.assert_array_equal(tokens, raw_tokens)  # what is reported changes nothing of what is drawn
+    expected = logits.astype(np.float64)
+    expected[4] += 2.0 if "logit_bias" in params else 0.0
+    expected[7] = -np.inf
+    temperature = params["temperature"]
+    if temperature:
+        kept = allowed(expected, *(params.get(k, d) for k, d in (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))),
+                       temperature)  # fmt: skip
+        expected = np.where(np.isin(np.arange(VOCAB), list(kept)), expected / temperature, -np.inf)
+    expected = expected - np.log(np.exp(expected).sum())
+    np.testing.assert_allclose(logprobs, expected[np.asarray(tokens)], atol=1e-5)
+    assert np.abs(np.asarray(raw) - logprobs).max() > 0.01
+    values, ids = sampler.top_logprobs(many, 4, settings)
+    np.testing.assert_array_equal(ids[0], np.argsort(-expected)[:4])
+    np.testing.assert_allclose(values[0], expected[np.asarray(ids[0])], atol=1e-5)
+
+
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**40 + 1, 2**63 - 1, -1, -(2**63)]
 
 

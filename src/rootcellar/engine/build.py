@@ -361,6 +361,7 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         ),
         -(-_context_length(config.context_length, placement.model) // config.page_size),
         config.max_logprobs,
+        config.logprobs_mode == "processed_logprobs",
     )
 
 

@@ -22,6 +22,7 @@ from rootcellar.engine.pins import Sort
 from rootcellar.engine.requests import InputItem
 from rootcellar.engine.step import Machine
 from rootcellar.errors import CacheBusy, ConfigError
+from rootcellar.models.repacking import TensorsOf
 from rootcellar.scheduler import Finish, PrefetchPolicy, PrefetchRules, Request
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.mover import MOST_QUEUED
@@ -404,9 +405,18 @@ class UpdateWeights(Command):
     version: str | None
     path: str | None = None
 
-    def run(self, machine: Machine, weights: Weights, reload: Callable[[], Weights] | None) -> tuple[str, list[str]]:
-        """The version, and which parameters were copied. ``weights``: those meant; ``reload`` gives them again."""
-        updated = machine.life.update_weights(weights, self.version, reload)
+    def run(
+        self,
+        machine: Machine,
+        weights: Weights,
+        reload: Callable[[], Weights] | None,
+        tensors_of: TensorsOf | None = None,
+    ) -> tuple[str, list[str]]:
+        """The version, and which parameters were copied.
+
+        ``weights``: those meant; ``reload`` gives them again; ``tensors_of`` reads them where they are in another form.
+        """
+        updated = machine.life.update_weights(weights, self.version, reload, tensors_of)
         machine.pins.forget()
         return updated
 

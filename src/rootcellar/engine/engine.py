@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
-from rootcellar.engine.build import Parts, Weights, build, folder_of, live_weights, load_weights
+from rootcellar.engine.build import Parts, build
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.closing import close_at_the_end
 from rootcellar.engine.commands import (
@@ -25,7 +25,6 @@ from rootcellar.engine.commands import (
     Pause,
     Release,
     Resume,
-    UpdateWeights,
 )
 from rootcellar.engine.intake import Intake
 from rootcellar.engine.lifecycle import read_tags
@@ -38,6 +37,7 @@ from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
+from rootcellar.engine.weights import TakesWeights
 from rootcellar.errors import EngineError, RequestError
 from rootcellar.models.params import Params
 from rootcellar.text import Tokenizer
@@ -50,7 +50,7 @@ Result = dict[str, Any]
 _MANY = 1_000
 
 
-class Engine:
+class Engine(TakesWeights):
     """An LLM with its KV cache, on a thread of its own; use it as a context manager.
 
         with rootcellar.Engine(model_path="demo") as engine:
@@ -186,8 +186,8 @@ class Engine:
                 list with one for each. Without ``max_new_tokens``, at most 128 and at most what fits the context.
             input_ids: token ids instead of ``prompt``.
             stream: give an iterator of results that grow; the last has a ``finish_reason``. Leaving it early aborts.
-            return_logprob: report the logprob of each generated token (``output_token_logprobs``), under the model's
-                own distribution before penalties and temperature.
+            return_logprob: report the logprob of each generated token (``output_token_logprobs``), as ``logprobs_mode``
+                says: under the model's own distribution, or the one that it was drawn from.
             logprob_start_len: with ``return_logprob``, report prompt tokens from this index on as well
                 (``input_token_logprobs``; that part of the prompt is computed again even where it is cached); -1: none.
             top_logprobs_num: also report this many of the likeliest tokens at each place.
@@ -399,40 +399,6 @@ class Engine:
             EngineError: the weights were handed over: give new ones with :meth:`update_weights`.
         """
         return self._loop.run(Resume(read_tags(tags)))
-
-    def update_weights(
-        self, params: Params, version: str | None = None, *, weights_name: str | None = None
-    ) -> dict[str, Any]:
-        """Use ``params`` from the next step on, without a copy where they lie as the present ones do.
-
-        Nothing that was cached with other weights is a hit again. Requests that run go on over the KV that they have;
-        pause with ``mode="retract"`` first to have it computed anew. ``meta_info`` says which version made which token.
-
-        Args:
-            params: a pytree like the present one; it stays the caller's.
-            version: what ``meta_info`` calls them; None counts on.
-            weights_name: as for the engine itself: what they are, to whoever shares pages.
-
-        Returns:
-            ``{"weight_version", "copied"}``; ``copied`` names parameters that had to be placed elsewhere.
-
-        Raises:
-            ModelError: a parameter is missing, unknown, or of another shape or dtype; nothing was changed.
-        """
-        if self.config.nnodes > 1:
-            raise EngineError("weights cannot be handed over to an engine of several ranks: update_weights_from_disk")
-        return self._update(live_weights(params, weights_name), version, None, None)
-
-    def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
-        """:meth:`update_weights` with those of a checkpoint of the same model."""
-        reload = functools.partial(load_weights, folder_of(model_path), self._parts)
-        return self._update(reload(), version, reload, str(model_path))
-
-    def _update(
-        self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None, path: str | None
-    ) -> dict[str, Any]:
-        now, copied = self._loop.run(UpdateWeights(weights.identity, version, path), weights, reload)
-        return {"weight_version": now, "copied": copied}
 
     def attach_storage(
         self, backend: str, extra_config: Extra = None, *, prefetch_policy: str | None = None, replace: bool = False

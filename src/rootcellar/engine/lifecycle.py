@@ -29,7 +29,8 @@ from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
-from rootcellar.models.params import check_params, path_name
+from rootcellar.models.params import check_params, declare, path_name
+from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params
 from rootcellar.ops.panels import Packed
 from rootcellar.pools.copying import BLOCKS, Copier
@@ -64,6 +65,9 @@ class Lifecycle:
     released: set[str] = field(default_factory=set)
     missed: Reports = field(default_factory=Reports)
     saved: dict[str, Saved] = field(default_factory=dict)
+    _made: list[Array] = field(default_factory=list)
+    """Of the weights in use, those made here of a trainer's: the engine's own, and written over by the next."""
+    _repackings: dict[TensorsOf, Repacking] = field(default_factory=dict)
     _dtypes: list[tuple[jnp.dtype, ...]] = field(default_factory=list)
 
     @classmethod
@@ -118,12 +122,13 @@ class Lifecycle:
                 nbytes += pool.free()
             self.released.add("kv_cache")
         if "weights" in tags and "weights" not in self.released:
-            leaves: list[Array] = jax.tree.leaves(self.runner.params)
-            if self.reload is not None:  # what was handed over belongs to the caller: only our hold on it ends
-                buffers += len(leaves)
-                nbytes += sum(leaf.nbytes for leaf in leaves)
-                for leaf in leaves:
-                    leaf.delete()
+            # What was handed over belongs to the caller: only our hold on it ends.
+            leaves: list[Array] = self._made if self.reload is None else jax.tree.leaves(self.runner.params)
+            buffers += len(leaves)
+            nbytes += sum(leaf.nbytes for leaf in leaves)
+            for leaf in leaves:
+                leaf.delete()
+            self._made = []
             self.runner.params = {}
             self.released.add("weights")
         if clear_compiled:
@@ -169,7 +174,11 @@ class Lifecycle:
     # -- weights --------------------------------------------------------------------------------------------------
 
     def update_weights(
-        self, weights: Weights, version: str | None, reload: Callable[[], Weights] | None
+        self,
+        weights: Weights,
+        version: str | None,
+        reload: Callable[[], Weights] | None,
+        tensors_of: TensorsOf | None = None,
     ) -> tuple[str, list[str]]:
         """Use other weights from the next step on. See ``Engine.update_weights``.
 
@@ -177,7 +186,20 @@ class Lifecycle:
         """
         if version is not None:
             check_name("weight_version", version)
-        params = weights.params
+        if tensors_of is None:
+            placed, copied = self._placed(weights.params, reload)
+            self._made = []
+        else:
+            placed, copied = self._repacked(weights.params, tensors_of)
+        self.version = version if version is not None else _next_version(self.version)
+        self.runner.params = placed
+        self.reload = reload
+        self.released.discard("weights")
+        self._are(weights.identity)
+        return self.version, copied
+
+    def _placed(self, params: Params, reload: Callable[[], Weights] | None) -> tuple[Params, list[str]]:
+        """Weights of the model's own form where they are computed with, and the names of those that were copied."""
         leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
         if reload is None:  # else they were read for this model, and packed on the way
             check_params(self.runner.placement.model, params)
@@ -186,22 +208,29 @@ class Lifecycle:
             if wrong:
                 raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
         placed = self.runner.placement.place(params)
-        copied = [
-            path_name(path)
-            for (path, new), now in zip(leaves, _leaves(placed), strict=True)
-            if new is not now
-            and (
-                not (isinstance(new, Array) and isinstance(now, Array))
-                or new.shape != now.shape  # KV heads repeated for more devices
-                or not new.sharding.is_equivalent_to(now.sharding, now.ndim)
-            )
-        ]
-        self.version = version if version is not None else _next_version(self.version)
-        self.runner.params = placed
-        self.reload = reload
-        self.released.discard("weights")
-        self._are(weights.identity)
-        return self.version, copied
+        pairs = zip(leaves, _leaves(placed), strict=True)
+        return placed, [path_name(path) for (path, new), now in pairs if _is_copy(new, now)]
+
+    def _repacked(self, tree: Any, tensors_of: TensorsOf) -> tuple[Params, list[str]]:
+        """Weights made of a trainer's tree, over those that were made before, and the names of all that are no array
+        of the tree.
+        """
+        placement = self.runner.placement
+        if tensors_of not in self._repackings:
+            self._repackings[tensors_of] = placement.repacking(self.runner.programs.dtype, tensors_of)
+        try:
+            leaves, made = self._repackings[tensors_of](tree, self._made)
+        except BaseException:
+            if any(each.is_deleted() for each in self._made):  # they were given up for what did not come
+                self._made, self.runner.params = [], {}
+                self.released.add("weights")
+            raise
+        specs = declare(placement.served)
+        placed: Params = jax.tree.map(placement.hold, specs, jax.tree.unflatten(jax.tree.structure(specs), leaves))
+        self._made = [leaves[i] for i in made] if placement.holding is None else []
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(specs)]
+        now = _leaves(placed)
+        return placed, [name for i, name in enumerate(names) if i in made or _is_copy(leaves[i], now[i])]
 
     def _are(self, weights: str) -> None:
         self.weights = weights
@@ -224,6 +253,15 @@ def _leaves(params: Params) -> list[Any]:
 
 def _is_packed(weight: object) -> bool:
     return isinstance(weight, Packed)
+
+
+def _is_copy(new: Any, now: Any) -> bool:
+    """Whether a weight that came as ``new`` and is computed with as ``now`` was copied on the way."""
+    if new is now:
+        return False
+    if not (isinstance(new, Array) and isinstance(now, Array)) or new.shape != now.shape:  # KV heads repeated
+        return True
+    return not new.sharding.is_equivalent_to(now.sharding, now.ndim)
 
 
 def _next_version(version: str) -> str:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from rootcellar.errors import ConfigError
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
+from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params, ParamSpec
 from rootcellar.ops import products
 from rootcellar.ops.panels import Packed, Packer, packer
@@ -85,11 +86,20 @@ class Placement:
 
         The place is said outright: an array that left it open would make a step that knew another compile again.
         """
-        if self.tp_size > 1:
-            layers = zip(self.model.layers, params["layers"], strict=True)
-            params = {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
-        placed: Params = jax.tree.map(self.hold, declare(self.served), params)
+        placed: Params = jax.tree.map(self.hold, declare(self.served), self.repeated(params))
         return placed
+
+    def repeated(self, params: Params) -> Params:
+        """Parameters of ``model`` as those of ``served``."""
+        if self.tp_size == 1:
+            return params
+        layers = zip(self.model.layers, params["layers"], strict=True)
+        return {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
+
+    def repacking(self, dtype: Any, tensors_of: TensorsOf) -> Repacking:
+        """What makes arrays of ``served``, as they lie, of a trainer's trees, without a word on how they are held."""
+        specs: list[ParamSpec] = jax.tree.leaves(declare(self.served))
+        return Repacking(self.model, dtype, tensors_of, [self._sharding(spec) for spec in specs], self.repeated)
 
     def hold(self, spec: ParamSpec, weight: Any) -> Array | Packed:
         """One parameter of ``served`` as it is computed with: placed, and packed where it is to be and is not yet."""

@@ -34,8 +34,8 @@ class Programs:
     """What runs: a model's placement and dtype, how its cache is paged, the attention backend, and the steps' shapes.
 
     ``table_width``: pages in a row of a page table. ``max_logprobs``: so many of the likeliest tokens are found when
-    any are asked for, so that there is one program for all. The functions are jitted: they compile for a shape when it
-    first runs.
+    any are asked for, so that there is one program for all. ``processed``: logprobs are those of the distribution that
+    tokens are drawn from. The functions are jitted: they compile for a shape when it first runs.
     """
 
     placement: Placement
@@ -45,6 +45,7 @@ class Programs:
     shapes: Shapes
     table_width: int
     max_logprobs: int
+    processed: bool = False
 
     @property
     def likeliest(self) -> int:
@@ -73,15 +74,18 @@ class Programs:
         size, where = self.shapes.newest, self.placement.whole
 
         def choose(scores: Array, settings: sampler.SamplingBatch | None) -> tuple[Array, Array, Array]:
-            tokens, logprobs = sampler.sample(scores, settings)
+            tokens, logprobs = sampler.sample(scores, settings, processed=self.processed)
             return tokens, logprobs, jnp.pad(tokens, (0, max(0, size - len(tokens))))[:size]
 
         return jax.jit(choose, out_shardings=(self.placement.read_from, self.placement.read_from, where))
 
     @cached_property
     def top(self) -> Any:
-        """:func:`sampler.top_logprobs` of the likeliest tokens: scores."""
-        top = functools.partial(sampler.top_logprobs, k=self.likeliest)
+        """:func:`sampler.top_logprobs` of the likeliest tokens: scores, and settings where these are ``processed``."""
+
+        def top(scores: Array, settings: sampler.SamplingBatch | None) -> tuple[Array, Array]:
+            return sampler.top_logprobs(scores, self.likeliest, settings)
+
         return jax.jit(top, out_shardings=self.placement.read_from)
 
     @cached_property

@@ -154,7 +154,8 @@ class Runner:
         """
         settings = sampler.build(rows, scores.shape[0], self._vocab)
         chosen = self.programs.sample(scores, settings)
-        return Unread(*chosen, self.programs.top(scores) if k else None, k)
+        top = self.programs.top(scores, settings if self.programs.processed else None) if k else None
+        return Unread(*chosen, top, k)
 
     def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logprobs of ``targets`` [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
@@ -187,7 +188,8 @@ class Runner:
         shapes = [sampled[tiles] for tiles in sorted(sampled)]
         found += [self._sampling(shape, which, first=False) for which in rest for shape in shapes]
         if self.programs.likeliest:
-            found += [self._likeliest(shape) for shape in shapes]
+            which_of = range(len(sampler.PROGRAMS) if self.programs.processed else 1)
+            found += [self._likeliest(shape, which) for which in which_of for shape in shapes]
         scored = {tiles * tile: (tiles, tile) for tiles, tile in order}  # scoring knows a step by its tokens alone
         return found + [self._scoring(scored[tokens]) for tokens in sorted(scored)]
 
@@ -199,11 +201,13 @@ class Runner:
 
         return Program(f"sampling for {shape[0]}, {sampler.PROGRAMS[which]}", first, run)
 
-    def _likeliest(self, shape: tuple[int, int]) -> Program:
+    def _likeliest(self, shape: tuple[int, int], which: int) -> Program:
         def run() -> None:
-            jax.block_until_ready(self.programs.top(self._run_padding(*shape)[0]))
+            settings = sampler.every_program(shape[0], self._vocab)[which]
+            jax.block_until_ready(self.programs.top(self._run_padding(*shape)[0], settings))
 
-        return Program(f"the likeliest tokens for {shape[0]}", False, run)
+        name = f"the likeliest tokens for {shape[0]}"
+        return Program(f"{name}, {sampler.PROGRAMS[which]}" if self.programs.processed else name, False, run)
 
     def _scoring(self, shape: tuple[int, int]) -> Program:
         def run() -> None:

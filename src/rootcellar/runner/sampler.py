@@ -7,7 +7,8 @@ Top-k and top-p need a threshold, not an order: the bits of a positive float32 s
 the exact threshold in 31 passes, where sorting a vocabulary of 150,000 takes a CPU longer than the rest of the step.
 Tokens that tie at the threshold all stay, as in Hugging Face's top-k.
 
-Logprobs are those of the model's own distribution: before penalties, temperature and truncation.
+Logprobs are those of the model's own distribution, before penalties, temperature and truncation, or (*processed*) of
+that which tokens are drawn from.
 """
 
 from __future__ import annotations
@@ -142,23 +143,30 @@ def _allowed(rows: Sequence[Sampled], size: int, vocab: int) -> NDArray[np.int32
     return bits
 
 
-def sample(logits: Array, batch: SamplingBatch | None) -> tuple[Array, Array]:
+def sample(logits: Array, batch: SamplingBatch | None, *, processed: bool = False) -> tuple[Array, Array]:
     """Choose one token for each row of ``logits`` float32 [N, V].
 
     Returns:
-        tokens int32 [N], and the logprob float32 [N] of each under the model's own distribution.
+        tokens int32 [N], and the logprob float32 [N] of each under the model's own distribution, or (``processed``)
+        under the one that it was drawn from.
     """
-    adjusted = logits if batch is None else _adjust(logits, batch)
-    tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
-    if batch is not None:
-        # Greedy rows take part with temperature 1 and are chosen away: a batch mixes both in one program.
-        greedy = batch.temperature <= 0
-        scaled = adjusted / jnp.where(greedy, 1.0, batch.temperature)[:, None]
-        scaled = _truncate(scaled, batch)
-        drawn = jnp.argmax(scaled + _gumbel(batch, logits.shape[1]), axis=-1).astype(jnp.int32)
-        tokens = jnp.where(greedy, tokens, drawn)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    made = logits if batch is None else _processed(logits, batch)
+    noisy = made if batch is None else made + _noise(batch, logits.shape[1])
+    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    scored = made if processed else logits
+    chosen = jnp.take_along_axis(scored, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(scored, axis=-1)
+
+
+def _processed(logits: Array, batch: SamplingBatch) -> Array:
+    """What tokens are drawn from. Greedy rows take part with temperature 1 and are left whole: a batch mixes both."""
+    adjusted, greedy = _adjust(logits, batch), _greedy(batch)
+    scaled = adjusted / jnp.where(greedy, 1.0, batch.temperature)[:, None]
+    return jnp.where(greedy[:, None], adjusted, _truncate(scaled, batch))
+
+
+def _greedy(batch: SamplingBatch) -> Array:
+    return jnp.asarray(batch.temperature) <= 0
 
 
 def _adjust(logits: Array, batch: SamplingBatch) -> Array:
@@ -206,17 +214,24 @@ def _truncate(logits: Array, batch: SamplingBatch) -> Array:
     return jnp.where((p >= t[:, None]) & (p > 0), logits, _NEVER)
 
 
-def _gumbel(batch: SamplingBatch, vocab: int) -> Array:
+def _noise(batch: SamplingBatch, vocab: int) -> Array:
+    """Gumbel's: to add it and take the largest is to draw. None for greedy rows."""
+
     def row(seed: Array, position: Array) -> Array:
         # What `jax.random.key` makes of a 64-bit seed, which it does not take in JAX's 32-bit mode.
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
 
-    return jax.vmap(row)(batch.seed, batch.position)
+    return jnp.where(_greedy(batch)[:, None], 0.0, jax.vmap(row)(batch.seed, batch.position))
 
 
-def top_logprobs(logits: Array, k: int) -> tuple[Array, Array]:
-    """The ``k`` likeliest tokens of each row of ``logits`` [N, V]: logprobs float32 [N, k] and ids int32 [N, k]."""
+def top_logprobs(logits: Array, k: int, processed: SamplingBatch | None = None) -> tuple[Array, Array]:
+    """The ``k`` likeliest tokens of each row of ``logits`` [N, V]: logprobs float32 [N, k] and ids int32 [N, k].
+
+    ``processed``: of the distribution that these settings make of the model's.
+    """
+    if processed is not None:
+        logits = _processed(logits, processed)
     values, ids = lax.top_k(logits, k)
     return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
 
