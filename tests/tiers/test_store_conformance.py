@@ -8,6 +8,7 @@ import pytest
 from stores import MemoryStore, ToldStore, file_store, get, name, put
 
 from rootcellar.tiers.conformance import suite as conformance
+from rootcellar.tiers.conformance.pages import room
 from rootcellar.tiers.conformance.subject import Subject
 from rootcellar.tiers.conformance.suite import *  # noqa: F403  (the tests; ``subject`` is ours)
 from rootcellar.tiers.guard import Guard, GuardSettings
