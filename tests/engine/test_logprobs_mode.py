@@ -32,9 +32,9 @@ def processed(tiny_folder):
 def scores_of(folder, ids):
     """The model's scores, float64 [T, V], of the token after each of ``ids``, computed without a cache."""
     cfg = load_config(folder)
-    params = load_params(folder, cfg, jnp.float32)
-    hidden = forward(params, cfg, jnp.asarray(ids), make_mix_dense(cfg, [len(ids)]))
-    return np.asarray(logits(params, cfg, hidden), np.float64)
+    mix = make_mix_dense(cfg, [len(ids)])
+    compute = jax.jit(lambda params, ids: logits(params, cfg, forward(params, cfg, ids, mix)))
+    return np.asarray(compute(load_params(folder, cfg, jnp.float32), jnp.asarray(ids)), np.float64)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.6, -1), (1.7, 20), (0, -1)])

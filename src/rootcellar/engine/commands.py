@@ -34,6 +34,7 @@ _SLICE = 32
 
 MODES = ("wait", "abort", "retract")
 PAUSES = ("abort", "retract", "in_place")
+UPDATES = ("keep", "recompute")
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,18 @@ class UpdateWeights(Command):
     identity: str
     version: str | None
     path: str | None = None
+    on_weight_update: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.on_weight_update not in UPDATES:
+            raise ConfigError(
+                f"on_weight_update={self.on_weight_update!r} is unknown: choose from {', '.join(UPDATES)}"
+            )
+
+    @property
+    def rest(self) -> str | None:
+        """What runs keeps its KV, or has it computed anew."""
+        return "retract" if self.on_weight_update == "recompute" else None
 
     def run(
         self,
@@ -416,7 +429,10 @@ class UpdateWeights(Command):
 
         ``weights``: those meant; ``reload`` gives them again; ``tensors_of`` reads them where they are in another form.
         """
+        before = machine.life.version
         updated = machine.life.update_weights(weights, self.version, reload, tensors_of)
+        for request in machine.scheduler.running:
+            machine.trackers[request].kept_kv(before)
         machine.pins.forget()
         return updated
 

@@ -154,6 +154,8 @@ class Tracker:
         self.last_token: float | None = None
         self.versions: list[tuple[str, int]] = []
         """Versions of the weights, each with the index of the first token of the answer that it made."""
+        self._kept: list[tuple[str, int, int]] = []
+        """Versions whose KV was kept when others came: each, up to which token, and the retractions until then."""
         self.stages: list[tuple[str, float]] = [
             (Stage.TOKENIZE.value, self.received),
             (request.stage.value, self.queued),
@@ -222,6 +224,24 @@ class Tracker:
         self._ended = True
         return Finish("stop", matched=found.stop)
 
+    def kept_kv(self, weight_version: str) -> None:
+        """Other weights come, and the request goes on over the KV that those of this version computed."""
+        if self.request.computed:
+            self._kept.append((weight_version, self.request.computed, self.request.retractions))
+
+    def _kv_versions(self, newest: str) -> list[tuple[str, int]]:
+        """Versions of the weights that computed its KV, each with the first token, of prompt and answer, that it did.
+
+        A retraction has all of it computed anew.
+        """
+        alive = [(version, stop) for version, stop, before in self._kept if before == self.request.retractions]
+        spans, start = [], 0
+        for version, stop in alive:
+            if stop > start:
+                spans.append((version, start))
+                start = stop
+        return [*spans, (newest, start)]
+
     def publish(self) -> None:
         """Deliver an update if the caller streams."""
         if self._stream:
@@ -272,6 +292,8 @@ class Tracker:
         }
         if request.guessed.steps:
             meta |= _guess_fields(request.guessed, n)
+        if self._kept and versions:
+            meta["kv_weight_versions"] = self._kv_versions(versions[-1][0])
         if request.checkpoint:
             meta["storage_checkpoint"] = request.handle
         if request.depends is not None:

@@ -33,11 +33,11 @@ class TakesWeights:
         *,
         weights_name: str | None = None,
         tensors_of: TensorsOf | None = None,
+        on_weight_update: str = "keep",
     ) -> dict[str, Any]:
         """Use ``params`` from the next step on, without a copy where they lie as the present ones do.
 
-        Nothing that was cached with other weights is a hit again. Requests that run go on over the KV that they have;
-        pause with ``mode="retract"`` first to have it computed anew. ``meta_info`` says which version made which token.
+        Nothing that was cached with other weights is a hit again. ``meta_info`` says which version made which token.
 
         Args:
             params: a pytree like the present one; it stays the caller's.
@@ -46,6 +46,9 @@ class TakesWeights:
             tensors_of: where ``params`` is a pytree of another form: a function from it to a checkpoint's tensors by
                 the names of Hugging Face, which JAX traces. What is not one of its arrays as it is, is made of them on
                 the device, over what was made the time before; give the same function each time.
+            on_weight_update: what becomes of the KV that requests have: ``"keep"``: they go on over it, and
+                ``meta_info["kv_weight_versions"]`` says whose it is; ``"recompute"``: they wait again, with the tokens
+                that they have, and their KV is computed anew.
 
         Returns:
             ``{"weight_version", "copied"}``; ``copied`` names parameters that had to be placed elsewhere, or made.
@@ -55,7 +58,9 @@ class TakesWeights:
         """
         if self.config.nnodes > 1:
             raise EngineError("weights cannot be handed over to an engine of several ranks: update_weights_from_disk")
-        return self._update(live_weights(params, weights_name), version, None, None, tensors_of)
+        weights = live_weights(params, weights_name)
+        command = UpdateWeights(weights.identity, version, on_weight_update=on_weight_update)
+        return self._update(command, weights, None, tensors_of)
 
     def update_weights_from_tensor(
         self,
@@ -63,22 +68,33 @@ class TakesWeights:
         version: str | None = None,
         *,
         weights_name: str | None = None,
+        on_weight_update: str = "keep",
     ) -> dict[str, Any]:
         """:meth:`update_weights` with all tensors of a checkpoint by the names of Hugging Face, as arrays."""
-        return self.update_weights(dict(named_tensors), version, weights_name=weights_name, tensors_of=_as_they_are)
+        return self.update_weights(
+            dict(named_tensors),
+            version,
+            weights_name=weights_name,
+            tensors_of=_as_they_are,
+            on_weight_update=on_weight_update,
+        )
 
-    def update_weights_from_disk(self, model_path: str, version: str | None = None) -> dict[str, Any]:
+    def update_weights_from_disk(
+        self, model_path: str, version: str | None = None, *, on_weight_update: str = "keep"
+    ) -> dict[str, Any]:
         """:meth:`update_weights` with those of a checkpoint of the same model."""
         reload = functools.partial(load_weights, folder_of(model_path), self._parts)
-        return self._update(reload(), version, reload, str(model_path))
+        weights = reload()
+        return self._update(
+            UpdateWeights(weights.identity, version, str(model_path), on_weight_update), weights, reload
+        )
 
     def _update(
         self,
+        command: UpdateWeights,
         weights: Weights,
-        version: str | None,
         reload: Callable[[], Weights] | None,
-        path: str | None,
         tensors_of: TensorsOf | None = None,
     ) -> dict[str, Any]:
-        now, copied = self._loop.run(UpdateWeights(weights.identity, version, path), weights, reload, tensors_of)
+        now, copied = self._loop.run(command, weights, reload, tensors_of)
         return {"weight_version": now, "copied": copied}

@@ -197,18 +197,27 @@ class WeightsRequest(ControlBody):
     load_format: Literal["auto", "safetensors"] | None = None
     weight_version: str | None = None
     abort_all_requests: bool = False
+    on_weight_update: Literal["keep", "recompute"] = "keep"
 
 
 @router.post("/update_weights_from_disk")
 async def update_weights_from_disk(body: WeightsRequest, request: Request) -> Response:
-    """Use the weights of another checkpoint of the same model; nothing cached before is a hit again."""
+    """Use the weights of another checkpoint of the same model; nothing cached before is a hit again.
+
+    ``on_weight_update``: whether requests that run keep their KV, or have it computed anew.
+    """
     engine = state_of(request).engine
     if body.weight_version is not None:
         check_name("weight_version", body.weight_version)
     if body.abort_all_requests:
         await on_thread(engine.abort_all, "aborted for new weights")
     try:
-        updated = await on_thread(engine.update_weights_from_disk, body.model_path, body.weight_version)
+        updated = await on_thread(
+            engine.update_weights_from_disk,
+            body.model_path,
+            body.weight_version,
+            on_weight_update=body.on_weight_update,
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
