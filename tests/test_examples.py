@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from serving import Server
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,3 +29,22 @@ def test_rl_rollout():
         assert stale == 0  # nothing that other weights computed
         assert asked / 2 < hits < asked  # but what the other answers of a round share
     assert any(float(loss) for loss in re.findall(r"loss ([-+][\d.]+)", done.stdout))  # there was something to learn
+
+
+def test_http_rollout():
+    with Server("--model-path", "demo", "--logprobs-mode", "processed_logprobs") as server:
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / "http_rollout.py", server.url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.split("step ")[1:3]
+    assert "by weights {'0'}" in first
+    assert "by weights {'step-0'}" in done.stdout
+    for hits, asked in re.findall(r"(\d+) of (\d+) prompt tokens were hits", done.stdout):
+        assert int(asked) / 2 < int(hits) < int(asked)  # what a group shares, and nothing of other weights
+    assert len(re.findall(r"released ([1-9][\d.]*) MB", done.stdout)) == 2
+    assert second

@@ -221,6 +221,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_what_auto_takes_is_not_the_slow_one": "",
     },
     "test_examples.py": {
+        "test_http_rollout": "",
         "test_rl_rollout": "",
     },
     "test_house.py": {
