@@ -21,6 +21,7 @@ import ml_dtypes  # noqa: F401 - so that numpy knows bfloat16
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+SYSTEM = "You are the manual of rootcellar, an LLM inference engine. Answer in one or two short sentences."
 QUESTIONS = ["What is a KV cache?", "What does page_size do?"]
 GROUP = 4  # answers to each question
 
@@ -69,7 +70,8 @@ def main() -> None:
         from rootcellar import demo
 
         folder = demo.path()
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    system = {"role": "system", "content": SYSTEM}
+    chats = [[system, {"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [post(url, "/tokenize", messages=chat, add_generation_prompt=True)["tokens"] for chat in chats]
     with tempfile.TemporaryDirectory() as room:
         for step in range(2):
