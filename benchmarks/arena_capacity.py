@@ -29,7 +29,7 @@ RATIOS = [2 ** (-i / 4) for i in range(33)]
 def measure(name: str) -> dict[str, object]:
     tokens, step = CASES[name]
     groups = read_architecture(PRESETS[name]).groups
-    layer_bytes = groups[0].token_bytes(2) // len(groups[0].kind.layers) * PAGE
+    layer_bytes = groups[0].token_bytes("bfloat16") // len(groups[0].kind.layers) * PAGE
     kinds = tuple(group.kind for group in groups)
     layers = sum(len(kind.layers) for kind in kinds)
     budget = MemoryBudget(kinds, layer_bytes, layers * layer_bytes * (tokens // PAGE + 1), Rules(PAGE, inflight=step))

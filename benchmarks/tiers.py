@@ -50,7 +50,7 @@ def copies(rounds):
     rows = []
     for model, (stored, layers) in MODELS.items():
         for page_size in (16, 64):
-            one = layers * stored.token_elements(1) * 2 * page_size
+            one = layers * stored.token_bytes("bfloat16") * page_size
             count = max(4, BYTES // one)
             pool = Pool(layout_of(stored, "bfloat16", page_size), layers, count)
             pages = np.random.default_rng(0).permutation(np.arange(1, count + 1)).astype(np.int32)

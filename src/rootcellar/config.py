@@ -44,8 +44,11 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Type of the cached keys and values. 'auto' is the same as dtype; 'bf16' is short for 'bfloat16'.",
-        choices=("auto", "bfloat16", "bf16", "float32"),
+        "Type of the cached keys and values. 'auto' is the same as dtype; 'bf16' is short for 'bfloat16'. Those of few "
+        "bits have scales of their own for each token and head, or for 16 elements: 'int8', 'fp8_e4m3' and 'fp8_e5m2' "
+        "take half of bfloat16, 'k8v4' (keys int8, values fp4_e2m1) two fifths, 'fp4_e2m1' two sevenths "
+        "(docs/quantised-kv.md).",
+        choices=("auto", "bfloat16", "bf16", "float32", "int8", "fp8_e4m3", "fp8_e5m2", "k8v4", "fp4_e2m1"),
     )
     max_total_tokens: int | None = option(
         None,

@@ -2,7 +2,7 @@
 
 python tensor_parallel.py  <  a line each: {"folder", "tp_size", "prompts", "most"} as JSON   >  a line of results
 
-With "store", a folder of pages: answers with host memory and that store behind it.
+With "store", a folder of pages: answers with host memory and that store behind it; then other options may follow.
 """
 
 import json
@@ -53,7 +53,7 @@ def answer(folder, tp_size, prompts, most):
         }
 
 
-def answer_beside(folder, tp_size, prompts, most, store):
+def answer_beside(folder, tp_size, prompts, most, store, **options):
     """With what the store has, and once more with nothing on the device: the answers, and where prompts were found."""
     settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
     extra = {"path": store, "max_size": "64MiB", "min_free_space": 0, "prefetch_threshold": 16}
@@ -61,6 +61,7 @@ def answer_beside(folder, tp_size, prompts, most, store):
         model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=1024, chunked_prefill_size=32,
         max_running_requests=2, enable_hierarchical_cache=True, hicache_storage_backend="file",
         hicache_storage_backend_extra_config=json.dumps(extra), hicache_storage_prefetch_policy="wait_complete",
+        **options,
     )  # fmt: skip
     with always_load(engine):
         first = engine.generate(input_ids=prompts, sampling_params=settings)

@@ -126,6 +126,17 @@ def test_what_one_number_of_devices_stored_another_reads(devices, tmp_path, name
     assert all(details["storage"] > 0 for details in found(1, [14, 15]))
 
 
+@pytest.mark.parametrize("dtype", ["k8v4", pytest.param("int8", marks=pytest.mark.long)])
+def test_what_one_number_of_devices_stored_in_few_bits_another_reads(devices, tmp_path, dtype):
+    case = golden("qwen2-4kv")
+    case.make(tmp_path / "model")
+    asked = {"folder": str(tmp_path / "model"), "most": 16, "prompts": [case.prompts[i] for i in (11, 14)]}
+    asked |= {"store": str(tmp_path / "pages"), "kv_cache_dtype": dtype}
+    one, two = (devices(tp_size=tp_size, **asked) for tp_size in (1, 2))
+    assert one["output_ids"] == two["output_ids"] == [one["output_ids"][0]] * 2
+    assert [details["storage"] > 0 for details in one["found"][0] + two["found"][0]] == [False, False, True, True]
+
+
 def config(heads, kv_heads):
     return read_config(
         {

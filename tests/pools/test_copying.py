@@ -21,7 +21,7 @@ from rootcellar.pools.layouts import LAYOUTS, layout_of
 from rootcellar.runner import CompileCounter
 
 LAYERS, PAGES = 3, 24
-STORED = {"heads": Heads(2, 8), "latents": Latents(24, 8), "states": States((3, 5), (4, 8, 5))}
+STORED = {"heads": Heads(2, 16), "latents": Latents(24, 8), "states": States((3, 5), (4, 8, 5))}
 NATIVE = pytest.param(InPlace, marks=pytest.mark.skipif(not direct.available(), reason="the copies were not built"))
 
 
@@ -98,7 +98,7 @@ def test_an_image_is_array_by_array_layer_by_layer(how):
 
 def test_images_do_not_depend_on_the_order_of_bytes_on_the_device():
     plain = Pool(layout_of(STORED["heads"], "float32", 4), LAYERS, PAGES)
-    turned = Pool(Turned(2, 8, jnp.dtype(jnp.float32), 4), LAYERS, PAGES)
+    turned = Pool(Turned(2, 16, jnp.dtype(jnp.float32), 4), LAYERS, PAGES)
     kept = fill(plain)
     turned.buffers = [tuple(jnp.asarray(a.transpose(0, 3, 1, 2, 4)) for a in buffers) for buffers in kept]
     pages, rows = np.arange(1, PAGES + 1, dtype=np.int32), np.arange(PAGES)

@@ -29,6 +29,7 @@ class Eight:
     form: ClassVar[str] = "heads"
     axes: ClassVar[tuple] = ((None, None, "kv_heads"), (None, None, "kv_heads"))
     image: ClassVar[tuple] = ((0, 1, 2, 3), (0, 1, 2))
+    turn: ClassVar[None] = None
     kv_heads: int
     head_dim: int
     page_size: int

@@ -149,8 +149,8 @@ def _groups(ask: Ask) -> list[dict[str, Any]]:
             "rule": group.kind.rule,
             "span": group.kind.span,
             "layers": len(group.kind.layers),
-            "bytes_per_token": group.token_bytes(ask.itemsize),
-            "state_bytes_per_request": group.state_bytes(ask.model.itemsize),
+            "bytes_per_token": group.token_bytes(ask.kv_dtype),
+            "state_bytes_per_request": group.state_bytes(ask.state_itemsize),
         }
         for group in ask.model.groups
     ]

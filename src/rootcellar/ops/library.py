@@ -16,6 +16,7 @@ from rootcellar.compiled import open_library
 # What XLA calls each handler, and the function of the library.
 _FUNCTIONS = {
     "rootcellar_attention_by_head": "RootcellarAttentionByHead",
+    "rootcellar_attention_over_codes": "RootcellarAttentionOverCodes",
     "rootcellar_attention_over_latents": "RootcellarAttentionOverLatents",
     "rootcellar_product": "RootcellarProduct",
 }

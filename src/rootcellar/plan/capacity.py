@@ -15,6 +15,7 @@ from rootcellar.cache.kind import Kind
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.plan.arena import group
+from rootcellar.plan.grids import NARROW
 from rootcellar.plan.layers import Architecture, Group, head_dim, kv_heads_of, need
 from rootcellar.plan.sizing import (
     ARENA,
@@ -32,17 +33,12 @@ from rootcellar.plan.sizing import (
     request_pages,
     smallest,
 )
-from rootcellar.plan.stored import DTYPES, SHORT_NAMES
+from rootcellar.plan.stored import DTYPES, SHORT_NAMES, WIDE
 from rootcellar.plan.weights import weight_bytes
 from rootcellar.units import gb
 
-KV_DTYPES = {
-    **DTYPES,
-    **{short: DTYPES[name] for short, name in SHORT_NAMES.items()},
-    "fp8_e4m3": 1,
-    "fp8_e5m2": 1,
-}
-"""Bytes of one element, by the name of the KV cache's dtype."""
+KV_DTYPES = (*DTYPES, *SHORT_NAMES, *NARROW)
+"""Names of the KV cache's dtypes."""
 
 ENGINE = EngineConfig()
 """The engine's defaults: what is not said here is planned with them."""
@@ -111,9 +107,16 @@ class Ask:
             )
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of one cached element."""
-        return self.model.itemsize if self.kv_cache_dtype == "auto" else KV_DTYPES[self.kv_cache_dtype]
+    def kv_dtype(self) -> str:
+        """The KV cache's dtype by the one name that layouts know."""
+        if self.kv_cache_dtype == "auto":
+            return self.model.dtype if self.model.dtype in DTYPES else "bfloat16"
+        return SHORT_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+
+    @property
+    def state_itemsize(self) -> int:
+        """Bytes of an element of a convolution's inputs: the activations', or what stays wide beside few bits."""
+        return DTYPES[WIDE] if self.kv_dtype in NARROW else self.model.itemsize
 
     @property
     def rules(self) -> Rules:
@@ -128,9 +131,8 @@ class Ask:
 
     def costs(self) -> list[Cost]:
         """What a page of each kind takes on one device."""
-        wide = self.model.itemsize
         return [
-            Cost(g.kind, g.token_bytes(self.itemsize, self.tp) * self.page_size + g.state_bytes(wide))
+            Cost(g.kind, g.token_bytes(self.kv_dtype, self.tp) * self.page_size + g.state_bytes(self.state_itemsize))
             for g in self.model.groups
         ]
 
@@ -241,33 +243,32 @@ def _fitting_prefill(ask: Ask) -> int | None:
 
 
 def _per_token(ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
-    size, wide, groups = ask.itemsize, ask.model.itemsize, ask.model.groups
-    tokens = [g for g in groups if g.token_bytes(size)]
+    dtype, wide, groups = ask.kv_dtype, ask.state_itemsize, ask.model.groups
+    tokens = [g for g in groups if g.token_bytes(dtype)]
     always = [g for g in tokens if g.kind.rule == "full"]
     spans = [g for g in tokens if g.kind.rule != "full"]
     states = [g for g in groups if g.state_bytes(wide)]
-    per_device = sum(g.token_bytes(size, ask.tp) for g in groups)
+    per_device = sum(g.token_bytes(dtype, ask.tp) for g in groups)
     figures = {
-        "bytes_per_token_full": sum(g.token_bytes(size) for g in tokens),
-        "bytes_per_token_hybrid": sum(g.token_bytes(size) for g in always),
-        "constant_bytes_per_request": sum(g.kind.span * g.token_bytes(size) for g in spans)
+        "bytes_per_token_full": sum(g.token_bytes(dtype) for g in tokens),
+        "bytes_per_token_hybrid": sum(g.token_bytes(dtype) for g in always),
+        "constant_bytes_per_request": sum(g.kind.span * g.token_bytes(dtype) for g in spans)
         + sum(g.state_bytes(wide) for g in states),
         "bytes_per_token_per_device": per_device,
         "bytes_per_token_all_devices": per_device * ask.tp,
     }
 
     def elements(group: Group) -> str:
-        return f"{len(group.kind.layers)} layers x {group.stored.formula()}"
+        return f"{len(group.kind.layers)} layers x {group.stored.formula(dtype)}"
 
     def constant(group: Group) -> str:
         if group in states:
             return elements(group)
-        return f"{group.kind.span} tokens x {elements(group)} x {size} bytes"
+        return f"{group.kind.span} tokens x {elements(group)}"
 
     formulas = {
-        "bytes_per_token_full": " + ".join(f"{elements(g)} x {size} bytes" for g in tokens),
-        "bytes_per_token_hybrid": " + ".join(f"{elements(g)} x {size} bytes" for g in always)
-        or "0: no layer keeps every token",
+        "bytes_per_token_full": " + ".join(map(elements, tokens)),
+        "bytes_per_token_hybrid": " + ".join(map(elements, always)) or "0: no layer keeps every token",
         "constant_bytes_per_request": " + ".join(map(constant, [*spans, *states]))
         or "0: every layer keeps every token",
         "bytes_per_token_per_device": "; ".join(dict.fromkeys(g.stored.divided(ask.tp) for g in tokens)),
@@ -442,8 +443,8 @@ def what_if(ask: Ask) -> list[tuple[str, Capacity]]:
 
 
 def _changes(ask: Ask) -> Iterator[tuple[str, Ask]]:
-    for name in ("float32", "bfloat16", "fp8_e4m3"):
-        if KV_DTYPES[name] != ask.itemsize:
+    for name in ("float32", "bfloat16", *NARROW):
+        if name != ask.kv_dtype:
             yield f"kv_cache_dtype={name}", replace(ask, kv_cache_dtype=name)
     for tp in (ask.tp // 2, ask.tp * 2):
         if tp:

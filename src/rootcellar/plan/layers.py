@@ -28,9 +28,9 @@ class Group:
     kind: Kind
     stored: Stored
 
-    def token_bytes(self, itemsize: int, tp: int = 1) -> int:
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:
         """Bytes that one device stores of one token in all layers of the group; 0 for recurrent layers."""
-        return len(self.kind.layers) * self.stored.token_elements(tp) * itemsize
+        return len(self.kind.layers) * self.stored.token_bytes(kv_cache_dtype, tp)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes that each device stores of one request in all layers, if they are recurrent; else 0.

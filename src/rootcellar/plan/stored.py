@@ -10,12 +10,19 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+from rootcellar.errors import ConfigError
+from rootcellar.plan.grids import NARROW
+
 Form = Literal["heads", "latents", "states"]
 """Keys and values by head; latents that all heads share; recurrent states, one for each request."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of weights, activations and what is cached as it is, by the name that configs give the type."""
 SHORT_NAMES = {"bf16": "bfloat16"}
 """Other names of the KV cache's types."""
+WIDE = "bfloat16"
+"""The type of what stays wide in a KV cache of few bits: inputs of convolutions, and the turned part of a latent."""
+LATENT_TYPES = ("int8", "fp8_e4m3", "fp8_e5m2")
+"""Types of few bits that a latent is kept in."""
 STATE_ITEMSIZE = 4
 """Bytes of an element of a recurrent state: it accumulates over the whole sequence, so it stays float32."""
 
@@ -28,8 +35,11 @@ class Stored(Hashable, Protocol):
         """Which form it has."""
         ...
 
-    def token_elements(self, tp: int) -> int:
-        """Elements that one device of ``tp`` stores of one token in one layer; 0 for states."""
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:
+        """Bytes that one device of ``tp`` stores of one token in one layer; 0 for states.
+
+        Raises ``ConfigError`` where this is not stored in such a type.
+        """
         ...
 
     def request_bytes(self, itemsize: int) -> int:
@@ -39,8 +49,8 @@ class Stored(Hashable, Protocol):
         """
         ...
 
-    def formula(self) -> str:
-        """How the elements of one token in one layer are counted, or the bytes of one request."""
+    def formula(self, kv_cache_dtype: str) -> str:
+        """How the bytes of one token in one layer are counted, or those of one request."""
         ...
 
     def divided(self, tp: int) -> str:
@@ -57,7 +67,7 @@ class Heads:
     head_dim: int
     group: int = 1
 
-    def token_elements(self, tp: int) -> int:
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:
         """Heads are split; with fewer than devices each is repeated, and its query heads divided among the copies.
 
         Where neither comes out even every device computes all of the attention, and stores all heads.
@@ -68,15 +78,25 @@ class Heads:
             heads = 1
         else:
             heads = self.kv_heads
-        return 2 * heads * self.head_dim
+        return heads * sum(self._pair(kv_cache_dtype))
+
+    def _pair(self, kv_cache_dtype: str) -> tuple[int, int]:
+        """Bytes of a key and of a value."""
+        narrow = NARROW.get(kv_cache_dtype)
+        if narrow is None:
+            return (self.head_dim * DTYPES[kv_cache_dtype],) * 2
+        return narrow.keys.vector_bytes(self.head_dim), narrow.values.vector_bytes(self.head_dim)
 
     def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
         """See ``Stored``."""
         return 0
 
-    def formula(self) -> str:
+    def formula(self, kv_cache_dtype: str) -> str:
         """See ``Stored``."""
-        return f"2 x {self.kv_heads} KV heads x {self.head_dim}"
+        if kv_cache_dtype in NARROW:
+            keys, values = self._pair(kv_cache_dtype)
+            return f"{self.kv_heads} KV heads x ({keys} of a key + {values} of a value) bytes"
+        return f"2 x {self.kv_heads} KV heads x {self.head_dim} x {DTYPES[kv_cache_dtype]} bytes"
 
     def divided(self, tp: int) -> str:
         """See ``Stored``."""
@@ -91,17 +111,28 @@ class Latents:
     rank: int
     rope_dim: int
 
-    def token_elements(self, tp: int) -> int:  # noqa: ARG002
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:  # noqa: ARG002
         """See ``Stored``: every device needs the whole latent."""
-        return self.rank + self.rope_dim
+        return self.rank_bytes(kv_cache_dtype) + self.rope_dim * DTYPES.get(kv_cache_dtype, DTYPES[WIDE])
+
+    def rank_bytes(self, kv_cache_dtype: str) -> int:
+        """Bytes of the compressed part, which is key and value at once: no type that holds the two apart has it."""
+        if kv_cache_dtype in DTYPES:
+            return self.rank * DTYPES[kv_cache_dtype]
+        if kv_cache_dtype not in LATENT_TYPES:
+            known = ", ".join((*DTYPES, *LATENT_TYPES))
+            raise ConfigError(f"kv_cache_dtype={kv_cache_dtype!r} has no layout of latents: choose from {known}")
+        return NARROW[kv_cache_dtype].keys.vector_bytes(self.rank)
 
     def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
         """See ``Stored``."""
         return 0
 
-    def formula(self) -> str:
+    def formula(self, kv_cache_dtype: str) -> str:
         """See ``Stored``."""
-        return f"({self.rank} latent + {self.rope_dim} rope)"
+        if kv_cache_dtype in NARROW:
+            return f"({self.rank_bytes(kv_cache_dtype)} latent + {self.rope_dim} rope x {DTYPES[WIDE]}) bytes"
+        return f"({self.rank} latent + {self.rope_dim} rope) x {DTYPES[kv_cache_dtype]} bytes"
 
     def divided(self, tp: int) -> str:
         """See ``Stored``."""
@@ -121,7 +152,7 @@ class States:
     conv: tuple[int, int]
     state: tuple[int, ...]
 
-    def token_elements(self, tp: int) -> int:  # noqa: ARG002
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:  # noqa: ARG002
         """See ``Stored``."""
         return 0
 
@@ -129,7 +160,7 @@ class States:
         """See ``Stored``."""
         return math.prod(self.conv) * itemsize + math.prod(self.state) * STATE_ITEMSIZE
 
-    def formula(self) -> str:
+    def formula(self, kv_cache_dtype: str) -> str:  # noqa: ARG002
         """See ``Stored``."""
         taps, channels = self.conv
         elements = math.prod(self.state)

@@ -16,35 +16,63 @@ from rootcellar.ops.backends.backend import Attend
 from rootcellar.ops.library import kernels, runs_vectors, vectors
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
-from rootcellar.pools.layouts import TokenLayout
+from rootcellar.pools.layouts import NarrowHeads, TokenLayout
 
-# What XLA calls attention over each form of pages.
-_TARGETS = {"heads": "rootcellar_attention_by_head", "latents": "rootcellar_attention_over_latents"}
+# What XLA calls attention over each layout.
+_TARGETS = {
+    "heads": "rootcellar_attention_by_head",
+    "latents": "rootcellar_attention_over_latents",
+    "narrow heads": "rootcellar_attention_over_codes",
+}
 
 
 def lacks(layout: Layout, platform: str) -> str | None:
-    """See ``Backend``: it reads two layouts, each in two types, whose dimensions fill vectors."""
+    """See ``Backend``: it reads some layouts, in some types, whose dimensions fill vectors."""
     if platform != "cpu":
         return f"it runs on CPUs, and the device is a {platform}"
-    if layout.form not in _TARGETS:
+    if layout.form == "states":
         return f"nothing attends over {layout.form}"
-    if layout.name != layout.form:
-        return f"it reads the layouts {' and '.join(map(repr, _TARGETS))}, and the cache has {layout.name!r}"
-    (array,) = layout.buffers(1)
-    if array.dtype not in (jnp.float32, jnp.bfloat16):
+    if layout.name not in _TARGETS:
+        return f"it reads the layouts {', '.join(map(repr, _TARGETS))}, and the cache has {layout.name!r}"
+    array, *_ = layout.buffers(1)
+    if not isinstance(layout, NarrowHeads) and array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
     if kernels() is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
     if not runs_vectors(vectors()):
         return f"ROOTCELLAR_VECTORS={vectors()!r} is no instruction set that it is compiled for and that runs here"
-    size = array.shape[-1]
+    size = layout.head_dim if isinstance(layout, NarrowHeads) else array.shape[-1]
     return None if size % 16 == 0 else f"it has no kernel for rows of {size} elements, only for multiples of 16"
 
 
 def attend(layout: TokenLayout, reach: Reach) -> Attend:
     """See ``Backend``."""
     kernels()
-    return functools.partial(_attend, _TARGETS[layout.form], vectors(), reach)
+    if isinstance(layout, NarrowHeads):
+        return functools.partial(_attend_codes, layout, vectors(), reach)
+    return functools.partial(_attend, _TARGETS[layout.name], vectors(), reach)
+
+
+def _attend_codes(
+    layout: NarrowHeads, vectors: str, reach: Reach, q: Array, k: Array, v: Array, *rest: Array
+) -> tuple[Array, ...]:
+    """XLA makes the codes of the batch's keys and values; the kernel writes them down and reads those that are there.
+
+    ``rest``: sinks, tables, rows and positions; the pools.
+    """
+    *where, a, b, c, d = rest
+    fresh, pools = layout.encode((k, v)), (a, b, c, d)
+    taken = 1 + len(where) + len(fresh)  # what the pools come after
+    call = jax.ffi.ffi_call(
+        _TARGETS[layout.name],
+        (jax.ShapeDtypeStruct(q.shape, jnp.float32), *(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in pools)),
+        input_output_aliases={taken + i: 1 + i for i in range(len(pools))},
+    )
+    out, *new = call(
+        q.astype(jnp.float32), *where, *fresh, *pools,
+        keys=layout.keys.name, values=layout.values.name, vectors=vectors, **_seen(reach),
+    )  # fmt: skip
+    return out, *new
 
 
 def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> tuple[Array, ...]:
@@ -56,11 +84,14 @@ def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> 
         input_output_aliases={len(rest): 0},
     )
     floats = [part.astype(jnp.float32) for part in (q, *parts)]
-    pool, out = call(
-        *floats, tables, rows, positions, pool,
-        scale=np.float32(reach.scale),
-        window=np.int64(reach.span if reach.rule == "sliding_window" else 0),
-        chunk=np.int64(reach.span if reach.rule == "chunked_local" else 0),
-        vectors=vectors,
-    )  # fmt: skip
+    pool, out = call(*floats, tables, rows, positions, pool, vectors=vectors, **_seen(reach))
     return out, pool
+
+
+def _seen(reach: Reach) -> dict[str, np.generic]:
+    """What queries see, as the kernels are told."""
+    return {
+        "scale": np.float32(reach.scale),
+        "window": np.int64(reach.span if reach.rule == "sliding_window" else 0),
+        "chunk": np.int64(reach.span if reach.rule == "chunked_local" else 0),
+    }

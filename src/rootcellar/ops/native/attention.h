@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "targets.h"
@@ -26,6 +27,31 @@ constexpr int kBlock = 64;   // positions whose scores are computed before they 
 constexpr int kRows = 6;     // queries that a register tile of a product of matrices has
 constexpr int kNarrow = 16;  // as many queries are too few to pack keys for
 
+// Keys, or values, of few bits: codes and scales, each in a row of bytes [pages, kv_heads, page_size, row].
+struct Coded {
+  const uint8_t *codes, *scales;
+};
+
+// Values of the 256 bytes that hold two elements of E2M1, and those of scales of 8 bits: see codes.inc.
+struct Pairs {
+  float of[256][2], scale[256];
+  constexpr Pairs() : of{}, scale{} {
+    constexpr float kSizes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    for (int byte = 0; byte < 256; byte++) {
+      for (int half = 0; half < 2; half++) {
+        const int code = (byte >> (4 * half)) & 15;
+        of[byte][half] = code < 8 ? kSizes[code] : -kSizes[code - 8];
+      }
+      const int exponent = byte >> 3;
+      float power = 1.0f / (1 << 17);  // of the last bit where there is no exponent
+      for (int e = 1; e < exponent; e++) power *= 2;
+      const int mantissa = exponent == 0 ? byte & 7 : 8 + (byte & 7);
+      scale[byte] = exponent == 31 ? __builtin_nanf("") : static_cast<float>(mantissa) * power;
+    }
+  }
+};
+inline constexpr Pairs kPairs;
+
 // Where the cached positions [begin, end) of one row and KV head lie.
 struct Span {
   const void* pool;
@@ -34,6 +60,13 @@ struct Span {
   int page_size;
   int64_t page_stride, value_offset, head_offset;  // in elements
   int dim;
+  Coded keys, values;  // of pools of few bits
+  int kv_heads, head;
+
+  // Where, in rows of a pool of few bits, a position lies.
+  int64_t slot(int t) const {
+    return (static_cast<int64_t>(pages[t / page_size]) * kv_heads + head) * page_size + t % page_size;
+  }
 
   // Pointers to the keys and values of n positions from t0 on.
   template <typename T>
@@ -66,12 +99,16 @@ using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float*
 // The kernel for a pool's type.
 using Choose = Kernel (*)(bool is_bf16);
 
-inline int64_t room_for(int64_t dim, int64_t rows) { return 2 * dim * kBlock + kRows * kBlock + rows * dim; }
+// The kernel for the grids of keys and of values; null where there is none.
+using ChooseOfCodes = Kernel (*)(std::string_view keys, std::string_view values);
+
+inline int64_t room_for(int64_t dim, int64_t rows) { return 3 * dim * kBlock + kRows * kBlock + rows * dim; }
 
 #define ROOTCELLAR_KERNELS "kernel.inc"
 #include "sets.inc"
 
 constexpr Vectors<Choose> kVectorSets[] = {ROOTCELLAR_SETS(kernel)};
+constexpr Vectors<ChooseOfCodes> kCodeSets[] = {ROOTCELLAR_SETS(kernel_of_codes)};
 
 template <typename T>
 void write_row(T* to, const float* from, int64_t n);
@@ -96,6 +133,13 @@ struct Unit {
   int64_t begin, count;
 };
 
+// Codes or scales of keys or values: what the batch has, [tokens, kv_heads, row] in bytes, and where it goes.
+struct Rows {
+  const uint8_t* fresh;
+  uint8_t* pool;
+  int64_t row;
+};
+
 // A packed batch over a pool of pages [pages, 2, kv_heads, page_size, dim], K first, or, with v null, of latents,
 // [pages, page_size, dim], which all heads share and which are their own values (kv_heads is 1).
 struct Batch {
@@ -107,6 +151,7 @@ struct Batch {
   int64_t tokens, heads, kv_heads, dim, page_size, width, tiles;
   float scale;
   int64_t window, chunk;  // 0: none
+  Rows rows_of[4] = {};   // pools of few bits, in place of k, v, pool: codes of keys and values, scales of each
 
   int64_t tile() const { return tokens / tiles; }
   int64_t group() const { return heads / kv_heads; }
@@ -123,6 +168,18 @@ struct Batch {
       for (int64_t h = 0; h < kv_heads; h++, to += page_size * dim) {
         write_row(to, k + (j * kv_heads + h) * dim, dim);
         if (v != nullptr) write_row(to + value_offset(), v + (j * kv_heads + h) * dim, dim);
+      }
+    }
+  }
+
+  void write_codes() const {
+    for (const Rows& r : rows_of) {
+      for (int64_t j = 0; j < tokens; j++) {
+        const int32_t at = positions[j];
+        if (at < 0) continue;
+        uint8_t* to = r.pool + (pages(j)[at / page_size] * kv_heads * page_size + at % page_size) * r.row;
+        for (int64_t h = 0; h < kv_heads; h++, to += page_size * r.row)
+          std::memcpy(to, r.fresh + (j * kv_heads + h) * r.row, r.row);
       }
     }
   }
@@ -268,7 +325,11 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
                     b.page_stride(),
                     b.value_offset(),
                     h * b.page_size * d,
-                    static_cast<int>(d)};
+                    static_cast<int>(d),
+                    {b.rows_of[0].pool, b.rows_of[2].pool},
+                    {b.rows_of[1].pool, b.rows_of[3].pool},
+                    static_cast<int>(b.kv_heads),
+                    static_cast<int>(h)};
     kernel(span, Query{x, scratch.first.data(), scratch.last.data(), static_cast<int>(rounded)}, room, m, l, o);
     if (splits == 1) {
       finish(b, u, h, l, o);

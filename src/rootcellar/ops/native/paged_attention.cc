@@ -64,6 +64,58 @@ ffi::Error by_head(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, 
   return attend(threads, b, pool, pool_out, vectors);
 }
 
+// As by_head, over pools of few bits: what a token has in each, codes of keys and of values and the scales of each, as
+// [T, kv_heads, ...], and the pools [pages, kv_heads, page_size, ...], updated in place. `keys` and `values` name grids.
+ffi::Error over_codes(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer sinks, ffi::AnyBuffer tables,
+                      ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::RemainingArgs arrays, float scale,
+                      int64_t window, int64_t chunk, std::string_view keys, std::string_view values,
+                      std::string_view vectors, ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets pools) {
+  constexpr size_t kArrays = 4;
+  if (arrays.size() != 2 * kArrays || pools.size() != kArrays)
+    return ffi::Error::InvalidArgument("paged attention: codes and scales of keys and values, and four pools");
+  Batch b{};
+  for (size_t i = 0; i < kArrays; i++) {
+    const auto fresh = arrays.get<ffi::AnyBuffer>(i), pool = arrays.get<ffi::AnyBuffer>(kArrays + i);
+    auto after = pools.get<ffi::AnyBuffer>(i);
+    if (fresh.has_error() || pool.has_error() || after.has_error())
+      return ffi::Error::InvalidArgument("paged attention: an array is missing");
+    if (pool->untyped_data() != (*after)->untyped_data())
+      return ffi::Error::Internal("paged attention: the pool was copied; donate it to the step");
+    const auto fd = fresh->dimensions(), pd = pool->dimensions();
+    if (fd.size() < 2 || pd.size() < 3 || fd[1] != pd[1])
+      return ffi::Error::InvalidArgument("paged attention: wrong number of dimensions");
+    b.kv_heads = pd[1];
+    b.page_size = pd[2];
+    b.rows_of[i] = {static_cast<const uint8_t*>(fresh->untyped_data()), static_cast<uint8_t*>(pool->untyped_data()),
+                    static_cast<int64_t>(fresh->size_bytes()) / (fd[0] * fd[1])};
+  }
+  const auto qd = q.dimensions(), td = tables.dimensions();
+  if (qd.size() != 3 || td.size() != 2 || rows.dimensions().size() != 1 || qd[1] % b.kv_heads != 0 || qd[2] % 16 != 0)
+    return ffi::Error::InvalidArgument("paged attention: wrong dimensions");
+  if (rows.dimensions()[0] == 0 || qd[0] % rows.dimensions()[0] != 0)
+    return ffi::Error::InvalidArgument("paged attention: tokens must be a multiple of tiles");
+  b.q = q.typed_data<float>();
+  b.sinks = sinks.typed_data<float>();
+  b.tables = tables.typed_data<int32_t>();
+  b.rows = rows.typed_data<int32_t>();
+  b.positions = positions.typed_data<int32_t>();
+  b.out = (*out).typed_data<float>();
+  b.tokens = qd[0];
+  b.heads = qd[1];
+  b.dim = qd[2];
+  b.width = td[1];
+  b.tiles = rows.dimensions()[0];
+  b.scale = scale;
+  b.window = window;
+  b.chunk = chunk;
+  const auto* found = rootcellar::find_vectors(rootcellar::kCodeSets, std::string(vectors));
+  const rootcellar::Kernel kernel = found == nullptr ? nullptr : found->function(keys, values);
+  if (kernel == nullptr) return ffi::Error::InvalidArgument("paged attention: no kernel for these grids and vectors");
+  b.write_codes();
+  rootcellar::attend(threads, b, kernel);
+  return ffi::Error::Success();
+}
+
 // q [T, heads, dim] and latents [T, dim] float32; pool [pages, page_size, dim]; the rest as above. There are no sinks.
 ffi::Error over_latents(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer latents, ffi::AnyBuffer tables,
                         ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool, float scale, int64_t window,
@@ -114,6 +166,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionByHead, by_head,
                                   .Attr<std::string_view>("vectors")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverCodes, over_codes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk")
+                                  .Attr<std::string_view>("keys")
+                                  .Attr<std::string_view>("values")
+                                  .Attr<std::string_view>("vectors")
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverLatents, over_latents,
                               ffi::Ffi::Bind()

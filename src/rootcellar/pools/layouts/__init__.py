@@ -1,27 +1,35 @@
 """Compute: layouts, one small file each: how the bytes lie that one layer stores.
 
 A file says which types of the KV cache it ``SERVES``, as the setting ``kv_cache_dtype`` calls them, and ``make`` gives
-its layout of what a layer stores. A type that is quantised is a file of its own here, with buffers of its own (its
-scales), and how a token goes in and comes out: nothing else knows of them.
+its layout of what a layer stores. Types of few bits are rows of ``plan.grids.NARROW``; their scales are buffers of a
+layout like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from rootcellar.errors import ConfigError
 from rootcellar.plan.stored import Form, Stored
-from rootcellar.pools.layouts import heads, latents, states
+from rootcellar.pools.layouts import heads, latents, narrow_heads, narrow_latents, states
 from rootcellar.pools.layouts.heads import PagedHeads
 from rootcellar.pools.layouts.latents import PagedLatents
 from rootcellar.pools.layouts.layout import Axes, Layout, TokenLayout, page_bytes
+from rootcellar.pools.layouts.narrow_heads import NarrowHeads
+from rootcellar.pools.layouts.narrow_latents import NarrowLatents
 from rootcellar.pools.layouts.states import Slots
 
+_FILES: tuple[tuple[Form, ModuleType], ...] = (
+    ("heads", heads),
+    ("heads", narrow_heads),
+    ("latents", latents),
+    ("latents", narrow_latents),
+    ("states", states),
+)
 LAYOUTS: Mapping[tuple[Form, str], Callable[[Any, str, int], Layout]] = {
-    (form, dtype): file.make
-    for form, file in (("heads", heads), ("latents", latents), ("states", states))
-    for dtype in file.SERVES
+    (form, dtype): file.make for form, file in _FILES for dtype in file.SERVES
 }
 
 
@@ -41,6 +49,8 @@ __all__ = [
     "LAYOUTS",
     "Axes",
     "Layout",
+    "NarrowHeads",
+    "NarrowLatents",
     "PagedHeads",
     "PagedLatents",
     "Slots",

@@ -27,6 +27,7 @@ class PagedHeads:
     name: ClassVar[str] = "heads"
     form: ClassVar[Form] = "heads"
     axes: ClassVar[tuple[Axes, ...]] = ((None, None, "kv_heads"),)
+    turn: ClassVar[None] = None
     image: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2, 3),)
     kv_heads: int
     head_dim: int

@@ -26,6 +26,7 @@ class PagedLatents:
     name: ClassVar[str] = "latents"
     form: ClassVar[Form] = "latents"
     axes: ClassVar[tuple[Axes, ...]] = ((),)
+    turn: ClassVar[None] = None
     image: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1),)
     dim: int
     dtype: jnp.dtype

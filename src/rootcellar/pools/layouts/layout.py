@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from rootcellar.plan.stored import Form
 
@@ -61,6 +63,13 @@ class TokenLayout(Layout, Protocol):
     What is written and read are the parts of ``form``: keys and values ``[..., kv_heads, head_dim]`` for heads, one
     vector ``[..., D]`` for latents. On each device of a mesh ``buffers`` and parts are the device's own.
     """
+
+    @property
+    def turn(self) -> NDArray[np.float32] | None:
+        """A symmetric orthogonal matrix ``[D, D]`` by which queries and parts are multiplied before they are written
+        or attend, and what they give after; None: none. A backend sees what is turned alone.
+        """  # fmt: skip
+        ...
 
     def write(
         self, buffers: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]

@@ -8,10 +8,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from rootcellar.plan.stored import DTYPES, Form, States
+from rootcellar.plan.grids import NARROW
+from rootcellar.plan.stored import DTYPES, WIDE, Form, States
 from rootcellar.pools.layouts.layout import Axes
 
-SERVES = tuple(DTYPES)
+SERVES = (*DTYPES, *NARROW)
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,4 @@ class Slots:
 
 def make(stored: States, dtype: str, page_size: int) -> Slots:  # noqa: ARG001 - see Slots
     """The layout of one state for each request."""
-    return Slots(stored.conv, stored.state, jnp.dtype(dtype))
+    return Slots(stored.conv, stored.state, jnp.dtype(WIDE if dtype in NARROW else dtype))
