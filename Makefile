@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 # Torch, transformers and other people's clients live apart, so that the default suite proves itself without them.
 REFERENCE_VENV := .venv-reference
+# So do trainers, which bring half of what there is for Python.
+TRAINERS_VENV := .venv-trainers
 # What others wrote and stores stand on, an environment each: their packages do not agree with each other.
 STORES_VENVS := .venv-stores
 # Which are tested, and seconds for the tests of each, after which they are ended.
@@ -29,7 +31,7 @@ RUN := $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-wide test-reference test-clients test-stores fuzz sanitize lint format docs site docs-serve golden bench \
+.PHONY: help demo wheel test test-wide test-reference test-clients test-trainers test-stores fuzz sanitize lint format docs site docs-serve golden bench \
 	lock clean
 
 help:  ## List the targets.
@@ -53,6 +55,11 @@ test-reference: $(REFERENCE_VENV)/.stamp  ## Compare live with Hugging Face tran
 
 test-clients: $(REFERENCE_VENV)/.stamp  ## Run other people's clients against a server process.
 	@$(REFERENCE_VENV)/bin/python -m pytest -m clients $(ARGS)
+
+test-trainers: $(VENV)/.stamp-dev  ## Run other people's trainers over an engine, where they can be installed.
+	@$(MAKE) --no-print-directory $(TRAINERS_VENV)/.stamp \
+		|| echo "Trainers cannot be installed here (requirements/trainers.txt): what needs them is skipped."
+	@$$(test -f $(TRAINERS_VENV)/.stamp && echo $(TRAINERS_VENV) || echo $(VENV))/bin/python -m pytest -rs -m trainers $(ARGS)
 
 test-stores: $(if $(filter lmcache aibrix,$(STORES)),$(REFERENCE_VENV)/.stamp,$(VENV)/.stamp-dev)  ## Run stores on other people's components (STORES="redis s3": these).
 	@$(RUN)python tests/store_components/run.py --environments $(STORES_VENVS) --torch $(REFERENCE_VENV) \
@@ -110,7 +117,7 @@ PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --qu
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 clean:  ## Remove everything that can be made again.
-	rm -rf $(VENV) $(REFERENCE_VENV) $(STORES_VENVS) $(DOCS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(TRAINERS_VENV) $(STORES_VENVS) $(DOCS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- The virtual environments -----------------------------------------------------------------------------------------
@@ -136,14 +143,25 @@ $(DOCS_VENV)/.stamp: requirements/docs.txt
 # Torch and the rest on top of what is in $(VENV), which a path file lends: nothing is installed or compiled twice.
 $(REFERENCE_VENV)/.stamp: $(VENV)/.stamp-dev requirements/reference.txt
 	@$(call create_venv,$(REFERENCE_VENV))
-	@$(REFERENCE_VENV)/bin/python -c 'import pathlib, sysconfig; \
-		here = sysconfig.get_path("purelib"); lent = here.replace("$(REFERENCE_VENV)", "$(VENV)"); \
-		pathlib.Path(here, "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")'
+	@$(call lend,$(REFERENCE_VENV))
 	@torch=$$(grep '^torch==' requirements/reference.txt); \
 		$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) "$$torch+cpu" 2>/dev/null \
 		|| $(REFERENCE_VENV)/bin/python $(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) "$$torch"
 	@$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) -r requirements/reference.txt
 	@touch $@ && echo "$(REFERENCE_VENV) is ready."
+
+# The same for trainers.
+$(TRAINERS_VENV)/.stamp: $(VENV)/.stamp-dev requirements/trainers.txt
+	@$(call create_venv,$(TRAINERS_VENV))
+	@$(call lend,$(TRAINERS_VENV))
+	@$(TRAINERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/trainers.txt
+	@touch $@ && echo "$(TRAINERS_VENV) is ready."
+
+define lend
+$(1)/bin/python -c 'import pathlib, sysconfig; \
+	here = sysconfig.get_path("purelib"); lent = here.replace("$(1)", "$(VENV)"); \
+	pathlib.Path(here, "lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")'
+endef
 
 define create_venv
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
