@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import make_checkpoint
 from rootcellar.errors import ModelError
-from rootcellar.integrations.tunix.trees import tensors_of
+from rootcellar.integrations.tunix_trees import tensors_of
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params, tensors_from_params
 from rootcellar.models.repacking import params_of_tensors

@@ -25,7 +25,7 @@ from tunix.rl.rollout.base_rollout import BaseRollout, RolloutConfig, RolloutOut
 
 import rootcellar
 from rootcellar.engine.build import folder_of
-from rootcellar.integrations.tunix.trees import tensors_of
+from rootcellar.integrations.tunix_trees import tensors_of
 from rootcellar.models.config import load_config
 from rootcellar.models.repacking import params_of_tensors
 
