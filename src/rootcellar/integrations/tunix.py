@@ -29,9 +29,6 @@ from rootcellar.integrations.tunix_trees import tensors_of
 from rootcellar.models.config import load_config
 from rootcellar.models.repacking import params_of_tensors
 
-Prompt = str | Sequence[int]
-"""A text, which Tunix's tokenizer reads, or token ids, which nobody touches."""
-
 
 class RootcellarRollout(BaseRollout):
     """A ``BaseRollout`` over an engine of this process, ``engine``, which whoever made this may look at and ask."""
@@ -72,8 +69,10 @@ class RootcellarRollout(BaseRollout):
             **{"tp_size": size, "skip_tokenizer_init": True, "logprobs_mode": "processed_logprobs", **options},
         )
 
-    def generate(self, prompts: Sequence[Prompt], rollout_config: RolloutConfig, **_: Any) -> RolloutOutput:
-        """Continue each of ``prompts``, one answer each.
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], rollout_config: RolloutConfig, **_: Any
+    ) -> RolloutOutput:
+        """Continue each of ``prompts``, one answer each: texts, which Tunix's tokenizer reads, or token ids as they are.
 
         ``tokens`` end with the token that ended the answer, so that the policy learns to end; ``text`` lacks it.
         ``logprobs`` (with ``return_logprobs``) are those of the distribution that tokens were drawn from. There are no
@@ -163,7 +162,7 @@ class RootcellarRollout(BaseRollout):
         ``offload_to_cpu`` cannot be on, as with Tunix's own groups of engines.)
         """
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         first = self._tokenizer.bos_id()

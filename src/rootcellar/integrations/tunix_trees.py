@@ -13,7 +13,7 @@ from typing import Any
 
 from jax import Array
 
-Turn = Callable[[Array], list[Array]]
+Turning = Callable[[Array], list[Array]]
 """From one of Tunix's arrays to a checkpoint's tensors."""
 
 
@@ -21,7 +21,7 @@ def _same(array: Array) -> list[Array]:
     return [array]
 
 
-def _linear(inputs: int) -> Turn:
+def _linear(inputs: int) -> Turning:
     """One linear layer whose ``inputs`` first axes are summed over."""
 
     def turn(array: Array) -> list[Array]:
@@ -43,7 +43,7 @@ def _several(array: Array) -> list[Array]:
 
 
 _LAYER, _HF = r"layers\.(\d+)\.", r"model.layers.\1."
-_RULES: tuple[tuple[str, tuple[str, ...], Turn], ...] = (
+_RULES: tuple[tuple[str, tuple[str, ...], Turning], ...] = (
     (r"embedder\.input_embedding", ("model.embed_tokens.weight",), _same),
     (r"final_norm\.(?:w|scale)", ("model.norm.weight",), _same),
     (r"lm_head\.w", ("lm_head.weight",), _linear(1)),
