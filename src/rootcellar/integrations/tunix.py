@@ -72,7 +72,7 @@ class RootcellarRollout(BaseRollout):
     def generate(
         self, prompts: Sequence[str | Sequence[int]], rollout_config: RolloutConfig, **_: Any
     ) -> RolloutOutput:
-        """Continue each of ``prompts``, one answer each: texts, which Tunix's tokenizer reads, or token ids as they are.
+        """Continue each of ``prompts``, one answer each: texts, for Tunix's tokenizer, or token ids.
 
         ``tokens`` end with the token that ended the answer, so that the policy learns to end; ``text`` lacks it.
         ``logprobs`` (with ``return_logprobs``) are those of the distribution that tokens were drawn from. There are no
