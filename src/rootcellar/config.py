@@ -263,6 +263,48 @@ class EngineConfig:
     hicache_storage_save_on_exit: bool = option(
         False, "Write to the store, before the engine ends, what only the device or the host holds."
     )
+    disaggregation_mode: str = option(
+        "null",
+        "Prefill and decode apart (docs/disaggregation.md): 'prefill' computes prompts and gives their KV cache to "
+        "decode nodes, 'decode' takes it from there and answers. Requests say by bootstrap_host, bootstrap_port and "
+        "bootstrap_room where they meet; others are answered as ever. Turns enable_hierarchical_cache on.",
+        choices=("null", "prefill", "decode"),
+    )
+    disaggregation_transfer_backend: str = option(
+        "tcp", "How pages go from a prefill node to a decode node.", choices=("tcp",)
+    )
+    disaggregation_bootstrap_port: int = option(
+        8998,
+        "Port on which a prefill node says where its pages are had (0: a free one); and on a decode node the one that "
+        "is asked, where a request does not name another.",
+        low=0,
+        high=65535,
+    )
+    disaggregation_host: str = option(
+        "127.0.0.1",
+        "Address on which a prefill node listens for decode nodes. Whoever reaches it can ask for pages: keep it to a "
+        "network of your own.",
+    )
+    disaggregation_fallback: str = option(
+        "abort",
+        "What a decode node does when a prompt's KV cache does not come: 'abort' ends the request with the reason, "
+        "'recompute' computes the prompt itself.",
+        choices=("abort", "recompute"),
+    )
+    disaggregation_heartbeat_timeout: float = option(
+        10.0,
+        "Seconds without a word from the other node after which it is taken for dead.",
+        low=0,
+        high=3600,
+        above=True,
+    )
+    disaggregation_waiting_timeout: float = option(
+        300.0,
+        "Seconds that a request waits on a prefill node for its decode node, and on a decode node for its prompt's KV "
+        "cache.",
+        low=0,
+        above=True,
+    )
     share_cache_across_keys: bool = option(
         False,
         "Let tenants (the server's API keys) hit each other's cached prefixes. Their requests, names and pins stay "
@@ -375,6 +417,11 @@ class EngineConfig:
             raise ConfigError(
                 "speculative_algorithm goes by what steps take, on which ranks do not agree: it needs nnodes=1"
             )
+        if self.disaggregation_mode != "null":
+            if self.nnodes > 1 or self.disable_radix_cache:
+                why = "nnodes=1" if self.nnodes > 1 else "the radix cache: leave out disable_radix_cache"
+                raise ConfigError(f"disaggregation_mode={self.disaggregation_mode!r} needs {why}")
+            object.__setattr__(self, "enable_hierarchical_cache", True)  # pages come and wait there
         if self.enable_hierarchical_cache and self.disable_radix_cache:
             raise ConfigError(
                 "enable_hierarchical_cache keeps cached prefixes in host memory, and disable_radix_cache caches none: "

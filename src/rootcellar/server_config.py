@@ -140,5 +140,12 @@ class ServerConfig:
         "Take requests before any program is compiled, and compile none behind them: those that need one wait for it.",
     )
 
+    prefill_url: str | None = option(
+        None,
+        "With disaggregation_mode=decode: the server that computes this one's prompts, as http://10.0.0.1:30000. "
+        "Prompts that do not come with a bootstrap_room are sent there; its bootstrap service is on the same host, on "
+        "disaggregation_bootstrap_port (docs/disaggregation.md).",
+    )
+
     def __post_init__(self) -> None:
         check_values(self, ConfigError)

@@ -21,6 +21,7 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine import identity, memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
+from rootcellar.engine.sides import open_peers
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
@@ -41,6 +42,8 @@ from rootcellar.scheduler import Loads, NgramGuesser, Prefetcher, Scheduler, Sna
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.host import HostMemory, free_memory, host_rows
 from rootcellar.tiers.mover import Mover
+from rootcellar.transfer.receiver import Receiver
+from rootcellar.transfer.sender import Sender
 from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
@@ -98,6 +101,8 @@ class Parts:
     """The tier in host memory and who copies to and from it; None without ``enable_hierarchical_cache``."""
     prefetcher: Prefetcher
     """What waiting requests want of the store behind it."""
+    peers: Sender | Receiver | None
+    """What gives pages to decode nodes, or takes them from prefill nodes; None where both are this engine's."""
     trace: TraceLog | None
     """What writes down what was asked; None: nobody wants that, or another rank does it."""
 
@@ -202,7 +207,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
     images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
-    loads = Loads(programs.paging.kinds, config.page_size, images)
+    loads = Loads(programs.paging.kinds, config.page_size, images, always=config.disaggregation_mode == "decode")
     scheduler = _scheduler(config, programs, pools, running, names, host, loads)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
@@ -226,6 +231,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         host,
         mover,
         Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
+        None if mover is None or host is None else open_peers(config, runner, host, mover, kv_dtype, names),
         trace,
     )
 
@@ -283,6 +289,8 @@ def _scheduler(
         tiers[Tier.HOST] = {name: len(images) for name, images in host.images.items()}
         near = tiers[Tier.DEVICE], tiers[Tier.HOST]
         tiers[Tier.STORAGE] = {name: NOTED * sum(pages[name] for pages in near) for name in pools}
+    if config.disaggregation_mode == "decode":
+        tiers[Tier.PEER] = tiers[Tier.STORAGE]
     cache = RadixCache(
         kinds,
         page_size=config.page_size,
@@ -296,7 +304,7 @@ def _scheduler(
         max_length=programs.table_width * config.page_size,
         policy=config.radix_eviction_policy,
         write_policy=config.hicache_write_policy,
-        min_load={Tier.HOST: WORTH_LOADING},
+        min_load={Tier.HOST: 1 if config.disaggregation_mode == "decode" else WORTH_LOADING},
         fingerprint=fingerprint,
         reuse=not config.disable_radix_cache,
     )

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jax import Array
 
 from rootcellar.engine.output import Tracker
-from rootcellar.runner import BatchPart, Unread
+from rootcellar.runner import BatchPart, Runner, Unread
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Plan, Request, keep
 
@@ -94,3 +95,33 @@ def read(unread: Unread | None, plan: Plan) -> Chosen:
 def _row(request: Request) -> int:
     assert request.lease is not None
     return request.lease.row
+
+
+def score_prompts(
+    runner: Runner, plan: Plan, trackers: Mapping[Request, Tracker], starts: Sequence[int], hidden: Array
+) -> None:
+    """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was.
+
+    ``starts``: the place of each chunk's first token in ``hidden`` [T, E].
+    """
+    if all(c.request.score_from is None for c in plan.chunks):
+        return
+    targets = np.zeros(len(hidden), np.int64)
+    spans = []
+    for chunk, at in zip(plan.chunks, starts, strict=True):
+        request = chunk.request
+        kept = trackers[request].logprobs
+        if request.score_from is None or kept is None or kept.options.start is None:
+            continue
+        stop = min(chunk.stop, request.prompt_length - 1)
+        n = max(0, stop - chunk.start)
+        targets[at : at + n] = request.ids[chunk.start + 1 : chunk.start + 1 + n]
+        spans.append((chunk.start, n, at, kept))
+    k = max((kept.options.top for *_, kept in spans), default=0)
+    chosen, values, ids = runner.score(hidden, targets, k)
+    for start, n, at, kept in spans:
+        kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
+        top = kept.options.top
+        if top:
+            kept.prompt_top[start + 1 : start + 1 + n] = values[at : at + n, :top]
+            kept.prompt_top_ids[start + 1 : start + 1 + n] = ids[at : at + n, :top]

@@ -98,6 +98,8 @@ class Submit(Command):
                 bound=item.sampling.penalized or (grammars is not None and grammars[i] is not None),
                 checkpoint=item.checkpoint,
                 depends=item.depends,
+                room=item.room,
+                gives=item.gives,
             )
             assert item.seed is not None
             tracker = Tracker(
@@ -120,10 +122,14 @@ class Submit(Command):
         """``trackers`` follow the items, in their order."""
         machine.life.require_memory()
         machine.places.require(self.tenant, len(trackers))
+        machine.peers.require([tracker.request for tracker in trackers])
         machine.roster.add(self.call, trackers)
         for tracker in trackers:
             machine.scheduler.add(tracker.request)
-            machine.prefetcher.arrived(tracker.request, self.received)
+            if tracker.request.room is None:
+                machine.prefetcher.arrived(tracker.request, self.received)
+            else:
+                machine.peers.arrived(tracker.request, self.received)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class AbortAll(Command):
 
 @dataclass(frozen=True)
 class Expire(Command):
-    """End what is late at ``now``: requests, pins, and the waiting for a store."""
+    """End what is late at ``now``: requests, pins, and the waiting for a store or another node."""
 
     now: float
 
@@ -177,6 +183,19 @@ class Expire(Command):
         machine.pins.expire(self.now)
         machine.hints.expire(self.now)
         machine.prefetcher.expire(self.now)
+        machine.peers.expire(self.now)
+
+
+@dataclass(frozen=True)
+class Desert(Command):
+    """Nobody will come to ``rooms``: those who wait there are told ``why``."""
+
+    rooms: tuple[range, ...]
+    why: str
+
+    def run(self, machine: Machine) -> int:
+        """How many requests waited there."""
+        return machine.peers.desert(self.rooms, self.why)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

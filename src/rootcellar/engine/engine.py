@@ -17,15 +17,7 @@ from rootcellar.engine import memory
 from rootcellar.engine.build import Parts, build
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.closing import close_at_the_end
-from rootcellar.engine.commands import (
-    Abort,
-    AbortAll,
-    Continue,
-    Flush,
-    Pause,
-    Release,
-    Resume,
-)
+from rootcellar.engine.commands import Abort, AbortAll, Continue, Flush, Pause, Release, Resume
 from rootcellar.engine.intake import Intake
 from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -34,6 +26,7 @@ from rootcellar.engine.output import in_order, show
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.ranks import loop_of
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
+from rootcellar.engine.rooms import Rooms
 from rootcellar.engine.sight import Sight
 from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
@@ -106,6 +99,7 @@ class Engine(TakesWeights):
         self._last_post: Post | None = None
         self._close = close_at_the_end(self, self._loop, self._parts, exchange)
         self.prefixes = Prefixes(self._loop, self._parts)
+        self.rooms = Rooms(self._loop)
         self.programs = WarmUp(self._loop, self._parts.compiles)
         self._intake = Intake(self._parts, clock)
         try:
@@ -176,6 +170,9 @@ class Engine(TakesWeights):
         tenant: str = "",
         storage_checkpoint: bool = False,
         storage_checkpoint_dependency: str | None = None,
+        bootstrap_host: str | Sequence[str | None] | None = None,
+        bootstrap_port: int | Sequence[int | None] | None = None,
+        bootstrap_room: int | Sequence[int | None] | None = None,
         raise_on_failure: bool = True,
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
@@ -200,6 +197,8 @@ class Engine(TakesWeights):
                 ``share_cache_across_keys``). Tenants get equal shares, and within them so do their calls.
             storage_checkpoint: write what it leaves to the store at once; ``meta_info["storage_checkpoint"]`` names it.
             storage_checkpoint_dependency: such a name; wait until the store has that, or cannot come to have it.
+            bootstrap_host, bootstrap_port, bootstrap_room: with ``disaggregation_mode``, where the request for the same
+                prompt on the other node is met; a list has one for each answer.
             raise_on_failure: False: an answer that failed is a result like the others, with a ``finish_reason``.
 
         Returns:
@@ -233,6 +232,9 @@ class Engine(TakesWeights):
             tenant=tenant,
             storage_checkpoint=storage_checkpoint,
             storage_checkpoint_dependency=storage_checkpoint_dependency,
+            bootstrap_host=bootstrap_host,
+            bootstrap_port=bootstrap_port,
+            bootstrap_room=bootstrap_room,
         )
         results = self._intake.run(self._loop, inputs, stream, strict=raise_on_failure and stream)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)

@@ -58,6 +58,7 @@ class Loop:
         self._ended = threading.Lock()
         if machine.life.mover is not None:
             machine.life.mover.listen(self.wake)
+        machine.peers.listen(self.wake)
         self._thread = threading.Thread(target=self._run, name="rootcellar-engine", daemon=True)
         self._thread.start()
 

@@ -167,7 +167,7 @@ class Tracker:
         if stage == self.stages[-1][0]:  # a stage is a string, and its ``value`` slow to look up
             return False
         now = self._now()
-        if self.started is None and stage is not Stage.FINISHED:
+        if self.started is None and self.request.lease is not None:
             self.started = now
         self.stages.append((stage.value, now))
         return True

@@ -14,9 +14,11 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 from zlib import crc32
 
+from rootcellar.cache import digests
 from rootcellar.config import EngineConfig
 from rootcellar.engine.agreeing import AgreedMover, Unopened
 from rootcellar.engine.build import Parts, folder_of, load_weights
@@ -26,6 +28,7 @@ from rootcellar.engine.exchange import Exchange
 from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import Tracker
+from rootcellar.engine.sides import side_of
 from rootcellar.engine.step import AnyCommand, Chosen, Launched, Machine
 from rootcellar.errors import ConfigError, EngineError, RootcellarError
 from rootcellar.runner import Unread
@@ -208,7 +211,9 @@ def loop_of(parts: Parts, exchange: Exchange | None, **options: Any) -> Loop:
     Raises ``ConfigError``: ranks are not alike.
     """
     life = Lifecycle.of(parts)
+    names_of = partial(digests, page_size=parts.config.page_size, fingerprint=parts.fingerprint)
     options |= {"prefetcher": parts.prefetcher, "trace": parts.trace}
+    options["side"] = side_of(parts.config, parts.peers, names_of)
     if exchange is None:
         return Loop(Machine(life, **options))
     require_same(exchange, parts)

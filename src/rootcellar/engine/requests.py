@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.config import EngineConfig
+from rootcellar.engine.bootstrap import rooms_of
 from rootcellar.engine.build import Parts
 from rootcellar.engine.identity import names_of, read_namespace
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
+from rootcellar.scheduler import Room
 from rootcellar.text import Tokenizer
 
 # Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
@@ -44,6 +46,9 @@ class InputItem:
     namespace: str
     checkpoint: bool = False
     depends: str | None = None
+    room: Room | None = None
+    gives: bool = False
+    """Whether the prompt alone is computed, for another node."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ def read_inputs(
     tenant: str = "",
     storage_checkpoint: bool = False,
     storage_checkpoint_dependency: str | None = None,
+    bootstrap_host: str | Sequence[str | None] | None = None,
+    bootstrap_port: int | Sequence[int | None] | None = None,
+    bootstrap_room: int | Sequence[int | None] | None = None,
     require_room: Callable[[int, str], None] | None = None,
 ) -> Inputs:
     """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
@@ -95,14 +103,17 @@ def read_inputs(
     _check_checkpoint(parts, storage_checkpoint, storage_checkpoint_dependency)
     where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
-    logprobs = logprobs if return_logprob else None
+    gives = bootstrap_room is not None and parts.config.disaggregation_mode == "prefill"
+    logprobs = logprobs if return_logprob and not gives else None
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
+    settings = [_prompt_alone(each) for each in settings] if gives else settings
     named = names_of(rid, len(prompts))
     _check_stops(parts.config, settings)
     sequences = _check_size(parts, prompts, settings, logprobs)
     if require_room is not None:
         require_room(sequences, tenant)
+    rooms = rooms_of(parts.config, bootstrap_host, bootstrap_port, bootstrap_room, len(prompts), sequences)
     items: list[InputItem] = []
     read = _Read(parts)
     for i, (ids, given, names) in enumerate(zip(prompts, settings, named, strict=True)):
@@ -115,8 +126,16 @@ def read_inputs(
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
             kept = storage_checkpoint, storage_checkpoint_dependency
-            items.append(InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept))
+            where_to = rooms[len(items)], gives
+            items.append(
+                InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept, *where_to)
+            )
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _prompt_alone(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Sampling parameters of a prompt that another node answers: as many sequences, and no token of any."""
+    return {"max_new_tokens": 0, "n": _count(given, "n", 1)}
 
 
 def _check_checkpoint(parts: Parts, wanted: bool, depends: str | None) -> None:

@@ -199,6 +199,7 @@ class Sight:
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
             "host_cache_bytes": 0 if parts.host is None else parts.host.nbytes,
             "copies": {} if parts.mover is None else parts.mover.stats(),
+            "disaggregation": machine.peers.stats(),
             "occupancy": occupancy(self._cache, self._parts.runner, cache),
             **_cache_fields(cache),
         }
@@ -210,7 +211,7 @@ class Sight:
             "released": sorted(machine.life.released),
             "weight_version": machine.life.version,
             "steps": machine.steps,
-            "unfinished": len(machine.trackers),
+            "unfinished": len(machine.trackers) - machine.peers.meeting,
         }
 
     def _newest(self, limit: int, tenant: str | None) -> tuple[list[RequestRecord], list[StepRecord], float]:

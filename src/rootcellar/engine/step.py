@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-from jax import Array
-
 from rootcellar.cache import Reports, digests
-from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of
+from rootcellar.engine.apart import Alone, PeerEvent, Peers
+from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of, score_prompts
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.hints import Hints
@@ -32,6 +30,7 @@ from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
+from rootcellar.engine.sides import Side
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import EngineError, RootcellarError
 from rootcellar.runner import Batch, Unread
@@ -55,6 +54,22 @@ class Learn:
         machine.scheduler.loads.learn(self.rates, self.now)
         machine.scheduler.learn(self.reports.events)
         machine.prefetcher.learned(self.reports)
+        machine.peers.learned()
+        machine.note_rooms()
+
+
+@dataclass(frozen=True)
+class Meet:
+    """The command that takes in what other nodes did by ``now``."""
+
+    events: tuple[PeerEvent, ...]
+    now: float
+    rest: None = None
+
+    def run(self, machine: Machine) -> None:
+        """See above."""
+        machine.peers.meet(self.events, self.now)
+        machine.note_rooms()
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Machine:
         places: who may still wait.
         pins, hints: what is kept for tenants, and what is said of prompts' future.
         prefetcher: what waiting requests want of a store.
+        peers: what other nodes have to do with requests.
         clock, recorder: the time; what was counted, and what happened lately.
         paused: whether nothing is computed until somebody says so.
         turns: how often a step was tried.
@@ -104,13 +120,14 @@ class Machine:
         log_interval: float,
         overlap: bool = True,
         prefetcher: Prefetcher | None = None,
+        side: Side | None = None,
         trace: TraceLog | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
-        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``trace``: is told what was
-        asked.
+        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``side``: which side of
+        prefill and decode it is; None: both. ``trace``: is told what was asked.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -123,6 +140,7 @@ class Machine:
         self.pins = Pins(life.scheduler.cache, total_tokens)
         names_of = partial(digests, page_size=life.scheduler.cache.page_size)
         self.prefetcher = prefetcher or Prefetcher(life.scheduler, names_of)
+        self.peers: Peers = Alone() if side is None else side(life.scheduler, self.end, self.prefetcher.arrived)
         self.hints = Hints(life.scheduler, self.pins, self.prefetcher)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
@@ -143,7 +161,7 @@ class Machine:
         """Carry out ``command``; ``reply`` has its result or its error, later if it must wait until nothing runs."""
         if self.log is not None:
             self.log.append((self.turns, command))
-        if not isinstance(command, Learn):  # which the scheduler may do at any time
+        if not isinstance(command, Learn | Meet):  # which the scheduler may do at any time
             self._catch_up()
         self._stuck = False
         if command.rest is None or self._come_to_rest(command.rest, reply):
@@ -214,6 +232,7 @@ class Machine:
         self.recorder.request_ended(tracker)
         try:
             self.prefetcher.ended(request)
+            self.peers.ended(request)
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)
@@ -224,7 +243,8 @@ class Machine:
     @property
     def next_end(self) -> float | None:
         """When something will next be late, if nothing happens before; None: never."""
-        ends = self.roster.next_deadline, self.pins.next_end, self.prefetcher.next_end, self.hints.next_end
+        others = self.pins, self.prefetcher, self.hints, self.peers
+        ends = self.roster.next_deadline, *(each.next_end for each in others)
         return min((end for end in ends if end is not None), default=None)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -240,7 +260,11 @@ class Machine:
         return self.able and (self._launched is not None or not (self.scheduler.idle or self._stuck))
 
     def learn(self) -> None:
-        """Take in what movers saw since the last time."""
+        """Take in what movers saw since the last time, and other nodes."""
+        if events := self.peers.take():
+            met: Future[None] = Future()
+            self.do(Meet(tuple(events), self.clock.now()), met)
+            met.result()
         if self._mover is None:
             return
         # Copies that were learned while they were waited for are known no more: to learn them again is no work.
@@ -277,7 +301,14 @@ class Machine:
                         self.trackers[chunk.request].note_stage()
         self._step_ended()
 
+    def note_rooms(self) -> None:
+        """Record the stages of requests that have to do with other nodes: no step changes them."""
+        for request in [request for request in self.trackers if request.room is not None]:
+            self.trackers[request].note_stage()
+
     def _step_ended(self) -> None:
+        if self.scheduler.giving:
+            self.note_rooms()
         self._dispatch()
         self._planned = None
         self._rested()
@@ -332,6 +363,7 @@ class Machine:
 
     def _dispatch(self) -> None:
         """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""
+        self.peers.dispatch()
         if self._mover is None:
             return
         if moves := self.scheduler.cache.moves():
@@ -349,7 +381,7 @@ class Machine:
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
         start = self.recorder.dispatched()
         scores, hidden = runner.step(batch, before)
-        self._score_prompts(plan, [batch.starts[row] for row in rows_of(plan)], hidden)
+        score_prompts(runner, plan, self.trackers, [batch.starts[row] for row in rows_of(plan)], hidden)
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
@@ -409,33 +441,6 @@ class Machine:
         self.recorder.token(tracker, before)
         return found
 
-    def _score_prompts(self, plan: Plan, starts: Sequence[int], hidden: Array) -> None:
-        """Logprobs of prompt tokens: the state at position p says how likely the token at p + 1 was.
-
-        ``starts``: the place of each chunk's first token in ``hidden`` [T, E].
-        """
-        if all(c.request.score_from is None for c in plan.chunks):
-            return
-        targets = np.zeros(len(hidden), np.int64)
-        spans = []
-        for chunk, at in zip(plan.chunks, starts, strict=True):
-            request = chunk.request
-            kept = self.trackers[request].logprobs
-            if request.score_from is None or kept is None or kept.options.start is None:
-                continue
-            stop = min(chunk.stop, request.prompt_length - 1)
-            n = max(0, stop - chunk.start)
-            targets[at : at + n] = request.ids[chunk.start + 1 : chunk.start + 1 + n]
-            spans.append((chunk.start, n, at, kept))
-        k = max((kept.options.top for *_, kept in spans), default=0)
-        chosen, values, ids = self.runner.score(hidden, targets, k)
-        for start, n, at, kept in spans:
-            kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
-            top = kept.options.top
-            if top:
-                kept.prompt_top[start + 1 : start + 1 + n] = values[at : at + n, :top]
-                kept.prompt_top_ids[start + 1 : start + 1 + n] = ids[at : at + n, :top]
-
     # -- a step that failed -----------------------------------------------------------------------------------------
 
     def recover(self, error: Exception) -> None:
@@ -455,6 +460,7 @@ class Machine:
             for pool in self.runner.pools.values():
                 pool.free()
                 pool.allocate()
+        self.peers.forget_device()
         self.life.missed += forget_device(self.scheduler, self._mover)
         self.recorder.explainer.forgotten()
         self._stuck = False

@@ -4,7 +4,7 @@ from rootcellar.scheduler.guessing import Guesses, NgramGuesser, keep
 from rootcellar.scheduler.loads import Decision, Loads, Rates, TierRate
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan
 from rootcellar.scheduler.prefetching import PREFETCH_POLICIES, Prefetcher, PrefetchPolicy, PrefetchRules
-from rootcellar.scheduler.request import Finish, Guessed, Request
+from rootcellar.scheduler.request import Finish, Guessed, Request, Room
 from rootcellar.scheduler.scheduler import Scheduler
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import FORWARD, Stage
@@ -27,6 +27,7 @@ __all__ = [
     "Prefetcher",
     "Rates",
     "Request",
+    "Room",
     "Scheduler",
     "Snapshots",
     "Stage",

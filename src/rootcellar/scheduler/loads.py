@@ -68,10 +68,13 @@ class Decision:
 class Loads:
     """Weighs loading against computing."""
 
-    def __init__(self, kinds: Sequence[Kind], page_size: int, image_bytes: Mapping[str, int]) -> None:
-        """``image_bytes``: of a page, or of a state, by the name of its kind."""
+    def __init__(
+        self, kinds: Sequence[Kind], page_size: int, image_bytes: Mapping[str, int], *, always: bool = False
+    ) -> None:
+        """``image_bytes``: of a page, or of a state, by the name of its kind. ``always``: load whatever there is."""
         self._kinds = [(kind, image_bytes[kind.name]) for kind in kinds]
         self._page_size = page_size
+        self._always = always
         self._rates = Rates()
         self._now = 0.0
 
@@ -113,5 +116,5 @@ class Loads:
         load = sum((source.queued + nbytes) / source.speed for source in sources) if known else None
         compute = (far - near) / rates.prefill if rates.prefill else None
         stale = self._now - sources[0].at > MEASURED_AGAIN
-        pays = load is None or compute is None or load <= compute or stale
+        pays = self._always or load is None or compute is None or load <= compute or stale
         return Decision(tier, far - near, nbytes, load, compute, pays)

@@ -12,6 +12,7 @@ own answer. The lease has ``slots >= computed`` tokens of room.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +75,18 @@ class Met:
     evicted: Eviction | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where the two requests for one prompt meet, when prefill and decode are apart.
+
+    ``host``, ``port``: of the bootstrap service of the prefill node; ``number``: SGLang's ``bootstrap_room``.
+    """
+
+    host: str
+    port: int
+    number: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence to compute; made by :meth:`new`.
@@ -116,6 +129,8 @@ class Request:
         retractions: how often it lost its memory and waited again.
         claimed: whether others had to make way for it: once is enough.
         guessed: what came of guessing its tokens.
+        room: where it meets the request for the same prompt on another node; None: nowhere.
+        gives: whether only its prompt is computed, for the other node; else that one computes it for this.
         stage: where it is; :meth:`enter` changes it.
         finish: why it ended, once it has.
     """
@@ -157,6 +172,8 @@ class Request:
     retractions: int = 0
     claimed: bool = False
     guessed: Guessed = field(default_factory=Guessed)
+    room: Room | None = None
+    gives: bool = False
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None
 
@@ -177,6 +194,8 @@ class Request:
         bound: bool = False,
         checkpoint: bool = False,
         depends: str | None = None,
+        room: Room | None = None,
+        gives: bool = False,
     ) -> Request:
         """A request for the continuation of ``prompt`` (token ids, at least one)."""
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
@@ -197,6 +216,9 @@ class Request:
             bound,
             checkpoint=checkpoint,
             depends=depends,
+            room=room,
+            gives=gives,
+            stage=_first_stage(room, gives),
         )
 
     def enter(self, stage: Stage) -> None:
@@ -225,6 +247,11 @@ class Request:
         return Key(ids, f"{self.epoch}/{self.namespace}")
 
     @property
+    def whole(self) -> Key:
+        """The key of what another node may give of its prompt: all but the newest token."""
+        return self.key(self.prompt_length - 1)
+
+    @property
     def matchable(self) -> int:
         """Tokens that a cached prefix may cover: not the newest, and nothing whose logprob is wanted."""
         limit = self.length - 1
@@ -240,6 +267,29 @@ class Request:
         elif at + 1 == len(ids):
             self.finish = Finish("length")
 
+    def take(self, tokens: Sequence[int], follow: Callable[[int], Finish | None] | None) -> None:
+        """Add chosen tokens, the first of its answer maybe, up to its last; ``follow`` is asked after each."""
+        self.score_from = None
+        if self.sampling.max_new_tokens == 0:
+            self.computed = self.length
+            self.finish = Finish("length")
+            return
+        for j, token in enumerate(tokens):
+            self.append(token)
+            if follow is not None:
+                found = follow(j)
+                self.finish = self.finish or found
+            if self.finish is not None:
+                break
+        # Each token but the newest has its KV by now.
+        self.computed = self.length - 1
+
     def banned(self, at: int) -> tuple[int, ...]:
         """Token ids that must not be chosen for position ``at``: what would end the answer before its least length."""
         return tuple(self.stop_ids) if at - self.prompt_length < self.sampling.min_new_tokens else ()
+
+
+def _first_stage(room: Room | None, gives: bool) -> Stage:
+    if room is None:
+        return Stage.PREFILL_WAITING
+    return Stage.PREFILL_BOOTSTRAP if gives else Stage.DECODE_BOOTSTRAP

@@ -13,6 +13,7 @@ get a step of their own, before a large one: each tenant once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
@@ -78,6 +79,8 @@ class Scheduler:
         """Requests that hold a lease, in the order in which they got it."""
         self.loading: dict[Request, Hit] = {}
         """Those of them whose lease is not ready, with what they hit."""
+        self.giving: set[Request] = set()
+        """Requests that are computed, for another node that does not have all of it yet. They hold no lease."""
         self.failed: list[Request] = []
         """Requests that ``plan`` had to end; the engine takes them from here."""
         self.retracted: list[Request] = []
@@ -133,7 +136,10 @@ class Scheduler:
             return
         request.finish = finish
         if request.lease is None:
-            self.waiting.remove(request)
+            if request in self.giving:
+                self.giving.remove(request)
+            else:
+                self.waiting.remove(request)
             request.enter(Stage.FINISHED)
         else:
             self._end(request)
@@ -193,6 +199,14 @@ class Scheduler:
             self.guesses.ended(request)
         self._release(request)
         request.enter(Stage.FINISHED)
+
+    def _give(self, request: Request) -> None:
+        """The prompt is computed; it stays until another node has what it needs of it."""
+        request.finish = None
+        self._commit(request, everything=True)
+        self._release(request)
+        request.enter(Stage.PREFILL_TRANSFER_KV_CACHE)
+        self.giving.add(request)
 
     def _release(self, request: Request) -> None:
         assert request.lease is not None
@@ -471,30 +485,16 @@ class Scheduler:
                 if self.guesses is not None and plan.decode:
                     self.guesses.verified(request, len(guess), len(tokens[i]) - 1)
                 if guess or stop == request.prompt_length:
-                    self._append(request, i, tokens[i], follow)
+                    request.take(tokens[i], None if follow is None else functools.partial(follow, i))
                 else:  # one more of its answer, which it is nearly always
                     request.append(tokens[i][0])
                     if follow is not None and (found := follow(i, 0)) is not None:
                         request.finish = request.finish or found
-            if request.finish is not None:
+            if request.finish is not None and request.gives:
+                moved.pop()
+                self._give(request)
+            elif request.finish is not None:
                 self._end(request)
             elif not waits or request.computed >= request.commit_at:
                 self._commit(request, everything=not plan.decode, decode=plan.decode)
         return moved
-
-    def _append(self, request: Request, i: int, tokens: Sequence[int], follow: Follow | None) -> None:
-        """Add chosen tokens, the first of its answer maybe, to the request of chunk ``i``, up to its last."""
-        request.score_from = None
-        if request.sampling.max_new_tokens == 0:
-            request.computed = request.length
-            request.finish = Finish("length")
-            return
-        for j, token in enumerate(tokens):
-            request.append(token)
-            if follow is not None:
-                found = follow(i, j)
-                request.finish = request.finish or found
-            if request.finish is not None:
-                break
-        # Each token but the newest has its KV by now.
-        request.computed = request.length - 1

@@ -43,7 +43,7 @@ class Snapshots:
 
     def stop(self, request: Request, stop: int) -> int:
         """Where a chunk of ``request`` that would end at ``stop`` should end, so that a state can be left there."""
-        first = max(request.computed + 1, request.resumable + self.least)
+        first = max(request.computed + 1, request.resumable + self._apart(request))
         interval = -(-first // self.period) * self.period
         tail = (request.length - 1) // self.page_size * self.page_size
         wanted = (interval, request.branch, tail)
@@ -51,11 +51,15 @@ class Snapshots:
 
     def possible(self, request: Request, at: int) -> bool:
         """Whether ``request`` leaves a state when it has computed ``at`` tokens and goes on, or ends there."""
-        return at % self.page_size == 0 and at - request.resumable >= self.least
+        return at % self.page_size == 0 and at - request.resumable >= self._apart(request)
 
     def due(self, request: Request, decode: bool) -> bool:
         """Whether ``request`` should leave the state that it has now; after decoding only every ``interval``."""
         at = request.computed
         if at % (self.period if decode else self.page_size):
             return False
-        return at - request.resumable >= self.least
+        return at - request.resumable >= self._apart(request)
+
+    def _apart(self, request: Request) -> int:
+        """Tokens between two states; another node resumes at the last one of a prompt that is computed for it."""
+        return 1 if request.gives else self.least

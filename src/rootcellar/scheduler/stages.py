@@ -4,7 +4,8 @@
 
 A request that loses its memory, or the bytes that it waited for, goes back to PREFILL_WAITING. Where prefill and decode
 are apart, the prefill side begins with PREFILL_BOOTSTRAP and ends with PREFILL_TRANSFER_KV_CACHE; the decode side waits
-for bytes in stages of its own (DECODE_BOOTSTRAP, DECODE_WAITING, DECODE_TRANSFERRED) and computes what did not come.
+for bytes in stages of its own (DECODE_BOOTSTRAP, DECODE_WAITING, DECODE_TRANSFERRED), loads them, and computes what did
+not come.
 Names are SGLang's where it has one.
 """
 
@@ -59,8 +60,8 @@ NEXT: Mapping[Stage, frozenset[Stage]] = {
         Stage.PREFILL_TRANSFER_KV_CACHE: _LOST,
         Stage.DECODE_BOOTSTRAP: {Stage.DECODE_WAITING, *_LOST},
         Stage.DECODE_WAITING: {Stage.DECODE_TRANSFERRED, *_LOST},
-        Stage.DECODE_TRANSFERRED: {*FORWARD, *_LOST},
-        Stage.DECODE_LOOP: _LOST,
+        Stage.DECODE_TRANSFERRED: {Stage.LOADING, *FORWARD, *_LOST},
+        Stage.DECODE_LOOP: {Stage.PREFILL_TRANSFER_KV_CACHE, *_LOST},
         Stage.FINISHED: set(),
     }.items()
 }

@@ -30,8 +30,18 @@ async def whole(request: Request, state: ServerState, **arguments: Any) -> list[
     What is computed for a request is its caller's, unless ``tenant`` is among the arguments.
     """
     arguments.setdefault("tenant", caller_of(request).name)
-    results = await unless_gone(request, state.engine.async_generate(raise_on_failure=False, **arguments))
+    async with elsewhere(request, state, arguments) as asked:
+        results = await unless_gone(request, state.engine.async_generate(raise_on_failure=False, **asked))
     return [counts(result) for result in (results if isinstance(results, list) else [cast(Result, results)])]
+
+
+def elsewhere(
+    request: Request, state: ServerState, arguments: dict[str, Any]
+) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
+    """``arguments``, whose prompts another server computes meanwhile where there is one for that."""
+    if state.prefill is None:
+        return contextlib.nullcontext(arguments)
+    return state.prefill.asked(request, arguments)
 
 
 def require_room(request: Request, state: ServerState, prompts: object, n: int) -> None:
@@ -47,9 +57,11 @@ def require_room(request: Request, state: ServerState, prompts: object, n: int) 
 class Stream:
     """The growing results of one call, of which the first is there. Close it, or its requests run to their end."""
 
-    def __init__(self, first: Result, rest: AsyncGenerator[Result]) -> None:
+    def __init__(self, first: Result, rest: AsyncGenerator[Result], beside: contextlib.AsyncExitStack) -> None:
+        """``beside``: what goes on as long as the stream does."""
         self._first = first
         self._rest = rest
+        self._beside = beside
 
     async def results(self) -> AsyncGenerator[Result]:
         """All of them; raises when one of the requests ends with an error."""
@@ -60,6 +72,7 @@ class Stream:
     async def aclose(self) -> None:
         """Abort what still runs."""
         await self._rest.aclose()
+        await self._beside.aclose()
 
 
 async def begin(request: Request, state: ServerState, **arguments: Any) -> Stream:
@@ -71,10 +84,11 @@ async def begin(request: Request, state: ServerState, **arguments: Any) -> Strea
     arguments.setdefault("tenant", caller_of(request).name)
 
     async def first() -> Stream:
-        results = cast(
-            AsyncGenerator[Result], await state.engine.async_generate(stream=True, raise_on_failure=False, **arguments)
-        )
-        return Stream(counts(await anext(results)), results)
+        async with contextlib.AsyncExitStack() as stack:
+            asked = await stack.enter_async_context(elsewhere(request, state, arguments))
+            options = {"stream": True, "raise_on_failure": False, **asked}
+            results = cast(AsyncGenerator[Result], await state.engine.async_generate(**options))
+            return Stream(counts(await anext(results)), results, stack.pop_all())
 
     return await unless_gone(request, first())
 

@@ -156,7 +156,7 @@ IGNORED: Mapping[str, str] = {
 
 _TEXT_ONLY = "this server takes text"
 _TOOLS = "use tools and tool_choice, which took their place"
-_DISAGGREGATED = "prompts and answers are computed in one place here"
+_DISAGGREGATED = "nodes for prefill and decode meet by bootstrap_room alone"
 _ONE_RANK = "there is one replica here"
 _VOCABULARY = "use logit_bias, or a grammar"
 
@@ -213,9 +213,6 @@ REFUSED: Mapping[str, Refused] = {
     "lora_id": Refused("there are no adapters", ("", [])),
     "session_params": Refused("every prefix is found in the cache without sessions", ({},)),
     "ngram_corpus_id": Refused("what is guessed comes from what was asked and answered before", ("", [])),
-    "bootstrap_host": Refused(_DISAGGREGATED),
-    "bootstrap_port": Refused(_DISAGGREGATED),
-    "bootstrap_room": Refused(_DISAGGREGATED),
     "kv_transfer_params": Refused(_DISAGGREGATED, ({},)),
     "ec_transfer_params": Refused(_DISAGGREGATED, ({},)),
     "disagg_prefill_dp_rank": Refused(_DISAGGREGATED),

@@ -15,6 +15,7 @@ from rootcellar.engine.identity import LONGEST_NAME
 from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Caller, Callers
 from rootcellar.server.errors import ApiError
+from rootcellar.server.forwarding import PrefillNode
 from rootcellar.server.observe import Observer
 from rootcellar.server.pace import Pace
 from rootcellar.server.responses.stored import Responses
@@ -46,6 +47,7 @@ class ServerState:
         sampling: what OpenAI's routes sample with where a request does not say.
         formats: how the model writes calls of tools and what it thinks.
         responses: answers that others may go on from.
+        prefill: who computes prompts; None: this server, or whoever a request names.
     """
 
     engine: Engine
@@ -62,6 +64,7 @@ class ServerState:
     sampling: dict[str, Any] = field(init=False)
     formats: Formats = field(init=False)
     responses: Responses = field(init=False)
+    prefill: PrefillNode | None = field(init=False)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class ServerState:
         tokenizer = None if self.engine.config.skip_tokenizer_init else self.engine.tokenizer
         self.formats = Formats.of(self.config, tokenizer)
         self.responses = Responses(self.config.response_ttl, self.config.max_stored_responses)
+        url = self.config.prefill_url
+        self.prefill = None if url is None else PrefillNode.at(url, self.engine)
         self.callers = Callers.of(self.config)
         self.browsers = Browsers.of(self.config, open=self.callers.open)
         self.reader = Reader(

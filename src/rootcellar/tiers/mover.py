@@ -64,6 +64,7 @@ class Mover:
         self._storage: Storage | None = None
         self._stored = {"host-storage": LaneStats(), "storage-host": LaneStats()}
         """Of all stores that were there."""
+        self._peers: Callable[[Sequence[Move]], None] | None = None
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to report that nobody was told of."""
@@ -80,7 +81,9 @@ class Mover:
         up = [move for move in moves if (move.src, move.dst) == (Tier.HOST, Tier.DEVICE)]
         write = [move for move in moves if (move.src, move.dst) == (Tier.HOST, Tier.STORAGE)]
         read = [move for move in moves if (move.src, move.dst) == (Tier.STORAGE, Tier.HOST)]
-        assert len(down) + len(up) + len(write) + len(read) == len(moves), "the cache was given no other tier"
+        take = [move for move in moves if (move.src, move.dst) == (Tier.PEER, Tier.HOST)]
+        known = len(down) + len(up) + len(write) + len(read) + len(take)
+        assert known == len(moves), "the cache was given no other tier"
         # What reads the device comes first: a page may be left by one move and written by another.
         for pool, some in self._together(down):
             self._read(pool, some, patient)
@@ -93,6 +96,9 @@ class Mover:
             for lane, some in zip(self._stored.values(), (write, read), strict=True):
                 lane.skipped_pages += sum(len(move.src_slots) for move in some)
             self._news.tell([Failed(move.id) for move in (*write, *read)])
+        if take:
+            assert self._peers is not None, "the cache knows of pages of peers from them alone"
+            self._peers(take)
 
     def _together(self, moves: Iterable[Move]) -> Iterator[tuple[str, list[Move]]]:
         """Moves of one pool, in order, in groups of about ``TOGETHER`` pages."""
@@ -169,6 +175,11 @@ class Mover:
             self._ended(shipment, None, error)
         else:
             put(shipment, rest)
+
+    def take_from(self, peers: Callable[[Sequence[Move]], None]) -> News:
+        """Have ``peers`` begin what comes from other nodes. Returns what is to be told what became of it."""
+        self._peers = peers
+        return self._news
 
     # -- a store ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSE
 from rootcellar.server.parsing import Body
 
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+BootstrapHost = str | list[str | None] | None
+BootstrapNumber = int | list[int | None] | None
 _IDS = {"type": "array", "items": {"type": "integer"}}
 InputIds = Annotated[
     list[Any], WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS}], "description": "Token ids."})
@@ -37,6 +39,9 @@ class GenerateRequest(Body):
     cache_salt: str | None = None
     storage_checkpoint: bool | None = False
     storage_checkpoint_dependency: str | None = None
+    bootstrap_host: BootstrapHost = None
+    bootstrap_port: BootstrapNumber = None
+    bootstrap_room: BootstrapNumber = None
     return_prompt_token_ids: bool | None = False
     explain: bool | None = False
     cache_hints: dict[str, Any] | None = None
@@ -56,6 +61,9 @@ class GenerateRequest(Body):
             "cache_salt": self.cache_salt or "",
             "storage_checkpoint": bool(self.storage_checkpoint),
             "storage_checkpoint_dependency": self.storage_checkpoint_dependency,
+            "bootstrap_host": self.bootstrap_host,
+            "bootstrap_port": self.bootstrap_port,
+            "bootstrap_room": self.bootstrap_room,
         }
 
     def _sampling_params(self) -> dict[str, Any] | list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from rootcellar.server.errors import invalid
 from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, Refused
-from rootcellar.server.native.protocol import Priority
+from rootcellar.server.native.protocol import BootstrapHost, BootstrapNumber, Priority
 from rootcellar.server.openai.forms import Forms
 from rootcellar.server.parsing import Body, FailFast
 from rootcellar.server.tools import ToolChoice, ToolList
@@ -86,6 +86,9 @@ class Sampling(Forms):
     priority: Priority | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    bootstrap_host: BootstrapHost = None
+    bootstrap_port: BootstrapNumber = None
+    bootstrap_room: BootstrapNumber = None
 
     def arguments(self, max_new_tokens: int, top: int | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """What ``Engine.generate`` is asked, beyond the prompts. Raises ``ApiError`` for what is not supported.
@@ -108,6 +111,9 @@ class Sampling(Forms):
             "priority": self.priority or 0,
             "extra_key": self.extra_key or "",
             "cache_salt": self.cache_salt or "",
+            "bootstrap_host": self.bootstrap_host,
+            "bootstrap_port": self.bootstrap_port,
+            "bootstrap_room": self.bootstrap_room,
         }
 
     def sampling_params(self, max_new_tokens: int) -> dict[str, Any]:

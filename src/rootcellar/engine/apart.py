@@ -1,0 +1,126 @@
+"""Prefill and decode apart: what an engine has to do with other nodes, as its machine sees it.
+
+``giving.py`` is the prefill node's side of it, ``taking.py`` the decode node's. All of it runs on the engine's thread
+between two steps; what threads of ``transfer/`` saw comes as a command (``Meet``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rootcellar.errors import RequestError
+from rootcellar.scheduler import Finish, Request
+from rootcellar.transfer.receiver import ReceiverEvent
+from rootcellar.transfer.sender import SenderEvent
+
+PeerEvent = SenderEvent | ReceiverEvent
+End = Callable[[Request, Finish], None]
+"""Ends a request and tells its caller."""
+Admit = Callable[[Request, float], None]
+"""A request waits from a moment on for nobody but those of this engine."""
+
+
+class Peers(Protocol):
+    """What other nodes have to do with an engine's requests."""
+
+    def require(self, requests: Sequence[Request]) -> None:
+        """Raise ``RequestError`` where these could not meet what they want to; nothing was changed."""
+
+    def arrived(self, request: Request, now: float) -> None:
+        """A request waits from ``now`` on."""
+
+    def ended(self, request: Request) -> None:
+        """A request ended."""
+
+    def desert(self, rooms: Sequence[range], why: str) -> int:
+        """Nobody will come to any of these rooms; how many requests waited there."""
+
+    def take(self) -> Sequence[PeerEvent]:
+        """What happened since the last call."""
+
+    def meet(self, events: Sequence[PeerEvent], now: float) -> None:
+        """Take in what happened by ``now``."""
+
+    def learned(self) -> None:
+        """The cache learned of copies."""
+
+    def dispatch(self) -> None:
+        """Before a step: give what can be given."""
+
+    def forget_device(self) -> None:
+        """What is on the device is about to be lost."""
+
+    def expire(self, now: float) -> None:
+        """End what is late at ``now``."""
+
+    @property
+    def next_end(self) -> float | None:
+        """When something will be late; None: never."""
+
+    @property
+    def meeting(self) -> int:
+        """Requests that wait for another node, not for this one."""
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Call ``wake``, on any thread, when there is something to take or to give."""
+
+    def stats(self) -> dict[str, object]:
+        """What was given and taken."""
+
+
+class Alone:
+    """An engine that has to do with no other node."""
+
+    def require(self, requests: Sequence[Request]) -> None:
+        """See ``Peers``; nobody is met here."""
+        if any(request.room is not None for request in requests):
+            raise RequestError(
+                "bootstrap_room is for a node of its own for prefill or decode: start with disaggregation_mode"
+            )
+
+    def arrived(self, request: Request, now: float) -> None:
+        """See ``Peers``."""
+
+    def ended(self, request: Request) -> None:
+        """See ``Peers``."""
+
+    def desert(self, rooms: Sequence[range], why: str) -> int:  # noqa: ARG002
+        """See ``Peers``."""
+        return 0
+
+    def take(self) -> Sequence[PeerEvent]:
+        """See ``Peers``."""
+        return ()
+
+    def meet(self, events: Sequence[PeerEvent], now: float) -> None:
+        """See ``Peers``."""
+
+    def learned(self) -> None:
+        """See ``Peers``."""
+
+    def dispatch(self) -> None:
+        """See ``Peers``."""
+
+    def forget_device(self) -> None:
+        """See ``Peers``."""
+
+    def expire(self, now: float) -> None:
+        """See ``Peers``."""
+
+    @property
+    def next_end(self) -> float | None:
+        """See ``Peers``."""
+        return None
+
+    @property
+    def meeting(self) -> int:
+        """See ``Peers``."""
+        return 0
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """See ``Peers``."""
+
+    def stats(self) -> dict[str, object]:
+        """See ``Peers``."""
+        return {}

@@ -1,0 +1,156 @@
+"""A prefill node: prompts are computed for decode nodes, and offered to them as each chunk is committed.
+
+A request waits in its room until a decode node comes (PREFILL_BOOTSTRAP), is computed like any other, and stays until
+that has what it needs (PREFILL_TRANSFER_KV_CACHE). What was offered stays on the device until it arrived; whoever goes
+away lets go of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from rootcellar.cache import Done, Failed, Key
+from rootcellar.engine.apart import Admit, End, PeerEvent
+from rootcellar.errors import RequestError
+from rootcellar.scheduler import Finish, Request, Scheduler, Stage
+from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender
+
+
+@dataclass(slots=True)
+class _Guest:
+    """The request of a room. ``reached``: tokens up to which the decode node was offered all; None: nobody came."""
+
+    request: Request
+    since: float
+    reached: int | None = None
+    complete: bool = False
+
+
+class Giving:
+    """See ``Peers``."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        sender: Sender,
+        names_of: Callable[[Key], Sequence[bytes]],
+        end: End,
+        admit: Admit,
+        patience: float,
+    ) -> None:
+        """``names_of``: the digests of a key's whole pages. ``patience``: seconds that a request waits in its room."""
+        self._scheduler, self._sender, self._names_of = scheduler, sender, names_of
+        self._end, self._admit, self._patience = end, admit, patience
+        self._guests: dict[int, _Guest] = {}
+
+    def require(self, requests: Sequence[Request]) -> None:
+        """See ``Peers``."""
+        rooms = [request.room.number for request in requests if request.room is not None]
+        taken = next((room for i, room in enumerate(rooms) if room in self._guests or room in rooms[:i]), None)
+        if taken is not None:
+            raise RequestError(f"bootstrap_room {taken} is in use: give each request a room of its own")
+
+    def arrived(self, request: Request, now: float) -> None:
+        """See ``Peers``."""
+        if request.room is None:
+            return
+        names = self._names_of(request.whole)
+        self._guests[request.room.number] = _Guest(request, now)
+        self._scheduler.hold(request)
+        self._sender.expect(request.room.number, request.epoch, names[-1].hex() if names else "")
+
+    def ended(self, request: Request) -> None:
+        """See ``Peers``."""
+        if request.room is None or self._guests.pop(request.room.number, None) is None:
+            return
+        finish = request.finish
+        why = None if finish is None or finish.type != "abort" else f"the prefill node gave it up: {finish.message}"
+        held = self._sender.end(request.room.number, why)
+        self._scheduler.learn([Failed(manifest) for manifest in held])
+
+    def desert(self, rooms: Sequence[range], why: str) -> int:
+        """See ``Peers``."""
+        found = [guest.request for room, guest in self._guests.items() if any(room in each for each in rooms)]
+        for request in found:
+            self._end(request, Finish.abort("gone", why))
+        return len(found)
+
+    def take(self) -> Sequence[PeerEvent]:
+        """See ``Peers``."""
+        events = self._sender.take()
+        self._sender.pump()
+        return events
+
+    def meet(self, events: Sequence[PeerEvent], now: float) -> None:
+        """See ``Peers``."""
+        for event in events:
+            match event:
+                case Joined(room, start):
+                    if (guest := self._guests.get(room)) is not None:
+                        guest.reached = start
+                        guest.request.enter(Stage.PREFILL_WAITING)
+                        self._scheduler.hold(guest.request, False)
+                        self._admit(guest.request, now)
+                case Arrived(_, manifests):
+                    self._scheduler.learn([Done(manifest) for manifest in manifests])
+                case Satisfied(room):
+                    if (guest := self._guests.get(room)) is not None:
+                        self._end(guest.request, Finish("length"))
+                case Left(room, why):
+                    if (guest := self._guests.get(room)) is not None:
+                        self._end(guest.request, Finish.abort("gone", why))
+
+    def learned(self) -> None:
+        """See ``Peers``."""
+
+    def dispatch(self) -> None:
+        """See ``Peers``."""
+        for room, guest in self._guests.items():
+            request = guest.request
+            if guest.reached is None or guest.complete:
+                continue
+            complete = request in self._scheduler.giving
+            key = request.whole if complete else request.key(min(request.committed, request.prompt_length - 1))
+            if len(key) > guest.reached:
+                manifest = self._scheduler.cache.send(key, guest.reached)
+                if manifest is not None:
+                    guest.reached = manifest.tokens
+                    self._sender.offer(room, manifest)
+            if complete:
+                guest.complete = True
+                self._sender.computed(room)
+        self._sender.pump()
+
+    def forget_device(self) -> None:
+        """See ``Peers``: what was offered is no more."""
+        for guest in list(self._guests.values()):
+            if guest.reached is not None:
+                self._end(guest.request, Finish.abort("failed", "what was offered of it on the device was lost"))
+
+    def expire(self, now: float) -> None:
+        """See ``Peers``."""
+        for guest in list(self._guests.values()):
+            if guest.reached is None and now >= guest.since + self._patience:
+                why = f"no decode node came for it within {self._patience:g} s (disaggregation_waiting_timeout)"
+                self._end(guest.request, Finish.abort("timeout", why))
+
+    @property
+    def next_end(self) -> float | None:
+        """See ``Peers``."""
+        ends = [guest.since + self._patience for guest in self._guests.values() if guest.reached is None]
+        return min(ends, default=None)
+
+    @property
+    def meeting(self) -> int:
+        """See ``Peers``."""
+        come = sum(guest.reached is None for guest in self._guests.values())
+        return come + len(self._scheduler.giving)
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """See ``Peers``."""
+        self._sender.listen(wake)
+
+    def stats(self) -> dict[str, object]:
+        """See ``Peers``."""
+        return {"open_rooms": len(self._guests), **asdict(self._sender.stats)}

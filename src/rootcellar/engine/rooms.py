@@ -1,0 +1,20 @@
+"""The rooms in which an engine's requests meet those of other nodes, for whoever sends those there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from rootcellar.engine.commands import Desert
+from rootcellar.engine.loop import Loop
+
+
+class Rooms:
+    """Those of one engine; for any thread."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def lost(self, rooms: Sequence[int], spare: int, why: str) -> Future[int]:
+        """Nobody will come to these rooms, nor to the ``spare - 1`` after each; how many requests waited in them."""
+        return self._loop.post(Desert(tuple(range(room, room + spare) for room in rooms), why))

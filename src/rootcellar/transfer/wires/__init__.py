@@ -1,0 +1,1 @@
+"""Ways for bytes from one node to another, one file each."""
