@@ -236,13 +236,23 @@ def test_nodes_that_are_not_alike_refuse_with_both_values(case_of):
         pair.check_idle()
 
 
-@pytest.mark.parametrize("fallback", ["abort", "recompute"])
-def test_whatever_the_wire_does_no_token_is_wrong_and_the_next_request_works(case_of, fallback):
+@pytest.mark.parametrize(
+    ("fallback", "seed"),
+    [
+        ("abort", 1),
+        ("recompute", 1),
+        *(
+            pytest.param(fallback, seed, marks=pytest.mark.long)
+            for fallback, seed in itertools.product(("abort", "recompute"), range(2, 15))
+        ),
+    ],
+)
+def test_whatever_the_wire_does_no_token_is_wrong_and_the_next_request_works(case_of, fallback, seed):
     case, folder = case_of("qwen2-4kv")
     faults = WireFaults(delay=0.05, cut=0.02, corrupt=0.02, hang=0.004)
     options = {"disaggregation_heartbeat_timeout": 0.5, "disaggregation_waiting_timeout": 3.0}
     with two_nodes(folder, decode={"disaggregation_fallback": fallback}, **options) as pair:
-        wires = [FaultyWires(faults, seed) for seed in (1, 2)]
+        wires = [FaultyWires(faults, 2 * seed + side) for side in (0, 1)]
         pair.prefill._parts.peers._wrap, pair.decode._parts.peers._wrap = wires
         failed = 0
         for turn in range(12):
@@ -255,7 +265,7 @@ def test_whatever_the_wire_does_no_token_is_wrong_and_the_next_request_works(cas
             else:
                 assert answer["output_ids"] == case.tokens[i][:8]
         assert sum(wire.seen[fault] for wire in wires for fault in ("cut", "corrupt", "hang"))
-        assert (failed > 0) == (fallback == "abort")
+        assert not (failed and fallback == "recompute")
         for peers in (pair.prefill._parts.peers, pair.decode._parts.peers):
             peers._wrap = lambda plain: plain
         assert pair.ask(case.prompts[15], 8)["output_ids"] == case.tokens[15][:8]
@@ -314,6 +324,43 @@ def test_a_step_that_fails_ends_what_was_offered_and_nothing_else(case_of, monke
         assert "on fire" in gave["meta_info"]["finish_reason"]["message"]
         assert "on fire" in answer["meta_info"]["finish_reason"]["message"]
         assert pair.ask(case.prompts[15], 8)["output_ids"] == case.tokens[15][:8]
+        pair.check_idle()
+
+
+def test_a_prompts_first_chunks_have_come_when_its_last_one_is_computed(case_of, monkeypatch):
+    case, folder = case_of("qwen2-4kv")
+    with two_nodes(folder, chunked_prefill_size=32) as pair:
+        prompt, peers = case.prompts[15], pair.decode._parts.peers
+        chunks = -(-len(prompt) // 32)
+        runner = pair.prefill._parts.runner
+        step, steps, come = runner.step, itertools.count(1), []
+
+        def compute(*arguments):
+            number = next(steps)
+            if number > 1:  # what the chunks before it left comes while it computes
+                until(lambda: peers.stats.pages >= 2 * (number - 1))
+            come.append(peers.stats.pages)
+            return step(*arguments)
+
+        monkeypatch.setattr(runner, "step", compute)
+        assert pair.ask(prompt, 8)["output_ids"] == case.tokens[15][:8]
+        assert come == [2 * number for number in range(chunks)]
+        pair.check_idle()
+
+
+def test_of_a_conversation_each_node_has_the_turns_before_from_their_store(case_of, tmp_path):
+    case, folder = case_of("qwen2-4kv")
+    extra = f'{{"path": "{tmp_path}", "prefetch_threshold": 16}}'
+    store = {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config": extra}
+    store |= {"hicache_storage_prefetch_policy": "wait_complete"}
+    with two_nodes(folder, hicache_ratio=4.0, **store) as pair:
+        said = list(case.prompts[13])
+        for turn in range(4):
+            gave, answer = pair.ask_both(said, HALF)
+            computed = gave["meta_info"]["prompt_tokens"] - gave["meta_info"]["cached_tokens"]
+            assert computed <= (len(said) if turn == 0 else 12 + 2 * 16), "the new turn, and what is left of pages"
+            settled(pair)  # what was said is written down, and found by the next turn's prefill
+            said += answer["output_ids"] + case.prompts[11 + turn % 3][:12]
         pair.check_idle()
 
 

@@ -1,13 +1,15 @@
 """A decode node that has its prompts computed by a prefill node: two servers, by every route."""
 
 import json
+import signal
+import socket
 import threading
 
 import httpx
 import pytest
 
 import rootcellar
-from serving import on_thread, wait_until
+from serving import Server, on_thread, wait_until
 
 OPTIONS = {"model_path": "demo", "max_total_tokens": 1024, "max_running_requests": 4, "chunked_prefill_size": 64}
 PROMPT = "A KV cache keeps what was computed of every token before, so that the next one costs less. " * 3
@@ -109,3 +111,45 @@ def test_a_url_needs_a_decode_node(tiny_folder):
         on_thread(engine, prefill_url="http://127.0.0.1:1"),
     ):
         pass
+
+
+def test_two_commands_are_a_system_that_outlives_either_node():
+    """Whole processes: frozen, killed and started again."""
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+    bootstrap = ["--disaggregation-bootstrap-port", str(ports[0]), "--disaggregation-heartbeat-timeout", "1"]
+    giving = ["--port", str(ports[1]), "--disaggregation-mode", "prefill", *bootstrap]
+    taking = ["--disaggregation-mode", "decode", "--prefill-url", f"http://127.0.0.1:{ports[1]}", *bootstrap]
+
+    def ask(salt, **more):
+        body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8, "cache_salt": salt, **more}
+        return client.post("/v1/completions", json=body)
+
+    with Server(*taking, max_total_tokens=2048) as decode, decode.client() as client:
+        with Server(*giving, max_total_tokens=2048) as prefill:
+            text = ask("first").raise_for_status().json()["choices"][0]["text"]
+            prefill.stop(signal.SIGSTOP)
+            frozen = ask("frozen")
+            assert frozen.status_code == 500
+            assert "timed out" in frozen.json()["error"]["message"]
+            prefill.stop(signal.SIGCONT)
+            assert ask("again").raise_for_status().json()["choices"][0]["text"] == text
+            prefill.stop(signal.SIGKILL)
+            prefill.process.wait()
+            killed = ask("killed")
+            assert killed.status_code == 500
+            assert "prefill node at 127.0.0.1" in killed.json()["error"]["message"]
+        with Server(*giving, max_total_tokens=2048) as prefill, prefill.client() as other:
+            assert ask("restarted").raise_for_status().json()["choices"][0]["text"] == text
+            assert client.get("/server_info").json()["internal_states"][0]["disaggregation"]["waiting"] == 0
+            assert 'copied_pages_total{lane="peer-host"}' in client.get("/metrics").text
+            assert 'copied_pages_total{lane="device-peer"}' in other.get("/metrics").text
+            assert 'stage="PREFILL_TRANSFER_KV_CACHE"' in other.get("/metrics").text
+            decode.stop(signal.SIGKILL)
+            decode.process.wait()
+            wait_until(
+                lambda: other.get("/server_info").json()["internal_states"][0]["disaggregation"]["open_rooms"] == 0
+            )
+            other.get("/health").raise_for_status()

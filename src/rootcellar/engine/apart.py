@@ -7,7 +7,7 @@ between two steps; what threads of ``transfer/`` saw comes as a command (``Meet`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Finish, Request
@@ -68,6 +68,9 @@ class Peers(Protocol):
     def stats(self) -> dict[str, object]:
         """What was given and taken."""
 
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """The same as a lane of the mover, by its name."""
+
 
 class Alone:
     """An engine that has to do with no other node."""
@@ -122,5 +125,9 @@ class Alone:
         """See ``Peers``."""
 
     def stats(self) -> dict[str, object]:
+        """See ``Peers``."""
+        return {}
+
+    def copies(self) -> dict[str, dict[str, Any]]:
         """See ``Peers``."""
         return {}

@@ -382,6 +382,8 @@ class Release(Command):
         """What was given back."""
         if not self.preserve and "kv_cache" in self.tags:
             machine.recorder.explainer.forgotten()
+        if "kv_cache" in self.tags:
+            machine.peers.forget_device()
         released = machine.life.release(self.tags, self.preserve, self.clear_compiled)
         if "kv_cache" in self.tags:
             machine.pins.forget()

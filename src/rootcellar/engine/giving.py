@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rootcellar.cache import Done, Failed, Key
 from rootcellar.engine.apart import Admit, End, PeerEvent
@@ -154,3 +155,9 @@ class Giving:
     def stats(self) -> dict[str, object]:
         """See ``Peers``."""
         return {"open_rooms": len(self._guests), **asdict(self._sender.stats)}
+
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """See ``Peers``."""
+        stats = self._sender.stats
+        counts = {"pages": stats.pages, "bytes": stats.bytes, "seconds": stats.seconds}
+        return {"device-peer": {**counts, "failed_pages": stats.missing_pages, "queued_bytes": self._sender.queued}}

@@ -198,7 +198,7 @@ class Sight:
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
             "host_cache_bytes": 0 if parts.host is None else parts.host.nbytes,
-            "copies": {} if parts.mover is None else parts.mover.stats(),
+            "copies": {} if parts.mover is None else parts.mover.stats() | machine.peers.copies(),
             "disaggregation": machine.peers.stats(),
             "occupancy": occupancy(self._cache, self._parts.runner, cache),
             **_cache_fields(cache),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rootcellar.cache import Key, Lost, Prefetch, Question, Tier
 from rootcellar.engine.apart import End, PeerEvent
@@ -218,6 +219,11 @@ class Taking:
     def stats(self) -> dict[str, object]:
         """See ``Peers``."""
         return {"waiting": len(self._wishes), **asdict(self._receiver.stats)}
+
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """See ``Peers``."""
+        stats = asdict(self._receiver.stats)
+        return {"peer-host": {name: stats[name] for name in ("moves", "pages", "bytes", "seconds", "failed_pages")}}
 
 
 def _transferred(request: Request) -> None:

@@ -133,6 +133,11 @@ class Sender:
         """Of the bootstrap service."""
         return self._bootstrap.port
 
+    @property
+    def queued(self) -> int:
+        """Bytes that were read from the device and are not sent yet."""
+        return self._queued
+
     def listen(self, wake: Callable[[], None] | None) -> None:
         """Call ``wake``, on any thread, when there is something to :meth:`take`, or to :meth:`pump`."""
         self._wake = wake or _nobody
