@@ -350,10 +350,11 @@ def test_a_prompts_first_chunks_have_come_when_its_last_one_is_computed(case_of,
 
 def test_of_a_conversation_each_node_has_the_turns_before_from_their_store(case_of, tmp_path):
     case, folder = case_of("qwen2-4kv")
-    extra = f'{{"path": "{tmp_path}", "prefetch_threshold": 16}}'
-    store = {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config": extra}
-    store |= {"hicache_storage_prefetch_policy": "wait_complete"}
-    with two_nodes(folder, hicache_ratio=4.0, **store) as pair:
+    extra = {"path": str(tmp_path), "prefetch_threshold": 16}
+    with two_nodes(folder, hicache_ratio=4.0) as pair:
+        # One writes, which is the one that has all of a conversation.
+        pair.decode.attach_storage("file", extra)
+        pair.prefill.attach_storage("file", {**extra, "read_only": True}, prefetch_policy="wait_complete")
         said = list(case.prompts[13])
         for turn in range(4):
             gave, answer = pair.ask_both(said, HALF)
