@@ -7,6 +7,8 @@ token at a time. Another, in a process of its own, sends one kind of request aft
 server allows, over several connections at once. For each kind: the victim's median and worst latency over its idle
 median of the same run, the longest step of the engine, and how much the server's memory has grown.
 
+The first row is a control: its client only keeps a core busy.
+
 The bar: the worst is at most three idle medians and the longest step, memory grows by at most 256 MB, and the process
 lives. Everything talks to 127.0.0.1, and each attack ends by itself. Victim, attacker and server share the machine, so
 the attacker computes at the lowest priority.
@@ -146,6 +148,8 @@ ATTACKS: dict[str, Attack] = {
 }  # fmt: skip
 # These send no body: they hold connections, or ask whether the server is well.
 DOORS = ("connections", "health")
+# Keeps a core busy as the others do and asks nothing: what the machine, and not the server, makes of the victim.
+CONTROL = "nothing"
 
 
 # ---- the attacker, in a process of its own ---------------------------------------------------------------------------
@@ -156,6 +160,11 @@ async def hostile(url: str, name: str, size: Size, seconds: float, connections: 
     until = time.monotonic() + seconds
     counts: dict[str, int] = {}
     bodies = []
+    if name == CONTROL:
+        while time.monotonic() < until:
+            json.dumps(many_prompts(size, random.Random(name)))
+            counts["made"] = counts.get("made", 0) + 1
+        return counts
     if name not in DOORS:
         rng = random.Random(name)
         for _ in range(connections):
@@ -323,7 +332,8 @@ def settle(url: str, patience: float = 60) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attacks", default=",".join([*ATTACKS, *DOORS]), help="names, with commas between them")
+    everything = ",".join([CONTROL, *ATTACKS, *DOORS])
+    parser.add_argument("--attacks", default=everything, help="names, with commas between them")
     parser.add_argument("--quick", action="store_true", help="a part of what is allowed, for tests")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each attack")
     parser.add_argument("--idle", type=int, default=40, help="requests for the idle median")
