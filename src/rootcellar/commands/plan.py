@@ -13,6 +13,7 @@ from rootcellar.models.files import hub_hint
 from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Capacity, capacity, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
+from rootcellar.plan.roofline import CHIPS, decode, held_bytes, limit, prefill
 from rootcellar.units import gb, parse_bytes
 
 
@@ -82,15 +83,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Tokens in computation at a time (vLLM: max_num_batched_tokens) [default: %(default)s].",
     )
+    roofline = parser.add_argument_group("roofline")
+    roofline.add_argument(
+        "--roofline", action="store_true", help="The least time of a step by chip, with --tp devices and these requests."
+    )
+    roofline.add_argument("--chip", choices=CHIPS, metavar="NAME", help=f"One of {', '.join(CHIPS)} [default: all].")
+    roofline.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="Requests that decode at once [default: %(default)s]."
+    )
+    roofline.add_argument(
+        "--program-bytes",
+        metavar="SIZE",
+        help="What a compiled decode step accesses on one device: how far its own bytes are from the least.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``rootcellar plan``. Raises ``ConfigError`` for a wrong option, an unknown model, or when nothing fits."""
-    for name in ("max_total_tokens", "request_length", "window"):
+    for name in ("max_total_tokens", "request_length", "window", "batch"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise ConfigError(f"{name}={vars(args)[name]} is not allowed: it must be at least 1")
     ask = _ask(args, read_architecture(_config(args.model), window=args.window))
     figures = capacity(ask)
+    if args.roofline:
+        _roofline(args, ask)
+        return 0
     rows = [("as asked", figures), *what_if(ask)]
     if args.json:
         answer = {"model": args.model, "groups": _groups(ask), **figures.as_dict()}
@@ -198,6 +215,62 @@ def _print(model: str, ask: Ask, figures: Capacity, rows: Sequence[tuple[str, Ca
             "\nconcurrency: when the memory is divided as such requests need it; as divided: with the ratios above, "
             "where the kind that runs out first decides."
         )
+
+
+def _roofline(args: argparse.Namespace, ask: Ask) -> None:
+    """Print what a decode and a prefill step take at least on each chip."""
+    context = ask.request_length or ask.model.context_length
+    if context is None:
+        raise ConfigError("the config does not say how long a context is: give --context")
+    chunk = min(ask.chunked_prefill_size, context)
+    batch, program = args.batch, None
+    if args.program_bytes is not None:
+        program = parse_bytes(args.program_bytes, "program_bytes")
+    steps = {
+        "decode": decode(ask.model, ask.kv_dtype, ask.tp, batch, context),
+        "prefill": prefill(ask.model, ask.kv_dtype, ask.tp, context - chunk, context),
+    }
+    held = held_bytes(ask.model, ask.kv_dtype, ask.tp, batch, context)
+    rows = []
+    for chip in (CHIPS[args.chip],) if args.chip else CHIPS.values():
+        row: dict[str, Any] = {"chip": chip.name, "source": chip.source, "fits": held <= chip.memory}
+        for name, work in steps.items():
+            least = limit(work, chip)
+            row[f"{name}_seconds_by_bandwidth"] = least.by_bandwidth
+            row[f"{name}_seconds_by_compute"] = least.by_compute
+            row[f"{name}_bound"] = least.bound
+            row[f"{name}_tokens_per_second"] = work.tokens / least.seconds
+        if program is not None:
+            row["program_seconds_by_bandwidth"] = program / chip.bandwidth
+        rows.append(row)
+    answer: dict[str, Any] = {
+        "model": args.model, "tp": ask.tp, "batch": batch, "context": context, "prefill_tokens": chunk,
+        "held_bytes_per_device": held,
+        **{name: {"bytes_per_device": work.nbytes, "flops_per_device": work.flops} for name, work in steps.items()},
+    }  # fmt: skip
+    if program is not None:
+        answer["least_of_program_bytes"] = steps["decode"].total_bytes / program
+    if args.json:
+        print(json.dumps({**answer, "chips": rows}))
+        return
+    print(f"{args.model}, tp={ask.tp}: a decode step of {batch} requests of {context:,} tokens, a prefill step of the")
+    print(f"last {chunk:,} tokens of one; {gb(held)} GB of weights and cache on each device")
+    for name, work in steps.items():
+        for unit, parts in (("GB", work.nbytes), ("GFLOP", work.flops)):
+            said = ", ".join(f"{part} {value / 1e9:,.4g}" for part, value in parts.items() if value)
+            print(f"  {name:<8} {sum(parts.values()) / 1e9:>10,.4g} {unit:<6} {said}")
+    if program is not None:
+        print(f"  the compiled decode step accesses {gb(program)} GB, {answer['least_of_program_bytes']:.0%} of it needed")
+    print(f"\n{'chip':<7} {'fits':<5} {'decode: ms':>11} {'bound':>8} {'tokens/s':>10} {'prefill: ms':>13} {'bound':>8} tokens/s")
+    for row in rows:
+        print(f"{row['chip']:<7} {'yes' if row['fits'] else 'no':<5}", end="")
+        for name, width in (("decode", 11), ("prefill", 13)):
+            seconds = max(row[f"{name}_seconds_by_bandwidth"], row[f"{name}_seconds_by_compute"])
+            rate = row[f"{name}_tokens_per_second"]
+            print(f" {1e3 * seconds:>{width}.3f} {row[f'{name}_bound']:>8} {rate:>10,.0f}", end="")
+        print()
+    print("\nNo program for such a step takes less: weights once, what queries see of the cache once, arithmetic at the")
+    print("chip's peak in bfloat16, nothing for what devices tell each other.")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -6,6 +6,8 @@ percent). Quantised checkpoints are counted at the width of their method. What i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rootcellar.plan.fields import Raw
 from rootcellar.plan.layers import Architecture, Group, head_dim, kv_heads_of, latent, need, state_of
 
@@ -13,20 +15,60 @@ from rootcellar.plan.layers import Architecture, Group, head_dim, kv_heads_of, l
 _QUANTISED = {"fp8": 1.0, "mxfp4": 0.5 + 1 / 32}
 
 
-def weight_bytes(model: Architecture) -> int:
-    """Bytes of all weights, over all devices."""
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """The matrices of a model, over all devices.
+
+    Attributes:
+        vocabulary: elements of the embedding, and as many of the head; ``tied``: whether they are one matrix.
+        layers: elements of what each token passes: attention, dense feed-forward parts, routers.
+        experts: elements of the experts of all layers. Of ``of`` in a layer a token passes ``chosen``.
+        wide, narrow, thin: bytes of an element of the vocabulary's, of the layers', of the experts'.
+    """
+
+    vocabulary: int
+    tied: bool
+    layers: int
+    experts: int
+    of: int
+    chosen: int
+    wide: float
+    narrow: float
+    thin: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        vocabulary = self.vocabulary * (1 if self.tied else 2) * self.wide
+        return round(vocabulary + self.layers * self.narrow + self.experts * self.thin)
+
+
+def matrices(model: Architecture) -> Matrices:
+    """Of a model, as its config says."""
     text = model.text
     wide = float(model.itemsize)
     method = str((text.get("quantization_config") or {}).get("quant_method") or "")
     narrow = _QUANTISED.get(method, wide)
     attention = sum(len(group.kind.layers) * _mixer(group, text) for group in model.groups)
     dense, experts = _mlps(text, model.num_layers)
-    embeddings = (
-        int(need(text, "vocab_size")) * int(need(text, "hidden_size")) * (1 if text.get("tie_word_embeddings") else 2)
+    of = _experts_of(text)
+    return Matrices(
+        vocabulary=int(need(text, "vocab_size")) * int(need(text, "hidden_size")),
+        tied=bool(text.get("tie_word_embeddings")),
+        layers=attention + dense,
+        experts=experts,
+        of=of,
+        chosen=min(of, int(text.get("num_experts_per_tok") or 1)),
+        wide=wide,
+        # mxfp4 checkpoints keep everything but the experts wide; fp8 ones everything but the embeddings narrow.
+        narrow=wide if method == "mxfp4" else narrow,
+        thin=narrow,
     )
-    # mxfp4 checkpoints keep everything but the experts wide; fp8 ones everything but the embeddings narrow.
-    rest = wide if method == "mxfp4" else narrow
-    return round(embeddings * wide + (attention + dense) * rest + experts * narrow)
+
+
+def weight_bytes(model: Architecture) -> int:
+    """Bytes of all weights, over all devices."""
+    return matrices(model).nbytes
 
 
 def _mixer(group: Group, text: Raw) -> int:
@@ -54,7 +96,7 @@ def _mixer(group: Group, text: Raw) -> int:
 def _mlps(text: Raw, layers: int) -> tuple[int, int]:
     """Elements of the dense and of the expert feed-forward matrices of all layers (gated: three matrices each)."""
     hidden, inner = int(need(text, "hidden_size")), int(need(text, "intermediate_size"))
-    count = int(text.get("n_routed_experts") or text.get("num_local_experts") or text.get("num_experts") or 0)
+    count = _experts_of(text)
     if not count:
         return layers * 3 * hidden * inner, 0
     if text.get("intermediate_size_mlp"):  # Llama 4: intermediate_size is an expert's
@@ -68,3 +110,8 @@ def _mlps(text: Raw, layers: int) -> tuple[int, int]:
         sparse = len(range(0, sparse, int(text.get("expert_layer_period") or 1)))
     dense = (layers - sparse) * 3 * hidden * dense_inner + sparse * (3 * hidden * shared + hidden * count)
     return dense, sparse * count * 3 * hidden * expert_inner
+
+
+def _experts_of(text: Raw) -> int:
+    """Experts of a layer that are chosen among; 0 where there are none."""
+    return int(text.get("n_routed_experts") or text.get("num_local_experts") or text.get("num_experts") or 0)
