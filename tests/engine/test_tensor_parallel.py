@@ -118,12 +118,15 @@ def test_what_one_number_of_devices_stored_another_reads(devices, tmp_path, name
             store=str(tmp_path / "pages"),
         )  # fmt: skip
         assert result["output_ids"] == [[case.tokens[i][:MOST] for i in some]] * 2
-        assert all(details["host"] > 0 for details in result["found"][1])
+        assert each(details["host"] > 0 for details in result["found"][1])
         return result["found"][0]
 
+    # A window or a chunk that has moved on is kept nowhere: such a prompt may find nothing, or what another brought.
+    each = any if name in ("gemma3", "llama4") else all
+
     assert [details["storage"] for details in found(1, [11, 13])] == [0, 0]
-    assert [details["storage"] > 0 for details in found(2, [11, 13, 14, 15])] == [True, True, False, False]
-    assert all(details["storage"] > 0 for details in found(1, [14, 15]))
+    assert all(details["storage"] > 0 for details in found(2, [11, 13, 14, 15])[:2])
+    assert each(details["storage"] > 0 for details in found(1, [14, 15]))
 
 
 @pytest.mark.parametrize("dtype", ["k8v4", pytest.param("int8", marks=pytest.mark.long)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rootcellar.models.files import hub_hint
 from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Capacity, capacity, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
-from rootcellar.plan.roofline import CHIPS, decode, held_bytes, limit, prefill
+from rootcellar.plan.roofline import CHIPS, Chip, Work, decode, held_bytes, limit, prefill
 from rootcellar.units import gb, parse_bytes
 
 
@@ -85,7 +85,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     roofline = parser.add_argument_group("roofline")
     roofline.add_argument(
-        "--roofline", action="store_true", help="The least time of a step by chip, with --tp devices and these requests."
+        "--roofline",
+        action="store_true",
+        help="The least time of a step by chip, with --tp devices and these requests.",
     )
     roofline.add_argument("--chip", choices=CHIPS, metavar="NAME", help=f"One of {', '.join(CHIPS)} [default: all].")
     roofline.add_argument(
@@ -231,18 +233,8 @@ def _roofline(args: argparse.Namespace, ask: Ask) -> None:
         "prefill": prefill(ask.model, ask.kv_dtype, ask.tp, context - chunk, context),
     }
     held = held_bytes(ask.model, ask.kv_dtype, ask.tp, batch, context)
-    rows = []
-    for chip in (CHIPS[args.chip],) if args.chip else CHIPS.values():
-        row: dict[str, Any] = {"chip": chip.name, "source": chip.source, "fits": held <= chip.memory}
-        for name, work in steps.items():
-            least = limit(work, chip)
-            row[f"{name}_seconds_by_bandwidth"] = least.by_bandwidth
-            row[f"{name}_seconds_by_compute"] = least.by_compute
-            row[f"{name}_bound"] = least.bound
-            row[f"{name}_tokens_per_second"] = work.tokens / least.seconds
-        if program is not None:
-            row["program_seconds_by_bandwidth"] = program / chip.bandwidth
-        rows.append(row)
+    chips = [CHIPS[args.chip]] if args.chip else list(CHIPS.values())
+    rows = [_on_chip(chip, steps, held, program) for chip in chips]
     answer: dict[str, Any] = {
         "model": args.model, "tp": ask.tp, "batch": batch, "context": context, "prefill_tokens": chunk,
         "held_bytes_per_device": held,
@@ -260,17 +252,35 @@ def _roofline(args: argparse.Namespace, ask: Ask) -> None:
             said = ", ".join(f"{part} {value / 1e9:,.4g}" for part, value in parts.items() if value)
             print(f"  {name:<8} {sum(parts.values()) / 1e9:>10,.4g} {unit:<6} {said}")
     if program is not None:
-        print(f"  the compiled decode step accesses {gb(program)} GB, {answer['least_of_program_bytes']:.0%} of it needed")
-    print(f"\n{'chip':<7} {'fits':<5} {'decode: ms':>11} {'bound':>8} {'tokens/s':>10} {'prefill: ms':>13} {'bound':>8} tokens/s")
+        print(
+            f"  the compiled decode step accesses {gb(program)} GB, {answer['least_of_program_bytes']:.0%} of it needed"
+        )
+    heads = f"{'chip':<7} {'fits':<5} {'decode: ms':>11} {'bound':>8} {'tokens/s':>10} {'prefill: ms':>13} {'bound':>8}"
+    print(f"\n{heads} {'tokens/s':>10}")
     for row in rows:
         print(f"{row['chip']:<7} {'yes' if row['fits'] else 'no':<5}", end="")
         for name, width in (("decode", 11), ("prefill", 13)):
-            seconds = max(row[f"{name}_seconds_by_bandwidth"], row[f"{name}_seconds_by_compute"])
-            rate = row[f"{name}_tokens_per_second"]
+            seconds, rate = row[f"{name}_seconds"], row[f"{name}_tokens_per_second"]
             print(f" {1e3 * seconds:>{width}.3f} {row[f'{name}_bound']:>8} {rate:>10,.0f}", end="")
         print()
-    print("\nNo program for such a step takes less: weights once, what queries see of the cache once, arithmetic at the")
+    print(
+        "\nNo program for such a step takes less: weights once, what queries see of the cache once, arithmetic at the"
+    )
     print("chip's peak in bfloat16, nothing for what devices tell each other.")
+
+
+def _on_chip(chip: Chip, steps: Mapping[str, Work], held: int, program: int | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"chip": chip.name, "source": chip.source, "fits": held <= chip.memory}
+    for name, work in steps.items():
+        least = limit(work, chip)
+        row[f"{name}_seconds"] = least.seconds
+        row[f"{name}_seconds_by_bandwidth"] = least.by_bandwidth
+        row[f"{name}_seconds_by_compute"] = least.by_compute
+        row[f"{name}_bound"] = least.bound
+        row[f"{name}_tokens_per_second"] = work.tokens / least.seconds
+    if program is not None:
+        row["program_seconds_by_bandwidth"] = program / chip.bandwidth
+    return row
 
 
 def _shown(name: str, value: Any) -> str:

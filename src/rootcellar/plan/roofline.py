@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rootcellar.cache.kind import Kind
+from rootcellar.plan.fields import Raw
 from rootcellar.plan.layers import Architecture, Group, need
 from rootcellar.plan.stored import Heads, States
 from rootcellar.plan.weights import matrices
@@ -117,7 +118,8 @@ def prefill(model: Architecture, kv_dtype: str, tp: int, start: int, stop: int) 
 def held_bytes(model: Architecture, kv_dtype: str, tp: int, batch: int, context: int) -> int:
     """Bytes of weights, and of what ``batch`` requests of ``context`` tokens keep in the cache, on one device."""
     return round(matrices(model).nbytes / tp) + sum(
-        batch * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(model.itemsize))
+        batch
+        * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(model.itemsize))
         for group in model.groups
     )
 
@@ -148,7 +150,7 @@ def _work(model: Architecture, kv_dtype: str, tp: int, rows: int, start: int, st
         before = start - group.kind.start(start)  # what is new is at hand when it is written
         nbytes["cache read"] += rows * before * each + (states if start else 0)
         nbytes["cache written"] += tokens * each + states
-        flops["attention"] += rows * _attention(group, int(need(model.text, "num_attention_heads")), start, stop) / tp
+        flops["attention"] += rows * _attention(group, model.text, start, stop) / tp
     return Work(tokens, nbytes, flops)
 
 
@@ -162,13 +164,17 @@ def seen(kind: Kind, start: int, stop: int) -> int:
     return sum(at - kind.start(at) + 1 for at in range(start, stop))
 
 
-def _attention(group: Group, heads: int, start: int, stop: int) -> float:
+def _attention(group: Group, text: Raw, start: int, stop: int) -> float:
     """Operations of one request's queries at [start, stop), over all devices."""
-    layers, stored = len(group.kind.layers), group.stored
+    layers, stored, kind = len(group.kind.layers), group.stored, group.kind
     if isinstance(stored, States):
         return float(_OF_STATES * layers * math.prod(stored.state) * (stop - start))
+    heads, pairs = int(need(text, "num_attention_heads")), seen(kind, start, stop)
     if isinstance(stored, Heads):
-        pair = 4 * heads * stored.head_dim
-    else:  # over latents: scores over all of one, sums over its first part
-        pair = 2 * heads * (2 * stored.rank + stored.rope_dim)
-    return float(layers * pair * seen(group.kind, start, stop))
+        return float(layers * 4 * heads * stored.head_dim * pairs)
+    # Scores over a whole latent and sums over its first part; or over keys and values that are made of latents, those
+    # that were cached as well, which pays where many queries see them.
+    value, nope = int(need(text, "v_head_dim")), int(need(text, "qk_nope_head_dim"))
+    over_latents = 2 * heads * (2 * stored.rank + stored.rope_dim) * pairs
+    made = 2 * heads * stored.rank * (nope + value) * (start - kind.start(start))
+    return float(layers * min(over_latents, 2 * heads * (nope + stored.rope_dim + value) * pairs + made))
