@@ -16,7 +16,7 @@ from functools import cached_property
 from rootcellar.cache.kind import Kind
 from rootcellar.plan.fields import Raw
 from rootcellar.plan.layers import Architecture, Group, need
-from rootcellar.plan.stored import Heads, States
+from rootcellar.plan.stored import Heads, Latents, States
 from rootcellar.plan.weights import matrices
 
 GIB = 2**30
@@ -172,6 +172,7 @@ def _attention(group: Group, text: Raw, start: int, stop: int) -> float:
     heads, pairs = int(need(text, "num_attention_heads")), seen(kind, start, stop)
     if isinstance(stored, Heads):
         return float(layers * 4 * heads * stored.head_dim * pairs)
+    assert isinstance(stored, Latents)
     # Scores over a whole latent and sums over its first part; or over keys and values that are made of latents, those
     # that were cached as well, which pays where many queries see them.
     value, nope = int(need(text, "v_head_dim")), int(need(text, "qk_nope_head_dim"))
