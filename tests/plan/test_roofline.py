@@ -10,7 +10,7 @@ from rootcellar import cli
 from rootcellar.cache.kind import chunked_local, full, sliding_window
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
-from rootcellar.plan.roofline import CHIPS, Limit, decode, expected_experts, held_bytes, limit, prefill, seen
+from rootcellar.plan.roofline import CHIPS, LeastTime, decode, expected_experts, held_bytes, least_time, prefill, seen
 from rootcellar.plan.weights import matrices
 
 MODELS = {name: read_architecture(config) for name, config in PRESETS.items()}
@@ -83,10 +83,10 @@ def test_experts_that_a_batch_passes(of, data):
 
 def test_the_longer_time_is_the_limit():
     work = decode(MODELS["llama-4-scout"], "bfloat16", 8, 64, 8192)
-    least = limit(work, CHIPS["h100"])
-    assert least == Limit(work.total_bytes / 3350e9, work.total_flops / 989e12)
+    least = least_time(work, CHIPS["h100"])
+    assert least == LeastTime(work.total_bytes / 3350e9, work.total_flops / 989e12)
     assert (least.bound, least.seconds) == ("memory", least.by_bandwidth)
-    assert limit(prefill(MODELS["qwen2.5-3b"], "bfloat16", 1, 0, 4096), CHIPS["v4"]).bound == "compute"
+    assert least_time(prefill(MODELS["qwen2.5-3b"], "bfloat16", 1, 0, 4096), CHIPS["v4"]).bound == "compute"
 
 
 def test_what_a_device_holds():

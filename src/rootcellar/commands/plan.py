@@ -13,7 +13,7 @@ from rootcellar.models.files import hub_hint
 from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Capacity, capacity, what_if
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
-from rootcellar.plan.roofline import CHIPS, Chip, Work, decode, held_bytes, limit, prefill
+from rootcellar.plan.roofline import CHIPS, Chip, Work, decode, held_bytes, least_time, prefill
 from rootcellar.units import gb, parse_bytes
 
 
@@ -272,7 +272,7 @@ def _roofline(args: argparse.Namespace, ask: Ask) -> None:
 def _on_chip(chip: Chip, steps: Mapping[str, Work], held: int, program: int | None) -> dict[str, Any]:
     row: dict[str, Any] = {"chip": chip.name, "source": chip.source, "fits": held <= chip.memory}
     for name, work in steps.items():
-        least = limit(work, chip)
+        least = least_time(work, chip)
         row[f"{name}_seconds"] = least.seconds
         row[f"{name}_seconds_by_bandwidth"] = least.by_bandwidth
         row[f"{name}_seconds_by_compute"] = least.by_compute

@@ -80,7 +80,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class LeastTime:
     """The least time of a step on a chip, in seconds."""
 
     by_bandwidth: float
@@ -97,9 +97,9 @@ class Limit:
         return "memory" if self.by_bandwidth >= self.by_compute else "compute"
 
 
-def limit(work: Work, chip: Chip) -> Limit:
+def least_time(work: Work, chip: Chip) -> LeastTime:
     """The least time of a step on devices of one sort."""
-    return Limit(work.total_bytes / chip.bandwidth, work.total_flops / chip.flops)
+    return LeastTime(work.total_bytes / chip.bandwidth, work.total_flops / chip.flops)
 
 
 def decode(model: Architecture, kv_dtype: str, tp: int, batch: int, context: int) -> Work:
