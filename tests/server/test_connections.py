@@ -290,6 +290,15 @@ WRONG = {
     "sampling_params": ("/generate", {"text": "a", "sampling_params": [1] * LONG}),
     "tokens": ("/detokenize", {"tokens": ["a"] * LONG}),
     "token lists": ("/detokenize", {"tokens": [["a"]] * LONG}),
+    "names": (
+        "/v1/messages",
+        {
+            "model": "m",
+            "max_tokens": 2,
+            "messages": [{"role": "user", "content": "a"}],
+            "tools": [{"name": "f", "input_schema": {f"k{i}\\": i for i in range(400_000)}}],
+        },
+    ),
     "brackets": ("/v1/completions", {"prompt": [[]] * 2_000_000}),
     "tags": ("/release_memory_occupation", {"tags": [1] * LONG}),
 }

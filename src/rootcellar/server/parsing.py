@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, cast
 
 import orjson
@@ -26,6 +28,10 @@ from rootcellar.server.fields import Refused, known
 
 # Lists and objects take a hundred times the memory of their two bytes in a body, and the time to make them.
 _BRACKETS = 250_000
+# Names of fields cost as much, and again each time that an object is checked, copied or passed on.
+_NAMES = 50_000
+# The end of a name: a quote that is not quoted itself, and a colon.
+_NAME = re.compile(rb'(?<!\\)(?:\\\\)*"[ \t\r\n]*:')
 
 
 class OrjsonRequest(Request):
@@ -46,6 +52,8 @@ def _loads(body: bytes) -> Any:
     if len(body) > _BRACKETS and body.count(b"[") + body.count(b"{") > _BRACKETS:
         message = f"the body has more than {_BRACKETS} lists, objects or brackets: send fewer prompts at once"
         raise Stopped(invalid(message))
+    if body.count(b":") > _NAMES and next(islice(_NAME.finditer(body), _NAMES, None), None) is not None:
+        raise Stopped(invalid(f"the body has more than {_NAMES} names of fields: send less at once"))
     # The collector would walk through all of the process again and again while lists are made that nobody can have
     # dropped yet; nothing else runs meanwhile, as orjson holds the interpreter.
     collecting = gc.isenabled()
