@@ -281,9 +281,7 @@ class EngineConfig:
         high=65535,
     )
     disaggregation_host: str = option(
-        "127.0.0.1",
-        "Address on which a prefill node listens for decode nodes. Whoever reaches it can ask for pages: keep it to a "
-        "network of your own.",
+        "127.0.0.1", "Address on which a prefill node listens for decode nodes; whoever reaches it can ask for pages."
     )
     disaggregation_fallback: str = option(
         "abort",
@@ -299,11 +297,12 @@ class EngineConfig:
         above=True,
     )
     disaggregation_waiting_timeout: float = option(
-        300.0,
-        "Seconds that a request waits on a prefill node for its decode node, and on a decode node for its prompt's KV "
-        "cache.",
-        low=0,
-        above=True,
+        300.0, "Seconds that a request waits for the other node, or for its prompt's KV cache.", low=0, above=True
+    )
+    kv_events_config: str | None = option(
+        None,
+        "Publish what the cache stores and removes (docs/routers.md): a JSON object with 'publisher' ('zmq') and some "
+        "of 'endpoint', 'replay_endpoint', 'buffer_steps', 'hwm', 'max_queue_size', 'topic'. None: nowhere.",
     )
     share_cache_across_keys: bool = option(
         False,

@@ -42,6 +42,7 @@ from rootcellar.scheduler import Loads, NgramGuesser, Prefetcher, Scheduler, Sna
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.host import HostMemory, free_memory, host_rows
 from rootcellar.tiers.mover import Mover
+from rootcellar.transfer.events import EventPublisher, EventSettings
 from rootcellar.transfer.receiver import Receiver
 from rootcellar.transfer.sender import Sender
 from rootcellar.units import gb
@@ -103,6 +104,8 @@ class Parts:
     """What waiting requests want of the store behind it."""
     peers: Sender | Receiver | None
     """What gives pages to decode nodes, or takes them from prefill nodes; None where both are this engine's."""
+    events: EventPublisher | None
+    """What tells others what the cache stores and removes; None: nobody."""
     trace: TraceLog | None
     """What writes down what was asked; None: nobody wants that, or another rank does it."""
 
@@ -208,6 +211,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
     images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
     loads = Loads(programs.paging.kinds, config.page_size, images, always=config.disaggregation_mode == "decode")
+    told = None if config.kv_events_config is None else EventSettings.read(config.kv_events_config)
     scheduler = _scheduler(config, programs, pools, running, names, host, loads)
     stop_ids = _stop_ids(model, tokenizer)
     return Parts(
@@ -232,6 +236,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         mover,
         Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
         None if mover is None or host is None else open_peers(config, runner, host, mover, kv_dtype, names),
+        None if told is None or told.publisher != "zmq" or config.node_rank else EventPublisher(told),
         trace,
     )
 
@@ -306,6 +311,7 @@ def _scheduler(
         write_policy=config.hicache_write_policy,
         min_load={Tier.HOST: 1 if config.disaggregation_mode == "decode" else WORTH_LOADING},
         fingerprint=fingerprint,
+        events=config.kv_events_config is not None and not config.node_rank,
         reuse=not config.disable_radix_cache,
     )
     if host is not None:

@@ -55,6 +55,8 @@ def _close(loop: Loop, parts: Parts, exchange: Exchange | None) -> None:
 def _give_back(parts: Parts) -> None:
     if parts.peers is not None:
         parts.peers.close()
+    if parts.events is not None:
+        parts.events.close()
     if parts.mover is not None and parts.host is not None:
         store = parts.mover.close()
         if store is not None:

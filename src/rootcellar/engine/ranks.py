@@ -213,6 +213,7 @@ def loop_of(parts: Parts, exchange: Exchange | None, **options: Any) -> Loop:
     life = Lifecycle.of(parts)
     names_of = partial(digests, page_size=parts.config.page_size, fingerprint=parts.fingerprint)
     options |= {"prefetcher": parts.prefetcher, "trace": parts.trace}
+    options["tell"] = None if parts.events is None else parts.events.publish
     options["side"] = side_of(parts.config, parts.peers, names_of)
     if exchange is None:
         return Loop(Machine(life, **options))

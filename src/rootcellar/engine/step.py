@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from rootcellar.cache import Reports, digests
+from rootcellar.cache import KVEvent, Reports, digests
 from rootcellar.engine.apart import Alone, PeerEvent, Peers
 from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of, score_prompts
 from rootcellar.engine.clock import Clock
@@ -121,13 +121,15 @@ class Machine:
         overlap: bool = True,
         prefetcher: Prefetcher | None = None,
         side: Side | None = None,
+        tell: Callable[[Sequence[KVEvent]], None] | None = None,
         trace: TraceLog | None = None,
     ) -> None:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
         be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``side``: which side of
-        prefill and decode it is; None: both. ``trace``: is told what was asked.
+        prefill and decode it is; None: both. ``tell``: is told what the cache stores and removes. ``trace``: is told
+        what was asked.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -146,6 +148,7 @@ class Machine:
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
         self._mover = life.mover
+        self._tell = tell
         self._overlap = overlap
         self._launched: Launched | None = None
         """The step whose tokens were not taken when the turn ended: planned ahead."""
@@ -364,6 +367,8 @@ class Machine:
     def _dispatch(self) -> None:
         """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""
         self.peers.dispatch()
+        if self._tell is not None and (events := self.scheduler.cache.take_events()):
+            self._tell(events)
         if self._mover is None:
             return
         if moves := self.scheduler.cache.moves():
