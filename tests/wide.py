@@ -148,6 +148,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_step_that_fails_ends_what_was_offered_and_nothing_else": "",
         "test_every_family_cold_cached_and_a_turn_later": "",
         "test_logprobs_and_streams_are_the_decode_nodes_own": "",
+        "test_nodes_of_unlike_attention_and_cached_in_few_bits": "",
         "test_nodes_that_are_not_alike_refuse_with_both_values": "",
         "test_prompts_about_as_long_as_a_page": "1|2|16",
         "test_of_a_conversation_each_node_has_the_turns_before_from_their_store": "",

@@ -226,6 +226,20 @@ def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk):
         pair.check_idle()
 
 
+@pytest.mark.parametrize("kv", ["auto", "fp8_e4m3"])
+def test_nodes_of_unlike_attention_and_cached_in_few_bits(case_of, kv):
+    case, folder = case_of("qwen2-4kv")
+    with two_nodes(folder, kv_cache_dtype=kv, prefill={"attention_backend": "xla"}) as pair:
+        alone = {"temperature": 0, "max_new_tokens": HALF, "ignore_eos": True}
+        expected = pair.prefill.generate(input_ids=case.prompts[15], sampling_params=alone, cache_salt="alone")
+        before = pair.sent
+        answer = pair.ask(case.prompts[15], HALF)
+        assert answer["output_ids"][:8] == expected["output_ids"][:8]
+        assert kv != "auto" or answer["output_ids"] == case.tokens[15][:HALF]
+        assert pair.sent - before == lacking(pair, case.prompts[15])
+        pair.check_idle()
+
+
 def test_nodes_that_are_not_alike_refuse_with_both_values(case_of):
     case, folder = case_of("qwen2-4kv")
     with two_nodes(folder, decode={"page_size": 8}) as pair:
