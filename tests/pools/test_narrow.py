@@ -20,14 +20,15 @@ GRIDS = (INT8, E4M3, E5M2, E2M1)
 BYTES = np.arange(256, dtype=np.uint8)
 
 
-def finite(values):
-    return np.unique(values[np.isfinite(values)])
+def finite(values, least=0.0):
+    """Sorted; but for zero none below ``least``."""
+    return np.unique(values[np.isfinite(values) & ((np.abs(values) >= least) | (values == 0))])
 
 
 VALUES = {
     INT8: np.arange(-127, 128, dtype=np.float32),
-    E4M3: finite(BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)),
-    E5M2: finite(BYTES.view(ml_dtypes.float8_e5m2).astype(np.float32)),
+    E4M3: finite(BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32), 2.0**-6),
+    E5M2: finite(BYTES.view(ml_dtypes.float8_e5m2).astype(np.float32), 2.0**-14),
     E2M1: finite(BYTES[:16].view(ml_dtypes.float4_e2m1fn).astype(np.float32)),
 }
 # Scales of 8 bits: a float16 without a sign and without its last 7 bits.

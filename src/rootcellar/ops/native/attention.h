@@ -32,25 +32,19 @@ struct Coded {
   const uint8_t *codes, *scales;
 };
 
-// Values of the 256 bytes that hold two elements of E2M1, and those of scales of 8 bits: see codes.inc.
-struct Pairs {
-  float of[256][2], scale[256];
-  constexpr Pairs() : of{}, scale{} {
-    constexpr float kSizes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+// Scales of 8 bits: a float16 without its sign and without the last 7 bits.
+struct Scales {
+  float of[256];
+  constexpr Scales() : of{} {
     for (int byte = 0; byte < 256; byte++) {
-      for (int half = 0; half < 2; half++) {
-        const int code = (byte >> (4 * half)) & 15;
-        of[byte][half] = code < 8 ? kSizes[code] : -kSizes[code - 8];
-      }
-      const int exponent = byte >> 3;
+      const int exponent = byte >> 3, mantissa = exponent == 0 ? byte & 7 : 8 + (byte & 7);
       float power = 1.0f / (1 << 17);  // of the last bit where there is no exponent
       for (int e = 1; e < exponent; e++) power *= 2;
-      const int mantissa = exponent == 0 ? byte & 7 : 8 + (byte & 7);
-      scale[byte] = exponent == 31 ? __builtin_nanf("") : static_cast<float>(mantissa) * power;
+      of[byte] = exponent == 31 ? __builtin_nanf("") : static_cast<float>(mantissa) * power;
     }
   }
 };
-inline constexpr Pairs kPairs;
+inline constexpr Scales kScales;
 
 // Where the cached positions [begin, end) of one row and KV head lie.
 struct Span {

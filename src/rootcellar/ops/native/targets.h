@@ -11,6 +11,10 @@
 #include <string>
 #include <thread>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define ROOTCELLAR_PRAGMA(x) _Pragma(#x)
 #if defined(__x86_64__) && defined(__clang__)
 #define ROOTCELLAR_TARGET_BEGIN(features) \

@@ -5,7 +5,9 @@ elements are brought onto the grid, so that reading and writing agree on it. For
 every 16 elements) the largest magnitude may also go to 4 rather than 6, whichever errs less in squares: between 4 and 6
 there is nothing (Cook et al., 2025, "Four Over Six").
 
-Codes of floats are kept as uint8, since XLA for CPUs widens whole pools of narrow floats in order to write into them.
+Floats of 8 bits without an exponent are not used (they are below a 28,000th of the largest), so that readers need not
+know them. Codes of floats are kept as uint8, since XLA for CPUs widens whole pools of narrow floats in order to write
+into them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def encode(grid: Grid, vectors: Array) -> tuple[Array, Array]:
     on_grid = jnp.clip(_divided(x, scale.astype(jnp.float32)), -grid.top, grid.top)
     if grid == INT8:
         return jnp.round(on_grid).astype(jnp.int8), scale
-    return lax.bitcast_convert_type(on_grid.astype(_FLOATS[grid]), jnp.uint8), scale
+    least, size = float(jnp.finfo(_FLOATS[grid]).tiny), jnp.abs(on_grid)
+    normal = jnp.where(size < least / 2, 0, jnp.sign(on_grid) * jnp.maximum(size, least))
+    return lax.bitcast_convert_type(normal.astype(_FLOATS[grid]), jnp.uint8), scale
 
 
 def decode(grid: Grid, codes: Array, scales: Array) -> Array:
