@@ -79,6 +79,10 @@ WIDE: dict[str, dict[str, str]] = {
         "test_many_cycles_under_load": "",
         "test_release_with_work_in_flight": "wait",
     },
+    "engine/test_invariance.py": {
+        "test_logprobs_of_a_prompt_are_those_that_it_had_as_an_answer": "gemma3",
+        "test_random_schedules_change_no_bit": "",
+    },
     "engine/test_logprobs_mode.py": {
         "test_a_warm_up_compiles_all_of_it": "",
         "test_they_are_of_the_distribution_after_temperature_and_truncation": "0.6--1|0--1",

@@ -315,6 +315,12 @@ class EngineConfig:
         "takes the fastest that this machine can run.",
         choices=("auto", "native", "xla"),
     )
+    enable_deterministic_inference: bool = option(
+        False,
+        "The same request gets the same tokens and logprobs, to the bit, whatever runs beside it, however it is "
+        "chunked, cached, retracted or brought back from a tier (docs/rl.md#batch-invariance). On CPUs, for models of "
+        "attention and dense feed-forwards.",
+    )
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )

@@ -182,7 +182,8 @@ bool holds(const Case& c, Random& random, const Set& set, int threads) {
                 static_cast<int64_t>(a.rows.size()),
                 scale,
                 c.window,
-                c.chunk};
+                c.chunk,
+                below(random, 2) == 1};
   if (c.is_bf16) {
     b.write<rootcellar::bf16>();
   } else {

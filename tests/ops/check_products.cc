@@ -63,7 +63,8 @@ bool holds(Random& random, const rootcellar::Vectors<rootcellar::Multiply>& set)
   for (bf16& low : least) low.bits = static_cast<uint16_t>(0xbd00 + below(random, 128));
   const Product p{x.data(),   words.data(), grouped ? scales.data() : nullptr, least.empty() ? nullptr : least.data(),
                   nullptr,    y.data(),     rows,                              inputs,
-                  leads,      length,       group,                             form};
+                  leads,      length,       group,                             form,
+                  below(random, 2) == 1};
   Threads threads{1 + below(random, 4), {}};
   rootcellar::multiply(threads, p, set.function);
   for (int64_t row = 0; row < rows; row += 1 + below(random, 5)) {

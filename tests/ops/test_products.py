@@ -15,10 +15,10 @@ WEIGHTS = [((96, 60), (0,)), ((2, 32, 48), (0, 1)), ((288, 2, 3, 16), (0,)), ((5
 STEP = {"float32": 0.0, "bfloat16": 0.02, "w8": 0.02, "w4": 0.6}
 
 
-def packed(holding, shape, inputs, seed=0, *, native):
+def packed(holding, shape, inputs, seed=0, *, native, fixed=False):
     weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     how = packer(holding, shape, inputs)
-    return weight, how.packed(how.pack(weight), native=native)
+    return weight, how.packed(how.pack(weight), native=native, fixed=fixed)
 
 
 @pytest.mark.parametrize("holding", HOLDINGS)
@@ -55,6 +55,19 @@ def test_many_threads_and_many_panels_give_the_same_as_few(monkeypatch):
     first = product(x, held)
     np.testing.assert_array_equal(first, product(x, held))
     np.testing.assert_allclose(first, np.asarray(x, np.float64) @ np.asarray(unpacked(held), np.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("holding", HOLDINGS)
+def test_where_the_order_is_fixed_a_row_gets_the_same_bits_in_any_company(holding, vectors, monkeypatch):
+    if not library.runs_vectors(vectors):
+        pytest.skip(f"{vectors} does not run here")
+    monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
+    _, held = packed(holding, (288, 2, 60), (0,), native=True, fixed=True)
+    x = np.random.default_rng(1).normal(size=(MANY + 8, 288)).astype(np.float32)
+    alone = np.concatenate([product(x[i : i + 1], held) for i in range(16)])
+    for tokens in (2, 3, 7, 16, 125, MANY, MANY + 8):
+        np.testing.assert_array_equal(product(x[:tokens], held)[:16], alone[:tokens])
 
 
 def test_groups_of_equal_weights_divide_by_nothing():

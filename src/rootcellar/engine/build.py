@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rootcellar import demo
 from rootcellar.cache import RadixCache, Suffixes, Tier, digests
 from rootcellar.config import EngineConfig
-from rootcellar.engine import identity, memory
+from rootcellar.engine import identity, invariance, memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.memory import Sizing
 from rootcellar.engine.sides import open_peers
@@ -187,7 +187,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     dtype = _dtype(config.dtype, model.dtype, platform)
     if params is not None:
         check_params(model, params)
-    placement = Placement(model, config.tp_size, _holding(config, model, dtype, params))
+    invariance.require(config, model)
+    fixed = config.enable_deterministic_inference
+    placement = Placement(model, config.tp_size, _holding(config, model, dtype, params), fixed)
     reload = None if params is not None else functools.partial(_load, config, folder, placement, dtype)
     kv_dtype = _kv_dtype(config, dtype)
     programs = _programs(config, placement, _weights_dtype(model, params, dtype), kv_dtype)
@@ -206,7 +208,8 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
     runner = Runner(programs, placement.place(weights.params), pools)
-    names = identity.fingerprint(model, kinds, str(programs.dtype), kv_dtype, config.page_size, config.quantization)
+    dtypes = str(programs.dtype), kv_dtype
+    names = identity.fingerprint(model, kinds, *dtypes, config.page_size, config.quantization, fixed=fixed)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
     images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
@@ -369,7 +372,9 @@ def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_d
         placement,
         dtype,
         pages,
-        choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
+        invariance.backend(pages.attended)
+        if config.enable_deterministic_inference
+        else choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
         Shapes.of(
             config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens), _guessed(config)
         ),
@@ -418,14 +423,15 @@ def _holding(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, params:
     """How weights are packed: see ``Placement.holding``.
 
     As integers where that is asked for. Else a CPU keeps bfloat16 as it was saved, under arithmetic in float32;
-    weights that were handed over are used where they lie.
+    weights that were handed over are used where they lie, unless answers may not depend on the batch.
     """
     if config.quantization is not None:
         return config.quantization
+    packed = invariance.holding(dtype) if config.enable_deterministic_inference else None
     if params is not None or config.tp_size > 1 or dtype != jnp.float32 or not products.runs(jax.default_backend()):
-        return None
+        return packed
     kept = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
-    return "bfloat16" if kept else None
+    return "bfloat16" if kept else packed
 
 
 def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:

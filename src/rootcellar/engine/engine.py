@@ -143,7 +143,7 @@ class Engine(TakesWeights):
 
     @property
     def attention_backend(self) -> str:
-        """The attention backend that runs: ``"native"`` or ``"xla"``."""
+        """The attention backend that runs: ``"native"``, ``"xla"``, or ``"fixed"`` for deterministic inference."""
         return self._parts.backend
 
     @property

@@ -51,10 +51,13 @@ def fingerprint(
     kv_dtype: str,
     page_size: int,
     quantization: str | None = None,
+    *,
+    fixed: bool = False,
 ) -> bytes:
     """32 bytes that differ whenever an engine would fill the pages of equal tokens, by equal weights, otherwise.
 
     ``dtype``: what the model computes in; ``kv_dtype``: what the cache holds; ``quantization``: of the weights.
+    ``fixed``: whether the last bits count too (``enable_deterministic_inference``).
     """
     alike = replace(model, eos_token_ids=(), bos_token_id=None, dtype="float32")  # of answers, and how it was saved
     said = {
@@ -67,6 +70,8 @@ def fingerprint(
     }
     if quantization is not None:
         said["quantization"] = quantization
+    if fixed:
+        said["fixed"] = True
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
 
 

@@ -121,6 +121,7 @@ class Packed:
         arrays: words, scales, least values, as far as its holding has them.
         group: inputs that share a scale.
         native: whether the kernels compute with it; otherwise XLA does.
+        fixed: whether they always do, each sum in one order whatever rows there are beside it.
     """
 
     arrays: tuple[Array, ...]
@@ -129,6 +130,7 @@ class Packed:
     inputs: tuple[int, ...] = field(metadata=_STATIC)
     group: int = field(metadata=_STATIC)
     native: bool = field(metadata=_STATIC)
+    fixed: bool = field(default=False, metadata=_STATIC)
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -186,9 +188,9 @@ class Packer:
         assert count + len(self._outputs) + 2 == codes.ndim
         return [np.ascontiguousarray(array) for array in (codes, *extra)]
 
-    def packed(self, arrays: Sequence[Any], *, native: bool) -> Packed:
+    def packed(self, arrays: Sequence[Any], *, native: bool, fixed: bool = False) -> Packed:
         """A packed weight of ``arrays``."""
-        return Packed(tuple(arrays), self.holding.name, self.shape, self.inputs, self.group, native)
+        return Packed(tuple(arrays), self.holding.name, self.shape, self.inputs, self.group, native, fixed)
 
 
 def packer(holding: str, shape: Sequence[int], inputs: Sequence[int]) -> Packer | None:

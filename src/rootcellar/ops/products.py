@@ -30,7 +30,7 @@ def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype 
     if not isinstance(w, Packed):
         return jnp.tensordot(x, w, axes=axes, preferred_element_type=dtype)
     wanted = x.dtype if dtype is None else dtype
-    if w.native and x.size < MANY * math.prod(w.shape[i] for i in w.inputs):
+    if w.native and (w.fixed or x.size < MANY * math.prod(w.shape[i] for i in w.inputs)):
         return _native(x.astype(jnp.float32), w).astype(wanted)
     whole = panels.unpacked(w).astype(x.dtype)
     return jnp.tensordot(x, whole, axes=axes, preferred_element_type=dtype).astype(wanted)
@@ -52,6 +52,7 @@ def _native(x: Array, w: Packed) -> Array:
     out = call(
         flat, *w.arrays,
         form=w.holding, leads=np.int64(leads), length=np.int64(outputs[-1]), group=np.int64(w.group), vectors=vectors(),
+        fixed=w.fixed,
     )  # fmt: skip
     return out.reshape(*x.shape[: x.ndim - len(w.inputs)], *outputs)
 

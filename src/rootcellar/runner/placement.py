@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from rootcellar.errors import ConfigError
+from rootcellar.models.mixers import Attention
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
 from rootcellar.models.repacking import Repacking, TensorsOf
@@ -48,6 +49,18 @@ def _devices(count: int) -> list[jax.Device]:
     return [device for devices in found for device in devices]
 
 
+def _with_fixed_norms(model: ModelConfig) -> ModelConfig:
+    """A model of attention whose norms sum in one order."""
+
+    def fixed(mixer: Any) -> Any:
+        if not isinstance(mixer, Attention) or mixer.qk_norm is None:
+            return mixer
+        return replace(mixer, qk_norm=replace(mixer.qk_norm, fixed=True))
+
+    layers = tuple(replace(layer, mixer=fixed(layer.mixer)) for layer in model.layers)
+    return replace(model, norm=replace(model.norm, fixed=True), layers=layers)
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a model lies on ``tp_size`` devices, and how its weights are held."""
@@ -56,6 +69,8 @@ class Placement:
     tp_size: int = 1
     holding: str | None = None
     """How weights that products take are packed: a name in ``ops.panels.HOLDINGS``; None: they are arrays."""
+    fixed: bool = False
+    """Whether sums over packed weights are in one order, whatever rows there are."""
 
     def __post_init__(self) -> None:
         found = jax.device_count()
@@ -69,12 +84,13 @@ class Placement:
 
     @cached_property
     def served(self) -> ModelConfig:
-        """The model as it is computed: with its KV heads repeated.
+        """The model as it is computed: with its KV heads repeated, and its sums in one order where they are ``fixed``.
 
         Raises ``ConfigError`` when a layer cannot run on so many devices.
         """
         layers = tuple(replace(layer, mixer=layer.mixer.served(self.tp_size)) for layer in self.model.layers)
-        return self.model if self.tp_size == 1 else replace(self.model, layers=layers)
+        served = self.model if self.tp_size == 1 else replace(self.model, layers=layers)
+        return _with_fixed_norms(served) if self.fixed else served
 
     @cached_property
     def splits_heads(self) -> bool:
@@ -108,7 +124,7 @@ class Placement:
             return self.put(weight, self._sharding(spec))
         if isinstance(weight, Packed):
             return weight
-        return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), native=self.native)
+        return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), **self._computed)
 
     def _packer(self, spec: ParamSpec) -> Packer | None:
         return None if self.holding is None else packer(self.holding, spec.shape, spec.inputs)
@@ -118,6 +134,10 @@ class Placement:
         return [self._placed(self._spec(axes, shape)) for axes, (shape, _) in named]
 
     @property
+    def _computed(self) -> dict[str, bool]:
+        return {"native": self.native, "fixed": self.fixed}
+
+    @property
     def native(self) -> bool:
         """Whether kernels multiply by packed weights. They know nothing of meshes; XLA does."""
         return self.tp_size == 1 and products.runs(jax.default_backend())
@@ -125,7 +145,7 @@ class Placement:
     @property
     def writes_out(self) -> bool:
         """Whether XLA for CPUs multiplies by what packed weights stand for, in steps of many rows if no others."""
-        return self.holding is not None and jax.default_backend() == "cpu"
+        return self.holding is not None and jax.default_backend() == "cpu" and not self.fixed
 
     def put(self, array: Any, where: Sharding) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
@@ -143,7 +163,7 @@ class Placement:
                 return jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._sharding(spec))
             placed = zip(how.shapes(), self._packed_shardings(how, spec), strict=True)
             arrays = (jax.ShapeDtypeStruct(shape, of, sharding=at) for (shape, of), at in placed)
-            return how.packed(arrays, native=self.native)
+            return how.packed(arrays, **self._computed)
 
         shapes: Params = jax.tree.map(abstract, declare(self.served))
         return shapes

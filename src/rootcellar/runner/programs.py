@@ -74,17 +74,26 @@ class Programs:
         size, where = self.shapes.newest, self.placement.whole
 
         def choose(scores: Array, settings: sampler.SamplingBatch | None) -> tuple[Array, Array, Array]:
-            tokens, logprobs = sampler.sample(scores, settings, processed=self.processed)
+            n = len(scores)
+            scores, settings = self._padded((scores, settings))
+            chosen = sampler.sample(scores, settings, processed=self.processed)
+            tokens, logprobs = (each[:n] for each in chosen)
             return tokens, logprobs, jnp.pad(tokens, (0, max(0, size - len(tokens))))[:size]
 
         return jax.jit(choose, out_shardings=(self.placement.read_from, self.placement.read_from, where))
+
+    def _padded(self, rows: Any) -> Any:
+        return jax.tree.map(sampler.padded, rows) if self.placement.fixed else rows
 
     @cached_property
     def top(self) -> Any:
         """:func:`sampler.top_logprobs` of the likeliest tokens: scores, and settings where these are ``processed``."""
 
         def top(scores: Array, settings: sampler.SamplingBatch | None) -> tuple[Array, Array]:
-            return sampler.top_logprobs(scores, self.likeliest, settings)
+            n = len(scores)
+            scores, settings = self._padded((scores, settings))
+            values, ids = sampler.top_logprobs(scores, self.likeliest, settings)
+            return values[:n], ids[:n]
 
         return jax.jit(top, out_shardings=self.placement.read_from)
 

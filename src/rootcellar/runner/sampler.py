@@ -143,6 +143,17 @@ def _allowed(rows: Sequence[Sampled], size: int, vocab: int) -> NDArray[np.int32
     return bits
 
 
+_LEAST = 16
+"""Rows from which on XLA for CPUs sums a row in the same order, however many there are."""
+
+
+def padded(rows: Array) -> Array:
+    """``rows`` [N, ...] and others that mean nothing, so that what is made of a row does not depend on N."""
+    missing = max(0, _LEAST - rows.shape[0])
+    more = jnp.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)])
+    return lax.optimization_barrier(more)  # or XLA might see that nobody looks at the others
+
+
 def sample(logits: Array, batch: SamplingBatch | None, *, processed: bool = False) -> tuple[Array, Array]:
     """Choose one token for each row of ``logits`` float32 [N, V].
 

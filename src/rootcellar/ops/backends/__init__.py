@@ -17,7 +17,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from rootcellar.errors import ConfigError
-from rootcellar.ops.backends import native, xla
+from rootcellar.ops.backends import fixed, native, xla
 from rootcellar.ops.backends.backend import Attend, Backend
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
@@ -26,6 +26,8 @@ from rootcellar.pools.layouts import TokenLayout
 # Those that are tried first come first.
 BACKENDS: Mapping[str, Backend] = {"native": native, "xla": xla}
 _PARTS = {"heads": 2, "latents": 1}  # what is stored of a token
+FIXED = "fixed"
+"""What runs in the place of ``native`` where answers must not depend on the batch."""
 
 
 def choose_backend(wanted: str, layouts: Collection[Layout], platform: str) -> str:
@@ -49,7 +51,7 @@ def choose_backend(wanted: str, layouts: Collection[Layout], platform: str) -> s
 
 def attention(backend: str, layout: TokenLayout, reach: Reach) -> Attend:
     """The attention function of a backend over pages of ``layout``, for queries that see what ``reach`` says."""
-    attend = BACKENDS[backend].attend(layout, reach)
+    attend = (fixed if backend == FIXED else BACKENDS[backend]).attend(layout, reach)
     return attend if layout.turn is None else functools.partial(_turned, attend, layout.turn, _PARTS[layout.form])
 
 
@@ -64,4 +66,4 @@ def _by(part: Array, turn: NDArray[np.float32]) -> Array:
     return jnp.matmul(part.astype(jnp.float32), turn, precision=lax.Precision.HIGHEST)
 
 
-__all__ = ["BACKENDS", "Attend", "Backend", "Reach", "attention", "choose_backend"]
+__all__ = ["BACKENDS", "FIXED", "Attend", "Backend", "Reach", "attention", "choose_backend"]

@@ -45,12 +45,12 @@ def lacks(layout: Layout, platform: str) -> str | None:
     return None if size % 16 == 0 else f"it has no kernel for rows of {size} elements, only for multiples of 16"
 
 
-def attend(layout: TokenLayout, reach: Reach) -> Attend:
-    """See ``Backend``."""
+def attend(layout: TokenLayout, reach: Reach, *, fixed: bool = False) -> Attend:
+    """See ``Backend``. ``fixed``: each sum in one order, whatever else is in the batch."""
     kernels()
     if isinstance(layout, NarrowHeads):
         return functools.partial(_attend_codes, layout, vectors(), reach)
-    return functools.partial(_attend, _TARGETS[layout.name], vectors(), reach)
+    return functools.partial(_attend, _TARGETS[layout.name], vectors(), reach, fixed)
 
 
 def _attend_codes(
@@ -75,7 +75,7 @@ def _attend_codes(
     return out, *new
 
 
-def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> tuple[Array, ...]:
+def _attend(target: str, vectors: str, reach: Reach, fixed: bool, q: Array, *rest: Array) -> tuple[Array, ...]:
     """``rest``: what is stored of each token, by head the sinks too; tables, rows and positions; the pool."""
     *parts, tables, rows, positions, pool = rest
     call = jax.ffi.ffi_call(
@@ -84,7 +84,7 @@ def _attend(target: str, vectors: str, reach: Reach, q: Array, *rest: Array) -> 
         input_output_aliases={len(rest): 0},
     )
     floats = [part.astype(jnp.float32) for part in (q, *parts)]
-    pool, out = call(*floats, tables, rows, positions, pool, vectors=vectors, **_seen(reach))
+    pool, out = call(*floats, tables, rows, positions, pool, vectors=vectors, fixed=fixed, **_seen(reach))
     return out, pool
 
 

@@ -61,6 +61,7 @@ struct Span {
   int64_t slot(int t) const {
     return (static_cast<int64_t>(pages[t / page_size]) * kv_heads + head) * page_size + t % page_size;
   }
+  int seen = 0;  // nobody sees what is before it, and it may not be there: this position stands in its place
 
   // Pointers to the keys and values of n positions from t0 on.
   template <typename T>
@@ -75,6 +76,10 @@ struct Span {
       }
       page++;
       at = 0;
+    }
+    for (int t = 0; t < n && t0 + t < seen; t++) {
+      keys[t] = keys[seen - t0];
+      values[t] = values[seen - t0];
     }
   }
 };
@@ -145,6 +150,7 @@ struct Batch {
   int64_t tokens, heads, kv_heads, dim, page_size, width, tiles;
   float scale;
   int64_t window, chunk;  // 0: none
+  bool fixed = false;     // each sum is made in one order, whatever else is in the batch
   Rows rows_of[4] = {};   // pools of few bits, in place of k, v, pool: codes of keys and values, scales of each
 
   int64_t tile() const { return tokens / tiles; }
@@ -186,6 +192,8 @@ struct Batch {
 
   // Of a unit: the first position that any of its queries sees, and the end of what they see.
   int64_t begin(const Unit& u) const { return first(positions[u.begin]); }
+  // Where the blocks of keys begin that a unit meets.
+  int64_t start(const Unit& u) const { return fixed ? begin(u) / kBlock * kBlock : begin(u); }
   int64_t end(const Unit& u) const { return positions[u.begin + u.count - 1] + 1; }
 
   // Units of at most `most` tokens.
@@ -261,21 +269,22 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
   std::memset(b.out, 0, b.tokens * b.heads * d * sizeof(float));
   // Many queries to a packed block, but their sums should stay in the processor's second cache.
   int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(32768 / d, 96, 256) / group);
+  if (b.fixed && group <= kNarrow) most = kNarrow / group;  // all by the kernel that decoding has
   std::vector<Unit> units = b.units(most);
-  while (most > 1 && most * group > 96 && static_cast<int64_t>(units.size()) * b.kv_heads < wanted) {
+  while (!b.fixed && most > 1 && most * group > 96 && static_cast<int64_t>(units.size()) * b.kv_heads < wanted) {
     most = (most + 1) / 2;
     units = b.units(most);
   }
   if (units.empty()) return;
   int64_t longest = 0, widest = 0;
   for (const Unit& u : units) {
-    longest = std::max(longest, b.end(u) - b.begin(u));
+    longest = std::max(longest, b.end(u) - b.start(u));
     widest = std::max(widest, u.count * group);
   }
   const auto padded_to = [](int64_t rows) { return rows > kNarrow ? (rows + kRows - 1) / kRows * kRows : rows; };
   const int64_t padded = padded_to(widest), items = static_cast<int64_t>(units.size()) * b.kv_heads;
   // Split the context when there are too few items to keep the threads evenly busy, into parts of 256 and more.
-  const int64_t splits = std::max<int64_t>(1, std::min((wanted + items - 1) / items, longest / 256));
+  const int64_t splits = b.fixed ? 1 : std::max<int64_t>(1, std::min((wanted + items - 1) / items, longest / 256));
   const int64_t part = padded * (d + 2);
   std::vector<float> parts(splits > 1 ? items * splits * part : 0);
   std::vector<std::atomic<int32_t>> left(splits > 1 ? items : 0);
@@ -286,7 +295,7 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
     const int64_t item = items - 1 - i / splits, s = i % splits;  // later units of a prompt see more: they go first
     const int64_t h = item % b.kv_heads;
     const Unit& u = units[item / b.kv_heads];
-    const int64_t rows = u.count * group, rounded = padded_to(rows), begin = b.begin(u), length = b.end(u) - begin;
+    const int64_t rows = u.count * group, rounded = padded_to(rows), begin = b.start(u), length = b.end(u) - begin;
     thread_local Scratch scratch;
     scratch.begin(rounded * d + part + room_for(d, rounded) + 64);
     scratch.first.assign(rounded, 0);
@@ -323,7 +332,8 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
                     {b.rows_of[0].pool, b.rows_of[2].pool},
                     {b.rows_of[1].pool, b.rows_of[3].pool},
                     static_cast<int>(b.kv_heads),
-                    static_cast<int>(h)};
+                    static_cast<int>(h),
+                    static_cast<int>(b.begin(u))};
     kernel(span, Query{x, scratch.first.data(), scratch.last.data(), static_cast<int>(rounded)}, room, m, l, o);
     if (splits == 1) {
       finish(b, u, h, l, o);

@@ -35,7 +35,7 @@ ffi::Error attend(ffi::ThreadPool& threads, Batch b, ffi::AnyBuffer pool, ffi::R
 // updated in place. `scale` of the scores; `window` or `chunk` in tokens, 0 for none; `vectors` by name, "": the best.
 ffi::Error by_head(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer sinks,
                    ffi::AnyBuffer tables, ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool,
-                   float scale, int64_t window, int64_t chunk, std::string_view vectors,
+                   float scale, int64_t window, int64_t chunk, bool fixed, std::string_view vectors,
                    ffi::Result<ffi::AnyBuffer> pool_out, ffi::Result<ffi::AnyBuffer> out) {
   const auto qd = q.dimensions(), kd = k.dimensions(), pd = pool.dimensions(), td = tables.dimensions();
   if (qd.size() != 3 || kd.size() != 3 || pd.size() != 5 || td.size() != 2 || rows.dimensions().size() != 1)
@@ -60,7 +60,8 @@ ffi::Error by_head(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                 rows.dimensions()[0],
                 scale,
                 window,
-                chunk};
+                chunk,
+                fixed};
   return attend(threads, b, pool, pool_out, vectors);
 }
 
@@ -119,7 +120,7 @@ ffi::Error over_codes(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer 
 // q [T, heads, dim] and latents [T, dim] float32; pool [pages, page_size, dim]; the rest as above. There are no sinks.
 ffi::Error over_latents(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer latents, ffi::AnyBuffer tables,
                         ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool, float scale, int64_t window,
-                        int64_t chunk, std::string_view vectors, ffi::Result<ffi::AnyBuffer> pool_out,
+                        int64_t chunk, bool fixed, std::string_view vectors, ffi::Result<ffi::AnyBuffer> pool_out,
                         ffi::Result<ffi::AnyBuffer> out) {
   const auto qd = q.dimensions(), pd = pool.dimensions(), td = tables.dimensions();
   if (qd.size() != 3 || latents.dimensions().size() != 2 || pd.size() != 3 || td.size() != 2 ||
@@ -143,7 +144,8 @@ ffi::Error over_latents(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffe
                 rows.dimensions()[0],
                 scale,
                 window,
-                chunk};
+                chunk,
+                fixed};
   return attend(threads, b, pool, pool_out, vectors);
 }
 
@@ -163,6 +165,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionByHead, by_head,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("chunk")
+                                  .Attr<bool>("fixed")
                                   .Attr<std::string_view>("vectors")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
@@ -197,6 +200,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverLatents, over_latents,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("chunk")
+                                  .Attr<bool>("fixed")
                                   .Attr<std::string_view>("vectors")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());

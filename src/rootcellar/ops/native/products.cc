@@ -26,7 +26,7 @@ constexpr Named kForms[] = {{"float32", Form::f32, ffi::DataType::F32, 1},
 
 // x [rows, inputs] float32, then a weight's arrays (products.h); y [rows, leads * length]. `vectors` by name, "": the best.
 ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArgs arrays, std::string_view form,
-                    int64_t leads, int64_t length, int64_t group, std::string_view vectors,
+                    int64_t leads, int64_t length, int64_t group, std::string_view vectors, bool fixed,
                     ffi::Result<ffi::AnyBuffer> y) {
   const Named* named = nullptr;
   for (const Named& one : kForms)
@@ -64,7 +64,8 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArg
                               leads,
                               length,
                               group,
-                              named->form};
+                              named->form,
+                              fixed};
   rootcellar::multiply(threads, p, set->function);
   return ffi::Error::Success();
 }
@@ -81,4 +82,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarProduct, multiply,
                                   .Attr<int64_t>("length")
                                   .Attr<int64_t>("group")
                                   .Attr<std::string_view>("vectors")
+                                  .Attr<bool>("fixed")
                                   .Ret<ffi::AnyBuffer>());

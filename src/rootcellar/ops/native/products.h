@@ -40,6 +40,7 @@ struct Product {
   float* y;
   int64_t rows, inputs, leads, length, group;
   Form form;
+  bool fixed = false;  // each sum is made in one order, however many rows there are
 
   // The words of a panel from the one that has this input on.
   const uint32_t* words(int64_t panel, int64_t input) const {
