@@ -316,10 +316,7 @@ class EngineConfig:
         choices=("auto", "native", "xla"),
     )
     enable_deterministic_inference: bool = option(
-        False,
-        "The same request gets the same tokens and logprobs, to the bit, whatever runs beside it, however it is "
-        "chunked, cached, retracted or brought back from a tier (docs/rl.md#batch-invariance). On CPUs, for models of "
-        "attention and dense feed-forwards.",
+        False, "The same request gets the same bits, whatever runs beside it (CPUs; docs/rl.md#batch-invariance)."
     )
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
@@ -339,9 +336,7 @@ class EngineConfig:
     max_logprobs: int = option(20, "Most of the likeliest tokens to report at each place.", low=0)
     logprobs_mode: str = option(
         "raw_logprobs",
-        "Of which distribution an answer's logprobs are: 'raw_logprobs' of the model's own, 'processed_logprobs' of "
-        "what tokens are drawn from, after penalties, bans, temperature, top_k, top_p and min_p (vLLM's words). "
-        "Those of prompt tokens are the model's own.",
+        "Of what logprobs are: the model's own distribution, or 'processed_logprobs': what tokens are drawn from.",
         choices=("raw_logprobs", "processed_logprobs"),
     )
     max_stop_strings: int = option(256, "Most stop strings of one answer; more are refused.", low=1)
