@@ -114,8 +114,8 @@ def test_logprobs_are_those_of_tunixs_forward_before_and_after_an_update(family,
         scored = np.asarray(rollout.get_per_token_logps(output.left_padded_prompt_tokens, answers))
         for row, (tokens, said) in enumerate(zip(output.tokens, output.logprobs, strict=True)):
             n = len(tokens)
-            np.testing.assert_allclose(said, expected[row, :n], atol=2e-5)
-            np.testing.assert_allclose(scored[row, :n], expected[row, :n], atol=2e-5)
+            np.testing.assert_allclose(said, expected[row, :n], atol=5e-5)
+            np.testing.assert_allclose(scored[row, :n], expected[row, :n], atol=5e-5)
             assert not scored[row, n:].any()
     rollout.engine.shutdown()
 
