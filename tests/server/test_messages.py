@@ -195,6 +195,12 @@ def test_blocks_become_the_messages_that_templates_know():
     assert marks == [Mark(0, 300), Mark(1, 3600), Mark(5, 300)]
 
 
+def test_a_system_that_speaks_after_a_call_is_told_in_a_turn_without_a_text():
+    called = {"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "now", "input": {}}]}
+    turn = chat(messages=[called, {"role": "system", "content": "Hurry."}])[1][0]
+    assert turn["content"] == "<system-reminder>\nHurry.\n</system-reminder>"
+
+
 def test_a_system_that_speaks_later_is_told_in_the_user_s_turn():
     later = {"role": "system", "content": "Hurry."}
     spoken = [later, USER, later, {"role": "assistant", "content": "Yes."}, later]

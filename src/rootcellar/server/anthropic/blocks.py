@@ -60,7 +60,7 @@ def chat_of(body: CountRequest) -> tuple[ChatRequest, list[Mark]]:
                 mark(each.cache_control)
     mark(body.cache_control)
     for i, said in later.items():
-        messages[i]["content"] = "\n".join([messages[i]["content"], *said])
+        messages[i]["content"] = "\n".join(filter(None, [messages[i]["content"], *said]))  # a call's turn has none
     if not messages:
         raise invalid("messages say nothing that this model can read", "messages")
     return chat_request({**_settings(body, messages[-1]), "messages": messages}, "messages"), marks
