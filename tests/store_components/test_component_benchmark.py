@@ -10,12 +10,16 @@ ROOT = Path(__file__).parents[2]
 
 def test_stores_are_measured_beside_memcpy(component, request):
     name = request.config.getoption("--component")
-    words = ["--stores", f"{name},nothing", "--rounds", "1", "--mib", "4", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "stores.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+    def measured(stores):
+        words = ["--stores", stores, "--rounds", "1", "--mib", "4", "--json"]
+        command = [sys.executable, str(ROOT / "benchmarks" / "stores.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+    done = measured(f"{name},nothing")
     assert done.returncode == 2
     assert "nothing" in done.stderr
-    done = subprocess.run([*command, "--stores", name], capture_output=True, text=True, check=False, timeout=240)
+    done = measured(name)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["size"] for row in rows] == ["256 KiB", "1 MiB", "4 MiB"]
