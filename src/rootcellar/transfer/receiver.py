@@ -284,7 +284,11 @@ class Receiver:
                 raise WireError("a page comes a second time")
             visit.came.update(indices)
             places = [visit.wanted[index] for index in indices]
-        talk.connection.fill(frame, [view for _, view in places])
+            # Where a move failed, its memory is somebody else's by now: what still comes of it goes nowhere.
+            views = [
+                view if opened.move in visit.open else memoryview(bytearray(view.nbytes)) for opened, view in places
+            ]
+        talk.connection.fill(frame, views)
         talk.put(Say.ACK, frame.says)
         done: list[int] = []
         with self._lock:
