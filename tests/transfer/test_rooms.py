@@ -1,5 +1,6 @@
 """Rooms over the real wire: who meets whom, what is sent, and what becomes of it when either goes away."""
 
+import json
 import socket
 import threading
 from dataclasses import replace
@@ -15,8 +16,9 @@ from rootcellar.tiers.news import News
 from rootcellar.transfer.faulty import FaultyWires, WireFaults
 from rootcellar.transfer.receiver import Parted, Receiver, Welcomed
 from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender
-from rootcellar.transfer.talk import Patience
+from rootcellar.transfer.talk import Patience, Say, pages_said
 from rootcellar.transfer.terms import Terms
+from rootcellar.transfer.wires.tcp import Framed
 
 SIZES = {"full": 4096, "state": 100}
 TERMS = Terms(16, "float32", "float32", (("full", "full", 0), ("state", "recurrent", 0)), SIZES, "Some", "abcd")
@@ -263,6 +265,39 @@ def test_what_will_not_come_fails_and_the_rest_comes(make):
     nodes.sender.computed(1)
     nodes.until(lambda: {Done(1), Failed(2)} == set(nodes.told))
     assert same(nodes, 0, 4)
+
+
+def test_what_comes_of_a_move_that_failed_is_not_written_where_others_are_by_now(make):
+    nodes = make()
+    visit = nodes.meet(1)
+    nodes.read(visit, 1, 0, 8)
+    nodes.offer(1, 1, 0, 4)
+    nodes.sender.computed(1)  # so that half of it is missing, which is said before the other half comes
+    nodes.until(lambda: Arrived(1, (1,)) in nodes.gave)
+    assert nodes.told == [Failed(1)]
+    assert nodes.receiver.stats.pages == 4
+    assert not nodes.host["full"].any()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_was_read_for_a_decode_node_that_is_gone_takes_no_room(make, when):
+    nodes = make(Patience(silence=0.5))
+    nodes.sender.expect(1, WEIGHTS, LAST)
+    route = nodes.sender._bootstrap.route()
+    with socket.create_connection(("127.0.0.1", route["rank_port"])) as stopped:  # it says hello, and takes nothing
+        said = {"room": 1, "start": 0, "node": route["node"], "weights": WEIGHTS, "last": LAST, "terms": TERMS.plain()}
+        wire = Framed(stopped)
+        wire.send(Say.HELLO, json.dumps(said).encode())
+        wire.send(Say.WANT, pages_said([("full", name(i % PAGES)) for i in range(4000)]))
+        nodes.until(lambda: Joined(1, 0) in nodes.gave)
+        if when == "after":
+            stopped.close()
+            nodes.until(lambda: any(isinstance(event, Left) for event in nodes.gave))
+        nodes.offer(1, 1, 0, PAGES)
+        nodes.sender.pump()
+        nodes.until(lambda: any(isinstance(event, Left) for event in nodes.gave))
+    nodes.sender.end(1)
+    nodes.until(lambda: nodes.sender.queued == 0)
 
 
 def test_a_device_that_cannot_be_read_ends_the_room_and_no_other(make):

@@ -200,7 +200,7 @@ class Sender:
         """Pages of one kind to read for one room, index and slot."""
         with self._changed:
             for room in self._rooms.values():
-                if room.talk is None:
+                if room.talk is None or room.done:
                     continue
                 if missing := room.ledger.take_missing():
                     self.stats.missing_pages += len(missing)
@@ -231,11 +231,14 @@ class Sender:
                     self.stats.bytes += images.nbytes
                     self.stats.seconds += monotonic() - began
             finally:
-                with self._changed:
-                    self._queued -= images.nbytes
-                self._wake()
+                free()
 
-        talk.do(send)
+        def free() -> None:
+            with self._changed:
+                self._queued -= images.nbytes
+            self._wake()
+
+        talk.do(send, free)
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 

@@ -65,13 +65,20 @@ class Patience:
         return self.silence / 4
 
 
+def _nothing() -> None:
+    """Nobody is told."""
+
+
 class Talk:
     """A connection, and the thread that sends what is put here, in order; a pulse when there is nothing."""
 
     def __init__(self, plain: AnySocket, patience: Patience, name: str) -> None:
         self.connection = Framed(plain)
         self._pulse = patience.pulse
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._over = threading.Lock()
+        """Guards whether the thread takes nothing more."""
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"rootcellar-{name}", daemon=True)
         self._thread.start()
 
@@ -79,9 +86,13 @@ class Talk:
         """Send a frame when all before it are sent."""
         self.do(lambda: self.connection.send(kind, says, blocks))
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Do ``work`` when all before it is done: it sends frames by itself."""
-        self._work.put(work)
+    def do(self, work: Callable[[], None], dropped: Callable[[], None] = _nothing) -> None:
+        """Do ``work`` when all before it is done: it sends frames by itself. ``dropped``: called if it never is."""
+        with self._over:
+            if not self._ended:
+                self._work.put((work, dropped))
+                return
+        dropped()
 
     def end(self) -> None:
         """Send what was put here, and then nothing more."""
@@ -104,13 +115,17 @@ class Talk:
                     continue
                 if work is None:
                     return
-                work()
+                work[0]()
         except Exception as error:  # who receives is told by the end of the connection
             if not isinstance(error, OSError):
                 log.warning("what was to be sent to a peer could not be made: %r", error)
             self.connection.stop()
-            while self._work.get() is not None:  # what waits is not sent, and its memory let go of
-                pass
+        finally:
+            with self._over:
+                self._ended = True
+            while not self._work.empty():  # what waits is not sent, and its memory let go of
+                if (work := self._work.get()) is not None:
+                    work[1]()
 
 
 def indices_of(says: bytes, most: int) -> Indices:
