@@ -194,6 +194,23 @@ def test_what_does_not_fit_is_refused_on_both_sides_with_both_values(make, other
     assert said in parted.why
 
 
+def test_a_decode_node_that_waited_long_is_told_that_nobody_came(make):
+    nodes = make(Patience(silence=0.4, meeting=0.6))  # it says that it is alive meanwhile
+    nodes.join(1)
+    nodes.until(lambda: nodes.took)
+    assert "no request came to the prefill node for room 1 within 0.6 s" in nodes.took[0].why
+
+
+def test_whoever_resumes_nowhere_is_turned_away_and_the_room_stays(make):
+    nodes = make()
+    nodes.sender.expect(1, WEIGHTS, LAST)
+    nodes.join(1, start=-(2**70))
+    nodes.until(lambda: nodes.took)
+    visit = nodes.join(1)
+    nodes.until(lambda: Welcomed(visit) in nodes.took)
+    assert nodes.gave == [Joined(1, 0)]
+
+
 def test_nodes_that_are_not_alike_do_not_even_connect(make):
     nodes = make(theirs=replace(TERMS, page_size=64, kv_cache_dtype="bfloat16"))
     nodes.join(1)

@@ -301,7 +301,9 @@ class Sender:
             number, start = int(said["room"]), int(said["start"])
             node, weights, last = str(said["node"]), str(said["weights"]), str(said["last"])
             terms = Terms.read(said["terms"])
-        except (ValueError, KeyError, TypeError) as error:
+            if start < 0:
+                raise ValueError(f"start={start}")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise WireError(f"a decode node does not say what it is: {error!r}") from None
         with self._changed:
             there = self._changed.wait_for(lambda: self._closed or number in self._rooms, self._patience.meeting)
@@ -322,7 +324,8 @@ class Sender:
                 self._tell(Joined(number, start))
         if room is None:
             talk.put(Say.REFUSED, why.encode())
-            talk.connection.receive()  # until it has read that and goes
+            while talk.connection.receive().kind == Say.PULSE:  # until it has read that and goes
+                pass
         return room
 
     def _unfit(self, room: _Room, node: str, terms: Terms, weights: str, last: str) -> str:
