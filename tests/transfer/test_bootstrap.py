@@ -1,7 +1,9 @@
 """The service by which nodes find each other, by SGLang's routes."""
 
+import errno
 import http.client
 import json
+import socket
 from dataclasses import replace
 
 import pytest
@@ -81,3 +83,18 @@ def test_what_differs_is_said_with_both_values():
     for wrong in (None, {}, {**TERMS.plain(), "kinds": 3}, {**TERMS.plain(), "page_size": "x"}):
         with pytest.raises(WireError):
             Terms.read(wrong)
+
+
+def test_a_service_without_open_files_for_a_moment_goes_on(service, monkeypatch):
+    accept, failed = socket.socket.accept, []
+
+    def full(listener):
+        if not failed:
+            failed.append(errno.EMFILE)
+            raise OSError(errno.EMFILE, "too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", full)
+    for _ in range(3):  # the service may wait in the old one
+        assert say(service, "GET", "/health") == (200, "OK")
+    assert failed

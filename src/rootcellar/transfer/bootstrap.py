@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rootcellar.transfer.terms import Terms
-from rootcellar.transfer.wires.tcp import WireError, end_listening
+from rootcellar.transfer.wires.tcp import WireError, accept, end_listening
 
 _MOST = 1 << 20
 _ROUTES = "there are /route, /register_dp_rank, /query_dp_ranks and /health"
@@ -119,12 +119,8 @@ class Bootstrap:
         self._thread.join()
 
     def _serve(self) -> None:
-        while True:
-            try:
-                request, address = self._server.get_request()
-            except OSError:  # it was closed
-                return
-            self._server.process_request(request, address)
+        while (request := accept(self._server.socket, _Handler.timeout)) is not None:
+            self._server.process_request(request, None)
 
 
 class _Server(ThreadingHTTPServer):

@@ -257,12 +257,9 @@ class Sender:
 
     def _accept(self) -> None:
         while True:
-            try:
-                plain = tcp.accept(self._listener, self._patience.silence)
-            except OSError:
-                if self._closed:
-                    return
-                continue
+            plain = tcp.accept(self._listener, self._patience.silence)
+            if plain is None:
+                return
             threading.Thread(target=self._hear, args=(plain,), name="rootcellar-sender-hears", daemon=True).start()
 
     def _hear(self, plain: socket.socket) -> None:

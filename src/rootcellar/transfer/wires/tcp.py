@@ -11,10 +11,12 @@ for each of its calls: whoever neither says nor takes a byte for so long is take
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import Protocol
 
 import xxhash
@@ -28,6 +30,8 @@ _BLOCKS = 512
 _MOST_SAID = 64 << 20
 """Bytes that a frame may say: more is no frame of ours."""
 _PIECE = 1 << 20
+_AGAIN = 0.05
+"""Seconds after which a listener that could take nobody tries again."""
 
 
 class WireError(OSError):
@@ -162,16 +166,24 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     return plain
 
 
-def accept(listener: socket.socket, deadline: float) -> socket.socket:
-    """The next that connects, as :func:`connect`. Raises ``OSError``, also when the listener was shut down."""
-    plain, _ = listener.accept()
-    plain.settimeout(deadline)
-    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return plain
+def accept(listener: socket.socket, deadline: float) -> socket.socket | None:
+    """The next that connects, as :func:`connect`; None: the listener was shut down."""
+    while True:
+        try:
+            plain, _ = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EBADF):
+                return None
+            sleep(_AGAIN)  # whoever came is gone, or there are too many open files: it may be better soon
+            continue
+        plain.settimeout(deadline)
+        with contextlib.suppress(OSError):  # whoever receives hears that it is gone
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return plain
 
 
 def end_listening(listener: socket.socket) -> None:
-    """Listen no more: who waits in ``accept`` gets an ``OSError``."""
+    """Listen no more: who waits in :func:`accept` is told."""
     with contextlib.suppress(OSError):
         listener.shutdown(socket.SHUT_RDWR)
     listener.close()
