@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,18 @@ def test_a_full_queue_costs_a_number_and_nobodys_time(sockets):
     assert publisher.dropped >= 3
     held.set()
     assert replayed(asker)[0][0] == 0
+    publisher.close()
+
+
+def test_what_cannot_be_said_costs_a_number_and_no_other(sockets):
+    publisher = EventPublisher(EventSettings.read(json.dumps(HERE)))
+    asker = sockets(zmq.DEALER)
+    asker.connect(publisher.replay_endpoint)
+    publisher.publish([replace(stored(1), token_ids=(object(),))])
+    publisher.publish([stored(2)])
+    while not (found := replayed(asker)):
+        pass
+    assert [number for number, _ in found] == [1]
     publisher.close()
 
 

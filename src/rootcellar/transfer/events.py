@@ -132,13 +132,18 @@ class EventPublisher:
                 continue
             if item is None:
                 break
-            number, at, events = item
-            words = [[type(event).__name__, *astuple(event)] for event in events]
-            message = self._pack([at, words, 0])
-            self._sent.append((number, message))
-            self._socket.send_multipart([self._topic, number.to_bytes(8, "big"), message])
-            self._answer()
+            try:
+                self._send(*item)
+                self._answer()
+            except Exception:  # its number is missing, as that of what was dropped
+                log.exception("KV events could not be sent")
         self._context.destroy(linger=500)
+
+    def _send(self, number: int, at: float, events: Sequence[KVEvent]) -> None:
+        words = [[type(event).__name__, *astuple(event)] for event in events]
+        message = self._pack([at, words, 0])
+        self._sent.append((number, message))
+        self._socket.send_multipart([self._topic, number.to_bytes(8, "big"), message])
 
     def _answer(self) -> None:
         """Send again what somebody asks for."""
