@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import httptools
 import orjson
 from fastapi import Request
 
@@ -26,6 +27,7 @@ _SPARE = 2**8
 """Rooms after each, for several answers to one prompt."""
 _PASSED_ON = ("authorization", "x-api-key")
 _MOST = 1 << 20
+_PIECE = 1 << 16
 _CONNECT = 10.0
 """Seconds."""
 
@@ -97,14 +99,34 @@ class PrefillNode:
             lines += [f"{name}: {value}" for name, value in headers.items()]
             writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
             await writer.drain()
-            status = (await reader.readline()).split()
-            if len(status) < 2 or not status[1].isdigit():
-                raise ConnectionError("it ended the connection" if not status else "what it says is no HTTP")
-            while (await reader.readline()).strip():
-                pass
-            return int(status[1]), await reader.read(_MOST)
+            answer = _Answer()
+            parser = httptools.HttpResponseParser(answer)
+            while not answer.over and (some := await reader.read(_PIECE)):
+                parser.feed_data(some)
+            if not answer.begun:
+                raise ConnectionError("it ended the connection")
+            return parser.get_status_code(), bytes(answer.body)
+        except httptools.HttpParserError as error:
+            raise ConnectionError(f"what it says is no HTTP: {error}") from None
         finally:
             writer.close()
+
+
+class _Answer:
+    """What comes of one, by httptools' callbacks; of a body, the beginning."""
+
+    def __init__(self) -> None:
+        self.begun = self.over = False
+        self.body = bytearray()
+
+    def on_headers_complete(self) -> None:
+        self.begun = True
+
+    def on_body(self, some: bytes) -> None:
+        self.body += some[: _MOST - len(self.body)]
+
+    def on_message_complete(self) -> None:
+        self.over = True
 
 
 def _of_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
