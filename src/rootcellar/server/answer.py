@@ -71,8 +71,8 @@ class Stream:
 
     async def aclose(self) -> None:
         """Abort what still runs."""
-        await self._rest.aclose()
-        await self._beside.aclose()
+        async with self._beside:
+            await self._rest.aclose()
 
 
 async def begin(request: Request, state: ServerState, **arguments: Any) -> Stream:
