@@ -109,6 +109,15 @@ def test_many_at_once_and_several_answers_to_one_prompt(nodes, case_of):
     assert [answer["output_ids"] for answer in answers] == [case.tokens[15][:8]] * 3
 
 
+def test_what_the_host_has_no_room_for_is_computed_at_once(nodes, case_of, monkeypatch):
+    case, _ = case_of("qwen2-4kv")
+    monkeypatch.setattr(type(nodes.decode._parts.scheduler.cache), "prefetch", lambda *_: None)
+    before = nodes.sent
+    answer = nodes.ask(case.prompts[15], 8, cache_salt="no room")
+    assert answer["output_ids"] == case.tokens[15][:8]
+    assert nodes.sent == before
+
+
 @pytest.mark.parametrize("short", [1, 2, 16, 17])
 def test_prompts_about_as_long_as_a_page(nodes, case_of, short):
     case, _ = case_of("qwen2-4kv")

@@ -149,7 +149,7 @@ class Taking:
         wish.rounds += 1
         wish.prefetch = cache.prefetch(cache.match(wish.target), Tier.PEER)
         if wish.prefetch is None or not cache.pending(wish.prefetch):
-            wish.rounds = _ROUNDS  # no copy could be planned
+            self._arrive(wish)  # no copy could be planned: nothing would tell of one
 
     def _room_for(self, question: Question) -> bool:
         """Whether the host has room for what a question asks for; where nobody else's is on its way, there will be no
