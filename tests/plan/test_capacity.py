@@ -13,9 +13,11 @@ from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.options import options_of
 from rootcellar.plan.capacity import Ask, capacity, what_if
+from rootcellar.plan.grids import NARROW
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.weights import weight_bytes
+from rootcellar.pools.layouts import layout_of, page_bytes
 from rootcellar.units import gb, parse_bytes
 
 SCOUT_KV = parse_bytes("89.71GiB", "kv_bytes_per_device")
@@ -74,6 +76,16 @@ def test_a_state_does_not_follow_the_dtype_of_the_kv_cache_and_is_not_split():
     assert capacity(Ask(model, kv_cache_dtype="fp8_e4m3")).constant_bytes_per_request == 123_104_768
     (cost,) = (c for c in Ask(model, tp=4, devices=4).costs() if c.recurrent)
     assert cost.page_bytes == 29 * ((8192 + 256) * 3 * 2 + 128 * 64 * 128 * 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *NARROW])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_what_a_state_takes_is_what_its_layout_has(activations, dtype):
+    """Whatever the activations are, its convolution's inputs are of the KV cache's type, or wide beside few bits."""
+    model = preset("bamba-9b", torch_dtype=activations)
+    (group,) = (g for g in model.groups if g.kind.rule == "recurrent")
+    (cost,) = (c for c in Ask(model, kv_cache_dtype=dtype).costs() if c.recurrent)
+    assert cost.page_bytes == 29 * page_bytes(layout_of(group.stored, dtype, 1))
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def _groups(ask: Ask) -> list[dict[str, Any]]:
             "span": group.kind.span,
             "layers": len(group.kind.layers),
             "bytes_per_token": group.token_bytes(ask.kv_dtype),
-            "state_bytes_per_request": group.state_bytes(ask.state_itemsize),
+            "state_bytes_per_request": group.state_bytes(ask.kv_dtype),
         }
         for group in ask.model.groups
     ]

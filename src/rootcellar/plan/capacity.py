@@ -33,7 +33,7 @@ from rootcellar.plan.sizing import (
     request_pages,
     smallest,
 )
-from rootcellar.plan.stored import DTYPES, SHORT_NAMES, WIDE
+from rootcellar.plan.stored import DTYPES, SHORT_NAMES
 from rootcellar.plan.weights import weight_bytes
 from rootcellar.units import gb
 
@@ -114,11 +114,6 @@ class Ask:
         return SHORT_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype)
 
     @property
-    def state_itemsize(self) -> int:
-        """Bytes of an element of a convolution's inputs: the activations', or what stays wide beside few bits."""
-        return DTYPES[WIDE] if self.kv_dtype in NARROW else self.model.itemsize
-
-    @property
     def rules(self) -> Rules:
         """How a budget is divided."""
         return Rules(
@@ -132,7 +127,7 @@ class Ask:
     def costs(self) -> list[Cost]:
         """What a page of each kind takes on one device."""
         return [
-            Cost(g.kind, g.token_bytes(self.kv_dtype, self.tp) * self.page_size + g.state_bytes(self.state_itemsize))
+            Cost(g.kind, g.token_bytes(self.kv_dtype, self.tp) * self.page_size + g.state_bytes(self.kv_dtype))
             for g in self.model.groups
         ]
 
@@ -243,17 +238,17 @@ def _fitting_prefill(ask: Ask) -> int | None:
 
 
 def _per_token(ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
-    dtype, wide, groups = ask.kv_dtype, ask.state_itemsize, ask.model.groups
+    dtype, groups = ask.kv_dtype, ask.model.groups
     tokens = [g for g in groups if g.token_bytes(dtype)]
     always = [g for g in tokens if g.kind.rule == "full"]
     spans = [g for g in tokens if g.kind.rule != "full"]
-    states = [g for g in groups if g.state_bytes(wide)]
+    states = [g for g in groups if g.state_bytes(dtype)]
     per_device = sum(g.token_bytes(dtype, ask.tp) for g in groups)
     figures = {
         "bytes_per_token_full": sum(g.token_bytes(dtype) for g in tokens),
         "bytes_per_token_hybrid": sum(g.token_bytes(dtype) for g in always),
         "constant_bytes_per_request": sum(g.kind.span * g.token_bytes(dtype) for g in spans)
-        + sum(g.state_bytes(wide) for g in states),
+        + sum(g.state_bytes(dtype) for g in states),
         "bytes_per_token_per_device": per_device,
         "bytes_per_token_all_devices": per_device * ask.tp,
     }

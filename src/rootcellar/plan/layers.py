@@ -32,12 +32,9 @@ class Group:
         """Bytes that one device stores of one token in all layers of the group; 0 for recurrent layers."""
         return len(self.kind.layers) * self.stored.token_bytes(kv_cache_dtype, tp)
 
-    def state_bytes(self, itemsize: int) -> int:
-        """Bytes that each device stores of one request in all layers, if they are recurrent; else 0.
-
-        ``itemsize`` is the activations': a recurrent state does not follow the KV cache's dtype.
-        """
-        return len(self.kind.layers) * self.stored.request_bytes(itemsize)
+    def state_bytes(self, kv_cache_dtype: str) -> int:
+        """Bytes that each device stores of one request in all layers, if they are recurrent; else 0."""
+        return len(self.kind.layers) * self.stored.request_bytes(kv_cache_dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def held_bytes(model: Architecture, kv_dtype: str, tp: int, batch: int, context:
     """Bytes of weights, and of what ``batch`` requests of ``context`` tokens keep in the cache, on one device."""
     return round(matrices(model).nbytes / tp) + sum(
         batch
-        * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(model.itemsize))
+        * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(kv_dtype))
         for group in model.groups
     )
 
@@ -146,7 +146,7 @@ def _work(model: Architecture, kv_dtype: str, tp: int, rows: int, start: int, st
     }
     for group in model.groups:
         each = group.token_bytes(kv_dtype, tp)
-        states = rows * group.state_bytes(model.itemsize)
+        states = rows * group.state_bytes(kv_dtype)
         before = start - group.kind.start(start)  # what is new is at hand when it is written
         nbytes["cache read"] += rows * before * each + (states if start else 0)
         nbytes["cache written"] += tokens * each + states

@@ -42,11 +42,8 @@ class Stored(Hashable, Protocol):
         """
         ...
 
-    def request_bytes(self, itemsize: int) -> int:
-        """Bytes that each device stores of one request in one layer, whatever its length; 0 where tokens are stored.
-
-        ``itemsize``: the activations'. A recurrent state does not follow the KV cache's dtype.
-        """
+    def request_bytes(self, kv_cache_dtype: str) -> int:
+        """Bytes that each device stores of one request in one layer, whatever its length; 0 where tokens are stored."""
         ...
 
     def formula(self, kv_cache_dtype: str) -> str:
@@ -87,7 +84,7 @@ class Heads:
             return (self.head_dim * DTYPES[kv_cache_dtype],) * 2
         return narrow.keys.vector_bytes(self.head_dim), narrow.values.vector_bytes(self.head_dim)
 
-    def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+    def request_bytes(self, kv_cache_dtype: str) -> int:  # noqa: ARG002
         """See ``Stored``."""
         return 0
 
@@ -124,7 +121,7 @@ class Latents:
             raise ConfigError(f"kv_cache_dtype={kv_cache_dtype!r} has no layout of latents: choose from {known}")
         return NARROW[kv_cache_dtype].keys.vector_bytes(self.rank)
 
-    def request_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+    def request_bytes(self, kv_cache_dtype: str) -> int:  # noqa: ARG002
         """See ``Stored``."""
         return 0
 
@@ -156,15 +153,19 @@ class States:
         """See ``Stored``."""
         return 0
 
-    def request_bytes(self, itemsize: int) -> int:
+    def request_bytes(self, kv_cache_dtype: str) -> int:
         """See ``Stored``."""
-        return math.prod(self.conv) * itemsize + math.prod(self.state) * STATE_ITEMSIZE
+        return math.prod(self.conv) * self._itemsize(kv_cache_dtype) + math.prod(self.state) * STATE_ITEMSIZE
 
-    def formula(self, kv_cache_dtype: str) -> str:  # noqa: ARG002
+    def _itemsize(self, kv_cache_dtype: str) -> int:
+        """Of the convolution's inputs; a recurrent state does not follow the KV cache's dtype."""
+        return DTYPES.get(kv_cache_dtype, DTYPES[WIDE])
+
+    def formula(self, kv_cache_dtype: str) -> str:
         """See ``Stored``."""
         taps, channels = self.conv
-        elements = math.prod(self.state)
-        return f"({channels} conv channels x {taps} taps x itemsize + {elements} state x {STATE_ITEMSIZE})"
+        elements, itemsize = math.prod(self.state), self._itemsize(kv_cache_dtype)
+        return f"({channels} conv channels x {taps} taps x {itemsize} + {elements} state x {STATE_ITEMSIZE})"
 
     def divided(self, tp: int) -> str:
         """See ``Stored``."""
