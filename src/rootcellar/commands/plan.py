@@ -83,7 +83,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Tokens in computation at a time (vLLM: max_num_batched_tokens) [default: %(default)s].",
     )
-    roofline = parser.add_argument_group("roofline")
+    _configure_roofline(parser.add_argument_group("roofline"))
+
+
+def _configure_roofline(roofline: argparse._ArgumentGroup) -> None:
     roofline.add_argument(
         "--roofline",
         action="store_true",
