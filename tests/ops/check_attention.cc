@@ -6,13 +6,17 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
+#include <string_view>
+#include <tuple>
 
 #include "attention.h"
 #include "check.h"
 
 using rootcellar::Batch;
 using Set = rootcellar::Vectors<rootcellar::Choose>;
+using CodeSet = rootcellar::Vectors<rootcellar::ChooseOfCodes>;
 
 namespace {
 
@@ -21,6 +25,7 @@ struct Case {
   bool latents, is_bf16, sinks;
   int window, chunk;
   std::vector<int> lengths, fresh;  // of each row: tokens, and how many of them are in the batch
+  const char *k_grid, *v_grid;      // of pools of few bits; null: floats
 };
 
 template <typename T>
@@ -28,15 +33,22 @@ T one_of(Random& random, std::initializer_list<T> choices) {
   return choices.begin()[below(random, static_cast<int>(choices.size()))];
 }
 
-Case draw(Random& random) {
+constexpr std::pair<const char*, const char*> kGrids[] = {{"int8", "int8"},
+                                                          {"fp8_e4m3", "fp8_e4m3"},
+                                                          {"fp8_e5m2", "fp8_e5m2"},
+                                                          {"int8", "fp4_e2m1"},
+                                                          {"fp4_e2m1", "fp4_e2m1"}};
+
+Case draw(Random& random, bool coded) {
   Case c{};
-  c.latents = below(random, 4) == 0;
+  if (coded) std::tie(c.k_grid, c.v_grid) = kGrids[below(random, std::size(kGrids))];
+  c.latents = !coded && below(random, 4) == 0;
   c.kv_heads = c.latents ? 1 : 1 + below(random, 3);
   c.group = 1 + below(random, c.latents ? 20 : 8);
   c.dim = 16 * (1 + below(random, 9));
   c.page_size = one_of(random, {1, 3, 16, 64});
   c.tile = one_of(random, {1, 4, 16});
-  c.is_bf16 = below(random, 2) == 0;
+  c.is_bf16 = !coded && below(random, 2) == 0;
   c.sinks = !c.latents && below(random, 2) == 0;
   const int rule = below(random, 3);
   c.window = rule == 1 ? 1 + below(random, 300) : 0;
@@ -65,25 +77,38 @@ struct Arrays {
   std::vector<std::vector<float>> keys, values;          // [length, kv_heads, dim] of each row
   std::vector<float> floats;
   std::vector<rootcellar::bf16> halves;
+  // Of few bits: codes of keys and of values, the scales of each.
+  std::vector<std::vector<uint8_t>> rows_of[4];  // [length, kv_heads, bytes] of each row
+  std::vector<uint8_t> coded[4], pools[4];       // what the batch has, and where it goes
 };
 
-template <typename T>
-void fill(const Case& c, Arrays& a, std::vector<T>& pool, int64_t stride, Random& random, int64_t pages) {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  pool.resize(pages * stride);
-  for (T& x : pool) rootcellar::write_row(&x, &nan, 1);
+// The first position of a row that the batch sees.
+int first_seen(const Case& c, size_t r) {
+  const int old = c.lengths[r] - c.fresh[r];
+  return c.window ? std::max(0, old - c.window + 1) : c.chunk ? old / c.chunk * c.chunk : 0;
+}
+
+// Gives each row pages for what is seen.
+void place(const Case& c, Arrays& a, Random& random, int64_t pages) {
   std::vector<int32_t> free(pages - 1);
   for (size_t i = 0; i < free.size(); i++) free[i] = static_cast<int32_t>(i + 1);
   std::shuffle(free.begin(), free.end(), random);
   for (size_t r = 0; r < c.lengths.size(); r++) {
-    const int old = c.lengths[r] - c.fresh[r];
-    const int first = c.window ? std::max(0, old - c.window + 1) : c.chunk ? old / c.chunk * c.chunk : 0;
     for (int page = 0; page * c.page_size < c.lengths[r]; page++) {
-      if ((page + 1) * c.page_size <= first) continue;  // nobody sees it: page 0 stands there
+      if ((page + 1) * c.page_size <= first_seen(c, r)) continue;  // nobody sees it: page 0 stands there
       a.tables[(r + 1) * c.width + page] = free.back();
       free.pop_back();
     }
-    for (int t = first; t < old; t++) {
+  }
+}
+
+template <typename T>
+void fill(const Case& c, Arrays& a, std::vector<T>& pool, int64_t stride, int64_t pages) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  pool.resize(pages * stride);
+  for (T& x : pool) rootcellar::write_row(&x, &nan, 1);
+  for (size_t r = 0; r < c.lengths.size(); r++) {
+    for (int t = first_seen(c, r); t < c.lengths[r] - c.fresh[r]; t++) {
       T* to = pool.data() + a.tables[(r + 1) * c.width + t / c.page_size] * stride + t % c.page_size * c.dim;
       for (int h = 0; h < c.kv_heads; h++, to += c.page_size * c.dim) {
         rootcellar::write_row(to, &a.keys[r][(t * c.kv_heads + h) * c.dim], c.dim);
@@ -91,6 +116,89 @@ void fill(const Case& c, Arrays& a, std::vector<T>& pool, int64_t stride, Random
         rootcellar::write_row(to + c.kv_heads * c.page_size * c.dim, &a.values[r][(t * c.kv_heads + h) * c.dim], c.dim);
       }
     }
+  }
+}
+
+// What the codes and scales of a grid stand for, written out.
+struct Grid {
+  std::string_view name;
+
+  bool in_blocks() const { return name == "fp4_e2m1"; }
+  int row(int dim) const { return in_blocks() ? dim / 2 : dim; }
+  int scale_row(int dim) const { return in_blocks() ? dim / 16 : 2; }
+
+  uint8_t draw(Random& random) const {
+    const int byte = below(random, 256), exponent = name == "fp8_e4m3" ? byte >> 3 & 15 : byte >> 2 & 31;
+    if (name == "fp8_e4m3" && (exponent == 0 || (byte & 0x7f) == 0x7f)) return 0;  // as the encoder never does
+    if (name == "fp8_e5m2" && (exponent == 0 || exponent == 31)) return 0;
+    return static_cast<uint8_t>(byte);
+  }
+
+  void draw_scales(Random& random, int dim, uint8_t* to) const {
+    if (in_blocks()) {
+      for (int i = 0; i < dim / 16; i++) to[i] = static_cast<uint8_t>(below(random, 14 << 3));  // up to a half
+      return;
+    }
+    const float top = name == "int8" ? 127 : name == "fp8_e4m3" ? 448 : 57344;
+    const float scale = static_cast<float>(below(random, 200)) / 50 / top;
+    rootcellar::bf16 narrow;
+    rootcellar::write_row(&narrow, &scale, 1);
+    std::memcpy(to, &narrow, sizeof narrow);
+  }
+
+  double value(const uint8_t* codes, const uint8_t* scales, int i) const {
+    if (in_blocks()) {
+      constexpr double kValues[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+      const int code = codes[i / 2] >> (i % 2 * 4) & 15, scale = scales[i / 16], e = scale >> 3, m = scale & 7;
+      const double times = e ? std::ldexp(8 + m, e - 18) : std::ldexp(m, -17);
+      return (code & 8 ? -1 : 1) * kValues[code & 7] * times;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, scales, sizeof bits);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float scale;
+    std::memcpy(&scale, &wide, sizeof scale);
+    if (name == "int8") return static_cast<int8_t>(codes[i]) * static_cast<double>(scale);
+    const int mantissa = name == "fp8_e4m3" ? 3 : 2, bias = name == "fp8_e4m3" ? 7 : 15;
+    const int e = (codes[i] & 0x7f) >> mantissa, m = codes[i] & ((1 << mantissa) - 1);
+    const double size = e ? std::ldexp((1 << mantissa) + m, e - bias - mantissa) : 0;
+    return (codes[i] & 0x80 ? -size : size) * scale;
+  }
+};
+
+// Draws the codes and scales of a row of tokens, `which`: 0 of keys, 1 of values; they stand for `wide`.
+void draw_codes(const Case& c, Arrays& a, int which, std::vector<float>& wide, Random& random) {
+  const Grid grid{which == 0 ? c.k_grid : c.v_grid};
+  const size_t vectors = wide.size() / c.dim, row = grid.row(c.dim), scale_row = grid.scale_row(c.dim);
+  std::vector<uint8_t> codes(vectors * row), scales(vectors * scale_row);
+  for (uint8_t& code : codes) code = grid.draw(random);
+  for (size_t v = 0; v < vectors; v++) {
+    grid.draw_scales(random, c.dim, &scales[v * scale_row]);
+    for (int i = 0; i < c.dim; i++)
+      wide[v * c.dim + i] = static_cast<float>(grid.value(&codes[v * row], &scales[v * scale_row], i));
+  }
+  a.rows_of[which].push_back(std::move(codes));
+  a.rows_of[2 + which].push_back(std::move(scales));
+}
+
+// The pools of few bits, and what the batch brings of them.
+void fill_codes(const Case& c, Arrays& a, int64_t pages) {
+  for (int i = 0; i < 4; i++) {
+    const Grid grid{i % 2 == 0 ? c.k_grid : c.v_grid};
+    const int64_t row = i < 2 ? grid.row(c.dim) : grid.scale_row(c.dim), token = c.kv_heads * row;
+    a.pools[i].assign(pages * c.page_size * token, 0xff);  // as a scale: NaN
+    for (size_t r = 0; r < c.lengths.size(); r++) {
+      for (int t = first_seen(c, r); t < c.lengths[r] - c.fresh[r]; t++) {
+        const int64_t page = a.tables[(r + 1) * c.width + t / c.page_size];
+        for (int h = 0; h < c.kv_heads; h++)
+          std::memcpy(&a.pools[i][((page * c.kv_heads + h) * c.page_size + t % c.page_size) * row],
+                      &a.rows_of[i][r][t * token + h * row], row);
+      }
+    }
+    a.coded[i].assign(a.positions.size() * token, 0xff);
+    for (size_t j = 0; j < a.positions.size(); j++)
+      if (a.owners[j] >= 0)
+        std::memcpy(&a.coded[i][j * token], &a.rows_of[i][a.owners[j]][a.positions[j] * token], token);
   }
 }
 
@@ -104,8 +212,12 @@ Arrays arrays(const Case& c, Random& random) {
     a.keys.emplace_back(c.lengths[r] * row);
     for (float& x : a.keys[r]) x = rounded(normal(random), c.is_bf16);
     a.values.push_back(a.keys[r]);
-    if (!c.latents)
+    if (c.k_grid != nullptr) {
+      draw_codes(c, a, 0, a.keys[r], random);
+      draw_codes(c, a, 1, a.values[r], random);
+    } else if (!c.latents) {
       for (float& x : a.values[r]) x = rounded(normal(random), c.is_bf16);
+    }
     pages += (c.lengths[r] + c.page_size - 1) / c.page_size;
     for (int t = c.lengths[r] - c.fresh[r]; t < c.lengths[r]; t += c.tile) {
       a.rows.push_back(r + 1);
@@ -123,10 +235,13 @@ Arrays arrays(const Case& c, Random& random) {
   for (int h = 0; h < heads; h++) a.sinks.push_back(c.sinks ? normal(random) : -INFINITY);
   a.out.assign(a.q.size(), NAN);
   const int64_t stride = (c.latents ? 1 : 2) * c.page_size * row;
-  if (c.is_bf16) {
-    fill(c, a, a.halves, stride, random, pages);
+  place(c, a, random, pages);
+  if (c.k_grid != nullptr) {
+    fill_codes(c, a, pages);
+  } else if (c.is_bf16) {
+    fill(c, a, a.halves, stride, pages);
   } else {
-    fill(c, a, a.floats, stride, random, pages);
+    fill(c, a, a.floats, stride, pages);
   }
   return a;
 }
@@ -161,10 +276,30 @@ double difference(const Case& c, const Arrays& a, size_t token, double scale) {
   return worst;
 }
 
-bool holds(const Case& c, Random& random, const Set& set, int threads) {
+// Attention over a pool of floats, and over pools of few bits.
+void run(const Case& c, Arrays&, Batch& b, const Set& set, Threads& threads) {
+  if (c.is_bf16) {
+    b.write<rootcellar::bf16>();
+  } else {
+    b.write<float>();
+  }
+  rootcellar::attend(threads, b, set.function(c.is_bf16));
+}
+
+void run(const Case& c, Arrays& a, Batch& b, const CodeSet& set, Threads& threads) {
+  const rootcellar::CodesKernel* kernel = set.function(c.k_grid, c.v_grid);
+  for (int i = 0; i < rootcellar::kArraysOfCodes; i++)
+    b.rows_of[i] = {a.coded[i].data(), a.pools[i].data(), kernel->rows[i](c.dim)};
+  b.fixed = false;
+  b.write_codes();
+  rootcellar::attend(threads, b, kernel->kernel);
+}
+
+template <typename AnySet>
+bool holds(const Case& c, Random& random, const AnySet& set, int threads) {
   Arrays a = arrays(c, random);
   const float scale = 0.5f / std::sqrt(static_cast<float>(c.dim));
-  const Batch b{a.q.data(),
+  Batch b{a.q.data(),
                 a.k.data(),
                 c.latents ? nullptr : a.v.data(),
                 c.latents ? nullptr : a.sinks.data(),
@@ -184,24 +319,34 @@ bool holds(const Case& c, Random& random, const Set& set, int threads) {
                 c.window,
                 c.chunk,
                 below(random, 2) == 1};
-  if (c.is_bf16) {
-    b.write<rootcellar::bf16>();
-  } else {
-    b.write<float>();
-  }
   Threads pool{threads, {}};
-  rootcellar::attend(pool, b, set.function(c.is_bf16));
+  run(c, a, b, set, pool);
   for (size_t token = 0; token < a.owners.size(); token++) {
     const double off = a.owners[token] < 0 ? 0 : difference(c, a, token, scale);
     if (off < 1e-5) continue;
     std::printf(
         "%s, %d threads: token %zu is off by %g: kv_heads %d, group %d, dim %d, page_size %d, tile %d, latents %d, "
-        "bf16 %d, sinks %d, window %d, chunk %d\n",
+        "bf16 %d, sinks %d, window %d, chunk %d, keys %s, values %s\n",
         set.name, threads, token, off, c.kv_heads, c.group, c.dim, c.page_size, c.tile, c.latents, c.is_bf16, c.sinks,
-        c.window, c.chunk);
+        c.window, c.chunk, c.k_grid ? c.k_grid : "floats", c.v_grid ? c.v_grid : "floats");
     return false;
   }
   return true;
+}
+
+// How many batches came out right with each set; -1: one did not.
+template <typename Sets>
+int check(const Sets& sets, bool coded, int batches, Random& random) {
+  int seen = 0;
+  for (const auto& set : sets) {
+    if (!set.runs()) continue;
+    for (int i = 0; i < batches; i++, seen++) {
+      const Case c = draw(random, coded);
+      if (!holds(c, random, set, one_of(random, {1, 2, 5}))) return -1;
+    }
+    std::printf("attention%s, %s: %d batches\n", coded ? " over codes" : "", set.name, batches);
+  }
+  return seen;
 }
 
 }  // namespace
@@ -209,14 +354,7 @@ bool holds(const Case& c, Random& random, const Set& set, int threads) {
 int main(int argc, char** argv) {
   const int batches = argc > 1 ? std::atoi(argv[1]) : 300;
   Random random(argc > 2 ? std::atoi(argv[2]) : 0);
-  int seen = 0;
-  for (const auto& set : rootcellar::kVectorSets) {
-    if (!set.runs()) continue;
-    for (int i = 0; i < batches; i++, seen++) {
-      const Case c = draw(random);
-      if (!holds(c, random, set, one_of(random, {1, 2, 5}))) return 1;
-    }
-    std::printf("attention, %s: %d batches\n", set.name, batches);
-  }
-  return seen == 0;
+  const bool right = check(rootcellar::kVectorSets, false, batches, random) > 0 &&
+                     check(rootcellar::kCodeSets, true, batches, random) > 0;
+  return right ? 0 : 1;
 }

@@ -212,6 +212,20 @@ def test_attention_is_that_over_what_was_read(backend, form, name):
         np.testing.assert_allclose(found[at], expected, atol=2e-3)
 
 
+@pytest.mark.skipif(library.kernels() is None, reason="not built")
+@pytest.mark.parametrize("index", range(4))
+def test_pools_that_are_not_what_the_grids_say_are_not_read(index):
+    layout = layout_of(Heads(2, 32), "k8v4", 16)
+    buffers = [jnp.zeros(a.shape, a.dtype) for a in layout.buffers(3)]
+    buffers[index] = buffers[index][:, :, :8]
+    part, sinks = jnp.zeros((1, 2, 32)), jnp.full(2, -jnp.inf)
+    attend = jax.jit(attention("native", layout, Reach("full", 0, 1.0)), donate_argnums=range(7, 11))
+    with pytest.raises(Exception, match="paged attention: codes and scales have"):
+        jax.block_until_ready(
+            attend(part, part, part, sinks, jnp.ones((1, 1), int), jnp.zeros(1, int), jnp.zeros(1, int), *buffers)
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "least"), [("int8", 1.9), ("fp8_e4m3", 1.9), ("fp8_e5m2", 1.9), ("k8v4", 2.4), ("fp4_e2m1", 3.4)]
 )

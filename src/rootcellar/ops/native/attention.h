@@ -98,8 +98,17 @@ using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float*
 // The kernel for a pool's type.
 using Choose = Kernel (*)(bool is_bf16);
 
+// A kernel over codes, and the bytes of a token's row of `dim` elements in each pool: codes of keys and of values, the
+// scales of each.
+constexpr int kArraysOfCodes = 4;
+struct CodesKernel {
+  std::string_view keys, values;
+  Kernel kernel;
+  int64_t (*rows[kArraysOfCodes])(int64_t dim);
+};
+
 // The kernel for the grids of keys and of values; null where there is none.
-using ChooseOfCodes = Kernel (*)(std::string_view keys, std::string_view values);
+using ChooseOfCodes = const CodesKernel* (*)(std::string_view keys, std::string_view values);
 
 inline int64_t room_for(int64_t dim, int64_t rows) { return 3 * dim * kBlock + kRows * kBlock + rows * dim; }
 
@@ -151,7 +160,7 @@ struct Batch {
   float scale;
   int64_t window, chunk;  // 0: none
   bool fixed = false;     // each sum is made in one order, whatever else is in the batch
-  Rows rows_of[4] = {};   // pools of few bits, in place of k, v, pool: codes of keys and values, scales of each
+  Rows rows_of[kArraysOfCodes] = {};  // pools of few bits, in place of k, v, pool: codes of keys and values, scales of each
 
   int64_t tile() const { return tokens / tiles; }
   int64_t group() const { return heads / kv_heads; }

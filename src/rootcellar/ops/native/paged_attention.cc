@@ -8,19 +8,66 @@ namespace ffi = xla::ffi;
 namespace {
 
 using rootcellar::Batch;
+using Floats = ffi::Buffer<ffi::F32, 3>;
+using Sinks = ffi::Buffer<ffi::F32, 1>;
+using Tables = ffi::Buffer<ffi::S32, 2>;
+using Numbers = ffi::Buffer<ffi::S32, 1>;
 
-ffi::Error attend(ffi::ThreadPool& threads, Batch b, ffi::AnyBuffer pool, ffi::Result<ffi::AnyBuffer> pool_out,
+ffi::Error wrong(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("paged attention: ") + what);
+}
+
+template <typename Buffer>
+bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {
+  const auto dims = buffer.dimensions();
+  return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+// What all handlers are told: where the batch's tokens lie, q [T, heads, dim], tables [rows, width], rows [tiles],
+// positions [T] (-1: padding); and what queries see, `window` or `chunk` in tokens, 0 for none.
+struct Told {
+  Tables tables;
+  Numbers rows, positions;
+  float scale;
+  int64_t window, chunk;
+};
+
+// What follows from these. `kv_heads`, `page_size` and the rest are the handler's.
+ffi::Error fill(Batch& b, const Floats& q, const Told& told, int64_t kv_heads, int64_t page_size,
+                ffi::Result<Floats>& out) {
+  const auto qd = q.dimensions();
+  b.q = q.typed_data();
+  b.tables = told.tables.typed_data();
+  b.rows = told.rows.typed_data();
+  b.positions = told.positions.typed_data();
+  b.out = out->typed_data();
+  b.tokens = qd[0];
+  b.heads = qd[1];
+  b.kv_heads = kv_heads;
+  b.dim = qd[2];
+  b.page_size = page_size;
+  b.width = told.tables.dimensions()[1];
+  b.tiles = told.rows.dimensions()[0];
+  b.scale = told.scale;
+  b.window = told.window;
+  b.chunk = told.chunk;
+  if (!has_shape(told.positions, {b.tokens}) || !has_shape(*out, {b.tokens, b.heads, b.dim}))
+    return wrong("a position for each query, and what is given has their shape");
+  if (b.tiles == 0 || b.tokens == 0 || b.tokens % b.tiles != 0) return wrong("tokens must be a multiple of tiles");
+  if (b.kv_heads == 0 || b.heads % b.kv_heads != 0) return wrong("heads must be a multiple of kv_heads");
+  if (b.page_size == 0) return wrong("a page has tokens");
+  if (b.dim % 16 != 0) return wrong("there is no kernel for this head_dim");
+  return ffi::Error::Success();
+}
+
+ffi::Error attend(ffi::ThreadPool& threads, const Batch& b, ffi::AnyBuffer pool, ffi::Result<ffi::AnyBuffer> pool_out,
                   std::string_view vectors) {
   if (pool.untyped_data() != pool_out->untyped_data())
     return ffi::Error::Internal("paged attention: the pool was copied; donate it to the step");
   const bool is_bf16 = pool.element_type() == ffi::DataType::BF16;
-  if (!is_bf16 && pool.element_type() != ffi::DataType::F32)
-    return ffi::Error::InvalidArgument("paged attention: the pool must be float32 or bfloat16");
-  if (b.tiles == 0 || b.tokens % b.tiles != 0 || b.heads % b.kv_heads != 0)
-    return ffi::Error::InvalidArgument("paged attention: tokens must be a multiple of tiles, heads of kv_heads");
-  if (b.dim % 16 != 0) return ffi::Error::InvalidArgument("paged attention: there is no kernel for this head_dim");
+  if (!is_bf16 && pool.element_type() != ffi::DataType::F32) return wrong("the pool must be float32 or bfloat16");
   const auto* found = rootcellar::find_vectors(rootcellar::kVectorSets, std::string(vectors));
-  if (found == nullptr) return ffi::Error::InvalidArgument("paged attention: this processor lacks those vectors");
+  if (found == nullptr) return wrong("this processor lacks those vectors");
   if (is_bf16) {
     b.write<rootcellar::bf16>();
   } else {
@@ -30,180 +77,136 @@ ffi::Error attend(ffi::ThreadPool& threads, Batch b, ffi::AnyBuffer pool, ffi::R
   return ffi::Error::Success();
 }
 
-// q [T, heads, head_dim], k and v [T, kv_heads, head_dim], sinks [heads] float32 (-inf: none); tables [rows, width],
-// rows [tiles], positions [T] int32 (-1: padding); pool [pages, 2, kv_heads, page_size, head_dim] float32 or bfloat16,
-// updated in place. `scale` of the scores; `window` or `chunk` in tokens, 0 for none; `vectors` by name, "": the best.
-ffi::Error by_head(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer sinks,
-                   ffi::AnyBuffer tables, ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool,
-                   float scale, int64_t window, int64_t chunk, bool fixed, std::string_view vectors,
-                   ffi::Result<ffi::AnyBuffer> pool_out, ffi::Result<ffi::AnyBuffer> out) {
-  const auto qd = q.dimensions(), kd = k.dimensions(), pd = pool.dimensions(), td = tables.dimensions();
-  if (qd.size() != 3 || kd.size() != 3 || pd.size() != 5 || td.size() != 2 || rows.dimensions().size() != 1)
-    return ffi::Error::InvalidArgument("paged attention: wrong number of dimensions");
-  if (sinks.element_count() != static_cast<size_t>(qd[1]))
-    return ffi::Error::InvalidArgument("paged attention: one sink for each head");
-  const Batch b{q.typed_data<float>(),
-                k.typed_data<float>(),
-                v.typed_data<float>(),
-                sinks.typed_data<float>(),
-                tables.typed_data<int32_t>(),
-                rows.typed_data<int32_t>(),
-                positions.typed_data<int32_t>(),
-                pool.untyped_data(),
-                (*out).typed_data<float>(),
-                qd[0],
-                qd[1],
-                kd[1],
-                qd[2],
-                pd[3],
-                td[1],
-                rows.dimensions()[0],
-                scale,
-                window,
-                chunk,
-                fixed};
+// q [T, heads, head_dim], k and v [T, kv_heads, head_dim], sinks [heads] (-inf: none); pool [pages, 2, kv_heads,
+// page_size, head_dim] float32 or bfloat16, updated in place. `scale` of the scores; `vectors` by name, "": the best.
+ffi::Error by_head(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Sinks sinks, Tables tables, Numbers rows,
+                   Numbers positions, ffi::AnyBuffer pool, float scale, int64_t window, int64_t chunk,
+                   std::string_view vectors, bool fixed, ffi::Result<ffi::AnyBuffer> pool_out,
+                   ffi::Result<Floats> out) {
+  const auto pd = pool.dimensions();
+  if (pd.size() != 5) return wrong("wrong number of dimensions");
+  Batch b{};
+  ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, pd[2], pd[3], out);
+  if (error.failure()) return error;
+  if (!has_shape(k, {b.tokens, b.kv_heads, b.dim}) || !has_shape(v, {b.tokens, b.kv_heads, b.dim}) ||
+      !has_shape(pool, {pd[0], 2, b.kv_heads, b.page_size, b.dim}))
+    return wrong("keys and values have the shape that the pool has");
+  if (!has_shape(sinks, {b.heads})) return wrong("one sink for each head");
+  b.k = k.typed_data();
+  b.v = v.typed_data();
+  b.sinks = sinks.typed_data();
+  b.pool = pool.untyped_data();
+  b.fixed = fixed;
   return attend(threads, b, pool, pool_out, vectors);
 }
 
-// As by_head, over pools of few bits: what a token has in each, codes of keys and of values and the scales of each, as
-// [T, kv_heads, ...], and the pools [pages, kv_heads, page_size, ...], updated in place. `keys` and `values` name grids.
-ffi::Error over_codes(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer sinks, ffi::AnyBuffer tables,
-                      ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::RemainingArgs arrays, float scale,
-                      int64_t window, int64_t chunk, std::string_view keys, std::string_view values,
-                      std::string_view vectors, ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets pools) {
-  constexpr size_t kArrays = 4;
+// One of the arrays of codes or scales: `fresh` [T, kv_heads, ...], which goes into the pool [pages, kv_heads,
+// page_size, ...], of `row` bytes for each token and head.
+ffi::Error fill(rootcellar::Rows& to, const Batch& b, int64_t row, const ffi::AnyBuffer& fresh,
+                const ffi::AnyBuffer& pool, const ffi::AnyBuffer& after) {
+  if (pool.untyped_data() != after.untyped_data())
+    return ffi::Error::Internal("paged attention: the pool was copied; donate it to the step");
+  const auto fd = fresh.dimensions(), pd = pool.dimensions();
+  if (fd.size() < 2 || fd[0] != b.tokens || fd[1] != b.kv_heads || pd.size() < 3 || pd[1] != b.kv_heads ||
+      pd[2] != b.page_size)
+    return wrong("codes and scales have a row for each token and head, in the batch and in the pool");
+  if (static_cast<int64_t>(fresh.size_bytes()) != b.tokens * b.kv_heads * row ||
+      static_cast<int64_t>(pool.size_bytes()) != pd[0] * b.kv_heads * b.page_size * row)
+    return wrong("codes and scales have the bytes that their grid says");
+  to = {static_cast<const uint8_t*>(fresh.untyped_data()), static_cast<uint8_t*>(pool.untyped_data()), row};
+  return ffi::Error::Success();
+}
+
+// As by_head, over pools of few bits: `arrays` has what a token has in each, codes of keys and of values and the scales
+// of each, and then the four pools, updated in place. `keys` and `values` name grids.
+ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tables, Numbers rows, Numbers positions,
+                      ffi::RemainingArgs arrays, float scale, int64_t window, int64_t chunk, std::string_view vectors,
+                      std::string_view keys, std::string_view values, ffi::Result<Floats> out,
+                      ffi::RemainingRets pools) {
+  constexpr size_t kArrays = rootcellar::kArraysOfCodes;
   if (arrays.size() != 2 * kArrays || pools.size() != kArrays)
-    return ffi::Error::InvalidArgument("paged attention: codes and scales of keys and values, and four pools");
+    return wrong("codes and scales of keys and values, and four pools");
+  const auto* found = rootcellar::find_vectors(rootcellar::kCodeSets, std::string(vectors));
+  const rootcellar::CodesKernel* kernel = found == nullptr ? nullptr : found->function(keys, values);
+  if (kernel == nullptr) return wrong("no kernel for these grids and vectors");
   Batch b{};
   for (size_t i = 0; i < kArrays; i++) {
     const auto fresh = arrays.get<ffi::AnyBuffer>(i), pool = arrays.get<ffi::AnyBuffer>(kArrays + i);
     auto after = pools.get<ffi::AnyBuffer>(i);
-    if (fresh.has_error() || pool.has_error() || after.has_error())
-      return ffi::Error::InvalidArgument("paged attention: an array is missing");
-    if (pool->untyped_data() != (*after)->untyped_data())
-      return ffi::Error::Internal("paged attention: the pool was copied; donate it to the step");
-    const auto fd = fresh->dimensions(), pd = pool->dimensions();
-    if (fd.size() < 2 || pd.size() < 3 || fd[1] != pd[1])
-      return ffi::Error::InvalidArgument("paged attention: wrong number of dimensions");
-    b.kv_heads = pd[1];
-    b.page_size = pd[2];
-    b.rows_of[i] = {static_cast<const uint8_t*>(fresh->untyped_data()), static_cast<uint8_t*>(pool->untyped_data()),
-                    static_cast<int64_t>(fresh->size_bytes()) / (fd[0] * fd[1])};
+    if (fresh.has_error() || pool.has_error() || after.has_error()) return wrong("an array is missing");
+    if (i == 0) {
+      const auto pd = pool->dimensions();
+      if (pd.size() != 4) return wrong("wrong number of dimensions");
+      ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, pd[1], pd[2], out);
+      if (error.failure()) return error;
+    }
+    ffi::Error error = fill(b.rows_of[i], b, kernel->rows[i](b.dim), *fresh, *pool, **after);
+    if (error.failure()) return error;
   }
-  const auto qd = q.dimensions(), td = tables.dimensions();
-  if (qd.size() != 3 || td.size() != 2 || rows.dimensions().size() != 1 || qd[1] % b.kv_heads != 0 || qd[2] % 16 != 0)
-    return ffi::Error::InvalidArgument("paged attention: wrong dimensions");
-  if (rows.dimensions()[0] == 0 || qd[0] % rows.dimensions()[0] != 0)
-    return ffi::Error::InvalidArgument("paged attention: tokens must be a multiple of tiles");
-  b.q = q.typed_data<float>();
-  b.sinks = sinks.typed_data<float>();
-  b.tables = tables.typed_data<int32_t>();
-  b.rows = rows.typed_data<int32_t>();
-  b.positions = positions.typed_data<int32_t>();
-  b.out = (*out).typed_data<float>();
-  b.tokens = qd[0];
-  b.heads = qd[1];
-  b.dim = qd[2];
-  b.width = td[1];
-  b.tiles = rows.dimensions()[0];
-  b.scale = scale;
-  b.window = window;
-  b.chunk = chunk;
-  const auto* found = rootcellar::find_vectors(rootcellar::kCodeSets, std::string(vectors));
-  const rootcellar::Kernel kernel = found == nullptr ? nullptr : found->function(keys, values);
-  if (kernel == nullptr) return ffi::Error::InvalidArgument("paged attention: no kernel for these grids and vectors");
+  if (!has_shape(sinks, {b.heads})) return wrong("one sink for each head");
+  b.sinks = sinks.typed_data();
   b.write_codes();
-  rootcellar::attend(threads, b, kernel);
+  rootcellar::attend(threads, b, kernel->kernel);
   return ffi::Error::Success();
 }
 
-// q [T, heads, dim] and latents [T, dim] float32; pool [pages, page_size, dim]; the rest as above. There are no sinks.
-ffi::Error over_latents(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer latents, ffi::AnyBuffer tables,
-                        ffi::AnyBuffer rows, ffi::AnyBuffer positions, ffi::AnyBuffer pool, float scale, int64_t window,
-                        int64_t chunk, bool fixed, std::string_view vectors, ffi::Result<ffi::AnyBuffer> pool_out,
-                        ffi::Result<ffi::AnyBuffer> out) {
-  const auto qd = q.dimensions(), pd = pool.dimensions(), td = tables.dimensions();
-  if (qd.size() != 3 || latents.dimensions().size() != 2 || pd.size() != 3 || td.size() != 2 ||
-      rows.dimensions().size() != 1)
-    return ffi::Error::InvalidArgument("paged attention: wrong number of dimensions");
-  const Batch b{q.typed_data<float>(),
-                latents.typed_data<float>(),
-                nullptr,
-                nullptr,
-                tables.typed_data<int32_t>(),
-                rows.typed_data<int32_t>(),
-                positions.typed_data<int32_t>(),
-                pool.untyped_data(),
-                (*out).typed_data<float>(),
-                qd[0],
-                qd[1],
-                1,
-                qd[2],
-                pd[1],
-                td[1],
-                rows.dimensions()[0],
-                scale,
-                window,
-                chunk,
-                fixed};
+// q [T, heads, dim] and latents [T, dim]; pool [pages, page_size, dim]; the rest as above. There are no sinks.
+ffi::Error over_latents(ffi::ThreadPool threads, Floats q, ffi::Buffer<ffi::F32, 2> latents, Tables tables,
+                        Numbers rows, Numbers positions, ffi::AnyBuffer pool, float scale, int64_t window,
+                        int64_t chunk, std::string_view vectors, bool fixed, ffi::Result<ffi::AnyBuffer> pool_out,
+                        ffi::Result<Floats> out) {
+  const auto pd = pool.dimensions();
+  if (pd.size() != 3) return wrong("wrong number of dimensions");
+  Batch b{};
+  ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, 1, pd[1], out);
+  if (error.failure()) return error;
+  if (!has_shape(latents, {b.tokens, b.dim}) || pd[2] != b.dim) return wrong("latents have the pool's width");
+  b.k = latents.typed_data();
+  b.pool = pool.untyped_data();
+  b.fixed = fixed;
   return attend(threads, b, pool, pool_out, vectors);
 }
+
+// The parts that the handlers' signatures share.
+template <typename Binding>
+auto with_places(Binding&& binding) {
+  return std::move(binding).template Arg<Tables>().template Arg<Numbers>().template Arg<Numbers>();
+}
+
+template <typename Binding>
+auto with_reach(Binding&& binding) {
+  return std::move(binding)
+      .template Attr<float>("scale")
+      .template Attr<int64_t>("window")
+      .template Attr<int64_t>("chunk")
+      .template Attr<std::string_view>("vectors");
+}
+
+// Over a pool of floats.
+template <typename Binding>
+auto with_pool(Binding&& binding) {
+  return with_reach(with_places(std::move(binding)).template Arg<ffi::AnyBuffer>())
+      .template Attr<bool>("fixed")
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<Floats>();
+}
+
+auto queries() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>(); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionByHead, by_head,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<bool>("fixed")
-                                  .Attr<std::string_view>("vectors")
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                              with_pool(queries().Arg<Floats>().Arg<Floats>().Arg<Sinks>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverCodes, over_codes,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("chunk")
+                              with_reach(with_places(queries().Arg<Sinks>()).RemainingArgs())
                                   .Attr<std::string_view>("keys")
                                   .Attr<std::string_view>("values")
-                                  .Attr<std::string_view>("vectors")
-                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<Floats>()
                                   .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverLatents, over_latents,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<bool>("fixed")
-                                  .Attr<std::string_view>("vectors")
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                              with_pool(queries().Arg<ffi::Buffer<ffi::F32, 2>>()));
 
 // 1 when there are kernels of vectors of this name that run here, so that Python can tell before it compiles a step.
 extern "C" int rootcellar_runs_vectors(const char* name) {
