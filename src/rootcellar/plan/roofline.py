@@ -118,8 +118,7 @@ def prefill(model: Architecture, kv_dtype: str, tp: int, start: int, stop: int) 
 def held_bytes(model: Architecture, kv_dtype: str, tp: int, batch: int, context: int) -> int:
     """Bytes of weights, and of what ``batch`` requests of ``context`` tokens keep in the cache, on one device."""
     return round(matrices(model).nbytes / tp) + sum(
-        batch
-        * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(kv_dtype))
+        batch * ((context - group.kind.start(context)) * group.token_bytes(kv_dtype, tp) + group.state_bytes(kv_dtype))
         for group in model.groups
     )
 
