@@ -20,7 +20,7 @@ from statistics import median
 import jax
 import numpy as np
 
-from rootcellar.ops import library
+from rootcellar.ops import kernels
 from rootcellar.ops.backends import Reach, attention, choose_backend
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import TokenLayout, layout_of
@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the first shape and context alone")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if library.kernels() is None:
+    if kernels.library() is None:
         print("there is no native backend to compare: it was not built, or this is no CPU for it", file=sys.stderr)
         return 1
     rows = []

@@ -8,12 +8,12 @@ import pytest
 from pairs import combinations
 from rootcellar.compiled import open_library
 from rootcellar.errors import ConfigError
-from rootcellar.ops import library
+from rootcellar.ops import kernels
 from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, xla
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import PagedHeads, layout_of
 
-NATIVE = library.kernels() is not None
+NATIVE = kernels.library() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
 EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS]
 
@@ -123,7 +123,7 @@ def test_matches_reference(backend, page_size, lengths, new, tile, kv_heads, gro
 @pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
 def test_each_instruction_set_matches_reference(vectors, monkeypatch):
     """Forced, where this processor has it: decoding and prefill, with sizes that leave a part of a register over."""
-    if not library.runs_vectors(vectors):
+    if not kernels.runs_vectors(vectors):
         pytest.skip(f"this processor does not have {vectors}")
     monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
     for lengths, new, tile, (kv_heads, group, head_dim, dtype), reach in (

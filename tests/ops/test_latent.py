@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.ops import library
+from rootcellar.ops import kernels
 from rootcellar.ops.backends import BACKENDS, Reach, attention, xla
 from rootcellar.pools.layouts import PagedLatents
 
 EACH = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "native" and library.kernels() is None, reason="not built"))
+    pytest.param(name, marks=pytest.mark.skipif(name == "native" and kernels.library() is None, reason="not built"))
     for name in BACKENDS
 ]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.ops import library
+from rootcellar.ops import kernels
 from rootcellar.ops.panels import HOLDINGS, packer, rows, unpacked
 from rootcellar.ops.products import MANY, product
 
@@ -36,7 +36,7 @@ def test_what_is_packed_is_the_weight_to_half_a_step(holding, shape, inputs):
 @pytest.mark.parametrize("holding", HOLDINGS)
 @pytest.mark.parametrize(("shape", "inputs"), WEIGHTS, ids=str)
 def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkeypatch):
-    if not library.runs_vectors(vectors):
+    if not kernels.runs_vectors(vectors):
         pytest.skip(f"{vectors} does not run here")
     monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
     _, held = packed(holding, shape, inputs, native=True)
@@ -60,7 +60,7 @@ def test_many_threads_and_many_panels_give_the_same_as_few(monkeypatch):
 @pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("holding", HOLDINGS)
 def test_where_the_order_is_fixed_a_row_gets_the_same_bits_in_any_company(holding, vectors, monkeypatch):
-    if not library.runs_vectors(vectors):
+    if not kernels.runs_vectors(vectors):
         pytest.skip(f"{vectors} does not run here")
     monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
     _, held = packed(holding, (288, 2, 60), (0,), native=True, fixed=True)
@@ -94,7 +94,7 @@ def test_arrays_multiply_as_before():
 
 
 def test_a_form_that_the_library_does_not_have_is_refused():
-    if not library.runs_vectors(""):
+    if not kernels.runs_vectors(""):
         pytest.skip("no kernels here")
     _, held = packed("w8", (32, 16), (0,), native=True)
     wrong = jax.tree_util.tree_map(lambda a: a[..., :8], held)

@@ -1,7 +1,7 @@
-"""The library of kernels for CPUs in C++ (``ops/native/``), behind XLA's foreign-function interface.
+"""The kernels for CPUs in C++ (``ops/native/``), behind XLA's foreign-function interface.
 
-It has kernels for several instruction sets and takes the fastest that the processor has; ``ROOTCELLAR_VECTORS`` names
-another (``avx512``, ``avx2``, ``baseline``).
+They are compiled for several instruction sets, of which the fastest runs that the processor has; ``ROOTCELLAR_VECTORS``
+names another (``avx512``, ``avx2``, ``baseline``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FUNCTIONS = {
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The shared library, registered with XLA; None where it was not built or is not wanted."""
     without = "attention and products run through XLA"
     return open_library(ops.__path__, "_native.so", _FUNCTIONS, without, functions=["rootcellar_runs_vectors"])
@@ -31,7 +31,7 @@ def kernels() -> ctypes.CDLL | None:
 
 def runs_vectors(name: str) -> bool:
     """Whether there are kernels for the instruction set of that name, and this processor has it; ``""``: for any."""
-    opened = kernels()
+    opened = library()
     return opened is not None and bool(opened.rootcellar_runs_vectors(name.encode()))
 
 
