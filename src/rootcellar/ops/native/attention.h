@@ -160,7 +160,7 @@ struct Batch {
   float scale;
   int64_t window, chunk;  // 0: none
   bool fixed = false;     // each sum is made in one order, whatever else is in the batch
-  Rows rows_of[kArraysOfCodes] = {};  // pools of few bits, in place of k, v, pool: codes of keys and values, scales of each
+  Rows rows_of[kArraysOfCodes] = {};  // pools of few bits, in place of k, v and pool: see CodesKernel
 
   int64_t tile() const { return tokens / tiles; }
   int64_t group() const { return heads / kv_heads; }
