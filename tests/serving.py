@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from rootcellar.engine import Engine
 from rootcellar.server.app import create_app
-from rootcellar.server.run import uvicorn_config
+from rootcellar.server.run import Accepting, listen, uvicorn_config
 from rootcellar.server_config import ServerConfig
 
 COMMAND = [sys.executable, "-m", "rootcellar", "serve", "--port", "0"]
@@ -92,18 +91,18 @@ def on_thread(engine: Engine, **settings: object) -> Iterator[str]:
     """The app over `engine`, listening on a port of its own; gives the URL."""
     limits = ServerConfig(**{"port": 0, **settings})
     app = create_app(engine, limits)
-    server = uvicorn.Server(uvicorn_config(app, limits))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        app.state.server.close()
+    with listen(limits) as listener:
+        server = Accepting(uvicorn_config(app, limits))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            app.state.server.close()
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from rootcellar.server import run
 from rootcellar.server.app import create_app, routers
-from rootcellar.server.connections import protocol
+from rootcellar.server.connections import Connection, protocol
 from rootcellar.server.parsing import Body
 from rootcellar.server_config import ServerConfig
 from serving import on_thread, wait_until
@@ -49,6 +49,27 @@ def served(url):
 
 
 # -- how many ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_crowd_that_comes_while_the_loop_is_busy_waits_in_line(engine, monkeypatch):
+    """Of more than the kernel lets wait it forgets some, which then try again for a minute."""
+    made, busy = Connection.connection_made, threading.Event()
+
+    def slowly(self, transport):
+        if not busy.is_set():
+            busy.set()
+            time.sleep(1.5)
+        made(self, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", slowly)
+    with on_thread(engine) as url, contextlib.ExitStack() as stack:
+        first = stack.enter_context(connect(url))
+        assert busy.wait(10)
+        crowd = [first, *(stack.enter_context(connect(url, timeout=0.9)) for _ in range(100))]
+        for one in crowd:
+            one.settimeout(60)
+            one.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert all(read_all(one).startswith(b"HTTP/1.1 200") for one in crowd)
 
 
 def test_connections_that_do_nothing_make_room_for_those_that_ask(client, engine):
@@ -405,7 +426,7 @@ def test_small_packets_are_sent_at_once():
 
     async def accepted():
         told = asyncio.Future()
-        listener = run._listen(ServerConfig(port=0))
+        listener = run.listen(ServerConfig(port=0))
         server = await asyncio.start_server(lambda _, writer: told.set_result(writer), sock=listener)
         _, ours = await asyncio.open_connection(*listener.getsockname())
         theirs = await told

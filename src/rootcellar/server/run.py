@@ -57,7 +57,7 @@ def serve(engine_options: dict[str, Any], config: ServerConfig) -> int:
     allow_files(config.max_connections)
     Browsers.of(config, open=Callers.of(config).open)  # what is wrong with a key or a host is said at once
     loading = Loading(options, config)
-    with _listen(config) as listener:
+    with listen(config) as listener:
         port = listener.getsockname()[1]
         server = Server(uvicorn_config(loading, config), loading, port)
         log.info("listening on %s; requests are refused with 503 until the model is there", url_of(config, port))
@@ -99,7 +99,8 @@ def url_of(config: ServerConfig, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def _listen(config: ServerConfig) -> socket.socket:
+def listen(config: ServerConfig) -> socket.socket:
+    """A socket at the server's address, for an :class:`Accepting`. Raises ``ConfigError``."""
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         # asyncio sends small packets at once (TCP_NODELAY) only where the socket says that it is TCP; otherwise an
@@ -139,7 +140,20 @@ def banner(state: ServerState, port: int) -> str:
     return "\n".join(lines)
 
 
-class Server(uvicorn.Server):
+class Accepting(uvicorn.Server):
+    """uvicorn that accepts few connections in one go, out of many that wait.
+
+    A queue as short as that overflows under a crowd, and whoever the kernel then forgets waits for a minute.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; on ``sockets`` of :func:`listen`."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
+
+
+class Server(Accepting):
     """uvicorn, stopping as this server should: drain, then end what is left with an error, then close.
 
     The first signal begins the drain; a second one ends it.
@@ -158,8 +172,6 @@ class Server(uvicorn.Server):
         """Listen, and begin to load."""
         loop = self._event_loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(_BACKLOG)
 
         def failed() -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
