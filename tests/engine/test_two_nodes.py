@@ -196,6 +196,7 @@ def test_what_routers_say_is_checked(nodes):
         ({"bootstrap_port": 0}, "bootstrap_port="),
         ({"bootstrap_host": ""}, "bootstrap_host="),
         ({"bootstrap_host": None}, "needs bootstrap_host"),
+        ({"storage_checkpoint_dependency": "a"}, "give one"),
     ):
         with pytest.raises(RequestError, match=said):
             nodes.decode.generate(input_ids=[1], **{**where, **wrong})

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from rootcellar.server.forwarding import PrefillNode
+from rootcellar.server.forwarding import PrefillNode, _rooms
 
 ERROR = b'{"error": {"message": "kv_cache released"}}'
 CHUNKS = [b"15\r\n" + ERROR[:21] + b"\r\n", b"%x\r\n" % len(ERROR[21:]) + ERROR[21:] + b"\r\n0\r\n\r\n"]
@@ -48,3 +48,22 @@ def test_an_answer_is_read_to_its_end_however_it_comes(pieces):
 def test_what_is_no_answer_is_said(pieces, said):
     with pytest.raises(ConnectionError, match=said):
         ask(*pieces)
+
+
+@pytest.mark.parametrize(
+    ("ids", "params", "answers"),
+    [
+        ([1, 2], None, [1]),
+        ([1, 2], {"n": 3}, [3]),
+        ([[1], [2]], {"n": 2}, [2, 2]),
+        ([[1], [2], [3]], [{"n": 2}, None, {}], [2, 1, 1]),
+        ([[1], [2]], [{"n": 10**12}, {"n": "a"}], [1, 1]),  # the engine refuses what is wrong
+        ([], None, [1]),
+    ],
+)
+def test_each_answer_has_a_room_and_those_of_a_prompt_are_neighbours(ids, params, answers):
+    rooms = _rooms({"input_ids": ids, "sampling_params": params})
+    assert len(rooms) == len(set(rooms)) == sum(answers)
+    for n in answers:
+        own, rooms = rooms[:n], rooms[n:]
+        assert own == list(range(own[0], own[0] + n))

@@ -6,8 +6,8 @@ between two steps; what threads of ``transfer/`` saw comes as a command (``Meet`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Finish, Request
@@ -21,11 +21,15 @@ Admit = Callable[[Request, float], None]
 """A request waits from a moment on for nobody but those of this engine."""
 
 
-class Peers(Protocol):
-    """What other nodes have to do with an engine's requests."""
+class Peers:
+    """What other nodes have to do with an engine's requests; as it stands, of an engine that has to do with none."""
 
     def require(self, requests: Sequence[Request]) -> None:
         """Raise ``RequestError`` where these could not meet what they want to; nothing was changed."""
+        if any(request.room is not None for request in requests):
+            raise RequestError(
+                "bootstrap_room is for a node of its own for prefill or decode: start with disaggregation_mode"
+            )
 
     def arrived(self, request: Request, now: float) -> None:
         """A request waits from ``now`` on."""
@@ -33,11 +37,13 @@ class Peers(Protocol):
     def ended(self, request: Request) -> None:
         """A request ended."""
 
-    def desert(self, rooms: Sequence[range], why: str) -> int:
+    def desert(self, rooms: Set[int], why: str) -> int:  # noqa: ARG002
         """Nobody will come to any of these rooms; how many requests waited there."""
+        return 0
 
     def take(self) -> Sequence[PeerEvent]:
         """What happened since the last call."""
+        return ()
 
     def meet(self, events: Sequence[PeerEvent], now: float) -> None:
         """Take in what happened by ``now``."""
@@ -57,77 +63,20 @@ class Peers(Protocol):
     @property
     def next_end(self) -> float | None:
         """When something will be late; None: never."""
+        return None
 
     @property
     def meeting(self) -> int:
         """Requests that wait for another node, not for this one."""
+        return 0
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Call ``wake``, on any thread, when there is something to take or to give."""
 
     def stats(self) -> dict[str, object]:
         """What was given and taken."""
-
-    def copies(self) -> dict[str, dict[str, Any]]:
-        """The same as a lane of the mover, by its name."""
-
-
-class Alone:
-    """An engine that has to do with no other node."""
-
-    def require(self, requests: Sequence[Request]) -> None:
-        """See ``Peers``; nobody is met here."""
-        if any(request.room is not None for request in requests):
-            raise RequestError(
-                "bootstrap_room is for a node of its own for prefill or decode: start with disaggregation_mode"
-            )
-
-    def arrived(self, request: Request, now: float) -> None:
-        """See ``Peers``."""
-
-    def ended(self, request: Request) -> None:
-        """See ``Peers``."""
-
-    def desert(self, rooms: Sequence[range], why: str) -> int:  # noqa: ARG002
-        """See ``Peers``."""
-        return 0
-
-    def take(self) -> Sequence[PeerEvent]:
-        """See ``Peers``."""
-        return ()
-
-    def meet(self, events: Sequence[PeerEvent], now: float) -> None:
-        """See ``Peers``."""
-
-    def learned(self) -> None:
-        """See ``Peers``."""
-
-    def dispatch(self) -> None:
-        """See ``Peers``."""
-
-    def forget_device(self) -> None:
-        """See ``Peers``."""
-
-    def expire(self, now: float) -> None:
-        """See ``Peers``."""
-
-    @property
-    def next_end(self) -> float | None:
-        """See ``Peers``."""
-        return None
-
-    @property
-    def meeting(self) -> int:
-        """See ``Peers``."""
-        return 0
-
-    def listen(self, wake: Callable[[], None]) -> None:
-        """See ``Peers``."""
-
-    def stats(self) -> dict[str, object]:
-        """See ``Peers``."""
         return {}
 
     def copies(self) -> dict[str, dict[str, Any]]:
-        """See ``Peers``."""
+        """The same as a lane of the mover, by its name."""
         return {}

@@ -190,7 +190,7 @@ class Expire(Command):
 class Desert(Command):
     """Nobody will come to ``rooms``: those who wait there are told ``why``."""
 
-    rooms: tuple[range, ...]
+    rooms: frozenset[int]
     why: str
 
     def run(self, machine: Machine) -> int:

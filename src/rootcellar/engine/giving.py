@@ -7,12 +7,12 @@ away lets go of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rootcellar.cache import Done, Failed, Key
-from rootcellar.engine.apart import Admit, End, PeerEvent
+from rootcellar.engine.apart import Admit, End, PeerEvent, Peers
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Finish, Request, Scheduler, Stage
 from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender
@@ -28,7 +28,7 @@ class _Guest:
     complete: bool = False
 
 
-class Giving:
+class Giving(Peers):
     """See ``Peers``."""
 
     def __init__(
@@ -70,9 +70,9 @@ class Giving:
         held = self._sender.end(request.room.number, why)
         self._scheduler.learn([Failed(manifest) for manifest in held])
 
-    def desert(self, rooms: Sequence[range], why: str) -> int:
+    def desert(self, rooms: Set[int], why: str) -> int:
         """See ``Peers``."""
-        found = [guest.request for room, guest in self._guests.items() if any(room in each for each in rooms)]
+        found = [guest.request for room, guest in self._guests.items() if room in rooms]
         for request in found:
             self._end(request, Finish.abort("gone", why))
         return len(found)
@@ -101,9 +101,6 @@ class Giving:
                 case Left(room, why):
                     if (guest := self._guests.get(room)) is not None:
                         self._end(guest.request, Finish.abort("gone", why))
-
-    def learned(self) -> None:
-        """See ``Peers``."""
 
     def dispatch(self) -> None:
         """See ``Peers``."""

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.config import EngineConfig
-from rootcellar.engine.bootstrap import rooms_of
 from rootcellar.engine.build import Parts
 from rootcellar.engine.identity import names_of, read_namespace
 from rootcellar.engine.output import LogprobOptions
+from rootcellar.engine.room_fields import rooms_of
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Room
@@ -99,6 +99,10 @@ def read_inputs(
     if not isinstance(priority, int) or abs(priority) >= _PRIORITIES:
         raise RequestError(
             f"priority={priority!r} is not allowed: an integer above {-_PRIORITIES} and below {_PRIORITIES}"
+        )
+    if storage_checkpoint_dependency is not None and bootstrap_room is not None:
+        raise RequestError(
+            "storage_checkpoint_dependency waits for this node's store, and bootstrap_room for another node: give one"
         )
     _check_checkpoint(parts, storage_checkpoint, storage_checkpoint_dependency)
     where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)

@@ -15,6 +15,6 @@ class Rooms:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
-    def lost(self, rooms: Sequence[int], spare: int, why: str) -> Future[int]:
-        """Nobody will come to these rooms, nor to the ``spare - 1`` after each; how many requests waited in them."""
-        return self._loop.post(Desert(tuple(range(room, room + spare) for room in rooms), why))
+    def lost(self, rooms: Sequence[int], why: str) -> Future[int]:
+        """Nobody will come to these rooms; how many requests waited in them."""
+        return self._loop.post(Desert(frozenset(rooms), why))

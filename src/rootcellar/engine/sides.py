@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rootcellar.cache import Key
 from rootcellar.config import EngineConfig
-from rootcellar.engine.apart import Admit, Alone, End, Peers
+from rootcellar.engine.apart import Admit, End, Peers
 from rootcellar.engine.giving import Giving
 from rootcellar.engine.taking import Taking
 from rootcellar.errors import ConfigError
@@ -61,6 +61,6 @@ def side_of(config: EngineConfig, peers: Sender | Receiver | None, names_of: Cal
             return Giving(scheduler, peers, names_of, end, admit, patience)
         if isinstance(peers, Receiver):
             return Taking(scheduler, peers, names_of, end, patience, recompute=recompute)
-        return Alone()
+        return Peers()
 
     return side

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from rootcellar.cache import KVEvent, Reports, digests
-from rootcellar.engine.apart import Alone, PeerEvent, Peers
+from rootcellar.engine.apart import PeerEvent, Peers
 from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of, score_prompts
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
@@ -142,7 +142,7 @@ class Machine:
         self.pins = Pins(life.scheduler.cache, total_tokens)
         names_of = partial(digests, page_size=life.scheduler.cache.page_size)
         self.prefetcher = prefetcher or Prefetcher(life.scheduler, names_of)
-        self.peers: Peers = Alone() if side is None else side(life.scheduler, self.end, self.prefetcher.arrived)
+        self.peers = Peers() if side is None else side(life.scheduler, self.end, self.prefetcher.arrived)
         self.hints = Hints(life.scheduler, self.pins, self.prefetcher)
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
@@ -234,8 +234,10 @@ class Machine:
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
-            self.prefetcher.ended(request)
-            self.peers.ended(request)
+            try:
+                self.prefetcher.ended(request)
+            finally:  # whatever the store does, its pages are not held for another node for ever
+                self.peers.ended(request)
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)

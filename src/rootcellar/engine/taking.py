@@ -8,12 +8,12 @@ not come is computed, or the request ends with the reason (``disaggregation_fall
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rootcellar.cache import Key, Lost, Prefetch, Question, Tier
-from rootcellar.engine.apart import End, PeerEvent
+from rootcellar.engine.apart import End, PeerEvent, Peers
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Finish, Request, Scheduler, Stage
 from rootcellar.transfer.receiver import Parted, Receiver, Welcomed
@@ -42,7 +42,7 @@ class _Awaited:
         return self.request.key(self.request.matchable)
 
 
-class Taking:
+class Taking(Peers):
     """See ``Peers``."""
 
     def __init__(
@@ -88,12 +88,12 @@ class Taking:
         for wish in [wish for wish in self._wishes.values() if wish.request is request]:
             self._forget(wish, satisfied=False)
 
-    def desert(self, rooms: Sequence[range], why: str) -> int:
+    def desert(self, rooms: Set[int], why: str) -> int:
         """See ``Peers``."""
         found = [
             wish
             for wish in self._wishes.values()
-            if wish.request.room is not None and any(wish.request.room.number in each for each in rooms)
+            if wish.request.room is not None and wish.request.room.number in rooms
         ]
         for wish in found:
             self._give_up(wish, why)
@@ -119,7 +119,8 @@ class Taking:
     def learned(self) -> None:
         """See ``Peers``."""
         for wish in list(self._wishes.values()):
-            self._go_on(wish)
+            if wish.welcomed or wish.why is not None:  # else nothing can have come
+                self._go_on(wish)
 
     def _go_on(self, wish: _Awaited) -> None:
         """See what can be done for a request that waits."""
@@ -186,12 +187,6 @@ class Taking:
         del self._wishes[wish.visit]
         self._receiver.leave(wish.visit, satisfied=satisfied)
         self._scheduler.learn([Lost(wish.target, Tier.PEER)])  # whoever else wants it asks for itself
-
-    def dispatch(self) -> None:
-        """See ``Peers``."""
-
-    def forget_device(self) -> None:
-        """See ``Peers``: what comes, comes to the host."""
 
     def expire(self, now: float) -> None:
         """See ``Peers``."""

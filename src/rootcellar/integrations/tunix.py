@@ -12,7 +12,8 @@ group share their prompt, all prompts what they begin with, and nothing of it ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +79,6 @@ class RootcellarRollout(BaseRollout):
         ``logprobs`` (with ``return_logprobs``) are those of the distribution that tokens were drawn from. There are no
         ``logits``.
         """
-        self.engine.resume_memory_occupation("kv_cache")
         ids = [self._ids(prompt) for prompt in prompts]
         ends = rollout_config.eos_tokens or [self.eos_id()]
         common = {
@@ -89,14 +89,13 @@ class RootcellarRollout(BaseRollout):
             "stop_token_ids": [int(end) for end in ends],
             "ignore_eos": True,  # the model's own: these stand in their place
         }
-        results = self.engine.generate(
-            input_ids=ids,
-            sampling_params=[{**common, "seed": seed} for seed in _seeds(rollout_config.seed, len(ids))],
-            return_logprob=rollout_config.return_logprobs,
-            return_text_in_logprobs=False,
-        )
-        if self._free_cache:
-            self.engine.release_memory_occupation("kv_cache")
+        with self._cache(preserve=False):
+            results = self.engine.generate(
+                input_ids=ids,
+                sampling_params=[{**common, "seed": seed} for seed in _seeds(rollout_config.seed, len(ids))],
+                return_logprob=rollout_config.return_logprobs,
+                return_text_in_logprobs=False,
+            )
         answers = [each["output_ids"] for each in results]
         texts = [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
         logprobs = None
@@ -120,25 +119,23 @@ class RootcellarRollout(BaseRollout):
             prompt_tokens: ``[B, P]``, padded on the left; what is cached of them is not computed again.
             completion_tokens: ``[B, C]``, padded on the right.
         """
-        self.engine.resume_memory_occupation("kv_cache")
         prompts = [_stripped(row, self.pad_id(), left=True) for row in np.asarray(prompt_tokens)]
         answers = [_stripped(row, self.pad_id(), left=False) for row in np.asarray(completion_tokens)]
         scores = np.zeros(np.shape(completion_tokens), np.float32)
         lengths = [len(prompt) if len(answer) else -1 for prompt, answer in zip(prompts, answers, strict=True)]
-        for start in sorted({*lengths} - {-1}):
-            rows = [row for row, length in enumerate(lengths) if length == start]
-            results = self.engine.generate(
-                input_ids=[np.concatenate([prompts[row], answers[row]]) for row in rows],
-                sampling_params={"max_new_tokens": 0},
-                return_logprob=True,
-                logprob_start_len=start,
-                return_text_in_logprobs=False,
-            )
-            for row, result in zip(rows, results, strict=True):
-                found = result["meta_info"]["input_token_logprobs"]
-                scores[row, : len(answers[row])] = [value for value, *_ in found]
-        if self._free_cache:
-            self.engine.release_memory_occupation("kv_cache", preserve=True)
+        with self._cache(preserve=True):
+            for start in sorted({*lengths} - {-1}):
+                rows = [row for row, length in enumerate(lengths) if length == start]
+                results = self.engine.generate(
+                    input_ids=[np.concatenate([prompts[row], answers[row]]) for row in rows],
+                    sampling_params={"max_new_tokens": 0},
+                    return_logprob=True,
+                    logprob_start_len=start,
+                    return_text_in_logprobs=False,
+                )
+                for row, result in zip(rows, results, strict=True):
+                    found = result["meta_info"]["input_token_logprobs"]
+                    scores[row, : len(answers[row])] = [value for value, *_ in found]
         return jnp.asarray(scores)
 
     def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
@@ -162,6 +159,16 @@ class RootcellarRollout(BaseRollout):
         ``offload_to_cpu`` cannot be on, as with Tunix's own groups of engines.)
         """
 
+    @contextlib.contextmanager
+    def _cache(self, *, preserve: bool) -> Iterator[None]:
+        """The memory of the KV cache is there meanwhile; afterwards, whatever happened, it is the trainer's."""
+        self.engine.resume_memory_occupation("kv_cache")
+        try:
+            yield
+        finally:
+            if self._free_cache:
+                self.engine.release_memory_occupation("kv_cache", preserve=preserve)
+
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
@@ -170,7 +177,7 @@ class RootcellarRollout(BaseRollout):
         return [int(token) for token in self._tokenizer.dedup_bos_ids(ids)]  # as Tunix's own samplers
 
     def _left_padded(self, ids: Sequence[Sequence[int]], width: int) -> NDArray[np.int32]:
-        width = max(width, *(len(row) for row in ids))
+        width = max([width, *(len(row) for row in ids)])
         padded = np.full((len(ids), width), self.pad_id(), np.int32)
         for row, prompt in zip(padded, ids, strict=True):
             row[width - len(prompt) :] = prompt
@@ -181,7 +188,9 @@ def _seeds(seed: Any, count: int) -> list[int | None]:
     """A seed for each prompt, none twice: of ``seed``, an integer or a key of JAX; None: the engine draws them."""
     if seed is None:
         return [None] * count
-    words = [seed] if isinstance(seed, int) else np.asarray(jax.random.key_data(seed)).ravel().tolist()
+    words = (
+        [int(seed)] if isinstance(seed, int | np.integer) else np.asarray(jax.random.key_data(seed)).ravel().tolist()
+    )
     return [int(word) >> 1 for word in np.random.SeedSequence(words).generate_state(count, np.uint64)]
 
 

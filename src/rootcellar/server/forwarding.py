@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -20,11 +20,11 @@ import orjson
 from fastapi import Request
 
 from rootcellar.engine import Engine
-from rootcellar.engine.bootstrap import ROOMS
-from rootcellar.errors import ConfigError
+from rootcellar.engine.room_fields import ROOMS
+from rootcellar.errors import ConfigError, EngineError
 
-_SPARE = 2**8
-"""Rooms after each, for several answers to one prompt."""
+_MOST_ANSWERS = 2**8
+"""To one prompt; more are refused elsewhere."""
 _PASSED_ON = ("authorization", "x-api-key")
 _MOST = 1 << 20
 _PIECE = 1 << 16
@@ -58,9 +58,7 @@ class PrefillNode:
         if arguments.get("bootstrap_room") is not None or "input_ids" not in arguments:
             yield arguments
             return
-        ids = arguments["input_ids"]
-        several = bool(ids) and isinstance(ids[0], list)
-        rooms = [_room() for _ in ids] if several else _room()
+        rooms = _rooms(arguments)
         where = {
             "bootstrap_host": self.url.hostname,
             "bootstrap_port": self.engine.config.disaggregation_bootstrap_port,
@@ -68,7 +66,7 @@ class PrefillNode:
         }
         body = {**_of_prompts(arguments), **where}
         headers = {name: value for name in _PASSED_ON if (value := request.headers.get(name)) is not None}
-        sending = asyncio.create_task(self._send(body, headers, rooms if isinstance(rooms, list) else [rooms]))
+        sending = asyncio.create_task(self._send(body, headers, rooms))
         try:
             yield {**arguments, **where}
         finally:
@@ -84,7 +82,8 @@ class PrefillNode:
         except (OSError, TimeoutError, EOFError, ValueError) as error:
             why = f"the prefill node at {self.url.netloc} does not answer: {error or type(error).__name__}"
         if why is not None:
-            await asyncio.wrap_future(self.engine.rooms.lost(rooms, _SPARE, why))
+            with contextlib.suppress(EngineError):  # it was shut down: nobody waits
+                await asyncio.wrap_future(self.engine.rooms.lost(rooms, why))
 
     async def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
         """The status and the body of an answer. Raises ``OSError`` or ``ValueError``: there is none."""
@@ -132,15 +131,27 @@ class _Answer:
 def _of_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The body for the prompts of a call: what says whose they are, and how many answers each will have."""
     params = arguments.get("sampling_params")
-    each = params if isinstance(params, list) else [params]
-    counts = [{"max_new_tokens": 0, "n": (one or {}).get("n") or 1} for one in each]
+    counts = [{"max_new_tokens": 0, "n": n} for n in _answers(params if isinstance(params, list) else [params])]
     body = {"input_ids": arguments["input_ids"], "sampling_params": counts if isinstance(params, list) else counts[0]}
     kept = ("rid", "priority", "extra_key", "cache_salt")
     return body | {name: arguments[name] for name in kept if arguments.get(name)}
 
 
-def _room() -> int:
-    return secrets.randbelow(ROOMS // _SPARE) * _SPARE
+def _answers(params: Sequence[Mapping[str, Any] | None]) -> list[int]:
+    """How many answers each of these sampling parameters asks for; one where what it says is refused in any case."""
+    counts = [(one or {}).get("n") or 1 for one in params]
+    return [n if isinstance(n, int) and 0 < n <= _MOST_ANSWERS else 1 for n in counts]
+
+
+def _rooms(arguments: Mapping[str, Any]) -> list[int]:
+    """A room for each answer of a call: those of one prompt are next to each other."""
+    ids, params = arguments["input_ids"], arguments.get("sampling_params")
+    prompts = len(ids) if ids and isinstance(ids[0], list) else 1
+    rooms: list[int] = []
+    for n in _answers(params if isinstance(params, list) else [params] * prompts):
+        first = secrets.randbelow(ROOMS // _MOST_ANSWERS) * _MOST_ANSWERS
+        rooms += range(first, first + n)
+    return rooms
 
 
 def _message(said: bytes) -> str:

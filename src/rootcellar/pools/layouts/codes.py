@@ -87,7 +87,7 @@ def _encode_e2m1(x: Array) -> tuple[Array, Array]:
 
 
 def _bits_of_scale(scale: Array) -> Array:
-    """The nearest scale of 8 bits: a float16 without sign and with 3 bits of mantissa, from 6e-8 to 61440."""
+    """The nearest scale of 8 bits: a float16 without sign and with 3 bits of mantissa, from 7.6e-6 to 61440."""
     half = lax.bitcast_convert_type(jnp.minimum(scale, 60000).astype(jnp.float16), jnp.uint16)
     return ((half + (1 << (_SCALE_BITS - 1))) >> _SCALE_BITS).astype(jnp.uint8)
 
