@@ -266,8 +266,8 @@ def test_which_layers_are_of_which_kind(changes, layers):
 def test_states_of_mamba_1_and_gated_delta():
     jamba = read_architecture({**BASE, **MAMBA, "attn_layer_period": 4})
     qwen = read_architecture({**BASE, **DELTA, "full_attention_interval": 4})
-    assert jamba.groups[1].state_bytes(2) == 6 * (128 * 3 * 2 + 128 * 16 * 4)
-    assert qwen.groups[1].state_bytes(2) == 6 * ((32 + 2 * 16) * 3 * 2 + 4 * 8 * 8 * 4)
+    assert jamba.groups[1].state_bytes("bfloat16") == 6 * (128 * 3 * 2 + 128 * 16 * 4)
+    assert qwen.groups[1].state_bytes("bfloat16") == 6 * ((32 + 2 * 16) * 3 * 2 + 4 * 8 * 8 * 4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rootcellar.errors import ConfigError, EngineError
-from rootcellar.plan.stored import DTYPES, WIDE, Heads, Latents, States
+from rootcellar.plan.stored import Heads, Latents, States
 from rootcellar.pools import Pool
 from rootcellar.pools.layouts import LAYOUTS, PagedHeads, layout_of, page_bytes
 from rootcellar.runner import CompileCounter
@@ -24,8 +24,8 @@ STORED = {"heads": Heads(2, 16), "latents": Latents(24, 8), "states": States((3,
 @pytest.mark.parametrize(("form", "dtype"), sorted(LAYOUTS))
 def test_a_layout_takes_what_is_stored_times_the_width_of_an_element(form, dtype):
     """What the planner counts with, which cannot ask a layout."""
-    stored, itemsize = STORED[form], DTYPES.get(dtype, DTYPES[WIDE])
-    expected = 16 * stored.token_bytes(dtype) + stored.request_bytes(itemsize)
+    stored = STORED[form]
+    expected = 16 * stored.token_bytes(dtype) + stored.request_bytes(dtype)
     layout = layout_of(stored, dtype, 16)
     assert page_bytes(layout) == expected
     assert len(layout.axes) == len(layout.buffers(1))
