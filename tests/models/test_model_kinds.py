@@ -24,7 +24,9 @@ def agree(raw):
     assert kinds == tuple(group.kind for group in groups)
     for kind, group in zip(kinds, groups, strict=True):
         nbytes = len(kind.layers) * page_bytes(layouts[kind.name])
-        assert nbytes == (group.state_bytes("bfloat16") if kind.rule == "recurrent" else 16 * group.token_bytes("bfloat16"))
+        assert nbytes == (
+            group.state_bytes("bfloat16") if kind.rule == "recurrent" else 16 * group.token_bytes("bfloat16")
+        )
     assert sorted(layer for kind in kinds for layer in kind.layers) == list(range(cfg.num_layers))
     return kinds
 
