@@ -82,7 +82,7 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources in the house style.
 	@$(RUN)ruff check --fix .
 
 docs: $(VENV)/.stamp-dev  ## Write the generated pages of docs/ again, and the site in build/site.
-	@$(RUN)python -m rootcellar.config > docs/configuration.md
+	@$(RUN)python -m rootcellar.config_page > docs/configuration.md
 	@$(RUN)python scripts/draw_figures.py
 	@$(RUN)python scripts/write_llms.py
 	@$(MAKE) --no-print-directory site

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootcellar import config, options
+from rootcellar import config_page, options
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError, RequestError
 from rootcellar.sampling_params import MAX_SEED, SamplingParams
@@ -260,4 +260,4 @@ def test_the_two_sets_of_options_share_no_name():
 
 def test_the_documentation_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == config.documentation(), "docs/configuration.md is stale: run `make docs`"
+    assert page == config_page.documentation(), "docs/configuration.md is stale: run `make docs`"

@@ -5,6 +5,8 @@ It runs ``main`` of a module, which takes :func:`parent` and serves it until tha
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -14,6 +16,7 @@ import tempfile
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
 from rootcellar.errors import EngineError
@@ -113,3 +116,18 @@ def parent() -> Connection:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(5)
     return Connection(int(sys.argv[-1]))
+
+
+def may_take(more: int) -> None:
+    """In the child: let it map so many bytes beside what it has mapped already, where the system says how many."""
+    try:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        mapped = 2**46
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
+
+
+def give_back() -> None:
+    """In the child: let the system have what a large job has left behind, where its allocator can be told."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -5,18 +5,14 @@ It serves a connection until that ends: first the model's folder, then one job a
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rootcellar.child import parent
+from rootcellar.child import give_back, may_take, parent
 from rootcellar.errors import RequestError
 from rootcellar.text.templates import TemplateTimeout
 from rootcellar.text.tokenizer import Tokenizer
@@ -54,8 +50,7 @@ def serve(connection: Connection) -> None:
     folder, characters = connection.recv()
     tokenizer = Tokenizer(folder)
     connection.send(None)
-    limit = _address_space() + MEMORY_BYTES[0] + MEMORY_BYTES[1] * characters
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    may_take(MEMORY_BYTES[0] + MEMORY_BYTES[1] * characters)
     while True:
         try:
             seconds, job, arguments = connection.recv()
@@ -75,21 +70,7 @@ def serve(connection: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(answer)
         del answer
-        _give_back()
-
-
-def _give_back() -> None:
-    """Let the system have what a large job has left behind, where its allocator can be told."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _address_space() -> int:
-    """Bytes that this process has mapped; a great many where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 2**46
+        give_back()
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+"""Images for these tests are made beside them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
