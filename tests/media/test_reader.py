@@ -2,6 +2,7 @@
 
 import gc
 import random
+import signal
 import time
 from concurrent.futures import wait
 from dataclasses import replace
@@ -65,7 +66,8 @@ def test_what_dies_of_an_image_is_one_request(reader, monkeypatch):
     future = reader.read([encoded(Image.new("L", (3, 3)), "PNG")])
     wait([future], 60)
     assert reader.read([encoded(Image.new("L", (4, 4)), "PNG")]).result(60)
-    monkeypatch.setattr(reader, "_limits", replace(LIMITS, media_timeout=0.0))
+    monkeypatch.setattr(reader, "_limits", replace(LIMITS, media_timeout=0.1))
+    reader._children[0]._process.send_signal(signal.SIGSTOP)
     with pytest.raises(RequestError, match="media_timeout"):
         reader.read([encoded(Image.new("L", (5, 5)), "PNG")]).result(60)
     monkeypatch.undo()
