@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma2": ("gemma2", {}),
     "gpt-oss": ("gpt-oss", {}),
     "llama4": ("llama4", {}),
     "bamba": ("bamba", {}),
@@ -65,6 +66,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"mamba_n_groups": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
     ),
     "qwen3-next": ("qwen3-next", {}),
+    "qwen2-moe": ("qwen2-moe", {}),
+    "qwen3-moe": ("qwen3-moe", {}),
+    "phi3": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {  # transformers takes one by the length of what it has: both are the same here
+                "type": "longrope",
+                "short_factor": [1.0 + pair / 8 for pair in range(12)],
+                "long_factor": [1.0 + pair / 8 for pair in range(12)],
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "glm4": ("glm4", {}),
+    "glm4-moe": ("glm4-moe", {}),
+    "granite4": ("granite4", {}),
     "deepseek2-lite": (
         "deepseek2",
         {

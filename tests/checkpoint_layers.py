@@ -51,15 +51,99 @@ def attention(config: Config, *biased: str) -> Shapes:
     return weights(linear) | {f"self_attn.{x}_proj.bias": linear[f"self_attn.{x}_proj"][:1] for x in biased}
 
 
+def qwen_moe(config: Config, layer: int) -> Shapes:
+    """Qwen2-MoE and Qwen3-MoE."""
+    embed, shared = config["hidden_size"], config["model_type"] == "qwen2_moe"
+    shapes = attention(config, *("qkv" if shared else "")) | norm(embed, "input_layernorm", "post_attention_layernorm")
+    if not shared:
+        shapes |= norm(config["head_dim"], "self_attn.q_norm", "self_attn.k_norm")
+    if layer in config["mlp_only_layers"]:
+        return shapes | weights(gated("mlp", embed, config["intermediate_size"]))
+    linear = {"mlp.gate": (config["num_experts"], embed)}
+    for expert in range(config["num_experts"]):
+        linear |= gated(f"mlp.experts.{expert}", embed, config["moe_intermediate_size"])
+    if shared:
+        linear |= {"mlp.shared_expert_gate": (1, embed)}
+        linear |= gated("mlp.shared_expert", embed, config["shared_expert_intermediate_size"])
+    return shapes | weights(linear)
+
+
+def phi3(config: Config, layer: int) -> Shapes:
+    """Phi 3 and 4."""
+    embed, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    rows = embed + 2 * config["num_key_value_heads"] * embed // heads
+    return norm(embed, "input_layernorm", "post_attention_layernorm") | weights(
+        {
+            "self_attn.qkv_proj": (rows, embed),
+            "self_attn.o_proj": (embed, embed),
+            "mlp.gate_up_proj": (2 * mlp, embed),
+            "mlp.down_proj": (embed, mlp),
+        }
+    )
+
+
+def olmo(config: Config, layer: int) -> Shapes:
+    """OLMo 2 and 3."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    return (
+        attention(config)
+        | weights(gated("mlp", embed, config["intermediate_size"]))
+        | norm(embed, "post_attention_layernorm", "post_feedforward_layernorm")
+        | norm(config["num_attention_heads"] * dim, "self_attn.q_norm")
+        | norm(config["num_key_value_heads"] * dim, "self_attn.k_norm")
+    )
+
+
+def glm4(config: Config, layer: int) -> Shapes:
+    """GLM 4."""
+    embed, mlp = config["hidden_size"], config["intermediate_size"]
+    norms = ["input", "post_self_attn", "post_attention", "post_mlp"]
+    return (
+        attention(config, *"qkv")
+        | weights({"mlp.gate_up_proj": (2 * mlp, embed), "mlp.down_proj": (embed, mlp)})
+        | norm(embed, *(f"{name}_layernorm" for name in norms))
+    )
+
+
+def glm4_moe(config: Config, layer: int) -> Shapes:
+    """GLM 4.5."""
+    embed, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["n_routed_experts"]
+    shapes = attention(config, *"qkv") | norm(embed, "input_layernorm", "post_attention_layernorm")
+    shapes |= norm(config["head_dim"], "self_attn.q_norm", "self_attn.k_norm")
+    if layer < config["first_k_dense_replace"]:
+        return shapes | weights(gated("mlp", embed, config["intermediate_size"]))
+    linear = {"mlp.gate": (experts, embed)} | gated("mlp.shared_experts", embed, inner * config["n_shared_experts"])
+    for expert in range(experts):
+        linear |= gated(f"mlp.experts.{expert}", embed, inner)
+    return shapes | weights(linear) | {"mlp.gate.e_score_correction_bias": (experts,)}
+
+
+def granite4(config: Config, layer: int) -> Shapes:
+    """Granite 4."""
+    embed, inner, shared = config["hidden_size"], config["intermediate_size"], config["shared_intermediate_size"]
+    shapes = norm(embed, "input_layernorm", "post_attention_layernorm")
+    shapes |= attention(config) if config["layer_types"][layer] == "attention" else mamba(config)
+    shapes |= weights({"shared_mlp.input_linear": (2 * shared, embed), "shared_mlp.output_linear": (embed, shared)})
+    experts = config["num_local_experts"]
+    return shapes | weights(
+        {
+            "block_sparse_moe.router.layer": (experts, embed),
+            "block_sparse_moe.input_linear": (experts, 2 * inner, embed),
+            "block_sparse_moe.output_linear": (experts, embed, inner),
+        }
+    )
+
+
 def gemma3(config: Config, layer: int) -> Shapes:
-    """Gemma 3 (text)."""
+    """Gemma 2 and 3 (text)."""
     embed = config["hidden_size"]
     norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+    heads = norm(config["head_dim"], "self_attn.q_norm", "self_attn.k_norm")
     return (
         attention(config)
         | weights(gated("mlp", embed, config["intermediate_size"]))
         | norm(embed, *(f"{name}_layernorm" for name in norms))
-        | norm(config["head_dim"], "self_attn.q_norm", "self_attn.k_norm")
+        | (heads if config["model_type"] == "gemma3_text" else {})
     )
 
 
@@ -209,6 +293,16 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen3": llama,
     "llama": llama,
     "mistral": llama,
+    "smollm3": llama,
+    "qwen2_moe": qwen_moe,
+    "qwen3_moe": qwen_moe,
+    "phi3": phi3,
+    "olmo2": olmo,
+    "olmo3": olmo,
+    "glm4": glm4,
+    "glm4_moe": glm4_moe,
+    "granitemoehybrid": granite4,
+    "gemma2": gemma3,
     "gemma3_text": gemma3,
     "gpt_oss": gpt_oss,
     "llama4_text": llama4,

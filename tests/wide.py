@@ -72,7 +72,14 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_window_or_chunk_holds_what_its_rule_says": "(llama4|gpt-oss).*",
         "test_after_only_windows_chunks_or_states_were_evicted": "",
         "test_cold_and_from_the_cache": ".*llama4",
+        "test_other_families_cold_and_from_the_cache": "gemma2",
         "test_latents_cold_and_from_the_cache": "",
+    },
+    "models/test_absurd_configs.py": {
+        "test_an_absurd_field_is_refused_or_makes_a_model": "qwen[23]-moe|olmo2|glm4.*|smollm3|llama2|mistral",
+    },
+    "models/test_golden.py": {
+        "test_greedy_tokens_and_prompt_logprobs_equal_transformers": "qwen[23]-moe|olmo2|glm4.*|smollm3",
     },
     "engine/test_identity.py": {
         "test_weights_without_a_name_are_one_runs_and_one_updates": "",

@@ -16,6 +16,9 @@ from checkpoints import golden
 CASES = ["mistral-window", "gemma3", "gpt-oss", "llama4"]
 
 
+OTHERS = ["olmo2", "olmo3", "phi3", "smollm3", "glm4", "glm4-moe", "granite4", "qwen2-moe", "qwen3-moe"]
+
+
 def by_day(*names):
     """Every case, those of ``names`` by day."""
     return [pytest.param(name, marks=[] if name in names else pytest.mark.long) for name in CASES]
@@ -83,6 +86,19 @@ def cold_and_from_the_cache(case, folder, page_size, chunk, batch, running):
         cached = ask(e, case, batch, which, most=24)
         assert cached == {i: whole_pages(case, i, page_size) for i in which}
         drop_and_rebuild(e, case, page_size)
+        check_idle(e)
+
+
+# Of what these add to a layer each case below has one thing more: norms of all heads, squashed scores, multipliers,
+# one tensor for several.
+@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(n, marks=pytest.mark.long) for n in OTHERS)])
+def test_other_families_cold_and_from_the_cache(name, tmp_path):
+    case, which = golden(name), [3, 9, 14]
+    case.make(tmp_path)
+    with engine(tmp_path, page_size=16, chunked_prefill_size=64) as e:
+        ask(e, case, 3, which)
+        cached = ask(e, case, 3, which, most=24)
+        assert cached[14] == whole_pages(case, 14, 16)
         check_idle(e)
 
 

@@ -13,7 +13,7 @@ from checkpoints import FAMILIES, make_checkpoint, make_config, make_tensors, te
 from rootcellar.errors import ModelError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.loader import check_weights, load_params, params_from_tensors, save_params, tensors_from_params
-from rootcellar.models.packing import source_shapes
+from rootcellar.models.packing import sources_of
 from rootcellar.models.params import abstract_params, check_params, count_bytes, declare, init_params
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
@@ -32,7 +32,7 @@ def small(family="qwen2", **overrides):
 def test_the_declaration_names_every_tensor_of_the_checkpoint(family, overrides):
     raw = make_config(family, **overrides)
     specs = jax.tree.leaves(declare(read_config(raw)))
-    declared = {n: s for spec in specs for n, s in zip(spec.sources, source_shapes(spec), strict=True)}
+    declared = {each.name: each.shape for spec in specs for each in sources_of(spec)}
     assert declared == tensor_shapes(raw)
     assert all(len(spec.axes) == len(spec.shape) for spec in specs)
 

@@ -10,7 +10,7 @@ import pytest
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.feed_forward import Clamp, Dense, Experts
-from rootcellar.models.packing import pack, source_shapes, unpack
+from rootcellar.models.packing import pack, sources_of, unpack
 from rootcellar.models.spec import ParamSpec
 from rootcellar.ops.experts import Router
 
@@ -48,9 +48,9 @@ def specs_of(experts):
 def tensors_of(specs, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        name: rng.standard_normal(shape).astype(np.float32) * 0.5
+        each.name: rng.standard_normal(each.shape).astype(np.float32) * 0.5
         for spec in jax.tree.leaves(specs)
-        for name, shape in zip(spec.sources, source_shapes(spec), strict=True)
+        for each in sources_of(spec)
     }
 
 
@@ -145,7 +145,7 @@ def test_tensors_come_back_as_they_went_in(name):
     specs = specs_of(CASES[name])
     tensors = tensors_of(specs)
     for spec, array in zip(jax.tree.leaves(specs), jax.tree.leaves(params_of(specs, tensors)), strict=True):
-        for source, back in zip(spec.sources, unpack(spec, array), strict=True):
+        for source, back in unpack(spec, array):
             np.testing.assert_array_equal(back, tensors[source])
 
 

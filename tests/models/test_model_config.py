@@ -18,6 +18,9 @@ def test_both_spellings_of_transformers_mean_the_same(family):
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new["dtype"] = "bfloat16"
     new["rope_parameters"] = {"rope_theta": old["rope_theta"], "rope_type": "default", **old.get("rope_scaling", {})}
+    if family == "olmo3":  # by kind of layer
+        sliding = {"rope_theta": old["rope_theta"], "rope_type": "default"}
+        new["rope_parameters"] = {"full_attention": new["rope_parameters"], "sliding_attention": sliding}
     assert read_config(new) == read_config(old)
     assert read_config(old).dtype == "bfloat16"
 
@@ -85,7 +88,12 @@ def test_switches_of_the_families():
         ({"vocab_size": 0}, "vocab_size must be .* at least 1"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported; known: default, li"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "'spiral' is not supported; known: default, linear"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "3 factors, and 32 pairs are turned"),
+        (
+            {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64},
+            "needs the field 'long_factor'",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs the field 'factor'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "llama3.*low_freq_factor"),
         ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}, "partial_rotary_factor"),

@@ -36,7 +36,8 @@ def reference(q, keys, values, position, reach=None, sinks=None):
     out = np.empty(q.shape)
     for head in range(q.shape[0]):
         k = keys[seen, head // group].astype(np.float64)
-        w = np.exp(k @ q[head] * reach.scale)
+        scores = k @ q[head] * reach.scale
+        w = np.exp(reach.softcap * np.tanh(scores / reach.softcap) if reach.softcap else scores)
         sink = 0.0 if sinks is None else np.exp(float(sinks[head]))
         out[head] = (w / (w.sum() + sink)) @ values[seen, head // group]
     return out
@@ -127,9 +128,9 @@ def test_each_instruction_set_matches_reference(vectors, monkeypatch):
         pytest.skip(f"this processor does not have {vectors}")
     monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
     for lengths, new, tile, (kv_heads, group, head_dim, dtype), reach in (
-        ([700, 37, 1], [1, 1, 1], 1, (1, 5, 48, "float32"), Reach("sliding_window", 300, 0.2)),
+        ([700, 37, 1], [1, 1, 1], 1, (1, 5, 48, "float32"), Reach("sliding_window", 300, 0.2, softcap=1.5)),
         ([300, 64, 260], [100, 64, 5], 16, (2, 3, 80, "bfloat16"), Reach("chunked_local", 96, 0.1)),
-        ([150], [150], 16, (1, 2, 16, "float32"), Reach(scale=0.25)),
+        ([150], [150], 16, (1, 2, 16, "float32"), Reach(scale=0.25, softcap=0.75)),
     ):
         rng = np.random.default_rng(3)
         pool, batch, keys, values, source = make_case(

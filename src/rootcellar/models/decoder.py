@@ -6,6 +6,7 @@ where one ends. What is cached never appears as a result; ``mix`` puts it where 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -39,10 +40,14 @@ def through_layers(params: Params, cfg: ModelConfig, hidden: jax.Array, mix: Mix
     ``mix`` is called once for each layer in order.
     """
     for index, (layer, weights) in enumerate(zip(cfg.layers, params["layers"], strict=True)):
-        out = mix(index, weights, cfg.norm(hidden, weights["attn_norm"]))
-        hidden = hidden + (cfg.norm(out, weights["attn_post_norm"]) if layer.post_norms else out)
-        out = layer.feed_forward.apply(weights, cfg.norm(hidden, weights["mlp_norm"]))
-        hidden = hidden + (cfg.norm(out, weights["mlp_post_norm"]) if layer.post_norms else out)
+        parts = {
+            "attn": functools.partial(mix, index, weights),
+            "mlp": functools.partial(layer.feed_forward.apply, weights),
+        }
+        for part, apply in parts.items():
+            out = apply(cfg.norm(hidden, weights[f"{part}_norm"]) if layer.pre_norms else hidden)
+            out = cfg.norm(out, weights[f"{part}_post_norm"]) if layer.post_norms else out
+            hidden = hidden + (out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype))
     return cfg.norm(hidden, params["norm"])
 
 
@@ -52,6 +57,8 @@ def logits(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
         scores = product(hidden, params["embed"], (1,), jnp.float32)
     else:
         scores = product(hidden, params["head"], (0,), jnp.float32)
+    if cfg.logit_scale != 1:
+        scores = scores * cfg.logit_scale
     if cfg.logit_softcap is not None:
         scores = jnp.tanh(scores / cfg.logit_softcap) * cfg.logit_softcap
     return scores

@@ -19,7 +19,7 @@ from rootcellar.errors import ModelError
 from rootcellar.models.families import FAMILIES
 from rootcellar.models.files import find_file, read_json
 from rootcellar.models.model import ModelConfig
-from rootcellar.models.packing import pack, source_shapes, unpack
+from rootcellar.models.packing import SourceTensor, pack, sources_of, unpack
 from rootcellar.models.params import check_params, declare
 from rootcellar.models.spec import Params, ParamSpec
 
@@ -99,12 +99,14 @@ def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, NDArray[Any]], d
     """
 
     def load(spec: ParamSpec) -> Any:
-        for name, shape in zip(spec.sources, source_shapes(spec), strict=True):
+        sources = sources_of(spec)
+        for source in sources:
+            name, shape = source.name, source.shape
             if name not in tensors:
                 raise ModelError(f"tensor {name!r} {list(shape)} is missing")
             if tensors[name].shape != shape:
                 raise ModelError(f"tensor {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
-        readers = [partial(np.asarray, tensors[name]) for name in spec.sources]
+        readers = [partial(_rows, tensors[source.name], source.rows) for source in sources]
         return jax.device_put(pack(spec, readers, dtype))
 
     params: Params = jax.tree.map(load, declare(cfg))
@@ -115,12 +117,16 @@ def tensors_from_params(cfg: ModelConfig, params: Params) -> Iterator[tuple[str,
     """The checkpoint's tensors, one after another with their names: the inverse of ``params_from_tensors``."""
     check_params(cfg, params)
     for spec, array in zip(jax.tree.leaves(declare(cfg)), jax.tree.leaves(params), strict=True):
-        yield from zip(spec.sources, unpack(spec, np.asarray(array)), strict=True)
+        yield from unpack(spec, np.asarray(array))
 
 
 def save_params(folder: str | Path, cfg: ModelConfig, params: Params) -> None:
     """Write ``model.safetensors`` (one file, the params' dtype) into an existing folder; the config is the caller's."""
     save_file(dict(tensors_from_params(cfg, params)), Path(folder) / SINGLE, metadata={"format": "pt"})
+
+
+def _rows(tensor: Any, rows: slice | None) -> NDArray[Any]:
+    return np.asarray(tensor if rows is None else tensor[rows])
 
 
 class _Checkpoint:
@@ -156,7 +162,8 @@ class _Checkpoint:
 
     def check(self, spec: ParamSpec) -> None:
         """Raise ``ModelError`` unless each source is there, with its shape, as floats; reads headers only."""
-        for name, shape in zip(spec.sources, source_shapes(spec), strict=True):
+        for source in sources_of(spec):
+            name, shape = source.name, source.shape
             file = self._where.get(name)
             if file is None:
                 listed = SINGLE if set(self._files) == {SINGLE} else INDEX
@@ -179,9 +186,12 @@ class _Checkpoint:
 
     def readers(self, spec: ParamSpec) -> list[Callable[[], NDArray[Any]]]:
         """Functions that read the sources of ``spec``, in order."""
-        return [
-            partial(self._files[self._where[name]].get_tensor, self._stored.get(name, name)) for name in spec.sources
-        ]
+        return [partial(self._read, source) for source in sources_of(spec)]
+
+    def _read(self, source: SourceTensor) -> NDArray[Any]:
+        file, stored = self._files[self._where[source.name]], self._stored.get(source.name, source.name)
+        tensor: NDArray[Any] = file.get_tensor(stored) if source.rows is None else file.get_slice(stored)[source.rows]
+        return tensor
 
     def report_unused(self, specs: list[ParamSpec]) -> None:
         """Log the tensors that no parameter is made from: a sign of a config that does not fit."""

@@ -96,11 +96,22 @@ class FeedForward(Protocol):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One layer. ``post_norms``: what mixer and feed-forward give is normed before it is added (Gemma)."""
+    """One layer.
+
+    ``pre_norms``: what mixer and feed-forward are given is normed (all but OLMo 2 and 3); ``post_norms``: what they
+    give is, before it is added (Gemma, GLM 4, OLMo).
+    """
 
     mixer: Mixer
     feed_forward: FeedForward
+    pre_norms: bool = True
     post_norms: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The names of its norms."""
+        before = ("attn_norm", "mlp_norm") if self.pre_norms else ()
+        return before + (("attn_post_norm", "mlp_post_norm") if self.post_norms else ())
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,10 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     embed_scale: float = 1.0
     """Multiplies embeddings (Gemma: the root of ``hidden_size``)."""
+    residual_scale: float = 1.0
+    """Multiplies what mixers and feed-forwards add (Granite)."""
+    logit_scale: float = 1.0
+    """Multiplies scores (Granite)."""
     logit_softcap: float | None = None
     """Scores are squashed to within this by tanh."""
     eos_token_ids: tuple[int, ...] = ()

@@ -9,6 +9,8 @@ A *packing* gives the views of a parameter that are the checkpoint's tensors: a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from math import prod
 from typing import Any
 
@@ -43,6 +45,11 @@ def qkv(packed: NDArray[Any]) -> Views:
 def qkv_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``qkv``: ``[K, G + 2, D]``."""
     return [_linear(part, 0) for part in _by_group(packed)]
+
+
+def flat(packed: NDArray[Any]) -> Views:
+    """A vector, whose elements have several axes here."""
+    return [(packed, (packed.size,))]
 
 
 def heads_in(packed: NDArray[Any]) -> Views:
@@ -111,9 +118,32 @@ def _linear(part: NDArray[Any], inputs: int) -> tuple[NDArray[Any], tuple[int, .
     return view, (outputs, prod(part.shape[:inputs])) if inputs else (outputs,)
 
 
-def source_shapes(spec: ParamSpec) -> list[tuple[int, ...]]:
-    """The shape of each tensor in ``spec.sources``, as the checkpoint stores it."""
-    return [shape for _, shape in spec.packing(np.broadcast_to(np.uint8(0), spec.shape))]
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint, of ``shape``; or its ``rows`` alone, where what is apart here is stored in one."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice | None = None
+
+
+def sources_of(spec: ParamSpec) -> list[SourceTensor]:
+    """What each view of ``spec.packing`` is, as the checkpoint stores it: a tensor, or some rows of one.
+
+    A name that stands in ``spec.sources`` several times in a row is one tensor, whose rows the views take in turn: so
+    does Phi 3 store queries, keys and values.
+    """
+    shapes = [shape for _, shape in spec.packing(np.broadcast_to(np.uint8(0), spec.shape))]
+    found: list[SourceTensor] = []
+    for name, together in groupby(zip(spec.sources, shapes, strict=True), key=lambda pair: pair[0]):
+        parts = [shape for _, shape in together]
+        if len(parts) == 1:
+            found.append(SourceTensor(name, parts[0]))
+            continue
+        ends = list(accumulate(shape[0] for shape in parts))
+        whole = (ends[-1], *parts[0][1:])
+        found += [SourceTensor(name, whole, slice(end - shape[0], end)) for end, shape in zip(ends, parts, strict=True)]
+    return found
 
 
 def pack(spec: ParamSpec, sources: Sequence[Callable[[], NDArray[Any]]], dtype: Any) -> NDArray[Any]:
@@ -124,6 +154,9 @@ def pack(spec: ParamSpec, sources: Sequence[Callable[[], NDArray[Any]]], dtype: 
     return packed
 
 
-def unpack(spec: ParamSpec, packed: NDArray[Any]) -> list[NDArray[Any]]:
-    """The checkpoint's tensors of one parameter, in its dtype: the inverse of ``pack``."""
-    return [np.ascontiguousarray(view).reshape(shape) for view, shape in spec.packing(packed)]
+def unpack(spec: ParamSpec, packed: NDArray[Any]) -> list[tuple[str, NDArray[Any]]]:
+    """The checkpoint's tensors of one parameter by name, in its dtype: the inverse of ``pack``."""
+    views = [np.ascontiguousarray(view).reshape(shape) for view, shape in spec.packing(packed)]
+    named = groupby(zip(spec.sources, views, strict=True), key=lambda pair: pair[0])
+    whole = ((name, [view for _, view in together]) for name, together in named)
+    return [(name, parts[0] if len(parts) == 1 else np.concatenate(parts)) for name, parts in whole]

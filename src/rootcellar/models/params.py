@@ -3,7 +3,7 @@
 A params pytree is plain::
 
     {"embed": [V, E], "norm": [E], "head": [E, V] (absent when tied),
-     "layers": [{"attn_norm": [E], "mlp_norm": [E] ("attn_post_norm", "mlp_post_norm" where the layer has them),
+     "layers": [{"attn_norm": [E], "mlp_norm": [E], "attn_post_norm", "mlp_post_norm" (those that the layer has),
                  what its mixer declares: for attention "qkv": [E, K, G + 2, D], "o": [H, D, E], ...
                  what its feed-forward declares: for a dense one "gate_up": [E, 2, I], "down": [I, E], ...}]}
 
@@ -48,9 +48,8 @@ def declare(cfg: ModelConfig) -> Params:
 
 def _declare_layer(cfg: ModelConfig, index: int, layer: LayerConfig) -> Params:
     spec = _declaring(cfg.architecture, index)
-    norms = ("attn_norm", "mlp_norm", *(("attn_post_norm", "mlp_post_norm") if layer.post_norms else ()))
     parts: list[Params] = [
-        {name: spec(name, (cfg.hidden_size,), (None,), cfg.norm.init) for name in norms},
+        {name: spec(name, (cfg.hidden_size,), (None,), cfg.norm.init) for name in layer.norms},
         layer.mixer.declare(spec, cfg.hidden_size),
         layer.feed_forward.declare(spec, cfg.hidden_size),
     ]

@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from rootcellar.errors import ModelError
 from rootcellar.models.model import ModelConfig
-from rootcellar.models.packing import source_shapes
+from rootcellar.models.packing import SourceTensor, sources_of
 from rootcellar.models.params import declare
 from rootcellar.models.spec import Params, ParamSpec
 
@@ -37,12 +37,17 @@ def params_of_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any
     specs = declare(cfg)
     leaves: list[ParamSpec] = jax.tree.leaves(specs)
     _check(leaves, tensors)
-    params: Params = jax.tree.map(lambda spec: _packed(spec, [tensors[name] for name in spec.sources], dtype), specs)
+
+    def part(source: SourceTensor) -> Array:
+        tensor = tensors[source.name]
+        return tensor if source.rows is None else tensor[source.rows]
+
+    params: Params = jax.tree.map(lambda spec: _packed(spec, [part(each) for each in sources_of(spec)], dtype), specs)
     return params
 
 
 def _check(specs: Sequence[ParamSpec], tensors: Mapping[str, Array]) -> None:
-    wanted = {name: shape for spec in specs for name, shape in zip(spec.sources, source_shapes(spec), strict=True)}
+    wanted = {source.name: source.shape for spec in specs for source in sources_of(spec)}
     wrong = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
     wrong += [f"unknown {name}" for name in tensors if name not in wanted and not name.endswith(_SILENT)]
     for name in wanted.keys() & tensors.keys():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rootcellar.errors import ModelError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class RopeConfig:
     """Multiplies cos and sin (yarn)."""
     interleaved: bool = False
     """The pairs are neighbours (0, 1), (2, 3) ...; otherwise the halves: (0, D / 2), (1, D / 2 + 1) ..."""
+    factors: tuple[float, ...] = ()
+    """Divides the frequency of each pair (longrope)."""
     part: float = 1.0
     """Of each head the leading part that is turned; the rest is left as it is."""
 
@@ -53,11 +55,14 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     rule = fields.get("rope_type") or fields.get("type") or "default"
+    rule = "longrope" if rule == "su" else rule  # as Phi 3 called it at first
     if rule not in ROPE_TYPES:
         raise ModelError(f"rope scaling {rule!r} is not supported; known: {', '.join(ROPE_TYPES)}")
     part = float(fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0)
     if rule == "default":
         return RopeConfig(theta=theta, part=part)
+    if rule == "longrope":
+        return _read_longrope(raw, fields, context, RopeConfig(theta=theta, type=rule, part=part))
     if part != 1:
         raise ModelError(f"partial_rotary_factor={part} with rope scaling {rule!r} is not supported")
     # transformers lets the field next to the rope's own win, and defaults both to the context.
@@ -90,6 +95,27 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     return RopeConfig(**common)
 
 
+def _read_longrope(raw: Mapping[str, Any], fields: Mapping[str, Any], context: int, rope: RopeConfig) -> RopeConfig:
+    """LongRoPE (Ding et al. 2024): a factor for each pair, one set for long sequences and one for short ones.
+
+    transformers takes the set by the length that a sequence has reached, and computes all of its keys anew when it
+    passes the original context. A cached key may not depend on what follows it, so here the set is the model's: the
+    long one where ``max_position_embeddings`` is above the original context, as vLLM chooses by ``max_model_len``.
+    """
+    original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings") or context
+    if original < 2:
+        raise ModelError(f"original_max_position_embeddings={original} with rope scaling 'longrope': give at least 2")
+    name = "long_factor" if context > original else "short_factor"
+    if not fields.get(name):
+        raise ModelError(f"rope scaling 'longrope' needs the field {name!r}")
+    stretch = context / original if raw.get("original_max_position_embeddings") else fields.get("factor") or 1.0
+    sharper = fields.get("attention_factor")
+    if sharper is None:
+        sharper = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    factors = tuple(float(factor) for factor in fields[name])
+    return replace(rope, original_max=int(original), attention_factor=float(sharper), factors=factors)
+
+
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
     """YaRN's temperature, or DeepSeek's two-part form when both mscales are given."""
     if fields.get("attention_factor") is not None:
@@ -109,6 +135,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float
     plain = np.asarray(1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim), np.float32)
     if rope.type == "linear":
         return plain / np.float32(rope.factor)
+    if rope.type == "longrope":
+        return plain / np.asarray(rope.factors, np.float32)
     if rope.type == "llama3":
         return _llama3(rope, plain)
     if rope.type == "yarn":
@@ -170,6 +198,8 @@ def check_turned(rope: RopeConfig, head_dim: int, name: str) -> None:
     if turned < 2 or turned % 2:
         part = "" if rope.part == 1 else f", of which partial_rotary_factor={rope.part} turns {turned}"
         raise ModelError(f"{name}={head_dim}{part}: rotary embeddings turn pairs, so it must be even and at least 2")
+    if rope.type == "longrope" and len(rope.factors) != turned // 2:
+        raise ModelError(f"rope scaling 'longrope' has {len(rope.factors)} factors, and {turned // 2} pairs are turned")
     if rope.type == "dynamic" and head_dim == 2:
         raise ModelError(f"{name}=2 with rope scaling 'dynamic': its base is not defined for a single pair")
 

@@ -11,11 +11,15 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Reach:
-    """What a query sees, and the ``scale`` of its scores. ``rule`` and ``span`` (tokens) as in the cache's ``Kind``."""
+    """What a query sees, and the ``scale`` of its scores. ``rule`` and ``span`` (tokens) as in the cache's ``Kind``.
+
+    ``softcap``: scores are squashed to within it by tanh (Gemma 2); 0: they are not.
+    """
 
     rule: Literal["full", "sliding_window", "chunked_local"] = "full"
     span: int = 0
     scale: float = 1.0
+    softcap: float = 0.0
 
     def first(self, query: Array) -> Array:
         """The first position that queries at positions ``query`` (int32, any shape) see."""
@@ -24,6 +28,10 @@ class Reach:
         if self.rule == "chunked_local":
             return jnp.maximum(query, 0) // self.span * self.span
         return jnp.zeros_like(query)
+
+    def capped(self, scores: Array) -> Array:
+        """``scores``, already scaled, of any shape, as they enter the softmax."""
+        return scores if not self.softcap else jnp.tanh(scores / self.softcap) * self.softcap
 
     def sees(self, query: Array, key: Array) -> Array:
         """Whether positions ``query`` see positions ``key``; bool, the two broadcast together."""

@@ -24,6 +24,7 @@ LONGEST_CONTEXT = 2**27
 """Tokens: thirteen times the longest that a published config names."""
 _WIDEST = 2**20
 _LONGEST_WORD = 200
+_MOST_PAIRS = 1024
 
 
 class Field(Protocol):
@@ -178,6 +179,8 @@ _ROPE: Mapping[str, Field] = {
     "beta_slow": _SCALE,
     "truncate": Flag(),
     "attention_factor": _SCALE,
+    "short_factor": Several(_SCALE, _MOST_PAIRS),
+    "long_factor": Several(_SCALE, _MOST_PAIRS),
     "mscale": Number(0, 1e6),
     "mscale_all_dim": Number(0, 1e6),
 }
@@ -205,11 +208,17 @@ FIELDS: Mapping[str, Field] = {
     "hidden_activation": Word(),
     "mlp_bias": Flag(),
     "final_logit_softcapping": _SCALE,
+    "embedding_multiplier": _SCALE,
+    "residual_multiplier": _SCALE,
+    "logits_scaling": _SCALE,
     # attention
     "num_attention_heads": _SIZE,
     "num_key_value_heads": _SIZE,
     "head_dim": _SIZE,
     "attention_bias": Flag(),
+    "qkv_bias": Flag(),
+    "attention_multiplier": _SCALE,
+    "position_embedding_type": Word(),
     "query_pre_attn_scalar": _SCALE,
     "attn_logit_softcapping": Number(0, 1e6),
     "use_bidirectional_attention": Flag(),
@@ -247,7 +256,7 @@ FIELDS: Mapping[str, Field] = {
     "original_max_position_embeddings": _TOKENS,
     # experts
     "n_routed_experts": _EXPERTS,
-    "num_local_experts": _EXPERTS,
+    "num_local_experts": Whole(0, MOST_EXPERTS),
     "num_experts": Whole(0, MOST_EXPERTS),
     "num_experts_per_tok": _EXPERTS,
     "n_shared_experts": Whole(0, MOST_EXPERTS),

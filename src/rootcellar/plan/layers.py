@@ -112,7 +112,7 @@ _LAYER_TYPES: Mapping[str, Rule] = {
 }
 
 # Every n-th layer is full where a config does not say it: (model_type prefix, n).
-_PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4), ("gpt_oss", 2))
+_PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4), ("gpt_oss", 2), ("olmo3", 4))
 
 
 def _rules(text: Raw, count: int) -> list[Rule]:

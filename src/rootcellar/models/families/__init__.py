@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rootcellar.errors import ModelError
-from rootcellar.models.families import bamba, deepseek, gemma, gpt_oss, llama, llama4, qwen3_next
+from rootcellar.models.families import (
+    bamba,
+    deepseek,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    llama4,
+    olmo,
+    qwen3_next,
+    qwen_moe,
+)
 from rootcellar.models.families.family import Family, Raw
 
+_RELATIVES = (llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next, qwen_moe, olmo, glm, granite)
 FAMILIES: Mapping[str, Family] = {
-    family.architecture: family
-    for relatives in (llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next)
-    for family in relatives.FAMILIES
+    family.architecture: family for relatives in _RELATIVES for family in relatives.FAMILIES
 }
 
 

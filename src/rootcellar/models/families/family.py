@@ -9,6 +9,7 @@ from typing import Any
 from rootcellar.cache.kind import Rule
 from rootcellar.errors import ConfigError, ModelError
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.models.rope import RopeConfig, read_rope
 from rootcellar.plan.fields import Raw
 from rootcellar.plan.layers import layer_rules
 
@@ -128,6 +129,29 @@ def rules_of(raw: Raw, *known: Rule) -> list[tuple[Rule, int]]:
             f"layers of this architecture are {' or '.join(known)}, but the config makes some {strange[0]}"
         )
     return rules
+
+
+def has_rope(raw: Raw) -> list[bool]:
+    """Whether each layer has rotary embeddings: all but every fourth, unless ``no_rope_layers`` says it (1: it has)."""
+    count = size(raw, "num_hidden_layers")
+    listed = raw.get("no_rope_layers")
+    if listed:
+        if len(listed) < count:
+            raise ModelError(f"no_rope_layers has {len(listed)} entries for {count} layers")
+        return [bool(entry) for entry in listed[:count]]
+    interval = size(raw, "no_rope_layer_interval")
+    return [(index + 1) % interval != 0 for index in range(count)]
+
+
+def rope_of_rule(raw: Raw, rule: Rule) -> RopeConfig:
+    """``rope_parameters`` by kind of layer (transformers from 5 on), or scaling for full layers alone (before)."""
+    sliding = rule == "sliding_window"
+    fields = (raw.get("rope_parameters") or {}).get("sliding_attention" if sliding else "full_attention")
+    if fields is None:
+        fields = {} if sliding else dict(raw.get("rope_scaling") or {})
+        local = raw.get("rope_local_base_freq") if sliding else None
+        fields["rope_theta"] = local or raw.get("rope_theta")
+    return read_rope({"rope_parameters": fields}, size(raw, "max_position_embeddings"))
 
 
 def refuse(raw: Raw, *names: str) -> None:

@@ -1,7 +1,11 @@
-"""Gemma 3 (text): five window layers for each full one, each rule with its own rotary embedding, four norms a layer."""
+"""Gemma 2 and 3 (text): window layers between full ones, four norms a layer.
+
+Gemma 3 has norms of queries and keys and a rotary embedding for each rule; Gemma 2 squashes the scores of attention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rootcellar.models.families.family import (
@@ -15,6 +19,7 @@ from rootcellar.models.families.family import (
     layer_names,
     number,
     refuse,
+    rope_of_rule,
     rules_of,
     size,
     within,
@@ -38,37 +43,45 @@ NAMES = {
 }
 
 
+def _gemma2(raw: Raw) -> dict[str, Any]:
+    rules, rope = rules_of(raw, "full", "sliding_window"), read_rope(raw, size(raw, "max_position_embeddings"))
+    cap = raw.get("attn_logit_softcapping")
+    return _layers(raw, rules, {rule: rope for rule, _ in rules}, softcap=float(cap) if cap else None)
+
+
 def _gemma3(raw: Raw) -> dict[str, Any]:
-    refuse(raw, "use_bidirectional_attention", "attn_logit_softcapping")
-    norm = Norm(number(raw, "rms_norm_eps"), offset=1.0)
-    ropes = {"full": _rope(raw, "full_attention"), "sliding_window": _rope(raw, "sliding_attention")}
+    refuse(raw, "attn_logit_softcapping")
+    rules = rules_of(raw, "full", "sliding_window")
+    ropes = {rule: rope_of_rule(raw, rule) for rule, _ in rules}
+    return _layers(raw, rules, ropes, qk_norm=_norm(raw))
+
+
+def _norm(raw: Raw) -> Norm:
+    return Norm(number(raw, "rms_norm_eps"), offset=1.0)
+
+
+def _layers(
+    raw: Raw, rules: Sequence[tuple[Any, int]], ropes: Mapping[str, RopeConfig], **switches: Any
+) -> dict[str, Any]:
+    """``switches`` are fields of ``Attention``."""
+    refuse(raw, "use_bidirectional_attention")
     feed_forward = Dense(size(raw, "intermediate_size"), activation=activation_of(raw, "hidden_activation"))
     heads, bias = heads_of(raw), bool(raw.get("attention_bias"))
     scale = number(raw, "query_pre_attn_scalar") ** -0.5
 
     def layer(rule: Any, span: int) -> LayerConfig:
         mixer = Attention(
-            **heads, rule=rule, span=span, rope=ropes[rule], scale=scale, qk_norm=norm, qkv_bias=bias, o_bias=bias
+            **heads, rule=rule, span=span, rope=ropes[rule], scale=scale, qkv_bias=bias, o_bias=bias, **switches
         )
         return LayerConfig(mixer, feed_forward, post_norms=True)
 
     softcap = raw.get("final_logit_softcapping")
     return {
-        "layers": tuple(layer(rule, span) for rule, span in rules_of(raw, "full", "sliding_window")),
-        "norm": norm,
+        "layers": tuple(layer(rule, span) for rule, span in rules),
+        "norm": _norm(raw),
         "embed_scale": size(raw, "hidden_size") ** 0.5,
         "logit_softcap": None if softcap is None else float(softcap),
     }
-
-
-def _rope(raw: Raw, kind: str) -> RopeConfig:
-    """``rope_parameters`` by kind of layer (transformers from 5 on), or scaling for full layers alone (before)."""
-    sliding = kind == "sliding_attention"
-    fields = (raw.get("rope_parameters") or {}).get(kind)
-    if fields is None:
-        fields = {} if sliding else dict(raw.get("rope_scaling") or {})
-        fields["rope_theta"] = raw["rope_local_base_freq" if sliding else "rope_theta"]
-    return read_rope({"rope_parameters": fields}, size(raw, "max_position_embeddings"))
 
 
 DEFAULTS: Raw = {
@@ -86,7 +99,16 @@ DEFAULTS: Raw = {
     "tie_word_embeddings": True,
     "vocab_size": 262208,
 }
+GEMMA2_DEFAULTS: Raw = {
+    **{name: value for name, value in DEFAULTS.items() if not name.startswith("rope")},
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 8192,
+    "vocab_size": 256000,
+}
 FAMILIES = (
+    Family("Gemma2ForCausalLM", _gemma2, NAMES, GEMMA2_DEFAULTS),
     Family("Gemma3ForCausalLM", _gemma3, NAMES, DEFAULTS),
     Family("Gemma3ForConditionalGeneration", _gemma3, within("language_model", NAMES), DEFAULTS),
 )

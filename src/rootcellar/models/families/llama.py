@@ -1,7 +1,8 @@
-"""Qwen2, Qwen3, Llama 2 and 3, Mistral: pre-norm decoders of attention and a gated feed-forward."""
+"""Qwen2, Qwen3, Llama 2 and 3, Mistral, SmolLM3, Phi 3 and 4: norms before attention and a gated feed-forward."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rootcellar.models.families.family import (
@@ -12,7 +13,10 @@ from rootcellar.models.families.family import (
     Family,
     Raw,
     activation_of,
+    has_rope,
     heads_of,
+    layer_names,
+    refuse,
     rules_of,
     size,
 )
@@ -23,6 +27,9 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import read_rope
 
 NAMES = {**TOP_NAMES, **NORM_NAMES, **ATTENTION_NAMES, **DENSE_NAMES}
+FUSED_GATE_UP = layer_names(gate_up=("mlp.gate_up_proj.weight",) * 2)
+"""Gate and up in one tensor."""
+PHI_NAMES = {**NAMES, **FUSED_GATE_UP, **layer_names(qkv=("self_attn.qkv_proj.weight",) * 3)}
 
 
 def _layers(raw: Raw, *, head_dim: int | None = None, mlp_bias: bool = False, **switches: Any) -> dict[str, Any]:
@@ -46,9 +53,22 @@ def _qwen3(raw: Raw) -> dict[str, Any]:
     return _layers(raw, head_dim=128, qk_norm=Norm(float(raw.get("rms_norm_eps") or 1e-6)), **_biases(raw))
 
 
+def _smollm3(raw: Raw) -> dict[str, Any]:
+    """Llama, but for every fourth layer, which is not told positions."""
+    if raw.get("use_sliding_window") and not raw.get("layer_types"):
+        refuse(raw, "use_sliding_window")
+    fields = _layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw))
+    layers = zip(fields["layers"], has_rope(raw), strict=True)
+    plain = tuple(each if told else replace(each, mixer=replace(each.mixer, rope=None)) for each, told in layers)
+    return {**fields, "layers": plain}
+
+
+SMOLLM3_DEFAULTS: Raw = {"no_rope_layer_interval": 4, "rope_theta": 2000000.0, "tie_word_embeddings": True}
 FAMILIES = (
     Family("Qwen2ForCausalLM", lambda raw: _layers(raw, qkv_bias=True), NAMES),
     Family("Qwen3ForCausalLM", _qwen3, NAMES),
     Family("LlamaForCausalLM", lambda raw: _layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw)), NAMES),
     Family("MistralForCausalLM", _layers, NAMES),
+    Family("SmolLM3ForCausalLM", _smollm3, NAMES, SMOLLM3_DEFAULTS),
+    Family("Phi3ForCausalLM", _layers, PHI_NAMES, {"rms_norm_eps": 1e-5}),
 )

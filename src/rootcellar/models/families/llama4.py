@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rootcellar.errors import ModelError
 from rootcellar.models.families.family import (
     ATTENTION_NAMES,
     NORM_NAMES,
@@ -14,6 +13,7 @@ from rootcellar.models.families.family import (
     Raw,
     activation_of,
     given,
+    has_rope,
     heads_of,
     layer_names,
     number,
@@ -44,7 +44,7 @@ NAMES = {
 
 
 def _llama4(raw: Raw) -> dict[str, Any]:
-    rules, ropes = rules_of(raw, "full", "chunked_local"), _has_rope(raw)
+    rules, ropes = rules_of(raw, "full", "chunked_local"), has_rope(raw)
     feed_forwards = _feed_forwards(raw, len(rules))
     return {
         "layers": tuple(
@@ -52,18 +52,6 @@ def _llama4(raw: Raw) -> dict[str, Any]:
             for (rule, span), rope, feed_forward in zip(rules, ropes, feed_forwards, strict=True)
         )
     }
-
-
-def _has_rope(raw: Raw) -> list[bool]:
-    """Whether each layer has rotary embeddings: all but every fourth, unless ``no_rope_layers`` says it (1: it has)."""
-    count = size(raw, "num_hidden_layers")
-    listed = raw.get("no_rope_layers")
-    if listed:
-        if len(listed) < count:
-            raise ModelError(f"no_rope_layers has {len(listed)} entries for {count} layers")
-        return [bool(entry) for entry in listed[:count]]
-    interval = size(raw, "no_rope_layer_interval")
-    return [(index + 1) % interval != 0 for index in range(count)]
 
 
 def _attention(raw: Raw, rule: Any, span: int, rope: bool) -> Attention:

@@ -46,7 +46,8 @@ class Attention:
             before it of its own chunk of ``span`` tokens.
         rope: None: positions are not told (NoPE).
         scale: of the scores; None: ``head_dim ** -0.5``.
-        qk_norm: of queries and keys by head, before they are turned.
+        softcap: scores are squashed to within it by tanh (Gemma 2); None: they are not.
+        qk_norm: of queries and keys by head, before they are turned; ``qk_whole``: of all heads together (OLMo).
         qk_unit: queries and keys are divided by their root mean square after they are turned; the epsilon. None: not.
         sinks: each head has a learned score that takes weight and gives nothing (gpt-oss).
         gated: each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next).
@@ -59,9 +60,11 @@ class Attention:
     span: int = 0
     rope: RopeConfig | None = None
     scale: float | None = None
+    softcap: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Norm | None = None
+    qk_whole: bool = False
     qk_unit: float | None = None
     sinks: bool = False
     temperature: Temperature | None = None
@@ -94,7 +97,8 @@ class Attention:
     @property
     def reach(self) -> Reach:
         """What a query sees, for the attention backends."""
-        return Reach(self.rule, self.span, self.head_dim**-0.5 if self.scale is None else self.scale)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return Reach(self.rule, self.span, scale, self.softcap or 0.0)
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """``qkv`` [E, K, G + 2, D], ``o`` [H, D, E]; biases, norms by head and sinks where there are any.
@@ -112,7 +116,11 @@ class Attention:
             params["qkv_bias"] = declare("qkv_bias", (kv, group + 2, dim), by_group, "zeros", packing.qkv_bias)
         if self.o_bias:
             params["o_bias"] = declare("o_bias", (embed,), (None,), "zeros")
-        if self.qk_norm is not None:
+        if self.qk_norm is not None and self.qk_whole:
+            grouped = packing.flat
+            params["q_norm"] = declare("q_norm", (heads, dim), ("heads", None), self.qk_norm.init, grouped)
+            params["k_norm"] = declare("k_norm", (kv, dim), ("kv_heads", None), self.qk_norm.init, grouped)
+        elif self.qk_norm is not None:
             for name in ("q_norm", "k_norm"):
                 params[name] = declare(name, (dim,), (None,), self.qk_norm.init)
         if self.sinks:
@@ -148,7 +156,7 @@ class Attention:
         """q ``[T, H, D]``, k and v ``[S, K, D]``, ``sees`` bool ``[T, S]`` -> ``[T, H, D]``."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, self.group_size, self.head_dim)
         scores = jnp.einsum("tkgd,skd->kgts", grouped, k, preferred_element_type=jnp.float32) * self.reach.scale
-        scores = jnp.where(sees, scores, -jnp.inf)
+        scores = jnp.where(sees, self.reach.capped(scores), -jnp.inf)
         sinks = self._sinks(params).reshape(self.num_kv_heads, self.group_size, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)[..., :-1].astype(v.dtype)
@@ -165,7 +173,7 @@ class Attention:
         gate = q[:, :, 1::2].reshape(-1, self.num_heads, self.head_dim) if self.gated else None
         q = (q[:, :, ::2] if self.gated else q).reshape(-1, self.num_heads, self.head_dim)
         if self.qk_norm is not None:
-            q, k = self.qk_norm(q, params["q_norm"]), self.qk_norm(k, params["k_norm"])
+            q, k = self._normed(q, params["q_norm"]), self._normed(k, params["k_norm"])
         if self.rope is not None:
             q, k = turn(self.rope, positions, q, k)
         if self.qk_unit is not None:
@@ -174,6 +182,13 @@ class Attention:
             grown = jnp.floor((positions.astype(jnp.float32) + 1) / self.temperature.floor)
             q = (q * (1 + self.temperature.scale * jnp.log1p(grown))[:, None, None]).astype(q.dtype)
         return q, k, v, gate
+
+    def _normed(self, part: jax.Array, weight: jax.Array) -> jax.Array:
+        """Queries or keys ``[T, heads, D]``, normed by head or all together."""
+        assert self.qk_norm is not None
+        if not self.qk_whole:
+            return self.qk_norm(part, weight)
+        return self.qk_norm(part.reshape(len(part), -1), weight.reshape(-1)).reshape(part.shape)
 
     def merge(self, params: Params, out: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """``[T, E]`` of the heads' outputs ``[T, H, D]`` and their gates."""
@@ -209,7 +224,10 @@ class Attention:
         if copies == 1:
             return params
         packed = ("qkv", "qkv_bias") if self.qkv_bias else ("qkv",)
-        return {**params, **{name: _repeat(params[name], copies) for name in packed}}
+        repeated = {name: _repeat(params[name], copies) for name in packed}
+        if self.qk_norm is not None and self.qk_whole:  # a mean over copies is the mean
+            repeated["k_norm"] = jnp.repeat(params["k_norm"], copies, axis=0)
+        return {**params, **repeated}
 
 
 def _repeat(array: Any, copies: int) -> jax.Array:

@@ -92,6 +92,7 @@ def _seen(reach: Reach) -> dict[str, np.generic]:
     """What queries see, as the kernels are told."""
     return {
         "scale": np.float32(reach.scale),
+        "softcap": np.float32(reach.softcap),
         "window": np.int64(reach.span if reach.rule == "sliding_window" else 0),
         "chunk": np.int64(reach.span if reach.rule == "chunked_local" else 0),
     }

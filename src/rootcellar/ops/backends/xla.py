@@ -117,7 +117,7 @@ def _softmax(
         # zero does not silence a NaN.
         scores, sums = look(at <= newest[:, None], *layout.read(buffers, pages_of(i)))
         seen = spread(reach.sees(positions[:, :, None], at[:, None]))
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(seen, reach.capped(scores), MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)

@@ -85,10 +85,12 @@ struct Span {
 };
 
 // `rows` queries [rows, dim], already scaled (log2(e) included); query r sees the positions from first[r] to last[r].
+// Scores are squashed to within `cap` (log2(e) included) by tanh; 0: they are not.
 struct Query {
   const float* data;
   const int32_t *first, *last;
   int rows;
+  float cap;
 };
 
 // Lets queries attend to a span: m is the running maximum of each row (in units of log2), l the running sum, o the
@@ -157,7 +159,7 @@ struct Batch {
   void* pool;
   float* out;
   int64_t tokens, heads, kv_heads, dim, page_size, width, tiles;
-  float scale;
+  float scale, softcap;   // softcap 0: none
   int64_t window, chunk;  // 0: none
   bool fixed = false;     // each sum is made in one order, whatever else is in the batch
   Rows rows_of[kArraysOfCodes] = {};  // pools of few bits, in place of k, v and pool: see CodesKernel
@@ -343,7 +345,8 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
                     static_cast<int>(b.kv_heads),
                     static_cast<int>(h),
                     static_cast<int>(b.begin(u))};
-    kernel(span, Query{x, scratch.first.data(), scratch.last.data(), static_cast<int>(rounded)}, room, m, l, o);
+    const Query query{x, scratch.first.data(), scratch.last.data(), static_cast<int>(rounded), kLog2e * b.softcap};
+    kernel(span, query, room, m, l, o);
     if (splits == 1) {
       finish(b, u, h, l, o);
     } else if (left[item].fetch_sub(1, std::memory_order_acq_rel) == 1) {

@@ -24,11 +24,11 @@ bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {
 }
 
 // What all handlers are told: where the batch's tokens lie, q [T, heads, dim], tables [rows, width], rows [tiles],
-// positions [T] (-1: padding); and what queries see, `window` or `chunk` in tokens, 0 for none.
+// positions [T] (-1: padding); and what queries see, `window` or `chunk` in tokens, 0 for none; `softcap` likewise.
 struct Told {
   Tables tables;
   Numbers rows, positions;
-  float scale;
+  float scale, softcap;
   int64_t window, chunk;
 };
 
@@ -49,6 +49,7 @@ ffi::Error fill(Batch& b, const Floats& q, const Told& told, int64_t kv_heads, i
   b.width = told.tables.dimensions()[1];
   b.tiles = told.rows.dimensions()[0];
   b.scale = told.scale;
+  b.softcap = told.softcap;
   b.window = told.window;
   b.chunk = told.chunk;
   if (!has_shape(told.positions, {b.tokens}) || !has_shape(*out, {b.tokens, b.heads, b.dim}))
@@ -80,13 +81,13 @@ ffi::Error attend(ffi::ThreadPool& threads, const Batch& b, ffi::AnyBuffer pool,
 // q [T, heads, head_dim], k and v [T, kv_heads, head_dim], sinks [heads] (-inf: none); pool [pages, 2, kv_heads,
 // page_size, head_dim] float32 or bfloat16, updated in place. `scale` of the scores; `vectors` by name, "": the best.
 ffi::Error by_head(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Sinks sinks, Tables tables, Numbers rows,
-                   Numbers positions, ffi::AnyBuffer pool, float scale, int64_t window, int64_t chunk,
+                   Numbers positions, ffi::AnyBuffer pool, float scale, float softcap, int64_t window, int64_t chunk,
                    std::string_view vectors, bool fixed, ffi::Result<ffi::AnyBuffer> pool_out,
                    ffi::Result<Floats> out) {
   const auto pd = pool.dimensions();
   if (pd.size() != 5) return wrong("wrong number of dimensions");
   Batch b{};
-  ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, pd[2], pd[3], out);
+  ffi::Error error = fill(b, q, {tables, rows, positions, scale, softcap, window, chunk}, pd[2], pd[3], out);
   if (error.failure()) return error;
   if (!has_shape(k, {b.tokens, b.kv_heads, b.dim}) || !has_shape(v, {b.tokens, b.kv_heads, b.dim}) ||
       !has_shape(pool, {pd[0], 2, b.kv_heads, b.page_size, b.dim}))
@@ -120,7 +121,7 @@ ffi::Error fill(rootcellar::Rows& to, const Batch& b, int64_t row, const ffi::An
 // As by_head, over pools of few bits: `arrays` has what a token has in each, codes of keys and of values and the scales
 // of each, and then the four pools, updated in place. `keys` and `values` name grids.
 ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tables, Numbers rows, Numbers positions,
-                      ffi::RemainingArgs arrays, float scale, int64_t window, int64_t chunk, std::string_view vectors,
+                      ffi::RemainingArgs arrays, float scale, float softcap, int64_t window, int64_t chunk, std::string_view vectors,
                       std::string_view keys, std::string_view values, ffi::Result<Floats> out,
                       ffi::RemainingRets pools) {
   constexpr size_t kArrays = rootcellar::kArraysOfCodes;
@@ -137,7 +138,7 @@ ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tab
     if (i == 0) {
       const auto pd = pool->dimensions();
       if (pd.size() != 4) return wrong("wrong number of dimensions");
-      ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, pd[1], pd[2], out);
+      ffi::Error error = fill(b, q, {tables, rows, positions, scale, softcap, window, chunk}, pd[1], pd[2], out);
       if (error.failure()) return error;
     }
     ffi::Error error = fill(b.rows_of[i], b, kernel->rows[i](b.dim), *fresh, *pool, **after);
@@ -152,13 +153,13 @@ ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tab
 
 // q [T, heads, dim] and latents [T, dim]; pool [pages, page_size, dim]; the rest as above. There are no sinks.
 ffi::Error over_latents(ffi::ThreadPool threads, Floats q, ffi::Buffer<ffi::F32, 2> latents, Tables tables,
-                        Numbers rows, Numbers positions, ffi::AnyBuffer pool, float scale, int64_t window,
+                        Numbers rows, Numbers positions, ffi::AnyBuffer pool, float scale, float softcap, int64_t window,
                         int64_t chunk, std::string_view vectors, bool fixed, ffi::Result<ffi::AnyBuffer> pool_out,
                         ffi::Result<Floats> out) {
   const auto pd = pool.dimensions();
   if (pd.size() != 3) return wrong("wrong number of dimensions");
   Batch b{};
-  ffi::Error error = fill(b, q, {tables, rows, positions, scale, window, chunk}, 1, pd[1], out);
+  ffi::Error error = fill(b, q, {tables, rows, positions, scale, softcap, window, chunk}, 1, pd[1], out);
   if (error.failure()) return error;
   if (!has_shape(latents, {b.tokens, b.dim}) || pd[2] != b.dim) return wrong("latents have the pool's width");
   b.k = latents.typed_data();
@@ -177,6 +178,7 @@ template <typename Binding>
 auto with_reach(Binding&& binding) {
   return std::move(binding)
       .template Attr<float>("scale")
+      .template Attr<float>("softcap")
       .template Attr<int64_t>("window")
       .template Attr<int64_t>("chunk")
       .template Attr<std::string_view>("vectors");
