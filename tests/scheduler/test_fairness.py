@@ -77,7 +77,7 @@ def test_one_token_of_another_tenant_comes_next_whatever_the_others_do(seed):
 @property_of_seeds
 @seeds
 def test_one_token_of_another_tenant_does_not_share_a_large_step(seed):
-    """What is computed of prompts from its arrival to its token is its own, and as much of each of the others."""
+    """What prompts cost from its arrival to its token is its own tile, and one of each of the others."""
     rng = random.Random(seed)
     world = world_of(rng, chunk=128, tokens=4000)
     others = ("a", "b", "c")[: rng.randrange(1, 1 + min(3, world.running))]
@@ -90,8 +90,23 @@ def test_one_token_of_another_tenant_does_not_share_a_large_step(seed):
         while victim.finish is None:
             plan = world.step()
             assert plan is not None
-            computed += 0 if plan.decode else sum(chunk.stop - chunk.start for chunk in plan.chunks)
+            computed += plan.cost
         assert computed <= TILE * (1 + len(others))
+    finish(world)
+
+
+def test_many_ends_of_prompts_are_a_large_step_too():
+    """Each of them costs a tile, however few tokens of it are left to compute."""
+    world = World(tokens=4000, page_size=16, chunk=512, running=32, policy="fcfs")
+    world.add(prompt(1, 18), 30, tenant="a", call=1)
+    world.step()
+    others = [world.add(prompt(1, 18), 30, tenant="a", call=2) for _ in range(24)]
+    victim = world.add(prompt(2, 5), 1, tenant="b", call=3)
+    plan = world.step()
+    assert plan.requests == [victim]
+    plan = next(plan for plan in iter(world.step, None) if not plan.decode)
+    assert {*plan.requests} == {*others}
+    assert (plan.tokens, plan.cost) == (24 * 2, 24 * 16)
     finish(world)
 
 

@@ -65,6 +65,16 @@ class Plan:
         """Tokens that it computes."""
         return sum(chunk.stop - chunk.start + len(chunk.guess) for chunk in self.chunks)
 
+    @property
+    def cost(self) -> int:
+        """Prompt tokens that it takes as long as: a chunk costs whole tiles, and decoding nearly nothing."""
+        return 0 if self.decode else sum(tiled(chunk.stop - chunk.start) for chunk in self.chunks)
+
+
+def tiled(tokens: int) -> int:
+    """Prompt tokens that a step computes for these of one request, those that fill up the last tile among them."""
+    return -(-tokens // TILE) * TILE
+
 
 def decode_step(chunks: tuple[Chunk, ...], sources: tuple[int, ...] = ()) -> Plan:
     """The step of these chunks, each of a request's newest token, whose requests decode from now on."""

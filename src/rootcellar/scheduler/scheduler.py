@@ -281,8 +281,8 @@ class Scheduler:
         nobody knows how many tokens ``plan`` gives, where somebody would have to make way, and behind a large step:
         whoever comes during that would wait for both.
         """
-        large = not plan.decode and sum(c.stop - c.start for c in plan.chunks) > self._little
-        if large or self.guesses is not None or (self.waiting and self.admitting and not self._settled):
+        startable = self.waiting and self.admitting and not self._settled
+        if startable or self.guesses is not None or plan.cost > self._little:
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
         if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):

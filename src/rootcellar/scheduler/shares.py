@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from rootcellar.scheduler.plan import TILE
+from rootcellar.scheduler.plan import TILE, tiled
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.stages import FORWARD
 
@@ -287,25 +287,25 @@ def _hand_out(requests: Iterable[Request], given: dict[Request, int], tokens: in
 
 
 def light(prefilling: Sequence[Request], tokens: int) -> list[Request]:
-    """The prefilling requests of those who want little: at most ``tokens`` in all for a tenant.
+    """The prefilling requests of those who want little: at most ``tokens`` in all for a tenant, as they cost.
 
     Of a tenant that wants more, its calls that want little beside others that do not, up to as many tokens.
     """
     tenants: dict[str, int] = {}
     calls: dict[Call, int] = {}
     for request in prefilling:
-        tenants[request.tenant] = tenants.get(request.tenant, 0) + request.remaining
+        tenants[request.tenant] = tenants.get(request.tenant, 0) + tiled(request.remaining)
         call = call_of(request)
-        calls[call] = calls.get(call, 0) + request.remaining
+        calls[call] = calls.get(call, 0) + tiled(request.remaining)
     mixed = {call[0] for call, wanted in calls.items() if wanted > tokens}
     left = dict.fromkeys(tenants, tokens)
     chosen = []
     for request in prefilling:
         tenant = request.tenant
         if tenants[tenant] > tokens:
-            if tenant not in mixed or calls[call_of(request)] > tokens or request.remaining > left[tenant]:
+            if tenant not in mixed or calls[call_of(request)] > tokens or tiled(request.remaining) > left[tenant]:
                 continue
-            left[tenant] -= request.remaining
+            left[tenant] -= tiled(request.remaining)
         chosen.append(request)
     return chosen
 
@@ -334,10 +334,10 @@ def jumpers(prefilling: Sequence[Request], little: int, wait: bool, jumped: Cont
     wants: dict[str, int] = {}
     for request in prefilling:
         if request.tenant not in jumped:
-            wants[request.tenant] = wants.get(request.tenant, 0) + request.remaining
+            wants[request.tenant] = wants.get(request.tenant, 0) + tiled(request.remaining)
     if not wants:
         return []
-    most = min(little, max(TILE, min(wants.values())))
+    most = max(TILE, min(little, *wants.values()))
     first = [r for r in light(prefilling, most) if r.tenant not in jumped]
-    rest = sum(r.remaining for r in prefilling) - sum(r.remaining for r in first)
+    rest = sum(tiled(r.remaining) for r in prefilling) - sum(tiled(r.remaining) for r in first)
     return first if wait or rest >= little else []
