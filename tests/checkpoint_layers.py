@@ -13,10 +13,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def llama(config: Config, layer: int) -> Shapes:
-    """Qwen 2 and 3, Llama 2 and 3, Mistral."""
+    """Qwen 2 (and 2.5-VL) and 3, Llama 2 and 3, Mistral."""
     embed, mlp, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    qwen2, qwen3 = (config["model_type"] == name for name in ("qwen2", "qwen3"))
+    qwen2, qwen3 = (config["model_type"] in names for names in (("qwen2", "qwen2_5_vl"), ("qwen3",)))
     linear: Shapes = {
         "self_attn.q_proj": (queries, embed),
         "self_attn.k_proj": (keys, embed),
@@ -288,8 +288,33 @@ def norm(size: int, *names: str) -> Shapes:
     return {f"{name}.weight": (size,) for name in names}
 
 
+def qwen2_5_vision(config: Config) -> Shapes:
+    """The encoder of Qwen2.5-VL, by whole names."""
+    vision = config["vision_config"]
+    hidden, inner, side = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    wide = hidden * vision["spatial_merge_size"] ** 2
+    linear: Shapes = {}
+    for i in range(vision["depth"]):
+        linear |= {
+            f"visual.blocks.{i}.attn.qkv": (3 * hidden, hidden),
+            f"visual.blocks.{i}.attn.proj": (hidden, hidden),
+            f"visual.blocks.{i}.mlp.gate_proj": (inner, hidden),
+            f"visual.blocks.{i}.mlp.up_proj": (inner, hidden),
+            f"visual.blocks.{i}.mlp.down_proj": (hidden, inner),
+        }
+    linear |= {"visual.merger.mlp.0": (wide, wide), "visual.merger.mlp.2": (config["hidden_size"], wide)}
+    norms = [f"visual.blocks.{i}.norm{n}" for i in range(vision["depth"]) for n in (1, 2)]
+    return {
+        **weights(linear),
+        **{f"{name}.bias": shape[:1] for name, shape in linear.items()},
+        **norm(hidden, *norms, "visual.merger.ln_q"),
+        "visual.patch_embed.proj.weight": (hidden, 3, vision["temporal_patch_size"], side, side),
+    }
+
+
 LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen2": llama,
+    "qwen2_5_vl": llama,
     "qwen3": llama,
     "llama": llama,
     "mistral": llama,
@@ -311,3 +336,6 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
 }
+
+ENCODERS: dict[str, Callable[[Config], Shapes]] = {"qwen2_5_vl": qwen2_5_vision}
+"""Tensors of the encoders of pictures, by whole names."""

@@ -10,6 +10,7 @@ reads one back. Scales are chosen so that greedy text wanders and its two best t
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoint_layers import LAYERS
+from checkpoint_layers import ENCODERS, LAYERS
 from vocabularies import write_byte_level
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,6 +92,29 @@ SPARSE: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6},
+    "qwen2-5-vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        "image_token_id": 500,
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 3,
+            "hidden_size": 64,
+            "out_hidden_size": 256,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+    },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6, "head_dim": 128},
     "llama2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5},
     "llama3": {
@@ -335,6 +359,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(config["num_hidden_layers"]):
         here = LAYERS[config["model_type"]](config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in here.items()}
+    if (encoder := ENCODERS.get(config["model_type"])) is not None:
+        shapes |= encoder(config)
     return shapes
 
 
@@ -346,7 +372,7 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
-        if "norm" in name:
+        if "norm" in name or "ln_q" in name:
             return (0 if gemma else 1) + 0.1 * values
         if name.endswith("sinks"):
             return values
@@ -358,7 +384,8 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             return 0.2 * values
         if "embed" in name or "lm_head" in name:
             return (0.07 if gemma and "embed" in name else 0.25) * values
-        return values * np.float32(1.5 / shape[1] ** 0.5)
+        inputs = math.prod(shape[1:]) if len(shape) == 5 else shape[1]  # a convolution over patches
+        return values * np.float32(1.5 / inputs**0.5)
 
     return {name: draw(name, shape) for name, shape in tensor_shapes(config).items()}
 
@@ -391,3 +418,39 @@ def golden_names() -> list[str]:
 def golden(name: str) -> Golden:
     """Read one golden file."""
     return Golden(name=name, **json.loads((GOLDEN / f"{name}.json").read_text()))
+
+
+@dataclass(frozen=True)
+class GoldenPictures:
+    """A checkpoint with an encoder of pictures, and what transformers answered to prompts with some.
+
+    A prompt has one token where each of its pictures is to be; ``pictures``: seed, height and width of each of them
+    (see ``picture``). ``logprobs[i]`` is of the prompt as it is computed, each picture's token as often as it has
+    vectors: None for those.
+    """
+
+    name: str
+    family: str
+    seed: int
+    overrides: dict[str, Any]
+    prompts: list[list[int]]
+    pictures: list[list[list[int]]]
+    tokens: list[list[int]]
+    logprobs: list[list[float | None]]
+
+    def make(self, folder: str | Path) -> Path:
+        """Write its checkpoint."""
+        return make_checkpoint(self.family, folder, seed=self.seed, **self.overrides)
+
+
+def golden_pictures(name: str) -> GoldenPictures:
+    """Read one golden file of those with pictures."""
+    return GoldenPictures(name=name, **json.loads((GOLDEN / "pictures" / f"{name}.json").read_text()))
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """A picture of large and small things: uint8 [height, width, 3]."""
+    random = np.random.default_rng([seed, height, width])
+    rough = random.integers(0, 256, (height // 20 + 1, width // 20 + 1, 3))
+    smooth = np.repeat(np.repeat(rough, 20, 0), 20, 1)[:height, :width]
+    return np.clip(smooth + random.integers(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)

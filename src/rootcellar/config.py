@@ -320,6 +320,12 @@ class EngineConfig:
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )
+    mm_cache_size: int = option(
+        256,
+        "Device memory in MiB for what the model's encoder made of images, which is kept by what they show. Only "
+        "models with an encoder take it (docs/multimodal.md).",
+        low=1,
+    )
     max_images: int = option(64, "Most images of one request.", low=0)
     max_image_bytes: int = option(
         2**24, "Most bytes of one image as it comes: of a file, of what a data URL holds or an address sends.", low=1

@@ -14,7 +14,16 @@ from rootcellar.models.dense import make_mix_dense
 from rootcellar.models.loader import load_params
 
 # By day an engine answers these (tests/engine), and another of each family is scored here.
-AT_NIGHT = ("bamba", "deepseek3", "gemma3", "llama2-dynamic", "llama3-d128", "qwen2-4kv", "qwen3-tied-1kv-d128")
+AT_NIGHT = (
+    "bamba",
+    "deepseek3",
+    "gemma3",
+    "llama2-dynamic",
+    "llama3-d128",
+    "qwen2-4kv",
+    "qwen2-5-vl",
+    "qwen3-tied-1kv-d128",
+)
 
 
 @partial(jax.jit, static_argnums=(1,))

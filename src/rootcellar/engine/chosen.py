@@ -7,14 +7,14 @@ is one more.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jax import Array
 
 from rootcellar.engine.output import Tracker
-from rootcellar.runner import BatchPart, Runner, Unread
+from rootcellar.runner import BatchPart, Runner, Unread, Vectors
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Plan, Request, keep
 
@@ -36,8 +36,17 @@ class Chosen:
     top: tuple[np.ndarray, np.ndarray] | None
 
 
-def parts_of(plan: Plan) -> list[BatchPart]:
-    """A batch's parts: each chunk's tokens, and each token of its guess alone, so that one is chosen after each."""
+VectorsOf = Callable[[Request, int, int], Vectors | None]
+"""The vectors of what is no token in so many tokens of a request, from the first to before the second."""
+
+
+def parts_of(plan: Plan, given: VectorsOf | None = None) -> list[BatchPart]:
+    """A batch's parts: each chunk's tokens, and each token of its guess alone, so that one is chosen after each.
+
+    ``given``: of models that know more than tokens.
+    """
+    if given is not None:
+        return [part for chunk in plan.chunks for part in _seeing(chunk, given)]
     if not plan.guesses:
         return [BatchPart(_row(c.request), c.start, c.request.ids[c.start : c.stop]) for c in plan.chunks]
     return [part for chunk in plan.chunks for part in _parts(chunk)]
@@ -48,6 +57,15 @@ def _parts(chunk: Chunk) -> Iterator[BatchPart]:
     yield BatchPart(row, chunk.start, chunk.request.ids[chunk.start : chunk.stop])
     for j, token in enumerate(chunk.guess):
         yield BatchPart(row, chunk.stop + j, np.array([token]))
+
+
+def _seeing(chunk: Chunk, given: VectorsOf) -> Iterator[BatchPart]:
+    """A chunk's parts with their vectors and their places."""
+    request = chunk.request
+    for part in _parts(chunk):
+        stop = part.start + len(part.tokens)
+        places = None if request.places is None else request.places[:, part.start : stop]
+        yield part._replace(given=given(request, part.start, stop) if request.spans else None, places=places)
 
 
 def rows_of(plan: Plan) -> list[int]:

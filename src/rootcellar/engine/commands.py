@@ -100,6 +100,8 @@ class Submit(Command):
                 depends=item.depends,
                 room=item.room,
                 gives=item.gives,
+                spans=item.spans,
+                places=item.places,
             )
             assert item.seed is not None
             tracker = Tracker(

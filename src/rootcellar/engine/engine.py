@@ -23,6 +23,7 @@ from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.meeting import meet
 from rootcellar.engine.output import in_order, show
+from rootcellar.engine.pictures import ImageData
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.ranks import loop_of
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
@@ -173,6 +174,7 @@ class Engine(TakesWeights):
         bootstrap_host: str | Sequence[str | None] | None = None,
         bootstrap_port: int | Sequence[int | None] | None = None,
         bootstrap_room: int | Sequence[int | None] | None = None,
+        image_data: ImageData = None,
         raise_on_failure: bool = True,
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
@@ -199,6 +201,9 @@ class Engine(TakesWeights):
             storage_checkpoint_dependency: such a name; wait until the store has that, or cannot come to have it.
             bootstrap_host, bootstrap_port, bootstrap_room: with ``disaggregation_mode``, where the request for the same
                 prompt on the other node is met; a list has one for each answer.
+            image_data: images of the prompt, in the order in which it has the model's token for one: a file, its bytes,
+                a PIL image, an array (uint8 [height, width, 3]), or a list of them. Of several prompts a list with one,
+                a list, or None for each.
             raise_on_failure: False: an answer that failed is a result like the others, with a ``finish_reason``.
 
         Returns:
@@ -235,6 +240,7 @@ class Engine(TakesWeights):
             bootstrap_host=bootstrap_host,
             bootstrap_port=bootstrap_port,
             bootstrap_room=bootstrap_room,
+            image_data=image_data,
         )
         results = self._intake.run(self._loop, inputs, stream, strict=raise_on_failure and stream)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)
@@ -257,7 +263,7 @@ class Engine(TakesWeights):
         options |= {"received": self._clock.now(), "require_room": self.require_room}
         read = functools.partial(read_inputs, self._parts, prompt, input_ids, sampling_params, **options)
         # What is short is read sooner than a thread is woken.
-        inputs = await post.aside(read) if takes_long(prompt, input_ids) else read()
+        inputs = await post.aside(read) if takes_long(prompt, input_ids, options.get("image_data")) else read()
         compiling = self._intake.grammars(inputs)
         grammars = None if compiling is None else await asyncio.wrap_future(compiling)
         submit = self._intake.submit(inputs, stream)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rootcellar.cache import Reports, Tier
 from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
+from rootcellar.engine.encodings import Encodings
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.params import check_params, declare, path_name
@@ -53,6 +54,7 @@ class Lifecycle:
         released: tags whose memory is given back.
         mover: who copies between tiers; None where the device is the only one.
         missed: what was seen while copies were waited for; the next report begins with it.
+        encodings: what an encoder made of pictures; None where the model has none.
         saved: for each pool whose cached pages wait on the host without a tier there, their numbers and bytes.
     """
 
@@ -62,6 +64,7 @@ class Lifecycle:
     weights: str
     version: str = "0"
     mover: AnyMover | None = None
+    encodings: Encodings | None = None
     released: set[str] = field(default_factory=set)
     missed: Reports = field(default_factory=Reports)
     saved: dict[str, Saved] = field(default_factory=dict)
@@ -73,7 +76,16 @@ class Lifecycle:
     @classmethod
     def of(cls, parts: Parts) -> Lifecycle:
         """That of an engine made of these."""
-        return cls(parts.scheduler, parts.runner, parts.reload, parts.weights, mover=parts.mover)
+        encodings = None
+        if (encoder := parts.model.encoder) is not None:
+            room, chunk = parts.config.mm_cache_size * 2**20, parts.config.chunked_prefill_size
+            encodings = Encodings(encoder, parts.scheduler, parts.runner, room, chunk)
+        made = parts.scheduler, parts.runner, parts.reload, parts.weights
+        return cls(*made, mover=parts.mover, encodings=encodings)
+
+    def _forget_encodings(self) -> None:
+        if self.encodings is not None:
+            self.encodings.forget()
 
     def __post_init__(self) -> None:
         self._dtypes = [self._taken(leaf) for leaf in _leaves(self.runner.params)]
@@ -107,6 +119,7 @@ class Lifecycle:
         """Give memory back; no request runs. See ``Engine.release_memory_occupation``."""
         before = _resident_bytes()
         buffers = nbytes = 0
+        self._forget_encodings()
         if "kv_cache" in tags and "kv_cache" not in self.released:
             self.settle()
             if not preserve:
@@ -166,7 +179,8 @@ class Lifecycle:
         return Saved.take(self.scheduler.cache.used_pages(kind), self.runner.copiers[name])
 
     def flush(self) -> None:
-        """Forget every cached prefix, those saved on the host too; no request runs."""
+        """Forget every cached prefix, those saved on the host too, and what encoders made; no request runs."""
+        self._forget_encodings()
         self.settle()
         self.scheduler.cache.flush()
         self.saved = {}
@@ -233,6 +247,7 @@ class Lifecycle:
         return placed, [name for i, name in enumerate(names) if i in made or _is_copy(leaves[i], now[i])]
 
     def _are(self, weights: str) -> None:
+        self._forget_encodings()
         self.weights = weights
         self.scheduler.set_epoch(weights)
 

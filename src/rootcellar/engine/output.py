@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
 from rootcellar.scheduler import Finish, Guessed, Request, Stage
+from rootcellar.scheduler.placeholders import tokens_only
 from rootcellar.text import AFTER, Tokenizer
 
 Update = dict[str, Any]
@@ -290,6 +292,10 @@ class Tracker:
             "weight_versions": versions,
             "stages": [(name, at - self.received) for name, at in self.stages[: then.stages]],
         }
+        if spans := request.spans:
+            there = request.cached or 0
+            meta["image_tokens"] = sum(span.stop - span.start for span in spans)
+            meta["cached_image_tokens"] = sum(span.stop - span.start for span in spans if span.stop <= there)
         if request.guessed.steps:
             meta |= _guess_fields(request.guessed, n)
         if self._kept and versions:
@@ -322,9 +328,9 @@ class Tracker:
         return fields
 
     def _prompt_fields(self, kept: Logprobs, start: int) -> dict[str, Any]:
-        ids = self.request.ids[start : self.request.prompt_length].tolist()
-        # Nothing comes before the first token of a prompt, so it has no probability.
-        values = [float(each) if start + i else None for i, each in enumerate(kept.prompt[start:])]
+        ids = tokens_only(self.request.ids[: self.request.prompt_length], self.request.spans)[start:].tolist()
+        # Nothing comes before the first token of a prompt, so it has no probability; and what is no token has none.
+        values = [float(x) if start + i and not math.isnan(x) else None for i, x in enumerate(kept.prompt[start:])]
         fields: dict[str, Any] = {
             "input_token_logprobs": [self._entry(*pair) for pair in zip(values, ids, strict=True)]
         }

@@ -16,10 +16,11 @@ from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts
 from rootcellar.engine.identity import names_of, read_namespace
 from rootcellar.engine.output import LogprobOptions
+from rootcellar.engine.pictures import ImageData, see, spread_images
 from rootcellar.engine.room_fields import rooms_of
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.sampling_params import SamplingParams
-from rootcellar.scheduler import Room
+from rootcellar.scheduler import Room, Span
 from rootcellar.text import Tokenizer
 
 # Characters above which a prompt is tokenized on a thread of its own rather than on the event loop (about 2 ms).
@@ -49,6 +50,9 @@ class InputItem:
     room: Room | None = None
     gives: bool = False
     """Whether the prompt alone is computed, for another node."""
+    spans: tuple[Span, ...] = ()
+    places: NDArray[np.int32] | None = None
+    """Where ``ids`` have pictures, and where rotary embeddings of three axes take them to be; see ``Request``."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def read_inputs(
     bootstrap_host: str | Sequence[str | None] | None = None,
     bootstrap_port: int | Sequence[int | None] | None = None,
     bootstrap_room: int | Sequence[int | None] | None = None,
+    image_data: ImageData = None,
     require_room: Callable[[int, str], None] | None = None,
 ) -> Inputs:
     """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
@@ -110,6 +115,12 @@ def read_inputs(
     gives = bootstrap_room is not None and parts.config.disaggregation_mode == "prefill"
     logprobs = logprobs if return_logprob and not gives else None
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
+    images = spread_images(image_data, len(prompts), one=one)
+    seen = [
+        see(parts, ids, each, "" if one else f"prompt {i}: ")
+        for i, (ids, each) in enumerate(zip(prompts, images, strict=True))
+    ]
+    prompts = [each.ids for each in seen]
     settings = _spread(sampling_params, len(prompts), "sampling_params", Mapping)
     settings = [_prompt_alone(each) for each in settings] if gives else settings
     named = names_of(rid, len(prompts))
@@ -131,8 +142,11 @@ def read_inputs(
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
             kept = storage_checkpoint, storage_checkpoint_dependency
             where_to = rooms[len(items)], gives
+            shown = seen[i].spans, seen[i].places
             items.append(
-                InputItem(ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept, *where_to)
+                InputItem(
+                    ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept, *where_to, *shown
+                )
             )
     return Inputs(items, not one or len(items) > 1, received, tenant)
 
@@ -357,8 +371,10 @@ def _logprob_options(config: EngineConfig, start: int, top: int, texts: bool) ->
     return LogprobOptions(None if start < 0 else start, top, texts)
 
 
-def takes_long(prompt: object, input_ids: object) -> bool:
+def takes_long(prompt: object, input_ids: object, image_data: object = None) -> bool:
     """Whether reading the arguments may take longer than an event loop should stand still."""
+    if image_data is not None:
+        return True
     texts = prompt if isinstance(prompt, list | tuple) else [prompt]
     nested = isinstance(input_ids, list | tuple) and input_ids and isinstance(input_ids[0], list | tuple | np.ndarray)
     lists = input_ids if nested else [input_ids]

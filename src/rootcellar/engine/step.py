@@ -152,6 +152,7 @@ class Machine:
         self._overlap = overlap
         self._launched: Launched | None = None
         """The step whose tokens were not taken when the turn ended: planned ahead."""
+        self._given = None if life.encodings is None else life.encodings.given
         self._planned: Plan | None = None
         """The step that is being begun or taken: whose fault a failure is."""
         self._stuck = False
@@ -341,7 +342,20 @@ class Machine:
         self.recorder.planned(self.trackers)
         return self._run(plan, before.unread)
 
+    def _encode(self) -> None:
+        """Go on with pictures that running requests wait for; who waits for one that cannot be encoded ends."""
+        if self.life.encodings is None:
+            return
+        try:
+            self.life.encodings.turn()
+        except Exception as error:
+            log.exception("an image could not be encoded; the requests that show it end with an error")
+            why = Finish.abort("failed", f"an image could not be encoded: {type(error).__name__}: {error}")
+            for request in self.life.encodings.failed():
+                self.end(request, why)
+
     def _plan(self) -> Plan | None:
+        self._encode()
         self.recorder.step_begins()
         self.hints.make_way()
         plan = self.scheduler.plan()
@@ -383,7 +397,7 @@ class Machine:
         self._planned = plan
         self._dispatch()
         cache, runner = self.scheduler.cache, self.runner
-        parts = parts_of(plan)
+        parts = parts_of(plan, self._given)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
         start = self.recorder.dispatched()

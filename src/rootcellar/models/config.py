@@ -15,7 +15,7 @@ from rootcellar.models.files import hub_hint, read_json
 from rootcellar.models.loader import has_own_head, has_weights
 from rootcellar.models.model import LayerConfig, ModelConfig
 from rootcellar.models.norms import Norm
-from rootcellar.plan.fields import LONGEST_CONTEXT, check_fields, text_of
+from rootcellar.plan.fields import LONGEST_CONTEXT, PROCESSOR, check_fields, text_of
 
 __all__ = ["LayerConfig", "ModelConfig", "load_config", "read_config"]
 
@@ -41,8 +41,9 @@ def load_config(folder: str | Path, *, weights: bool = True) -> ModelConfig:
     if raw is None:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     generation = read_json(folder / "generation_config.json") or {}
+    processor = read_json(folder / "preprocessor_config.json") or {}
     try:
-        model = read_config(raw, generation)
+        model = read_config(raw, generation, processor)
     except ModelError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
     if weights and model.tie_word_embeddings and has_weights(folder) and has_own_head(folder, model):
@@ -53,19 +54,23 @@ def load_config(folder: str | Path, *, weights: bool = True) -> ModelConfig:
     return model
 
 
-def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Turn the content of ``config.json`` (and of ``generation_config.json``) into a ``ModelConfig``.
+def read_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None, processor: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Turn the content of ``config.json`` (``generation_config.json``, ``preprocessor_config.json``) into a
+    ``ModelConfig``.
 
     Understands the spelling of transformers before version 5 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and
     from 5 on (``rope_parameters``, ``dtype``). Raises ``ModelError`` as ``load_config`` does.
     """
     text = text_of(raw)
     check_fields(generation or {})
+    check_fields(processor or {}, "preprocessor_config.json: ", PROCESSOR)
     family = family_of(raw)
     nested = raw.get("text_config") or {}  # a multimodal model's language model
     named = (each.get("eos_token_id") for each in (generation or {}, raw, nested))
     eos = {id for each in named for id in _ids(each)}
-    raw = {**family.defaults, **text}
+    raw = {**family.defaults, **text, "image_processor": processor}
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise ModelError(f"quantised weights ({method}) are not supported; use the float checkpoint of this model")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rootcellar.models.spec import Axis
 from rootcellar.pools.layouts import TokenLayout
@@ -29,6 +30,8 @@ class ForwardBatch:
         layout: of the kind's pages.
         backend: of attention, by name (see ``ops.backends``).
         local: runs a function on each device's own heads.
+        places: int32 [3, T], where rotary embeddings take each token to be, in time, height and width; None: where
+            ``positions`` has it.
     """
 
     positions: jax.Array
@@ -37,3 +40,9 @@ class ForwardBatch:
     layout: TokenLayout
     backend: str
     local: Local
+    places: jax.Array | None = None
+
+    @property
+    def turned_by(self) -> jax.Array:
+        """What rotary embeddings turn by: int32 [3, T], or [T] where a place is a position; padding is at 0."""
+        return jnp.maximum(self.positions, 0) if self.places is None else self.places

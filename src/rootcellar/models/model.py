@@ -14,6 +14,7 @@ import jax
 
 from rootcellar.cache.kind import Rule
 from rootcellar.errors import ModelError
+from rootcellar.models.encoders import Encoder
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig
@@ -140,12 +141,19 @@ class ModelConfig:
     """The dtype that the checkpoint was saved in, as ``config.json`` says (one of ``DTYPES``); loading may differ."""
     rope: RopeConfig | None = None
     """The rotary embedding whose scaling says how long a sequence may be."""
+    encoder: Encoder | None = None
+    """What makes vectors of pictures; None: the model knows tokens alone."""
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ModelError("num_hidden_layers must be at least 1")
         if self.dtype not in DTYPES:
             raise ModelError(f"dtype={self.dtype!r} is not supported; known: {', '.join(DTYPES)}")
+
+    @property
+    def axes(self) -> int:
+        """Axes of a token's place for rotary embeddings, where it is more than its position; else 0."""
+        return 0 if self.rope is None else len(self.rope.sections)
 
     @property
     def num_layers(self) -> int:

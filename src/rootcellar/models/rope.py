@@ -18,6 +18,8 @@ import numpy.typing as npt
 from rootcellar.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+AXES = 3
+"""Of a place in a picture: time, height and width."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class RopeConfig:
     """Divides the frequency of each pair (longrope)."""
     part: float = 1.0
     """Of each head the leading part that is turned; the rest is left as it is."""
+    sections: tuple[int, ...] = ()
+    """Pairs that turn by a token's place in time, in height and in width, in this order (Qwen2-VL's "mrope"); none: all
+    turn by its position."""
 
 
 def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
@@ -56,11 +61,15 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     rule = fields.get("rope_type") or fields.get("type") or "default"
     rule = "longrope" if rule == "su" else rule  # as Phi 3 called it at first
+    sections = tuple(fields.get("mrope_section") or ())
+    rule = "default" if rule == "mrope" else rule  # as it was called before transformers 5
     if rule not in ROPE_TYPES:
         raise ModelError(f"rope scaling {rule!r} is not supported; known: {', '.join(ROPE_TYPES)}")
     part = float(fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0)
     if rule == "default":
-        return RopeConfig(theta=theta, part=part)
+        return RopeConfig(theta=theta, part=part, sections=sections)
+    if sections:
+        raise ModelError(f"mrope_section={list(sections)} with rope scaling {rule!r} is not supported")
     if rule == "longrope":
         return _read_longrope(raw, fields, context, RopeConfig(theta=theta, type=rule, part=part))
     if part != 1:
@@ -168,8 +177,9 @@ def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> np
 
 
 def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 ``[T, head_dim / 2]``, of int32 positions ``[T]``."""
-    at = positions.astype(jnp.float32)[:, None]
+    """cos and sin, float32 ``[T, head_dim / 2]``, of int32 positions ``[T]``, or ``[axes, T]`` (``sections``)."""
+    at = positions.astype(jnp.float32)
+    at = at[np.repeat(np.arange(len(rope.sections)), rope.sections)].T if at.ndim == 2 else at[:, None]
     if rope.type == "dynamic":
         frequencies = _dynamic(rope, head_dim, at)
     else:
@@ -200,12 +210,17 @@ def check_turned(rope: RopeConfig, head_dim: int, name: str) -> None:
         raise ModelError(f"{name}={head_dim}{part}: rotary embeddings turn pairs, so it must be even and at least 2")
     if rope.type == "longrope" and len(rope.factors) != turned // 2:
         raise ModelError(f"rope scaling 'longrope' has {len(rope.factors)} factors, and {turned // 2} pairs are turned")
+    if rope.sections and (len(rope.sections) != AXES or sum(rope.sections) != turned // 2):
+        raise ModelError(
+            f"mrope_section={list(rope.sections)} is not supported: it must be three numbers of pairs that are "
+            f"{turned // 2} together"
+        )
     if rope.type == "dynamic" and head_dim == 2:
         raise ModelError(f"{name}=2 with rope scaling 'dynamic': its base is not defined for a single pair")
 
 
 def turn(rope: RopeConfig, positions: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
-    """Each of ``parts`` ``[T, heads, D]`` turned by ``positions`` int32 ``[T]``."""
+    """Each of ``parts`` ``[T, heads, D]`` turned by ``positions`` int32 ``[T]``, or ``[axes, T]`` (``sections``)."""
     turned = int(parts[0].shape[-1] * rope.part)
     cos, sin = rotations(rope, turned, positions)
     if rope.part == 1:

@@ -183,8 +183,35 @@ _ROPE: Mapping[str, Field] = {
     "long_factor": Several(_SCALE, _MOST_PAIRS),
     "mscale": Number(0, 1e6),
     "mscale_all_dim": Number(0, 1e6),
+    "mrope_section": Several(Whole(0, 1024), 3),
 }
 _ROPES = Object(_ROPE, nested=("full_attention", "sliding_attention"))
+
+_VISION: Mapping[str, Field] = {
+    "depth": Whole(1, MOST_LAYERS),
+    "hidden_size": _SIZE,
+    "out_hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_heads": _SIZE,
+    "in_channels": Whole(1, 64),
+    "in_chans": Whole(1, 64),
+    "patch_size": Whole(1, 256),
+    "spatial_merge_size": Whole(1, 16),
+    "temporal_patch_size": Whole(1, 16),
+    "window_size": Whole(1, 4096),
+    "fullatt_block_indexes": _LAYERS,
+    "hidden_act": Word(),
+    "rope_parameters": Object({"rope_theta": _THETA}),
+}
+_PIXELS = Whole(1, 2**31)
+PROCESSOR: Mapping[str, Field] = {
+    "min_pixels": _PIXELS,
+    "max_pixels": _PIXELS,
+    "size": Object({"shortest_edge": _PIXELS, "longest_edge": _PIXELS}),
+    "image_mean": Several(Number(0, 1), 3),
+    "image_std": Several(Number(0, 1, above=True), 3),
+}
+"""What is read of ``preprocessor_config.json``: how a model's pictures are resized."""
 
 FIELDS: Mapping[str, Field] = {
     # which model it is
@@ -231,6 +258,10 @@ FIELDS: Mapping[str, Field] = {
     "qk_nope_head_dim": _SIZE,
     "qk_rope_head_dim": _SIZE,
     "v_head_dim": _SIZE,
+    # pictures
+    "vision_config": Object(_VISION),
+    "image_token_id": Whole(0, 2**31 - 1),
+    "image_processor": Object(PROCESSOR),  # what is read of preprocessor_config.json
     # which layers see what
     "layer_types": Several(Word(), MOST_LAYERS),
     "layers_block_type": Several(Word(), MOST_LAYERS),

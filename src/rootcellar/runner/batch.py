@@ -40,13 +40,15 @@ class BatchPart(NamedTuple):
     """Tokens [start, start + len(tokens)) of one request.
 
     ``row``: its row in the cache's page tables. ``tokens``: ids as the cache knows them; those for which there are
-    ``given`` vectors may be anything of 64 bits.
+    ``given`` vectors may be anything of 64 bits. ``places``: int32 [3, len(tokens)], where rotary embeddings of three
+    axes take them to be, if it is not where they stand.
     """
 
     row: int
     start: int
     tokens: NDArray[np.integer]
     given: Vectors | None = None
+    places: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Batch:
         given: vectors that stand for tokens; None, as for text alone, is a program of its own.
         sources: int32 [T] in a batch of single tokens, None in others: the row of the step before whose newest token
             stands in the token's place, because the host has not read it; -1: it is in ``tokens``.
+        places: int32 [3, T] where a part says them; None: all are where ``positions`` has them.
     """
 
     tokens: NDArray[np.int64]
@@ -141,6 +144,7 @@ class Batch:
     starts: tuple[int, ...] = ()
     given: Given | None = None
     sources: Ints | None = None
+    places: Ints | None = None
 
     @classmethod
     def padding(cls, tiles: int, tile: int, widths: Mapping[str, int]) -> Batch:
@@ -183,11 +187,12 @@ class Batch:
                 last[i] = at + n - 1
         chosen = {name: table[ids] for name, table in tables.items()}
         given = _given(parts, starts, tokens)
+        places = _places(parts, starts, positions)
         unread = None
         if tile == 1:
             unread = np.full(tiles, -1, np.int32)
             unread[: len(sources)] = sources
-        return cls(tokens, positions, rows, chosen, last, tuple(starts), given, unread)
+        return cls(tokens, positions, rows, chosen, last, tuple(starts), given, unread, places)
 
 
 def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:
@@ -203,3 +208,14 @@ def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np
     spread = np.zeros((len(tokens), vectors.shape[1]), np.float32)
     spread[places] = vectors
     return Given(where, spread)
+
+
+def _places(parts: Sequence[BatchPart], starts: Sequence[int], positions: Ints) -> Ints | None:
+    """The parts' places where any says them; others are at their positions, in each axis."""
+    found = [(at, part.places) for part, at in zip(parts, starts, strict=True) if part.places is not None]
+    if not found:
+        return None
+    spread = np.tile(np.maximum(positions, 0), (len(found[0][1]), 1))
+    for at, places in found:
+        spread[:, at : at + places.shape[1]] = places
+    return spread

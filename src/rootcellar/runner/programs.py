@@ -112,10 +112,10 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     cfg, pool_of = placement.served, paging.pool_of
     where = {layer: (kind.name, i) for kind in paging.kinds for i, layer in enumerate(kind.layers)}
 
-    def step(params, buffers, tokens, positions, rows, tables, last, given, newest):  # type: ignore[no-untyped-def]
+    def step(params, buffers, tokens, positions, rows, tables, last, given, newest, places):  # type: ignore[no-untyped-def]
         buffers = {name: list(layers) for name, layers in buffers.items()}
         steps = {
-            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local)
+            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local, places)
             for name, layout in paging.layouts.items()
         }
 

@@ -55,7 +55,9 @@ def arguments(programs: Programs, tiles: int, tile: int) -> tuple[Any, ...]:
     if tile == 1:
         tokens = jax.ShapeDtypeStruct((programs.shapes.newest,), jnp.int32, sharding=placement.whole)
         newest = Newest(tokens, rows)
-    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows, None, newest
+    axes = placement.served.axes
+    places = jax.ShapeDtypeStruct((axes, tiles * tile), jnp.int32) if axes else None
+    return placement.abstract(programs.dtype), buffers, ints, ints, rows, tables, rows, None, newest, places
 
 
 def _sampling(programs: Programs, rows: int) -> int:

@@ -129,7 +129,10 @@ class Runner:
         buffers = {name: pool.buffers for name, pool in self.pools.items()}
         known = self._within_vocabulary(batch.tokens)
         fixed = batch.positions, batch.rows, batch.tables, batch.last, batch.given
-        return self.params, buffers, known, *fixed, newest
+        places = batch.places
+        if places is None and (axes := self.placement.served.axes):  # of text they are its positions
+            places = np.tile(np.maximum(batch.positions, 0), (axes, 1))
+        return self.params, buffers, known, *fixed, newest, places
 
     def _within_vocabulary(self, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
         low, high = int(tokens.min()), int(tokens.max())

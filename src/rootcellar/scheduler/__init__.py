@@ -2,6 +2,7 @@
 
 from rootcellar.scheduler.guessing import Guesses, NgramGuesser, keep
 from rootcellar.scheduler.loads import Decision, Loads, Rates, TierRate
+from rootcellar.scheduler.placeholders import Span
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan
 from rootcellar.scheduler.prefetching import PREFETCH_POLICIES, Prefetcher, PrefetchPolicy, PrefetchRules
 from rootcellar.scheduler.request import Finish, Guessed, Request, Room
@@ -30,6 +31,7 @@ __all__ = [
     "Room",
     "Scheduler",
     "Snapshots",
+    "Span",
     "Stage",
     "TierRate",
     "keep",

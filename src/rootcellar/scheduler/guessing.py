@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from rootcellar.cache import Kind, RadixCache, Suffixes, owner_of
 from rootcellar.errors import ConfigError
+from rootcellar.scheduler.placeholders import ABOVE
 from rootcellar.scheduler.request import Request
 
 LOOK_BACK = 1 << 14
@@ -87,6 +88,8 @@ def fitting(cache: RadixCache, request: Request, guess: tuple[int, ...]) -> tupl
 
     What is only cached does, as for a request's own tokens: a slot that a wrong guess leaves is its next token's.
     """
+    if guess and max(guess) >= ABOVE:  # what is no token is never said
+        guess = guess[: next(i for i, token in enumerate(guess) if token >= ABOVE)]
     lacking = request.computed + 1 + len(guess) - request.slots
     if guess and lacking > 0:
         assert request.lease is not None

@@ -1,14 +1,42 @@
-"""Ids for what is no token: the positions of a prompt that an image, say, takes."""
+"""Ids for what is no token, and the spans of a prompt where it stands: the positions that a picture takes, say.
+
+Spans are atomic: no chunk ends inside one, and no request resumes inside one, whatever pages the cache still has of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-_ABOVE = 1 << 62
+if TYPE_CHECKING:
+    from rootcellar.scheduler.request import Request
+
+ABOVE = 1 << 62
 """Above every vocabulary, and above whatever fits 32 bits, so that no token is ever called so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions [start, stop) of a prompt, where a picture stands.
+
+    ``content``: a digest of what it shows and how it is encoded. ``pixels``: what is encoded, uint8 [height, width, 3].
+    ``token``: what stands for each position where people read the prompt.
+    """
+
+    start: int
+    stop: int
+    content: bytes
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+    token: int
+
+
+HasVectors = Callable[["Request", Span], bool]
+"""Whether the vectors of a request's span are there."""
 
 
 def placeholder_ids(content: bytes, count: int) -> NDArray[np.int64]:
@@ -18,4 +46,45 @@ def placeholder_ids(content: bytes, count: int) -> NDArray[np.int64]:
     bits each: the cache shares what is equal, and takes nothing else for it. A longer run begins with the shorter one.
     """
     bits = hashlib.shake_256(b"rootcellar.placeholder.v1" + content).digest(8 * count)
-    return np.frombuffer(bits, "<i8").astype(np.int64) & (_ABOVE - 1) | _ABOVE
+    return np.frombuffer(bits, "<i8").astype(np.int64) & (ABOVE - 1) | ABOVE
+
+
+def tokens_only(ids: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int64]:
+    """``ids`` of a prompt for people: with the span's token in the place of each id that is none."""
+    shown = ids.copy()
+    for span in spans:
+        shown[span.start : span.stop] = span.token
+    return shown
+
+
+def outside(spans: Sequence[Span], at: int) -> int:
+    """``at``, or the start of the span that it lies inside of."""
+    return next((span.start for span in spans if span.start < at < span.stop), at)
+
+
+def next_span(request: Request) -> Span | None:
+    """The first of a request's spans that is not computed."""
+    return next((span for span in request.spans if span.stop > request.computed), None)
+
+
+def blind(request: Request, seen: HasVectors) -> bool:
+    """Whether the next token of ``request`` is of a span whose vectors are not there."""
+    span = next_span(request) if request.spans else None
+    return span is not None and span.start == request.computed and not seen(request, span)
+
+
+def whole(request: Request, stop: int, seen: HasVectors) -> int:
+    """Where a chunk that would end at ``stop`` ends, so that it has all of each of its spans, and their vectors."""
+    for span in request.spans:
+        if request.computed < span.stop and span.start < stop and (stop < span.stop or not seen(request, span)):
+            return span.start
+    return stop
+
+
+def unbroken(portions: dict[Request, int]) -> dict[Request, int]:
+    """Portions of a step's tokens; the first that breaks the span it begins with becomes as long as that, and first."""
+    for request, tokens in portions.items():
+        span = next_span(request) if request.spans else None
+        if span is not None and span.start == request.computed and tokens < span.stop - span.start:
+            return {request: span.stop - span.start} | {r: n for r, n in portions.items() if r is not request}
+    return portions

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rootcellar.cache import Eviction, Key, Lease
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler.loads import Decision
+from rootcellar.scheduler.placeholders import Span
 from rootcellar.scheduler.stages import Stage, advance_stage
 
 
@@ -133,6 +134,9 @@ class Request:
         gives: whether only its prompt is computed, for the other node; else that one computes it for this.
         stage: where it is; :meth:`enter` changes it.
         finish: why it ended, once it has.
+        spans: where its prompt has pictures, ascending.
+        places: int32 [3, prompt_length + max_new_tokens], where rotary embeddings of three axes take its tokens to be;
+            None: at their positions.
     """
 
     rid: str
@@ -176,6 +180,8 @@ class Request:
     gives: bool = False
     stage: Stage = Stage.PREFILL_WAITING
     finish: Finish | None = None
+    spans: tuple[Span, ...] = ()
+    places: NDArray[np.int32] | None = None
 
     @classmethod
     def new(
@@ -196,10 +202,18 @@ class Request:
         depends: str | None = None,
         room: Room | None = None,
         gives: bool = False,
+        spans: tuple[Span, ...] = (),
+        places: NDArray[np.int32] | None = None,
     ) -> Request:
-        """A request for the continuation of ``prompt`` (token ids, at least one)."""
+        """A request for the continuation of ``prompt`` (token ids, at least one).
+
+        ``places``: int32 [3, len(prompt) + 1], those of the prompt and of the token after it.
+        """
         ids = np.zeros(len(prompt) + sampling.max_new_tokens, np.int64)
         ids[: len(prompt)] = prompt
+        if places is not None:  # an answer goes on from there, in each axis alike
+            after = np.arange(1, len(ids) - len(prompt), dtype=np.int32)
+            places = np.concatenate([places, places[:, -1:] + after], axis=1)
         return cls(
             rid,
             ids,
@@ -218,6 +232,8 @@ class Request:
             depends=depends,
             room=room,
             gives=gives,
+            spans=spans,
+            places=places,
             stage=_first_stage(room, gives),
         )
 

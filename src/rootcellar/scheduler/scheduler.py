@@ -21,11 +21,13 @@ from numpy.typing import ArrayLike
 
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.ahead import chunks_ahead
+from rootcellar.scheduler.cutting import Cutter
 from rootcellar.scheduler.guessing import Guesses, fitting, require_no_states
 from rootcellar.scheduler.loads import Loads
+from rootcellar.scheduler.placeholders import outside
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, portions, served
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, served
 from rootcellar.scheduler.sharing import Sharing, note_cached, note_met
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
@@ -96,8 +98,8 @@ class Scheduler:
         self.guesses = guesses
         # Tokens after which a decoding request commits: whole pages, or several at a time when they are tiny.
         self._stride = max(cache.page_size, min(16, chunked_prefill_size))
-        self._tiles_of = tiles_of
-        self._max_tiles = max_tiles if max_tiles is not None else chunked_prefill_size
+        most = max_tiles if max_tiles is not None else chunked_prefill_size
+        self.cutter = Cutter(chunked_prefill_size, most, tiles_of, cache.page_size, snapshots)
         self._snapshots = snapshots
         self._arrivals = 0
         self._turns = Turns(max_running_requests)
@@ -254,6 +256,7 @@ class Scheduler:
         started = self._turns.now
         self._admit()
         ready = [r for r in self.running if r not in self.loading] if self.loading else self.running
+        ready = self.cutter.able(ready)
         decoding = [r for r in ready if r.length - r.computed == 1]
         prefilling = [r for r in ready if r.length - r.computed > 1] if len(decoding) < len(ready) else []
         # What is all cached but its last token need not wait for the next decode step, nor for others' short prompts.
@@ -308,28 +311,13 @@ class Scheduler:
         return decode_step(tuple(chunks)) if chunks else None
 
     def _prefill(self, prefilling: list[Request]) -> Plan | None:
-        tiles, spare = self._max_tiles, 0
-        counts: dict[Request, int] = {}
-        for request, n in portions(prefilling, self._chunk, self._plans).items():
-            whole = n + spare
-            n = self._end_well(request, min(request.remaining, whole))
-            need = self._tiles_of(n)
-            if n <= 0 or need > tiles:
-                continue
-            tiles, spare = tiles - need, whole - n
-            counts[request] = n
+        counts = self.cutter.counts(prefilling, self._plans)
         chunks = [Chunk(r, r.computed, r.computed + n, n == r.remaining) for r, n in counts.items()]
         self._grow([c.request for c in chunks], [c.stop for c in chunks])
         chunks = [chunk for chunk in chunks if chunk.request.lease is not None]
         for chunk in chunks:
             chunk.request.enter(Stage.PREFILL_FORWARD if chunk.ends else Stage.PREFILL_CHUNKED_FORWARD)
         return Plan(tuple(chunks), decode=False) if chunks else None
-
-    def _end_well(self, request: Request, n: int) -> int:
-        """Of a chunk of up to ``n`` tokens, as many as end on a page, so that all of it is shared, or at a snapshot."""
-        if self.cache.page_size < n < request.remaining:
-            n -= (request.computed + n) % self.cache.page_size
-        return n if self._snapshots is None else self._snapshots.stop(request, request.computed + n) - request.computed
 
     def _one_slot_more(self, requests: Sequence[Request]) -> bool:
         """Let each have one more slot, in one call of the cache; whether all have theirs now."""
@@ -377,7 +365,7 @@ class Scheduler:
         while looks and (request := lines.next()) is not None:
             if stuck and held.tenants[request.tenant]:
                 return
-            hit = hits.get(request) or self.cache.match(request.key(request.matchable))
+            hit = hits.get(request) or self._match(request)
             cached = self.loads.reach(hit)
             held_back = request in self.waiting.held or self._sharing.soon(request, cached, self.running)
             if held_back or not budget.allows(request, cached):
@@ -394,7 +382,7 @@ class Scheduler:
     def _lines(self, held: Held) -> tuple[Lines, dict[Request, Hit]]:
         """All that wait, in line, and their hits where the policy asks for them and somebody may start."""
         if self._needs_match and len(self.waiting) <= _LPM_LIMIT and len(self.running) < self._max_running:
-            hits = {r: self.cache.match(r.key(r.matchable)) for r in self.waiting}
+            hits = {r: self._match(r) for r in self.waiting}
 
             def place(request: Request) -> Place:
                 return (*place_of(request)[:2], *self._rank(request, self.loads.reach(hits[request])))
@@ -403,6 +391,13 @@ class Scheduler:
             return Lines(ranked, place, held, self._turns), hits
         reverse = {call: line[::-1] for call, line in self.waiting.calls.items()}
         return Lines(reverse, place_of, held, self._turns), {}
+
+    def _match(self, request: Request) -> Hit:
+        """What the cache has of a waiting request, up to where it may resume: inside of no span."""
+        hit = self.cache.match(request.key(request.matchable))
+        while request.spans and (start := outside(request.spans, reach := self.loads.reach(hit))) < reach:
+            hit = self.cache.match(request.key(start))
+        return hit
 
     def _claim(self, request: Request, hit: Hit, held: Held) -> bool:
         """Start a request of somebody who has nothing running, in place of the youngest of whoever has most.
@@ -443,6 +438,9 @@ class Scheduler:
         lease = self.cache.open(hit, self.loads.farthest(hit), priority=request.priority, room=room)
         if lease is None:
             return False
+        if (start := outside(request.spans, lease.cached)) < lease.cached:  # less than the hit had: there was no room
+            self.cache.close(lease)
+            return self._start(request, self.cache.match(request.key(start)))
         note_met(request, hit, self.cache)
         request.decisions += self.loads.decided(hit)
         request.lease = lease

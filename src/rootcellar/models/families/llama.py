@@ -32,7 +32,7 @@ FUSED_GATE_UP = layer_names(gate_up=("mlp.gate_up_proj.weight",) * 2)
 PHI_NAMES = {**NAMES, **FUSED_GATE_UP, **layer_names(qkv=("self_attn.qkv_proj.weight",) * 3)}
 
 
-def _layers(raw: Raw, *, head_dim: int | None = None, mlp_bias: bool = False, **switches: Any) -> dict[str, Any]:
+def llama_layers(raw: Raw, *, head_dim: int | None = None, mlp_bias: bool = False, **switches: Any) -> dict[str, Any]:
     """Layers that differ in what they see alone; ``switches`` are fields of ``Attention``."""
     rope = read_rope(raw, size(raw, "max_position_embeddings"))
     feed_forward = Dense(size(raw, "intermediate_size"), mlp_bias, activation_of(raw))
@@ -50,14 +50,14 @@ def _biases(raw: Raw) -> dict[str, bool]:
 
 
 def _qwen3(raw: Raw) -> dict[str, Any]:
-    return _layers(raw, head_dim=128, qk_norm=Norm(float(raw.get("rms_norm_eps") or 1e-6)), **_biases(raw))
+    return llama_layers(raw, head_dim=128, qk_norm=Norm(float(raw.get("rms_norm_eps") or 1e-6)), **_biases(raw))
 
 
 def _smollm3(raw: Raw) -> dict[str, Any]:
     """Llama, but for every fourth layer, which is not told positions."""
     if raw.get("use_sliding_window") and not raw.get("layer_types"):
         refuse(raw, "use_sliding_window")
-    fields = _layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw))
+    fields = llama_layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw))
     layers = zip(fields["layers"], has_rope(raw), strict=True)
     plain = tuple(each if told else replace(each, mixer=replace(each.mixer, rope=None)) for each, told in layers)
     return {**fields, "layers": plain}
@@ -65,10 +65,12 @@ def _smollm3(raw: Raw) -> dict[str, Any]:
 
 SMOLLM3_DEFAULTS: Raw = {"no_rope_layer_interval": 4, "rope_theta": 2000000.0, "tie_word_embeddings": True}
 FAMILIES = (
-    Family("Qwen2ForCausalLM", lambda raw: _layers(raw, qkv_bias=True), NAMES),
+    Family("Qwen2ForCausalLM", lambda raw: llama_layers(raw, qkv_bias=True), NAMES),
     Family("Qwen3ForCausalLM", _qwen3, NAMES),
-    Family("LlamaForCausalLM", lambda raw: _layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw)), NAMES),
-    Family("MistralForCausalLM", _layers, NAMES),
+    Family(
+        "LlamaForCausalLM", lambda raw: llama_layers(raw, mlp_bias=bool(raw.get("mlp_bias")), **_biases(raw)), NAMES
+    ),
+    Family("MistralForCausalLM", llama_layers, NAMES),
     Family("SmolLM3ForCausalLM", _smollm3, NAMES, SMOLLM3_DEFAULTS),
-    Family("Phi3ForCausalLM", _layers, PHI_NAMES, {"rms_norm_eps": 1e-5}),
+    Family("Phi3ForCausalLM", llama_layers, PHI_NAMES, {"rms_norm_eps": 1e-5}),
 )

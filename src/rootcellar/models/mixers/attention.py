@@ -131,7 +131,7 @@ class Attention:
         self, params: Params, x: jax.Array, batch: ForwardBatch, buffers: Sequence[jax.Array]
     ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """See ``Mixer``."""
-        q, k, v, gate = self.project(params, x, jnp.maximum(batch.positions, 0))
+        q, k, v, gate = self.project(params, x, batch.turned_by)
         axes = batch.layout.axes
         attend = batch.local(
             attention(batch.backend, batch.layout, self.reach),
@@ -165,7 +165,10 @@ class Attention:
     def project(
         self, params: Params, x: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned; and gates."""
+        """Queries ``[T, H, D]``, keys and values ``[T, K, D]`` of ``x`` ``[T, E]``, normed and turned; and gates.
+
+        ``positions``: int32 [T], or [3, T] (see ``rope.turn``).
+        """
         rows = product(x, params["qkv"])
         if self.qkv_bias:
             rows = rows + params["qkv_bias"]

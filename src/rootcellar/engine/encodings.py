@@ -1,0 +1,169 @@
+"""What the encoder made of pictures: kept by content on the device, and made, a stage at a time, for those who run.
+
+A request that runs waits where its next token is of a picture that has no vectors yet; everybody else goes on. So a
+picture is encoded once, whoever shows it meanwhile, and decoding waits for as much of an encoder as costs what a chunk
+of a prompt does, between two steps. The vectors that running requests come to next are not evicted before their chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from rootcellar.models.encoders import Encoder
+from rootcellar.models.params import declare
+from rootcellar.runner import Runner, Vectors
+from rootcellar.runner.encoding import Encoding, PictureEncoder
+from rootcellar.scheduler import Request, Scheduler, Span
+from rootcellar.scheduler.placeholders import next_span
+
+Content = tuple[str, bytes]
+"""Whose it is and by which weights, as the request's cache keys say it, and a span's content."""
+
+
+@dataclass
+class EncodingStats:
+    """Since the start: pictures ``encoded``, in how many ``turns`` and ``seconds``; spans that were ``computed``, from
+    the vectors of pictures; pictures ``evicted``.
+    """
+
+    encoded: int = 0
+    turns: int = 0
+    seconds: float = 0.0
+    computed: int = 0
+    evicted: int = 0
+
+
+class Encodings:
+    """Those of one engine. On its thread alone."""
+
+    def __init__(self, encoder: Encoder, scheduler: Scheduler, runner: Runner, nbytes: int, chunk: int) -> None:
+        """Keep up to ``nbytes`` of vectors; encode between two steps what costs as much as ``chunk`` prompt tokens."""
+        self.stats = EncodingStats()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._encoder = PictureEncoder(encoder, runner.placement)
+        self._room = nbytes
+        self._kept: OrderedDict[Content, Array] = OrderedDict()
+        """The least recently used first."""
+        self._under_way: tuple[list[Content], Encoding] | None = None
+        layers = jax.tree.leaves(declare(runner.placement.served)["layers"])
+        self._most = chunk * sum(prod(spec.shape) for spec in layers)
+        scheduler.cutter.seen = self._seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(vectors.nbytes for vectors in self._kept.values())
+
+    @property
+    def pictures(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
+    def _seen(self, request: Request, span: Span) -> bool:
+        return _content(request, span) in self._kept
+
+    def given(self, request: Request, start: int, stop: int) -> Vectors | None:
+        """The vectors of the spans in tokens [start, stop) of a request, which are there; None where there are none."""
+        spans = [span for span in request.spans if start <= span.start and span.stop <= stop]
+        if not spans:
+            return None
+        self.stats.computed += len(spans)
+        rows: list[NDArray[np.floating]] = []
+        for span in spans:
+            content = _content(request, span)
+            self._kept.move_to_end(content)
+            rows.append(np.asarray(self._kept[content])[: span.stop - span.start])
+        at = np.concatenate([np.arange(span.start, span.stop) for span in spans]) - start
+        return Vectors(at, np.concatenate(rows))
+
+    def turn(self) -> None:
+        """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.
+
+        An encoder that fails raises; what it was about is forgotten, and :meth:`waiting_for` says who waited for it.
+        """
+        if self._under_way is None and not self._begin():
+            return
+        assert self._under_way is not None
+        contents, encoding = self._under_way
+        began = time.perf_counter()
+        done = self._encoder.go_on(self._runner.params, encoding, self._most)
+        if done:
+            self._under_way = None
+            for content, vectors in zip(contents, encoding.state, strict=False):
+                self._kept[content] = vectors
+            self.stats.encoded += encoding.count
+        self.stats.turns += 1
+        self.stats.seconds += time.perf_counter() - began
+
+    def _begin(self) -> bool:
+        waited: dict[Content, Span] = {}
+        for request in self._scheduler.running:
+            span = next_span(request) if request.spans else None
+            if span is not None and not self._seen(request, span):
+                waited.setdefault(_content(request, span), span)
+        if not waited:
+            return False
+        contents, pixels = list(waited), [span.pixels for span in waited.values()]
+        chosen = self._encoder.together(pixels)
+        size = self.bytes_of(self._encoder.encoder, self._runner, pixels[0])
+        while chosen and not self._make_room(size * len(chosen)):
+            chosen.pop()
+        if chosen:
+            self._under_way = [contents[i] for i in chosen], self._encoder.begin([pixels[i] for i in chosen])
+        return bool(chosen)
+
+    @staticmethod
+    def bytes_of(encoder: Encoder, runner: Runner, pixels: NDArray[np.uint8]) -> int:
+        """Most bytes that the vectors of a prepared picture may take."""
+        served = runner.placement.served
+        return encoder.length(pixels) * served.hidden_size * runner.programs.dtype.itemsize
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict until so many bytes are free; False, and nothing changed, where what is needed next is in the way.
+
+        First goes what no running request comes to, and then what one comes to later than to its next picture.
+        """
+        lacking = nbytes + self.nbytes - self._room
+        running = self._scheduler.running
+        ahead = [_content(r, s) for r in running for s in r.spans if s.stop > r.computed]
+        nearest = {_content(r, s) for r in running if (s := next_span(r)) is not None}
+        order = sorted(self._kept, key=set(ahead).__contains__)  # of equals the least recently used first
+        going = []
+        for content in order:
+            if lacking <= 0:
+                break
+            if content not in nearest:
+                going.append(content)
+                lacking -= self._kept[content].nbytes
+        if lacking > 0:
+            return False
+        for content in going:
+            del self._kept[content]
+        self.stats.evicted += len(going)
+        return True
+
+    def failed(self) -> Sequence[Request]:
+        """The running requests that come next to what was under way, which failed and is forgotten."""
+        contents = [] if self._under_way is None else self._under_way[0]
+        self._under_way = None
+        nearest = [(request, next_span(request)) for request in self._scheduler.running]
+        return [r for r, span in nearest if span is not None and _content(r, span) in contents]
+
+    def forget(self) -> None:
+        """Forget all: the weights change, or memory is given back."""
+        self._kept.clear()
+        self._under_way = None
+
+
+def _content(request: Request, span: Span) -> Content:
+    return f"{request.epoch}/{request.namespace}", span.content

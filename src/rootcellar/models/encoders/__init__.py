@@ -1,0 +1,6 @@
+"""What makes vectors of pictures, one file for each encoder. See ``encoder.Encoder``."""
+
+from rootcellar.models.encoders.encoder import Encoder, Laid
+from rootcellar.models.encoders.qwen2_5_vl import Qwen25Vision
+
+__all__ = ["Encoder", "Laid", "Qwen25Vision"]

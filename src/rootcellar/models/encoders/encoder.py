@@ -1,0 +1,93 @@
+"""What an encoder of pictures is to everybody else.
+
+An encoder works in *stages*, each a small program over the same state, so that a large picture does not keep decoding
+waiting for longer than one of them. Stages of one *kind* are one program with other weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from rootcellar.models.spec import Declare, Params
+
+
+class Laid(NamedTuple):
+    """A picture as the stages take it, in one of few shapes.
+
+    Attributes:
+        patches: uint8 [N, ...], padded with zeros.
+        valid: bool [N]: what is no padding.
+        at: int32 [2, N]: row and column of each patch.
+        order: int32 [M]: which of the results stands in each place of the prompt; padded with 0.
+    """
+
+    patches: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+    at: NDArray[np.int32]
+    order: NDArray[np.int32]
+
+
+class Encoder(Protocol):
+    """An encoder of pictures. One frozen dataclass each, its preprocessing beside it."""
+
+    @property
+    def token(self) -> int:
+        """The token that stands where a picture is to be."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each stage, in order."""
+        ...
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """Its parameters outside of blocks. ``embed``: elements of a vector that the model takes."""
+        ...
+
+    def declare_block(self, declare: Declare) -> Params:
+        """Those of one block."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        ...
+
+    def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A picture uint8 [height, width, 3] as it is encoded: resized. ``RequestError`` where it cannot be."""
+        ...
+
+    def size(self, prepared: NDArray[np.uint8]) -> int:
+        """Places of a prompt that a prepared picture takes."""
+        ...
+
+    def places(self, prepared: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
+        """Where each of them is, int32 [3, size] from the first one's place on; and how far the next token is."""
+        ...
+
+    def length(self, prepared: NDArray[np.uint8]) -> int:
+        """Patches of a prepared picture as it is laid: pictures of one length are encoded together."""
+        ...
+
+    def lay(self, prepared: NDArray[np.uint8]) -> Laid:
+        """A prepared picture for the stages."""
+        ...
+
+    def cost(self, kind: str, patches: int) -> int:
+        """Multiplications of a stage, for one of so many patches."""
+        ...
+
+    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
+        """The state after a stage, inside a compiled program; of the first one ``state`` is anything.
+
+        ``block``: the weights of the stage's block, where it is one. The last state is the vectors, [M, E].
+        """
+        ...
+
+    def block_of(self, stage: int) -> int | None:
+        """Which block a stage is."""
+        ...

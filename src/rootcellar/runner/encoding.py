@@ -1,0 +1,81 @@
+"""Running an encoder of pictures: several at a time, a stage after the other, so that steps may come between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from rootcellar.models.encoders import Encoder, Laid
+from rootcellar.models.spec import Params
+from rootcellar.runner.placement import Placement
+
+TOGETHER = 8
+"""Most pictures that are encoded together, all of one shape."""
+
+
+@dataclass
+class Encoding:
+    """Pictures on their way through an encoder: ``count`` of them, laid and padded to a power of two, all [B, ...].
+
+    ``stage``: the next one; after the last ``state`` has the vectors, [B, M, E].
+    """
+
+    laid: Laid
+    count: int
+    state: Array
+    stage: int = 0
+
+
+class PictureEncoder:
+    """The encoder of a model as it is placed. Its programs compile when they first run: a few for each shape."""
+
+    def __init__(self, encoder: Encoder, placement: Placement) -> None:
+        self.encoder = encoder
+        self._placement = placement
+
+    def begin(self, pixels: Sequence[NDArray[np.uint8]]) -> Encoding:
+        """Begin with prepared pictures, uint8 [height, width, 3], that go together."""
+        same = [self.encoder.lay(each) for each in pixels]
+        padded = [*same, *same[:1] * ((1 << (len(same) - 1).bit_length()) - len(same))]
+        put = partial(self._placement.put, where=self._placement.whole)
+        laid = Laid(*(put(np.stack(each)) for each in zip(*padded, strict=True)))
+        return Encoding(laid, len(same), put(np.zeros((len(padded), 1), np.float32)))
+
+    def together(self, pixels: Sequence[NDArray[np.uint8]]) -> list[int]:
+        """Which of these prepared pictures go with the first: those of its shape, so many as may."""
+        sizes = [self.encoder.length(each) for each in pixels]
+        return [i for i, size in enumerate(sizes) if size == sizes[0]][:TOGETHER]
+
+    def go_on(self, params: Params, encoding: Encoding, most: float) -> bool:
+        """Run stages of at most ``most`` multiplications, and one at least; whether all have run. Waits for them."""
+        kinds, spent, (count, patches) = self.encoder.kinds, 0, encoding.laid.valid.shape
+        own = params["encoder"]
+        outer = {name: weight for name, weight in own.items() if name != "blocks"}
+        while encoding.stage < len(kinds):
+            kind = kinds[encoding.stage]
+            cost = count * patches * self.encoder.cost(kind, patches)
+            if spent and spent + cost > most:
+                break
+            spent += cost
+            index = self.encoder.block_of(encoding.stage)
+            block = {} if index is None else own["blocks"][index]
+            encoding.state = self._run(kind, outer, block, encoding.state, encoding.laid)
+            encoding.stage += 1
+        jax.block_until_ready(encoding.state)
+        return encoding.stage == len(kinds)
+
+    @cached_property
+    def _run(self) -> Any:
+        def run(kind: str, outer: Params, block: Params, states: Array, laid: Laid) -> Array:
+            each = jax.vmap(partial(self.encoder.stage, kind), in_axes=(None, None, 0, 0))
+            return each(outer, block, states, jax.tree.map(jnp.asarray, laid))
+
+        return jax.jit(run, static_argnums=0, out_shardings=self._placement.whole)

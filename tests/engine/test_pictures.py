@@ -1,0 +1,189 @@
+"""Pictures in prompts: the tokens and logprobs of transformers, whatever is cached, and each picture encoded once."""
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+from idle import check_idle
+
+import rootcellar
+from checkpoints import golden_pictures, picture
+from rootcellar.errors import RequestError, RequestTooLarge
+
+GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    case, folder = golden_pictures("qwen2-5-vl"), tmp_path_factory.mktemp("qwen2-5-vl")
+    case.make(folder)
+    return case, folder
+
+
+@contextlib.contextmanager
+def engine(folder, **options):
+    options = {"max_total_tokens": 2048, "max_running_requests": 8, "skip_tokenizer_init": True, **options}
+    with rootcellar.Engine(model_path=folder, **options) as made:
+        yield made
+        check_idle(made)
+
+
+@pytest.fixture(scope="module")
+def shared(case):
+    """One engine for the tests that need no other, and its golden case."""
+    with engine(case[1], page_size=4, chunked_prefill_size=64) as made:
+        yield made, case[0]
+
+
+def shown(case, i):
+    return [picture(*each) for each in case.pictures[i]]
+
+
+def ask(engine, ids, images, **options):
+    """The result, and how many pictures were encoded for it."""
+    encodings = engine._loop.machine.life.encodings
+    before = encodings.stats.encoded
+    result = engine.generate(
+        input_ids=ids, image_data=images, sampling_params={**GREEDY, "max_new_tokens": 4}, **options
+    )
+    return result["meta_info"], encodings.stats.encoded - before, result["output_ids"]
+
+
+def check(case, results, at):
+    for i, result in zip(at, results, strict=True):
+        assert result["output_ids"] == case.tokens[i], f"prompt {i}"
+        found = [value for value, _, _ in result["meta_info"]["input_token_logprobs"][1:]]
+        assert [x is None for x in found] == [x is None for x in case.logprobs[i]]
+        pairs = [(x, y) for x, y in zip(found, case.logprobs[i], strict=True) if y is not None]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk", "options"),
+    [
+        (16, 64, {}),
+        pytest.param(1, 32, {"max_running_requests": 2}, marks=pytest.mark.long),
+        pytest.param(16, 256, {"max_total_tokens": 256}, marks=pytest.mark.long),
+        pytest.param(16, 32, {"enable_hierarchical_cache": True, "max_total_tokens": 256}, marks=pytest.mark.long),
+        pytest.param(4, 64, {"kv_cache_dtype": "float32", "attention_backend": "xla"}, marks=pytest.mark.long),
+        pytest.param(16, 64, {"disable_radix_cache": True, "mm_cache_size": 1}, marks=pytest.mark.long),
+    ],
+)
+def test_answers_equal_transformers_cold_and_cached(case, page_size, chunk, options):
+    case, folder = case
+    with engine(folder, page_size=page_size, chunked_prefill_size=chunk, **options) as made:
+        everything = list(range(len(case.prompts)))
+        for start in (0, -1, 0):
+            for at in [[i] for i in everything] if start else [everything]:
+                results = made.generate(
+                    input_ids=[case.prompts[i] for i in at],
+                    image_data=[shown(case, i) for i in at],
+                    sampling_params=GREEDY,
+                    return_logprob=start == 0,
+                    logprob_start_len=0,
+                    return_text_in_logprobs=False,
+                )
+                if start == 0:
+                    check(case, results, at)
+                else:
+                    assert [r["output_ids"] for r in results] == [case.tokens[i] for i in at]
+
+
+def test_what_is_shared_is_what_shows_the_same(shared):
+    """Text and picture the same: a hit. Another picture: up to it. Other text: its vectors alone. Tenants: nothing."""
+    engine, _ = shared
+    engine.flush_cache()
+    cat, dog = picture(21, 100, 80), picture(22, 100, 80)
+    close = cat.copy()
+    close[50, 40, 1] ^= 1
+    text, other = [*range(20), 501, 500, 502, *range(30, 40)], [*range(60, 81), 501, 500, 502, *range(30, 40)]
+    for ids, image, tenant, cached, encoded in [
+        (text, cat, "", 0, 1),
+        (text, cat, "", 32, 0),  # whole pages
+        (text, cat.copy(), "", 32, 0),
+        (text, dog, "", 20, 1),  # up to the picture, to the page
+        (text, close, "", 20, 1),
+        (text, close, "", 32, 0),
+        (other, cat, "", 0, 0),
+        (text, cat, "somebody else", 0, 1),
+    ]:
+        meta, runs, _ = ask(engine, ids, image, tenant=tenant)
+        size = meta["image_tokens"]
+        assert meta["prompt_tokens"] == len(ids) - 1 + size
+        want = cached if cached < 32 else (meta["prompt_tokens"] - 1) // 4 * 4
+        assert (meta["cached_tokens"], runs) == (want, encoded)
+        assert meta["cached_image_tokens"] == (size if want > 20 else 0)
+
+
+def test_many_who_show_one_picture_have_it_encoded_once(shared):
+    engine, _ = shared
+    engine.flush_cache()
+    encodings = engine._loop.machine.life.encodings
+    before = encodings.stats.encoded
+    image = picture(31, 90, 150)
+    prompts = [[i, 501, 500, 502, *range(i, i + 5)] for i in range(16)]
+    answers = engine.generate(input_ids=prompts, image_data=[image] * 16, sampling_params=GREEDY)
+    assert encodings.stats.encoded == before + 1
+    alone = engine.generate(input_ids=prompts[7], image_data=image, sampling_params=GREEDY)
+    assert alone["output_ids"] == answers[7]["output_ids"]
+
+
+def test_no_request_resumes_inside_a_picture(shared):
+    engine, _ = shared
+    engine.flush_cache()
+    image = picture(41, 200, 56)  # 14 places after 6 tokens: pages of 4 end inside it
+    ids = [1, 2, 3, 4, 5, 6, 500]
+    _, _, first = ask(engine, [*ids, *range(9)], image)
+    meta, encoded, _ = ask(engine, ids, image)
+    assert (meta["cached_tokens"], encoded) == (4, 0)
+    meta, _, last = ask(engine, [*ids, *range(9)], image)
+    assert meta["cached_tokens"] > 20
+    assert last == first
+
+
+@pytest.mark.parametrize(
+    ("ids", "images", "kind", "says"),
+    [
+        ([1, 500, 2], None, RequestError, "token 500, which stands for an image, 1 times, and there are 0 images"),
+        ([1, 500, 500, 2], [(1, 56, 84)], RequestError, "2 times, and there are 1 images"),
+        ([1, 2], [(1, 56, 84)], RequestError, "0 times, and there are 1 images"),
+        ([1, 500], [(1, 560, 560)], RequestTooLarge, "takes 400 tokens, .* chunked_prefill_size=64: raise it to 400"),
+        ([1, 500], [(1, 1, 300)], RequestError, "too thin"),
+        ([1, 500], [b"no image"], RequestError, "not an image|no image|unknown"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(shared, ids, images, kind, says):
+    engine, _ = shared
+    images = None if images is None else [each if isinstance(each, bytes) else picture(*each) for each in images]
+    with pytest.raises(kind, match=says):
+        engine.generate(input_ids=ids, image_data=images)
+
+
+def test_places_may_be_written_out(shared):
+    engine, case = shared
+    sizes = iter([6])
+    ids = list(itertools.chain(*([500] * next(sizes) if t == 500 else [t] for t in case.prompts[1])))
+    result = engine.generate(input_ids=ids, image_data=shown(case, 1), sampling_params=GREEDY)
+    assert result["output_ids"] == case.tokens[1]
+
+
+def test_an_encoder_that_fails_ends_those_who_wait_for_it_alone(shared, monkeypatch):
+    engine, case = shared
+    encodings = engine._loop.machine.life.encodings
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(encodings._encoder, "go_on", fail)
+    image = picture(51, 90, 90)
+    results = engine.generate(
+        input_ids=[[1, 500, 2], case.prompts[0]],
+        image_data=[image, None],
+        sampling_params=GREEDY,
+        raise_on_failure=False,
+    )
+    assert "could not be encoded" in results[0]["meta_info"]["finish_reason"]["message"]
+    assert results[1]["output_ids"] == case.tokens[0]
+    monkeypatch.undo()
+    assert ask(engine, [1, 500, 2], image)[1] == 1
