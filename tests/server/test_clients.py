@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from seeing import data_url, image_file, make_seeing
 from serving import Server, wait_until
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore::UserWarning:pydantic")]
@@ -55,6 +56,21 @@ def client(base):
 
 
 # ---- openai ----------------------------------------------------------------------------------------------------------
+
+
+def test_openai_shows_a_picture_and_shows_it_again(tmp_path):
+    picture = {"type": "image_url", "image_url": {"url": data_url(image_file()), "detail": "high"}}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "what is it"}]}]
+    with (
+        Server("--model-path", str(make_seeing(tmp_path)), max_total_tokens=1024) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        first, second = (client.chat.completions.create(model="default", messages=messages, **PLAIN) for _ in range(2))
+        assert first.choices[0].message.content == second.choices[0].message.content
+        assert second.usage.prompt_tokens_details.cached_tokens >= 16
+        messages[0]["content"][0]["image_url"]["url"] = data_url(image_file()[:-30])
+        with pytest.raises(openai.BadRequestError, match="a broken image"):
+            client.chat.completions.create(model="default", messages=messages, **PLAIN)
 
 
 def test_openai_lists_the_model(client):

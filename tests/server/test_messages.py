@@ -243,7 +243,7 @@ def test_the_assistant_s_last_message_is_gone_on_with(client):
         ({"mcp_servers": [{}]}, 400, "invalid_request_error", "mcp_servers is not supported"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 400, "invalid_request_error", "tools"),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "needs tools"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, 400, "invalid_request_error", "image"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "invalid_request_error", "tokens"),
         ({"messages": [{"role": "user", "content": [RESULT] * 5000}]}, 400, "invalid_request_error", "5000 messages"),
         ({"messages": [{"role": "assistant", "content": [HIDDEN]}]}, 400, "invalid_request_error", "say nothing"),

@@ -305,7 +305,7 @@ def test_response_format(client):
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "knows no images"),
         ({"functions": [{"name": "f"}]}, "functions is not supported"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

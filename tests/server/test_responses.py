@@ -247,7 +247,7 @@ def test_functions_of_a_namespace_are_called_by_both_names(server):
     [
         ({"input": []}, "input", "empty"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "input_text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input", "input_text"),
         ({"background": True}, "background", "not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools", "function"),
         (

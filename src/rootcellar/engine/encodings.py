@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 
 import jax
@@ -68,6 +68,10 @@ class Encodings:
     def pictures(self) -> int:
         """How many are kept."""
         return len(self._kept)
+
+    def counts(self) -> dict[str, float]:
+        """What happened since the start, and what is kept now; see ``EncodingStats``."""
+        return {**asdict(self.stats), "kept": self.pictures, "bytes": self.nbytes}
 
     def _seen(self, request: Request, span: Span) -> bool:
         return _content(request, span) in self._kept

@@ -33,6 +33,7 @@ from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.engine.weights import TakesWeights
 from rootcellar.errors import EngineError, RequestError
+from rootcellar.media import Picture
 from rootcellar.models.params import Params
 from rootcellar.text import Tokenizer
 from rootcellar.tiers.settings import Extra
@@ -126,6 +127,19 @@ class Engine(TakesWeights):
     def vocab_size(self) -> int:
         """Token ids are 0 to one less than this."""
         return self._parts.model.vocab_size
+
+    @property
+    def image_token(self) -> int | None:
+        """The token that stands in a prompt where an image is to be; None: the model knows none."""
+        encoder = self._parts.model.encoder
+        return None if encoder is None else encoder.token
+
+    def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
+        """How many tokens each picture is computed as. ``RequestError``: the model cannot take one of them, or any."""
+        encoder = self._parts.model.encoder
+        if encoder is None:
+            raise RequestError(f"{self._parts.model.architecture} knows no images")
+        return [encoder.size(encoder.prepare(picture.pixels)) for picture in pictures]
 
     @property
     def longest_prompt(self) -> int:

@@ -25,6 +25,7 @@ from rootcellar.engine.metrics import Counts, Distributions
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.timeline import RequestRecord, StepRecord, chrome_trace
 from rootcellar.scheduler import FORWARD, Stage
+from rootcellar.scheduler.placeholders import image_runs
 
 SHOWN_REQUESTS = 64
 # Nodes of everybody's among which a tenant's own are sought.
@@ -95,9 +96,10 @@ class Sight:
     def tree(self, limit: int = 200, tenant: str | None = None) -> dict[str, Any]:
         """The ``limit`` most important nodes of the radix tree, and which requests go through them.
 
-        ``{"page_size", "total", "nodes": [{"id", "parent", "namespace", "start", "length", "head", "text", "held":
-        {kind: {tier: tokens}}, "hits", "age", "idle", "in_use", "children"}], "requests": [{"rid", "stage", "tokens",
-        "nodes": [id, ...]}]}``. Lengths are tokens, ages seconds since the node was made and last used; requests are
+        ``{"page_size", "total", "nodes": [{"id", "parent", "namespace", "start", "length", "head", "images", "text",
+        "held": {kind: {tier: tokens}}, "hits", "age", "idle", "in_use", "children"}], "requests": [{"rid", "stage",
+        "tokens", "nodes": [id, ...]}]}``. ``images``: where in the head ids stand for images, as pairs of start and
+        length. Lengths are tokens, ages seconds since the node was made and last used; requests are
         those alive and the last that ended. Where tenants share the cache, a tenant's nodes are those of its requests.
         """
         return self._with_text(self._loop.call(lambda: self._tree(limit, tenant)))
@@ -136,8 +138,17 @@ class Sight:
         """Add the nodes' text, on the caller's thread: it is for people, and takes a while."""
         if self._parts.tokenizer is not None:
             for node in tree["nodes"]:
-                node["text"] = self._parts.tokenizer.decode(node["head"], skip_special_tokens=False)
+                node["text"] = self._text(node["head"], node["images"])
         return tree
+
+    def _text(self, ids: Sequence[int], images: Sequence[Sequence[int]]) -> str:
+        """Token ids as text, ``[image]`` where they are none."""
+        assert self._parts.tokenizer is not None
+        decode, at, said = self._parts.tokenizer.decode, 0, ""
+        for start, length in images:
+            said += decode(ids[at:start], skip_special_tokens=False) + "[image]"
+            at = start + length
+        return said + decode(ids[at:], skip_special_tokens=False)
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
@@ -198,6 +209,7 @@ class Sight:
             "compilations": self._parts.compiles.count,
             "kv_cache_bytes": sum(p.nbytes for p in self._parts.runner.pools.values()),
             "host_cache_bytes": 0 if parts.host is None else parts.host.nbytes,
+            "encoder": {} if machine.life.encodings is None else machine.life.encodings.counts(),
             "copies": {} if parts.mover is None else parts.mover.stats() | machine.peers.copies(),
             "disaggregation": machine.peers.stats(),
             "occupancy": occupancy(self._cache, self._parts.runner, cache),
@@ -269,6 +281,7 @@ class Sight:
             "start": node.start,
             "length": node.length,
             "head": list(node.head),
+            "images": image_runs(node.head),
             "held": held,
             "hits": node.hits,
             "age": now - at(node.created),

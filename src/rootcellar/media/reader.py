@@ -24,6 +24,7 @@ from rootcellar.child import Child
 from rootcellar.errors import EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.media.limits import MediaLimits
 from rootcellar.media.picture import Picture
+from rootcellar.media.sources import Small
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _LOOK_SECONDS = 0.02
 
 @dataclass
 class _Job:
-    sources: Sequence[bytes | str]
+    sources: Sequence[bytes | str | Small]
     tenant: str
     future: Future[list[Picture]] = field(default_factory=Future)
     pixels: int | None = None
@@ -45,7 +46,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        return sum(map(len, self.sources))
+        return sum(len(each.source if isinstance(each, Small) else each) for each in self.sources)
 
 
 class PictureReader:
@@ -67,7 +68,7 @@ class PictureReader:
         self._idle = 0
         self._closed = False
 
-    def read(self, sources: Sequence[bytes | str], tenant: str = "") -> Future[list[Picture]]:
+    def read(self, sources: Sequence[bytes | str | Small], tenant: str = "") -> Future[list[Picture]]:
         """The pictures of one request: of bytes of image files, data URLs and base64.
 
         The future fails as ``media.read`` does, and with ``EngineError`` when this is closed. What was not begun can be

@@ -13,7 +13,7 @@ from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.media.decoding import array_pixels, opened, pixels_of
 from rootcellar.media.limits import MediaLimits
 from rootcellar.media.picture import Picture
-from rootcellar.media.sources import PictureSource, content_of
+from rootcellar.media.sources import PictureSource, Small, content_of
 
 T = TypeVar("T")
 
@@ -57,6 +57,9 @@ def counted(sources: Sequence[PictureSource], limits: MediaLimits) -> tuple[int,
 
 def _begun(source: PictureSource, limits: MediaLimits) -> tuple[int, Callable[[], Picture]]:
     """How many pixels a source has, and what makes a picture of it."""
+    if isinstance(source, Small):
+        pixels, decode = _begun(source.source, limits)
+        return pixels, partial(_fitted, decode, source.side)
     content = content_of(source, limits)
     match content:
         case Picture():
@@ -69,6 +72,16 @@ def _begun(source: PictureSource, limits: MediaLimits) -> tuple[int, Callable[[]
         case _:
             image = opened(content, limits)
             return image.width * image.height, lambda: Picture.of(pixels_of(image))
+
+
+def _fitted(decode: Callable[[], Picture], side: int) -> Picture:
+    """A picture, made smaller where a side has more pixels than ``side``; its shape stays."""
+    picture = decode()
+    most = max(picture.height, picture.width)
+    if most <= side:
+        return picture
+    size = [max(1, round(n * side / most)) for n in (picture.width, picture.height)]
+    return Picture.of(np.array(Image.fromarray(picture.pixels).resize(size, Image.Resampling.BICUBIC)))
 
 
 def _numbered(i: int, of: int, do: Callable[[], T]) -> T:

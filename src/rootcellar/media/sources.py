@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,8 +19,17 @@ from rootcellar.media.fetching import fetch_now, is_address
 from rootcellar.media.limits import MediaLimits
 from rootcellar.media.picture import Picture
 
-PictureSource: TypeAlias = "Picture | str | bytes | os.PathLike[str] | Image.Image | NDArray[Any]"
+PictureSource: TypeAlias = "Picture | str | bytes | os.PathLike[str] | Image.Image | NDArray[Any] | Small"
 """What pictures are made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """A source whose picture is made to fit into a square of ``side`` pixels, where it does not."""
+
+    source: str | bytes
+    side: int
+
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+\"-]+)*)(;base64)?,", re.ASCII | re.IGNORECASE)
 _TYPES = ("image/bmp", "image/gif", "image/jpeg", "image/jpg", "image/png", "image/webp", "application/octet-stream")

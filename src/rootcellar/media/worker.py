@@ -13,6 +13,7 @@ from rootcellar.child import give_back, may_take, parent
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.media.limits import MediaLimits
 from rootcellar.media.reading import counted
+from rootcellar.media.sources import Small
 
 MEMORY_BYTES = 2**26, 24, 4
 """What the process may take beside its own code: always, for each pixel that an image may have, and for each byte that
@@ -48,7 +49,7 @@ def serve(connection: Connection) -> None:
         give_back()
 
 
-def _answer(connection: Connection, sources: Sequence[bytes | str], limits: MediaLimits) -> None:
+def _answer(connection: Connection, sources: Sequence[bytes | str | Small], limits: MediaLimits) -> None:
     pixels, waiting = counted(sources, limits)
     connection.send(pixels)
     if not connection.recv():

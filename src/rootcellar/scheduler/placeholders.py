@@ -57,6 +57,19 @@ def tokens_only(ids: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int
     return shown
 
 
+def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Where ids are no tokens: start and length of each run of them. Images next to each other are one run."""
+    runs: list[tuple[int, int]] = []
+    for i, id in enumerate(ids):
+        if id < ABOVE:
+            continue
+        if runs and sum(runs[-1]) == i:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((i, 1))
+    return runs
+
+
 def outside(spans: Sequence[Span], at: int) -> int:
     """``at``, or the start of the span that it lies inside of."""
     return next((span.start for span in spans if span.start < at < span.stop), at)

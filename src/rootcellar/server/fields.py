@@ -85,6 +85,12 @@ CHAT_REFUSED: Mapping[str, Refused] = {
 }
 
 
+IMAGES_REFUSED: Mapping[str, Refused] = {
+    "image_data": Refused("send image_url as a part of a chat's message, or image_data to /generate", ([], "")),
+}
+"""And for what is not ``/generate``."""
+
+
 def markdown() -> str:
     """All lists as tables for the documentation, names that share a reason in one row."""
     return "\n\n".join(
@@ -92,6 +98,8 @@ def markdown() -> str:
             tables(IGNORED, REFUSED),
             "And of C and G:",
             tables(CHAT_IGNORED, CHAT_REFUSED),
+            "And of C, H and `/tokenize`:",
+            tables({}, IMAGES_REFUSED),
             "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
             tables(CONTROL_IGNORED, CONTROL_REFUSED),
         )
@@ -107,12 +115,8 @@ def tables(taken: Mapping[str, str], others: Mapping[str, Refused]) -> str:
     ignored: dict[str, list[str]] = {}
     for name, reason in taken.items():
         ignored.setdefault(reason, []).append(f"`{name}`")
-    return "\n\n".join(
-        (
-            _table("taken, and changes nothing", "because it is", ignored),
-            _table("refused", "instead", refused),
-        )
-    )
+    both = (("taken, and changes nothing", "because it is", ignored), ("refused", "instead", refused))
+    return "\n\n".join(_table(*each) for each in both if each[-1])
 
 
 def _table(names: str, reason: str, rows: Mapping[str, list[str]]) -> str:
@@ -154,7 +158,7 @@ IGNORED: Mapping[str, str] = {
 }
 """Fields that clients send in good faith and that change nothing, with the reason."""
 
-_TEXT_ONLY = "this server takes text"
+_TEXT_ONLY = "this server takes text and images"
 _TOOLS = "use tools and tool_choice, which took their place"
 _DISAGGREGATED = "nodes for prefill and decode meet by bootstrap_room alone"
 _ONE_RANK = "there is one replica here"
@@ -170,7 +174,6 @@ REFUSED: Mapping[str, Refused] = {
     "web_search_options": Refused("nothing is looked up here"),
     "modalities": Refused(_TEXT_ONLY, (["text"], [])),
     "audio": Refused(_TEXT_ONLY),
-    "image_data": Refused(_TEXT_ONLY, ([], "")),
     "audio_data": Refused(_TEXT_ONLY, ([], "")),
     "video_data": Refused(_TEXT_ONLY, ([], "")),
     "images_config": Refused(_TEXT_ONLY, ({},)),

@@ -21,7 +21,7 @@ from fastapi import Request
 
 from rootcellar.engine import Engine
 from rootcellar.engine.room_fields import ROOMS
-from rootcellar.errors import ConfigError, EngineError
+from rootcellar.errors import ConfigError, EngineError, RequestError
 
 _MOST_ANSWERS = 2**8
 """To one prompt; more are refused elsewhere."""
@@ -58,6 +58,10 @@ class PrefillNode:
         if arguments.get("bootstrap_room") is not None or "input_ids" not in arguments:
             yield arguments
             return
+        if "image_data" in arguments:
+            raise RequestError(
+                "images and prefill_url: send prompts with images to a router, or to a node of their own"
+            )
         rooms = _rooms(arguments)
         where = {
             "bootstrap_host": self.url.hostname,

@@ -95,6 +95,8 @@ async def rendered(state: ServerState, messages: Sequence[Mapping[str, Any]], **
     Its token ids are those of the template's text with nothing put around, and special tokens in it are the template's
     (``allow_special_tokens_in_content``).
     """
+    if any(isinstance(message.get("content"), list) for message in messages):
+        require_images(state, "messages")
     tokenizer = state.engine.tokenizer
     allowed = state.config.allow_special_tokens_in_content
     if _is_short(messages, options) and (allowed or not tokenizer.markers.within(messages, options)):
@@ -103,6 +105,12 @@ async def rendered(state: ServerState, messages: Sequence[Mapping[str, Any]], **
         except TemplateTimeout:
             pass
     return await asyncio.wrap_future(state.reader.chat(messages, allow_special_tokens=allowed, **options))
+
+
+def require_images(state: ServerState, name: str) -> None:
+    """``ApiError``: the model knows no images, and the field ``name`` has some."""
+    if state.engine.image_token is None:
+        raise invalid(f"{name}: {state.model_name} is a model that knows no images: send text", name)
 
 
 def _is_short(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bool:

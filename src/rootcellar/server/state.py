@@ -16,6 +16,7 @@ from rootcellar.server.browsers import Browsers
 from rootcellar.server.callers import Caller, Callers
 from rootcellar.server.errors import ApiError
 from rootcellar.server.forwarding import PrefillNode
+from rootcellar.server.images import Pictures
 from rootcellar.server.observe import Observer
 from rootcellar.server.pace import Pace
 from rootcellar.server.responses.stored import Responses
@@ -43,6 +44,7 @@ class ServerState:
         callers: who may call.
         browsers: which web pages may.
         reader: tokenizes what is long.
+        images: fetches and decodes what requests show.
         pace: who used how much of the event loop.
         sampling: what OpenAI's routes sample with where a request does not say.
         formats: how the model writes calls of tools and what it thinks.
@@ -60,6 +62,7 @@ class ServerState:
     callers: Callers = field(init=False)
     browsers: Browsers = field(init=False)
     reader: Reader = field(init=False)
+    images: Pictures = field(init=False)
     pace: Pace = field(default_factory=Pace)
     sampling: dict[str, Any] = field(init=False)
     formats: Formats = field(init=False)
@@ -82,6 +85,7 @@ class ServerState:
             seconds=self.config.prompt_timeout,
             characters=self.config.max_prompt_characters or max(_CHARACTERS, 8 * self.longest_prompt),
         )
+        self.images = Pictures(self.engine.config, self.config.max_body_bytes)
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
         )
@@ -116,6 +120,7 @@ class ServerState:
     def close(self) -> None:
         """End what runs beside the engine."""
         self.reader.close()
+        self.images.close()
 
     def enter(self) -> None:
         """A request begins."""

@@ -11,6 +11,7 @@ from rootcellar.server.anthropic.protocol import (
     AnthropicMessage,
     CacheControl,
     CountRequest,
+    ImageBlock,
     MessagesRequest,
     TextBlock,
     ThinkingBlock,
@@ -18,6 +19,7 @@ from rootcellar.server.anthropic.protocol import (
     ToolUseBlock,
 )
 from rootcellar.server.errors import invalid
+from rootcellar.server.openai.parts import joined
 from rootcellar.server.openai.protocol import ChatRequest, chat_request
 
 # A text that Claude Code puts before its system prompt, another in each request: nothing would be found in the cache.
@@ -56,11 +58,15 @@ def chat_of(body: CountRequest) -> tuple[ChatRequest, list[Mark]]:
         for turn in _turn(message, names):
             _add(messages, turn, later)
         for each in message.content if isinstance(message.content, list) else ():
-            if isinstance(each, TextBlock | ToolUseBlock | ToolResultBlock):
+            if isinstance(each, TextBlock | ImageBlock | ToolUseBlock | ToolResultBlock):
                 mark(each.cache_control)
     mark(body.cache_control)
     for i, said in later.items():
-        messages[i]["content"] = "\n".join(filter(None, [messages[i]["content"], *said]))  # a call's turn has none
+        content = messages[i]["content"]
+        if isinstance(content, list):
+            messages[i]["content"] = [*content, {"type": "text", "text": "\n".join(said)}]
+        else:
+            messages[i]["content"] = "\n".join(filter(None, [content, *said]))  # a call's turn has none
     if not messages:
         raise invalid("messages say nothing that this model can read", "messages")
     return chat_request({**_settings(body, messages[-1]), "messages": messages}, "messages"), marks
@@ -71,6 +77,8 @@ def _add(messages: list[dict[str, Any]], turn: dict[str, Any], later: dict[int, 
 
     ``later``: what is told at the end of which message; put there once, however much it is.
     """
+    if turn["role"] != "user" and isinstance(turn["content"], list):
+        raise invalid(f"messages: the {turn['role']} shows no images: send them as the user's", "messages")
     if turn["role"] == "system" and messages and messages[-1]["role"] != "system":
         said = f"<system-reminder>\n{turn['content']}\n</system-reminder>"
         if messages[-1]["role"] == "user":
@@ -86,11 +94,15 @@ def _turn(message: AnthropicMessage, names: dict[str, str]) -> Iterator[dict[str
     if isinstance(blocks, str):
         yield {"role": message.role, "content": blocks}
         return
-    texts, thoughts, calls = [], [], []
+    texts: list[str | dict[str, Any]] = []
+    shown: list[str | dict[str, Any]] = []  # by tools: few templates know a tool that shows images, so the user does
+    thoughts, calls = [], []
     for block in blocks:
         match block:
             case TextBlock():
                 texts.append(block.text)
+            case ImageBlock():
+                texts.append(block.part())
             case ThinkingBlock():
                 thoughts.append(block.thinking)
             case ToolUseBlock():
@@ -100,12 +112,15 @@ def _turn(message: AnthropicMessage, names: dict[str, str]) -> Iterator[dict[str
                 calls.append({"id": block.id, "type": "function", "function": function})
             case ToolResultBlock():
                 if texts:
-                    yield {"role": message.role, "content": "\n".join(texts)}
+                    yield {"role": message.role, "content": joined(texts)}
                     texts = []
                 yield _result(block, names)
+                if isinstance(block.content, list):
+                    shown += [part.part() for part in block.content if isinstance(part, ImageBlock)]
+    texts = [*shown, *texts]
     if not (texts or thoughts or calls) and blocks:
         return
-    turn: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    turn: dict[str, Any] = {"role": message.role, "content": joined(texts)}
     if thoughts:
         turn["reasoning_content"] = "\n".join(thoughts)
     if calls:
@@ -115,7 +130,9 @@ def _turn(message: AnthropicMessage, names: dict[str, str]) -> Iterator[dict[str
 
 def _result(block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
     content = block.content or ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    text = (
+        content if isinstance(content, str) else "\n".join(part.text for part in content if isinstance(part, TextBlock))
+    )
     found = {"role": "tool", "tool_call_id": block.tool_use_id, "content": f"Error: {text}" if block.is_error else text}
     return {**found, "name": names[block.tool_use_id]} if block.tool_use_id in names else found
 

@@ -15,11 +15,13 @@ from rootcellar.server.anthropic import answers
 from rootcellar.server.anthropic.blocks import Mark, chat_of
 from rootcellar.server.anthropic.errors import AnthropicRoute, event
 from rootcellar.server.anthropic.protocol import CountRequest, MessagesRequest
+from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import json_response
 from rootcellar.server.hinting import keep
-from rootcellar.server.openai.chat import Asked, chat_tokens, for_template, read_chat_request
+from rootcellar.server.openai.chat import Asked, chat_tokens, for_template, prompt_tokens, read_chat_request
 from rootcellar.server.openai.choices import Sent
 from rootcellar.server.openai.names import openai_names
+from rootcellar.server.openai.parts import images_of
 from rootcellar.server.openai.protocol import ChatRequest
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import rendered
@@ -36,7 +38,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     require_room(request, state, "", 1)
     chat, marks = chat_of(body)
     with openai_names(chat.form_names, max_new_tokens="max_tokens"):
-        asked = await read_chat_request(state, chat, prefix="msg")
+        asked = await read_chat_request(state, chat, caller_of(request).name, prefix="msg")
         keeps = await _keeps(state, chat, asked, marks)
         job = _Messages(request, state, asked, keeps)
         if not body.stream:
@@ -50,14 +52,19 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """How many tokens the prompt has."""
     state = state_of(request)
     state.require_model(body.model)
-    prompts = await chat_tokens(state, chat_of(body)[0])
-    return json_response({"input_tokens": len(prompts.input_ids)})
+    chat, _ = chat_of(body)
+    prompts = await chat_tokens(state, chat)
+    sources = images_of(chat.messages)
+    pictures = await state.images.read(sources, caller_of(request).name) if sources else []
+    return json_response({"input_tokens": await prompt_tokens(state, prompts, pictures)})
 
 
 async def _keeps(state: ServerState, chat: ChatRequest, asked: Asked, marks: list[Mark]) -> list[tuple[int, float]]:
     """How many tokens of the prompt are to be kept, and for how many seconds: the longest for each time."""
     last = {mark.seconds: mark.messages for mark in sorted(marks, key=lambda mark: mark.messages)}
     ids = asked.prompts.input_ids
+    if state.engine.image_token in ids:  # what stands for an image in the cache is no token: what comes before is kept
+        ids = ids[: ids.index(state.engine.image_token)]
     turns, options = for_template(chat.messages, chat)
     found = []
     for seconds, count in last.items():

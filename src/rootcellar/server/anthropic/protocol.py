@@ -34,6 +34,43 @@ class TextBlock(Body):
     cache_control: CacheControl | None = None
 
 
+class Base64Image(Body):
+    """An image in the body."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: str
+
+    @property
+    def address(self) -> str:
+        """As a data URL."""
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class RemoteImage(Body):
+    """An image by address."""
+
+    type: Literal["url"]
+    url: str
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return self.url
+
+
+class ImageBlock(Body):
+    """An image."""
+
+    type: Literal["image"]
+    source: Annotated[Base64Image | RemoteImage, Field(discriminator="type")]
+    cache_control: CacheControl | None = None
+
+    def part(self) -> dict[str, Any]:
+        """The part of a chat's message that it is."""
+        return {"type": "image_url", "image_url": {"url": self.source.address}}
+
+
 class ThinkingBlock(Body):
     """What the model thought."""
 
@@ -72,13 +109,14 @@ class ToolResultBlock(Body):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
 
 ContentBlock = Annotated[
-    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 
 

@@ -11,9 +11,10 @@ from orjson import Fragment
 from starlette.responses import Response
 
 from rootcellar.server.answer import EventStream, Result, begin, event_of, on_thread, require_room, whole
+from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.explaining import explanations, wants_explanation
-from rootcellar.server.fields import IGNORED, REFUSED
+from rootcellar.server.fields import IGNORED, IMAGES_REFUSED, REFUSED
 from rootcellar.server.hinting import check as check_hints_of
 from rootcellar.server.hinting import taken
 from rootcellar.server.native.protocol import GenerateRequest
@@ -21,7 +22,7 @@ from rootcellar.server.openai.chat import for_template
 from rootcellar.server.openai.protocol import Messages, Rendering
 from rootcellar.server.parsing import Body
 from rootcellar.server.prompts import detokenize as read_ids
-from rootcellar.server.prompts import read_prompts, rendered
+from rootcellar.server.prompts import read_prompts, rendered, require_images
 from rootcellar.server.prompts import tokenize as read_texts
 from rootcellar.server.routes import UserRoute
 from rootcellar.server.state import ServerState, state_of
@@ -41,6 +42,13 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     require_room(request, state, body.text if body.input_ids is None else body.input_ids, n)
     prompts = await read_prompts(state, body.text, body.input_ids, n)
     arguments["input_ids"] = prompts.input_ids
+    images = body.images(len(prompts.ids), one=prompts.one)
+    if any(images):
+        require_images(state, "image_data")
+        read = await state.images.read([each for some in images for each in some], caller_of(request).name)
+        pictures = iter(read)
+        listed = [[next(pictures) for _ in some] for some in images]
+        arguments["image_data"] = listed[0] if prompts.one else listed
     arguments["return_text_in_logprobs"] = bool(body.return_text_in_logprobs)
     ids = prompts.ids if body.return_prompt_token_ids else None
     check_hints_of(request, state, body.cache_hints, arguments, n)
@@ -136,7 +144,7 @@ class TokenizeRequest(Rendering):
     """What to tokenize: a text, several, or the messages of a chat."""
 
     ignored = IGNORED
-    refused = REFUSED
+    refused = {**REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
 
     model: str | None = None
     prompt: str | list[str] | None = None

@@ -32,6 +32,7 @@ async def model_info(request: Request) -> Response:
         "tokenizer_path": config.model_path,
         "served_model_name": state.model_name,
         "is_generation": True,
+        "has_image_understanding": state.engine.image_token is not None,
         "weight_version": status["weight_version"],
         "vocab_size": state.engine.vocab_size,
         "max_prompt_length": state.longest_prompt,

@@ -8,6 +8,7 @@ from pydantic import Field, WithJsonSchema
 
 from rootcellar.server.errors import invalid
 from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, known
+from rootcellar.server.images import ImageSource, image_source
 from rootcellar.server.parsing import Body
 
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -16,6 +17,21 @@ BootstrapNumber = int | list[int | None] | None
 _IDS = {"type": "array", "items": {"type": "integer"}}
 InputIds = Annotated[
     list[Any], WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS}], "description": "Token ids."})
+]
+
+
+_IMAGE = {
+    "anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}, {"type": "null"}]
+}
+ImageData = Annotated[
+    str | dict[str, Any] | list[Any],
+    WithJsonSchema(
+        {
+            "anyOf": [*_IMAGE["anyOf"], {"type": "array", "items": {"anyOf": [*_IMAGE["anyOf"], {"type": "array"}]}}],
+            "description": "Images: data URLs, base64 or addresses. Of one prompt: one, or a list. Of several: one for "
+            "all, or a list with one, a list or null for each.",
+        }
+    ),
 ]
 
 
@@ -28,6 +44,7 @@ class GenerateRequest(Body):
     text: str | list[str] | None = None
     input_ids: InputIds | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    image_data: ImageData | None = None
     rid: str | list[str] | None = None
     stream: bool | None = False
     return_logprob: bool | list[bool] | None = False
@@ -66,9 +83,29 @@ class GenerateRequest(Body):
             "bootstrap_room": self.bootstrap_room,
         }
 
+    def images(self, prompts: int, *, one: bool) -> list[list[ImageSource]]:
+        """The images of each prompt, as SGLang reads ``image_data``; ``one``: there is one prompt, and no list of them.
+
+        ``ApiError``: it is no list of as many.
+        """
+        given = self.image_data
+        if given is None or given in ([], ""):
+            return [[] for _ in range(prompts)]
+        if not isinstance(given, list):
+            return [[image_source(given, "image_data")]] * prompts
+        if one:
+            return [_sources(given[0] if len(given) == 1 and isinstance(given[0], list) else given)]
+        if len(given) != prompts:
+            raise invalid(f"image_data must be one image, or a list of {prompts}, one for each prompt", "image_data")
+        return [_sources(each if isinstance(each, list) else [each]) for each in given]
+
     def _sampling_params(self) -> dict[str, Any] | list[dict[str, Any]]:
         given = self.sampling_params
         return [_meant(each) for each in given] if isinstance(given, list) else _meant(given or {})
+
+
+def _sources(images: list[Any]) -> list[ImageSource]:
+    return [image_source(image, "image_data") for image in images if image is not None]
 
 
 def _meant(params: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def _copies(field: str) -> Callable[[Stats], Samples]:
     return lambda stats: [((lane,), counts[field]) for lane, counts in stats["copies"].items() if field in counts]
 
 
+def _encoder(field: str) -> Callable[[Stats], Samples]:
+    """A field of what the encoder of images did, where the model has one."""
+    return lambda stats: [((), stats["encoder"][field])] if stats["encoder"] else []
+
+
 def _store(field: str) -> Callable[[Stats], Samples]:
     """A field of each call of the store behind the host, by the call's name."""
     return lambda stats: [((call,), counts[field]) for call, counts in stats["copies"].get("store", {}).items()]
@@ -142,6 +147,18 @@ TABLE = (
     Row("cache_nodes", "gauge", "Nodes of the radix tree.", (), _total("nodes")),
     Row("kv_cache_bytes", "gauge", "Bytes of the KV cache's buffers on the device.", (), _total("kv_cache_bytes")),
     Row("host_cache_bytes", "gauge", "Bytes of the KV cache in host memory.", (), _total("host_cache_bytes")),
+    Row("encoder_images", "counter", "Images that were encoded.", (), _encoder("encoded")),
+    Row(
+        "encoder_used_images",
+        "counter",
+        "Images that prompts were computed with; beyond those encoded, the encoder cache had them.",
+        (),
+        _encoder("computed"),
+    ),
+    Row("encoder_seconds", "counter", "Time that the engine spent on encoding.", (), _encoder("seconds")),
+    Row("encoder_evicted_images", "counter", "Images that left the encoder cache.", (), _encoder("evicted")),
+    Row("encoder_cache_images", "gauge", "Images in the encoder cache.", (), _encoder("kept")),
+    Row("encoder_cache_bytes", "gauge", "Bytes of the encoder cache.", (), _encoder("bytes")),
     Row("copied_pages", "counter", "Pages copied between two tiers.", ("lane",), _copies("pages")),
     Row("copied_bytes", "counter", "Bytes copied between two tiers.", ("lane",), _copies("bytes")),
     Row(

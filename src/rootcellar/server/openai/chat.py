@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rootcellar.server.answer import Result, require_room
+from rootcellar.media import Picture
+from rootcellar.server.answer import Result, on_thread, require_room
+from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
 from rootcellar.server.openai.job import OpenAIJob
 from rootcellar.server.openai.names import openai_names
+from rootcellar.server.openai.parts import images_of
 from rootcellar.server.openai.protocol import ChatMessage, ChatRequest, Rendering, message_for_template
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.prompts import Prompts, read_chat
@@ -32,7 +36,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state.require_model(body.model)
     require_room(request, state, "", body.n or 1)
     with openai_names(body.form_names, max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
-        job = await _Chat.of(body, state)
+        job = await _Chat.of(body, state, caller_of(request).name)
         return await job.answer(request, state, body)
 
 
@@ -72,10 +76,10 @@ async def chat_tokens(state: ServerState, body: ChatRequest) -> Prompts:
     return await read_chat(state, messages, n=body.n or 1, **options)
 
 
-def answer_limit(state: ServerState, body: ChatRequest, ids: list[int]) -> int:
-    """Most tokens of the answer to a chat of these: what was asked for, or else what is left of the context."""
+def answer_limit(state: ServerState, body: ChatRequest, tokens: int) -> int:
+    """Most tokens of the answer to a chat of so many: what was asked for, or else what is left of the context."""
     limit = body.limit()
-    return max(1, state.engine.longest_prompt + 1 - len(ids)) if limit is None else limit
+    return max(1, state.engine.longest_prompt + 1 - tokens) if limit is None else limit
 
 
 def chat_listening(state: ServerState, body: ChatRequest, prompts: Prompts) -> Listening:
@@ -106,14 +110,26 @@ class Asked:
     reading: Listening
 
 
+async def prompt_tokens(state: ServerState, prompts: Prompts, pictures: Sequence[Picture]) -> int:
+    """How many tokens the prompt of a chat has as it is computed, what stands for its pictures included."""
+    if not pictures:
+        return len(prompts.input_ids)
+    sizes = await on_thread(state.engine.image_tokens, pictures)
+    return len(prompts.input_ids) + sum(sizes) - len(sizes)
+
+
 async def read_chat_request(
-    state: ServerState, body: ChatRequest, top: int | None = None, prefix: str = "chatcmpl"
+    state: ServerState, body: ChatRequest, tenant: str, top: int | None = None, prefix: str = "chatcmpl"
 ) -> Asked:
-    """Read ``body``; ``top`` as for ``Sampling.arguments``, ``prefix`` as for ``Sampling.name``."""
+    """Read what ``tenant`` sent; ``top`` as for ``Sampling.arguments``, ``prefix`` as for ``Sampling.name``."""
     prompts = await chat_tokens(state, body)
-    most = answer_limit(state, body, prompts.input_ids)
+    sources = images_of(body.messages)
+    pictures = await state.images.read(sources, tenant) if sources else []
+    most = body.limit() or answer_limit(state, body, await prompt_tokens(state, prompts, pictures))
     name = body.name(prefix)
     arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
+    if pictures:
+        arguments["image_data"] = pictures
     how = chat_listening(state, body, prompts)
     arguments["sampling_params"] |= how.sampling
     return Asked(name, prompts, arguments, how)
@@ -132,12 +148,12 @@ class _Chat(OpenAIJob):
     _speakers: dict[int, Speaker] = field(default_factory=dict, init=False)
 
     @classmethod
-    async def of(cls, body: ChatRequest, state: ServerState) -> _Chat:
-        """Read ``body``."""
+    async def of(cls, body: ChatRequest, state: ServerState, tenant: str) -> _Chat:
+        """Read ``body``, which ``tenant`` sent."""
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        asked = await read_chat_request(state, body, top)
+        asked = await read_chat_request(state, body, tenant, top)
         prompts = asked.prompts
         last = body.messages[-1]
         shown = (message_for_template(last)["content"] or "") if body.echo and last["role"] == "assistant" else ""

@@ -13,9 +13,10 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, REFUSED, Refused
+from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, IMAGES_REFUSED, REFUSED, Refused
 from rootcellar.server.native.protocol import BootstrapHost, BootstrapNumber, Priority
 from rootcellar.server.openai.forms import Forms
+from rootcellar.server.openai.parts import content_for_template
 from rootcellar.server.parsing import Body, FailFast
 from rootcellar.server.tools import ToolChoice, ToolList
 
@@ -50,7 +51,7 @@ class Sampling(Forms):
     """What the two kinds of completion have in common; beyond OpenAI's own fields, those of SGLang and vLLM."""
 
     ignored = IGNORED
-    refused = REFUSED
+    refused = {**REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
 
     model: str | None = None
     temperature: FiniteNumber | None = None
@@ -159,7 +160,7 @@ class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
     ignored = {**IGNORED, **CHAT_IGNORED}  # noqa: RUF012
-    refused = {**REFUSED, **CHAT_REFUSED}  # noqa: RUF012
+    refused = {**REFUSED, **CHAT_REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
 
     prompt: Prompt
     max_tokens: int | None = 16
@@ -184,20 +185,8 @@ class ChatMessage(TypedDict):
 
 
 def message_for_template(message: ChatMessage) -> dict[str, Any]:
-    """The message with its content as one text; None stays where tools are called: templates ask for it."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message}
-    if content is None and message.get("tool_calls"):
-        return {**message, "content": None}
-    return {**message, "content": "".join(_text(part) for part in content or [])}
-
-
-def _text(part: dict[str, Any]) -> str:
-    text = part.get("text")
-    if part.get("type") != "text" or not isinstance(text, str):
-        raise invalid(f"messages: a part of type {part.get('type')!r} is not supported: send text", "messages")
-    return text
+    """The message with its content as templates take it; see ``parts.content_for_template``."""
+    return {**message, "content": content_for_template(message)}
 
 
 # Each of them costs the event loop a few microseconds to check, and a template more.
@@ -218,7 +207,7 @@ class Rendering(Body):
 class ChatRequest(Sampling, Rendering):
     """The body of ``POST /v1/chat/completions``."""
 
-    refused = {**REFUSED, "add_special_tokens": Refused("the chat template writes its own", (False,))}  # noqa: RUF012
+    refused = {**REFUSED, **IMAGES_REFUSED, "add_special_tokens": Refused("the chat template writes its own", (False,))}  # noqa: RUF012
 
     messages: Messages
     max_tokens: int | None = None

@@ -33,7 +33,7 @@ async def render_chat(body: ChatRequest, request: Request) -> Response:
     state.require_model(body.model)
     with openai_names(body.form_names, max_new_tokens="max_completion_tokens", min_new_tokens="min_tokens"):
         prompts = await chat_tokens(state, body)
-        limit = answer_limit(state, body, prompts.input_ids)
+        limit = answer_limit(state, body, len(prompts.input_ids))
         top = (body.top_logprobs or 0) if body.logprobs else None
         bound = chat_listening(state, body, prompts).sampling
         return json_response(_rendered(state, body, body.name("chatcmpl"), prompts.input_ids, limit, top, bound))

@@ -7,8 +7,56 @@ import { nameTurn } from "./names.js";
 let turns = []; // messages of this conversation, the system message left out
 let chats = 1;
 let running = null; // AbortController of the answer under way
+let images = []; // data URLs that go with the next question
+
+// Whether the model sees images is known once somebody may ask for it.
+export async function offerImages() {
+  const info = await (await call("/model_info")).json();
+  $("add-image").hidden = !info.has_image_understanding;
+}
+
+const readFile = (file) =>
+  new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => done(reader.result));
+    reader.addEventListener("error", () => failed(reader.error));
+    reader.readAsDataURL(file);
+  });
+
+async function addImages(files) {
+  for (const file of files) if (file.type.startsWith("image/")) images.push(await readFile(file));
+  showImages();
+}
+
+// What goes with the next question; a click takes it out.
+function showImages() {
+  const shown = images.map((url, i) => {
+    const button = element(
+      "button", { type: "button", "aria-label": `Take image ${i + 1} out` }, element("img", { src: url, alt: `image ${i + 1}` }),
+    );
+    button.addEventListener("click", () => {
+      images.splice(i, 1);
+      showImages();
+    });
+    return button;
+  });
+  $("shown").replaceChildren(...shown);
+  $("shown").hidden = !images.length;
+}
+
+function startImages() {
+  $("add-image").addEventListener("click", () => $("image").click());
+  $("image").addEventListener("change", async () => {
+    await addImages($("image").files);
+    $("image").value = "";
+  });
+  $("question").addEventListener("paste", (event) => {
+    if (!$("add-image").hidden) addImages(event.clipboardData?.files ?? []);
+  });
+}
 
 export function startChat(askForKey) {
+  startImages();
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     if (running) running.abort();
@@ -24,6 +72,8 @@ export function startChat(askForKey) {
     running?.abort();
     if (turns.length) chats += 1;
     turns = [];
+    images = [];
+    showImages();
     $("messages").replaceChildren();
     $("question").focus();
   });
@@ -41,8 +91,12 @@ async function answer(askForKey) {
   const question = $("question").value.trim();
   if (!question) return;
   const conversation = turns;
-  conversation.push({ role: "user", content: question });
-  say("user", question);
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  const content = parts.length ? [...parts, { type: "text", text: question }] : question;
+  conversation.push({ role: "user", content });
+  say("user", question).prepend(...images.map((url, i) => element("img", { src: url, alt: `image ${i + 1}` })));
+  images = [];
+  showImages();
   $("question").value = "";
   const bubble = say("assistant", "…");
   running = new AbortController();

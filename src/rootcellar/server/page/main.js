@@ -1,7 +1,7 @@
 // The page: follows the server's feed and hands what comes to those who draw it.
 
 import { events, Refused, setKey } from "./api.js";
-import { saveTrace, startChat } from "./chat.js";
+import { offerImages, saveTrace, startChat } from "./chat.js";
 import { $, count, percent, seconds } from "./dom.js";
 import { draw, rates, recall, remember } from "./history.js";
 import { drawMemory } from "./memory.js";
@@ -47,6 +47,7 @@ async function follow() {
   watching?.abort();
   const mine = (watching = new AbortController());
   followReport(mine.signal);
+  offerImages().catch(() => {}); // without a key, or while the server starts: then there are none
   while (!mine.signal.aborted) {
     try {
       for await (const { event, data } of events("/feed", { signal: mine.signal })) {

@@ -70,10 +70,17 @@ function render() {
   picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
   picture.setAttribute("width", width);
   picture.setAttribute("height", height);
-  picture.replaceChildren(...parts);
+  picture.replaceChildren(svg("defs", {}, stripes()), ...parts);
   if (focused) picture.querySelector(`[data-node="${focused}"]`)?.focus({ preventScroll: true });
   legend();
   describe(shares);
+}
+
+// What an image's tokens are marked with.
+function stripes() {
+  const made = svg("pattern", { id: "image-span", width: 6, height: 6, patternUnits: "userSpaceOnUse" });
+  made.append(svg("path", { d: "M0 6L6 0", stroke: "currentColor", "stroke-width": 2 }));
+  return made;
 }
 
 function block(node, box, sharing, trail, tabbable) {
@@ -92,6 +99,10 @@ function block(node, box, sharing, trail, tabbable) {
     svg("title", {}, `${name}\n${node.text ?? ""}`),
     svg("rect", { x, y, width: w, height: h, "fill-opacity": strength(node.idle) }),
   );
+  for (const [start, length] of node.images ?? []) {
+    const [from, wide] = [(start / node.length) * w, (length / node.length) * w];
+    group.append(svg("rect", { class: "image", x: x + from, y: y + h - 6, width: Math.max(2, wide), height: 4 }));
+  }
   const letters = Math.floor((w - 10) / 6.7);
   if (letters > 2 && node.text) {
     const text = oneLine(node.text);
@@ -117,7 +128,9 @@ function legend() {
   const shown = tree.nodes.length;
   const words = shown < tree.total ? `the ${shown} most important of ${count(tree.total)} nodes` : `${shown} nodes`;
   $("tree-legend").replaceChildren(
-    ...entries, element("span", {}, "pale: long unused"), element("span", {}, "● in use now"), element("span", {}, words),
+    ...entries, element("span", {}, "pale: long unused"), element("span", {}, "● in use now"),
+    ...(tree.nodes.some((node) => node.images?.length) ? [element("span", {}, "striped: an image")] : []),
+    element("span", {}, words),
   );
 }
 

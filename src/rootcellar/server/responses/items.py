@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rootcellar.server.errors import invalid
+from rootcellar.server.openai.parts import joined
 from rootcellar.server.openai.protocol import ChatRequest, chat_request
 from rootcellar.server.openai.speaker import Speaker
 from rootcellar.server.responses.protocol import (
@@ -17,6 +18,7 @@ from rootcellar.server.responses.protocol import (
     ResponseItem,
     ResponsesRequest,
     ResultItem,
+    ShownImage,
     TextPart,
     ThoughtItem,
 )
@@ -38,9 +40,9 @@ def turns_of(given: str | Sequence[ResponseItem], before: Sequence[Turn] = ()) -
         match item:
             case MessageItem(role="assistant"):
                 turn = _speaking(turns, "content")
-                turn["content"] = _text(item.content)
+                turn["content"] = _content(item.content)
             case MessageItem():
-                turns.append({"role": item.role, "content": _text(item.content)})
+                turns.append({"role": item.role, "content": _content(item.content)})
             case ThoughtItem():
                 parts = item.content or item.summary or []
                 if parts:
@@ -70,6 +72,12 @@ def _speaking(turns: list[Turn], new: str = "") -> Turn:
     if last.get("role") != "assistant" or last.get(new) or (new and last.get("tool_calls")):
         turns.append({"role": "assistant", "content": None})
     return turns[-1]
+
+
+def _content(content: str | Sequence[TextPart | ShownImage]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return joined([part.text if isinstance(part, TextPart) else part.part() for part in content])
 
 
 def _text(content: str | Sequence[TextPart]) -> str:

@@ -27,6 +27,20 @@ class TextPart(Body):
     text: str
 
 
+class ShownImage(Body):
+    """An image of a message."""
+
+    refused = {"file_id": Refused("send it as a data URL")}  # noqa: RUF012
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+    def part(self) -> dict[str, Any]:
+        """The part of a chat's message that it is."""
+        return {"type": "image_url", "image_url": {"url": self.image_url, "detail": self.detail or "auto"}}
+
+
 class MessageItem(Body):
     """A message of a conversation."""
 
@@ -34,7 +48,7 @@ class MessageItem(Body):
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextPart]
+    content: str | list[Annotated[TextPart | ShownImage, Discriminator("type")]]
 
 
 class CallItem(Body):
@@ -179,7 +193,7 @@ class ResponsesRequest(Body):
         "top_logprobs": Refused("ask /v1/chat/completions for logprobs", (0,)),
         "truncation": Refused("shorten the conversation before you send it", ("disabled",)),
         "moderation": Refused("nothing is judged here"),
-        "image": Refused("this server takes text"),
+        "image": Refused("send input_image as a part of a message"),
     }
 
     model: str | None = None

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rootcellar.errors import RootcellarError
 from rootcellar.server.answer import EventStream, Result, Stream, begin, named_event, require_room, whole
-from rootcellar.server.callers import paying
+from rootcellar.server.callers import caller_of, paying
 from rootcellar.server.errors import ApiError, invalid, json_bytes, json_response
 from rootcellar.server.hinting import keep
 from rootcellar.server.openai.chat import Asked, read_chat_request
@@ -47,7 +47,8 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
         before = orjson.loads(found.turns)
     chat, turns = chat_of(body, before)
     with openai_names(chat.form_names, max_new_tokens="max_output_tokens", response_format="text.format"):
-        job = _Responding(request, state, body, await read_chat_request(state, chat, prefix="resp"), turns)
+        asked = await read_chat_request(state, chat, caller_of(request).name, prefix="resp")
+        job = _Responding(request, state, body, asked, turns)
         if not body.stream:
             return await job.answer()
         stream = await begin(request, state, **job.asked.arguments)
