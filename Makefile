@@ -6,6 +6,10 @@ VENV := .venv
 REFERENCE_VENV := .venv-reference
 # So do trainers, which bring half of what there is for Python.
 TRAINERS_VENV := .venv-trainers
+# And XLA's compiler for TPUs, beside which JAX would look for one.
+TPU_VENV := .venv-tpu
+# What is compiled for which chips: a few that differ most (`ci`), or each model for each chip (`all`).
+FAMILIES ?= ci
 # What others wrote and stores stand on, an environment each: their packages do not agree with each other.
 STORES_VENVS := .venv-stores
 # Which are tested, and seconds for the tests of each, after which they are ended.
@@ -31,7 +35,7 @@ RUN := $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-wide test-reference test-clients test-trainers test-stores fuzz sanitize lint format docs site docs-serve golden bench \
+.PHONY: help demo wheel test test-wide test-reference test-clients test-trainers test-tpu-compile test-device test-stores fuzz sanitize lint format docs site docs-serve golden bench \
 	lock clean
 
 help:  ## List the targets.
@@ -60,6 +64,15 @@ test-trainers: $(VENV)/.stamp-dev  ## Run other people's trainers over an engine
 	@$(MAKE) --no-print-directory $(TRAINERS_VENV)/.stamp \
 		|| echo "Trainers cannot be installed here (requirements/trainers.txt): what needs them is skipped."
 	@$$(test -f $(TRAINERS_VENV)/.stamp && echo $(TRAINERS_VENV) || echo $(VENV))/bin/python -m pytest -rs -m trainers $(ARGS)
+
+test-tpu-compile: $(VENV)/.stamp-dev  ## Compile steps at full size for TPUs, without one (FAMILIES=all: each model for each chip).
+	@$(MAKE) --no-print-directory $(TPU_VENV)/.stamp \
+		|| echo "libtpu cannot be installed here (requirements/tpu.txt): what needs it is skipped."
+	@JAX_PLATFORMS=cpu ROOTCELLAR_TPU_CASES=$(FAMILIES) \
+		$$(test -f $(TPU_VENV)/.stamp && echo $(TPU_VENV) || echo $(VENV))/bin/python -m pytest -rs -m tpu $(ARGS)
+
+test-device: $(VENV)/.stamp-dev  ## Check what a GPU or TPU must show, where JAX finds one: tokens, donation, memory, bandwidth.
+	@$(RUN)python scripts/device_check.py $(ARGS)
 
 test-stores: $(if $(filter lmcache aibrix,$(STORES)),$(REFERENCE_VENV)/.stamp,$(VENV)/.stamp-dev)  ## Run stores on other people's components (STORES="redis s3": these).
 	@$(RUN)python tests/store_components/run.py --environments $(STORES_VENVS) --torch $(REFERENCE_VENV) \
@@ -117,7 +130,7 @@ PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --qu
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 clean:  ## Remove everything that can be made again.
-	rm -rf $(VENV) $(REFERENCE_VENV) $(TRAINERS_VENV) $(STORES_VENVS) $(DOCS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(TRAINERS_VENV) $(TPU_VENV) $(STORES_VENVS) $(DOCS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- The virtual environments -----------------------------------------------------------------------------------------
@@ -156,6 +169,13 @@ $(TRAINERS_VENV)/.stamp: $(VENV)/.stamp-dev requirements/trainers.txt
 	@$(call lend,$(TRAINERS_VENV))
 	@$(TRAINERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/trainers.txt
 	@touch $@ && echo "$(TRAINERS_VENV) is ready."
+
+# The same for the compiler.
+$(TPU_VENV)/.stamp: $(VENV)/.stamp-dev requirements/tpu.txt
+	@$(call create_venv,$(TPU_VENV))
+	@$(call lend,$(TPU_VENV))
+	@$(TPU_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/tpu.txt
+	@touch $@ && echo "$(TPU_VENV) is ready."
 
 define lend
 $(1)/bin/python -c 'import pathlib, sysconfig; \

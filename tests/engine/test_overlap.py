@@ -227,6 +227,28 @@ def test_memory_is_released_when_the_last_answer_ended_and_its_superfluous_step_
     whole(machine)
 
 
+# -- a device that is never short of work ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_at_64_rows_the_device_has_its_next_step_before_it_is_asked_for_this_ones_tokens(overlap):
+    """Counted in steps, not in seconds: those at whose end nothing waits to be computed. Answers end apart."""
+    machine = hash_machine(tokens=64 * 64, running=64, chunk=512, overlap=overlap)
+    callers = Callers(machine)
+    asked = list(itertools.islice(talkative(40), 64))
+    for i, each in enumerate(asked):
+        callers.do(callers.submit([each], i, max_new_tokens=20 + i % 20))
+    callers.run()
+    notes = machine.runner.notes
+    decoding = next((i for i, pair in enumerate(itertools.pairwise(notes)) if pair == ("step", "step")), 0)
+    ahead = np.cumsum([1 if note == "step" else -1 for note in notes])
+    reads = [left for left, note in zip(ahead[decoding:], notes[decoding:], strict=True) if note == "read"]
+    dry = sum(left == 0 for left in reads)
+    assert len(reads) >= 36
+    assert dry == (1 if overlap else len(reads)), "only after the last there is nothing to do"
+    whole(machine)
+
+
 # -- steps that fail --------------------------------------------------------------------------------------------------
 
 

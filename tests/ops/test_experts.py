@@ -102,7 +102,7 @@ def make_case(rng, tokens, experts, top_k, embed=24, inner=16):
     liking = rng.exponential(size=experts) ** 3
     chosen = np.stack([rng.choice(experts, top_k, replace=False, p=liking / liking.sum()) for _ in range(tokens)])
     x = rng.standard_normal((tokens, embed), np.float32)
-    gate_up = rng.standard_normal((experts, embed, 2, inner), np.float32)
+    gate_up = rng.standard_normal((experts, 2, embed, inner), np.float32)
     down = rng.standard_normal((experts, inner, embed), np.float32)
     return x, chosen.astype(np.int32), gate_up, down
 
@@ -114,7 +114,7 @@ def loop(x, chosen, gate_up, down):
     for t, ids in enumerate(chosen):
         for k, e in enumerate(ids):
             row = x[t] if len(x) == len(chosen) else x[t * len(ids) + k]
-            gate, up = row @ gate_up[e, :, 0], row @ gate_up[e, :, 1]
+            gate, up = row @ gate_up[e, 0], row @ gate_up[e, 1]
             out[t, k] = (gate * sigmoid(gate) * up + e) @ down[e]
     return out
 

@@ -17,7 +17,8 @@ from rootcellar.plan.stored import Heads, Latents, States
 from rootcellar.pools import Pool, direct
 from rootcellar.pools.copying import BLOCKS, Blocks, InPlace, copier, cut
 from rootcellar.pools.images import Image, image_bytes
-from rootcellar.pools.layouts import LAYOUTS, layout_of
+from rootcellar.pools.layouts import LAYOUTS, layout_of, tiled
+from rootcellar.pools.layouts.layout import as_it_lies
 from rootcellar.runner import CompileCounter
 
 LAYERS, PAGES = 3, 24
@@ -33,6 +34,7 @@ class Turned:
     form: ClassVar[str] = "heads"
     axes: ClassVar[tuple] = ((None, None, None, "kv_heads"),)
     image: ClassVar[tuple] = ((1, 2, 0, 3),)
+    unfolded = property(as_it_lies)
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype
@@ -60,6 +62,29 @@ def same(pool, kept, pages):
         for buffers, others in zip(pool.buffers, kept, strict=True)
         for a, b in zip(buffers, others, strict=True)
     )
+
+
+@pytest.mark.parametrize("form", ["heads", "latents"])
+def test_what_a_cpu_wrote_down_is_read_in_tiles_of_a_tpu_and_the_other_way_round(form):
+    """Pages as `native` and `xla` have them become those of the kernel for TPUs, and those the same images."""
+    usual = layout_of(STORED[form], "bfloat16", 4)
+    one, other, back = (Pool(layout, LAYERS, PAGES) for layout in (usual, tiled(usual), usual))
+    assert one.layout != other.layout
+    kept, pages = fill(one), np.array([3, 9, 4], np.int32)
+    images = np.zeros((3, Image(one).nbytes), np.uint8)
+    assert Image(other).nbytes == images.shape[1] == image_bytes(other.layout, LAYERS)
+    copier(one).read(pages, images, np.arange(3))()
+    theirs = copier(other)
+    theirs.write(pages, theirs.fetch(images, np.arange(3)))()
+    for buffers, others in zip(other.buffers, kept, strict=True):
+        parts = zip(other.layout.read(buffers, pages), usual.read(others, pages), strict=True)
+        assert all(np.array_equal(a, b) for a, b in parts)
+    again = np.zeros_like(images)
+    theirs.read(pages, again, np.arange(3))()
+    np.testing.assert_array_equal(again, images)
+    mine = copier(back)
+    mine.write(pages, mine.fetch(again, np.arange(3)))()
+    assert same(back, kept, pages)
 
 
 @pytest.mark.parametrize("how", [Blocks, NATIVE])

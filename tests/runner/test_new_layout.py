@@ -16,6 +16,7 @@ from rootcellar.models.kinds import paging
 from rootcellar.models.params import init_params
 from rootcellar.ops.backends import BACKENDS, choose_backend, xla
 from rootcellar.pools.layouts import LAYOUTS
+from rootcellar.pools.layouts.layout import as_it_lies
 from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, pools_of
 
 PAGE, WIDTH = 4, 8
@@ -30,6 +31,7 @@ class Eight:
     axes: ClassVar[tuple] = ((None, None, "kv_heads"), (None, None, "kv_heads"))
     image: ClassVar[tuple] = ((0, 1, 2, 3), (0, 1, 2))
     turn: ClassVar[None] = None
+    unfolded = property(as_it_lies)
     kv_heads: int
     head_dim: int
     page_size: int
@@ -102,7 +104,7 @@ def test_a_backend_is_a_file_that_says_what_it_lacks(eight, monkeypatch):
     def lacks(layout, platform):
         return None if layout.name == "eight" else f"it reads eights alone, on a {platform} too"
 
-    monkeypatch.setitem(BACKENDS, "mine", types.SimpleNamespace(lacks=lacks, attend=attend))
+    monkeypatch.setitem(BACKENDS, "mine", types.SimpleNamespace(prefers=xla.prefers, lacks=lacks, attend=attend))
     cfg = read_config(make_config("qwen2", num_hidden_layers=1))
     assert np.isfinite(answers(runner_of(cfg, "eight", "mine"))).all()
     assert set(asked) == {"eight"}

@@ -32,7 +32,7 @@ from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, declare, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops import products
-from rootcellar.ops.backends import choose_backend
+from rootcellar.ops.backends import choose_backend, preferred
 from rootcellar.plan.sizing import ARENA
 from rootcellar.plan.stored import SHORT_NAMES
 from rootcellar.pools import Pool
@@ -368,13 +368,15 @@ def _log_pools(pools: Mapping[str, Pool], programs: Programs, tokens: int) -> No
 def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: str) -> Programs:
     """What will run, at the largest shapes that it may have."""
     pages = paging(placement.served, kv_dtype, config.page_size, arena=not config.disable_kv_arena)
+    if config.enable_deterministic_inference:
+        backend = invariance.backend(pages.attended)
+    else:
+        backend = choose_backend(config.attention_backend, pages.attended, jax.default_backend())
     return Programs(
         placement,
         dtype,
-        pages,
-        invariance.backend(pages.attended)
-        if config.enable_deterministic_inference
-        else choose_backend(config.attention_backend, pages.attended, jax.default_backend()),
+        pages.laid(lambda layout: preferred(backend, layout, jax.default_backend())),
+        backend,
         Shapes.of(
             config.chunked_prefill_size, memory.running_requests(config, config.max_total_tokens), _guessed(config)
         ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from rootcellar.cache.kind import RULES, Kind
 from rootcellar.models.model import ModelConfig
@@ -46,6 +46,12 @@ class Paging:
     def attended(self) -> list[Layout]:
         """The layouts over which layers attend: all but those of recurrent states."""
         return [self.layouts[kind.name] for kind in self.kinds if kind.rule != "recurrent"]
+
+    def laid(self, instead: Callable[[Layout], Layout]) -> Paging:
+        """The same with another layout, of as many bytes, ``instead`` of each of those that are attended over."""
+        layouts = {k.name: self.layouts[k.name] for k in self.kinds}
+        layouts |= {k.name: instead(layouts[k.name]) for k in self.kinds if k.rule != "recurrent"}
+        return replace(self, layouts=layouts)
 
 
 def paging(cfg: ModelConfig, kv_cache_dtype: str, page_size: int, *, arena: bool) -> Paging:

@@ -72,12 +72,12 @@ def outputs_first(packed: NDArray[Any]) -> Views:
     return [(packed, (prod(packed.shape[:-1]), packed.shape[-1]))]
 
 
-# Experts: gate and up ``[N, in, 2, I]``, down ``[N, I, out]``.
+# Experts: gate and up ``[N, 2, in, I]``, down ``[N, I, out]``.
 
 
 def each_gate_up(packed: NDArray[Any]) -> Views:
     """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
-    return [view for expert in packed for view in gate_up(expert)]
+    return [_linear(part, 1) for expert in packed for part in expert]
 
 
 def each_transposed(packed: NDArray[Any]) -> Views:
@@ -87,8 +87,8 @@ def each_transposed(packed: NDArray[Any]) -> Views:
 
 def all_gate_up(packed: NDArray[Any]) -> Views:
     """All in one tensor ``[N, 2 * I, in]``, an expert's gate before its up."""
-    count, inputs, _, inner = packed.shape
-    return [(packed.transpose(0, 2, 3, 1), (count, 2 * inner, inputs))]
+    count, _, inputs, inner = packed.shape
+    return [(packed.transpose(0, 1, 3, 2), (count, 2 * inner, inputs))]
 
 
 def all_transposed(packed: NDArray[Any]) -> Views:
@@ -98,13 +98,23 @@ def all_transposed(packed: NDArray[Any]) -> Views:
 
 
 def halves(packed: NDArray[Any]) -> Views:
-    """``[..., 2, I]`` as ``[..., 2 * I]``: gates before ups."""
-    return [(packed, (*packed.shape[:-2], 2 * packed.shape[-1]))]
+    """``[N, in, 2 * I]``, or biases ``[N, 2 * I]``: gates before ups."""
+    return [_widened(_inputs_first(packed))]
 
 
 def interleaved(packed: NDArray[Any]) -> Views:
-    """``[..., 2, I]`` as ``[..., 2 * I]``: gates and ups take turns."""
-    return [(packed.swapaxes(-1, -2), (*packed.shape[:-2], 2 * packed.shape[-1]))]
+    """``[N, in, 2 * I]``, or biases ``[N, 2 * I]``: gates and ups take turns."""
+    return [_widened(_inputs_first(packed).swapaxes(-1, -2))]
+
+
+def _inputs_first(packed: NDArray[Any]) -> NDArray[Any]:
+    """``[N, in, 2, I]`` of ``[N, 2, in, I]``; biases ``[N, 2, I]`` as they are."""
+    return packed.swapaxes(1, 2) if packed.ndim == 4 else packed
+
+
+def _widened(view: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """A view, and its shape with the last two axes as one."""
+    return view, (*view.shape[:-2], view.shape[-2] * view.shape[-1])
 
 
 def _by_group(packed: NDArray[Any]) -> list[NDArray[Any]]:

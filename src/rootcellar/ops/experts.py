@@ -119,7 +119,7 @@ def grouped(
     Args:
         x: ``[T, E]``, or ``[T * K, E]`` where a token's rows are not the same for all its experts.
         chosen: int32 ``[T, K]``, the experts of each token.
-        gate_up: ``[N, E, 2, I]``.
+        gate_up: ``[N, 2, E, I]``.
         middle: see ``Middle``.
         down: ``[N, I, E]``.
         form: see the top of this file; None: the faster one where the program runs.
@@ -157,9 +157,18 @@ class _Pairs(NamedTuple):
 
 
 def _ragged(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
-    wide = gate_up.reshape(*gate_up.shape[:2], -1)
-    inner = lax.ragged_dot(pairs.rows(x, pairs.order), wide, pairs.counts)
-    out = lax.ragged_dot(middle(inner.reshape(len(inner), 2, -1), pairs.expert), down, pairs.counts)
+    """A gate and an up are two experts, of each pair's row one after the other.
+
+    Were they one that is twice as wide, tensor parallelism, which splits I, would gather all experts first.
+    """
+    halves = gate_up.reshape(-1, *gate_up.shape[2:])
+    starts = jnp.cumsum(pairs.counts) - pairs.counts
+    of_pair = jnp.arange(pairs.order.size)
+    gates = starts[pairs.expert] + of_pair  # gates of an expert come before its ups, after both of those before it
+    places = jnp.stack([gates, gates + pairs.counts[pairs.expert]], axis=1)
+    source = jnp.zeros(2 * pairs.order.size, jnp.int32).at[places].set(pairs.order[:, None])
+    wide = lax.ragged_dot(pairs.rows(x, source), halves, jnp.repeat(pairs.counts, 2))
+    out = lax.ragged_dot(middle(wide[places], pairs.expert), down, pairs.counts)
     return out[jnp.argsort(pairs.order)].astype(x.dtype)
 
 
@@ -183,7 +192,7 @@ def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array
         first, second = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_up, down))
         rows = pairs.rows(x, jnp.minimum(member, count - 1))
         # Gate and up stay apart, or tensor parallelism, which splits I, would gather all experts first.
-        return (middle(jnp.einsum("me,eci->mci", rows, first), expert) @ second).astype(x.dtype)
+        return (middle(jnp.stack([rows @ first[0], rows @ first[1]], axis=1), expert) @ second).astype(x.dtype)
 
     def body(out: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         rows = lax.cond(block[0] < experts, one, lambda *_: jnp.zeros((size, x.shape[1]), x.dtype), *block)

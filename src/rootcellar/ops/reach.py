@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Reach:
         if self.rule == "sliding_window":
             return jnp.maximum(query - (self.span - 1), 0)
         if self.rule == "chunked_local":
-            return jnp.maximum(query, 0) // self.span * self.span
+            # Not `//`, for whose signs Pallas asks which TPU this is.
+            return lax.div(jnp.maximum(query, 0), jnp.full_like(query, self.span)) * self.span
         return jnp.zeros_like(query)
 
     def capped(self, scores: Array) -> Array:

@@ -33,7 +33,8 @@ class Piece:
 
     Attributes:
         shape: of one layer of a page in the image, and ``dtype`` its type.
-        order: the device's axes of a page in the image's order.
+        lies: the shape of a page on the device, and ``unfolded`` that whose axes the image orders.
+        order: the unfolded axes of a page in the image's order.
         heads: which axis of ``shape`` is the KV heads'; None where there are none.
         offset, nbytes: where the first layer begins in the image, and the bytes of each.
         sharding: of pages in the image's order of axes, as they go to the device.
@@ -41,6 +42,8 @@ class Piece:
     """
 
     shape: tuple[int, ...]
+    lies: tuple[int, ...]
+    unfolded: tuple[int, ...]
     dtype: jnp.dtype
     order: tuple[int, ...]
     heads: int | None
@@ -51,11 +54,20 @@ class Piece:
 
     def to_image(self, pages: Array) -> Array:
         """Pages ``[N, ...]`` of the device in the image's order of axes."""
-        return pages.transpose(0, *(1 + axis for axis in self.order))
+        kept = pages[..., : self.unfolded[-1]] if self.padding else pages.reshape(-1, *self.unfolded)
+        return kept.transpose(0, *(1 + axis for axis in self.order))
 
     def to_device(self, pages: Array) -> Array:
         """The inverse of :meth:`to_image`."""
-        return pages.transpose(0, *(1 + self.order.index(axis) for axis in range(len(self.order))))
+        unfolded = pages.transpose(0, *(1 + self.order.index(axis) for axis in range(len(self.order))))
+        if self.padding:
+            return jnp.pad(unfolded, [(0, 0)] * len(self.lies) + [(0, self.padding)])
+        return unfolded.reshape(-1, *self.lies)
+
+    @property
+    def padding(self) -> int:
+        """Elements at the end of each row on the device that an image has not."""
+        return self.lies[-1] - self.unfolded[-1] if len(self.lies) == len(self.unfolded) else 0
 
 
 class Image:
@@ -74,11 +86,12 @@ class Image:
         self.copies = copies
         pieces: list[Piece] = []
         at = 0
-        for array, axes, order, sharding in zip(
-            pool.layout.buffers(1), pool.layout.axes, pool.layout.image, pool.shardings, strict=True
+        layout = pool.layout
+        for array, axes, unfolded, order, sharding in zip(
+            layout.buffers(1), layout.axes, layout.unfolded, layout.image, pool.shardings, strict=True
         ):
             heads = order.index(axes.index("kv_heads") - 1) if "kv_heads" in axes else None
-            shape = [array.shape[1 + axis] for axis in order]
+            shape = [unfolded[axis] for axis in order]
             if heads is not None:
                 shape[heads] //= copies
             nbytes = math.prod(shape) * array.dtype.itemsize
@@ -86,14 +99,15 @@ class Image:
             gathered = placed
             if isinstance(placed, NamedSharding) and not placed.is_fully_addressable:
                 gathered = NamedSharding(placed.mesh, PartitionSpec())
-            pieces.append(Piece(tuple(shape), array.dtype, order, heads, at, nbytes, placed, gathered))
+            lies = array.shape[1:]
+            pieces.append(Piece(tuple(shape), lies, unfolded, array.dtype, order, heads, at, nbytes, placed, gathered))
             at += pool.layers * nbytes
         self.pieces = tuple(pieces)
         self.nbytes = at
         self.offsets = [p.offset + layer * p.nbytes for layer in range(pool.layers) for p in self.pieces]
         self.together = not all(sharding.is_fully_addressable for sharding in pool.shardings)
         alone = all(sharding.num_devices == 1 for sharding in pool.shardings)
-        self.plain = alone and all(p.order == tuple(range(len(p.order))) for p in self.pieces)
+        self.plain = alone and all(p.order == tuple(range(len(p.order))) and not p.padding for p in self.pieces)
 
     def store(self, taken: Sequence[Sequence[Array]], images: Images, rows: Rows) -> None:
         """Write what was taken from the device, the buffers ``[N or more, ...]`` of each layer, to the images ``rows``.
@@ -144,8 +158,8 @@ class Image:
 def image_bytes(layout: Layout, layers: int, copies: int = 1) -> int:
     """Bytes of the image of a page of ``layers`` layers, whose KV heads are repeated so often on the devices."""
     return layers * sum(
-        math.prod(array.shape) * array.dtype.itemsize // (copies if "kv_heads" in axes else 1)
-        for array, axes in zip(layout.buffers(1), layout.axes, strict=True)
+        math.prod(shape) * array.dtype.itemsize // (copies if "kv_heads" in axes else 1)
+        for array, axes, shape in zip(layout.buffers(1), layout.axes, layout.unfolded, strict=True)
     )
 
 

@@ -36,7 +36,7 @@ AXIS = "tensor"
 _SPLIT = ("heads", "kv_heads", "mlp", "vocab")
 
 
-def _devices(count: int) -> list[jax.Device]:
+def _devices(count: int) -> Sequence[jax.Device]:
     """So many devices, as many of each process, those of rank 0 first."""
     processes = jax.process_count()
     if processes == 1:
@@ -71,16 +71,22 @@ class Placement:
     """How weights that products take are packed: a name in ``ops.panels.HOLDINGS``; None: they are arrays."""
     fixed: bool = False
     """Whether sums over packed weights are in one order, whatever rows there are."""
+    devices: tuple[jax.Device, ...] | None = None
+    """Those to choose from; None: this machine's. Programs compile for devices that only a topology describes, too."""
 
     def __post_init__(self) -> None:
-        found = jax.device_count()
+        found = jax.device_count() if self.devices is None else len(self.devices)
         if self.tp_size > found:
             raise ConfigError(f"tp_size={self.tp_size}, and there are {found} devices: lower tp_size")
 
     @cached_property
     def mesh(self) -> Mesh | None:
         """The mesh with the axis ``tensor``; None for a single device."""
-        return None if self.tp_size == 1 else Mesh(np.array(_devices(self.tp_size)), (AXIS,))
+        return None if self.tp_size == 1 else Mesh(np.array(self._chosen), (AXIS,))
+
+    @property
+    def _chosen(self) -> Sequence[jax.Device]:
+        return _devices(self.tp_size) if self.devices is None else self.devices[: self.tp_size]
 
     @cached_property
     def served(self) -> ModelConfig:
@@ -140,12 +146,17 @@ class Placement:
     @property
     def native(self) -> bool:
         """Whether kernels multiply by packed weights. They know nothing of meshes; XLA does."""
-        return self.tp_size == 1 and products.runs(jax.default_backend())
+        return self.tp_size == 1 and products.runs(self.platform)
 
     @property
     def writes_out(self) -> bool:
         """Whether XLA for CPUs multiplies by what packed weights stand for, in steps of many rows if no others."""
-        return self.holding is not None and jax.default_backend() == "cpu" and not self.fixed
+        return self.holding is not None and self.platform == "cpu" and not self.fixed
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.devices is None else self.devices[0].platform
 
     def put(self, array: Any, where: Sharding) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
@@ -182,7 +193,7 @@ class Placement:
         return None if self.whole.is_fully_addressable else self.whole
 
     def _placed(self, spec: P) -> Sharding:
-        return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
+        return SingleDeviceSharding(self._chosen[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def _spec(self, names: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
         """How an array with these logical axes is split; ``shape``, if given: axes that do not divide stay whole."""

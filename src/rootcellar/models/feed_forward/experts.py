@@ -70,17 +70,17 @@ class Experts:
         return self.router.top_k * (self.intermediate_size + embed) + shared
 
     def declare(self, declare: Declare, embed: int) -> Params:
-        """``router`` [E, N], ``experts_gate_up`` [N, E, 2, I], ``experts_down`` [N, I, E]; where there are any:
+        """``router`` [E, N], ``experts_gate_up`` [N, 2, E, I], ``experts_down`` [N, I, E]; where there are any:
         ``router_bias`` and ``correction`` [N], the experts' biases, ``shared_gate`` [E, 1], and the shared expert's
         parameters under ``shared``.
         """  # fmt: skip
         count, inner = self.router.experts, self.intermediate_size
         gate_up_packing, down_packing = STORED[self.stored]
-        gate_up: tuple[Axis, ...] = (None, "embed", None, "mlp")
+        gate_up: tuple[Axis, ...] = (None, None, "embed", "mlp")
         params: Params = {
             "router": declare("router", (embed, count), ("embed", None), "random", packing.transposed),
             "experts_gate_up": _of_each(
-                declare("experts_gate_up", (count, embed, 2, inner), gate_up, "random", gate_up_packing)
+                declare("experts_gate_up", (count, 2, embed, inner), gate_up, "random", gate_up_packing)
             ),
             "experts_down": _of_each(
                 declare("experts_down", (count, inner, embed), (None, "mlp", "embed"), "random", down_packing)

@@ -17,14 +17,14 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from rootcellar.errors import ConfigError
-from rootcellar.ops.backends import fixed, native, xla
+from rootcellar.ops.backends import fixed, native, tpu, xla
 from rootcellar.ops.backends.backend import Attend, Backend
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import TokenLayout
 
 # Those that are tried first come first.
-BACKENDS: Mapping[str, Backend] = {"native": native, "xla": xla}
+BACKENDS: Mapping[str, Backend] = {"native": native, "tpu": tpu, "xla": xla}
 _PARTS = {"heads": 2, "latents": 1}  # what is stored of a token
 FIXED = "fixed"
 """What runs in the place of ``native`` where answers must not depend on the batch."""
@@ -35,18 +35,24 @@ def choose_backend(wanted: str, layouts: Collection[Layout], platform: str) -> s
 
     Args:
         wanted: the setting ``attention_backend``: ``"auto"`` or a backend's name.
-        layouts: of all layers that attend.
+        layouts: of all layers that attend, before :func:`preferred`.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
 
     Raises:
         ConfigError: the wanted one, or every one, lacks something; the message says what.
     """
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        lacks = [why for layout in layouts if (why := BACKENDS[name].lacks(layout, platform)) is not None]
+        preferred_ones = (preferred(name, layout, platform) for layout in layouts)
+        lacks = [why for layout in preferred_ones if (why := BACKENDS[name].lacks(layout, platform)) is not None]
         if not lacks:
             return name
     others = " or ".join(repr(other) for other in ("auto", *BACKENDS) if other != wanted)
     raise ConfigError(f"attention_backend={wanted!r} cannot be used: {lacks[0]}. Use attention_backend={others}.")
+
+
+def preferred(backend: str, layout: Layout, platform: str) -> Layout:
+    """The layout that stands in the place of ``layout`` where this backend runs."""
+    return layout if backend == FIXED else BACKENDS[backend].prefers(layout, platform)
 
 
 def attention(backend: str, layout: TokenLayout, reach: Reach) -> Attend:
@@ -66,4 +72,4 @@ def _by(part: Array, turn: NDArray[np.float32]) -> Array:
     return jnp.matmul(part.astype(jnp.float32), turn, precision=lax.Precision.HIGHEST)
 
 
-__all__ = ["BACKENDS", "FIXED", "Attend", "Backend", "Reach", "attention", "choose_backend"]
+__all__ = ["BACKENDS", "FIXED", "Attend", "Backend", "Reach", "attention", "choose_backend", "preferred"]

@@ -28,6 +28,10 @@ is float32 in the shape of ``q`` (over latents sums of latents); rows of padding
 class Backend(Protocol):
     """A file of this folder."""
 
+    def prefers(self, layout: Layout, platform: str) -> Layout:
+        """The layout, of the same things in as many bytes, over which it would rather attend there; else ``layout``."""
+        ...
+
     def lacks(self, layout: Layout, platform: str) -> str | None:
         """Why it cannot attend over pages of ``layout`` on ``platform``, for a message; None: it can."""
         ...

@@ -26,6 +26,11 @@ _TARGETS = {
 }
 
 
+def prefers(layout: Layout, platform: str) -> Layout:  # noqa: ARG001 - it runs on CPUs alone
+    """See ``Backend``."""
+    return layout
+
+
 def lacks(layout: Layout, platform: str) -> str | None:
     """See ``Backend``: it reads some layouts, in some types, whose dimensions fill vectors."""
     if platform != "cpu":

@@ -17,11 +17,16 @@ from rootcellar.ops.pages import padded, places
 from rootcellar.ops.reach import Reach
 from rootcellar.plan.sizing import BLOCK_TOKENS
 from rootcellar.pools import Layout
-from rootcellar.pools.layouts import TokenLayout
+from rootcellar.pools.layouts import TokenLayout, tiled
 
 # The score of a position that is not seen.
 MASKED = -1e30
 Sum = Callable[[Array], Array]
+
+
+def prefers(layout: Layout, platform: str) -> Layout:
+    """See ``Backend``: XLA for TPUs would bring pools that are no whole tiles into another order, and back."""
+    return tiled(layout) if platform == "tpu" else layout
 
 
 def lacks(layout: Layout, platform: str) -> str | None:  # noqa: ARG001 - it runs everywhere

@@ -19,6 +19,8 @@ from rootcellar.pools.layouts.latents import PagedLatents
 from rootcellar.pools.layouts.layout import Axes, Layout, TokenLayout, page_bytes
 from rootcellar.pools.layouts.narrow_heads import NarrowHeads
 from rootcellar.pools.layouts.narrow_latents import NarrowLatents
+from rootcellar.pools.layouts.padded_latents import PaddedLatents
+from rootcellar.pools.layouts.paired_heads import PairedHeads
 from rootcellar.pools.layouts.states import Slots
 
 _FILES: tuple[tuple[Form, ModuleType], ...] = (
@@ -45,16 +47,26 @@ def layout_of(stored: Stored, kv_cache_dtype: str, page_size: int) -> Layout:
     return make(stored, kv_cache_dtype, page_size)
 
 
+def tiled(layout: Layout) -> Layout:
+    """The layout of the same things in whole tiles of a TPU; of few bits as they are."""
+    if isinstance(layout, PagedLatents):
+        return PaddedLatents.instead(layout)
+    return PairedHeads.instead(layout) if isinstance(layout, PagedHeads) else layout
+
+
 __all__ = [
     "LAYOUTS",
     "Axes",
     "Layout",
     "NarrowHeads",
     "NarrowLatents",
+    "PaddedLatents",
     "PagedHeads",
     "PagedLatents",
+    "PairedHeads",
     "Slots",
     "TokenLayout",
     "layout_of",
     "page_bytes",
+    "tiled",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rootcellar.plan.stored import DTYPES, Form, Heads
-from rootcellar.pools.layouts.layout import Axes
+from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = tuple(DTYPES)
 
@@ -29,6 +29,7 @@ class PagedHeads:
     axes: ClassVar[tuple[Axes, ...]] = ((None, None, "kv_heads"),)
     turn: ClassVar[None] = None
     image: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2, 3),)
+    unfolded = property(as_it_lies)
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype

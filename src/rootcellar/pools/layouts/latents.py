@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rootcellar.plan.stored import DTYPES, Form, Latents
-from rootcellar.pools.layouts.layout import Axes
+from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = tuple(DTYPES)
 
@@ -28,6 +28,7 @@ class PagedLatents:
     axes: ClassVar[tuple[Axes, ...]] = ((),)
     turn: ClassVar[None] = None
     image: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1),)
+    unfolded = property(as_it_lies)
     dim: int
     dtype: jnp.dtype
     page_size: int

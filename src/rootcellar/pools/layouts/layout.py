@@ -47,9 +47,17 @@ class Layout(Protocol):
     def image(self) -> tuple[tuple[int, ...], ...]:
         """Of each array the axes of a page, counted without the pages' own, in the order that an image has them.
 
-        What every layout of a form and a type must agree on: keys and values by head are ``[2, kv_heads, page_size,
-        head_dim]``, latents ``[page_size, dim]``, states as they are; scales come after, in the same order.
+        What every layout of a form and a type must agree on, in the axes of ``unfolded``: keys and values by head are
+        ``[2, kv_heads, page_size, head_dim]``, latents ``[page_size, dim]``, states as they are; scales
+        come after, in the same order.
         """
+        ...
+
+    @property
+    def unfolded(self) -> tuple[tuple[int, ...], ...]:
+        """Of each array the shape of a page as an image knows it: the last axis cut in two where it holds two things
+        side by side, and shorter where what is at its end is nothing.
+        """  # fmt: skip
         ...
 
     def buffers(self, pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -82,6 +90,11 @@ class TokenLayout(Layout, Protocol):
         ``[..., page_size, D]`` for latents.
         """  # fmt: skip
         ...
+
+
+def as_it_lies(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """``unfolded`` of a layout whose arrays hold one thing each."""
+    return tuple(array.shape[1:] for array in layout.buffers(1))
 
 
 def page_bytes(layout: Layout) -> int:

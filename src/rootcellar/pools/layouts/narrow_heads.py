@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rootcellar.plan.grids import NARROW, Grid
 from rootcellar.plan.stored import Form, Heads
 from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard
-from rootcellar.pools.layouts.layout import Axes
+from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = tuple(NARROW)
 
@@ -26,6 +26,7 @@ class NarrowHeads:
     name: ClassVar[str] = "narrow heads"
     form: ClassVar[Form] = "heads"
     axes: ClassVar[tuple[Axes, ...]] = ((None, "kv_heads"),) * 4
+    unfolded = property(as_it_lies)
     kv_heads: int
     head_dim: int
     keys: Grid

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rootcellar.plan.grids import NARROW, Grid
 from rootcellar.plan.stored import LATENT_TYPES, WIDE, Form, Latents
 from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard
-from rootcellar.pools.layouts.layout import Axes
+from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = LATENT_TYPES
 
@@ -32,6 +32,7 @@ class NarrowLatents:
     form: ClassVar[Form] = "latents"
     axes: ClassVar[tuple[Axes, ...]] = ((), (), ())
     image: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1), (0, 1), (0,))
+    unfolded = property(as_it_lies)
     rank: int
     rope_dim: int
     grid: Grid

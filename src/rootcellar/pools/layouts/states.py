@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rootcellar.plan.grids import NARROW
 from rootcellar.plan.stored import DTYPES, WIDE, Form, States
-from rootcellar.pools.layouts.layout import Axes
+from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = (*DTYPES, *NARROW)
 
@@ -27,6 +27,7 @@ class Slots:
     form: ClassVar[Form] = "states"
     page_size: ClassVar[int] = 1
     axes: ClassVar[tuple[Axes, ...]] = ((), ())
+    unfolded = property(as_it_lies)
     conv: tuple[int, ...]
     state: tuple[int, ...]
     dtype: jnp.dtype
