@@ -56,7 +56,7 @@ def tensors_of(specs, seed=0):
 
 def params_of(specs, tensors):
     def load(spec):
-        return pack(spec, [lambda name=name: tensors[name] for name in spec.sources], np.float32)
+        return pack(spec, [lambda rows, name=name: tensors[name][rows] for name in spec.sources], np.float32)
 
     return jax.tree.map(load, specs)
 

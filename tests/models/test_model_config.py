@@ -97,7 +97,7 @@ def test_switches_of_the_families():
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs the field 'factor'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "llama3.*low_freq_factor"),
         ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, "quantised weights .bitnet. are not supported"),
         ({"layer_types": ["full_attention", "spiral_attention"]}, "spiral_attention"),
         ({"torch_dtype": "int8"}, "dtype='int8' is not supported; known: float32"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

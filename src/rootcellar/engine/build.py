@@ -20,16 +20,18 @@ from rootcellar.cache import RadixCache, Suffixes, Tier, digests
 from rootcellar.config import EngineConfig
 from rootcellar.engine import identity, invariance, memory
 from rootcellar.engine.grammar import Grammars
+from rootcellar.engine.loading_bar import loading_bar
 from rootcellar.engine.memory import Sizing
 from rootcellar.engine.sides import open_peers
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
+from rootcellar.models.checkpoints.safetensors import weight_files
 from rootcellar.models.config import load_config, read_json
 from rootcellar.models.kinds import paging
-from rootcellar.models.loader import check_weights, load_params, weight_files
+from rootcellar.models.loader import check_weights, load_params
 from rootcellar.models.model import ModelConfig
-from rootcellar.models.params import check_params, declare, init_params, path_name
+from rootcellar.models.params import check_params, count_bytes, declare, init_params, path_name
 from rootcellar.models.spec import Params
 from rootcellar.ops import products
 from rootcellar.ops.backends import choose_backend, preferred
@@ -406,9 +408,10 @@ def _load(config: EngineConfig, folder: Path, placement: Placement, dtype: jnp.d
 
 def _read(folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
     name = identity.weights_in_files(weight_files(folder), _user_cache() / "weights.json")
-    if placement.tp_size > 1:  # KV heads are repeated before anything is packed
-        return Weights(load_params(folder, placement.model, dtype), name)
-    return Weights(load_params(folder, placement.model, dtype, placement.hold), name)
+    with loading_bar(count_bytes(placement.model, dtype)) as advance:
+        if placement.tp_size > 1:  # KV heads are repeated before anything is packed
+            return Weights(load_params(folder, placement.model, dtype, advance=advance), name)
+        return Weights(load_params(folder, placement.model, dtype, placement.hold, advance), name)
 
 
 def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:

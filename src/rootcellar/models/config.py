@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rootcellar.errors import ModelError
+from rootcellar.models.checkpoints import format_of
+from rootcellar.models.checkpoints.safetensors import has_weights
 from rootcellar.models.families import family_of
 from rootcellar.models.families.family import given, size
 from rootcellar.models.files import hub_hint, read_json
-from rootcellar.models.loader import has_own_head, has_weights
+from rootcellar.models.loader import has_own_head
 from rootcellar.models.model import LayerConfig, ModelConfig
 from rootcellar.models.norms import Norm
 from rootcellar.plan.fields import LONGEST_CONTEXT, PROCESSOR, check_fields, text_of
@@ -29,7 +31,7 @@ def load_config(folder: str | Path, *, weights: bool = True) -> ModelConfig:
     of a turn in any one of them. With ``weights``, those in the folder, where there are any, decide whether the head is
     tied to the embeddings: ``tie_word_embeddings`` says what was meant, not what was saved. Raises ``ModelError`` for a
     missing folder or file, an unknown architecture, a missing or absurd field, and for features that would silently
-    give other results (quantised weights).
+    give other results (a way to quantise weights that is not known).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,9 +73,7 @@ def read_config(
     named = (each.get("eos_token_id") for each in (generation or {}, raw, nested))
     eos = {id for each in named for id in _ids(each)}
     raw = {**family.defaults, **text, "image_processor": processor}
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unnamed")
-        raise ModelError(f"quantised weights ({method}) are not supported; use the float checkpoint of this model")
+    format_of(raw)  # refuses what would be read as something else
     common: dict[str, Any] = {
         "vocab_size": size(raw, "vocab_size"),
         "hidden_size": size(raw, "hidden_size"),

@@ -1,10 +1,9 @@
-"""Weights between Hugging Face folders (single or sharded safetensors) and params pytrees."""
+"""Weights between checkpoints and params pytrees."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rootcellar.errors import ModelError
+from rootcellar.models.checkpoints import format_of
+from rootcellar.models.checkpoints.coded import Coded
+from rootcellar.models.checkpoints.safetensors import SINGLE, SafeTensors
 from rootcellar.models.families import FAMILIES
-from rootcellar.models.files import find_file, read_json
+from rootcellar.models.files import read_json
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import SourceTensor, pack, sources_of, unpack
 from rootcellar.models.params import check_params, declare
@@ -25,10 +26,9 @@ from rootcellar.models.spec import Params, ParamSpec
 
 logger = logging.getLogger(__name__)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FLOATS = {"BF16", "F16", "F32", "F64"}
 _COMPARED = 2**22  # elements of embeddings and head in memory at a time
+_KV_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
 
 def load_params(
@@ -36,42 +36,44 @@ def load_params(
     cfg: ModelConfig,
     dtype: Any,
     hold: Callable[[ParamSpec, NDArray[Any]], Any] = lambda _, array: jax.device_put(array),
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Params:
-    """The params pytree of ``cfg``, in ``dtype``, from a folder's safetensors; ``hold`` puts each on the device.
+    """The params pytree of ``cfg``, in ``dtype``, from a checkpoint's folder; ``hold`` puts each on the device.
 
-    Reads ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names. Parameters are read, packed
-    and placed one at a time: beyond the result, memory holds at most one parameter. Raises ``ModelError`` naming the
-    tensor and its file when one is missing, misshapen or not of a float dtype. Unused tensors are logged, but for
-    those that say nothing new (a tied head, stored rotary frequencies).
+    Tensors are read a part at a time, expanded where the checkpoint holds them in fewer bits (``checkpoints``), and
+    parameters packed and placed one after another: beyond the result, memory holds at most one parameter and the part
+    of a tensor. ``advance`` is told the bytes of each parameter that is done. Raises ``ModelError`` naming the tensor
+    and its file when one is missing, misshapen, or neither floats nor what the checkpoint's format says. Unused tensors
+    are logged, but for those that say nothing new (a tied head, stored rotary frequencies).
     """
-    with ExitStack() as files:
-        checkpoint, specs = _checked(Path(folder), cfg, files)
-        if cfg.tie_word_embeddings and checkpoint.differ(*_embed_and_head(cfg)):
-            raise ModelError(f"{folder} has a head of its own, but the config given ties it: take load_config(folder)")
-        checkpoint.report_unused(jax.tree.leaves(specs))
-        params: Params = jax.tree.map(lambda spec: hold(spec, pack(spec, checkpoint.readers(spec), dtype)), specs)
-        return params
+    checkpoint, specs = _checked(Path(folder), cfg)
+    if cfg.tie_word_embeddings and checkpoint.differ(*_embed_and_head(cfg)):
+        raise ModelError(f"{folder} has a head of its own, but the config given ties it: take load_config(folder)")
+    checkpoint.report_unused(jax.tree.leaves(specs))
+
+    def load(spec: ParamSpec) -> Any:
+        packed = pack(spec, checkpoint.readers(spec), dtype)
+        held, size = hold(spec, packed), packed.nbytes
+        advance(size)
+        return held
+
+    params: Params = jax.tree.map(load, specs)
+    return params
 
 
 def check_weights(folder: str | Path, cfg: ModelConfig) -> None:
     """Raise ``ModelError`` as ``load_params`` would for what is missing, misshapen or no float; reads headers only."""
-    with ExitStack() as files:
-        _checked(Path(folder), cfg, files)
+    _checked(Path(folder), cfg)
 
 
-def _checked(folder: Path, cfg: ModelConfig, files: ExitStack) -> tuple[_Checkpoint, Params]:
-    checkpoint, specs = _Checkpoint(folder, files), declare(cfg)
+def _checked(folder: Path, cfg: ModelConfig) -> tuple[_Checkpoint, Params]:
+    checkpoint, specs = _Checkpoint(folder), declare(cfg)
     if cfg.tie_word_embeddings:
         embed, head = _embed_and_head(cfg)
         checkpoint.stand_in(embed, head)
     for spec in jax.tree.leaves(specs):
         checkpoint.check(spec)
     return checkpoint, specs
-
-
-def has_weights(folder: str | Path) -> bool:
-    """Whether there are weights in the folder that ``load_params`` would read."""
-    return any(find_file(Path(folder), name) is not None for name in (SINGLE, INDEX))
 
 
 def has_own_head(folder: str | Path, cfg: ModelConfig) -> bool:
@@ -81,9 +83,7 @@ def has_own_head(folder: str | Path, cfg: ModelConfig) -> bool:
     Reads both, a part at a time, up to the first difference.
     """
     embed, head = _embed_and_head(cfg)
-    with ExitStack() as files:
-        checkpoint = _Checkpoint(Path(folder), files)
-        return checkpoint.differ(embed, head)
+    return _Checkpoint(Path(folder)).differ(embed, head)
 
 
 def _embed_and_head(cfg: ModelConfig) -> tuple[str, str]:
@@ -106,7 +106,7 @@ def params_from_tensors(cfg: ModelConfig, tensors: Mapping[str, NDArray[Any]], d
                 raise ModelError(f"tensor {name!r} {list(shape)} is missing")
             if tensors[name].shape != shape:
                 raise ModelError(f"tensor {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
-        readers = [partial(_rows, tensors[source.name], source.rows) for source in sources]
+        readers = [partial(_rows, lambda rows, tensor=tensors[each.name]: tensor[rows], each) for each in sources]
         return jax.device_put(pack(spec, readers, dtype))
 
     params: Params = jax.tree.map(load, declare(cfg))
@@ -125,118 +125,87 @@ def save_params(folder: str | Path, cfg: ModelConfig, params: Params) -> None:
     save_file(dict(tensors_from_params(cfg, params)), Path(folder) / SINGLE, metadata={"format": "pt"})
 
 
-def _rows(tensor: Any, rows: slice | None) -> NDArray[Any]:
-    return np.asarray(tensor if rows is None else tensor[rows])
+def _rows(read: Callable[[slice], Any], source: SourceTensor, rows: slice) -> NDArray[Any]:
+    """Rows of a source, which may be rows of a tensor itself."""
+    first = 0 if source.rows is None else source.rows.start
+    return np.asarray(read(slice(first + rows.start, first + rows.stop)))
 
 
 class _Checkpoint:
-    """The open safetensors files of one folder, and which tensor lies in which."""
+    """What a folder holds: each tensor of a family by its name, however it is stored."""
 
-    def __init__(self, folder: Path, files: ExitStack):
-        self._folder = folder
-        self._where = _tensor_files(folder)
-        self._stored: dict[str, str] = {}
-        self._files = {name: files.enter_context(_open(folder, name)) for name in sorted(set(self._where.values()))}
-        if not self._where:  # no index: the one file's own header is the list
-            self._files = {SINGLE: files.enter_context(_open(folder, SINGLE))}
-            self._where = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
-        self._held = {name: set(file.keys()) for name, file in self._files.items()}
+    def __init__(self, folder: Path):
+        self._files = SafeTensors(folder)
+        self._format = format_of(read_json(folder / "config.json") or {})
+        self._found: dict[str, Coded | None] = {}
+
+    def _find(self, name: str) -> Coded | None:
+        if name not in self._found:
+            self._found[name] = self._format(self._files, name) or self._saved(name)
+        return self._found[name]
+
+    def _saved(self, name: str) -> Coded | None:
+        """A tensor that is stored as itself."""
+        files = self._files
+        if name not in files:
+            return None
+        if files.dtype(name) not in FLOATS:
+            raise ModelError(
+                f"tensor {name!r} in {files.place(name)} is {files.dtype(name)}; "
+                f"only {', '.join(sorted(FLOATS))} are supported"
+            )
+        return Coded((name,), files.shape(name), partial(files.read, name))
 
     def stand_in(self, name: str, other: str) -> None:
         """Where tensor ``name`` is missing, let ``other`` be it."""
-        if name not in self._where and other in self._where:
-            self._stored[name] = other
-            self._where[name] = self._where[other]
+        if self._find(name) is None:
+            self._found[name] = self._find(other)
 
     def differ(self, name: str, other: str) -> bool:
         """Whether both tensors are there and hold other values."""
-        if any(each not in self._held.get(self._where.get(each, ""), ()) for each in (name, other)):
+        if any(each in self._files and self._files.dtype(each) not in FLOATS for each in (name, other)):
+            return name in self._files and other in self._files
+        one, two = self._find(name), self._find(other)
+        if one is None or two is None:
             return False
-        one, two = (self._files[self._where[each]].get_slice(each) for each in (name, other))
-        shape = one.get_shape()
-        if shape != two.get_shape() or not {one.get_dtype(), two.get_dtype()} <= FLOATS:
+        if one.shape != two.shape:
             return True
-        rows = max(1, _COMPARED // max(1, *shape[1:]))
-        parts = [slice(at, min(at + rows, shape[0])) for at in range(0, shape[0], rows)]
-        return not all(np.array_equal(one[part].astype(np.float64), two[part].astype(np.float64)) for part in parts)
+        rows = max(1, _COMPARED // max(1, *one.shape[1:]))
+        parts = [slice(at, min(at + rows, one.shape[0])) for at in range(0, one.shape[0], rows)]
+        return not all(np.array_equal(one.read(p).astype(np.float64), two.read(p).astype(np.float64)) for p in parts)
 
     def check(self, spec: ParamSpec) -> None:
         """Raise ``ModelError`` unless each source is there, with its shape, as floats; reads headers only."""
         for source in sources_of(spec):
-            name, shape = source.name, source.shape
-            file = self._where.get(name)
-            if file is None:
-                listed = SINGLE if set(self._files) == {SINGLE} else INDEX
+            name, shape, found = source.name, source.shape, self._find(source.name)
+            if found is None:
                 hint = " (is tie_word_embeddings true for this model?)" if name == "lm_head.weight" else ""
-                raise ModelError(f"tensor {name!r} {list(shape)} is missing from {self._folder / listed}{hint}")
-            stored = self._stored.get(name, name)
-            if stored not in self._held[file]:
-                raise ModelError(f"tensor {name!r} should be in {self._folder / file}, says {INDEX}, but is not there")
-            header = self._files[file].get_slice(stored)
-            if tuple(header.get_shape()) != shape:
+                listed = self._files.folder / self._files.listed
+                raise ModelError(f"tensor {name!r} {list(shape)} is missing from {listed}{hint}")
+            if found.shape != shape:
                 raise ModelError(
-                    f"tensor {name!r} in {self._folder / file} has shape {header.get_shape()}, "
+                    f"tensor {name!r} in {self._files.place(found.parts[0])} has shape {list(found.shape)}, "
                     f"but config.json asks for {list(shape)}"
                 )
-            if header.get_dtype() not in FLOATS:
-                raise ModelError(
-                    f"tensor {name!r} in {self._folder / file} is {header.get_dtype()}; "
-                    f"only {', '.join(sorted(FLOATS))} are supported"
-                )
 
-    def readers(self, spec: ParamSpec) -> list[Callable[[], NDArray[Any]]]:
-        """Functions that read the sources of ``spec``, in order."""
-        return [partial(self._read, source) for source in sources_of(spec)]
-
-    def _read(self, source: SourceTensor) -> NDArray[Any]:
-        file, stored = self._files[self._where[source.name]], self._stored.get(source.name, source.name)
-        tensor: NDArray[Any] = file.get_tensor(stored) if source.rows is None else file.get_slice(stored)[source.rows]
-        return tensor
+    def readers(self, spec: ParamSpec) -> list[Callable[[slice], NDArray[Any]]]:
+        """Functions that read rows of the sources of ``spec``, in order."""
+        found = [(source, self._find(source.name)) for source in sources_of(spec)]
+        return [partial(_rows, coded.read, source) for source, coded in found if coded is not None]
 
     def report_unused(self, specs: list[ParamSpec]) -> None:
         """Log the tensors that no parameter is made from: a sign of a config that does not fit."""
-        used = {name for spec in specs for name in spec.sources}
+        found = [self._find(name) for spec in specs for name in spec.sources]
+        used = {part for coded in found if coded is not None for part in coded.parts}
         silent = ("lm_head.weight", "rotary_emb.inv_freq")
-        unused = sorted(name for name in self._where if name not in used and not name.endswith(silent))
+        unused = [name for name in self._files.names() if name not in used and not name.endswith(silent)]
+        scales = [name for name in unused if name.endswith(_KV_SCALES)]
+        if scales:
+            logger.warning(
+                "%d scales of KV in %s (%s, ...) are not used: pages of few bits have scales of their own",
+                len(scales), self._files.folder, scales[0],
+            )  # fmt: skip
+        unused = [name for name in unused if name not in scales]
         if unused:
             shown = ", ".join(unused[:5]) + (", …" if len(unused) > 5 else "")
-            logger.warning("%d tensors in %s are not used: %s", len(unused), self._folder, shown)
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The files that :func:`load_params` would read of a folder, by name. Raises ``ModelError`` as it does."""
-    folder = Path(folder)
-    return [_path(folder, name) for name in sorted(set(_tensor_files(folder).values())) or [SINGLE]]
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """Tensor name to file name, from the index; empty when there is a single file instead."""
-    if not folder.is_dir():
-        raise ModelError(f"no model folder {str(folder)!r}")
-    if find_file(folder, INDEX) is None:
-        if find_file(folder, SINGLE) is not None:
-            return {}
-        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".safetensors"}))
-        raise ModelError(
-            f"no weights in {folder}: looked for {SINGLE} and {INDEX}, found {found or 'no weight file'}; "
-            'convert other formats with save_pretrained, or use load_format="dummy"'
-        )
-    where = (read_json(folder / INDEX) or {}).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise ModelError(f"{folder / INDEX} is not an index with a weight_map, from names of tensors to names of files")
-    return where
-
-
-def _path(folder: Path, name: str) -> Path:
-    path = find_file(folder, name)
-    if path is None:
-        raise ModelError(f"{folder / name} is missing, which {INDEX} names: the download is not complete")
-    return path
-
-
-def _open(folder: Path, name: str) -> Any:
-    path = _path(folder, name)
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
+            logger.warning("%d tensors in %s are not used: %s", len(unused), self._files.folder, shown)

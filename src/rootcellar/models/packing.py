@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rootcellar.models.spec import ParamSpec
 
+_PART = 2**24  # elements of a tensor in memory at a time
 Views = list[tuple[NDArray[Any], tuple[int, ...]]]
 
 
@@ -156,11 +157,15 @@ def sources_of(spec: ParamSpec) -> list[SourceTensor]:
     return found
 
 
-def pack(spec: ParamSpec, sources: Sequence[Callable[[], NDArray[Any]]], dtype: Any) -> NDArray[Any]:
-    """One parameter in ``dtype``, from functions that read its sources; they are called one at a time."""
+def pack(spec: ParamSpec, sources: Sequence[Callable[[slice], NDArray[Any]]], dtype: Any) -> NDArray[Any]:
+    """One parameter in ``dtype``, from functions that read rows of its sources, a part of a tensor at a time."""
     packed = np.empty(spec.shape, spec.dtype(dtype))
-    for (view, _), source in zip(spec.packing(packed), sources, strict=True):
-        view[...] = source().reshape(view.shape)
+    for (view, shape), source in zip(spec.packing(packed), sources, strict=True):
+        rows = shape[0] // view.shape[0]  # of the tensor, for one of the view
+        step = max(1, _PART * view.shape[0] // max(1, prod(shape)))
+        for at in range(0, view.shape[0], step):
+            part = view[at : at + step]
+            part[...] = source(slice(at * rows, (at + len(part)) * rows)).reshape(part.shape)
     return packed
 
 
