@@ -68,8 +68,8 @@ test-trainers: $(VENV)/.stamp-dev  ## Run other people's trainers over an engine
 test-tpu-compile: $(VENV)/.stamp-dev  ## Compile steps at full size for TPUs, without one (FAMILIES=all: each model for each chip).
 	@$(MAKE) --no-print-directory $(TPU_VENV)/.stamp \
 		|| echo "libtpu cannot be installed here (requirements/tpu.txt): what needs it is skipped."
-	@JAX_PLATFORMS=cpu ROOTCELLAR_TPU_CASES=$(FAMILIES) \
-		$$(test -f $(TPU_VENV)/.stamp && echo $(TPU_VENV) || echo $(VENV))/bin/python -m pytest -rs -m tpu $(ARGS)
+	@JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false ROOTCELLAR_TPU_CASES=$(FAMILIES) \
+		$$(test -f $(TPU_VENV)/.stamp && echo $(TPU_VENV) || echo $(VENV))/bin/python -m pytest tests/tpu -s -rs -m tpu $(ARGS)
 
 test-device: $(VENV)/.stamp-dev  ## Check what a GPU or TPU must show, where JAX finds one: tokens, donation, memory, bandwidth.
 	@$(RUN)python scripts/device_check.py $(ARGS)
