@@ -115,6 +115,9 @@ WIDE: dict[str, dict[str, str]] = {
         "test_answers_and_logprobs_are_equal": "",
         "test_nothing_compiles_that_steps_without_overlap_had_not_compiled": "",
     },
+    "engine/test_pictures.py": {
+        "test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page": "",
+    },
     "engine/test_partial_rollouts.py": {
         "test_a_pause_changes_no_token": "in_place",
         "test_answers_while_weights_are_pushed": "",

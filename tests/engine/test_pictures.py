@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from apart import two_nodes
 from idle import check_idle
 
 import rootcellar
@@ -42,12 +43,15 @@ def shown(case, i):
 
 def ask(engine, ids, images, **options):
     """The result, and how many pictures were encoded for it."""
-    encodings = engine._loop.machine.life.encodings
-    before = encodings.stats.encoded
+    before = encoded(engine)
     result = engine.generate(
         input_ids=ids, image_data=images, sampling_params={**GREEDY, "max_new_tokens": 4}, **options
     )
-    return result["meta_info"], encodings.stats.encoded - before, result["output_ids"]
+    return result["meta_info"], encoded(engine) - before, result["output_ids"]
+
+
+def encoded(engine):
+    return engine.stats()["encoder"]["encoded"]
 
 
 def check(case, results, at):
@@ -119,12 +123,11 @@ def test_what_is_shared_is_what_shows_the_same(shared):
 def test_many_who_show_one_picture_have_it_encoded_once(shared):
     engine, _ = shared
     engine.flush_cache()
-    encodings = engine._loop.machine.life.encodings
-    before = encodings.stats.encoded
+    before = encoded(engine)
     image = picture(31, 90, 150)
     prompts = [[i, 501, 500, 502, *range(i, i + 5)] for i in range(16)]
     answers = engine.generate(input_ids=prompts, image_data=[image] * 16, sampling_params=GREEDY)
-    assert encodings.stats.encoded == before + 1
+    assert encoded(engine) == before + 1
     alone = engine.generate(input_ids=prompts[7], image_data=image, sampling_params=GREEDY)
     assert alone["output_ids"] == answers[7]["output_ids"]
 
@@ -187,3 +190,14 @@ def test_an_encoder_that_fails_ends_those_who_wait_for_it_alone(shared, monkeypa
     assert results[1]["output_ids"] == case.tokens[0]
     monkeypatch.undo()
     assert ask(engine, [1, 500, 2], image)[1] == 1
+
+
+def test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page(case):
+    case, folder = case
+    with two_nodes(folder, page_size=4, chunked_prefill_size=64) as pair:
+        for i in (0, 2, 6):
+            result = pair.ask(case.prompts[i], 32, image_data=shown(case, i))
+            assert result["output_ids"] == case.tokens[i], f"prompt {i}"
+        nodes = pair.prefill, pair.decode
+        assert [encoded(node) for node in nodes] == [2, 0]
+        pair.check_idle()

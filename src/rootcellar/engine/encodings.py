@@ -93,7 +93,7 @@ class Encodings:
     def turn(self) -> None:
         """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.
 
-        An encoder that fails raises; what it was about is forgotten, and :meth:`waiting_for` says who waited for it.
+        An encoder that fails raises; what it was about is forgotten, and :meth:`failed` says who waited for it.
         """
         if self._under_way is None and not self._begin():
             return
