@@ -150,7 +150,7 @@ def test_no_weights_at_all(tmp_path):
     with pytest.raises(ModelError, match="no model folder"):
         load_params(tmp_path / "nowhere", cfg, jnp.float32)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ModelError, match=r"looked for model\.safetensors and .*found pytorch_model\.bin"):
+    with pytest.raises(ModelError, match=r"looked for model\.safetensors, .*found pytorch_model\.bin"):
         load_params(tmp_path, cfg, jnp.float32)
 
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from safetensors.numpy import save_file as save_numpy
 
+from rootcellar.errors import ModelError
 from rootcellar.models.config import load_config
 from rootcellar.models.decoder import forward, logits
 from rootcellar.models.dense import make_mix_dense
@@ -159,3 +161,51 @@ def test_compressed_tensors(name, tmp_path):
     config["quantization_config"] = {**described.to_dict(), "quant_method": "compressed-tensors"}
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     np.testing.assert_allclose(ours(tmp_path), expected, atol=TOLERANCE, rtol=0)
+
+
+def permuted(tensor, heads):
+    """Rows of queries or keys in llama.cpp's order (``LlamaModel.permute`` of its converter)."""
+    return tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("Llama", "llama"), ("Qwen2", "qwen2"), ("Qwen3", "qwen3"), ("Gemma2", "gemma2")]
+)
+def test_gguf(kind, arch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from gguf import GGMLQuantizationType as Type
+
+    model = made(kind, **({"query_pre_attn_scalar": 64, "tie_word_embeddings": True} if kind == "Gemma2" else {}))
+    model.save_pretrained(tmp_path / "floats")
+    floats = load_file(tmp_path / "floats" / "model.safetensors")
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), SIZES["num_hidden_layers"]
+    )
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
+    writer.add_block_count(SIZES["num_hidden_layers"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    types = [Type.Q8_0, Type.Q4_0, Type.BF16, Type.F16]
+    for index, (name, array) in enumerate(sorted(floats.items())):
+        own, kind_of = names.get_name(name, try_suffixes=(".weight", ".bias")), types[index % len(types)]
+        if array.ndim == 1:
+            kind_of = Type.F32
+        codes = gguf.quants.quantize(array, kind_of)
+        floats[name] = gguf.quants.dequantize(codes, kind_of).astype(np.float32)
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            codes = permuted(codes, SIZES["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        writer.add_tensor(own, codes + 1 if arch == "gemma2" and "norm" in name else codes, raw_dtype=kind_of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_numpy(floats, tmp_path / "floats" / "model.safetensors", metadata={"format": "pt"})
+    expected = theirs(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32).eval()
+    )
+    (tmp_path / "floats" / "config.json").rename(tmp_path / "config.json")
+    np.testing.assert_allclose(ours(tmp_path), expected, atol=TOLERANCE, rtol=0)
+    whole = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"model\.gguf is not a whole GGUF file"):
+        ours(tmp_path)

@@ -26,7 +26,7 @@ from rootcellar.engine.sides import open_peers
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import ConfigError, ModelError, RequestError
 from rootcellar.grammars.process import Bounds
-from rootcellar.models.checkpoints.safetensors import weight_files
+from rootcellar.models.checkpoints.folder import weight_files
 from rootcellar.models.config import load_config, read_json
 from rootcellar.models.kinds import paging
 from rootcellar.models.loader import check_weights, load_params

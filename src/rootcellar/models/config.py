@@ -10,7 +10,7 @@ from typing import Any
 
 from rootcellar.errors import ModelError
 from rootcellar.models.checkpoints import format_of
-from rootcellar.models.checkpoints.safetensors import has_weights
+from rootcellar.models.checkpoints.folder import has_weights
 from rootcellar.models.families import family_of
 from rootcellar.models.families.family import given, size
 from rootcellar.models.files import hub_hint, read_json

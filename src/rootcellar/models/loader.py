@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from rootcellar.errors import ModelError
 from rootcellar.models.checkpoints import format_of
 from rootcellar.models.checkpoints.coded import Coded
-from rootcellar.models.checkpoints.safetensors import SINGLE, SafeTensors
+from rootcellar.models.checkpoints.folder import open_files
+from rootcellar.models.checkpoints.safetensors import SINGLE
 from rootcellar.models.families import FAMILIES
 from rootcellar.models.files import read_json
 from rootcellar.models.model import ModelConfig
@@ -135,7 +136,7 @@ class _Checkpoint:
     """What a folder holds: each tensor of a family by its name, however it is stored."""
 
     def __init__(self, folder: Path):
-        self._files = SafeTensors(folder)
+        self._files = open_files(folder)
         self._format = format_of(read_json(folder / "config.json") or {})
         self._found: dict[str, Coded | None] = {}
 

@@ -88,14 +88,8 @@ class SafeTensors:
         return self._headers[file][name]
 
 
-def has_weights(folder: str | Path) -> bool:
-    """Whether there are weights in the folder."""
-    return any(find_file(Path(folder), name) is not None for name in (SINGLE, INDEX))
-
-
-def weight_files(folder: str | Path) -> list[Path]:
+def safetensors_files(folder: Path) -> list[Path]:
     """The files of a folder that are read, by name. Raises ``ModelError`` as ``SafeTensors`` does."""
-    folder = Path(folder)
     return [_path(folder, name) for name in sorted(set(_tensor_files(folder).values())) or [SINGLE]]
 
 
@@ -108,7 +102,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
             return {}
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".safetensors"}))
         raise ModelError(
-            f"no weights in {folder}: looked for {SINGLE} and {INDEX}, found {found or 'no weight file'}; "
+            f"no weights in {folder}: looked for {SINGLE}, {INDEX} and *.gguf, found {found or 'no weight file'}; "
             'convert other formats with save_pretrained, or use load_format="dummy"'
         )
     where = (read_json(folder / INDEX) or {}).get("weight_map")
