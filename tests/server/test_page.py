@@ -16,6 +16,7 @@ from observed import serving
 
 import rootcellar
 from rootcellar.server.observe.feed import INTERVAL
+from seeing import image_file, make_seeing
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -356,3 +357,25 @@ def test_the_trace_is_saved_as_a_file(page, tmp_path):
     page.driver.find_element("id", "save-trace").click()
     (file,) = page.wait(lambda: list(tmp_path.glob("*.json")), "no file was saved")
     assert json.loads(file.read_text())["traceEvents"]
+
+
+def test_a_picture_is_shown_and_the_tree_marks_it(driver, tmp_path_factory):
+    folder = make_seeing(tmp_path_factory.mktemp("seeing"))
+    file = folder / "cellar.png"
+    file.write_bytes(image_file())
+    with (
+        rootcellar.Engine(model_path=folder, max_total_tokens=1024, page_size=4, mm_cache_size=8) as engine,
+        serving(engine) as url,
+    ):
+        page = Page(driver, url)
+        page.live()
+        page.wait(lambda: not page.run("return document.getElementById('add-image').hidden"), "no image is asked for")
+        page.driver.find_element("id", "image").send_keys(str(file))
+        page.wait(lambda: page.run("return document.querySelectorAll('#shown img').length"), "the image is not shown")
+        page.ask("What is it?")
+        assert page.run("return document.querySelectorAll('.message.user img').length") == 1
+        page.wait(lambda: page.run("return document.querySelectorAll('#tree rect.image').length"), "no image is marked")
+        assert "striped: an image" in page.text("tree-legend")
+        assert engine.stats()["encoder"]["encoded"] == 1
+        assert page.complaints() == []
+        driver.get("about:blank")
