@@ -87,3 +87,25 @@ def test_what_auto_takes_is_not_the_slow_one():
     ratios = {row["shape"]: row["ratio"] for row in json.loads(done.stdout)}
     assert ratios.keys() == {"decode 1", "decode 4", "decode 16", "prefill 64", "prefill 512"}
     assert ratios["prefill 512"] > 0.7, ratios
+
+
+@pytest.mark.long
+def test_a_colocated_step_holds_what_is_known_of_each_phase():
+    command = [sys.executable, str(ROOT / "benchmarks" / "colocated_step.py"), "--tokens", "512", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all(found["known"].values()), found["known"]
+    assert len(found["phases"]) == 7
+
+
+@pytest.mark.long
+def test_prefill_and_decode_apart_are_measured_beside_one_engine():
+    words = ["--layers", "1", "--rounds", "1", "--seconds", "6", "--streams", "2", "--steps", "8", "--length", "200"]
+    words += ["--every", "2", "--at-once", "1", "--quick", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "disaggregation.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ratio_p99"] > 0
+    assert all(row["long_prompts"] > 0 for row in found["systems"].values())

@@ -38,7 +38,7 @@ class Sidecars:
 
     def kill(self) -> None:
         """``kill -9`` of all that this process has."""
-        for line in _said(["ps", "-A", "-o", "ppid=,pid=,args="]).splitlines():
+        for line in _said(["ps", "-A", "-ww", "-o", "ppid=,pid=,args="]).splitlines():
             parent, pid, words = line.split(None, 2)
             if int(parent) == os.getpid() and self._script in words:
                 with contextlib.suppress(ProcessLookupError):

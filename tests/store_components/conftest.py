@@ -51,6 +51,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name == "store_components":
             item.add_marker(pytest.mark.stores)
+            if "killed" in item.originalname:  # some servers take seconds to start again
+                item.add_marker(pytest.mark.timeout(max(300, 30 * config.getoption("--kills"))))
             slow = config.getoption("--component") == "aibrix" and item.path.name == "test_components.py"
             if slow and item.originalname not in BY_DAY:
                 item.add_marker(pytest.mark.long)

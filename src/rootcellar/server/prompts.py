@@ -115,7 +115,8 @@ def require_images(state: ServerState, name: str) -> None:
 
 def _is_short(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bool:
     """Whether a template makes a short text of them: it may write numbers, as those of a tool's schema, too."""
-    return is_short((messages, options)) and len(orjson.dumps((messages, options))) <= 4 * SHORT
+    # Its bytes first: they are counted in no time, whatever there is to look for texts in.
+    return len(orjson.dumps((messages, options))) <= 4 * SHORT and is_short((messages, options))
 
 
 def checked_ids(state: ServerState, ids: list[Any]) -> list[int]:

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as FastTokenizer
 _NAMING = range(0xF0000, 0xFFFFE)
 _HIDING = range(0x100000, 0x10FFFE)
 _NAME_LENGTH = 12
+_WITHOUT_TEXT = frozenset((int, float, bool, type(None)))
 
 
 class Arguments(dict[str, Any]):
@@ -55,7 +56,8 @@ def each_text(value: Any) -> Iterator[str]:
             yield from each_text(item)
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for item in value:
-            yield from each_text(item)
+            if type(item) not in _WITHOUT_TEXT:  # a body may have hundreds of thousands of numbers
+                yield from each_text(item)
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
