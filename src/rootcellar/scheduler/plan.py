@@ -98,4 +98,4 @@ def room_for(kinds: Sequence[Kind], pending: Sequence[int], chunk: int, page_siz
 
 def little_of(chunk: int) -> int:
     """Prompt tokens that are little in a step of up to ``chunk``: an eighth of it, at least a tile."""
-    return min(chunk, max(TILE, chunk // 8))
+    return max(TILE, chunk // 8)

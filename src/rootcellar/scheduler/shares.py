@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from rootcellar.scheduler.plan import TILE, tiled
+from rootcellar.scheduler.plan import tiled
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.stages import FORWARD
 
@@ -337,7 +337,7 @@ def jumpers(prefilling: Sequence[Request], little: int, wait: bool, jumped: Cont
             wants[request.tenant] = wants.get(request.tenant, 0) + tiled(request.remaining)
     if not wants:
         return []
-    most = max(TILE, min(little, *wants.values()))
+    most = min(little, *wants.values())
     first = [r for r in light(prefilling, most) if r.tenant not in jumped]
     rest = sum(tiled(r.remaining) for r in prefilling) - sum(tiled(r.remaining) for r in first)
     return first if wait or rest >= little else []
