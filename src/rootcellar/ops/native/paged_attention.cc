@@ -121,9 +121,9 @@ ffi::Error fill(rootcellar::Rows& to, const Batch& b, int64_t row, const ffi::An
 // As by_head, over pools of few bits: `arrays` has what a token has in each, codes of keys and of values and the scales
 // of each, and then the four pools, updated in place. `keys` and `values` name grids.
 ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tables, Numbers rows, Numbers positions,
-                      ffi::RemainingArgs arrays, float scale, float softcap, int64_t window, int64_t chunk, std::string_view vectors,
-                      std::string_view keys, std::string_view values, ffi::Result<Floats> out,
-                      ffi::RemainingRets pools) {
+                      ffi::RemainingArgs arrays, float scale, float softcap, int64_t window, int64_t chunk,
+                      std::string_view vectors, std::string_view keys, std::string_view values,
+                      ffi::Result<Floats> out, ffi::RemainingRets pools) {
   constexpr size_t kArrays = rootcellar::kArraysOfCodes;
   if (arrays.size() != 2 * kArrays || pools.size() != kArrays)
     return wrong("codes and scales of keys and values, and four pools");
@@ -153,9 +153,9 @@ ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tab
 
 // q [T, heads, dim] and latents [T, dim]; pool [pages, page_size, dim]; the rest as above. There are no sinks.
 ffi::Error over_latents(ffi::ThreadPool threads, Floats q, ffi::Buffer<ffi::F32, 2> latents, Tables tables,
-                        Numbers rows, Numbers positions, ffi::AnyBuffer pool, float scale, float softcap, int64_t window,
-                        int64_t chunk, std::string_view vectors, bool fixed, ffi::Result<ffi::AnyBuffer> pool_out,
-                        ffi::Result<Floats> out) {
+                        Numbers rows, Numbers positions, ffi::AnyBuffer pool, float scale, float softcap,
+                        int64_t window, int64_t chunk, std::string_view vectors, bool fixed,
+                        ffi::Result<ffi::AnyBuffer> pool_out, ffi::Result<Floats> out) {
   const auto pd = pool.dimensions();
   if (pd.size() != 3) return wrong("wrong number of dimensions");
   Batch b{};
