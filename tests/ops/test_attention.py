@@ -15,7 +15,8 @@ from rootcellar.pools.layouts import PagedHeads, layout_of
 
 NATIVE = kernels.library() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
-EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS]
+# The one for TPUs is interpreted, and slow: test_paged.py.
+EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS if name != "tpu"]
 
 
 def on_both(*axes):
@@ -235,7 +236,7 @@ def by_head(head_dim, dtype="float32"):
 def test_native_backend_that_cannot_run_says_why():
     with pytest.raises(ConfigError, match="float16"):
         choose_backend("native", [by_head(64, "float16")], "cpu")
-    with pytest.raises(ConfigError, match=r"gpu.*Use attention_backend='auto' or 'xla'"):
+    with pytest.raises(ConfigError, match=r"gpu.*Use attention_backend='auto' or 'tpu' or 'xla'"):
         choose_backend("native", [by_head(64)], "gpu")
     with pytest.raises(ConfigError, match="rows of 72 elements, only for multiples of 16" if NATIVE else "compiler"):
         choose_backend("native", [layout_of(Latents(64, 8), "float32", 16)], "cpu")

@@ -12,6 +12,7 @@ from rootcellar.pools.layouts import PagedLatents
 EACH = [
     pytest.param(name, marks=pytest.mark.skipif(name == "native" and kernels.library() is None, reason="not built"))
     for name in BACKENDS
+    if name != "tpu"  # which is interpreted, and slow: test_paged.py
 ]
 
 
