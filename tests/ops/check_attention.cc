@@ -247,7 +247,7 @@ Arrays arrays(const Case& c, Random& random) {
 }
 
 // The greatest difference from attention of one token written out.
-double difference(const Case& c, const Arrays& a, size_t token, double scale) {
+double difference(const Case& c, const Arrays& a, size_t token, double scale, double cap) {
   const int r = a.owners[token], at = a.positions[token], heads = c.kv_heads * c.group;
   const int first = c.window ? std::max(0, at - c.window + 1) : c.chunk ? at / c.chunk * c.chunk : 0;
   double worst = 0;
@@ -259,8 +259,9 @@ double difference(const Case& c, const Arrays& a, size_t token, double scale) {
     for (int t = first; t <= at; t++) {
       double dot = 0;
       for (int i = 0; i < c.dim; i++) dot += static_cast<double>(q[i]) * a.keys[r][place(t) + i];
-      weights.push_back(dot * scale);
-      top = std::max(top, dot * scale);
+      const double score = cap > 0 ? cap * std::tanh(dot * scale / cap) : dot * scale;
+      weights.push_back(score);
+      top = std::max(top, score);
     }
     if (c.sinks) total = std::exp(a.sinks[head] - top);
     for (int t = first; t <= at; t++) {
@@ -299,6 +300,7 @@ template <typename AnySet>
 bool holds(const Case& c, Random& random, const AnySet& set, int threads) {
   Arrays a = arrays(c, random);
   const float scale = 0.5f / std::sqrt(static_cast<float>(c.dim));
+  const float cap = below(random, 3) == 0 ? 0.5f * static_cast<float>(1 + below(random, 20)) : 0;
   Batch b{a.q.data(),
                 a.k.data(),
                 c.latents ? nullptr : a.v.data(),
@@ -316,19 +318,20 @@ bool holds(const Case& c, Random& random, const AnySet& set, int threads) {
                 c.width,
                 static_cast<int64_t>(a.rows.size()),
                 scale,
+                cap,
                 c.window,
                 c.chunk,
                 below(random, 2) == 1};
   Threads pool{threads, {}};
   run(c, a, b, set, pool);
   for (size_t token = 0; token < a.owners.size(); token++) {
-    const double off = a.owners[token] < 0 ? 0 : difference(c, a, token, scale);
+    const double off = a.owners[token] < 0 ? 0 : difference(c, a, token, scale, cap);
     if (off < 1e-5) continue;
     std::printf(
         "%s, %d threads: token %zu is off by %g: kv_heads %d, group %d, dim %d, page_size %d, tile %d, latents %d, "
-        "bf16 %d, sinks %d, window %d, chunk %d, keys %s, values %s\n",
+        "bf16 %d, sinks %d, window %d, chunk %d, cap %g, keys %s, values %s\n",
         set.name, threads, token, off, c.kv_heads, c.group, c.dim, c.page_size, c.tile, c.latents, c.is_bf16, c.sinks,
-        c.window, c.chunk, c.k_grid ? c.k_grid : "floats", c.v_grid ? c.v_grid : "floats");
+        c.window, c.chunk, cap, c.k_grid ? c.k_grid : "floats", c.v_grid ? c.v_grid : "floats");
     return false;
   }
   return true;

@@ -267,7 +267,7 @@ for (const e of document.querySelectorAll('body *')) {
   const size = parseFloat(getComputedStyle(e).fontSize);
   if (own && e.getClientRects().length && size < 11) out.push(e.outerHTML.slice(0, 80));
 }
-for (const e of document.querySelectorAll('main button:not(.sharers *)')) {
+for (const e of document.querySelectorAll('main button:not([hidden]):not(.sharers *)')) {
   if (e.getBoundingClientRect().height < 36) out.push(e.outerHTML.slice(0, 80));
 }
 return out;

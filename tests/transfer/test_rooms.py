@@ -354,7 +354,9 @@ def test_a_wire_that_breaks_ends_rooms_and_never_gives_other_bytes(make, side, s
     faults = WireFaults(delay=0.05, cut=0.004, corrupt=0.004, hang=0.002)
     wires = FaultyWires(faults, seed)
     nodes = make(Patience(silence=0.3), **{side: wires})
-    for number in range(1, 13):
+    for number in range(1, 100):
+        if number > 12 and any(wires.seen[fault] for fault in ("cut", "corrupt", "hang")):
+            break  # how much is sent depends on time, and so which frame meets a fault
         nodes.sender.expect(number, WEIGHTS, LAST)
         visit = nodes.join(number)
         nodes.host["full"][:] = 0
@@ -371,6 +373,6 @@ def test_a_wire_that_breaks_ends_rooms_and_never_gives_other_bytes(make, side, s
         if Welcomed(visit) in nodes.took:  # else it may never have heard of the decode node
             nodes.until(lambda n=number: any(isinstance(e, Left | Satisfied) and e.room == n for e in nodes.gave))
         nodes.sender.end(number)
-    assert sum(wires.seen[fault] for fault in ("cut", "corrupt", "hang"))
+    assert any(wires.seen[fault] for fault in ("cut", "corrupt", "hang"))
     assert any(isinstance(event, Done) for event in nodes.told)
     assert nodes.news.under_way == 0
