@@ -23,7 +23,7 @@ from rootcellar.models.params import declare
 from rootcellar.runner import Runner, Vectors
 from rootcellar.runner.encoding import Encoding, PictureEncoder
 from rootcellar.scheduler import Request, Scheduler, Span
-from rootcellar.scheduler.placeholders import next_span
+from rootcellar.scheduler.cutting import next_span
 
 Content = tuple[str, bytes]
 """Whose it is and by which weights, as the request's cache keys say it, and a span's content."""

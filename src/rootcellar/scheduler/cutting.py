@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rootcellar.scheduler.placeholders import HasVectors, blind, unbroken, whole
+from rootcellar.scheduler.placeholders import Span
 from rootcellar.scheduler.request import Request
 from rootcellar.scheduler.shares import portions
 from rootcellar.scheduler.snapshots import Snapshots
+
+HasVectors = Callable[[Request, Span], bool]
+"""Whether the vectors of a request's span are there."""
 
 
 @dataclass
@@ -58,3 +61,31 @@ class Cutter:
             return n
         stop = whole(request, request.computed + n, self.seen)
         return (stop if stop > request.computed else whole(request, most, self.seen)) - request.computed
+
+
+def next_span(request: Request) -> Span | None:
+    """The first of a request's spans that is not computed."""
+    return next((span for span in request.spans if span.stop > request.computed), None)
+
+
+def blind(request: Request, seen: HasVectors) -> bool:
+    """Whether the next token of ``request`` is of a span whose vectors are not there."""
+    span = next_span(request) if request.spans else None
+    return span is not None and span.start == request.computed and not seen(request, span)
+
+
+def whole(request: Request, stop: int, seen: HasVectors) -> int:
+    """Where a chunk that would end at ``stop`` ends, so that it has all of each of its spans, and their vectors."""
+    for span in request.spans:
+        if request.computed < span.stop and span.start < stop and (stop < span.stop or not seen(request, span)):
+            return span.start
+    return stop
+
+
+def unbroken(shares: dict[Request, int]) -> dict[Request, int]:
+    """Shares of a step's tokens; the first that breaks the span it begins with becomes as long as that, and first."""
+    for request, tokens in shares.items():
+        span = next_span(request) if request.spans else None
+        if span is not None and span.start == request.computed and tokens < span.stop - span.start:
+            return {request: span.stop - span.start} | {r: n for r, n in shares.items() if r is not request}
+    return shares

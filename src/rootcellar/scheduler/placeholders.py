@@ -6,15 +6,11 @@ Spans are atomic: no chunk ends inside one, and no request resumes inside one, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from rootcellar.scheduler.request import Request
 
 ABOVE = 1 << 62
 """Above every vocabulary, and above whatever fits 32 bits, so that no token is ever called so."""
@@ -33,10 +29,6 @@ class Span:
     content: bytes
     pixels: NDArray[np.uint8] = field(compare=False, repr=False)
     token: int
-
-
-HasVectors = Callable[["Request", Span], bool]
-"""Whether the vectors of a request's span are there."""
 
 
 def placeholder_ids(content: bytes, count: int) -> NDArray[np.int64]:
@@ -73,31 +65,3 @@ def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
 def outside(spans: Sequence[Span], at: int) -> int:
     """``at``, or the start of the span that it lies inside of."""
     return next((span.start for span in spans if span.start < at < span.stop), at)
-
-
-def next_span(request: Request) -> Span | None:
-    """The first of a request's spans that is not computed."""
-    return next((span for span in request.spans if span.stop > request.computed), None)
-
-
-def blind(request: Request, seen: HasVectors) -> bool:
-    """Whether the next token of ``request`` is of a span whose vectors are not there."""
-    span = next_span(request) if request.spans else None
-    return span is not None and span.start == request.computed and not seen(request, span)
-
-
-def whole(request: Request, stop: int, seen: HasVectors) -> int:
-    """Where a chunk that would end at ``stop`` ends, so that it has all of each of its spans, and their vectors."""
-    for span in request.spans:
-        if request.computed < span.stop and span.start < stop and (stop < span.stop or not seen(request, span)):
-            return span.start
-    return stop
-
-
-def unbroken(portions: dict[Request, int]) -> dict[Request, int]:
-    """Portions of a step's tokens; the first that breaks the span it begins with becomes as long as that, and first."""
-    for request, tokens in portions.items():
-        span = next_span(request) if request.spans else None
-        if span is not None and span.start == request.computed and tokens < span.stop - span.start:
-            return {request: span.stop - span.start} | {r: n for r, n in portions.items() if r is not request}
-    return portions

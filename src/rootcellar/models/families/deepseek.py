@@ -24,10 +24,19 @@ from rootcellar.models.norms import Norm
 from rootcellar.models.rope import RopeConfig, read_rope, yarn_mscale
 from rootcellar.ops.experts import Router
 
+EXPERT_NAMES = layer_names(
+    router="mlp.gate.weight",
+    correction="mlp.gate.e_score_correction_bias",
+    experts_gate_up=("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    experts_down="mlp.experts.{expert}.down_proj.weight",
+    shared_gate_up=("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    shared_down="mlp.shared_experts.down_proj.weight",
+)
 NAMES = {
     **TOP_NAMES,
     **NORM_NAMES,
     **DENSE_NAMES,
+    **EXPERT_NAMES,
     **layer_names(
         q="self_attn.q_proj.weight",
         q_a="self_attn.q_a_proj.weight",
@@ -40,12 +49,6 @@ NAMES = {
         kv_b="self_attn.kv_b_proj.weight",
         o="self_attn.o_proj.weight",
         o_bias="self_attn.o_proj.bias",
-        router="mlp.gate.weight",
-        correction="mlp.gate.e_score_correction_bias",
-        experts_gate_up=("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
-        experts_down="mlp.experts.{expert}.down_proj.weight",
-        shared_gate_up=("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-        shared_down="mlp.shared_experts.down_proj.weight",
     ),
 }
 
@@ -111,18 +114,23 @@ def _v2(raw: Raw) -> dict[str, Any]:
     return _layers(raw, router, int(given(raw, "first_k_dense_replace", 0)), _shared(raw, 2))
 
 
-def _v3(raw: Raw) -> dict[str, Any]:
-    _chosen_by(raw, "noaux_tc", ("noaux_tc",), "sigmoid")
-    router = Router(
-        size(raw, "n_routed_experts", 256),
+def corrected_router(raw: Raw, *, experts: int, scale: float, groups: int, top_groups: int) -> Router:
+    """The router of DeepSeek V3 and its like, sigmoids with a correction; what is named is what a config leaves out."""
+    return Router(
+        size(raw, "n_routed_experts", experts),
         size(raw, "num_experts_per_tok", 8),
         scores="sigmoid",
         renormalise=bool(given(raw, "norm_topk_prob", True)),
-        scale=float(given(raw, "routed_scaling_factor", 2.5)),
+        scale=float(given(raw, "routed_scaling_factor", scale)),
         correction=True,
-        groups=size(raw, "n_group", 8),
-        top_groups=size(raw, "topk_group", 4),
+        groups=size(raw, "n_group", groups),
+        top_groups=size(raw, "topk_group", top_groups),
     )
+
+
+def _v3(raw: Raw) -> dict[str, Any]:
+    _chosen_by(raw, "noaux_tc", ("noaux_tc",), "sigmoid")
+    router = corrected_router(raw, experts=256, scale=2.5, groups=8, top_groups=4)
     return _layers(raw, router, int(given(raw, "first_k_dense_replace", 3)), _shared(raw, 1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from rootcellar.models.families.deepseek import EXPERT_NAMES, corrected_router
 from rootcellar.models.families.family import (
     ATTENTION_NAMES,
     DENSE_NAMES,
@@ -25,27 +26,13 @@ from rootcellar.models.mixers import Attention
 from rootcellar.models.model import LayerConfig
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import read_rope
-from rootcellar.ops.experts import Router
 
 NAMES = {**TOP_NAMES, **NORM_NAMES, **ATTENTION_NAMES, **DENSE_NAMES, **FUSED_GATE_UP}
 GLM4_NAMES = {
     **NAMES,
     **layer_names(attn_post_norm="post_self_attn_layernorm.weight", mlp_post_norm="post_mlp_layernorm.weight"),
 }
-MOE_NAMES = {
-    **TOP_NAMES,
-    **NORM_NAMES,
-    **ATTENTION_NAMES,
-    **DENSE_NAMES,
-    **layer_names(
-        router="mlp.gate.weight",
-        correction="mlp.gate.e_score_correction_bias",
-        experts_gate_up=("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
-        experts_down="mlp.experts.{expert}.down_proj.weight",
-        shared_gate_up=("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-        shared_down="mlp.shared_experts.down_proj.weight",
-    ),
-}
+MOE_NAMES = {**TOP_NAMES, **NORM_NAMES, **ATTENTION_NAMES, **DENSE_NAMES, **EXPERT_NAMES}
 
 
 def _glm(raw: Raw, *, post_norms: bool) -> dict[str, Any]:
@@ -59,16 +46,7 @@ def _glm_moe(raw: Raw) -> dict[str, Any]:
     rope, activation = read_rope(raw, size(raw, "max_position_embeddings")), activation_of(raw)
     norm = Norm(float(given(raw, "rms_norm_eps", 1e-5))) if raw.get("use_qk_norm") else None
     attention = Attention(**heads_of(raw), rope=rope, qk_norm=norm, qkv_bias=bool(raw.get("attention_bias")))
-    router = Router(
-        size(raw, "n_routed_experts", 128),
-        size(raw, "num_experts_per_tok", 8),
-        scores="sigmoid",
-        renormalise=bool(given(raw, "norm_topk_prob", True)),
-        scale=float(given(raw, "routed_scaling_factor", 1.0)),
-        correction=True,
-        groups=size(raw, "n_group", 1),
-        top_groups=size(raw, "topk_group", 1),
-    )
+    router = corrected_router(raw, experts=128, scale=1.0, groups=1, top_groups=1)
     inner, shared = size(raw, "moe_intermediate_size"), int(given(raw, "n_shared_experts", 1))
     always = Dense(inner * shared, activation=activation) if shared else None
     experts = LayerConfig(attention, Experts(router, inner, "apart", activation=activation, shared=always))
