@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rootcellar.cache import Done, Failed, Key, Manifest, Tier
+from rootcellar.cache import NEVER, Done, Failed, Key, Manifest, Tier
 from rootcellar.errors import CacheBusy, ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def control(world: World) -> None:
     """One of the operator's wishes."""
     pick, cache = world.pick, world.cache
-    wish = pick(10)
+    wish = pick(12)
     name, tokens = world.prompts[pick(len(world.prompts))] if world.prompts else ("", [0])
     key = Key(tokens, name)
     if wish == 0:
@@ -37,6 +37,9 @@ def control(world: World) -> None:
         write_to(world, (Tier.HOST, Tier.STORAGE)[pick(2)], pick(3) > 0)
     elif wish == 9:
         assert cache.write_down(key) >= 0
+    elif wish in (10, 11):
+        tokens_on = cache.expect(key, (NEVER, 0, 1 + pick(50))[pick(3)])
+        assert 0 <= tokens_on <= cache.match(key).length
 
 
 def forget(world: World, tier: Tier) -> None:

@@ -32,12 +32,13 @@ def test_a_prompt_is_retained_pinned_and_let_go(client, engine):
         assert answer.status_code == 200, answer.text
         return {each["hint"]: each for each in answer.json()["hints"]}
 
-    told = hint(retain=60, next_turn=5, prefetch=True)
+    told = hint(retain=60, next_turn=5, prefetch=True, pin=60)
     assert {name: each["answer"] for name, each in told.items()} == {
-        "retain": "granted", "next_turn": "granted", "prefetch": "granted",
+        "retain": "granted", "next_turn": "granted", "prefetch": "granted", "pin": "granted",
     }  # fmt: skip
-    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == told["retain"]["tokens"] > 0
-    assert hint(demote=True)["demote"]["answer"] == "granted"
+    assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == told["pin"]["tokens"] == told["retain"]["tokens"] > 0
+    told = hint(demote=True)["demote"]
+    assert (told["answer"], told["tokens"] > 0) == ("granted", True)
     assert engine.stats()["cache"]["full"]["DEVICE"]["pinned"] == 0
     assert hint(pin=0)["pin"]["answer"] == "refused"
 

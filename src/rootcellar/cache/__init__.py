@@ -16,6 +16,7 @@ from rootcellar.cache.key import Key
 from rootcellar.cache.kind import Kind, Tier, chunked_local, full, recurrent, sliding_window
 from rootcellar.cache.lease import ReqToTokenPool
 from rootcellar.cache.moves import Answer, Done, Event, Failed, Found, Lost, Manifest, Move, Part, Question, Reports
+from rootcellar.cache.order import LATEST, NEVER
 from rootcellar.cache.slots import SlotAllocator
 from rootcellar.cache.stats import CacheStats, ShelfStats
 from rootcellar.cache.suffixes import owner_of
@@ -23,6 +24,8 @@ from rootcellar.cache.views import NodeView, TreeView
 
 __all__ = [
     "CORE",
+    "LATEST",
+    "NEVER",
     "AllBlocksCleared",
     "Answer",
     "BlockRemoved",

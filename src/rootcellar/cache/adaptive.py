@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache.node import Entry, Item, Node, Standing
-from rootcellar.cache.order import Now
+from rootcellar.cache.order import AWAITED, Now
 
 FRESH, CONTINUES = 0, 1  # classes of what never returned; from 2 on: returned 1, 2 or 3, 4 to 7, ... times
 POPULAR = 4  # what branches off a class from here on is fresh
@@ -233,7 +233,8 @@ class LearnedOrder:
     """The order of leaving by worth: one heap, oldest first, per damage, class and age bucket.
 
     Entries of one heap differ in age only within a bucket, so the heads are the candidates; the one worth least
-    leaves. A head that has aged moves on to the next bucket's heap.
+    leaves. A head that has aged moves on to the next bucket's heap. What is known to be asked for again has a heap of
+    its own, in the order of when: there is nothing to learn of it.
     """
 
     __slots__ = ("_heaps", "_live", "_moved", "_serial", "_shadow")
@@ -246,7 +247,7 @@ class LearnedOrder:
         self._moved = -1  # volume at which the heads were last moved on
 
     def push(self, node: Node, entry: Entry, key: Standing) -> None:
-        """File an entry under ``key = (damage, class, volume at last use, node id, shelf index)``."""
+        """File an entry under ``key = (damage, class, volume at last use, node id, shelf index)``, or its time."""
         if entry.item is None:
             self._live += 1
         elif entry.item[0] == key:
@@ -259,6 +260,9 @@ class LearnedOrder:
 
     def _file(self, item: Item) -> None:
         damage, group, used, *_ = item[0]
+        if damage == AWAITED:
+            heappush(self._heaps.setdefault((AWAITED, 0, 0), []), item)
+            return
         bucket = self._shadow.bucket(int(self._shadow.volume - used))
         heappush(self._heaps.setdefault((int(damage), int(group), bucket), []), item)
 
@@ -299,7 +303,9 @@ class LearnedOrder:
     def _age(self) -> None:
         """Move heads that have left their bucket on."""
         self._moved = volume = self._shadow.volume
-        for (_, _, bucket), heap in list(self._heaps.items()):
+        for (damage, _, bucket), heap in list(self._heaps.items()):
+            if damage == AWAITED:
+                continue
             while heap and self._shadow.bucket(int(volume - heap[0][0][2])) != bucket:
                 item = heappop(heap)
                 if item[3].item is item:

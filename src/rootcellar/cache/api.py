@@ -162,6 +162,15 @@ class PrefixCache(Protocol):
     def unpin(self, key: Key) -> int:
         """Undo the pins of prefixes of ``key``; returns how many there were."""
 
+    def expect(self, key: Key, when: int) -> int:
+        """Say when what the device has of ``key`` is wanted again; returns how many of its tokens that is about.
+
+        ``when``, in any unit that grows, up to ``LATEST``: what resuming there needs leaves after all else, on any
+        tier, and of several what is wanted last first. Unlike pinned it can leave. ``NEVER``: it is the first to leave
+        the device, as far as no other prompt goes on from it or is expected, until it is asked for after all.
+        0: nothing is known of it any more; say it again of keys that ``key`` begins with, which that forgot too.
+        """
+
     def drop_namespace(self, namespace: str) -> int:
         """Forget a namespace (LoRA, tenant, old weights). Returns the tokens that live leases keep till they close."""
 

@@ -21,7 +21,9 @@ from rootcellar.cache.lease import Lease
 from rootcellar.cache.match import Hit, find, fresh, place_of
 from rootcellar.cache.moves import Manifest, Part, Question
 from rootcellar.cache.node import Node
+from rootcellar.cache.order import LATEST, NEVER
 from rootcellar.cache.slots import Pages
+from rootcellar.cache.tree import Tree
 
 Chain = Callable[[bytes, NDArray[np.int64], int], list[bytes]]
 FOREVER = 1 << 62  # ticks
@@ -65,6 +67,51 @@ def _drop_pin(cache: Cache, serial: int) -> None:
     lease = cache.pins.pop(serial)
     unpin_place(cache, lease)
     prune(cache.tree, lease.node)
+
+
+# ---- what is said of the future --------------------------------------------------------------------------------------
+
+
+def expect(cache: Cache, key: Key, when: int) -> int:
+    """Note when what is cached of ``key`` is wanted again. Returns how many tokens of it that is about."""
+    tree = cache.tree
+    hit = find(tree, key)
+    due = max(NEVER, min(when, LATEST))
+    if due == 0:
+        for node in reversed(hit.path):
+            _forget_due(tree, node)
+    if due == 0 or not hit.length:
+        return hit.length
+    place = place_of(tree, hit, hit.length // tree.page_size)
+    if due == NEVER:
+        return _never(tree, place)
+    for k in range(len(tree.kinds)):
+        start = cache.start_page(k, hit.length)
+        climb = place
+        while climb.parent is not None and climb.end > start:
+            tree.expect(climb, k, min(due, climb.dues[k]) if climb.dues[k] > 0 else due)
+            climb = climb.parent
+    return hit.length
+
+
+def _forget_due(tree: Tree, node: Node) -> None:
+    """Nobody said when a node is wanted, but for what is known of full attention below, which needs all above it."""
+    for k, kind in enumerate(tree.kinds):
+        below = [due for child in node.children.values() if (due := child.dues[k]) > 0 and kind.rule == "full"]
+        tree.expect(node, k, min(below, default=0))
+
+
+def _never(tree: Tree, place: Node) -> int:
+    """Nobody will ask for a place again, nor for those above that only lead there. Returns their tokens."""
+    pages = 0
+    while place.parent is not None and not any(due > 0 for due in place.dues):
+        if any(due >= 0 for child in place.children.values() for due in child.dues):
+            break
+        for k in range(len(tree.kinds)):
+            tree.expect(place, k, NEVER)
+        pages += place.size
+        place = place.parent
+    return pages * tree.page_size
 
 
 # ---- namespaces and tiers -----------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Node:
         "covers",
         "created",
         "digests",
+        "dues",
         "entries",
         "far",
         "flights",
@@ -87,6 +88,7 @@ class Node:
         self.covers: list[int] = []  # by kind: pins that cover the node from its start
         self.starts: list[dict[int, int]] = []  # by kind: absolute page where a pin starts inside the node -> how many
         self.ticks: list[int] = []  # by kind: when the node last served that kind
+        self.dues: list[int] = []  # by kind: when it is wanted again (see ``expect``); 0: nobody said
         self.created: int = 0
         self.hits: int = 0
         self.priority: int = 0

@@ -13,6 +13,12 @@ Now = Callable[[Node, Entry], Standing | None]
 """Where an entry stands now; None when it may not leave."""
 
 
+AWAITED = 3
+"""The damage of what is known to be asked for again: it leaves last, and of several what is wanted last first."""
+NEVER, LATEST = -1, 2**31 - 1
+"""What ``expect`` is told of what nobody will ask for again, and the latest time that it knows."""
+
+
 class Order:
     """A heap of entries that may leave. O(log n) to file or take one; at most one item of an entry is live.
 

@@ -163,6 +163,9 @@ class PyRadixCache(PrefixCache):
     def unpin(self, key: Key) -> int:
         return control.unpin(self._cache, key)
 
+    def expect(self, key: Key, when: int) -> int:
+        return control.expect(self._cache, key, when)
+
     def drop_namespace(self, namespace: str) -> int:
         return control.drop_namespace(self._cache, namespace)
 

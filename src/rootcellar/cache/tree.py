@@ -89,6 +89,7 @@ class Tree:
         node.covers = [0] * len(self.kinds)
         node.starts = [{} for _ in self.kinds]
         node.ticks = [self.tick] * len(self.kinds)
+        node.dues = [0] * len(self.kinds)
         node.created = self.tick
         return node
 
@@ -128,6 +129,7 @@ class Tree:
         upper = self._blank(parent, _part(node.tokens, 0, cut), node.start, at)
         upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
         upper.ticks = node.ticks.copy()
+        upper.dues = node.dues.copy()
         upper.group, upper.used = node.group, node.used
         upper.refs, upper.far = int(node.refs > 0), int(node.far > 0)
         upper.digests, node.digests = node.digests[:at], node.digests[at:]
@@ -362,10 +364,20 @@ class Tree:
             for k, start in enumerate(starts):
                 if start < climb.end:
                     climb.ticks[k] = self.tick
+                    climb.dues[k] = max(climb.dues[k], 0)  # it was asked for after all
             if self.ranking.shrinks:
                 for shelf in self.shelves:
                     self.requeue(climb, shelf)
             climb = climb.parent
+
+    def expect(self, node: Node, k: int, due: int) -> None:
+        """Note when kind ``k`` of a node is wanted again (see :data:`NEVER`); 0: nobody knows."""
+        if node.dues[k] != due:
+            node.dues[k] = due
+            for tier in self.tiers:
+                shelf = self.by_tier[tier][k]
+                if shelf is not None:
+                    self.requeue(node, shelf)
 
     # ---- filed as the ranking says -------------------------------------------------------------------------------
 

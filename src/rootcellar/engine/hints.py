@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Literal
 
-from rootcellar.cache import Key, RadixCache, Tier
+from rootcellar.cache import NEVER, Key, RadixCache, Tier
 from rootcellar.engine.pins import SORTS, Pins, Sort
 from rootcellar.errors import RequestError
 from rootcellar.sampling_params import SamplingParams
@@ -138,12 +138,21 @@ class Hints:
         return len(own) < _TURNS * share and sum(own) + len(key) <= _TURN_TOKENS * share
 
     def _demote(self, tenant: str, key: Key) -> Reply:
-        """Let go of what the tenant keeps of it, and copy it to farther tiers, so that it leaves without loss."""
+        """Let go of what the tenant keeps of it, copy it to farther tiers, and let it leave the device before all else.
+
+        What others go on from, or keep, stays where it is in the order of leaving.
+        """
+        cached = self._cache.match(key).length
+        if not cached:
+            return Reply("demote", "refused", "nothing of it is cached on the device")
         kept = [self._pins.remove(tenant, key, sort) for sort in SORTS]
         copies = self._cache.write_down(key)
-        if any(kept) or copies:
-            return Reply("demote", "granted", "it is copied to a farther tier" if copies else "")
-        return Reply("demote", "refused", "it was not kept, and there is nothing of it to copy to a farther tier")
+        tokens = self._cache.expect(key, NEVER)
+        why = ["it is copied to a farther tier"] if copies else []
+        if tokens < cached:
+            why.append("others go on from the rest" if tokens else "others go on from it")
+        answer: Literal["granted", "clipped", "refused"] = "granted" if tokens == cached else "clipped"
+        return Reply("demote", answer if tokens or copies or any(kept) else "refused", "; ".join(why), tokens)
 
     def _prefetch(self, key: Key, now: float) -> Reply:
         """Ask the store for what host memory lacks."""
@@ -176,22 +185,6 @@ class Hints:
         """Bring nearer what is soon asked for."""
         while self._turns and self._turns[0].at <= now:
             self._bring(heappop(self._turns).key, now)
-
-    def make_way(self) -> None:
-        """Before a step is planned: what is only retained gives way to what runs, and to the request that waits first.
-
-        Nobody is retracted, or ended, while it could.
-        """
-        if not self._pins.retained:
-            return
-        page = self._cache.page_size
-        wanted = sum(max(0, request.length + page - request.slots) for request in self._scheduler.running)
-        waiting = next(iter(self._scheduler.waiting), None)
-        if waiting is not None:
-            wanted += waiting.length + page
-        lacking = wanted - self._cache.available_tokens()
-        if lacking > 0:
-            self._pins.make_way(lacking)
 
     @property
     def _cache(self) -> RadixCache:

@@ -1,8 +1,9 @@
 """Pinned prompts, each with an end in seconds: the cache counts time in ticks. For the engine's thread.
 
 Three sorts. A ``pin`` stays till its end. What is ``kept`` does too, for a conversation that grows: a longer one takes
-the place of those that it begins with. What is ``retained`` is so, and also gives way to requests that find no room,
-and to the others.
+the place of those that it begins with. What is ``retained`` is so, and is not pinned: the cache expects it until its
+end, so that it leaves after all else, and what is wanted last first. It counts as what its tenant keeps all the same,
+and gives way to the others.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rootcellar.cache import Key, RadixCache
+from rootcellar.cache import LATEST, Key, RadixCache
 from rootcellar.errors import RequestTooLarge
 
 # More ticks than any server lives: the engine's clock decides.
 _FOREVER = 2**40
+# The cache is told of ends in tenths of seconds.
+_TENTHS = 10
 # What pins may hold of the cache: requests must still find room.
 _MOST = 0.5
 
@@ -40,6 +43,11 @@ class _Pin:
     def held(self) -> Key:
         """The part of its tokens that is pinned."""
         return self.name[1][: self.tokens]
+
+    @property
+    def expected(self) -> bool:
+        """Whether it can leave: the cache is told until when it is wanted."""
+        return self.name[2] == "retained"
 
 
 class Pins:
@@ -119,26 +127,11 @@ class Pins:
     def forget(self) -> None:
         """Let go of all: what they pin is no hit any more."""
         for pin in list(self._pins.values()):
-            self._cache.unpin(pin.name[1])
+            self._undo(pin)
         self._pins.clear()
         self._at.clear()
         self._held.clear()
         self._counts.clear()
-
-    def make_way(self, tokens: int) -> int:
-        """Let go of what is only retained, what is wanted last first, until ``tokens`` are; how many that were."""
-        gone = 0
-        for pin in self._retained_of(None):
-            if gone >= tokens:
-                break
-            self._let_go(pin)
-            gone += pin.tokens
-        return gone
-
-    @property
-    def retained(self) -> bool:
-        """Whether something is kept that may give way."""
-        return any(sort == "retained" for _, _, sort in self._pins)
 
     @property
     def next_end(self) -> float | None:
@@ -153,9 +146,9 @@ class Pins:
         own = [self._pins[name] for name in names if name[0] == tenant and name[2] == sort and name[1] != key]
         return [pin for pin in own if pin.ends <= ends]
 
-    def _retained_of(self, tenant: str | None) -> list[_Pin]:
-        """What is only retained for a tenant (None: for all), what is wanted last first."""
-        own = [pin for (whose, _, sort), pin in self._pins.items() if sort == "retained" and tenant in (None, whose)]
+    def _retained_of(self, tenant: str) -> list[_Pin]:
+        """What is only retained for a tenant, what is wanted last first."""
+        own = [pin for (whose, _, sort), pin in self._pins.items() if sort == "retained" and tenant == whose]
         return sorted(own, key=lambda pin: -pin.ends)
 
     def _put(self, pin: _Pin) -> None:
@@ -165,25 +158,35 @@ class Pins:
         self._counts[pin.name[0]] += 1
 
     def _pin(self, pin: _Pin) -> None:
-        pin.tokens = self._cache.pin(pin.held, _FOREVER)
+        if pin.expected:
+            pin.tokens = self._cache.expect(pin.held, max(1, min(int(pin.ends * _TENTHS), LATEST)))
+        else:
+            pin.tokens = self._cache.pin(pin.held, _FOREVER)
         way = self._cache.trail(pin.held)
         pin.node = way[-1] if way else 0
         self._at.setdefault(pin.node, set()).add(pin.name)
 
     def _let_go(self, pin: _Pin) -> None:
-        """Undo one pin. The cache undoes with it those that end on the key's way: they are pinned again at once."""
+        """Undo one pin. The cache undoes with it those that end on the key's way: they are kept again at once."""
         del self._pins[pin.name]
         self._held[pin.name[0]] -= pin.tokens
         self._counts[pin.name[0]] -= 1
         self._leave(pin)
-        key = pin.name[1]
-        others = [self._pins[name] for node in self._cache.trail(key) for name in self._at.get(node, ())]
-        self._cache.unpin(key)
+        names = [name for node in self._cache.trail(pin.name[1]) for name in self._at.get(node, ())]
+        others = [other for name in names if (other := self._pins[name]).expected == pin.expected]
+        self._undo(pin)
         for other in others:
             self._leave(other)
             before = other.tokens
             self._pin(other)
             self._held[other.name[0]] += other.tokens - before
+
+    def _undo(self, pin: _Pin) -> None:
+        """Tell the cache that a prompt is not kept any more, and none of those like it that the prompt begins with."""
+        if pin.expected:
+            self._cache.expect(pin.name[1], 0)
+        else:
+            self._cache.unpin(pin.name[1])
 
     def _leave(self, pin: _Pin) -> None:
         names = self._at[pin.node]

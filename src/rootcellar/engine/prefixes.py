@@ -174,9 +174,10 @@ class Prefixes:
         Args:
             input_ids: the prompt's tokens, as far as is known of it.
             hints: ``pin`` (seconds: keep it so long), ``retain`` (seconds: the same, but it gives way to requests that
-                find no room, and to the tenant's pins), ``next_turn`` (seconds until its next turn: retained till a
-                little later, or brought from the store before), ``demote`` (true: keep it no longer, and copy it to
-                farther tiers), ``prefetch`` (true: let come to host memory what the store has of it). 0 seconds undo.
+                find no room, what is wanted last first, and to the tenant's pins), ``next_turn`` (seconds until its
+                next turn: retained till a little later, or brought from the store before), ``demote`` (true: keep it
+                no longer, copy it to farther tiers, and let it leave the device first), ``prefetch`` (true: let come
+                to host memory what the store has of it). 0 seconds undo.
             extra_key, cache_salt, tenant: as for ``Engine.generate``.
             share: the tenant's pins may hold this part of what pins may hold.
 

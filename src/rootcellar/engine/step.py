@@ -357,7 +357,6 @@ class Machine:
     def _plan(self) -> Plan | None:
         self._encode()
         self.recorder.step_begins()
-        self.hints.make_way()
         plan = self.scheduler.plan()
         self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:

@@ -84,6 +84,7 @@ class Cache {
     // control.cc
     std::int64_t pin(const Key& key, std::int64_t ttl);
     std::int64_t unpin(const Key& key);
+    std::int64_t expect(const Key& key, std::int64_t when);
     std::int64_t drop_namespace(const Ref<Name>& name);
     void forget_tier(Tier tier);
     void write_to(Tier tier, bool on);
@@ -170,6 +171,8 @@ class Cache {
     void expire();
     Ref<Lease> pin_at(std::int64_t number, Node* place, const Ref<Name>& name, std::int64_t length);
     void drop_pin(std::int64_t serial);
+    void forget_due(Node* node);
+    std::int64_t never(Node* place);
 
     std::int64_t batches_ = 0;
     // Reused by each call.

@@ -60,6 +60,60 @@ void Cache::drop_pin(std::int64_t number) {
     tree.prune(lease->node);
 }
 
+// ---- what is said of the future ----------------------------------------------------------------------------------
+
+std::int64_t Cache::expect(const Key& key, std::int64_t when) {
+    Hit hit;
+    tree.find(key, hit);
+    const std::int64_t length = hit.reaches[DEVICE];
+    const auto due = static_cast<std::int32_t>(std::max(NEVER, std::min(when, LATEST)));
+    if (due == 0)
+        for (auto node = hit.path.rbegin(); node != hit.path.rend(); ++node) forget_due(*node);
+    if (due == 0 || length == 0) return length;
+    Node* place = tree.place_of(hit, key.name, length / tree.page_size);
+    if (due == NEVER) return never(place);
+    for (int k = 0; k < static_cast<int>(tree.kinds.size()); ++k) {
+        const std::int64_t start = tree.start_page(k, length);
+        for (Node* climb = place; climb->parent != nullptr && climb->end() > start; climb = climb->parent) {
+            const std::int32_t before = climb->pins(k).due;
+            tree.expect(climb, k, before > 0 ? std::min(due, before) : due);
+        }
+    }
+    return length;
+}
+
+// Nobody said when a node is wanted, but for what is known of full attention below, which needs all above it.
+void Cache::forget_due(Node* node) {
+    for (int k = 0; k < static_cast<int>(tree.kinds.size()); ++k) {
+        std::int32_t least = 0;
+        if (tree.kinds[k].rule == Rule::full)
+            for (Node* child = node->first_child; child != nullptr; child = child->next)
+                if (const std::int32_t due = child->pins(k).due; due > 0) least = least > 0 ? std::min(least, due) : due;
+        tree.expect(node, k, least);
+    }
+}
+
+// Nobody will ask for a place again, nor for those above that only lead there; their tokens.
+std::int64_t Cache::never(Node* place) {
+    const int count = static_cast<int>(tree.kinds.size());
+    const auto any = [count](Node* node, auto says) {
+        for (int k = 0; k < count; ++k)
+            if (says(node->pins(k).due)) return true;
+        return false;
+    };
+    std::int64_t pages = 0;
+    for (; place->parent != nullptr; place = place->parent) {
+        if (any(place, [](std::int32_t due) { return due > 0; })) break;
+        bool wanted = false;
+        for (Node* child = place->first_child; child != nullptr && !wanted; child = child->next)
+            wanted = any(child, [](std::int32_t due) { return due >= 0; });
+        if (wanted) break;
+        for (int k = 0; k < count; ++k) tree.expect(place, k, static_cast<std::int32_t>(NEVER));
+        pages += place->size;
+    }
+    return pages * tree.page_size;
+}
+
 // ---- namespaces and tiers ----------------------------------------------------------------------------------------
 
 std::int64_t Cache::drop_namespace(const Ref<Name>& name) {

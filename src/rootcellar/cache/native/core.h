@@ -297,6 +297,12 @@ class Core {
         return cache_.unpin(keys.key);
     }
 
+    std::int64_t expect(nb::handle key, std::int64_t when) {
+        const Verb verb(cache_.tree);
+        const KeyView keys = view(key);
+        return cache_.expect(keys.key, when);
+    }
+
     std::int64_t drop_namespace(nb::handle name) {
         const Verb verb(cache_.tree);
         return cache_.drop_namespace(name_of(name));

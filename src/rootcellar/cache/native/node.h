@@ -69,6 +69,7 @@ struct Entry {
 struct Pins {
     std::int64_t tick = 0;    // when the node last served the kind
     std::int32_t covers = 0;  // pins that cover the node from its start
+    std::int32_t due = 0;     // when it is wanted again, NEVER, or 0: nobody said
     // Absolute page where a pin starts inside the node -> how many; most nodes have none.
     std::unique_ptr<std::vector<std::pair<std::int64_t, std::int32_t>>> starts;
 

@@ -15,6 +15,9 @@ namespace rootcellar {
 struct Tree;
 class Shadow;
 
+constexpr std::int32_t AWAITED = 3;  // the damage of what is known to be asked for again
+constexpr std::int64_t NEVER = -1, LATEST = (std::int64_t{1} << 31) - 1;
+
 // Where an entry stands: the least leaves first.
 struct Rank {
     std::int32_t damage;

@@ -43,10 +43,21 @@ void Tree::use_way(Node* node, const std::vector<std::int64_t>& starts) {
     for (; node->parent != nullptr; node = node->parent) {
         node->used = volume;
         for (std::size_t k = 0; k < starts.size(); ++k)
-            if (starts[k] < node->end()) node->pins(static_cast<int>(k)).tick = tick;
+            if (starts[k] < node->end()) {
+                Pins& pins = node->pins(static_cast<int>(k));
+                pins.tick = tick;
+                if (pins.due < 0) pins.due = 0;  // it was asked for after all
+            }
         if (given.policy == Policy::mru)  // use makes a key smaller, so it must be filed again at once
             for (Shelf& shelf : shelves) requeue(node, shelf);
     }
+}
+
+void Tree::expect(Node* node, int k, std::int32_t due) {
+    if (node->pins(k).due == due) return;
+    node->pins(k).due = due;
+    for (const Tier tier : tiers)
+        if (Shelf* shelf = by_tier[tier][k]; shelf != nullptr) requeue(node, *shelf);
 }
 
 // ---- the order of leaving ----------------------------------------------------------------------------------------
@@ -54,6 +65,10 @@ void Tree::use_way(Node* node, const std::vector<std::int64_t>& starts) {
 Rank Tree::rank(Node* node, const Shelf& shelf) {
     Rank rank{damage(node, shelf), shelf.index, 0, 0, node->id};
     const std::int64_t last = node->pins(shelf.k).tick;
+    if (rank.damage == AWAITED) {
+        rank.first = -node->pins(shelf.k).due;
+        return rank;
+    }
     switch (given.policy) {
         case Policy::lru: rank.first = last; break;
         case Policy::lfu: rank.first = node->hits, rank.second = last; break;
@@ -68,6 +83,13 @@ Rank Tree::rank(Node* node, const Shelf& shelf) {
 }
 
 int Tree::damage(Node* node, const Shelf& shelf) const {
+    const std::int32_t due = node->pins(shelf.k).due;
+    if (due < 0 && shelf.tier == DEVICE) return 0;
+    const int damage = bare_damage(node, shelf);
+    return due > 0 && damage == 2 ? AWAITED : damage;
+}
+
+int Tree::bare_damage(Node* node, const Shelf& shelf) const {
     if (shelf.full()) return node->first_child != nullptr || windows.empty() || ends_well(node) ? 2 : 0;
     if (shelf.recurrent()) return node->first_child != nullptr && node->first_child == node->last_child ? 1 : 2;
     const std::int64_t needed = std::max<std::int64_t>(0, node->size - reach(shelf.k, node->end()));

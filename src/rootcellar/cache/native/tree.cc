@@ -200,7 +200,10 @@ Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     upper->owner = node->owner;
     upper->group = node->group;
     upper->used = node->used;
-    for (std::size_t k = 0; k < kinds.size(); ++k) upper->pins(k).tick = node->pins(k).tick;
+    for (std::size_t k = 0; k < kinds.size(); ++k) {
+        upper->pins(k).tick = node->pins(k).tick;
+        upper->pins(k).due = node->pins(k).due;
+    }
     upper->refs = node->refs != 0 ? 1 : 0;
     upper->far = node->far != 0 ? 1 : 0;
     const std::uint32_t named = std::min<std::uint32_t>(node->digests.size(), at);

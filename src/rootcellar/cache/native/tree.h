@@ -98,9 +98,13 @@ struct Tree {
         if (node->parent != nullptr) use_way(node, starts);
     }
 
+    // When a kind of a node is wanted again, NEVER, or 0: nobody knows.
+    void expect(Node* node, int k, std::int32_t due);
+
     // the order of leaving
     Rank rank(Node* node, const Shelf& shelf);
     int damage(Node* node, const Shelf& shelf) const;
+    int bare_damage(Node* node, const Shelf& shelf) const;  // whatever is expected
     std::int64_t reach(int k, std::int64_t page) const;
     bool ends_well(Node* node) const;
     void restage(Node* node);
