@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/fairness.py [--attacks NAME,...] [--model-path FOLDER] [--quick] [--json]
 
-A server over the embedded model, or the one that is named, gets two user keys. One client, the victim, asks for one
-token at a time. Another, in a process of its own, sends one kind of request after the other, each as large as the
-server allows, over several connections at once. For each kind: the victim's median and worst latency over its idle
-median of the same run, the longest step of the engine, and how much the server's memory has grown.
+A server gets two user keys. Its model, unless one is named, has the size and shape of SmolLM2-135M, an encoder of
+pictures, and weights drawn at random. One client, the victim, asks for one token at a time. Another, in a process of
+its own, sends one kind of request after the other, each as large as the server allows, over several connections at
+once. For each kind: the victim's median and worst latency over its idle median of the same run, the longest step of the
+engine, and how much the server's memory has grown.
 
 The first row is a control: its client only keeps a core busy.
 
@@ -26,6 +27,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,11 +38,21 @@ from typing import Any, NamedTuple
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from checkpoints import FAMILIES
+from seeing import data_url, image_file, make_seeing
 from serving import Server, resident
 
 VICTIM, HOSTILE, ADMIN = "victim-key", "hostile-key", "admin-key"
 VOCABULARY, CONTEXT = 1024, 4096
 GROWTH = 256 * 10**6
+# Of the model that is served unless one is named.
+SHAPE = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+ENCODER = {"depth": 6, "hidden_size": 384, "intermediate_size": 1024, "num_heads": 6, "out_hidden_size": 576}
+# Pixels of a picture of Qwen2.5-VL on one side, for each of its tokens.
+SIDE = 28
 
 
 @dataclass(frozen=True)
@@ -141,10 +153,18 @@ def long_chats(size: Size, rng: random.Random) -> tuple[str, dict[str, Any]]:
     return "/v1/chat/completions", {"messages": messages, "max_tokens": 1}
 
 
+def images(size: Size, rng: random.Random) -> tuple[str, dict[str, Any]]:
+    side = SIDE * int(size.tokens**0.5)
+    picture = data_url(image_file(rng.randrange(10**9), side, side, "JPEG"), "jpeg")
+    parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
+    return "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+
+
 ATTACKS: dict[str, Attack] = {
     each.__name__: each
     for each in (many_prompts, long_prompts, long_answers, streamed_answers, top_logprobs, penalties, schemas,
-                 deep_schemas, stop_strings, long_texts, many_texts, wrong_messages, long_names, long_chats)
+                 deep_schemas, stop_strings, long_texts, many_texts, wrong_messages, long_names, long_chats,
+                 images)
 }  # fmt: skip
 # These send no body: they hold connections, or ask whether the server is well.
 DOORS = ("connections", "health")
@@ -338,7 +358,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each attack")
     parser.add_argument("--idle", type=int, default=40, help="requests for the idle median")
     parser.add_argument("--max-total-tokens", type=int, default=16384)
-    parser.add_argument("--model-path", help="a checkpoint of at least 4,096 tokens of context; the embedded model")
+    parser.add_argument("--model-path", help="a checkpoint of at least 4,096 tokens of context, or 'demo'")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -352,28 +372,36 @@ def main() -> None:
         return
     keys = ["--api-key", f"victim:{VICTIM}", "--api-key", f"hostile:{HOSTILE}", "--admin-api-key", ADMIN]
     chunk = ["--chunked-prefill-size", "64", "--max-running-requests", "8"] if args.quick else []
-    model = ["--model-path", args.model_path, "--context-length", str(CONTEXT)] if args.model_path else []
     rows = []
-    with Server(*keys, *chunk, *model, max_total_tokens=args.max_total_tokens, warm=not args.quick) as server:
-        numbers = itertools.count()
-        if not args.quick:
-            wait_for_programs(server)
-        times_of(server.url, numbers, lambda n: n >= 10)
-        for name in args.attacks.split(","):
-            row = measure(server, name, args, numbers)
-            rows.append(row)
-            if not args.json:
-                factor = row.worst / row.idle
-                print(
-                    f"{name:17} idle {1e3 * row.idle:6.1f} ms, median {row.median / row.idle:6.1f} x, worst "
-                    f"{factor:7.1f} x = {1e3 * row.worst:7.1f} ms "
-                    f"({1e3 * row.engine:.0f} in the engine, {1e3 * row.queue:.0f} in its queue); "
-                    f"longest step {1e3 * row.step:6.1f} ms, "
-                    f"{row.grown / 1e6:5.0f} MB more; {'holds' if row.holds else 'BROKEN'}; {row.answers}",
-                    flush=True,
-                )
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model_path or ("demo" if args.quick else str(drawn(Path(folder))))
+        model = [] if path == "demo" else ["--model-path", path, "--context-length", str(CONTEXT)]
+        with Server(*keys, *chunk, *model, max_total_tokens=args.max_total_tokens, warm=not args.quick) as server:
+            numbers = itertools.count()
+            if not args.quick:
+                wait_for_programs(server)
+            times_of(server.url, numbers, lambda n: n >= 10)
+            for name in args.attacks.split(","):
+                row = measure(server, name, args, numbers)
+                rows.append(row)
+                if not args.json:
+                    factor = row.worst / row.idle
+                    print(
+                        f"{name:17} idle {1e3 * row.idle:6.1f} ms, median {row.median / row.idle:6.1f} x, worst "
+                        f"{factor:7.1f} x = {1e3 * row.worst:7.1f} ms "
+                        f"({1e3 * row.engine:.0f} in the engine, {1e3 * row.queue:.0f} in its queue); "
+                        f"longest step {1e3 * row.step:6.1f} ms, "
+                        f"{row.grown / 1e6:5.0f} MB more; {'holds' if row.holds else 'BROKEN'}; {row.answers}",
+                        flush=True,
+                    )
     if args.json:
         print(json.dumps([asdict(row) | {"holds": row.holds} for row in rows]))
+
+
+def drawn(folder: Path) -> Path:
+    """The model that is served unless one is named, written to ``folder``."""
+    vision = FAMILIES["qwen2-5-vl"]["vision_config"]
+    return make_seeing(folder, vision_config={**vision, **ENCODER}, **SHAPE)
 
 
 def wait_for_programs(server: Server, patience: float = 900) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,9 +23,9 @@ TEMPLATE = (
 )
 
 
-def make_seeing(folder: Path) -> Path:
-    """Write such a model's folder."""
-    make_checkpoint("qwen2-5-vl", folder, tokenizer=True)
+def make_seeing(folder: Path, **overrides: Any) -> Path:
+    """Write such a model's folder; ``overrides`` as for ``make_checkpoint``."""
+    make_checkpoint("qwen2-5-vl", folder, tokenizer=True, **overrides)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
@@ -38,11 +39,11 @@ def make_seeing(folder: Path) -> Path:
     return folder
 
 
-def image_file(seed: int = 0, height: int = 56, width: int = 84) -> bytes:
-    """A PNG of noise."""
+def image_file(seed: int = 0, height: int = 56, width: int = 84, kind: str = "PNG") -> bytes:
+    """A picture of noise, in the format ``kind``."""
     out = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
 
 

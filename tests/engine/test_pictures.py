@@ -171,15 +171,16 @@ def test_places_may_be_written_out(shared):
     assert result["output_ids"] == case.tokens[1]
 
 
-def test_an_encoder_that_fails_ends_those_who_wait_for_it_alone(shared, monkeypatch):
+@pytest.mark.parametrize(("where", "seed"), [("begin", 51), ("go_on", 54)])
+def test_an_encoder_that_fails_ends_those_who_wait_for_it_alone(shared, monkeypatch, where, seed):
     engine, case = shared
     encodings = engine._loop.machine.life.encodings
 
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(encodings._encoder, "go_on", fail)
-    image = picture(51, 90, 90)
+    monkeypatch.setattr(encodings._encoder, where, fail)
+    image = picture(seed, 90, 90)
     results = engine.generate(
         input_ids=[[1, 500, 2], case.prompts[0]],
         image_data=[image, None],
@@ -190,6 +191,27 @@ def test_an_encoder_that_fails_ends_those_who_wait_for_it_alone(shared, monkeypa
     assert results[1]["output_ids"] == case.tokens[0]
     monkeypatch.undo()
     assert ask(engine, [1, 500, 2], image)[1] == 1
+
+
+def test_between_two_turns_of_an_encoder_lies_a_step(shared, monkeypatch):
+    """Whoever comes while a picture is encoded waits for one turn, and not for that and somebody's large step."""
+    engine, _ = shared
+    encodings, machine, order = engine._loop.machine.life.encodings, engine._loop.machine, []
+    turn, plan = encodings.turn, machine.scheduler.plan
+
+    def turned(end):
+        was = turn(end)
+        order.extend(["pictures"] * was)
+        return was
+
+    monkeypatch.setattr(encodings, "turn", turned)
+    monkeypatch.setattr(encodings, "_most", 1)  # a stage a turn
+    monkeypatch.setattr(machine.scheduler, "plan", lambda: order.append("step") or plan())
+    sampling = [{**GREEDY, "max_new_tokens": 4}, {**GREEDY, "max_new_tokens": 16, "ignore_eos": True}]
+    engine.generate(input_ids=[[1, 500, 2], [1, 2]], image_data=[picture(52, 90, 90), None], sampling_params=sampling)
+    turns = [i for i, each in enumerate(order) if each == "pictures"]
+    assert len(turns) >= 4
+    assert all(later - earlier == 2 for earlier, later in itertools.pairwise(turns)), order
 
 
 def test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page(case):

@@ -7,9 +7,10 @@ of a prompt does, between two steps. The vectors that running requests come to n
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -22,8 +23,10 @@ from rootcellar.models.encoders import Encoder
 from rootcellar.models.params import declare
 from rootcellar.runner import Runner, Vectors
 from rootcellar.runner.encoding import Encoding, PictureEncoder
-from rootcellar.scheduler import Request, Scheduler, Span
+from rootcellar.scheduler import Finish, Request, Scheduler, Span
 from rootcellar.scheduler.cutting import next_span
+
+log = logging.getLogger(__name__)
 
 Content = tuple[str, bytes]
 """Whose it is and by which weights, as the request's cache keys say it, and a span's content."""
@@ -54,7 +57,9 @@ class Encodings:
         self._room = nbytes
         self._kept: OrderedDict[Content, Array] = OrderedDict()
         """The least recently used first."""
-        self._under_way: tuple[list[Content], Encoding] | None = None
+        self._about: list[Content] = []
+        """The pictures that are under way."""
+        self._under_way: Encoding | None = None
         layers = jax.tree.leaves(declare(runner.placement.served)["layers"])
         self._most = chunk * sum(prod(spec.shape) for spec in layers)
         scheduler.cutter.seen = self._seen
@@ -90,24 +95,36 @@ class Encodings:
         at = np.concatenate([np.arange(span.start, span.stop) for span in spans]) - start
         return Vectors(at, np.concatenate(rows))
 
-    def turn(self) -> None:
+    def turn(self, end: Callable[[Request, Finish], None]) -> bool:
         """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.
 
-        An encoder that fails raises; what it was about is forgotten, and :meth:`failed` says who waited for it.
+        Whether there was anything. Where the encoder fails, what it was about is forgotten, and whoever comes to that
+        next is told to ``end``.
         """
+        try:
+            return self._go_on()
+        except Exception as error:
+            log.exception("an image could not be encoded; the requests that show it end with an error")
+            why = Finish.abort("failed", f"an image could not be encoded: {type(error).__name__}: {error}")
+            for request in self._wait_for_it():
+                end(request, why)
+            self._about, self._under_way = [], None
+            return True
+
+    def _go_on(self) -> bool:
         if self._under_way is None and not self._begin():
-            return
+            return False
         assert self._under_way is not None
-        contents, encoding = self._under_way
-        began = time.perf_counter()
+        encoding, began = self._under_way, time.perf_counter()
         done = self._encoder.go_on(self._runner.params, encoding, self._most)
         if done:
             self._under_way = None
-            for content, vectors in zip(contents, encoding.state, strict=False):
+            for content, vectors in zip(self._about, encoding.state, strict=False):
                 self._kept[content] = vectors
             self.stats.encoded += encoding.count
         self.stats.turns += 1
         self.stats.seconds += time.perf_counter() - began
+        return True
 
     def _begin(self) -> bool:
         waited: dict[Content, Span] = {}
@@ -117,13 +134,15 @@ class Encodings:
                 waited.setdefault(_content(request, span), span)
         if not waited:
             return False
-        contents, pixels = list(waited), [span.pixels for span in waited.values()]
+        self._about = contents = list(waited)  # as long as it is not known which of them
+        pixels = [span.pixels for span in waited.values()]
         chosen = self._encoder.together(pixels)
         size = self.bytes_of(self._encoder.encoder, self._runner, pixels[0])
         while chosen and not self._make_room(size * len(chosen)):
             chosen.pop()
         if chosen:
-            self._under_way = [contents[i] for i in chosen], self._encoder.begin([pixels[i] for i in chosen])
+            self._about = [contents[i] for i in chosen]
+            self._under_way = self._encoder.begin([pixels[i] for i in chosen])
         return bool(chosen)
 
     @staticmethod
@@ -156,17 +175,15 @@ class Encodings:
         self.stats.evicted += len(going)
         return True
 
-    def failed(self) -> Sequence[Request]:
-        """The running requests that come next to what was under way, which failed and is forgotten."""
-        contents = [] if self._under_way is None else self._under_way[0]
-        self._under_way = None
+    def _wait_for_it(self) -> Sequence[Request]:
+        """The running requests that come next to what is under way."""
         nearest = [(request, next_span(request)) for request in self._scheduler.running]
-        return [r for r, span in nearest if span is not None and _content(r, span) in contents]
+        return [r for r, span in nearest if span is not None and _content(r, span) in self._about]
 
     def forget(self) -> None:
         """Forget all: the weights change, or memory is given back."""
         self._kept.clear()
-        self._under_way = None
+        self._about, self._under_way = [], None
 
 
 def _content(request: Request, span: Span) -> Content:

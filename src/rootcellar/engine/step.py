@@ -155,6 +155,8 @@ class Machine:
         self._given = None if life.encodings is None else life.encodings.given
         self._planned: Plan | None = None
         """The step that is being begun or taken: whose fault a failure is."""
+        self._encoded = False
+        """Whether the last turn went to pictures."""
         self._stuck = False
         """Whether nothing can be computed until there is news."""
         self._at_rest: deque[tuple[AnyCommand, Future[Any], tuple[Any, ...]]] = deque()
@@ -342,20 +344,12 @@ class Machine:
         self.recorder.planned(self.trackers)
         return self._run(plan, before.unread)
 
-    def _encode(self) -> None:
-        """Go on with pictures that running requests wait for; who waits for one that cannot be encoded ends."""
-        if self.life.encodings is None:
-            return
-        try:
-            self.life.encodings.turn()
-        except Exception as error:
-            log.exception("an image could not be encoded; the requests that show it end with an error")
-            why = Finish.abort("failed", f"an image could not be encoded: {type(error).__name__}: {error}")
-            for request in self.life.encodings.failed():
-                self.end(request, why)
-
     def _plan(self) -> Plan | None:
-        self._encode()
+        # Pictures take as long as a step: whoever comes meanwhile is in the next one, and does not wait for both.
+        encodings = self.life.encodings
+        self._encoded = encodings is not None and not self._encoded and encodings.turn(self.end)
+        if self._encoded:
+            return None
         self.recorder.step_begins()
         plan = self.scheduler.plan()
         self.recorder.planned(self.trackers)
