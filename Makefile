@@ -74,7 +74,7 @@ test-tpu-compile: $(VENV)/.stamp-dev  ## Compile steps at full size for TPUs, wi
 test-device: $(VENV)/.stamp-dev  ## Check what a GPU or TPU must show, where JAX finds one: tokens, donation, memory, bandwidth.
 	@$(RUN)python scripts/device_check.py $(ARGS)
 
-test-stores: $(if $(filter lmcache aibrix,$(STORES)),$(REFERENCE_VENV)/.stamp,$(VENV)/.stamp-dev)  ## Run stores on other people's components (STORES="redis s3": these).
+test-stores: $(if $(filter lmcache aibrix,$(or $(STORES),aibrix)),$(REFERENCE_VENV)/.stamp,$(VENV)/.stamp-dev)  ## Run stores on other people's components (STORES="redis s3": these).
 	@$(RUN)python tests/store_components/run.py --environments $(STORES_VENVS) --torch $(REFERENCE_VENV) \
 		--limit $(STORES_LIMIT) $(STORES) -- $(ARGS)
 

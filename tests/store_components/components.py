@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,17 +154,28 @@ def redis_tls(folder: Path) -> Component:
     return Component("redis", lambda fresh: {**extra, "prefix": f"{fresh}:"}, "TLS", server)
 
 
-def s3(folder: Path) -> Component:
-    port, bucket = free_port(), "pages"
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
-    extra = {"bucket": bucket, "endpoint_url": f"http://127.0.0.1:{port}", **keys, "timeout": 2}
+BUCKET = "pages"
+
+
+def _bucket_server(folder: Path) -> tuple[ServerProcess, str]:
+    """A running S3 server and where it is; whenever it starts it has an empty bucket."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
 
     def answers():
-        with_bucket(extra)
+        making = urllib.request.Request(f"{url}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(making, timeout=5).close()
 
     command = [_in("client", "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     server = ServerProcess(command, folder / "log", answers)
     server.start()
+    return server, url
+
+
+def s3(folder: Path) -> Component:
+    server, url = _bucket_server(folder)
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+    extra = {"bucket": BUCKET, "endpoint_url": url, **keys, "timeout": 2}
     version = f"moto_server {_installed('moto')}, botocore {_installed('botocore')}"
     return Component("s3", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server)
 
@@ -174,15 +186,6 @@ def s3_client(extra: dict, **more):
 
     keys = {name: extra[name] for name in ("endpoint_url", "aws_access_key_id", "aws_secret_access_key")}
     return get_session().create_client("s3", region_name="us-east-1", **keys, **more)
-
-
-def with_bucket(extra: dict) -> None:
-    """Make the bucket of an S3 store, whose server forgets it when it ends."""
-    from botocore.config import Config
-
-    client = s3_client(extra, config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5))
-    client.create_bucket(Bucket=extra["bucket"])
-    client.close()
 
 
 def lmcache(folder: Path) -> Component:
@@ -220,6 +223,13 @@ def mooncake(folder: Path) -> Component:
 def nixl_posix(folder: Path) -> Component:
     version = f"NIXL {_installed('nixl', 'nixl')} POSIX"
     return Component("nixl", lambda fresh: {"path": str(folder / fresh)}, version)
+
+
+def nixl_obj(folder: Path) -> Component:
+    version = f"NIXL {_installed('nixl', 'nixl')} OBJ, moto_server {_installed('moto')}"
+    server, url = _bucket_server(folder)
+    extra = {"plugin": "OBJ", "bucket": BUCKET, "endpoint_override": url, "access_key": "key", "secret_key": "secret"}
+    return Component("nixl", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server, deletes=False)
 
 
 def hf3fs(folder: Path) -> Component:
@@ -269,12 +279,20 @@ COMPONENTS: dict[str, Callable[[Path], Component]] = {
     "lmcache": lmcache,
     "mooncake": mooncake,
     "nixl-posix": nixl_posix,
+    "nixl-obj": nixl_obj,
     "hf3fs": hf3fs,
     "aibrix": aibrix,
     "chain": chain,
 }
 """By name; each starts one, in a folder of its own, or raises ``Missing``."""
-ENVIRONMENT_OF = {"s3": "client", "mooncake": "client", "nixl-posix": "nixl", "lmcache": "lmcache", "aibrix": "aibrix"}
+ENVIRONMENTS_OF: dict[str, tuple[str, ...]] = {
+    "s3": ("client",),
+    "mooncake": ("client",),
+    "nixl-posix": ("nixl",),
+    "nixl-obj": ("nixl", "client"),
+    "lmcache": ("lmcache",),
+    "aibrix": ("aibrix",),
+}
 """Where what each needs is installed (``requirements/stores-NAME.txt``); others need programs of the system only."""
-IN_OURS = frozenset({"s3", "mooncake", "nixl-posix"})
-"""Those of which a part comes into the process of the store."""
+IN_OURS = frozenset({"s3", "mooncake", "nixl-posix", "nixl-obj"})
+"""Those of which a part comes into the process of the store: the first of their environments is its."""

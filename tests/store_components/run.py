@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from components import COMPONENTS, ENVIRONMENT_OF, IN_OURS
+from components import COMPONENTS, ENVIRONMENTS_OF, IN_OURS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,14 +35,14 @@ def main(words):
     if unknown := sorted(set(names) - COMPONENTS.keys()):
         parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(COMPONENTS)}")
     folder, lent = args.environments.resolve(), Path(sys.prefix)
-    environments = dict.fromkeys(ENVIRONMENT_OF[name] for name in names if name in ENVIRONMENT_OF)
+    environments = dict.fromkeys(each for name in names for each in ENVIRONMENTS_OF.get(name, ()))
     prepare = [ROOT / "scripts" / "prepare_stores.sh", folder, lent, args.torch.resolve(), *environments]
     subprocess.run(prepare, cwd=ROOT, check=True)
     rows = []
     with tempfile.TemporaryDirectory() as told:
         for name in names:
-            own = folder / ENVIRONMENT_OF.get(name, "") / "bin" / "python"
-            python = own if name in IN_OURS and own.exists() else sys.executable
+            own = folder / ENVIRONMENTS_OF[name][0] / "bin" / "python" if name in IN_OURS else None
+            python = own if own is not None and own.exists() else sys.executable
             print(f"--- {name}", flush=True)
             rows.append(tried(name, python, folder, Path(told, name), args.limit, words))
     print()

@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
-from rootcellar.tiers.settings import need, nothing_else, take_choice, take_text
-from rootcellar.tiers.store import Block, GatheringStore, check_names
+from rootcellar.tiers.settings import nothing_else, take_choice, take_text
+from rootcellar.tiers.store import Block, GatheringStore, Store, check_names
+from rootcellar.tiers.stores import nixl_objects
+from rootcellar.tiers.stores.nixl_agent import Agent, as_os_error
 from rootcellar.tiers.stores.passage import Passage
 
-_POLL = 5e-5
-"""Seconds between two looks at a transfer."""
-_LATE = 0.05
-"""The same when it takes too long."""
 _AT_ONCE = 64
 """Pages of one transfer, and files that are open for it."""
 _NEW = os.O_RDWR | os.O_CREAT
@@ -45,9 +39,8 @@ class NixlSettings:
 
 
 def read_settings(extra: Mapping[str, object]) -> NixlSettings:
-    """What ``--hicache-storage-backend-extra-config`` says of it. Raises ``ConfigError``."""
+    """What ``--hicache-storage-backend-extra-config`` says of it but ``plugin``. Raises ``ConfigError``."""
     own = dict(extra)
-    take_choice(own, "plugin", ("POSIX",), "POSIX")
     settings = NixlSettings(Path(take_text(own, "path")).expanduser(), positive(own, "timeout", 5.0))
     nothing_else(own, "nixl", "plugin, path, timeout")
     return settings
@@ -118,53 +111,8 @@ class _Folder:
                 os.unlink(part)
 
 
-class _Agent:
-    """One of NIXL's agents; one call at a time."""
-
-    def __init__(self, settings: NixlSettings) -> None:
-        os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else it says on standard output that it began
-        api = need("nixl._api", "rootcellar[nixl]", "a nixl store")
-        self._name = f"rootcellar-{uuid4().hex}"
-        # Its thread would turn round and round; storage needs none.
-        self._agent: Any = api.nixl_agent(self._name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
-        self._agent.create_backend("POSIX", {})
-        self._timeout = settings.timeout
-        self.lock = threading.Lock()
-
-    def move(self, verb: str, views: Sequence[memoryview], descriptors: Sequence[Any]) -> bool:
-        """Carry out a transfer; whether all of it was done. Raises ``OSError`` when it took too long.
-
-        It returns when NIXL no longer works in the memory, however long that is: the guard waits no longer than it
-        wants to, and does not use that memory again before.
-        """
-        local = [(int(np.frombuffer(view, np.uint8).ctypes.data), len(view), 0, "") for view in views]
-        with self._registered(local, "DRAM"), self._registered(list(descriptors), "FILE"):
-            ours = self._agent.get_xfer_descs([each[:3] for each in local], "DRAM")
-            theirs = self._agent.get_xfer_descs([each[:3] for each in descriptors], "FILE")
-            handle = self._agent.initialize_xfer(verb, ours, theirs, self._name)
-            try:
-                state = self._agent.transfer(handle)
-                until = time.monotonic() + self._timeout
-                while state == "PROC":
-                    time.sleep(_POLL if time.monotonic() < until else _LATE)
-                    state = self._agent.check_xfer_state(handle)
-                if time.monotonic() > until:
-                    raise OSError(f"NIXL did not end a transfer within {self._timeout:g} s")
-                return bool(state == "DONE")
-            finally:
-                self._agent.release_xfer_handle(handle)
-
-    @contextmanager
-    def _registered(self, descriptors: list[Any], kind: str) -> Iterator[None]:
-        held = self._agent.register_memory(descriptors, kind)
-        try:
-            yield
-        finally:
-            self._agent.deregister_memory(held)
-
-
 class NixlStore(GatheringStore):
-    """A :class:`~rootcellar.tiers.store.Store` on one of NIXL's plugins."""
+    """A :class:`~rootcellar.tiers.store.Store` on NIXL's plugin ``POSIX``."""
 
     verifies = False
 
@@ -175,12 +123,7 @@ class NixlStore(GatheringStore):
             settings.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"path={str(settings.path)!r} cannot be used: {error.strerror}") from None
-        try:
-            self._reader, self._writer = _Agent(settings), _Agent(settings)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"the nixl store's plugin POSIX cannot be used: {error!r}") from error
+        self._reader, self._writer = (Agent("POSIX", {}, settings.timeout) for _ in range(2))
         self._folder = _Folder(settings.path)
         self._passage = Passage()
 
@@ -198,7 +141,7 @@ class NixlStore(GatheringStore):
         with self._passage:
             for start in range(0, len(names), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
-                with self._reader.lock, ExitStack() as stack, _as_os_error():
+                with self._reader.lock, ExitStack() as stack, as_os_error():
                     found += self._read(names[some], views[some], stack)
         return found
 
@@ -216,7 +159,7 @@ class NixlStore(GatheringStore):
         return [i in alone for i in range(len(names))]
 
     def _moved(self, views: Sequence[memoryview], descriptors: Sequence[Any]) -> bool:
-        return self._reader.move("READ", views, descriptors)
+        return all(self._reader.move("READ", views, "FILE", descriptors))
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
@@ -233,10 +176,10 @@ class NixlStore(GatheringStore):
         with self._passage:
             for start in range(0, len(names), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
-                with self._writer.lock, _as_os_error(), ExitStack() as stack:
+                with self._writer.lock, as_os_error(), ExitStack() as stack:
                     sizes = [len(view) for view in views[some]]
                     descriptors = self._folder.writing(names[some], heads[some], sizes, stack)
-                    if not self._writer.move("WRITE", views[some], descriptors):
+                    if not all(self._writer.move("WRITE", views[some], "FILE", descriptors)):
                         raise OSError("NIXL could not write")
                     self._folder.written(names[some], descriptors)
         return [True] * len(names)
@@ -257,17 +200,9 @@ class NixlStore(GatheringStore):
         self._passage.shut()
 
 
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    """What NIXL raises, as ``OSError``."""
-    try:
-        yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise OSError(f"NIXL failed: {error!r}") from error
-
-
-def open_store(extra: Mapping[str, object], _identity: str) -> NixlStore:
-    """See ``registry``."""
-    return NixlStore(read_settings(extra))
+def open_store(extra: Mapping[str, object], _identity: str) -> Store:
+    """See ``registry``. ``plugin`` says which."""
+    own = dict(extra)
+    if take_choice(own, "plugin", ("POSIX", "OBJ"), "POSIX") == "OBJ":
+        return nixl_objects.NixlObjectStore(nixl_objects.read_settings(own))
+    return NixlStore(read_settings(own))
