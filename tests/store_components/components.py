@@ -38,12 +38,14 @@ class Sidecars:
         self._script = script
 
     def kill(self) -> None:
-        """``kill -9`` of all that this process has."""
-        for line in _said(["ps", "-A", "-ww", "-o", "ppid=,pid=,args="]).splitlines():
-            parent, pid, words = line.split(None, 2)
-            if int(parent) == os.getpid() and self._script in words:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        """``kill -9`` of all that this process has. Raises ``RuntimeError``: there is none."""
+        children = _said(["ps", "--ppid", str(os.getpid()), "-ww", "-o", "pid=,args="]).splitlines()
+        found = [int(line.split(None, 1)[0]) for line in children if self._script in line]
+        if not found:
+            raise RuntimeError(f"nothing of {self._script} is there that could be killed, but {children}")
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def start(self) -> None:
         """The store does."""
@@ -98,7 +100,7 @@ def _in(environment: str, program: str) -> str:
 
 
 def _said(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
     return (done.stdout + done.stderr).strip()
 
 

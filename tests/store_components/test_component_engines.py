@@ -1,8 +1,8 @@
 """Engines on one store of each kind: what one computed the other hits; its server dies and comes back meanwhile."""
 
 import random
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -108,20 +108,24 @@ def test_a_server_that_is_killed_in_the_middle_of_puts_and_gets(component, expec
     if victim is None:
         pytest.skip("it has no server that could be killed")
     times, dice = request.config.getoption("--kills"), random.Random(1)
-    with engine() as running:
+
+    def kill_after(seconds):
+        time.sleep(seconds)
+        victim.kill()
+
+    with engine() as running, ThreadPoolExecutor(1) as elsewhere:
         attach(running, component, component.settings())
         assert ask(running)[0] == expected
         longest = 0.0
         for _ in range(times):
-            killing = threading.Timer(dice.uniform(0, 0.1), victim.kill)
-            killing.start()
+            killing = elsewhere.submit(kill_after, dice.uniform(0, 0.1))
             for _ in range(3):
                 began = time.monotonic()
                 assert ask(running)[0] == expected
                 longest = max(longest, time.monotonic() - began)
                 settle(running)
                 running.flush_cache()
-            killing.join()
+            killing.result()  # whatever kept it from dying is said
             victim.start()
             hits_again(running, expected)
         copies = running.stats()["copies"]
