@@ -11,7 +11,6 @@ engine uses it (with its checksums), through the component's own client, and by 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -91,8 +90,9 @@ def mooncake_client(settings, _folder):
 def emptied(path):
     """A folder for the files of a raw client, without those of the round before, which would be written to the disk."""
     folder = Path(f"{path}-raw")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # and stays, as the store's does: files are made sooner in a new one
+    for file in folder.iterdir():
+        file.unlink()
     return folder
 
 

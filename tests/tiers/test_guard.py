@@ -152,7 +152,7 @@ def test_a_slow_store_that_verifies_is_stopped_between_its_pages(tmp_path, clock
         lambda held: bytes(len(held)),
         lambda held: b"",
     ],
-    ids=["a bit of the image", "a bit of the header", "shorter", "longer", "zeros", "nothing"],
+    ids=["a bit of the seal", "a bit of the image", "shorter", "longer", "zeros", "nothing"],
 )
 def test_what_comes_back_otherwise_is_a_miss(change):
     inner = MemoryStore()
@@ -368,10 +368,10 @@ class Gatherer(MemoryStore, GatheringStore):
     def gathers(self, images):
         return all(len(view) > 1000 for view in images) and len(self.shown) > 0
 
-    def put_parts(self, names, heads, images):
+    def put_parts(self, names, images, tails):
         self.sent += [np.frombuffer(view, np.uint8).ctypes.data for view in images]
         return self.put(
-            names, [memoryview(bytes(head) + bytes(view)) for head, view in zip(heads, images, strict=True)]
+            names, [memoryview(bytes(view) + bytes(tail)) for view, tail in zip(images, tails, strict=True)]
         )
 
 
@@ -384,7 +384,7 @@ def test_what_comes_while_it_is_checked_is_a_miss(monkeypatch):
 
     def early(_, into):
         came.append(into[0])
-        into[0][:] = whole[:-5000] + bytes(5000)
+        into[0][:] = bytes(5000) + whole[5000:]
         return [True]
 
     class Late:

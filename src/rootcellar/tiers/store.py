@@ -63,15 +63,15 @@ class Store(Protocol):
 
 
 class GatheringStore(ABC):
-    """A :class:`Store` that does not verify, and puts objects whose head lies apart from the image without a copy."""
+    """A :class:`Store` that does not verify, and puts objects whose tail lies apart from the image without a copy."""
 
     @abstractmethod
     def gathers(self, images: Sequence[memoryview]) -> bool:
         """Whether that is sooner done for these than ``put``; they lie where it was shown, if it needs that."""
 
     @abstractmethod
-    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
-        """As ``put`` of blocks that are ``heads[i]``, then ``images[i]``."""
+    def put_parts(self, names: Sequence[bytes], images: Sequence[memoryview], tails: Sequence[Block]) -> list[bool]:
+        """As ``put`` of blocks that are ``images[i]``, then ``tails[i]``."""
 
 
 class TimedStore(ABC):

@@ -171,10 +171,10 @@ class MooncakeStore(GatheringStore):
         """See ``GatheringStore``."""
         return min(map(len, images), default=0) >= _LARGE and self._registered(images)
 
-    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
+    def put_parts(self, names: Sequence[bytes], images: Sequence[memoryview], tails: Sequence[Block]) -> list[bool]:
         """See ``GatheringStore``; False where no client has room. Raises ``OSError``."""
         check_names(names, images)
-        parts = [[memoryview(head), image.cast("B")] for head, image in zip(heads, images, strict=True)]
+        parts = [[image.cast("B"), memoryview(tail)] for image, tail in zip(images, tails, strict=True)]
         with self._passage:
             if not all(self._registered(each) for each in zip(*parts, strict=True)):
                 raise OSError("Mooncake sends from memory only that it was shown")

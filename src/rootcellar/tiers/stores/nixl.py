@@ -26,7 +26,7 @@ _AT_ONCE = 64
 """Pages of one transfer, and files that are open for it."""
 _NEW = os.O_RDWR | os.O_CREAT
 _LARGE = 1 << 16
-"""Bytes of an image from which on a call of the system for its head costs less than a copy."""
+"""Bytes of an image from which on a call of the system for its tail costs less than a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _Folder:
 
     def _file(self, name: bytes) -> str:
         word = name.hex()
-        return f"{self._path}/{word[:2]}/{word}"
+        return f"{self._path}/{word[:1]}/{word}"
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
         return [os.path.exists(self._file(name)) for name in names]
@@ -78,12 +78,12 @@ class _Folder:
         return found
 
     def writing(
-        self, names: Sequence[bytes], heads: Sequence[Block], sizes: Sequence[int], stack: ExitStack
+        self, names: Sequence[bytes], sizes: Sequence[int], tails: Sequence[Block], stack: ExitStack
     ) -> list[Any]:
-        """Of new files, which begin with ``heads``."""
+        """Of new files, which end with ``tails``."""
         made: list[Any] = []
-        for name, head, size in zip(names, heads, sizes, strict=True):
-            folder = f"{self._path}/{name[:1].hex()}"
+        for name, size, tail in zip(names, sizes, tails, strict=True):
+            folder = f"{self._path}/{name.hex()[:1]}"
             part = f"{folder}/{self._mine}{next(self._count)}.part"
             try:
                 fd = os.open(part, _NEW, 0o600)
@@ -92,9 +92,9 @@ class _Folder:
                 fd = os.open(part, _NEW, 0o600)
             self._parts[fd] = part
             stack.callback(self._end, fd)
-            if len(head) and os.pwrite(fd, head, 0) != len(head):
+            if len(tail) and os.pwrite(fd, tail, size) != len(tail):
                 raise OSError("the disk is full")
-            made.append((len(head), size, fd, ""))
+            made.append((0, size, fd, ""))
         return made
 
     def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
@@ -163,13 +163,13 @@ class NixlStore(GatheringStore):
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
-        return self.put_parts(names, [b""] * len(blocks), blocks)
+        return self.put_parts(names, blocks, [b""] * len(blocks))
 
     def gathers(self, images: Sequence[memoryview]) -> bool:
         """See ``GatheringStore``: from any memory, but what is small is copied as fast."""
         return min(map(len, images), default=0) >= _LARGE
 
-    def put_parts(self, names: Sequence[bytes], heads: Sequence[Block], images: Sequence[memoryview]) -> list[bool]:
+    def put_parts(self, names: Sequence[bytes], images: Sequence[memoryview], tails: Sequence[Block]) -> list[bool]:
         """See ``GatheringStore``. Raises ``OSError``."""
         check_names(names, images)
         views = [image.cast("B") for image in images]
@@ -178,7 +178,7 @@ class NixlStore(GatheringStore):
                 some = slice(start, start + _AT_ONCE)
                 with self._writer.lock, as_os_error(), ExitStack() as stack:
                     sizes = [len(view) for view in views[some]]
-                    descriptors = self._folder.writing(names[some], heads[some], sizes, stack)
+                    descriptors = self._folder.writing(names[some], sizes, tails[some], stack)
                     if not all(self._writer.move("WRITE", views[some], "FILE", descriptors)):
                         raise OSError("NIXL could not write")
                     self._folder.written(names[some], descriptors)
@@ -187,7 +187,7 @@ class NixlStore(GatheringStore):
     def clear(self) -> int:
         """See ``Store``."""
         with self._passage:
-            pages = [path for path in self.settings.path.glob("??/*") if not path.suffix]
+            pages = [path for path in self.settings.path.glob("?/*") if not path.suffix]
             for path in pages:
                 path.unlink(missing_ok=True)
         return len(pages)

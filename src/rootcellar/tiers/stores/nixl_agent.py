@@ -15,8 +15,10 @@ import numpy as np
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.settings import need
 
+_AT_ONCE = 8
+"""Looks at a transfer without a pause: where the system holds files in memory, it is in looking that it is done."""
 _POLL = 5e-5
-"""Seconds between two looks at a transfer."""
+"""Seconds between two looks after these."""
 _LATE = 0.05
 """The same when it takes too long."""
 
@@ -34,9 +36,7 @@ class Agent:
         self.lock = threading.Lock()
         try:
             # Its thread for progress would turn without end.
-            self._agent: Any = api.nixl_agent(
-                self._name, api.nixl_agent_config(enable_prog_thread=False, backends=[])
-            )
+            self._agent: Any = api.nixl_agent(self._name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
             self._agent.create_backend(plugin, dict(settings))
         except Exception as error:
             raise ConfigError(f"the nixl store's plugin {plugin} cannot be used: {error!r}") from error
@@ -72,8 +72,11 @@ class Agent:
                 handles.append(self._agent.initialize_xfer(verb, ours, theirs, self._name))
                 stack.callback(self._agent.release_xfer_handle, handles[-1])
             states = [_state(self._agent.transfer, handle) for handle in handles]
+            looks = 0
             while "PROC" in states:
-                time.sleep(_POLL if time.monotonic() < until else _LATE)
+                if looks >= _AT_ONCE:
+                    time.sleep(_POLL if time.monotonic() < until else _LATE)
+                looks += 1
                 for i, handle in enumerate(handles):
                     if states[i] == "PROC":
                         states[i] = _state(self._agent.check_xfer_state, handle)

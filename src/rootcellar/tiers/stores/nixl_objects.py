@@ -1,7 +1,7 @@
 """NIXL's plugin ``OBJ``: an object a page in a bucket of any S3 server.
 
-Each page is a transfer of its own: NIXL calls a transfer failed as soon as one part of it has, while it still works in the
-memory of the others. It lists and deletes nothing.
+Each page is a transfer of its own: NIXL calls a transfer failed as soon as one part of it has, while it still works in
+the memory of the others. It lists and deletes nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class NixlObjectStore:
         try:
             self.has([bytes(32)])
         except OSError as error:
-            raise ConfigError(f"the nixl store's bucket {settings.plugin['bucket']!r} cannot be used: {error}") from None
+            raise ConfigError(
+                f"the nixl store's bucket {settings.plugin['bucket']!r} cannot be used: {error}"
+            ) from None
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
