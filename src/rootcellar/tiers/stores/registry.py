@@ -42,7 +42,7 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
-BYTES_APART = dict.fromkeys(("mooncake", "nixl"), 9 << 20)
+BYTES_APART = dict.fromkeys(("mooncake", "nixl"), 17 << 20)
 """Of those whose calls begin fast and take all of a processor: what is copied and checked is in its caches yet when it
 is sent, and the one is done while the other is. Somewhat more than a number of images that is a power of two."""
 TIMED = frozenset({"chain"})
