@@ -9,6 +9,7 @@ import pytest
 import xxhash
 from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
 
+from rootcellar.tiers import guard as guard_module
 from rootcellar.tiers.faulty import Faults, FaultyStore
 from rootcellar.tiers.guard import BreakerStats, Guard, GuardSettings
 from rootcellar.tiers.store import GatheringStore
@@ -440,3 +441,50 @@ def test_what_is_changed_while_a_call_that_was_left_behind_sends_it_is_a_miss(mo
     assert guard.has([name(1)]) == [True]
     assert not get(guard, 1)
     assert guard.stats()["get"].damaged == 1
+
+
+def test_pages_are_made_ready_and_checked_while_the_store_works_on_others(monkeypatch):
+    """And what comes of a piece that fails, or whose next one is not asked for, is what it is without."""
+    sealed = {i: threading.Event() for i in range(4)}
+    checked = {i: threading.Event() for i in range(4)}
+    real_seal, real_unseal = guard_module.seal, guard_module.unseal
+
+    def seal(each, *rest):
+        made = real_seal(each, *rest)
+        sealed[[name(i) for i in range(4)].index(each)].set()
+        return made
+
+    def unseal(each, *rest):
+        whole = real_unseal(each, *rest)
+        checked[[name(i) for i in range(4)].index(each)].set()
+        return whole
+
+    monkeypatch.setattr(guard_module, "seal", seal)
+    monkeypatch.setattr(guard_module, "unseal", unseal)
+
+    class Waiting(MemoryStore):
+        lost = ()
+
+        def put(self, names, blocks):
+            i = [name(i) for i in range(4)].index(names[0])
+            assert i == 3 or sealed[i + 1].wait(30), "the next page is not made ready meanwhile"
+            if i in self.lost:
+                raise OSError("lost")
+            return super().put(names, blocks)
+
+        def get(self, names, into):
+            i = [name(i) for i in range(4)].index(names[0])
+            assert i == 0 or checked[i - 1].wait(30), "the page before is not checked meanwhile"
+            return super().get(names, into)
+
+    inner = Waiting()
+    guard = Guard(inner, GuardSettings(pages_apart=1))
+    assert put(guard, range(4)) == [True] * 4
+    into = [room() for _ in range(4)]
+    assert guard.get([name(i) for i in range(4)], into) == [True] * 4
+    assert into == [image(i) for i in range(4)]
+    inner.lost = {1, 2}
+    guard = Guard(inner, GuardSettings(pages_apart=1, failures=1, pause=100))
+    assert put(guard, range(4)) == [True, False, False, False]
+    assert (guard.stats()["put"].failures, guard.stats()["put"].skipped) == (1, 2)
+    assert len(guard._spare) == 2, "memory that was made ready for nothing is given back"

@@ -1,10 +1,12 @@
 """The NIXL store, on an agent that is slow; the real one is in ``tests/store_components``."""
 
+import ctypes
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
-from stores import name, put
+from stores import image, name, put, room
 
 from rootcellar.tiers.stores import nixl
 
@@ -93,3 +95,85 @@ def test_a_file_that_others_took_away_hides_no_error(store, tmp_path, monkeypatc
     monkeypatch.setattr(Agent, "transfer", emptied)
     with pytest.raises(OSError, match="NIXL did not end a transfer"):
         put(late, [1])
+
+
+class Bucket:
+    """NIXL's agent with objects: each of its transfers takes some looks, and those of some keys fail."""
+
+    objects: ClassVar[dict[str, bytes]] = {}
+    failing: ClassVar[set[str]] = set()
+
+    def __init__(self, *_):
+        self.known, self.under_way = {}, 0
+
+    def create_backend(self, plugin, settings):
+        assert (plugin, settings["bucket"]) == ("OBJ", "b")
+
+    def query_memory(self, descriptors, plugin, kind):
+        assert (plugin, kind) == ("OBJ", "OBJ")
+        return [{} if key in self.objects else None for *_, key in descriptors]
+
+    def register_memory(self, descriptors, kind):
+        if kind == "OBJ":
+            assert not {number for _, _, number, _ in descriptors} & self.known.keys()
+            self.known |= {number: key for _, _, number, key in descriptors}
+        return (kind, descriptors)
+
+    def deregister_memory(self, held):
+        assert not self.under_way, "memory is taken away from a transfer"
+
+    def get_xfer_descs(self, descriptors, _kind):
+        return descriptors
+
+    def initialize_xfer(self, verb, ours, theirs, _name):
+        ((address, size, _),), ((_, _, number),) = ours, theirs
+        return {"verb": verb, "at": (ctypes.c_char * size).from_address(address), "key": self.known[number], "looks": 3}
+
+    def transfer(self, handle):
+        self.under_way += 1
+        handle["looks"] -= handle["key"] in self.failing
+        return "PROC"
+
+    def check_xfer_state(self, handle):
+        handle["looks"] -= 1
+        if handle["looks"] > 0:
+            return "PROC"
+        self.under_way -= 1
+        if handle["key"] in self.failing:
+            raise RuntimeError("NIXL_ERR_BACKEND")
+        if handle["verb"] == "WRITE":
+            self.objects[handle["key"]] = handle["at"].raw
+        elif handle["key"] in self.objects:
+            found = self.objects[handle["key"]]
+            ctypes.memmove(handle["at"], found, min(len(found), len(handle["at"])))
+        else:
+            return "ERR"
+        return "DONE"
+
+    def release_xfer_handle(self, handle):
+        assert handle["looks"] == 0, "a transfer is let go before it ended"
+
+
+def test_of_objects_each_is_a_transfer_and_one_that_fails_harms_no_other(monkeypatch):
+    api = SimpleNamespace(nixl_agent=Bucket, nixl_agent_config=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "nixl", SimpleNamespace(_api=api))
+    monkeypatch.setitem(sys.modules, "nixl._api", api)
+    for word in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(word, "its own")
+    store = nixl.open_store({"plugin": "OBJ", "bucket": "b", "prefix": "p/"}, "")
+    assert put(store, range(70)) == [True] * 70
+    Bucket.failing.add("p/" + name(3).hex())
+    into = [room() for _ in range(6)]
+    assert store.get([name(i) for i in (1, 2, 3, 4, 99, 5)], into) == [True, True, False, True, False, True]
+    assert into[0] == image(1)
+    assert into[5] == image(5)
+    with pytest.raises(OSError, match="could read nothing of what is there"):
+        store.get([name(3)], [room()])
+    with pytest.raises(OSError, match="could not write 1 of 2 pages"):
+        put(store, [3, 4])
+    assert store.get([name(99)], [room()]) == [False]
+    with pytest.raises(OSError, match="NIXL deletes no objects"):
+        store.clear()
+    store.close()
+    with pytest.raises(ValueError, match="closed"):
+        store.has([name(1)])
