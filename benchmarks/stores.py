@@ -9,9 +9,12 @@ engine uses it (with its checksums), through the component's own client, and by 
 """
 
 import argparse
+import itertools
 import json
 import os
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -131,6 +134,105 @@ def nixl_client(settings, _folder):
     return put, get
 
 
+def nixl_objects(settings, _folder):
+    """NIXL's API again, an object each in one transfer."""
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    from rootcellar.tiers.stores.nixl_objects import read_settings
+
+    agent = nixl_agent("raw", nixl_agent_config(enable_prog_thread=False, backends=[]))
+    agent.create_backend("OBJ", read_settings({k: v for k, v in settings.items() if k != "plugin"}).plugin)
+    numbers = itertools.count(1)
+
+    def move(verb, keys, rows):
+        base, size = rows.ctypes.data, rows.shape[1]
+        here = [(base + i * size, size, 0, "") for i in range(len(keys))]
+        there = [(0, size, next(numbers), key) for key in keys]
+        held = agent.register_memory(here, "DRAM"), agent.register_memory(there, "OBJ")
+        ours = agent.get_xfer_descs([each[:3] for each in here], "DRAM")
+        theirs = agent.get_xfer_descs([each[:3] for each in there], "OBJ")
+        handle = agent.initialize_xfer(verb, ours, theirs, "raw")
+        state = agent.transfer(handle)
+        while state == "PROC":
+            time.sleep(1e-4)  # it works in threads of its own
+            state = agent.check_xfer_state(handle)
+        assert state == "DONE"
+        agent.release_xfer_handle(handle)
+        for each in held:
+            agent.deregister_memory(each)
+
+    return (lambda keys, rows: move("WRITE", keys, rows)), (lambda keys, rows: move("READ", keys, rows))
+
+
+def lmcache_client(settings, _folder):
+    """What LMCache's ``LMCServerConnector`` sends and reads, a page after the other; its module needs torch here."""
+    from rootcellar.tiers.stores import lmcache
+
+    with closing(lmcache.open_store({**settings, "namespace": "raw"}, "")) as store:
+        ask, address = store._ask, store.settings.address
+    server = socket.create_connection((address.host, address.port))
+
+    def answer():
+        said = server.recv(lmcache._ANSWER.size, socket.MSG_WAITALL)
+        assert lmcache._ANSWER.unpack(said)[0] == lmcache._FINE
+
+    def put(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            server.sendall(ask(lmcache._PUT, _name(key), row.nbytes))
+            server.sendall(row)
+        server.sendall(ask(lmcache._EXIST, _name(keys[-1])))  # its puts have no answer: here all have come
+        answer()
+
+    def get(keys, rows):
+        for key, row in zip(keys, rows, strict=True):
+            server.sendall(ask(lmcache._GET, _name(key)))
+            answer()
+            view, done = memoryview(row), 0
+            while done < len(view):
+                done += server.recv_into(view[done:])
+
+    return put, get
+
+
+def _name(key):
+    return bytes.fromhex(key[-64:])
+
+
+AIBRIX = """
+import asyncio, os, sys
+from concurrent.futures import ThreadPoolExecutor
+os.environ["AIBRIX_KV_CACHE_OL_SHFS_ROOT"] = sys.argv[1]
+import torch
+from aibrix_kvcache.l2.connectors import Connector, ConnectorConfig
+from aibrix_kvcache.memory import ExternalMemoryRegion
+connector = Connector.create(ConnectorConfig("SHFS", "raw", "pages", ThreadPoolExecutor(4)))
+assert connector.open().is_ok()
+loop, blocks = asyncio.new_event_loop(), {}
+for line in sys.stdin:
+    verb, size, *keys = line.split()
+    for i in range(len(keys)):
+        block = blocks.setdefault((size, i), torch.frombuffer(bytearray(os.urandom(int(size))), dtype=torch.uint8))
+        call = getattr(connector, verb)(bytes.fromhex(keys[i]), ExternalMemoryRegion(block, 0, int(size)))
+        assert loop.run_until_complete(call).is_ok()
+    print("done", file=sys.__stdout__, flush=True)
+"""
+"""AIBrix's connector by itself, in a process of its environment, which is where its users have it."""
+
+
+def aibrix_client(settings, folder):
+    command = [settings["python"], "-I", "-c", AIBRIX, str(folder / "raw")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def ask(verb, keys, rows):
+        words = [verb, str(rows.shape[1]), *(key[-64:] for key in keys)]
+        process.stdin.write(" ".join(words).encode() + b"\n")
+        process.stdin.flush()
+        while (line := process.stdout.readline()) != b"done\n":
+            assert line, "AIBrix's connector ended"
+
+    return (lambda keys, rows: ask("put", keys, rows)), (lambda keys, rows: ask("get", keys, rows))
+
+
 def files(settings, _folder):
     """Plain reads and writes of a file each."""
     folder = emptied(settings["file_path_prefix"])
@@ -152,7 +254,10 @@ CLIENTS = {
     "s3": botocore_client,
     "mooncake": mooncake_client,
     "nixl-posix": nixl_client,
+    "nixl-obj": nixl_objects,
     "hf3fs": files,
+    "lmcache": lmcache_client,
+    "aibrix": aibrix_client,
 }
 """What to compare with: the component's own client, or plain files where it has none."""
 FILES = {"nixl-posix": "path", "hf3fs": "file_path_prefix"}
@@ -201,33 +306,35 @@ def measure(name, component, folder, rounds, total):
         for rows in (pages, into):
             store.register(rows.reshape(-1).data)  # as an engine does with its host memory
         rates = []
-        for _ in range(rounds + 1):  # the first is not counted
+        for i in range(rounds + 1):  # the first is not counted
             if name in FILES:
                 emptied(settings[FILES[name]])
-            rates.append(turn(store, raw, settings.get("prefix", ""), pages, into))
+            rates.append(turn(store, raw, settings.get("prefix", ""), pages, into, raw_first=bool(i % 2)))
             if component.deletes:
                 store.clear()
         row = {way: statistics.median(r[way] for r in rates[1:]) for way in rates[0]}
         for way in ("put", "get") if raw is not None else ():
-            row[f"{way} of raw"] = statistics.median(r[way] / r[f"raw {way}"] for r in rates[1:])
+            row[f"{way} of raw"] = row[way] / row[f"raw {way}"]
         yield {"store": name, "size": label} | row
     store.close()
 
 
-def turn(store, raw, prefix, pages, into):
-    """GB/s of each way, by its name, of pages that nobody had before."""
+def turn(store, raw, prefix, pages, into, *, raw_first):
+    """GB/s of each way, by its name, of pages that nobody had before; the two go first in turns."""
     names = [os.urandom(32) for _ in pages]
     keys = [f"{prefix}raw{name.hex()}" for name in names]
     blocks, views = [row.data for row in pages], [row.data for row in into]
     rates = {"memcpy": timed(lambda: np.copyto(into, pages), pages.nbytes)}
     into[:] = 0
-    rates["put"] = timed(lambda: check(store.put(names, blocks)), pages.nbytes)
-    rates["get"] = timed(lambda: check(store.get(names, views)), pages.nbytes)
-    assert (into == pages).all()
+    ways = [("put", lambda: check(store.put(names, blocks))), ("get", lambda: check(store.get(names, views)))]
     if raw is not None:
         put, get = raw
-        rates["raw put"] = timed(lambda: put(keys, pages), pages.nbytes)
-        rates["raw get"] = timed(lambda: get(keys, into), pages.nbytes)
+        theirs = [("raw put", lambda: put(keys, pages)), ("raw get", lambda: get(keys, into))]
+        ways = [each for pair in zip(theirs, ways, strict=True) for each in (pair if raw_first else pair[::-1])]
+    for way, call in ways:
+        rates[way] = timed(call, pages.nbytes)
+        if way == "get":
+            assert (into == pages).all()
     return rates
 
 
