@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,66 @@ class Sidecars:
 
     def start(self) -> None:
         """The store does."""
+
+
+FORKING = """
+import os, signal, sys
+from importlib.metadata import entry_points
+(program,) = entry_points(group="console_scripts", name=sys.argv[1])
+sys.argv = sys.argv[1:]
+main = program.load()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for _ in sys.stdin:
+    if pid := os.fork():
+        print(pid, flush=True)
+        continue
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(2, 1)
+    main()
+    os._exit(0)
+"""
+"""A program's command, which has imported all it needs, and begins when it is told: for one that imports torch."""
+
+
+class Forked:
+    """A process that another one began, as far as a ``Popen`` of it is used."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return 0
+        return None
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+class ForkedServer(ServerProcess):
+    """One whose command is ``FORKING``: each start is a fork of a process that lives until :meth:`end`."""
+
+    _before: subprocess.Popen | None = None
+
+    def _begin(self) -> Forked:
+        if self._before is None:
+            with open(self._log, "ab") as log:
+                self._before = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+        assert self._before.stdin is not None
+        assert self._before.stdout is not None
+        print("start", file=self._before.stdin, flush=True)
+        return Forked(int(self._before.stdout.readline()))
+
+    def end(self) -> None:
+        if self._before is not None:
+            self._before.kill()
+            self._before.communicate()
 
 
 @dataclass
@@ -109,7 +170,7 @@ def _installed(package: str, environment: str = "client") -> str:
     return _said([_in(environment, "python"), "-c", code])
 
 
-def _serve(command: list[str], folder: Path, backend: str, extra: dict) -> ServerProcess:
+def _answering(backend: str, extra: dict) -> Callable[[], None]:
     def answers():
         store = open_bare(backend, extra, "tests")
         try:
@@ -117,7 +178,11 @@ def _serve(command: list[str], folder: Path, backend: str, extra: dict) -> Serve
         finally:
             store.close()
 
-    return ServerProcess(command, folder / "log", answers)
+    return answers
+
+
+def _serve(command: list[str], folder: Path, backend: str, extra: dict) -> ServerProcess:
+    return ServerProcess(command, folder / "log", _answering(backend, extra))
 
 
 def redis(folder: Path) -> Component:
@@ -194,11 +259,15 @@ def lmcache(folder: Path) -> Component:
     port = free_port()
     extra = {"url": f"lm://127.0.0.1:{port}", "timeout": 2}
     environment = ["env", "OMP_NUM_THREADS=1", "LMCACHE_TRACK_USAGE=false"]
-    command = [*environment, _in("lmcache", "lmcache_server"), "127.0.0.1", str(port)]
-    server = _serve(command, folder, "lmcache", extra)
+    command = [*environment, _in("lmcache", "python"), "-c", FORKING, "lmcache_server", "127.0.0.1", str(port)]
+    server = ForkedServer(command, folder / "log", _answering("lmcache", extra))
     server.start()
     version = _installed("lmcache", "lmcache")
-    return Component("lmcache", lambda fresh: {**extra, "namespace": fresh}, version, server, deletes=False)
+
+    def settings(fresh: str) -> dict:
+        return {**extra, "namespace": fresh}
+
+    return Component("lmcache", settings, version, server, deletes=False, close=server.end)
 
 
 def mooncake(folder: Path) -> Component:
