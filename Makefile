@@ -8,6 +8,7 @@ REFERENCE_VENV := .venv-reference
 TRAINERS_VENV := .venv-trainers
 # And XLA's compiler for TPUs, beside which JAX would look for one.
 TPU_VENV := .venv-tpu
+GPU_VENV := .venv-gpu
 # What is compiled for which chips: a few that differ most (`ci`), or each model for each chip (`all`).
 FAMILIES ?= ci
 # What others wrote and stores stand on, an environment each: their packages do not agree with each other.
@@ -35,7 +36,7 @@ RUN := $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-wide test-reference test-clients test-trainers test-tpu-compile test-device test-stores fuzz sanitize lint format docs site docs-serve golden bench \
+.PHONY: help demo wheel test test-wide test-reference test-clients test-trainers test-tpu-compile test-gpu-compile test-device test-stores fuzz sanitize lint format docs site docs-serve golden bench \
 	lock clean
 
 help:  ## List the targets.
@@ -70,6 +71,11 @@ test-tpu-compile: $(VENV)/.stamp-dev  ## Compile steps at full size for TPUs, wi
 		|| echo "libtpu cannot be installed here (requirements/tpu.txt): what needs it is skipped."
 	@JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false ROOTCELLAR_TPU_CASES=$(FAMILIES) \
 		$$(test -f $(TPU_VENV)/.stamp && echo $(TPU_VENV) || echo $(VENV))/bin/python -m pytest tests/tpu -s -rs -m tpu $(ARGS)
+
+test-gpu-compile: $(VENV)/.stamp-dev  ## Compile the attention kernel for a GPU, without one: registers, shared memory.
+	@$(MAKE) --no-print-directory $(GPU_VENV)/.stamp \
+		|| echo "triton cannot be installed here (requirements/gpu.txt): what needs it is skipped."
+	@$$(test -f $(GPU_VENV)/.stamp && echo $(GPU_VENV) || echo $(VENV))/bin/python -m pytest tests/gpu -s -rs -m gpu $(ARGS)
 
 test-device: $(VENV)/.stamp-dev  ## Check what a GPU or TPU must show, where JAX finds one: tokens, donation, memory, bandwidth.
 	@$(RUN)python scripts/device_check.py $(ARGS)
@@ -170,12 +176,18 @@ $(TRAINERS_VENV)/.stamp: $(VENV)/.stamp-dev requirements/trainers.txt
 	@$(TRAINERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/trainers.txt
 	@touch $@ && echo "$(TRAINERS_VENV) is ready."
 
-# The same for the compiler.
+# The same for the compilers.
 $(TPU_VENV)/.stamp: $(VENV)/.stamp-dev requirements/tpu.txt
 	@$(call create_venv,$(TPU_VENV))
 	@$(call lend,$(TPU_VENV))
 	@$(TPU_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/tpu.txt
 	@touch $@ && echo "$(TPU_VENV) is ready."
+
+$(GPU_VENV)/.stamp: $(VENV)/.stamp-dev requirements/gpu.txt
+	@$(call create_venv,$(GPU_VENV))
+	@$(call lend,$(GPU_VENV))
+	@$(GPU_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/gpu.txt
+	@touch $@ && echo "$(GPU_VENV) is ready."
 
 define lend
 $(1)/bin/python -c 'import pathlib, sysconfig; \

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import golden, make_checkpoint  # noqa: I001
 
 import rootcellar
-from rootcellar.ops.backends import Reach, attention, choose_backend, preferred
+from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, preferred
 from rootcellar.plan.stored import Heads, Latents, Stored
-from rootcellar.pools import Pool
+from rootcellar.pools import Layout, Pool
 from rootcellar.pools.copying import BLOCKS, copier
 from rootcellar.pools.layouts import layout_of, page_bytes
 
@@ -40,13 +40,13 @@ PAGE = 16
 Line = tuple[bool, str]
 
 
-def check_golden(name: str) -> Iterator[Line]:
-    """Tokens as transformers gave them; donation and compilations of the same engine."""
+def check_golden(name: str, backend: str) -> Iterator[Line]:
+    """Tokens as transformers gave them, by one attention backend; donation and compilations of the same engine."""
     case = golden(name)
     with tempfile.TemporaryDirectory() as folder:
         made = make_checkpoint(case.family, folder, seed=case.seed, **case.overrides)
         options = {"model_path": str(made), "skip_tokenizer_init": True, "dtype": "float32", "max_total_tokens": 8192}
-        with rootcellar.Engine(**options, max_running_requests=16) as engine:
+        with rootcellar.Engine(**options, max_running_requests=16, attention_backend=backend) as engine:
             sampling = [{"temperature": 0, "max_new_tokens": len(each), "ignore_eos": True} for each in case.tokens]
 
             def answers() -> list[list[int]]:
@@ -56,7 +56,7 @@ def check_golden(name: str) -> Iterator[Line]:
             wrong = [i for i, (ours, theirs) in enumerate(zip(found, case.tokens, strict=True)) if ours != theirs]
             yield (
                 not wrong,
-                f"golden tokens of {name}: {len(found) - len(wrong)} of {len(found)} answers"
+                f"golden tokens of {name}, {backend}: {len(found) - len(wrong)} of {len(found)} answers"
                 + (f"; the first that differs is answer {wrong[0]}" if wrong else ""),
             )
             machine = engine._loop.machine
@@ -106,13 +106,28 @@ def copy_bandwidth(nbytes: int) -> float:
     return 2 * nbytes / seconds(lambda: copy(array))
 
 
-def check_bandwidth(name: str, batch: int, context: int, copied: float) -> Iterator[Line]:
-    """Decode attention: bytes of the KV that it must read, a second."""
-    stored, heads, dim = STORED[name]
+def backends_over(usual: Layout) -> list[str]:
+    """The backends that can attend here, the one that is taken first."""
     platform = jax.default_backend()
+    able = [name for name, each in BACKENDS.items() if each.lacks(preferred(name, usual, platform), platform) is None]
+    first = choose_backend("auto", [usual], platform)
+    return [first, *(name for name in able if name != first)]
+
+
+def check_bandwidth(name: str, batch: int, context: int, copied: float) -> Iterator[Line]:
+    """Decode attention of each backend: bytes of the KV that it must read, a second."""
+    usual = layout_of(STORED[name][0], "bfloat16", PAGE)
+    for i, backend in enumerate(backends_over(usual)):
+        yield from check_backend(backend, name, batch, context, copied, host_copies=not i and context >= 8192)
+
+
+def check_backend(
+    backend: str, name: str, batch: int, context: int, copied: float, *, host_copies: bool
+) -> Iterator[Line]:
+    """See :func:`check_bandwidth`; ``host_copies``: and of its pool :func:`check_host_copies`."""
+    stored, heads, dim = STORED[name]
     usual = layout_of(stored, "bfloat16", PAGE)
-    backend = choose_backend("auto", [usual], platform)
-    layout = preferred(backend, usual, platform)
+    layout = preferred(backend, usual, jax.default_backend())
     width = context // PAGE
     pool = Pool(layout, 1, batch * width)
     tables = jnp.arange(1, batch * width + 1, dtype=jnp.int32).reshape(batch, width)
@@ -133,7 +148,7 @@ def check_bandwidth(name: str, batch: int, context: int, copied: float) -> Itera
         True,
         f"decode over {name}, {batch} x {context}, {backend}: {rate / 1e9:,.1f} GB/s, {share:.0%} of a device copy",
     )
-    if context >= 8192:
+    if host_copies:
         yield from check_host_copies(pool)
     pool.free()
 
@@ -161,7 +176,8 @@ def check_host_copies(pool: Pool) -> Iterator[Line]:
 def checks(quick: bool) -> Iterator[Line]:
     """All, in the order of what they tell."""
     for name in GOLDEN[:1] if quick else GOLDEN:
-        yield from check_golden(name)
+        for backend in ("auto", "gpu") if jax.default_backend() == "gpu" else ("auto",):
+            yield from check_golden(name, backend)
     yield from check_sizing()
     copied = copy_bandwidth(2**24 if quick else 2**30)
     yield True, f"a device copy: {copied / 1e9:,.1f} GB/s read and written"

@@ -311,8 +311,9 @@ class EngineConfig:
     attention_backend: str = option(
         "auto",
         "Which kernel computes attention over pages: 'native' is the C++ one for CPUs, 'tpu' the Pallas one for TPUs, "
-        "'xla' is plain JAX, 'auto' takes the fastest that this machine can run.",
-        choices=("auto", "native", "tpu", "xla"),
+        "'xla' is plain JAX, 'gpu' the Pallas one for GPUs (docs/accelerators.md), 'auto' takes the fastest of the "
+        "first three that this machine can run.",
+        choices=("auto", "native", "tpu", "xla", "gpu"),
     )
     enable_deterministic_inference: bool = option(
         False, "The same request gets the same bits, whatever runs beside it (CPUs; docs/rl.md#batch-invariance)."

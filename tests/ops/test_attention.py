@@ -9,14 +9,16 @@ from pairs import combinations
 from rootcellar.compiled import open_library
 from rootcellar.errors import ConfigError
 from rootcellar.ops import kernels
-from rootcellar.ops.backends import BACKENDS, Reach, attention, choose_backend, xla
+from rootcellar.ops.backends import BACKENDS, INTERPRETED, Reach, attention, choose_backend, xla
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import PagedHeads, layout_of
 
 NATIVE = kernels.library() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
 # The one for TPUs is interpreted, and slow: test_paged.py.
-EACH = [pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS if name != "tpu"]
+EACH = [
+    pytest.param(name, marks=NATIVE_ONLY if name == "native" else []) for name in BACKENDS if name not in INTERPRETED
+]
 
 
 def on_both(*axes):
@@ -236,7 +238,7 @@ def by_head(head_dim, dtype="float32"):
 def test_native_backend_that_cannot_run_says_why():
     with pytest.raises(ConfigError, match="float16"):
         choose_backend("native", [by_head(64, "float16")], "cpu")
-    with pytest.raises(ConfigError, match=r"gpu.*Use attention_backend='auto' or 'tpu' or 'xla'"):
+    with pytest.raises(ConfigError, match=r"gpu.*Use attention_backend='auto' or 'tpu' or 'xla' or 'gpu'"):
         choose_backend("native", [by_head(64)], "gpu")
     with pytest.raises(ConfigError, match="rows of 72 elements, only for multiples of 16" if NATIVE else "compiler"):
         choose_backend("native", [layout_of(Latents(64, 8), "float32", 16)], "cpu")

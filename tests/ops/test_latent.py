@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from rootcellar.ops import kernels
-from rootcellar.ops.backends import BACKENDS, Reach, attention, xla
+from rootcellar.ops.backends import BACKENDS, INTERPRETED, Reach, attention, xla
 from rootcellar.pools.layouts import PagedLatents
 
 EACH = [
     pytest.param(name, marks=pytest.mark.skipif(name == "native" and kernels.library() is None, reason="not built"))
     for name in BACKENDS
-    if name != "tpu"  # which is interpreted, and slow: test_paged.py
+    if name not in INTERPRETED  # which are interpreted, and slow: test_paged.py, test_paged_gpu.py
 ]
 
 

@@ -17,14 +17,16 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from rootcellar.errors import ConfigError
-from rootcellar.ops.backends import fixed, native, tpu, xla
+from rootcellar.ops.backends import fixed, gpu, native, tpu, xla
 from rootcellar.ops.backends.backend import Attend, Backend
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import TokenLayout
 
-# Those that are tried first come first.
-BACKENDS: Mapping[str, Backend] = {"native": native, "tpu": tpu, "xla": xla}
+# Those that are tried first come first. No GPU has run the kernel for GPUs yet: it is taken by name alone.
+BACKENDS: Mapping[str, Backend] = {"native": native, "tpu": tpu, "xla": xla, "gpu": gpu}
+INTERPRETED = ("tpu", "gpu")
+"""Those that compute on a CPU only as tests have it, slowly."""
 _PARTS = {"heads": 2, "latents": 1}  # what is stored of a token
 FIXED = "fixed"
 """What runs in the place of ``native`` where answers must not depend on the batch."""
@@ -72,4 +74,4 @@ def _by(part: Array, turn: NDArray[np.float32]) -> Array:
     return jnp.matmul(part.astype(jnp.float32), turn, precision=lax.Precision.HIGHEST)
 
 
-__all__ = ["BACKENDS", "FIXED", "Attend", "Backend", "Reach", "attention", "choose_backend", "preferred"]
+__all__ = ["BACKENDS", "FIXED", "INTERPRETED", "Attend", "Backend", "Reach", "attention", "choose_backend", "preferred"]
