@@ -1,17 +1,20 @@
-"""Two servers behind a router of others: requests that land where their prefix is, hit rate, and time to first token.
+"""Two servers behind routers of others: requests that land where their prefix is, hit rate, and time to first token.
 
-    .venv/bin/python benchmarks/routers.py --router /path/to/venv/bin/smg
+    .venv/bin/python benchmarks/routers.py --router build/routers/*/bin/{smg,sglang-router,vllm-router,serve}
 
 Sessions grow by a turn at a time, several at once, as chats of agents do. Each policy gets two servers that have
-nothing cached; a turn has *landed* when most of the turn before came from the cache. The router is installed in an
-environment of its own: `smg`, `vllm-router`, or a Python that has `sglang_router`.
+nothing cached; a turn has *landed* when most of the turn before came from the cache. Routers are installed in
+environments of their own, as `deploy/router.sh` does: `smg`, `sglang-router`, `vllm-router`, or Ray's `serve`, whose
+other policy is the less busy of two.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import os
 import random
 import socket
 import subprocess
@@ -26,16 +29,23 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from serving import Server
 
+ROOT = Path(__file__).parents[1]
+
 WORDS = ("shelf", "jar", "apple", "carrot", "cellar", "root", "sand", "winter", "label", "onion", "pear", "beet")
 
 
-def command(router: str, port: int, policy: str, workers: list[str]) -> list[str]:
-    """How each of the routers is started."""
+def start(router: str, port: int, policy: str, workers: list[str], quiet: bool) -> subprocess.Popen[Any]:
+    """Start one of the routers."""
     options = ["--host", "127.0.0.1", "--port", str(port), "--policy", policy, "--worker-urls", *workers]
+    words, environment = [router, *options], dict(os.environ)
     name = Path(router).name
-    if name.startswith("python"):
-        return [router, "-m", "sglang_router.launch_router", *options]
-    return [router, "launch", *options] if name == "smg" else [router, *options]
+    if name == "serve":
+        words = [str(Path(router).with_name("python")), str(ROOT / "deploy" / "ray_router.py")]
+        environment |= {"SERVERS": " ".join(workers), "PORT": str(port), "POLICY": policy}
+    elif name != "vllm-router":
+        words = [router, "launch", *options]
+    out = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen(words, stdout=out, stderr=out, env=environment)
 
 
 def free_port() -> int:
@@ -47,7 +57,7 @@ def free_port() -> int:
 async def healthy(client: httpx.AsyncClient, process: subprocess.Popen[Any]) -> None:
     """Wait until the router answers a chat."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "ready?"}], "max_tokens": 1}
-    for _ in range(240):
+    for _ in range(480):
         if process.poll() is not None:
             raise SystemExit(f"the router ended with status {process.returncode}")
         try:
@@ -99,15 +109,11 @@ async def session(client: httpx.AsyncClient, seed: int, turns: int, gate: asynci
     return rows
 
 
-async def measure(args: argparse.Namespace, policy: str) -> dict[str, Any]:
-    """One policy over two fresh servers."""
+async def measure(args: argparse.Namespace, router: str, policy: str) -> dict[str, Any]:
+    """One policy of a router over two fresh servers."""
     with Server(max_total_tokens=args.tokens) as one, Server(max_total_tokens=args.tokens) as two:
         port = free_port()
-        process = subprocess.Popen(
-            command(args.router, port, policy, [one.url, two.url]),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if not args.verbose else None,
-        )
+        process = start(router, port, policy, [one.url, two.url], not args.verbose)
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 await healthy(client, process)
@@ -118,10 +124,11 @@ async def measure(args: argparse.Namespace, policy: str) -> dict[str, Any]:
             ]
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
     rows = [row for each in found for row in each]
     later = [row for row in rows if row["later"]]
     return {
+        "router": Path(router).name,
         "policy": policy,
         "requests": len(rows),
         "by_server": [sum(each["finished"].values()) for each in counts],
@@ -133,7 +140,7 @@ async def measure(args: argparse.Namespace, policy: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--router", required=True, help="smg, vllm-router, or a Python with sglang_router")
+    parser.add_argument("--router", required=True, nargs="+", help="smg, sglang-router, vllm-router, serve (of Ray)")
     parser.add_argument("--policies", default="cache_aware,round_robin")
     parser.add_argument("--sessions", type=int, default=12)
     parser.add_argument("--turns", type=int, default=4)
@@ -142,17 +149,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="show what the router says")
     args = parser.parse_args()
-    rows = [asyncio.run(measure(args, policy)) for policy in args.policies.split(",")]
+    titles = f"{'by server':>12} {'landed':>7} {'hit rate':>8} {'first token':>11}"
+    if not args.json:
+        print(f"{'router':14} {'policy':12} {'requests':>8} {titles}", flush=True)
+    rows = []
+    for router, policy in itertools.product(args.router, args.policies.split(",")):
+        rows.append(row := asyncio.run(measure(args, router, policy)))
+        if not args.json:
+            servers = "+".join(map(str, row["by_server"]))
+            words = f"{row['router']:14} {row['policy']:12} {row['requests']:8} {servers:>12} {row['landed']:7.0%}"
+            print(f"{words} {row['hit_rate']:8.0%} {row['first_token_ms']:8.0f} ms", flush=True)
     if args.json:
         print(json.dumps(rows, indent=2))
-        return
-    print(f"{'policy':14} {'requests':>8} {'by server':>12} {'landed':>7} {'hit rate':>8} {'first token':>11}")
-    for row in rows:
-        servers = "+".join(map(str, row["by_server"]))
-        print(
-            f"{row['policy']:14} {row['requests']:8} {servers:>12} {row['landed']:7.0%} {row['hit_rate']:8.0%} "
-            f"{row['first_token_ms']:8.0f} ms"
-        )
 
 
 if __name__ == "__main__":

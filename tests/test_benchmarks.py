@@ -100,6 +100,20 @@ def test_a_colocated_step_holds_what_is_known_of_each_phase():
 
 
 @pytest.mark.long
+def test_what_hints_keep_is_measured_live_and_nothing_is_left_of_them():
+    command = [sys.executable, str(ROOT / "benchmarks" / "hints.py"), "--speed", "300", "--random", "1000", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["counted"] > 20
+    assert found["next_turn_hits"] > 0.95
+    assert found["lru_next_turn_hits"] < 0.5
+    assert max(found["most_kept"].values()) <= found["limit_of_a_tenant"]
+    assert found["random"]["most_of_a_tenant"] <= found["random"]["limit"]
+    assert found["random"]["left"] == {"pinned": 0, "kept": 0, "expected": 0}
+
+
+@pytest.mark.long
 def test_prefill_and_decode_apart_are_measured_beside_one_engine():
     words = ["--layers", "1", "--rounds", "1", "--seconds", "6", "--streams", "2", "--steps", "8", "--length", "200"]
     words += ["--every", "2", "--at-once", "1", "--quick", "--json"]

@@ -247,6 +247,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_page_that_is_opened_later_shows_the_minutes_before": "",
         "test_a_server_with_a_key_is_asked_for_it_once": "",
         "test_numbers_move_while_requests_run": "",
+        "test_the_report_shows_what_was_computed_again_and_why": "",
         "test_the_tree_is_walked_by_keyboard": "",
         "test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
     },

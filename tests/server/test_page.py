@@ -211,6 +211,27 @@ def test_two_chats_share_the_system_message_and_the_tree_shows_it(page, engine):
     assert "You are the keeper of a root cellar" in panel
 
 
+def test_the_report_shows_what_was_computed_again_and_why(page, engine):
+    engine.flush_cache()
+    rest = (
+        "Apples lie to the left, potatoes to the right, and the carrots are in sand at the end of the longest shelf. "
+    )
+    for day in ("Monday the 3rd", "Tuesday the 4th"):
+        messages = [{"role": "system", "content": f"You keep a cellar. Today is {day}. {rest * 2}"}]
+        body = {"messages": [*messages, {"role": "user", "content": "Where are the apples?"}], "max_tokens": 2}
+        httpx.post(f"{page.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    rows = "return [...document.querySelectorAll('#report tr')].map((r) => [...r.cells].map((c) => c.textContent))"
+
+    def found() -> list[str] | None:
+        return next((row for row in page.run(rows) if row[0] == "changing value" and "Tuesday" in row[4]), None)
+
+    row = page.wait(found, "the report does not show a date in the system message")
+    assert int(row[1]) >= 1
+    assert float(row[2].rstrip("k")) > 32
+    assert "Today is" in row[4]
+    assert "tokens of" in page.text("report-text")
+
+
 def test_the_tree_is_walked_by_keyboard(page, engine):
     engine.flush_cache()
     start = engine.encode("The quick brown fox jumps over the lazy dog, and the dog did not mind it at all. " * 2)

@@ -9,7 +9,7 @@ import pytest
 import rootcellar
 from rootcellar.cache import AllBlocksCleared, BlockStored
 from rootcellar.errors import ConfigError
-from rootcellar.transfer.events import EventPublisher, EventSettings
+from rootcellar.transfer.events import EventPublisher, EventSettings, number_of
 
 zmq = pytest.importorskip("zmq", reason="needs pyzmq, of requirements/lock.txt")
 msgspec = pytest.importorskip("msgspec", reason="needs msgspec, of requirements/lock.txt")
@@ -20,8 +20,8 @@ HERE = {"publisher": "zmq", "endpoint": "tcp://127.0.0.1:*", "replay_endpoint": 
 class Stored(msgspec.Struct, array_like=True, tag="BlockStored"):
     """As vLLM declares it."""
 
-    block_hashes: list[bytes | int]
-    parent_block_hash: bytes | int | None
+    block_hashes: list[int]
+    parent_block_hash: int | None
     token_ids: list[int]
     block_size: int
     lora_id: int | None
@@ -34,7 +34,7 @@ class Stored(msgspec.Struct, array_like=True, tag="BlockStored"):
 
 
 class Removed(msgspec.Struct, array_like=True, tag="BlockRemoved"):
-    block_hashes: list[bytes | int]
+    block_hashes: list[int]
     medium: str | None
     group_idx: int | None = None
 
@@ -88,7 +88,7 @@ def test_messages_are_numbered_and_those_that_were_missed_are_sent_again(sockets
     topic, seen, message = listener.recv_multipart()
     batch = decode(message)
     assert topic == b"kv"
-    assert batch.events[0].block_hashes == [bytes([int.from_bytes(seen, "big") % 256]) * 32]
+    assert batch.events[0].block_hashes == [number_of(bytes([int.from_bytes(seen, "big") % 256]) * 32)]
     assert isinstance(batch.events[1], Cleared)
     for _ in range(5):
         publisher.publish([stored(7)])
@@ -140,8 +140,9 @@ def test_an_engine_tells_of_what_it_caches(tiny_folder, sockets):
             events = [event for _, batch in replayed(asker) for event in batch.events]
         told = [event for event in events if isinstance(event, Stored)]
         assert [hash for event in told for hash in event.block_hashes] == [
-            bytes.fromhex(name) for name in engine.prefixes.names(prompt, cache_salt="a")
+            number_of(bytes.fromhex(name)) for name in engine.prefixes.names(prompt, cache_salt="a")
         ]
+        assert all(0 <= hash < 1 << 63 for event in told for hash in event.block_hashes)
         assert [token for event in told for token in event.token_ids][:32] == prompt[:32]
         assert {(event.medium, event.block_size) for event in told} == {("GPU", 16)}
         assert told[0].parent_block_hash is None

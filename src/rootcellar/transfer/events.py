@@ -1,9 +1,9 @@
 """KV events over ZMQ, for routers that know whose cache has what: vLLM's and SGLang's publisher, by their settings.
 
 A message is ``topic | number (8 bytes, big-endian) | msgpack of [seconds since 1970, events, data parallel rank]``; an
-event is its name and its fields in their order (``cache/journal.py``). Whoever missed some asks at ``replay_endpoint``
-for those from a number on, of the newest ``buffer_steps``. Nobody is waited for: what finds the queue full is dropped,
-and its number with it, so that readers notice.
+event is its name and its fields in their order (``cache/journal.py``), a page's name cut to a number, as they do.
+Whoever missed some asks at ``replay_endpoint`` for those from a number on, of the newest ``buffer_steps``. Nobody is
+waited for: what finds the queue full is dropped, and its number with it, so that readers notice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from rootcellar.cache import KVEvent
+from rootcellar.cache import AllBlocksCleared, BlockStored, KVEvent
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.settings import need
 
@@ -64,6 +64,23 @@ class EventSettings:
         if settings.publisher not in (None, "null", "zmq"):
             raise ConfigError(f"kv_events_config: publisher={settings.publisher!r} is not allowed: 'zmq', or null")
         return settings
+
+
+def number_of(name: bytes) -> int:
+    """A page's name as readers know it: its last eight bytes, big-endian, as vLLM's, in a number that no type is too
+    narrow for (SGLang's have a sign, vLLM's have none).
+    """
+    return int.from_bytes(name[-8:], "big") & (1 << 63) - 1
+
+
+def words_of(event: KVEvent) -> list[Any]:
+    """What is packed of an event."""
+    if isinstance(event, AllBlocksCleared):
+        return [type(event).__name__]
+    hashes, *others = astuple(event)
+    if isinstance(event, BlockStored) and event.parent_block_hash is not None:
+        others[0] = number_of(event.parent_block_hash)
+    return [type(event).__name__, [*map(number_of, hashes)], *others]
 
 
 class EventPublisher:
@@ -140,7 +157,7 @@ class EventPublisher:
         self._context.destroy(linger=500)
 
     def _send(self, number: int, at: float, events: Sequence[KVEvent]) -> None:
-        words = [[type(event).__name__, *astuple(event)] for event in events]
+        words = [words_of(event) for event in events]
         message = self._pack([at, words, 0])
         self._sent.append((number, message))
         self._socket.send_multipart([self._topic, number.to_bytes(8, "big"), message])
