@@ -9,6 +9,7 @@ from typing import Any
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts, Weights, folder_of, live_weights, load_weights
 from rootcellar.engine.commands import UpdateWeights
+from rootcellar.engine.incoming import Incoming
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import EngineError
 from rootcellar.models.params import Params
@@ -25,6 +26,7 @@ class TakesWeights:
     config: EngineConfig
     _parts: Parts
     _loop: Loop
+    _incoming: Incoming
 
     def update_weights(
         self,
@@ -78,6 +80,106 @@ class TakesWeights:
             tensors_of=_as_they_are,
             on_weight_update=on_weight_update,
         )
+
+    def update_weights_in_parts(
+        self,
+        named_tensors: Mapping[str, Any],
+        version: str | None = None,
+        *,
+        weights_name: str | None = None,
+        on_weight_update: str = "keep",
+    ) -> dict[str, Any]:
+        """:meth:`update_weights_from_tensor` with some tensors; they are used once those of the other calls are there.
+
+        Until then the engine computes with what it has, so no token is ever made by a mixture of two versions. What
+        came is dropped where a call names another ``version``, or a tensor for the second time.
+
+        Args:
+            named_tensors: arrays by name; on the device they are not copied.
+            version: of all of them.
+            weights_name: as for :meth:`update_weights`; of the last call.
+            on_weight_update: likewise.
+
+        Returns:
+            As :meth:`update_weights`, and ``"missing"``: how many tensors are not there yet; until 0 the version is
+            the old one.
+        """
+        with self._incoming.lock:
+            return self._take(named_tensors, version, weights_name, on_weight_update)
+
+    def _take(
+        self, tensors: Mapping[str, Any], version: str | None, name: str | None, on_weight_update: str
+    ) -> dict[str, Any]:
+        found = self._incoming.add(tensors, version)
+        if found is None:
+            now = self._loop.machine.life.version
+            return {"weight_version": now, "copied": [], "missing": self._incoming.missing}
+        updated = self.update_weights_from_tensor(found, version, weights_name=name, on_weight_update=on_weight_update)
+        return {**updated, "missing": 0}
+
+    def init_weights_update_group(
+        self, master_address: str, master_port: int, *, group_name: str = "weight_update_group", timeout: float = 30.0
+    ) -> None:
+        """Find a trainer in another process, whose arrays are then fetched from its devices to the engine's.
+
+        Args:
+            master_address: of the trainer's JAX transfer server, ``jax.experimental.transfer`` (``WeightPusher`` of
+                ``rootcellar.integrations.pushing`` has one), and ``master_port``.
+            master_port: see above.
+            group_name: what later calls name it by.
+            timeout: seconds until it is given up.
+
+        Raises:
+            EngineError: nobody answers there.
+            RequestError: there is a group of this name.
+        """
+        with self._incoming.lock:
+            self._incoming.open(group_name, master_address, master_port, timeout)
+
+    def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
+        """Undo :meth:`init_weights_update_group`; what came of an unfinished version is dropped."""
+        with self._incoming.lock:
+            self._incoming.close(group_name)
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        number: int,
+        version: str | None = None,
+        *,
+        group_name: str = "weight_update_group",
+        weights_name: str | None = None,
+        on_weight_update: str = "keep",
+        timeout: float = 60.0,
+    ) -> dict[str, Any]:
+        """:meth:`update_weights_in_parts` with tensors that the trainer of a group offers.
+
+        They go from its devices to the engine's first while requests are computed, and are not copied after that but
+        where they are fused.
+
+        Args:
+            names: by Hugging Face's names.
+            dtypes: of each, ``"float32"`` or ``"torch.float32"``.
+            shapes: of each.
+            number: what the trainer offers them by (``await_pull``'s ``uuid``).
+            version: see :meth:`update_weights_in_parts`, and the others there.
+            group_name: see :meth:`init_weights_update_group`.
+            weights_name: see above.
+            on_weight_update: see above.
+            timeout: seconds until the trainer is given up.
+
+        Returns:
+            As :meth:`update_weights_in_parts`, and ``"received_bytes"``.
+
+        Raises:
+            EngineError: they did not come; the group is of no use then, and the weights are what they were.
+        """
+        with self._incoming.lock:
+            tensors = self._incoming.fetch(group_name, number, names, dtypes, shapes, timeout)
+            updated = self._take(tensors, version, weights_name, on_weight_update)
+        return {**updated, "received_bytes": sum(each.nbytes for each in tensors.values())}
 
     def update_weights_from_disk(
         self, model_path: str, version: str | None = None, *, on_weight_update: str = "keep"

@@ -26,6 +26,7 @@ from rootcellar.models.spec import Params, ParamSpec
 TensorsOf = Callable[[Any], Mapping[str, Array]]
 """From a tree to a checkpoint's tensors by the names of its family. It is traced: shapes are known, values are not."""
 
+Shaped = Array | jax.ShapeDtypeStruct
 _SILENT = ("lm_head.weight", "rotary_emb.inv_freq")  # a tied head, stored frequencies: they say nothing new
 
 
@@ -35,8 +36,7 @@ def params_of_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any
     Raises ``ModelError`` naming tensors that are missing, unknown, misshapen or no floats.
     """
     specs = declare(cfg)
-    leaves: list[ParamSpec] = jax.tree.leaves(specs)
-    _check(leaves, tensors)
+    check_tensors(_wanted(jax.tree.leaves(specs)), tensors)
 
     def part(source: SourceTensor) -> Array:
         tensor = tensors[source.name]
@@ -46,12 +46,20 @@ def params_of_tensors(cfg: ModelConfig, tensors: Mapping[str, Array], dtype: Any
     return params
 
 
-def _check(specs: Sequence[ParamSpec], tensors: Mapping[str, Array]) -> None:
-    wanted = {source.name: source.shape for spec in specs for source in sources_of(spec)}
-    wrong = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
+def wanted_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a checkpoint of ``cfg`` has, by the names of its family."""
+    return _wanted(jax.tree.leaves(declare(cfg)))
+
+
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Shaped], *, some: bool = False) -> None:
+    """Raise ``ModelError`` naming tensors that are missing, unknown, misshapen or no floats.
+
+    ``wanted``: see :func:`wanted_tensors`; ``tensors``: arrays, or their shapes and dtypes; ``some``: none is missed.
+    """
+    wrong = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors and not some]
     wrong += [f"unknown {name}" for name in tensors if name not in wanted and not name.endswith(_SILENT)]
     for name in wanted.keys() & tensors.keys():
-        shape, dtype = jnp.shape(tensors[name]), jnp.result_type(tensors[name])
+        shape, dtype = tensors[name].shape, tensors[name].dtype
         if shape != wanted[name]:
             wrong.append(f"{name} has shape {list(shape)}, not {list(wanted[name])}")
         elif not jnp.issubdtype(dtype, jnp.floating):
@@ -59,6 +67,10 @@ def _check(specs: Sequence[ParamSpec], tensors: Mapping[str, Array]) -> None:
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ModelError(f"these tensors are not the model's: {'; '.join(sorted(wrong)[:8])}{more}")
+
+
+def _wanted(specs: Sequence[ParamSpec]) -> dict[str, tuple[int, ...]]:
+    return {source.name: source.shape for spec in specs for source in sources_of(spec)}
 
 
 def _packed(spec: ParamSpec, sources: Sequence[Array], dtype: Any) -> Array:

@@ -14,7 +14,7 @@ from rootcellar.server import described, errors
 from rootcellar.server.anthropic import messages
 from rootcellar.server.door import Door
 from rootcellar.server.gate import Gate
-from rootcellar.server.native import control, generate, health, info, prefixes, storage
+from rootcellar.server.native import control, generate, health, info, prefixes, storage, weights
 from rootcellar.server.openai import chat, completions, models, render
 from rootcellar.server.responses import responses
 from rootcellar.server.routes import must_be_checked, unmatched
@@ -36,6 +36,7 @@ def routers(state: ServerState) -> list[APIRouter]:
         info.router,
         control.abort_router,
         control.router,
+        weights.router,
         storage.router,
         prefixes.router,
         prefixes.check_router,

@@ -69,6 +69,17 @@ CONTROL_REFUSED: Mapping[str, Refused] = {
     "manifest": Refused("name the folder with model_path"),
 }
 
+WIRE_IGNORED: Mapping[str, str] = {
+    **CONTROL_IGNORED,
+    "flush_cache": "whether what other weights computed may be a hit; here it never is",
+    "disable_draft_model": "for a second model that guesses; there is none here",
+    "rank_offset": "a place in a group of torch's; a trainer's transfer server gives to whoever asks",
+    "world_size": "a place in a group of torch's; a trainer's transfer server gives to whoever asks",
+}
+"""The same for the bodies of weights that come over a wire."""
+
+WIRE_REFUSED: Mapping[str, Refused] = {"manifest": Refused("say names, dtypes and shapes")}
+
 
 _CHAT = "a chat's; here it asks for nothing"
 
@@ -102,6 +113,8 @@ def markdown() -> str:
             tables({}, IMAGES_REFUSED),
             "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
             tables(CONTROL_IGNORED, CONTROL_REFUSED),
+            "And of the bodies of weights that come over a wire (`/update_weights_from_tensor`, ...):",
+            tables(WIRE_IGNORED, WIRE_REFUSED),
         )
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from rootcellar.errors import ModelError
 from rootcellar.models.files import find_file, read_json
@@ -130,3 +130,17 @@ def _header(folder: Path, name: str) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     return 8 + length, {tensor: each for tensor, each in header.items() if tensor != "__metadata__"}
+
+
+def read_tensors(data: bytes) -> dict[str, NDArray[Any]]:
+    """The tensors of what would be one file, by name. ``ModelError`` where it is none."""
+    try:
+        found = deserialize(data)
+    except SafetensorError as error:
+        raise ModelError(f"these bytes are no safetensors: {error}") from error
+    strange = [f"{name} is {tensor['dtype']}" for name, tensor in found if tensor["dtype"] not in _TYPES]
+    if strange:
+        raise ModelError(f"tensors of unknown types: {', '.join(strange[:4])}")
+    return {
+        name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"]) for name, tensor in found
+    }

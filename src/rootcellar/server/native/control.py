@@ -1,4 +1,4 @@
-"""What an operator or a trainer asks for: flush, pause, abort, release and resume, new weights; vLLM's names too."""
+"""What an operator or a trainer asks for: flush, pause, abort, release and resume; vLLM's names too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from rootcellar.engine.identity import check_name
-from rootcellar.errors import EngineError, ModelError
+from rootcellar.errors import EngineError
 from rootcellar.server.answer import on_thread, unless_gone
 from rootcellar.server.callers import Access, caller_of
 from rootcellar.server.errors import ApiError, invalid, json_response
@@ -28,7 +28,8 @@ Seconds = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
 Mode = Literal["wait", "abort", "retract"]
 
 
-def _ok(message: str, **more: Any) -> Response:
+def ok(message: str, **more: Any) -> Response:
+    """What SGLang's clients look for, and more."""
     return json_response({"success": True, "message": message, **more})
 
 
@@ -41,7 +42,7 @@ async def flush_cache(request: Request, timeout: Seconds = 0.0) -> Response:
     """Forget every cached prefix. Requests that wait or run: 400, or wait so many seconds for their end."""
     state = state_of(request)
     await unless_gone(request, _flush(state, timeout))
-    return _ok("Cache flushed.")
+    return ok("Cache flushed.")
 
 
 async def _flush(state: ServerState, timeout: float) -> None:
@@ -61,7 +62,7 @@ async def _flush(state: ServerState, timeout: float) -> None:
 async def reset_prefix_cache(request: Request) -> Response:
     """vLLM's name of ``/flush_cache``."""
     await _flush(state_of(request), 0.0)
-    return _ok("Cache flushed.")
+    return ok("Cache flushed.")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ async def release_memory_occupation(request: Request, body: ReleaseRequest | Non
         preserve=body.preserve,
         clear_compiled=body.clear_compiled,
     )
-    return _ok("Memory released.", **freed)
+    return ok("Memory released.", **freed)
 
 
 @router.post("/resume_memory_occupation")
@@ -107,7 +108,7 @@ async def resume_memory_occupation(request: Request, body: MemoryRequest | None 
     """Take the memory again; nothing compiles."""
     engine = state_of(request).engine
     taken = await on_thread(engine.resume_memory_occupation, None if body is None else body.tags)
-    return _ok("Memory resumed.", **taken)
+    return ok("Memory resumed.", **taken)
 
 
 @router.post("/sleep")
@@ -118,14 +119,14 @@ async def sleep(
 ) -> Response:
     """vLLM's name of the release of all memory. Both levels do the same: weights come back from where they lie."""
     freed = await on_thread(state_of(request).engine.release_memory_occupation, None, mode=mode)
-    return _ok("Asleep.", **freed)
+    return ok("Asleep.", **freed)
 
 
 @router.post("/wake_up")
 async def wake_up(request: Request, tags: Annotated[list[str] | None, Query()] = None) -> Response:
     """vLLM's name of the resume."""
     taken = await on_thread(state_of(request).engine.resume_memory_occupation, tags)
-    return _ok("Awake.", **taken)
+    return ok("Awake.", **taken)
 
 
 @router.get("/is_sleeping")
@@ -148,7 +149,7 @@ class PauseRequest(ControlBody):
 async def pause_generation(request: Request, body: PauseRequest | None = None) -> Response:
     """Compute nothing until ``/continue_generation``; new requests wait."""
     await on_thread(state_of(request).engine.pause_generation, "abort" if body is None else body.mode)
-    return _ok("Generation paused.")
+    return ok("Generation paused.")
 
 
 class ContinueRequest(ControlBody):
@@ -159,7 +160,7 @@ class ContinueRequest(ControlBody):
 async def continue_generation(request: Request, body: ContinueRequest | None = None) -> Response:  # noqa: ARG001
     """Undo the pause."""
     await on_thread(state_of(request).engine.continue_generation)
-    return _ok("Generation continues.")
+    return ok("Generation continues.")
 
 
 class AbortRequest(ControlBody):
@@ -178,48 +179,10 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
     engine = state_of(request).engine
     if body.abort_all:
         check(request.scope, Access.ADMIN)
-        return _ok("Requests ended.", aborted=await on_thread(engine.abort_all))
+        return ok("Requests ended.", aborted=await on_thread(engine.abort_all))
     if not body.rid:
         raise invalid("name the request: rid, or abort_all", "rid")
     caller = caller_of(request)
     check_name("rid", body.rid)
     ended = await on_thread(engine.abort_request, body.rid, None if caller.admin else caller.name)
-    return _ok("Request ended." if ended else "No such request; it may have ended.", aborted=ended)
-
-
-# -- weights ----------------------------------------------------------------------------------------------------------
-
-
-class WeightsRequest(ControlBody):
-    """Where the new weights are."""
-
-    model_path: str
-    load_format: Literal["auto", "safetensors"] | None = None
-    weight_version: str | None = None
-    abort_all_requests: bool = False
-    on_weight_update: Literal["keep", "recompute"] = "keep"
-
-
-@router.post("/update_weights_from_disk")
-async def update_weights_from_disk(body: WeightsRequest, request: Request) -> Response:
-    """Use the weights of another checkpoint of the same model; nothing cached before is a hit again.
-
-    ``on_weight_update``: whether requests that run keep their KV, or have it computed anew.
-    """
-    engine = state_of(request).engine
-    if body.weight_version is not None:
-        check_name("weight_version", body.weight_version)
-    if body.abort_all_requests:
-        await on_thread(engine.abort_all, "aborted for new weights")
-    try:
-        updated = await on_thread(
-            engine.update_weights_from_disk,
-            body.model_path,
-            body.weight_version,
-            on_weight_update=body.on_weight_update,
-        )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise invalid(f"model_path cannot be read: {error}", "model_path") from error
-    return _ok("Weights updated.", num_paused_requests=0, **updated)
+    return ok("Request ended." if ended else "No such request; it may have ended.", aborted=ended)
