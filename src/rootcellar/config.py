@@ -318,6 +318,11 @@ class EngineConfig:
     enable_deterministic_inference: bool = option(
         False, "The same request gets the same bits, whatever runs beside it (CPUs; docs/rl.md#batch-invariance)."
     )
+    enable_return_routed_experts: bool = option(
+        False,
+        "Keep which experts each token went through, in every layer, beside its keys and values: for requests with "
+        "return_routed_experts (mixtures of experts; docs/rl.md#routing-replay).",
+    )
     skip_tokenizer_init: bool = option(
         False, "Load no tokenizer: prompts come as input_ids and answers leave as output_ids."
     )

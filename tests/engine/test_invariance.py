@@ -1,8 +1,12 @@
 """The same request gives the same bits, whatever runs beside it, however it is chunked, cached, retracted or moved."""
 
+import os
+import threading
+
 import numpy as np
 import pytest
 from idle import check_idle
+from test_host_tier import evict_all
 
 import rootcellar
 from checkpoints import make_checkpoint
@@ -89,6 +93,72 @@ def test_random_schedules_change_no_bit(folder):
             check_idle(engine)
     assert retracted or folder.name == "gemma3"
     assert moved
+
+
+def drawn(random, smallest):
+    """The settings of an engine by chance."""
+    tight = random.random() < 0.6
+    tier = random.choice(["none", "host", "uncached"])
+    return {
+        "enable_deterministic_inference": True,
+        "page_size": 16,
+        "max_running_requests": int(random.integers(1, 17)),
+        "chunked_prefill_size": int(random.choice([17, 32, 40, 64, 100, 128, 256])),
+        "max_total_tokens": smallest + 16 * int(random.integers(0, 20)) if tight else 8192,
+        "disable_radix_cache": tier == "uncached",
+        **({"enable_hierarchical_cache": True, "hicache_ratio": 8.0} if tier == "host" else {}),
+    }
+
+
+def disturb(engine, random, ended):
+    """Retract everybody, now and then, until ``ended``."""
+    while not ended.wait(random.uniform(0.05, 0.5)):
+        engine.pause_generation("retract")
+        engine.continue_generation()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_two_thousand_requests_in_twenty_schedules(folder):
+    """100 requests, each asked alone and then in each of 20 engines drawn by chance: in batches of 1 to 16, in any
+    chunks, cached or not, retracted by want of memory and by pauses, evicted to the host and back.
+    """
+    seed = int(os.environ.get("SEED", "25"))
+    print(f"SEED={seed}")
+    random = np.random.default_rng(seed)
+    asked = requests(100)
+    with rootcellar.Engine(model_path=folder, **SHAPES, **SCHEDULES["roomy"]) as engine:
+        expected = [answers(engine, [each])[0] for each in asked]
+    seen = {"requests": 0, "tokens": 0, "retractions": 0, "hits": 0, "host": 0, "schedules": 0}
+    for _ in range(20):
+        options = drawn(random, 320)
+        with rootcellar.Engine(model_path=folder, **options) as engine:
+            ended = threading.Event()
+            disturber = threading.Thread(
+                target=disturb, args=(engine, np.random.default_rng(random.integers(99)), ended)
+            )
+            disturber.start()
+            left = random.permutation(len(asked))
+            try:
+                while len(left):
+                    part, left = np.split(left, [int(random.integers(1, 17))])
+                    for i, got in zip(part, answers(engine, [asked[i] for i in part]), strict=True):
+                        assert got == expected[i], (seed, options, int(i))
+                    if "enable_hierarchical_cache" in options and random.random() < 0.3:
+                        evict_all(engine)
+            finally:
+                ended.set()
+                disturber.join()
+            stats = engine.stats()
+            seen["requests"] += len(asked)
+            seen["tokens"] += stats["generated_tokens"]
+            seen["retractions"] += stats["retractions"]
+            seen["hits"] += stats["hit_tokens"]
+            seen["host"] += stats["hit_tokens_by_tier"].get("HOST", 0)
+            seen["schedules"] += 1
+            check_idle(engine)
+    print(seen)
+    assert min(seen.values()) > 0
 
 
 def test_logprobs_of_a_prompt_are_those_that_it_had_as_an_answer(folder):

@@ -27,6 +27,8 @@ ADMIN = (
     "/hicache/storage-backend/clear",
     "/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/resume_memory_occupation", "/sleep",
     "/wake_up", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/cache/check",
+    "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
+    "/destroy_weights_update_group",
 )  # fmt: skip
 # Each key setting, and what (as user, as admin) is open to whoever brings which key.
 SETTINGS = {

@@ -369,7 +369,13 @@ def _log_pools(pools: Mapping[str, Pool], programs: Programs, tokens: int) -> No
 
 def _programs(config: EngineConfig, placement: Placement, dtype: jnp.dtype, kv_dtype: str) -> Programs:
     """What will run, at the largest shapes that it may have."""
-    pages = paging(placement.served, kv_dtype, config.page_size, arena=not config.disable_kv_arena)
+    pages = paging(
+        placement.served,
+        kv_dtype,
+        config.page_size,
+        arena=not config.disable_kv_arena,
+        experts=config.enable_return_routed_experts,
+    )
     if config.enable_deterministic_inference:
         backend = invariance.backend(pages.attended)
     else:

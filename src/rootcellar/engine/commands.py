@@ -20,6 +20,7 @@ from rootcellar.engine.hints import Reply
 from rootcellar.engine.output import Deliver, Tracker
 from rootcellar.engine.pins import Sort
 from rootcellar.engine.requests import InputItem
+from rootcellar.engine.routing import Routed
 from rootcellar.engine.step import Machine
 from rootcellar.errors import CacheBusy, ConfigError
 from rootcellar.models.repacking import TensorsOf
@@ -116,6 +117,7 @@ class Submit(Command):
                 clock=clock,
                 names=item.names,
                 grammar=None if grammars is None else grammars[i],
+                experts=None if item.experts_from is None else Routed(item.experts_from),
             )
             made.append(tracker)
         return made

@@ -192,6 +192,8 @@ class Engine(TakesWeights):
         bootstrap_port: int | Sequence[int | None] | None = None,
         bootstrap_room: int | Sequence[int | None] | None = None,
         image_data: ImageData = None,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
         raise_on_failure: bool = True,
     ) -> Result | list[Result] | Iterator[Result]:
         """Continue one prompt or several.
@@ -221,6 +223,8 @@ class Engine(TakesWeights):
             image_data: images of the prompt, in the order in which it has the model's token for one: a file, its bytes,
                 a PIL image, an array (uint8 [height, width, 3]), or a list of them. Of several prompts a list with one,
                 a list, or None for each.
+            return_routed_experts, routed_experts_start_len: the experts that tokens from this one on went through, in
+                ``meta_info["routed_experts"]`` (docs/rl.md#routing-replay).
             raise_on_failure: False: an answer that failed is a result like the others, with a ``finish_reason``.
 
         Returns:
@@ -258,6 +262,8 @@ class Engine(TakesWeights):
             bootstrap_port=bootstrap_port,
             bootstrap_room=bootstrap_room,
             image_data=image_data,
+            return_routed_experts=return_routed_experts,
+            routed_experts_start_len=routed_experts_start_len,
         )
         results = self._intake.run(self._loop, inputs, stream, strict=raise_on_failure and stream)
         return results if stream else in_order(list(results), several=inputs.several, strict=raise_on_failure)

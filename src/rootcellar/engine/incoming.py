@@ -49,7 +49,9 @@ class Incoming:
     def close(self, group: str) -> None:
         """See ``Engine.destroy_weights_update_group``."""
         if self._groups.pop(group, None) is None:
-            raise RequestError(f"there is no group {group!r}: {', '.join(self._groups) or 'init_weights_update_group first'}")
+            raise RequestError(
+                f"there is no group {group!r}: {', '.join(self._groups) or 'init_weights_update_group first'}"
+            )
         self._found = {}
 
     def fetch(

@@ -30,11 +30,12 @@ from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.encodings import Encodings
 from rootcellar.engine.identity import check_name
 from rootcellar.errors import ConfigError, EngineError, ModelError
+from rootcellar.models.kinds import EXPERTS
 from rootcellar.models.params import check_params, declare, path_name
 from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params
 from rootcellar.ops.panels import Packed
-from rootcellar.pools.copying import BLOCKS, Copier
+from rootcellar.pools.copying import BLOCKS, Copier, read_pages
 from rootcellar.pools.images import Images
 from rootcellar.runner import Runner
 from rootcellar.runner.runner import Program
@@ -99,7 +100,9 @@ class Lifecycle:
     def programs(self) -> list[Program]:
         """All that can be compiled ahead: what steps need, then what copies do."""
         runner = self.runner
-        copiers = {} if self.mover is None else runner.copiers
+        copiers = runner.copiers if self.mover is not None else {}
+        if EXPERTS in runner.pools:  # whose pages are read for who asks
+            copiers = {EXPERTS: runner.copiers[EXPERTS], **copiers}
         copies = [Program(f"copies of {name}", False, each.compile) for name, each in copiers.items()]
         return runner.each_program() + copies
 
@@ -304,10 +307,7 @@ class Saved:
     @classmethod
     def take(cls, pages: NDArray[np.int32], copier: Copier) -> Saved:
         """Copy ``pages``."""
-        saved = cls(pages, np.empty((len(pages), copier.image.nbytes), np.uint8))
-        for rows in saved.blocks():
-            copier.read(pages[rows], saved.images, rows)()
-        return saved
+        return cls(pages, read_pages(copier, pages))
 
     def restore(self, copier: Copier) -> None:
         """Write the pages back where they were."""

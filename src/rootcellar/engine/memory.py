@@ -334,7 +334,13 @@ def _remedies(demand: _Demand, reserve: int, context_length: int) -> Iterator[st
 def _narrower(demand: _Demand, reserve: int) -> Iterator[str]:
     """Narrower types, where those are not used already."""
     programs, config = demand.programs, demand.config
-    pages = paging(programs.placement.served, "bfloat16", config.page_size, arena=bool(programs.paging.arena))
+    pages = paging(
+        programs.placement.served,
+        "bfloat16",
+        config.page_size,
+        arena=bool(programs.paging.arena),
+        experts=config.enable_return_routed_experts,
+    )
     narrow = dataclasses.replace(demand, programs=dataclasses.replace(programs, paging=pages))
     wide = any(now.page_bytes > then.page_bytes for now, then in zip(demand.costs, narrow.costs, strict=True))
     if wide and _fits(narrow, reserve):

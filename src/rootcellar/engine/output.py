@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.grammar import Grammar
+from rootcellar.engine.routing import Routed
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
 from rootcellar.scheduler import Finish, Guessed, Request, Stage
@@ -123,11 +124,13 @@ class Tracker:
         clock: Clock,
         grammar: Grammar | None = None,
         names: tuple[str, ...] = (),
+        experts: Routed | None = None,
     ) -> None:
         """Follow ``request``.
 
         Args:
             names: what its caller calls it, the widest first.
+            experts: what is to be known of the experts that its tokens went through; None: nothing.
             received: when its caller asked for it, by ``clock``.
         """
         self.request = request
@@ -135,6 +138,7 @@ class Tracker:
         self.names = names or (request.rid,)
         self.seed = seed
         self.grammar = grammar
+        self.experts = experts
         self.deadline = deadline
         self.logprobs: Logprobs | None = None
         if logprobs is not None:
@@ -304,6 +308,8 @@ class Tracker:
             meta["storage_checkpoint"] = request.handle
         if request.depends is not None:
             meta["storage_checkpoint_dependency"] = request.dependency
+        if self.experts is not None and then.finish is not None and self.experts.found is not None:
+            meta["routed_experts"] = self.experts.text
         if self.logprobs is not None:
             meta |= self._logprob_fields(self.logprobs, n)
         start = request.prompt_length

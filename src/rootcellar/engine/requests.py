@@ -53,6 +53,8 @@ class InputItem:
     spans: tuple[Span, ...] = ()
     places: NDArray[np.int32] | None = None
     """Where ``ids`` have pictures, and where rotary embeddings of three axes take them to be; see ``Request``."""
+    experts_from: int | None = None
+    """Of tokens from here on the experts are returned; None: of none."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def read_inputs(
     bootstrap_port: int | Sequence[int | None] | None = None,
     bootstrap_room: int | Sequence[int | None] | None = None,
     image_data: ImageData = None,
+    return_routed_experts: bool = False,
+    routed_experts_start_len: int = 0,
     require_room: Callable[[int, str], None] | None = None,
 ) -> Inputs:
     """The sequences of one ``generate`` call, which came at ``received``; other arguments as there.
@@ -114,6 +118,7 @@ def read_inputs(
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
     gives = bootstrap_room is not None and parts.config.disaggregation_mode == "prefill"
     logprobs = logprobs if return_logprob and not gives else None
+    experts = _experts_from(parts.config, return_routed_experts, routed_experts_start_len)
     one, prompts = _read_prompts(parts, prompt) if prompt is not None else _read_ids(parts, input_ids)
     images = spread_images(image_data, len(prompts), one=one)
     seen = [
@@ -145,10 +150,31 @@ def read_inputs(
             shown = seen[i].spans, seen[i].places
             items.append(
                 InputItem(
-                    ids, sampling, stop_ids, seed, own, logprobs, priority, where_cached, *kept, *where_to, *shown
+                    ids,
+                    sampling,
+                    stop_ids,
+                    seed,
+                    own,
+                    logprobs,
+                    priority,
+                    where_cached,
+                    *kept,
+                    *where_to,
+                    *shown,
+                    experts,
                 )
             )
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _experts_from(config: EngineConfig, wanted: object, start: object) -> int | None:
+    if not isinstance(wanted, bool):
+        raise RequestError(f"return_routed_experts={wanted!r} is not allowed: it must be true or false")
+    if not isinstance(start, int) or start < 0:
+        raise RequestError(f"routed_experts_start_len={start!r} is not allowed: an index into the prompt, from 0 on")
+    if wanted and not config.enable_return_routed_experts:
+        raise RequestError("return_routed_experts needs an engine that keeps them: enable_return_routed_experts")
+    return start if wanted else None
 
 
 def _prompt_alone(given: Mapping[str, Any] | None) -> dict[str, Any]:

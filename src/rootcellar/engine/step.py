@@ -30,6 +30,7 @@ from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
+from rootcellar.engine.routing import Routing
 from rootcellar.engine.sides import Side
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import EngineError, RootcellarError
@@ -127,9 +128,8 @@ class Machine:
         """``max_running`` requests run and ``max_queued`` (None: any number) wait; the cache holds ``total_tokens``.
 
         ``log_interval``: seconds between two lines of the log about the work under way. ``overlap``: whether steps may
-        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``side``: which side of
-        prefill and decode it is; None: both. ``tell``: is told what the cache stores and removes. ``trace``: is told
-        what was asked.
+        be planned ahead. ``prefetcher``: the scheduler's; None: there will be no store. ``side``: of prefill and
+        decode; None: both. ``tell``: is told what the cache stores and removes. ``trace``: is told what was asked.
         """
         self.life = life
         self.scheduler = life.scheduler
@@ -147,6 +147,7 @@ class Machine:
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
+        self._routing = Routing(life.runner)
         self._mover = life.mover
         self._tell = tell
         self._overlap = overlap
@@ -237,6 +238,7 @@ class Machine:
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
+            self._routing.read(request, tracker.experts)
             try:
                 self.prefetcher.ended(request)
             finally:  # whatever the store does, its pages are not held for another node for ever
@@ -393,6 +395,7 @@ class Machine:
         parts = parts_of(plan, self._given)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
+        self._routing.note(plan, {c.request: self.trackers[c.request].experts for c in plan.chunks}, tables)
         start = self.recorder.dispatched()
         scores, hidden = runner.step(batch, before)
         score_prompts(runner, plan, self.trackers, [batch.starts[row] for row in rows_of(plan)], hidden)

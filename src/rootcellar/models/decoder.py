@@ -34,15 +34,17 @@ def forward(params: Params, cfg: ModelConfig, tokens: jax.Array, mix: Mix) -> ja
     return through_layers(params, cfg, embed(params, cfg, tokens), mix)
 
 
-def through_layers(params: Params, cfg: ModelConfig, hidden: jax.Array, mix: Mix) -> jax.Array:
+def through_layers(
+    params: Params, cfg: ModelConfig, hidden: jax.Array, mix: Mix, tell: Callable[[jax.Array], None] | None = None
+) -> jax.Array:
     """Hidden states ``[T, E]`` after the final norm, of those that enter the first layer.
 
-    ``mix`` is called once for each layer in order.
+    ``mix`` is called once for each layer in order, and ``tell`` with what each router chose: int32 [T, K].
     """
     for index, (layer, weights) in enumerate(zip(cfg.layers, params["layers"], strict=True)):
         parts = {
             "attn": functools.partial(mix, index, weights),
-            "mlp": functools.partial(layer.feed_forward.apply, weights),
+            "mlp": functools.partial(layer.feed_forward.apply, weights, tell=tell),
         }
         for part, apply in parts.items():
             out = apply(cfg.norm(hidden, weights[f"{part}_norm"]) if layer.pre_norms else hidden)

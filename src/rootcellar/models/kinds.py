@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from rootcellar.cache.kind import RULES, Kind
+from rootcellar.cache.kind import RULES, Kind, full
+from rootcellar.errors import ConfigError
+from rootcellar.models.feed_forward import Experts
 from rootcellar.models.model import ModelConfig
 from rootcellar.plan.arena import group
 from rootcellar.plan.sizing import ARENA
+from rootcellar.plan.stored import Routes
 from rootcellar.pools import Layout, layout_of
 
 _NAMES = {"full": "full", "sliding_window": "window", "chunked_local": "chunk", "recurrent": "recurrent"}
+EXPERTS = "experts"
+"""The kind that keeps which experts each token went through: needed of all tokens, whatever the layers attend over."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,52 @@ class Paging:
 
     @property
     def attended(self) -> list[Layout]:
-        """The layouts over which layers attend: all but those of recurrent states."""
-        return [self.layouts[kind.name] for kind in self.kinds if kind.rule != "recurrent"]
+        """The layouts over which layers attend: all but those of recurrent states, and of experts' numbers."""
+        return [self.layouts[name] for name in self._attended]
+
+    @property
+    def _attended(self) -> list[str]:
+        return [kind.name for kind in self.kinds if kind.rule != "recurrent" and kind.name != EXPERTS]
 
     def laid(self, instead: Callable[[Layout], Layout]) -> Paging:
         """The same with another layout, of as many bytes, ``instead`` of each of those that are attended over."""
         layouts = {k.name: self.layouts[k.name] for k in self.kinds}
-        layouts |= {k.name: instead(layouts[k.name]) for k in self.kinds if k.rule != "recurrent"}
+        layouts |= {name: instead(layouts[name]) for name in self._attended}
         return replace(self, layouts=layouts)
 
 
-def paging(cfg: ModelConfig, kv_cache_dtype: str, page_size: int, *, arena: bool) -> Paging:
+def paging(cfg: ModelConfig, kv_cache_dtype: str, page_size: int, *, arena: bool, experts: bool = False) -> Paging:
     """How the KV cache of a model is cut into pages of ``page_size`` tokens; ``kv_cache_dtype``: see ``pools.layouts``.
 
-    ``arena``: kinds may share a pool (``plan.arena``), where that suits them.
+    ``arena``: kinds may share a pool (``plan.arena``), where that suits them. ``experts``: which experts each token
+    went through is kept as well, of which pages are smaller, so that no kinds share a pool; ``ConfigError`` where that
+    is not the same number in all layers that have any.
     """
+    paged = _paging(cfg, kv_cache_dtype, page_size, arena=arena and not experts)
+    if not experts:
+        return paged
+    routes = routes_of(cfg)
+    layout = layout_of(routes, kv_cache_dtype, page_size)
+    # One array for all layers: what is called its layer is the first.
+    return replace(paged, kinds=(*paged.kinds, full(EXPERTS, (0,))), layouts={**paged.layouts, EXPERTS: layout})
+
+
+def routed_layers(cfg: ModelConfig) -> list[int]:
+    """The layers that have a router, by index."""
+    return [i for i, layer in enumerate(cfg.layers) if isinstance(layer.feed_forward, Experts)]
+
+
+def routes_of(cfg: ModelConfig) -> Routes:
+    """What the routers of a model choose for a token. ``ConfigError`` where there are none, or they differ."""
+    routers = [layer.feed_forward.router for layer in cfg.layers if isinstance(layer.feed_forward, Experts)]
+    found = {router.top_k for router in routers}
+    if len(found) != 1:
+        why = f"routers choose {sorted(found)} experts" if found else f"{cfg.architecture} has no experts"
+        raise ConfigError(f"enable_return_routed_experts cannot be used: {why}")
+    return Routes(len(routers), found.pop(), max(router.experts for router in routers))
+
+
+def _paging(cfg: ModelConfig, kv_cache_dtype: str, page_size: int, *, arena: bool) -> Paging:
     kinds, layouts = kinds_of(cfg, kv_cache_dtype, page_size)
     sharing = group(kinds, layouts) if arena else None
     if sharing is None:

@@ -6,7 +6,7 @@ Everything is frozen and hashable, so that a ``ModelConfig`` can be a static arg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -90,8 +90,8 @@ class FeedForward(Protocol):
         """Its parameters: a ``ParamSpec`` for each name."""
         ...
 
-    def apply(self, params: Params, x: jax.Array) -> jax.Array:
-        """``[T, E]`` of ``x`` [T, E], in its dtype."""
+    def apply(self, params: Params, x: jax.Array, tell: Callable[[jax.Array], None] | None = None) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E], in its dtype; ``tell`` gets the experts that a router chose, int32 [T, K]."""
         ...
 
 

@@ -13,8 +13,9 @@ from typing import ClassVar, Literal, Protocol
 from rootcellar.errors import ConfigError
 from rootcellar.plan.grids import NARROW
 
-Form = Literal["heads", "latents", "states"]
-"""Keys and values by head; latents that all heads share; recurrent states, one for each request."""
+Form = Literal["heads", "latents", "states", "routes"]
+"""Keys and values by head; latents that all heads share; recurrent states, one for each request; the experts that
+routers chose."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of weights, activations and what is cached as it is, by the name that configs give the type."""
 SHORT_NAMES = {"bf16": "bfloat16"}
@@ -170,3 +171,40 @@ class States:
     def divided(self, tp: int) -> str:
         """See ``Stored``."""
         return f"each of tp={tp} devices keeps the whole state"
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The experts that all routers of a model chose for a token, for whoever trains on its answers.
+
+    Attributes:
+        layers: layers that have a router.
+        top_k: experts that each chooses.
+        experts: how many it chooses from.
+    """
+
+    form: ClassVar[Form] = "routes"
+    layers: int
+    top_k: int
+    experts: int
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest type that has a number for each expert."""
+        return "uint8" if self.experts <= 2**8 else "uint16"
+
+    def token_bytes(self, kv_cache_dtype: str, tp: int = 1) -> int:  # noqa: ARG002
+        """See ``Stored``: those of all layers."""
+        return self.layers * self.top_k * (1 if self.dtype == "uint8" else 2)
+
+    def request_bytes(self, kv_cache_dtype: str) -> int:  # noqa: ARG002
+        """See ``Stored``."""
+        return 0
+
+    def formula(self, kv_cache_dtype: str) -> str:  # noqa: ARG002
+        """See ``Stored``."""
+        return f"{self.layers} routers x {self.top_k} experts of {self.dtype}"
+
+    def divided(self, tp: int) -> str:
+        """See ``Stored``."""
+        return f"each of tp={tp} devices keeps the experts of all layers"

@@ -81,6 +81,15 @@ def cut(count: int) -> Iterator[tuple[int, int, int]]:
         start += size
 
 
+def read_pages(source: Copier, pages: PageNumbers) -> Images:
+    """The images of ``pages``, in new memory, some at a time: what is copied lies on the device twice for a while."""
+    images: Images = np.empty((len(pages), source.image.nbytes), np.uint8)
+    for at in range(0, len(pages), BLOCKS[-1]):
+        rows = np.arange(at, min(at + BLOCKS[-1], len(pages)))
+        source.read(pages[rows], images, rows)()
+    return images
+
+
 class Blocks:
     """Copies by JAX alone: blocks of pages, gathered on the device and written down by the host, and back."""
 

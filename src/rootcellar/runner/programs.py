@@ -17,9 +17,10 @@ from jax import Array
 
 from rootcellar.models.decoder import embed, logits, through_layers
 from rootcellar.models.forward_batch import ForwardBatch
-from rootcellar.models.kinds import Paging
+from rootcellar.models.kinds import EXPERTS, Paging
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.spec import Params
+from rootcellar.ops.backends import xla
 from rootcellar.plan.sizing import SCORED_TOKENS
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
@@ -110,7 +111,8 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     Layer ``i`` of a kind has the buffers of its pool's layer ``i``, whoever else shares them.
     """
     cfg, pool_of = placement.served, paging.pool_of
-    where = {layer: (kind.name, i) for kind in paging.kinds for i, layer in enumerate(kind.layers)}
+    attended = [kind for kind in paging.kinds if kind.name != EXPERTS]
+    where = {layer: (kind.name, i) for kind in attended for i, layer in enumerate(kind.layers)}
 
     def step(params, buffers, tokens, positions, rows, tables, last, given, newest, places):  # type: ignore[no-untyped-def]
         buffers = {name: list(layers) for name, layers in buffers.items()}
@@ -131,7 +133,13 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
         x = embed(params, cfg, tokens)
         if given is not None:
             x = jnp.where(given.where[:, None], given.vectors.astype(x.dtype), x)
-        hidden = placement.everywhere(through_layers(params, cfg, x, mix))
+        chosen: list[Array] = []
+        routed = steps.get(EXPERTS)
+        hidden = placement.everywhere(through_layers(params, cfg, x, mix, None if routed is None else chosen.append))
+        if routed is not None:
+            told = placement.everywhere(jnp.stack(chosen, axis=1))
+            at = routed.table, routed.rows, routed.positions
+            buffers[EXPERTS][0] = xla.write(routed.layout, buffers[EXPERTS][0], (told,), *at)
         scores = placement.by_vocabulary(logits(params, cfg, hidden[last]))
         return buffers, placement.everywhere(scores), hidden
 

@@ -96,8 +96,10 @@ CHAT_REFUSED: Mapping[str, Refused] = {
 }
 
 
-IMAGES_REFUSED: Mapping[str, Refused] = {
+ONLY_GENERATE: Mapping[str, Refused] = {
     "image_data": Refused("send image_url as a part of a chat's message, or image_data to /generate", ([], "")),
+    "return_routed_experts": Refused("send token ids to /generate", (False,)),
+    "routed_experts_start_len": Refused("send token ids to /generate", (0,)),
 }
 """And for what is not ``/generate``."""
 
@@ -110,7 +112,7 @@ def markdown() -> str:
             "And of C and G:",
             tables(CHAT_IGNORED, CHAT_REFUSED),
             "And of C, H and `/tokenize`:",
-            tables({}, IMAGES_REFUSED),
+            tables({}, ONLY_GENERATE),
             "And of the bodies of control (`/update_weights_from_disk`, `/abort_request`, ...):",
             tables(CONTROL_IGNORED, CONTROL_REFUSED),
             "And of the bodies of weights that come over a wire (`/update_weights_from_tensor`, ...):",
@@ -198,10 +200,8 @@ REFUSED: Mapping[str, Refused] = {
     "input_embeds": Refused("send text or token ids", ([],)),
     "prompt_embeds": Refused("send text or token ids", ([],)),
     "return_hidden_states": Refused("only tokens and their logprobs come back", (False,)),
-    "return_routed_experts": Refused("only tokens and their logprobs come back", (False,)),
     "return_entropy": Refused("only tokens and their logprobs come back", (False,)),
-    "routed_experts_start_len": Refused("only tokens and their logprobs come back", (0,)),
-    "routed_experts_prompt_start": Refused("only tokens and their logprobs come back", (0,)),
+    "routed_experts_prompt_start": Refused("use routed_experts_start_len of /generate", (0,)),
     "return_meta_info": Refused("usage and sglext are there; the rest is in /generate's meta_info", (False,)),
     "return_prompt_text": Refused("see /tokenize with messages", (False,)),
     "return_tokens_as_token_ids": Refused("use return_token_ids", (False,)),

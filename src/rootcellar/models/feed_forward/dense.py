@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -38,8 +39,13 @@ class Dense:
             params["down_bias"] = declare("down_bias", (embed,), (None,), "zeros")
         return params
 
-    def apply(self, params: Params, x: jax.Array) -> jax.Array:
-        """``[T, E]`` of ``x`` [T, E]."""
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        tell: Callable[[jax.Array], None] | None = None,  # noqa: ARG002
+    ) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E]; there is no router that chooses."""
         rows = product(x, params["gate_up"])
         if self.bias:
             rows = rows + params["gate_up_bias"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,13 +102,15 @@ class Experts:
             params["shared_gate"] = declare("shared_gate", (embed, 1), ("embed", None), "random", packing.transposed)
         return params
 
-    def apply(self, params: Params, x: jax.Array) -> jax.Array:
-        """``[T, E]`` of ``x`` [T, E]."""
+    def apply(self, params: Params, x: jax.Array, tell: Callable[[jax.Array], None] | None = None) -> jax.Array:
+        """``[T, E]`` of ``x`` [T, E]; ``tell`` gets the experts that were chosen, int32 [T, K]."""
         scores = jnp.einsum("te,en->tn", x, params["router"], preferred_element_type=jnp.float32)
         if self.router_bias:
             scores = scores + params["router_bias"]
         correction = params["correction"] if self.router.correction else None
         chosen, weights = route(self.router, scores, correction)
+        if tell is not None:
+            tell(chosen)
         weights = weights.astype(x.dtype)
 
         def middle(rows: jax.Array, expert: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rootcellar.errors import ConfigError
 from rootcellar.plan.stored import Form, Stored
-from rootcellar.pools.layouts import heads, latents, narrow_heads, narrow_latents, states
+from rootcellar.pools.layouts import heads, latents, narrow_heads, narrow_latents, routes, states
 from rootcellar.pools.layouts.heads import PagedHeads
 from rootcellar.pools.layouts.latents import PagedLatents
 from rootcellar.pools.layouts.layout import Axes, Layout, TokenLayout, page_bytes
@@ -21,6 +21,7 @@ from rootcellar.pools.layouts.narrow_heads import NarrowHeads
 from rootcellar.pools.layouts.narrow_latents import NarrowLatents
 from rootcellar.pools.layouts.padded_latents import PaddedLatents
 from rootcellar.pools.layouts.paired_heads import PairedHeads
+from rootcellar.pools.layouts.routes import PagedRoutes
 from rootcellar.pools.layouts.states import Slots
 
 _FILES: tuple[tuple[Form, ModuleType], ...] = (
@@ -29,6 +30,7 @@ _FILES: tuple[tuple[Form, ModuleType], ...] = (
     ("latents", latents),
     ("latents", narrow_latents),
     ("states", states),
+    ("routes", routes),
 )
 LAYOUTS: Mapping[tuple[Form, str], Callable[[Any, str, int], Layout]] = {
     (form, dtype): file.make for form, file in _FILES for dtype in file.SERVES
@@ -63,6 +65,7 @@ __all__ = [
     "PaddedLatents",
     "PagedHeads",
     "PagedLatents",
+    "PagedRoutes",
     "PairedHeads",
     "Slots",
     "TokenLayout",

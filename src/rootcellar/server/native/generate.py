@@ -14,7 +14,7 @@ from rootcellar.server.answer import EventStream, Result, begin, event_of, on_th
 from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import invalid, json_bytes, json_response
 from rootcellar.server.explaining import explanations, wants_explanation
-from rootcellar.server.fields import IGNORED, IMAGES_REFUSED, REFUSED
+from rootcellar.server.fields import IGNORED, ONLY_GENERATE, REFUSED
 from rootcellar.server.hinting import check as check_hints_of
 from rootcellar.server.hinting import taken
 from rootcellar.server.native.protocol import GenerateRequest
@@ -144,7 +144,7 @@ class TokenizeRequest(Rendering):
     """What to tokenize: a text, several, or the messages of a chat."""
 
     ignored = IGNORED
-    refused = {**REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
+    refused = {**REFUSED, **ONLY_GENERATE}  # noqa: RUF012
 
     model: str | None = None
     prompt: str | list[str] | None = None

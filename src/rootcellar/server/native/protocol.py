@@ -59,6 +59,8 @@ class GenerateRequest(Body):
     bootstrap_host: BootstrapHost = None
     bootstrap_port: BootstrapNumber = None
     bootstrap_room: BootstrapNumber = None
+    return_routed_experts: bool | None = False
+    routed_experts_start_len: Annotated[int, Field(ge=0)] | None = None
     return_prompt_token_ids: bool | None = False
     explain: bool | None = False
     cache_hints: dict[str, Any] | None = None
@@ -81,6 +83,8 @@ class GenerateRequest(Body):
             "bootstrap_host": self.bootstrap_host,
             "bootstrap_port": self.bootstrap_port,
             "bootstrap_room": self.bootstrap_room,
+            "return_routed_experts": bool(self.return_routed_experts),
+            "routed_experts_start_len": self.routed_experts_start_len or 0,
         }
 
     def images(self, prompts: int, *, one: bool) -> list[list[ImageSource]]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from rootcellar.server.errors import invalid
-from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, IMAGES_REFUSED, REFUSED, Refused
+from rootcellar.server.fields import CHAT_IGNORED, CHAT_REFUSED, IGNORED, ONLY_GENERATE, REFUSED, Refused
 from rootcellar.server.native.protocol import BootstrapHost, BootstrapNumber, Priority
 from rootcellar.server.openai.forms import Forms
 from rootcellar.server.openai.parts import content_for_template
@@ -51,7 +51,7 @@ class Sampling(Forms):
     """What the two kinds of completion have in common; beyond OpenAI's own fields, those of SGLang and vLLM."""
 
     ignored = IGNORED
-    refused = {**REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
+    refused = {**REFUSED, **ONLY_GENERATE}  # noqa: RUF012
 
     model: str | None = None
     temperature: FiniteNumber | None = None
@@ -160,7 +160,7 @@ class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
     ignored = {**IGNORED, **CHAT_IGNORED}  # noqa: RUF012
-    refused = {**REFUSED, **CHAT_REFUSED, **IMAGES_REFUSED}  # noqa: RUF012
+    refused = {**REFUSED, **CHAT_REFUSED, **ONLY_GENERATE}  # noqa: RUF012
 
     prompt: Prompt
     max_tokens: int | None = 16
@@ -207,7 +207,7 @@ class Rendering(Body):
 class ChatRequest(Sampling, Rendering):
     """The body of ``POST /v1/chat/completions``."""
 
-    refused = {**REFUSED, **IMAGES_REFUSED, "add_special_tokens": Refused("the chat template writes its own", (False,))}  # noqa: RUF012
+    refused = {**REFUSED, **ONLY_GENERATE, "add_special_tokens": Refused("the chat template writes its own", (False,))}  # noqa: RUF012
 
     messages: Messages
     max_tokens: int | None = None

@@ -7,8 +7,8 @@
                                        ◀──────  source.fetch(number, shapes, timeout)
 
 Neither side writes to the other: what is fetched becomes new arrays, on the device, and what is offered is held until
-it was fetched. JAX waits for ever for a peer that falls silent and for a number that nobody offers, so each wait is a
-thread's of its own, which is left behind when its time is over.
+it was fetched. JAX waits for ever for a peer that falls silent and for a number that nobody offers; what it fetches is
+there some time or never, so it is looked at until its time is over.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from __future__ import annotations
 import functools
 import itertools
 import socket
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import Array
@@ -28,7 +27,8 @@ from jax.experimental import transfer
 from rootcellar.transfer.wires.tcp import WireError
 
 _NUMBERS = itertools.count()
-T = TypeVar("T")
+# Seconds between two looks at what is on its way.
+_SHORTEST, _LONGEST = 0.0002, 0.005
 
 
 class Arrays:
@@ -49,7 +49,7 @@ class Source:
     """The engine's side: another process's arrays. ``broken``: why nothing more comes from there; None: it may."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
-        """Find who listens there. ``WireError``: nobody does, or what does is none of JAX's transfer servers."""
+        """Find who listens there. ``WireError``: nobody does."""
         self.name = f"{host}:{port}"
         self.broken: str | None = None
         try:
@@ -57,7 +57,10 @@ class Source:
                 here, there = probe.getsockname()[0], probe.getpeername()[0]
         except OSError as error:
             raise WireError(f"nobody answers at {self.name}: {error}") from error
-        self._connection = _within(timeout, lambda: _server(here).connect(f"{_bracketed(there)}:{port}"), self.name)
+        try:
+            self._connection = _server(here).connect(f"{_bracketed(there)}:{port}")
+        except jax.errors.JaxRuntimeError as error:
+            raise WireError(f"{self.name} cannot be spoken to: {error}") from error
 
     def fetch(self, number: int, shapes: Sequence[jax.ShapeDtypeStruct], timeout: float) -> list[Array]:
         """What was offered by ``number``: arrays of these shapes and dtypes, where their shardings say.
@@ -68,15 +71,18 @@ class Source:
         if self.broken is not None:
             raise WireError(self.broken)
 
-        def pull() -> list[Array]:
-            arrays: list[Array] = jax.block_until_ready(self._connection.pull(number, list(shapes)))
-            return arrays
-
         try:
-            return _within(timeout, pull, self.name)
-        except WireError as error:
-            self.broken = f"{error}; open the group anew (init_weights_update_group)"
-            raise WireError(self.broken) from error
+            arrays: list[Array] = self._connection.pull(number, list(shapes))
+            _await(arrays, timeout)
+        except TimeoutError:
+            self.broken = f"{self.name} gave nothing within {timeout:g} seconds"
+        except jax.errors.JaxRuntimeError as error:
+            why = str(error).partition("\n")[0]
+            self.broken = f"{self.name} did not give what was asked for: {why}"
+        else:
+            return arrays
+        self.broken += "; open the group anew (init_weights_update_group)"
+        raise WireError(self.broken)
 
 
 @functools.cache
@@ -90,20 +96,14 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _within(timeout: float, function: Callable[[], T], name: str) -> T:
-    """What ``function`` gives; ``WireError`` where it raises, or is not done after ``timeout`` seconds."""
-    done: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(function())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, name="arrays", daemon=True).start()
-    try:
-        return done.result(timeout)
-    except TimeoutError:
-        raise WireError(f"{name} gave nothing within {timeout:g} seconds") from None
-    except Exception as error:
-        raise WireError(f"{name} did not give what was asked for: {str(error).partition(chr(10))[0]}") from error
+def _await(arrays: Sequence[Any], timeout: float) -> None:
+    """Until ``arrays`` are there, or failed; ``TimeoutError`` after so many seconds."""
+    end = time.monotonic() + timeout
+    for array in arrays:
+        pause = _SHORTEST
+        while not array.is_ready():
+            if time.monotonic() > end:
+                raise TimeoutError
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+        array.block_until_ready()  # or what went wrong
