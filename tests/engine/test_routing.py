@@ -26,7 +26,11 @@ OPTIONS = {"enable_return_routed_experts": True, "dtype": "float32", "max_runnin
 PROMPT = np.random.default_rng(3).integers(5, 500, 150).tolist()
 
 
-@pytest.fixture(scope="module", params=["llama4", "qwen3-moe", "deepseek3", "gpt-oss", "qwen3-next"])
+def at_night(*names):
+    return [pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+@pytest.fixture(scope="module", params=["qwen3-moe", "llama4", *at_night("deepseek3", "gpt-oss", "qwen3-next")])
 def folder(request, tmp_path_factory):
     return make_checkpoint(request.param, tmp_path_factory.mktemp("models") / request.param, tokenizer=True)
 
