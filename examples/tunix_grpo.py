@@ -1,19 +1,24 @@
 """GRPO with Tunix, rolled out by an engine: the reward rises, the cache is used, and training has its memory.
 
     pip install 'rootcellar[tunix]' && python examples/tunix_grpo.py
-    make test-trainers                     # the same in an environment of its own, as a test
+    python examples/tunix_grpo.py --rollout both   # Tunix's own sampler first, in its place
+    make test-trainers                             # the same in an environment of its own, as a test
 
 The policy is the embedded demo model, held by Tunix as its own Qwen 2; the reward wants answers of 40 characters. What
 matters is what goes on between the two: a group's answers share the pages of their prompt, all prompts those of the
 system message; the KV cache is given up before the optimiser runs; the new weights are made the engine's on the device.
-First and last it compares the engine's logprobs with those of Tunix's forward.
+First and last it compares the engine's logprobs with those of Tunix's forward. ``--rollout both`` does it twice, once
+for each, and compares them in its last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import logging
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +75,23 @@ def policy(mesh: jax.sharding.Mesh) -> nnx.Module:
     return create_model_from_safe_tensors(str(demo.path()), config, mesh, dtype=jnp.float32)
 
 
-def train(steps: int, rate: float) -> None:
-    """Run ``steps`` steps of GRPO, and print what each gave."""
+def train(steps: int, rate: float, engine: str) -> tuple[list[float], float]:
+    """Run ``steps`` steps of GRPO, and print what each gave.
+
+    ``engine``: "rootcellar", or "vanilla", Tunix's own sampler. Returns the mean rewards, and the tokens that each
+    second of rolling out gave after the first step, in which things compile.
+    """
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": each}] for each in QUESTIONS]
     prompts = [Tokenizer(demo.path()).apply_chat_template(chat) for chat in chats]
     engine_options = {"max_total_tokens": 8192, "max_running_requests": len(prompts) * GROUP, "page_size": 16}
+    ours = functools.partial(RootcellarRollout, model_path="demo", **engine_options)
     cluster = RLCluster(
         actor=policy(mesh),
         tokenizer=Words(),
         cluster_config=ClusterConfig(
             role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
-            rollout_engine=functools.partial(RootcellarRollout, model_path="demo", **engine_options),
+            rollout_engine=ours if engine == "rootcellar" else engine,
             training_config=RLTrainingConfig(
                 actor_optimizer=optax.adam(rate),
                 eval_every_n_steps=steps + 1,
@@ -90,25 +100,41 @@ def train(steps: int, rate: float) -> None:
                 train_micro_batch_size=len(prompts),
             ),
             rollout_config=RolloutConfig(
-                max_tokens_to_generate=LONGEST, max_prompt_length=64, temperature=1.0, return_logprobs=True
+                max_tokens_to_generate=LONGEST,
+                max_prompt_length=64,
+                temperature=1.0,
+                return_logprobs=True,
+                kv_cache_size=256,
             ),
         ),
     )
     rollout = cluster.rollout
-    assert isinstance(rollout, RootcellarRollout)
     curve: list[float] = []
+    speeds: list[float] = []
+    generate = rollout.generate
+
+    def timed(prompts: Any, config: RolloutConfig, **named: Any) -> Any:
+        began = time.perf_counter()
+        # Without a seed Tunix's sampler draws the same numbers in every step, and there is little to learn from.
+        output = generate(prompts, dataclasses.replace(config, seed=len(speeds)), **named)
+        speeds.append(sum(map(len, output.tokens)) / (time.perf_counter() - began))
+        return output
+
+    rollout.generate = timed
 
     def reward(completions: list[str], **_: object) -> list[float]:
         """Answers of 40 characters are best. Called between rollout and training: what is printed is true of both."""
         rewards = [-abs(len(text) - 40) / 40 for text in completions]
         curve.append(float(np.mean(rewards)))
-        stats, status = rollout.engine.stats(), rollout.engine.status()
-        print(
-            f"step {len(curve):2d}: reward {curve[-1]:+.4f}, weights {status['weight_version']}, "
-            f"released {status['released']}, cached {stats['cached_tokens']} of {stats['prompt_tokens']} prompt "
-            f"tokens, {stats['compilations']} compilations",
-            flush=True,
-        )
+        told = ""
+        if isinstance(rollout, RootcellarRollout):
+            stats, status = rollout.engine.stats(), rollout.engine.status()
+            told = (
+                f", weights {status['weight_version']}, released {status['released']}, cached "
+                f"{stats['cached_tokens']} of {stats['prompt_tokens']} prompt tokens, "
+                f"{stats['compilations']} compilations"
+            )
+        print(f"step {len(curve):2d}: reward {curve[-1]:+.4f}{told}", flush=True)
         return rewards
 
     learner = GRPOLearner(
@@ -116,11 +142,28 @@ def train(steps: int, rate: float) -> None:
         reward_fns=reward,
         algo_config=GRPOConfig(num_generations=GROUP, num_iterations=1, beta=0.0),
     )
-    print(f"largest difference of logprobs before the first step: {difference(cluster, prompts):.2e}")
+    ours_alone = isinstance(rollout, RootcellarRollout)
+    if ours_alone:
+        print(f"largest difference of logprobs before the first step: {difference(cluster, prompts):.2e}")
     learner.train([{"prompts": np.array(prompts)}] * steps)
     tenth = max(1, steps // 10)
     print(f"reward of the first steps {np.mean(curve[:tenth]):+.4f}, of the last {np.mean(curve[-tenth:]):+.4f}")
-    print(f"largest difference of logprobs after the last step: {difference(cluster, prompts):.2e}")
+    if ours_alone:
+        print(f"largest difference of logprobs after the last step: {difference(cluster, prompts):.2e}")
+    return curve, float(np.median(speeds[-steps + 1 :]))
+
+
+def compare(steps: int, rate: float) -> None:
+    """The same training with each, from the same weights, and a line that compares them."""
+    found = {engine: train(steps, rate, engine) for engine in ("vanilla", "rootcellar")}
+    (theirs, slow), (ours, fast) = found.values()
+    last = max(1, steps // 5)
+    noise = float(np.std(np.array(theirs[-last:]))) + float(np.std(np.array(ours[-last:])))
+    print(
+        f"reward of the last {last} steps: Tunix's sampler {np.mean(theirs[-last:]):+.4f}, the engine "
+        f"{np.mean(ours[-last:]):+.4f}, deviations together {noise:.4f}; tokens/s {slow:.0f} and {fast:.0f}: "
+        f"{fast / slow:.2f} times"
+    )
 
 
 def difference(cluster: RLCluster, prompts: list[str]) -> float:
@@ -143,6 +186,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--rollout", choices=("rootcellar", "vanilla", "both"), default="rootcellar")
     arguments = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)
-    train(arguments.steps, arguments.learning_rate)
+    if arguments.rollout == "both":
+        compare(arguments.steps, arguments.learning_rate)
+    else:
+        train(arguments.steps, arguments.learning_rate, arguments.rollout)

@@ -53,9 +53,9 @@ def test_they_are_of_the_distribution_after_temperature_and_truncation(processed
     np.testing.assert_allclose(said, expected[np.arange(16), ids], atol=1e-4)
     best = np.array([[value for value, *_ in row] for row in meta["output_top_logprobs"]])
     np.testing.assert_allclose(best, -np.sort(-expected, axis=-1)[:, :3], atol=1e-4)
-    own = np.asarray(jax.nn.log_softmax(scores))[np.arange(len(PROMPT) - 1), PROMPT[1:]]
+    at = np.asarray(jax.nn.log_softmax(scores / (temperature or 1)))[np.arange(len(PROMPT) - 1), PROMPT[1:]]
     prompt = [value for value, *_ in meta["input_token_logprobs"]][1:]
-    np.testing.assert_allclose(prompt, own, atol=1e-4)  # prompts are not drawn
+    np.testing.assert_allclose(prompt, at, atol=1e-4)  # at the temperature, and not truncated: they were not drawn
 
 
 def test_a_warm_up_compiles_all_of_it(processed):

@@ -125,6 +125,7 @@ def score_prompts(
     if all(c.request.score_from is None for c in plan.chunks):
         return
     targets = np.zeros(len(hidden), np.int64)
+    temperatures = np.ones(len(hidden), np.float32)
     spans = []
     for chunk, at in zip(plan.chunks, starts, strict=True):
         request = chunk.request
@@ -134,9 +135,11 @@ def score_prompts(
         stop = min(chunk.stop, request.prompt_length - 1)
         n = max(0, stop - chunk.start)
         targets[at : at + n] = request.ids[chunk.start + 1 : chunk.start + 1 + n]
+        if runner.programs.processed and not request.sampling.greedy:
+            temperatures[at : at + n] = request.sampling.temperature
         spans.append((chunk.start, n, at, kept))
     k = max((kept.options.top for *_, kept in spans), default=0)
-    chosen, values, ids = runner.score(hidden, targets, k)
+    chosen, values, ids = runner.score(hidden, targets, k, temperatures)
     for start, n, at, kept in spans:
         kept.prompt[start + 1 : start + 1 + n] = chosen[at : at + n]
         top = kept.options.top

@@ -6,30 +6,13 @@ checkpoint, inputs last; compiled with what takes them apart again, the turn is 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
 
-Turning = Callable[[Array], list[Array]]
-"""From one of Tunix's arrays to a checkpoint's tensors."""
-
-
-def _same(array: Array) -> list[Array]:
-    return [array]
-
-
-def _linear(inputs: int) -> Turning:
-    """One linear layer whose ``inputs`` first axes are summed over."""
-
-    def turn(array: Array) -> list[Array]:
-        axes, shape = range(array.ndim), array.shape
-        turned = array.transpose(*axes[inputs:], *axes[:inputs])
-        return [turned.reshape(math.prod(shape[inputs:]), math.prod(shape[:inputs]))]
-
-    return turn
+from rootcellar.integrations.trees import Turning, leaves, linear, same
 
 
 def _by_head(array: Array) -> list[Array]:
@@ -44,25 +27,25 @@ def _several(array: Array) -> list[Array]:
 
 _LAYER, _HF = r"layers\.(\d+)\.", r"model.layers.\1."
 _RULES: tuple[tuple[str, tuple[str, ...], Turning], ...] = (
-    (r"embedder\.input_embedding", ("model.embed_tokens.weight",), _same),
-    (r"final_norm\.(?:w|scale)", ("model.norm.weight",), _same),
-    (r"lm_head\.w", ("lm_head.weight",), _linear(1)),
-    (_LAYER + r"attn\.([qkv])_proj\.w", (_HF + r"self_attn.\2_proj.weight",), _linear(1)),
-    (_LAYER + r"attn\.([qkv])_bias", (_HF + r"self_attn.\2_proj.bias",), _same),
-    (_LAYER + r"attn\.([qk])_norm\.w", (_HF + r"self_attn.\2_norm.weight",), _same),
-    (_LAYER + r"attn\.(?:o_proj|attn_vec_einsum)\.w", (_HF + "self_attn.o_proj.weight",), _linear(2)),
-    (_LAYER + r"mlp\.(gate|up|down)_proj\.kernel", (_HF + r"mlp.\2_proj.weight",), _linear(1)),
-    (_LAYER + r"(input|post_attention)_layernorm\.w", (_HF + r"\2_layernorm.weight",), _same),
+    (r"embedder\.input_embedding", ("model.embed_tokens.weight",), same),
+    (r"final_norm\.(?:w|scale)", ("model.norm.weight",), same),
+    (r"lm_head\.w", ("lm_head.weight",), linear(1)),
+    (_LAYER + r"attn\.([qkv])_proj\.w", (_HF + r"self_attn.\2_proj.weight",), linear(1)),
+    (_LAYER + r"attn\.([qkv])_bias", (_HF + r"self_attn.\2_proj.bias",), same),
+    (_LAYER + r"attn\.([qk])_norm\.w", (_HF + r"self_attn.\2_norm.weight",), same),
+    (_LAYER + r"attn\.(?:o_proj|attn_vec_einsum)\.w", (_HF + "self_attn.o_proj.weight",), linear(2)),
+    (_LAYER + r"mlp\.(gate|up|down)_proj\.kernel", (_HF + r"mlp.\2_proj.weight",), linear(1)),
+    (_LAYER + r"(input|post_attention)_layernorm\.w", (_HF + r"\2_layernorm.weight",), same),
     # Gemma 3
     (_LAYER + r"attn\.q_einsum\.w", (_HF + "self_attn.q_proj.weight",), _by_head),
     (_LAYER + r"attn\.kv_einsum\.w", tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "kv"), _several),
     (_LAYER + r"attn\.qkv_einsum\.w", tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "qkv"), _several),
-    (_LAYER + r"attn\._query_norm\.scale", (_HF + "self_attn.q_norm.weight",), _same),
-    (_LAYER + r"attn\._key_norm\.scale", (_HF + "self_attn.k_norm.weight",), _same),
-    (_LAYER + r"pre_attention_norm\.scale", (_HF + "input_layernorm.weight",), _same),
-    (_LAYER + r"post_attention_norm\.scale", (_HF + "post_attention_layernorm.weight",), _same),
-    (_LAYER + r"pre_ffw_norm\.scale", (_HF + "pre_feedforward_layernorm.weight",), _same),
-    (_LAYER + r"post_ffw_norm\.scale", (_HF + "post_feedforward_layernorm.weight",), _same),
+    (_LAYER + r"attn\._query_norm\.scale", (_HF + "self_attn.q_norm.weight",), same),
+    (_LAYER + r"attn\._key_norm\.scale", (_HF + "self_attn.k_norm.weight",), same),
+    (_LAYER + r"pre_attention_norm\.scale", (_HF + "input_layernorm.weight",), same),
+    (_LAYER + r"post_attention_norm\.scale", (_HF + "post_attention_layernorm.weight",), same),
+    (_LAYER + r"pre_ffw_norm\.scale", (_HF + "pre_feedforward_layernorm.weight",), same),
+    (_LAYER + r"post_ffw_norm\.scale", (_HF + "post_feedforward_layernorm.weight",), same),
 )
 
 
@@ -73,7 +56,7 @@ def tensors_of(tree: Mapping[Any, Any]) -> dict[str, Array]:
     engine says that it does not know it.
     """
     tensors: dict[str, Array] = {}
-    for path, array in _leaves(tree):
+    for path, array in leaves(tree):
         for pattern, names, turn in _RULES:
             found = re.fullmatch(pattern, path)
             if found is not None:
@@ -82,11 +65,3 @@ def tensors_of(tree: Mapping[Any, Any]) -> dict[str, Array]:
         else:
             tensors[path] = array
     return tensors
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Array]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

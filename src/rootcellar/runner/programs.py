@@ -100,7 +100,9 @@ class Programs:
 
     @cached_property
     def score(self) -> Any:
-        """Logprobs of given tokens, and the likeliest: params, hidden states [T, E], targets int32 [T]."""
+        """Logprobs of given tokens, and the likeliest: params, hidden states [T, E], targets int32 [T], and what scores
+        are divided by, float32 [T].
+        """  # fmt: skip
         score = functools.partial(_score, self.placement.served, self.likeliest)
         return jax.jit(score, out_shardings=self.placement.read_from)
 
@@ -146,10 +148,12 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
     return jax.jit(step, donate_argnums=1, compiler_options=_IN_LITTLE_MEMORY if placement.writes_out else None)
 
 
-def _score(cfg: ModelConfig, k: int, params: Params, hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
-    def part(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        states, wanted = args
-        scores = logits(params, cfg, states)
+def _score(
+    cfg: ModelConfig, k: int, params: Params, hidden: Array, targets: Array, temperatures: Array
+) -> tuple[Array, Array, Array]:
+    def part(args: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        states, wanted, divisors = args
+        scores = logits(params, cfg, states) / divisors[:, None]  # as tokens are drawn: the same bits
         total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1) - total
         values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
@@ -157,5 +161,6 @@ def _score(cfg: ModelConfig, k: int, params: Params, hidden: Array, targets: Arr
 
     size = min(SCORED_TOKENS, hidden.shape[0])
     parts = hidden.shape[0] // size
-    out = jax.lax.map(part, (hidden.reshape(parts, size, -1), targets.reshape(parts, size)))
+    rows = targets.reshape(parts, size), temperatures.reshape(parts, size)
+    out = jax.lax.map(part, (hidden.reshape(parts, size, -1), *rows))
     return tuple(x.reshape(parts * size, *x.shape[2:]) for x in out)

@@ -73,7 +73,8 @@ def _scoring(programs: Programs, tokens: int) -> int:
     cfg = programs.placement.served
     hidden = jax.ShapeDtypeStruct((tokens, cfg.hidden_size), programs.dtype)
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    return _beside(programs.score.lower(programs.placement.abstract(programs.dtype), hidden, targets))
+    divisors = jax.ShapeDtypeStruct((tokens,), jnp.float32)
+    return _beside(programs.score.lower(programs.placement.abstract(programs.dtype), hidden, targets, divisors))
 
 
 def _beside(lowered: Any) -> int:

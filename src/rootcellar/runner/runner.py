@@ -160,8 +160,12 @@ class Runner:
         top = self.programs.top(scores, settings if self.programs.processed else None) if k else None
         return Unread(*chosen, top, k)
 
-    def score(self, hidden: Array, targets: NDArray[np.integer], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def score(
+        self, hidden: Array, targets: NDArray[np.integer], k: int, temperatures: NDArray[np.float32] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logprobs of ``targets`` [T] under hidden states [T, E], and of the ``k`` likeliest tokens.
+
+        ``temperatures`` [T]: those of the distribution at these temperatures; None: of the model's own.
 
         Returns:
             logprobs float32 [T], NaN for targets that are not in the vocabulary; values float32 [T, k] and ids
@@ -169,7 +173,8 @@ class Runner:
         """
         known = (targets >= 0) & (targets < self._vocab)
         wanted = np.where(known, targets, 0).astype(np.int32)
-        chosen, values, ids = jax.device_get(self.programs.score(self.params, hidden, wanted))
+        divisors = np.ones(len(wanted), np.float32) if temperatures is None else temperatures
+        chosen, values, ids = jax.device_get(self.programs.score(self.params, hidden, wanted, divisors))
         return np.where(known, chosen, np.float32("nan")), values[:, :k], ids[:, :k]
 
     def each_program(self) -> list[Program]:
