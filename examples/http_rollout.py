@@ -4,12 +4,14 @@
     python examples/http_rollout.py http://127.0.0.1:30000
 
 The requests are SGLang's, so a trainer that speaks to SGLang needs nothing else; this script needs only Python, and for
-the trainer's part safetensors. Both read the same disk: the trainer writes a checkpoint, the server reads it.
+the trainer's part safetensors. Both read the same disk: the trainer writes a checkpoint, the server reads it. With
+``--wire`` they need not: the weights are sent.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import shutil
 import tempfile
@@ -19,11 +21,12 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 - so that numpy knows bfloat16
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 SYSTEM = "You are the manual of rootcellar, an LLM inference engine. Answer in one or two short sentences."
 QUESTIONS = ["What is a KV cache?", "What does page_size do?"]
 GROUP = 4  # answers to each question
+PART = 4 << 20  # bytes of tensors in a body
 
 
 def post(url: str, path: str, **body: Any) -> Any:
@@ -60,11 +63,28 @@ def train(folder: Path, into: Path, seed: int) -> None:
     save_file(shaken, into / "model.safetensors", metadata={"format": "pt"})
 
 
+def send(url: str, folder: Path, version: str) -> dict[str, Any]:
+    """Push weights without a file: safetensors, in several bodies; the last one's answer. Used when all are there."""
+    parts: list[dict[str, Any]] = [{}]
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if sum(each.nbytes for each in parts[-1].values()) + tensor.nbytes > PART:
+            parts.append({})
+        parts[-1][name] = tensor
+    for part in parts:
+        text = base64.b64encode(save(part)).decode()
+        body = {"serialized_named_tensors": [text], "load_format": "safetensors", "weight_version": version}
+        updated: dict[str, Any] = post(url, "/update_weights_from_tensor", flush_cache=False, **body)
+    assert not updated["missing"]
+    return updated
+
+
 def main() -> None:
     """Two steps of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("url")
-    url = parser.parse_args().url.rstrip("/")
+    parser.add_argument("--wire", action="store_true", help="send the weights instead of naming a folder")
+    arguments = parser.parse_args()
+    url = arguments.url.rstrip("/")
     folder = Path(get(url, "/get_model_info")["model_path"])
     if str(folder) == "demo":
         from rootcellar import demo
@@ -90,9 +110,11 @@ def main() -> None:
             print(f"  released {freed['bytes'] / 1e6:.1f} MB; training ...")
             train(folder, trained := Path(room) / f"step-{step}", step)
             post(url, "/resume_memory_occupation", tags=["weights"])
-            updated = post(
-                url, "/update_weights_from_disk", model_path=str(trained), weight_version=f"step-{step}"
-            )  # and nothing that other weights computed is a hit again
+            version = f"step-{step}"  # and nothing that other weights computed is a hit again
+            if arguments.wire:
+                updated = send(url, trained, version)
+            else:
+                updated = post(url, "/update_weights_from_disk", model_path=str(trained), weight_version=version)
             post(url, "/resume_memory_occupation", tags=["kv_cache"])
             post(url, "/continue_generation")
             print(f"  weights are now {updated['weight_version']!r}")

@@ -33,13 +33,14 @@ def test_rl_rollout():
 
 def test_http_rollout():
     with Server("--model-path", "demo", "--logprobs-mode", "processed_logprobs") as server:
-        done = subprocess.run(
-            [sys.executable, ROOT / "examples" / "http_rollout.py", server.url],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+        command = [sys.executable, ROOT / "examples" / "http_rollout.py", server.url]
+        named, sent = (
+            subprocess.run([*command, *words], capture_output=True, text=True, timeout=120, check=False)
+            for words in ([], ["--wire"])
         )
+    assert sent.returncode == 0, sent.stderr[-2000:]
+    assert sent.stdout.count("weights are now 'step-") == 2
+    done = named
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = done.stdout.split("step ")[1:3]
     assert "by weights {'0'}" in first

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402  (what may not be there is imported last)
 
+import json
 import re
 import subprocess
 import sys
@@ -187,10 +188,13 @@ def test_adapters_are_refused(tmp_path):
 
 
 def test_grpo_makes_the_reward_rise_with_the_radix_cache_on():
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "tunix_grpo.py"], capture_output=True, text=True, timeout=280, check=False
-    )
+    command = [sys.executable, ROOT / "examples" / "tunix_grpo.py", "--rollout", "both"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    line = done.stdout.splitlines()[-1]
+    print(line)
+    theirs, ours, noise = map(float, re.findall(r"[-+]?\d+\.\d{4}", line))
+    assert abs(theirs - ours) < 3 * noise + 0.15  # of two runs of one training, each with draws of its own
     pattern = r"step +(\d+): reward ([-+][\d.]+), weights (\d+), released \['kv_cache'\], cached (\d+) of (\d+)"
     steps = re.findall(pattern, done.stdout)
     assert len(steps) >= 20
@@ -203,3 +207,19 @@ def test_grpo_makes_the_reward_rise_with_the_radix_cache_on():
     before, after = map(float, found)
     assert max(before, after) < 5e-5  # of tokens that are far from likely, too
     assert before > 0  # two programs, which do not round alike
+
+
+def test_ten_thousand_tokens_have_our_forwards_bits_and_tunixs_logprobs():
+    command = [sys.executable, ROOT / "benchmarks" / "rollout_logprobs.py", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    fixed = [row for row in rows if row["deterministic"]]
+    assert {row["temperature"] for row in fixed} == {0.6, 1.0}
+    for row in fixed:
+        assert row["tokens"] >= 10_000
+        assert row["ours"] == 0
+        assert 0 < row["Tunix"] <= 1e-5
+    # By default we round otherwise than Tunix, and no worse.
+    assert all(row["float64"] <= row["Tunix beside float64"] for row in rows if not row["deterministic"])
