@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from checkpoints import make_checkpoint
-from rootcellar.errors import ModelError
 from rootcellar.integrations.maxtext_trees import llama_tensors_of, qwen3_tensors_of
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params, tensors_from_params
@@ -88,9 +87,7 @@ def test_a_trained_tree_becomes_the_checkpoints_tensors_and_our_params(family, s
         np.testing.assert_allclose(leaf, other, rtol=1e-6)
 
 
-def test_what_is_not_known_keeps_its_name(tmp_path):
-    cfg = load_config(make_checkpoint("qwen3", tmp_path / "qwen3"))
+def test_what_is_not_known_keeps_its_name():
+    """So that the engine, which refuses what the model has not, names it."""
     found = qwen3_tensors_of({"params": {"decoder": {"layers": {"mlp": {"wi": jnp.zeros((2, 2))}}}}})
     assert list(found) == ["params.decoder.layers.mlp.wi"]
-    with pytest.raises(ModelError, match=r"unknown params.decoder.layers.mlp.wi"):
-        params_of_tensors(cfg, found, jnp.float32)
