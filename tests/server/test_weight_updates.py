@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from idle import check_idle
 
 import rootcellar
 from rootcellar import demo
@@ -21,7 +20,7 @@ from rootcellar.integrations.pushing import WeightPusher
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params, tensors_from_params
 from rootcellar.transfer.wires.arrays import Arrays
-from serving import on_thread
+from serving import idle, on_thread
 
 ROOT = Path(__file__).parents[2]
 ASK = {"text": "What is a KV cache?", "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}}
@@ -36,7 +35,7 @@ def client():
     ):
         client.engine = engine
         yield client
-        check_idle(engine)
+        idle(engine)
 
 
 @pytest.fixture(scope="module")
