@@ -18,7 +18,7 @@ from rootcellar.engine.build import Parts, build
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.closing import close_at_the_end
 from rootcellar.engine.commands import Abort, AbortAll, Continue, Flush, Pause, Release, Resume
-from rootcellar.engine.incoming import Incoming
+from rootcellar.engine.incoming import IncomingWeights
 from rootcellar.engine.intake import Intake
 from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
@@ -106,7 +106,7 @@ class Engine(TakesWeights):
         self.rooms = Rooms(self._loop)
         self.programs = WarmUp(self._loop, self._parts.compiles)
         self._intake = Intake(self._parts, clock)
-        self._incoming = Incoming(wanted_tensors(self._parts.model))
+        self._incoming = IncomingWeights(wanted_tensors(self._parts.model))
         try:
             self.storage = StorageBackend(self._loop, self._parts)
         except BaseException:

@@ -14,12 +14,12 @@ from jax.sharding import SingleDeviceSharding
 
 from rootcellar.errors import EngineError, ModelError, RequestError
 from rootcellar.models.repacking import check_tensors
-from rootcellar.transfer.wires.arrays import Source
+from rootcellar.transfer.wires.arrays import ArraySource
 from rootcellar.transfer.wires.tcp import WireError
 
 
 @dataclass
-class Incoming:
+class IncomingWeights:
     """What has come of the next version, and from whom more may be fetched.
 
     A trainer sends a checkpoint's tensors in as many calls as it likes (SGLang's *buckets*). Whatever ends its version
@@ -34,14 +34,14 @@ class Incoming:
     lock: threading.Lock = field(default_factory=threading.Lock)
     _version: str | None = None
     _found: dict[str, Array] = field(default_factory=dict)
-    _groups: dict[str, Source] = field(default_factory=dict)
+    _groups: dict[str, ArraySource] = field(default_factory=dict)
 
     def open(self, group: str, host: str, port: int, timeout: float) -> None:
         """See ``Engine.init_weights_update_group``."""
         if group in self._groups:
             raise RequestError(f"there is a group {group!r} already: destroy_weights_update_group first")
         try:
-            self._groups[group] = Source(host, port, timeout)
+            self._groups[group] = ArraySource(host, port, timeout)
         except WireError as error:
             raise EngineError(str(error)) from error
         self._found = {}

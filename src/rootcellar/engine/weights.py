@@ -9,7 +9,7 @@ from typing import Any
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import Parts, Weights, folder_of, live_weights, load_weights
 from rootcellar.engine.commands import UpdateWeights
-from rootcellar.engine.incoming import Incoming
+from rootcellar.engine.incoming import IncomingWeights
 from rootcellar.engine.loop import Loop
 from rootcellar.errors import EngineError
 from rootcellar.models.params import Params
@@ -26,7 +26,7 @@ class TakesWeights:
     config: EngineConfig
     _parts: Parts
     _loop: Loop
-    _incoming: Incoming
+    _incoming: IncomingWeights
 
     def update_weights(
         self,

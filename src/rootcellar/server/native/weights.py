@@ -25,8 +25,8 @@ from rootcellar.server.state import state_of
 
 router = APIRouter(route_class=AdminRoute, tags=["Control"])
 
-Wait = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
-Group = Annotated[str, Field(max_length=256)]
+UpTo = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+NameOfGroup = Annotated[str, Field(max_length=256)]
 
 
 class _Update(ControlBody):
@@ -79,9 +79,9 @@ class GroupRequest(_Wire):
 
     master_address: str
     master_port: Annotated[int, Field(ge=1, le=65535)]
-    group_name: Group = "weight_update_group"
+    group_name: NameOfGroup = "weight_update_group"
     backend: str = "nccl"
-    timeout: Wait = 30.0
+    timeout: UpTo = 30.0
 
 
 @router.post("/init_weights_update_group")
@@ -105,7 +105,7 @@ async def init_weights_update_group(body: GroupRequest, request: Request) -> Res
 class GroupName(_Wire):
     """Which group."""
 
-    group_name: Group = "weight_update_group"
+    group_name: NameOfGroup = "weight_update_group"
 
 
 @router.post("/destroy_weights_update_group")
@@ -124,9 +124,9 @@ class DistributedRequest(_Update):
     dtypes: list[str]
     shapes: list[list[int]]
     number: Annotated[int, Field(ge=0, lt=2**63)]
-    group_name: Group = "weight_update_group"
+    group_name: NameOfGroup = "weight_update_group"
     load_format: None = None
-    timeout: Wait = 60.0
+    timeout: UpTo = 60.0
 
 
 @router.post("/update_weights_from_distributed")

@@ -3,7 +3,7 @@
     a trainer                                   an engine
     arrays = Arrays("127.0.0.1")
     number = arrays.offer([...])
-    (says host, port, number, shapes)  ──────▶  source = Source(host, port, timeout)
+    (says host, port, number, shapes)  ──────▶  source = ArraySource(host, port, timeout)
                                        ◀──────  source.fetch(number, shapes, timeout)
 
 Neither side writes to the other: what is fetched becomes new arrays, on the device, and what is offered is held until
@@ -45,7 +45,7 @@ class Arrays:
         return number
 
 
-class Source:
+class ArraySource:
     """The engine's side: another process's arrays. ``broken``: why nothing more comes from there; None: it may."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
