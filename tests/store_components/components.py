@@ -53,8 +53,15 @@ class Sidecars:
 
 
 FORKING = """
-import os, signal, sys
+import os, signal, socket, sys
 from importlib.metadata import entry_points
+
+class Again(socket.socket):
+    def bind(self, address):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)
+
+socket.socket = Again
 (program,) = entry_points(group="console_scripts", name=sys.argv[1])
 sys.argv = sys.argv[1:]
 main = program.load()
@@ -69,7 +76,8 @@ for _ in sys.stdin:
     main()
     os._exit(0)
 """
-"""A program's command, which has imported all it needs, and begins when it is told: for one that imports torch."""
+"""A program's command, which has imported all it needs, and begins when it is told: for one that imports torch. It has
+its port at once, which the system keeps for a minute after one that was killed, unless it is asked for so."""
 
 
 class Forked:
