@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import GOLDEN, make_checkpoint, make_config, picture
+from checkpoints import GOLDEN, PROCESSORS, make_checkpoint, make_config, picture
 
 GAP = 1e-3  # in log-probability
 NEW_TOKENS = 64
@@ -68,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"mamba_n_groups": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
     ),
     "qwen3-next": ("qwen3-next", {}),
+    "qwen3-5": ("qwen3-5", {}),
     "qwen2-moe": ("qwen2-moe", {}),
     "qwen3-moe": ("qwen3-moe", {}),
     "phi3": (
@@ -120,7 +122,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-PICTURES: dict[str, tuple[str, dict[str, Any]]] = {"qwen2-5-vl": ("qwen2-5-vl", {})}
+PICTURES: dict[str, tuple[str, dict[str, Any]]] = {"qwen2-5-vl": ("qwen2-5-vl", {}), "qwen3-5": ("qwen3-5", {})}
 """Those that are asked about pictures, too; their answers go to tests/golden/pictures."""
 
 
@@ -210,11 +212,13 @@ def ask_about_pictures(family: str, overrides: dict[str, Any], seed: int) -> dic
     return answers
 
 
-def see_qwen(prompt: list[int], token: int, pictures: list[np.ndarray]) -> tuple[dict[str, Any], list[int]]:
-    """What Qwen2.5-VL is given of a prompt beside its ids, and those as it wants them."""
+def see_qwen(
+    prompt: list[int], token: int, pictures: list[np.ndarray], **settings: Any
+) -> tuple[dict[str, Any], list[int]]:
+    """What a model of Qwen's is given of a prompt beside its ids, and those as it wants them."""
     if not pictures:
         return {}, prompt
-    processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil()
+    processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(**settings)
     seen = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
     counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
     ids = [each for t in prompt for each in ([t] * next(counts) if t == token else [t])]
@@ -222,7 +226,7 @@ def see_qwen(prompt: list[int], token: int, pictures: list[np.ndarray]) -> tuple
     return {**seen, "mm_token_type_ids": kinds}, ids
 
 
-SEEING = {"qwen2-5-vl": see_qwen}
+SEEING = {"qwen2-5-vl": see_qwen, "qwen3-5": partial(see_qwen, **PROCESSORS["qwen3_5"])}
 
 
 def make_prompts(vocab_size: int, seed: int) -> list[list[int]]:

@@ -269,6 +269,30 @@ def qwen3_next(config: Config, layer: int) -> Shapes:
     return shapes | weights(linear)
 
 
+def qwen3_5(config: Config, layer: int) -> Shapes:
+    """Qwen3.5 (text)."""
+    embed, dim = config["hidden_size"], config["head_dim"]
+    shapes = norm(embed, "input_layernorm", "post_attention_layernorm")
+    if layer % config["full_attention_interval"] == config["full_attention_interval"] - 1:
+        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        linear: Shapes = {f"self_attn.{x}_proj": (n, embed) for x, n in (("q", 2 * queries), ("k", keys), ("v", keys))}
+        linear["self_attn.o_proj"] = (embed, queries)
+        shapes |= norm(dim, "self_attn.q_norm", "self_attn.k_norm")
+    else:
+        heads, width = config["linear_num_value_heads"], config["linear_value_head_dim"]
+        keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], heads * width
+        linear = {
+            "linear_attn.in_proj_qkv": (2 * keys + values, embed),
+            "linear_attn.in_proj_z": (values, embed),
+            "linear_attn.in_proj_b": (heads, embed),
+            "linear_attn.in_proj_a": (heads, embed),
+            "linear_attn.out_proj": (embed, values),
+        }
+        shapes |= {f"linear_attn.{name}": (heads,) for name in ("A_log", "dt_bias")} | norm(width, "linear_attn.norm")
+        shapes["linear_attn.conv1d.weight"] = (2 * keys + values, 1, config["linear_conv_kernel_dim"])
+    return shapes | weights(linear) | weights(gated("mlp", embed, config["intermediate_size"]))
+
+
 def gated(prefix: str, embed: int, inner: int) -> Shapes:
     """A gated feed-forward's linear layers."""
     return {
@@ -312,6 +336,31 @@ def qwen2_5_vision(config: Config) -> Shapes:
     }
 
 
+def qwen3_5_vision(config: Config) -> Shapes:
+    """The encoder of Qwen3.5, by whole names."""
+    vision = config["vision_config"]
+    hidden, inner, side = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    wide = hidden * vision["spatial_merge_size"] ** 2
+    linear: Shapes = {"merger.linear_fc1": (wide, wide), "merger.linear_fc2": (config["hidden_size"], wide)}
+    for i in range(vision["depth"]):
+        linear |= {
+            f"blocks.{i}.attn.qkv": (3 * hidden, hidden),
+            f"blocks.{i}.attn.proj": (hidden, hidden),
+            f"blocks.{i}.mlp.linear_fc1": (inner, hidden),
+            f"blocks.{i}.mlp.linear_fc2": (hidden, inner),
+        }
+    norms = ["merger.norm", *(f"blocks.{i}.norm{n}" for i in range(vision["depth"]) for n in (1, 2))]
+    shapes = {
+        **weights(linear),
+        **{f"{name}.bias": shape[:1] for name, shape in linear.items()},
+        **norm(hidden, *norms),
+        **{f"{name}.bias": (hidden,) for name in (*norms, "patch_embed.proj")},
+        "patch_embed.proj.weight": (hidden, 3, vision["temporal_patch_size"], side, side),
+        "pos_embed.weight": (vision["num_position_embeddings"], hidden),
+    }
+    return {f"model.visual.{name}": shape for name, shape in shapes.items()}
+
+
 LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen2": llama,
     "qwen2_5_vl": llama,
@@ -333,9 +382,10 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "llama4_text": llama4,
     "bamba": bamba,
     "qwen3_next": qwen3_next,
+    "qwen3_5": qwen3_5,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
 }
 
-ENCODERS: dict[str, Callable[[Config], Shapes]] = {"qwen2_5_vl": qwen2_5_vision}
+ENCODERS: dict[str, Callable[[Config], Shapes]] = {"qwen2_5_vl": qwen2_5_vision, "qwen3_5": qwen3_5_vision}
 """Tensors of the encoders of pictures, by whole names."""

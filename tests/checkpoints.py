@@ -212,6 +212,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [1],
     },
+    "qwen3-5": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        **NARROW,
+        "head_dim": 64,
+        "num_hidden_layers": 4,
+        "rope_theta": ...,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+        "full_attention_interval": 4,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "image_token_id": 500,
+        "video_token_id": 503,
+        "vision_start_token_id": 501,
+        "vision_end_token_id": 502,
+        "vision_config": {
+            "model_type": "qwen3_5_vision",
+            "depth": 2,
+            "hidden_size": 64,
+            "out_hidden_size": 128,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 36,
+        },
+    },
     "qwen2-moe": {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
@@ -321,7 +360,9 @@ def make_checkpoint(
     if tokenizer:
         config["eos_token_id"] = write_byte_level(folder, config["vocab_size"])
     config["torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(nested(config), indent=1))
+    if (processor := PROCESSORS.get(config["model_type"])) is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     tensors = {name: array.astype(kind) for name, array in make_tensors(config, seed).items()}
     if shards == 1:
@@ -343,22 +384,43 @@ def make_config(family: str, **overrides: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not ...}
 
 
+def nested(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as its family writes it: where that is known in one form alone, what is of the text lies apart."""
+    if config["model_type"] not in PREFIXES:
+        return config
+    outside = {n: v for n, v in config.items() if n in ("architectures", "model_type", "torch_dtype") or "_token_id" in n}
+    text = {n: v for n, v in config.items() if n not in outside and n != "vision_config"}
+    outside |= {n: v for n, v in config.items() if n in ("vision_config", "tie_word_embeddings")}
+    return {**outside, "text_config": {"model_type": f"{config['model_type']}_text", **text}}
+
+
+PREFIXES = {"qwen3_5": "model.language_model."}
+"""What stands before a language model's tensors inside a multimodal one."""
+PROCESSORS = {
+    "qwen3_5": {
+        "size": {"shortest_edge": 64 * 64, "longest_edge": 160 * 160},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "patch_size": 16,
+    }
+}
+"""``preprocessor_config.json``, where the defaults are no good for small pictures."""
 LAST_NORMS = {"bamba": "model.final_layernorm.weight"}
 """Of the architectures that do not call it ``model.norm``."""
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint."""
-    embed = config["hidden_size"]
+    embed, prefix = config["hidden_size"], PREFIXES.get(config["model_type"], "model.")
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], embed),
-        LAST_NORMS.get(config["model_type"], "model.norm.weight"): (embed,),
+        f"{prefix}embed_tokens.weight": (config["vocab_size"], embed),
+        LAST_NORMS.get(config["model_type"], f"{prefix}norm.weight"): (embed,),
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], embed)
     for layer in range(config["num_hidden_layers"]):
         here = LAYERS[config["model_type"]](config, layer)
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in here.items()}
+        shapes |= {f"{prefix}layers.{layer}.{name}": shape for name, shape in here.items()}
     if (encoder := ENCODERS.get(config["model_type"])) is not None:
         shapes |= encoder(config)
     return shapes

@@ -1,4 +1,4 @@
-"""Spans are atomic: whatever shares, pages, tiles and snapshots say, no chunk ends inside one, and all are computed."""
+"""Whatever shares, pages, tiles and snapshots say, no chunk ends inside an atomic span, and all are computed."""
 
 import random
 from functools import partial
@@ -17,16 +17,19 @@ NOTHING = np.zeros((1, 1, 3), np.uint8)
 
 def request(name, length, spans, tenant):
     made = Request.new(name, np.arange(length), SamplingParams(max_new_tokens=1), tenant=tenant)
-    made.spans = tuple(Span(start, stop, bytes([start]), NOTHING, 0) for start, stop in spans)
+    made.spans = tuple(Span(start, stop, start.to_bytes(2), NOTHING, 0, atomic) for start, stop, atomic in spans)
     return made
 
 
 def draw(rng, i, longest):
-    """A request with up to three spans of up to ``longest`` tokens; they may touch, begin it or end it."""
+    """A request with up to three spans of up to ``longest`` tokens, or, where they may be cut, of more; they may touch,
+    begin it or end it.
+    """
     at, spans = rng.randrange(8), []
     for _ in range(rng.randrange(4)):
-        stop = at + rng.randint(1, longest)
-        spans.append((at, stop))
+        atomic = rng.random() < 0.7
+        stop = at + rng.randint(1, longest if atomic else 3 * longest)
+        spans.append((at, stop, atomic))
         at = stop + rng.choice([0, 1, 5, 30])
     return request(f"r{i}", max(at, 1) + rng.choice([0, 1, 40]), spans, f"tenant {rng.randrange(3)}")
 
@@ -36,7 +39,7 @@ def is_there(late, _, span):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_span_is_computed_whole_in_the_end(seed):
+def test_every_span_is_computed_in_the_end_and_atomic_ones_in_one_chunk(seed):
     rng = random.Random(seed)
     for _ in range(150):
         chunk, page = rng.choice([16, 48, 64]), rng.choice([1, 4, 16])
@@ -54,7 +57,7 @@ def test_every_span_is_computed_whole_in_the_end(seed):
             for each, n in counts.items():
                 start, stop = each.computed, each.computed + n
                 assert 0 < n <= each.remaining
-                assert outside(each.spans, stop) == stop, f"seed {seed}: a span is cut"
+                assert outside(each.spans, stop) == stop, f"seed {seed}: an atomic span is cut"
                 assert not any(span in late for span in each.spans if start < span.stop and span.start < stop)
                 each.computed = stop
             if late and rng.random() < 0.3:

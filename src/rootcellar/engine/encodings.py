@@ -82,18 +82,19 @@ class Encodings:
         return _content(request, span) in self._kept
 
     def given(self, request: Request, start: int, stop: int) -> Vectors | None:
-        """The vectors of the spans in tokens [start, stop) of a request, which are there; None where there are none."""
-        spans = [span for span in request.spans if start <= span.start and span.stop <= stop]
-        if not spans:
-            return None
-        self.stats.computed += len(spans)
+        """The vectors of spans in tokens [start, stop) of a request, which are there; None where there are none."""
+        at: list[NDArray[np.int64]] = []
         rows: list[NDArray[np.floating]] = []
-        for span in spans:
+        for span in request.spans:
+            first, last = max(start, span.start), min(stop, span.stop)
+            if first >= last:
+                continue
+            self.stats.computed += last == span.stop
             content = _content(request, span)
             self._kept.move_to_end(content)
-            rows.append(np.asarray(self._kept[content])[: span.stop - span.start])
-        at = np.concatenate([np.arange(span.start, span.stop) for span in spans]) - start
-        return Vectors(at, np.concatenate(rows))
+            rows.append(np.asarray(self._kept[content])[first - span.start : last - span.start])
+            at.append(np.arange(first, last) - start)
+        return Vectors(np.concatenate(at), np.concatenate(rows)) if at else None
 
     def turn(self, end: Callable[[Request, Finish], None]) -> bool:
         """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.

@@ -299,7 +299,7 @@ class Tracker:
         if spans := request.spans:
             there = request.cached or 0
             meta["image_tokens"] = sum(span.stop - span.start for span in spans)
-            meta["cached_image_tokens"] = sum(span.stop - span.start for span in spans if span.stop <= there)
+            meta["cached_image_tokens"] = sum(max(0, min(span.stop, there) - span.start) for span in spans)
         if request.guessed.steps:
             meta |= _guess_fields(request.guessed, n)
         if self._kept and versions:

@@ -77,7 +77,7 @@ def see(parts: Parts, ids: NDArray[np.int64], images: Sequence[PictureSource], w
         content = _content(encoder, picture)
         out += [ids[before:start], placeholder_ids(content, size)]
         length += start - before
-        spans.append(Span(length, length + size, content, pixels, encoder.token))
+        spans.append(Span(length, length + size, content, pixels, encoder.token, encoder.atomic))
         length += size
         before = start + (1 if given else size)
     whole = np.concatenate([*out, ids[before:]])
@@ -91,7 +91,7 @@ def _content(encoder: Encoder, picture: Picture) -> bytes:
 
 def _check_size(parts: Parts, encoder: Encoder, pixels: NDArray[np.uint8], size: int, name: str) -> None:
     step = parts.config.chunked_prefill_size
-    if size > step:
+    if encoder.atomic and size > step:
         raise RequestTooLarge(
             f"{name} takes {size} tokens, which are computed in one step, and chunked_prefill_size={step}: raise it to "
             f"{size}, or send a smaller image"

@@ -30,7 +30,7 @@ def same(packed: NDArray[Any]) -> Views:
 
 def transposed(packed: NDArray[Any]) -> Views:
     """One linear layer ``[in, out]``."""
-    return [_linear(packed, 1)]
+    return [linear(packed, 1)]
 
 
 def depthwise(packed: NDArray[Any]) -> Views:
@@ -40,12 +40,12 @@ def depthwise(packed: NDArray[Any]) -> Views:
 
 def qkv(packed: NDArray[Any]) -> Views:
     """Queries, keys and values ``[in, K, G + 2, D]``: three linear layers."""
-    return [_linear(part, 1) for part in _by_group(packed)]
+    return [linear(part, 1) for part in _by_group(packed)]
 
 
 def qkv_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``qkv``: ``[K, G + 2, D]``."""
-    return [_linear(part, 0) for part in _by_group(packed)]
+    return [linear(part, 0) for part in _by_group(packed)]
 
 
 def flat(packed: NDArray[Any]) -> Views:
@@ -55,17 +55,17 @@ def flat(packed: NDArray[Any]) -> Views:
 
 def heads_in(packed: NDArray[Any]) -> Views:
     """One linear layer whose inputs are heads: ``[H, D, out]``."""
-    return [_linear(packed, 2)]
+    return [linear(packed, 2)]
 
 
 def gate_up(packed: NDArray[Any]) -> Views:
     """Gate and up ``[in, 2, I]``: two linear layers."""
-    return [_linear(packed[:, i], 1) for i in range(2)]
+    return [linear(packed[:, i], 1) for i in range(2)]
 
 
 def gate_up_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``gate_up``: ``[2, I]``."""
-    return [_linear(packed[i], 0) for i in range(2)]
+    return [linear(packed[i], 0) for i in range(2)]
 
 
 def outputs_first(packed: NDArray[Any]) -> Views:
@@ -78,7 +78,7 @@ def outputs_first(packed: NDArray[Any]) -> Views:
 
 def each_gate_up(packed: NDArray[Any]) -> Views:
     """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
-    return [_linear(part, 1) for expert in packed for part in expert]
+    return [linear(part, 1) for expert in packed for part in expert]
 
 
 def each_transposed(packed: NDArray[Any]) -> Views:
@@ -122,7 +122,7 @@ def _by_group(packed: NDArray[Any]) -> list[NDArray[Any]]:
     return [packed[..., :-2, :], packed[..., -2, :], packed[..., -1, :]]
 
 
-def _linear(part: NDArray[Any], inputs: int) -> tuple[NDArray[Any], tuple[int, ...]]:
+def linear(part: NDArray[Any], inputs: int) -> tuple[NDArray[Any], tuple[int, ...]]:
     """A linear layer's view and shape: outputs first, inputs (the ``inputs`` leading axes here) last."""
     view = part.transpose(*range(inputs, part.ndim), *range(inputs))
     outputs = prod(part.shape[inputs:])

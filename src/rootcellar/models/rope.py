@@ -49,6 +49,16 @@ class RopeConfig:
     sections: tuple[int, ...] = ()
     """Pairs that turn by a token's place in time, in height and in width, in this order (Qwen2-VL's "mrope"); none: all
     turn by its position."""
+    alternate: bool = False
+    """The ``sections`` take turns from pair to pair, and time has what is left (Qwen3-VL)."""
+
+    @property
+    def axes(self) -> npt.NDArray[np.int64]:
+        """By which of three axes each pair turns: int64 [pairs]."""
+        if not self.alternate:
+            return np.repeat(np.arange(len(self.sections)), self.sections)
+        pair = np.arange(sum(self.sections))
+        return np.where(pair < 3 * np.array(self.sections)[pair % 3], pair % 3, 0)
 
 
 def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
@@ -62,12 +72,13 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     rule = fields.get("rope_type") or fields.get("type") or "default"
     rule = "longrope" if rule == "su" else rule  # as Phi 3 called it at first
     sections = tuple(fields.get("mrope_section") or ())
+    alternate = bool(fields.get("mrope_interleaved"))
     rule = "default" if rule == "mrope" else rule  # as it was called before transformers 5
     if rule not in ROPE_TYPES:
         raise ModelError(f"rope scaling {rule!r} is not supported; known: {', '.join(ROPE_TYPES)}")
     part = float(fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0)
     if rule == "default":
-        return RopeConfig(theta=theta, part=part, sections=sections)
+        return RopeConfig(theta=theta, part=part, sections=sections, alternate=alternate)
     if sections:
         raise ModelError(f"mrope_section={list(sections)} with rope scaling {rule!r} is not supported")
     if rule == "longrope":
@@ -179,7 +190,7 @@ def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> np
 def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 ``[T, head_dim / 2]``, of int32 positions ``[T]``, or ``[axes, T]`` (``sections``)."""
     at = positions.astype(jnp.float32)
-    at = at[np.repeat(np.arange(len(rope.sections)), rope.sections)].T if at.ndim == 2 else at[:, None]
+    at = at[rope.axes].T if at.ndim == 2 else at[:, None]
     if rope.type == "dynamic":
         frequencies = _dynamic(rope, head_dim, at)
     else:

@@ -184,6 +184,7 @@ _ROPE: Mapping[str, Field] = {
     "mscale": Number(0, 1e6),
     "mscale_all_dim": Number(0, 1e6),
     "mrope_section": Several(Whole(0, 1024), 3),
+    "mrope_interleaved": Flag(),
 }
 _ROPES = Object(_ROPE, nested=("full_attention", "sliding_attention"))
 
@@ -198,6 +199,8 @@ _VISION: Mapping[str, Field] = {
     "patch_size": Whole(1, 256),
     "spatial_merge_size": Whole(1, 16),
     "temporal_patch_size": Whole(1, 16),
+    "num_position_embeddings": _SIZE,
+    "deepstack_visual_indexes": _LAYERS,
     "window_size": Whole(1, 4096),
     "fullatt_block_indexes": _LAYERS,
     "hidden_act": Word(),

@@ -51,7 +51,7 @@ class Cutter:
 
     def _end_well(self, request: Request, n: int) -> int:
         """Of a chunk of up to ``n`` tokens, as many as end on a page, so that all of it is shared, or at a snapshot;
-        and inside of no span, whatever that costs.
+        and inside of no atomic span, whatever that costs.
         """
         most = request.computed + n
         if self.page_size < n < request.remaining:
@@ -71,21 +71,24 @@ def next_span(request: Request) -> Span | None:
 def blind(request: Request, seen: HasVectors) -> bool:
     """Whether the next token of ``request`` is of a span whose vectors are not there."""
     span = next_span(request) if request.spans else None
-    return span is not None and span.start == request.computed and not seen(request, span)
+    return span is not None and span.start <= request.computed and not seen(request, span)
 
 
 def whole(request: Request, stop: int, seen: HasVectors) -> int:
-    """Where a chunk that would end at ``stop`` ends, so that it has all of each of its spans, and their vectors."""
+    """Where a chunk that would end at ``stop`` ends, so that it has its spans' vectors, and of atomic ones all."""
     for span in request.spans:
-        if request.computed < span.stop and span.start < stop and (stop < span.stop or not seen(request, span)):
-            return span.start
+        if request.computed < span.stop and span.start < stop:
+            if span.atomic and stop < span.stop:
+                return span.start
+            if not seen(request, span):
+                return max(span.start, request.computed)
     return stop
 
 
 def unbroken(shares: dict[Request, int]) -> dict[Request, int]:
-    """Shares of a step's tokens; the first that breaks the span it begins with becomes as long as that, and first."""
+    """Shares of a step's tokens; the first that breaks the atomic span it begins with becomes as long, and first."""
     for request, tokens in shares.items():
         span = next_span(request) if request.spans else None
-        if span is not None and span.start == request.computed and tokens < span.stop - span.start:
+        if span is not None and span.atomic and span.start == request.computed and tokens < span.stop - span.start:
             return {request: span.stop - span.start} | {r: n for r, n in shares.items() if r is not request}
     return shares

@@ -1,6 +1,7 @@
 """Ids for what is no token, and the spans of a prompt where it stands: the positions that a picture takes, say.
 
-Spans are atomic: no chunk ends inside one, and no request resumes inside one, whatever pages the cache still has of it.
+Of an *atomic* span each place sees all the others, so its keys and values are of the whole: no chunk ends inside one, and
+no request resumes inside one, whatever pages the cache still has of it. Another is cut like text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Span:
     """Positions [start, stop) of a prompt, where a picture stands.
 
     ``content``: a digest of what it shows and how it is encoded. ``pixels``: what is encoded, uint8 [height, width, 3].
-    ``token``: what stands for each position where people read the prompt.
+    ``token``: what stands for each position where people read the prompt. ``atomic``: see above.
     """
 
     start: int
@@ -29,6 +30,7 @@ class Span:
     content: bytes
     pixels: NDArray[np.uint8] = field(compare=False, repr=False)
     token: int
+    atomic: bool = False
 
 
 def placeholder_ids(content: bytes, count: int) -> NDArray[np.int64]:
@@ -63,5 +65,5 @@ def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def outside(spans: Sequence[Span], at: int) -> int:
-    """``at``, or the start of the span that it lies inside of."""
-    return next((span.start for span in spans if span.start < at < span.stop), at)
+    """``at``, or the start of the atomic span that it lies inside of."""
+    return next((span.start for span in spans if span.atomic and span.start < at < span.stop), at)

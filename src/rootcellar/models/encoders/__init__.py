@@ -2,5 +2,6 @@
 
 from rootcellar.models.encoders.encoder import Encoder, Laid
 from rootcellar.models.encoders.qwen2_5_vl import Qwen25Vision
+from rootcellar.models.encoders.qwen3_5 import Qwen35Vision
 
-__all__ = ["Encoder", "Laid", "Qwen25Vision"]
+__all__ = ["Encoder", "Laid", "Qwen25Vision", "Qwen35Vision"]

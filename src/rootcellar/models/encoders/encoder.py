@@ -40,6 +40,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def atomic(self) -> bool:
+        """Whether each place of a picture sees all of it in the language model too, so that it is computed in one."""
+        ...
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each stage, in order."""
         ...

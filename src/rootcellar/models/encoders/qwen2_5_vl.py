@@ -13,51 +13,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from rootcellar.errors import ModelError, RequestError
+from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.encoders.parts import attend, convolution, few
+from rootcellar.models.encoders.qwen_pictures import QwenPictures
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.norms import Norm
-from rootcellar.models.packing import Views
 from rootcellar.models.rope import rotate
 from rootcellar.models.spec import Declare, Params
 
-_THINNEST = 200
-"""Times as long as wide that a picture may be, at most."""
 _NORM = Norm(1e-6)
 
 
-@dataclass(frozen=True)
-class Qwen25Vision:
-    """See above. ``full``: the blocks that see the whole picture; ``window``: pixels of a window's side.
+@dataclass(frozen=True, kw_only=True)
+class Qwen25Vision(QwenPictures):
+    """See above. ``full``: the blocks that see the whole picture; ``window``: pixels of a window's side."""
 
-    ``least``, ``most``: pixels that a picture is resized to have; ``mean``, ``deviation``: of each colour, from 0 to 1.
-    """
-
-    token: int
     depth: int
     hidden_size: int
     intermediate_size: int
     heads: int
-    patch: int = 14
-    merge: int = 2
-    frames: int = 2
     window: int = 112
     full: tuple[int, ...] = (7, 15, 23, 31)
     activation: str = "silu"
     theta: float = 10000.0
-    least: int = 56 * 56
-    most: int = 28 * 28 * 1280
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    deviation: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.heads):
@@ -70,79 +56,16 @@ class Qwen25Vision:
                 f"{self.patch * self.merge}"
             )
 
-    # -- preprocessing: equal to transformers' Qwen2VLImageProcessor, bit for bit ------------------------------------
-
-    @property
-    def _unit(self) -> int:
-        """Pixels of the side of what becomes one vector."""
-        return self.patch * self.merge
-
-    def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """See ``Encoder``: sides are multiples of a unit, and there are ``least`` to ``most`` pixels."""
-        height, width = pixels.shape[:2]
-        target = self._resized(height, width)
-        if target == (height, width):
-            return pixels
-        return np.asarray(Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC))
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if max(height, width) > _THINNEST * min(height, width):
-            raise RequestError(
-                f"an image of {width} x {height} pixels is too thin: one side may be {_THINNEST} times as long as the "
-                "other, at most"
-            )
-        unit = self._unit
-        tall, wide = (round(side / unit) * unit for side in (height, width))
-        if tall * wide > self.most:
-            shrink = math.sqrt(height * width / self.most)
-            tall, wide = (max(unit, math.floor(n / shrink / unit) * unit) for n in (height, width))
-            return tall, wide
-        if tall * wide < self.least:
-            grow = math.sqrt(self.least / (height * width))
-            return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
-        return tall, wide
-
-    @property
-    def _values(self) -> NDArray[np.float32]:
-        """What a byte of each colour becomes: float32 [3, 256]."""
-        share = (np.arange(256, dtype=np.uint8).astype(np.float64) * (1 / 255)).astype(np.float32)
-        mean, deviation = (np.array(each, np.float32)[:, None] for each in (self.mean, self.deviation))
-        return (share - mean) / deviation
-
-    def patches(self, prepared: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """A prepared picture as transformers hands it to the model (``pixel_values``): float32 [patches, values]."""
-        units = self._units(prepared)
-        values = np.take_along_axis(
-            self._values[:, :, None], units.reshape(-1, 3, self.patch**2).transpose(1, 2, 0).reshape(3, -1, 1), 1
-        )
-        values = values.reshape(3, self.patch**2, -1).transpose(2, 0, 1)[:, :, None]
-        return np.broadcast_to(values, (len(values), 3, self.frames, self.patch**2)).reshape(len(values), -1)
-
-    def _units(self, prepared: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 [rows, columns, patches of a unit, 3, patch, patch]."""
-        side, merge = self.patch, self.merge
-        rows, columns = (n // self._unit for n in prepared.shape[:2])
-        cut = prepared.reshape(rows, merge, side, columns, merge, side, 3)
-        return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows, columns, merge**2, 3, side, side)
-
-    def size(self, prepared: NDArray[np.uint8]) -> int:
-        """See ``Encoder``."""
-        return math.prod(n // self._unit for n in prepared.shape[:2])
-
-    def places(self, prepared: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
-        """See ``Encoder``: all at one time; the next token comes after the longer side."""
-        rows, columns = (n // self._unit for n in prepared.shape[:2])
-        down, across = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-        return np.stack([0 * down, down, across]).reshape(3, -1).astype(np.int32), max(rows, columns)
+    # -- as the stages take it ---------------------------------------------------------------------------------------
 
     def length(self, prepared: NDArray[np.uint8]) -> int:
         """See ``Encoder``."""
         windows = math.prod(-(-n // self.window) for n in prepared.shape[:2])
-        return _few(windows) * (self.window // self.patch) ** 2
+        return few(windows) * (self.window // self.patch) ** 2
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``."""
-        units, side, merge = self._units(prepared), self.window // self._unit, self.merge
+        units, side, merge = self.units(prepared), self.window // self.unit, self.merge
         rows, columns = units.shape[:2]
         windows = -(-rows // side), -(-columns // side)
         count = self.length(prepared) // (side * merge) ** 2
@@ -176,7 +99,7 @@ class Qwen25Vision:
         hidden, wide = self.hidden_size, self.hidden_size * self.merge**2
         shape = (3, self.frames, self.patch, self.patch, hidden)
         return {
-            "patch": declare("patch", shape, (None,) * 5, "random", _convolution),
+            "patch": declare("patch", shape, (None,) * 5, "random", convolution),
             "merge_norm": declare("merge_norm", (hidden,), (None,), "ones"),
             "merge_in": declare("merge_in", (wide, wide), (None, None), "random", packing.transposed),
             "merge_in_bias": declare("merge_in_bias", (wide,), (None,), "zeros"),
@@ -192,7 +115,7 @@ class Qwen25Vision:
         qkv = (3, self.heads, hidden // self.heads)
         return {
             "vision_qkv": declare("vision_qkv", (hidden, *qkv), (None,) * 4, "random", packing.transposed),
-            "vision_qkv_bias": declare("vision_qkv_bias", qkv, (None,) * 3, "zeros", _flat),
+            "vision_qkv_bias": declare("vision_qkv_bias", qkv, (None,) * 3, "zeros", packing.flat),
             "vision_o": declare("vision_o", (hidden, hidden), (None, None), "random", packing.transposed),
             "vision_o_bias": declare("vision_o_bias", (hidden,), (None,), "zeros"),
             "vision_gate_up": declare(
@@ -221,7 +144,7 @@ class Qwen25Vision:
         """See ``Encoder``: states are [N, H]."""
         if kind == "patches":
             weight = params["patch"]
-            values = jnp.asarray(self._values)[jnp.arange(3)[:, None, None], laid.patches]
+            values = jnp.asarray(self.values)[jnp.arange(3)[:, None, None], laid.patches]
             return jnp.einsum("ncij,cijh->nh", values.astype(weight.dtype), weight.sum(1))
         if kind == "merge":
             units = _NORM(state, params["merge_norm"]).reshape(-1, self.hidden_size * self.merge**2)
@@ -242,31 +165,7 @@ class Qwen25Vision:
         parts = [each.reshape(-1, size, self.heads, dim) for each in (q, k, rows[:, 2])]
         valid = laid.valid.reshape(-1, size)
         if kind == "window":
-            out = jax.vmap(_attention)(*parts, valid)
+            out = jax.vmap(attend)(*parts, valid)
         else:  # a window's queries at a time, so that scores of all pairs are never in memory
-            out = jax.lax.map(lambda queries: _attention(queries, k, rows[:, 2], laid.valid), parts[0])
+            out = jax.lax.map(lambda queries: attend(queries, k, rows[:, 2], laid.valid), parts[0])
         return out.reshape(x.shape) @ block["vision_o"] + block["vision_o_bias"]
-
-
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
-    """q [T, N, D], k and v [S, N, D], of which those that are ``valid`` [S] are seen: [T, N, D]."""
-    scores = jnp.einsum("tnd,snd->nts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1).astype(v.dtype)
-    return jnp.einsum("nts,snd->tnd", weights, v)
-
-
-def _few(windows: int) -> int:
-    """A number of windows of which there are few, at most a third above."""
-    power = 1 << (windows - 1).bit_length()
-    return next(n for n in (power * 5 // 8, power * 3 // 4, power) if n >= windows)
-
-
-def _convolution(packed: NDArray[Any]) -> Views:
-    """One convolution ``[channels, frames, height, width, out]`` over patches."""
-    view = packed.transpose(4, 0, 1, 2, 3)
-    return [(view, view.shape)]
-
-
-def _flat(packed: NDArray[Any]) -> Views:
-    """One vector."""
-    return [(packed, (packed.size,))]

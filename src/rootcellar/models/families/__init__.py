@@ -16,12 +16,16 @@ from rootcellar.models.families import (
     llama4,
     olmo,
     qwen2_5_vl,
+    qwen3_5,
     qwen3_next,
     qwen_moe,
 )
 from rootcellar.models.families.family import Family, Raw
 
-_RELATIVES = (llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next, qwen_moe, olmo, glm, granite, qwen2_5_vl)
+_RELATIVES = (
+    *(llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next, qwen_moe, olmo, glm, granite),
+    *(qwen2_5_vl, qwen3_5),
+)
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family for relatives in _RELATIVES for family in relatives.FAMILIES
 }

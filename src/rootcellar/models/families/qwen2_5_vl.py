@@ -44,8 +44,19 @@ def _layers(raw: Raw) -> dict[str, Any]:
 
 
 def _encoder(raw: Raw) -> Qwen25Vision:
+    vision = need(raw, "vision_config")
+    return Qwen25Vision(
+        **vision_fields(raw, patch=14),
+        window=size(vision, "window_size", 112),
+        full=tuple(given(vision, "fullatt_block_indexes", (7, 15, 23, 31))),
+        activation=activation_of(vision),
+    )
+
+
+def vision_fields(raw: Raw, patch: int) -> dict[str, Any]:
+    """What the encoders of Qwen's models read alike; ``patch``: pixels of a patch's side where it is not given."""
     vision, seen = need(raw, "vision_config"), given(raw, "image_processor", {})
-    token, limits = int(need(raw, "image_token_id")), given(seen, "size", {})
+    limits = given(seen, "size", {})
     fields: dict[str, Any] = {
         "least": given(seen, "min_pixels", limits.get("shortest_edge")),
         "most": given(seen, "max_pixels", limits.get("longest_edge")),
@@ -55,21 +66,18 @@ def _encoder(raw: Raw) -> Qwen25Vision:
     for name, value in (("out_hidden_size", size(raw, "hidden_size")), ("in_channels", 3)):
         if given(vision, name, given(vision, "in_chans", value) if name == "in_channels" else value) != value:
             raise ModelError(f"vision_config.{name}={vision[name]} is not supported: it must be {value}")
-    return Qwen25Vision(
-        token=token,
-        depth=size(vision, "depth"),
-        hidden_size=size(vision, "hidden_size"),
-        intermediate_size=size(vision, "intermediate_size"),
-        heads=size(vision, "num_heads"),
-        patch=size(vision, "patch_size", 14),
-        merge=size(vision, "spatial_merge_size", 2),
-        frames=size(vision, "temporal_patch_size", 2),
-        window=size(vision, "window_size", 112),
-        full=tuple(given(vision, "fullatt_block_indexes", (7, 15, 23, 31))),
-        activation=activation_of(vision),
-        theta=float((vision.get("rope_parameters") or {}).get("rope_theta") or 10000.0),
+    return {
+        "token": int(need(raw, "image_token_id")),
+        "depth": size(vision, "depth"),
+        "hidden_size": size(vision, "hidden_size"),
+        "intermediate_size": size(vision, "intermediate_size"),
+        "heads": size(vision, "num_heads"),
+        "patch": size(vision, "patch_size", patch),
+        "merge": size(vision, "spatial_merge_size", 2),
+        "frames": size(vision, "temporal_patch_size", 2),
+        "theta": float((vision.get("rope_parameters") or {}).get("rope_theta") or 10000.0),
         **{name: value for name, value in fields.items() if value is not None},
-    )
+    }
 
 
 def _colours(seen: Raw, name: str) -> tuple[float, ...] | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rootcellar.models.families import qwen_moe
 from rootcellar.models.families.family import Family, Names, Raw, given, heads_of, layer_names, rules_of, size
 from rootcellar.models.families.qwen_moe import feed_forwards
+from rootcellar.models.feed_forward import Dense, Experts
 from rootcellar.models.mixers import Attention, GatedDelta
 from rootcellar.models.model import LayerConfig
 from rootcellar.models.norms import Norm
@@ -27,6 +29,11 @@ NAMES: Names = {
 
 
 def _layers(raw: Raw) -> dict[str, Any]:
+    return delta_layers(raw, feed_forwards(raw, renormalise=True, shared=True))
+
+
+def delta_layers(raw: Raw, feed_forwards: Sequence[Dense | Experts], *, apart: bool = False) -> dict[str, Any]:
+    """Gated delta nets and gated attention in turn, as ``raw`` says; ``apart``: see ``GatedDelta``."""
     eps = float(given(raw, "rms_norm_eps", 1e-6))
     norm = Norm(eps, offset=1.0)
     rope = read_rope(raw, size(raw, "max_position_embeddings"))
@@ -41,12 +48,11 @@ def _layers(raw: Raw) -> dict[str, Any]:
         value_dim=size(raw, "linear_value_head_dim"),
         taps=size(raw, "linear_conv_kernel_dim"),
         eps=eps,
+        apart=apart,
     )
     layers = tuple(
         LayerConfig(delta if rule == "recurrent" else attention, feed_forward)
-        for (rule, _), feed_forward in zip(
-            rules_of(raw, "full", "recurrent"), feed_forwards(raw, renormalise=True, shared=True), strict=True
-        )
+        for (rule, _), feed_forward in zip(rules_of(raw, "full", "recurrent"), feed_forwards, strict=True)
     )
     return {"layers": layers, "norm": norm, "rope": rope}
 

@@ -1,18 +1,24 @@
-"""Gated delta net (Yang, Kautz and Hatamizadeh, 2024): linear attention that overwrites, as Qwen3-Next has it."""
+"""Gated delta net (Yang, Kautz and Hatamizadeh, 2024): linear attention that overwrites, as Qwen3-Next and Qwen3.5 have
+it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpy.typing import NDArray
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.mixers.recurrent import Recurrent
 from rootcellar.models.norms import scaled
+from rootcellar.models.packing import Views
 from rootcellar.models.spec import Declare, Params
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
 from rootcellar.ops.products import product
@@ -29,6 +35,8 @@ class GatedDelta(Recurrent):
     Attributes:
         taps: of the convolution that queries, keys and values go through first.
         eps: of the norm of each head's output.
+        apart: checkpoints store queries, keys and values of all heads one after the other, and gates, rates and decays
+            each in a tensor of their own (Qwen3.5); else what belongs to a key head lies together.
     """
 
     heads: int
@@ -37,6 +45,7 @@ class GatedDelta(Recurrent):
     value_dim: int
     taps: int
     eps: float
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.key_heads:
@@ -70,12 +79,17 @@ class GatedDelta(Recurrent):
         by_key = self._per_key
         wide = 2 * self.key_dim + 2 * by_key * self.value_dim
         inner, linear = self.heads * self.value_dim, packing.transposed
+        into, rates = linear, linear
+        if self.apart:
+            keys = self.key_dim
+            into = partial(_parts, at=(keys, 2 * keys, 2 * keys + by_key * self.value_dim))
+            rates = partial(_parts, at=(by_key,))
         return {
             "delta_in": declare(
-                "delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", linear, (0,)
+                "delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", into, (0,)
             ),
             "delta_rates": declare(
-                "delta_rates", (embed, self.key_heads, 2 * by_key), ("embed", None, None), "random", linear
+                "delta_rates", (embed, self.key_heads, 2 * by_key), ("embed", None, None), "random", rates
             ),
             "delta_conv": declare("delta_conv", (self.taps, self.channels), (None, None), "random", packing.depthwise),
             "delta_dt_bias": replace(declare("delta_dt_bias", (self.heads,), (None,), "ones"), wide=True),
@@ -126,3 +140,9 @@ class GatedDelta(Recurrent):
         y = scaled(y, self.eps) * params["delta_norm"].astype(jnp.float32)
         y = (y * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
         return product(y.reshape(len(y), -1), params["delta_out"])
+
+
+def _parts(packed: NDArray[Any], at: tuple[int, ...]) -> Views:
+    """``[E, heads, outputs]``, whose outputs are several linear layers: the first of all heads, then the second, ..."""
+    ends = (0, *at, packed.shape[-1])
+    return [packing.linear(packed[..., start:end], 1) for start, end in zip(ends, ends[1:], strict=False)]

@@ -1,0 +1,38 @@
+"""What encoders have in common: attention over patches, layer norms, few shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpy.typing import NDArray
+
+from rootcellar.models.packing import Views
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
+    """q [T, N, D], k and v [S, N, D], of which those that are ``valid`` [S] are seen, in both directions: [T, N, D]."""
+    scores = jnp.einsum("tnd,snd->nts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1).astype(v.dtype)
+    return jnp.einsum("nts,snd->tnd", weights, v)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """``x`` over its last axis: mean 0, deviation 1, then scaled and moved; float32 inside (Ba et al. 2016)."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight + bias).astype(x.dtype)
+
+
+def few(count: int) -> int:
+    """A number from ``count`` on of which there are few, so that few programs compile: at most a third above."""
+    power = 1 << (count - 1).bit_length()
+    return next(n for n in (power * 5 // 8, power * 3 // 4, power) if n >= count)
+
+
+def convolution(packed: NDArray[Any]) -> Views:
+    """One convolution ``[channels, frames, height, width, out]`` over patches; pictures alone may have no frames."""
+    view = packed.transpose(packed.ndim - 1, *range(packed.ndim - 1))
+    return [(view, view.shape)]

@@ -1,0 +1,104 @@
+"""Pictures as Qwen's models from 2-VL on take them: resized to whole units, cut into patches, of which some are a vector.
+
+Equal to transformers' ``Qwen2VLImageProcessor`` (its Pillow backend), bit for bit. A still picture is two equal frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rootcellar.errors import RequestError
+
+_THINNEST = 200
+"""Times as long as wide that a picture may be, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenPictures:
+    """``merge`` by ``merge`` patches of ``patch`` pixels are a unit, which becomes one vector; ``frames``: see above.
+
+    ``least``, ``most``: pixels that a picture is resized to have; ``mean``, ``deviation``: of each colour, from 0 to 1.
+    ``token``: what stands in a prompt where a picture is to be.
+    """
+
+    token: int
+    patch: int = 14
+    merge: int = 2
+    frames: int = 2
+    least: int = 56 * 56
+    most: int = 28 * 28 * 1280
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    deviation: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def atomic(self) -> bool:
+        """See ``Encoder``."""
+        return False
+
+    @property
+    def unit(self) -> int:
+        """Pixels of the side of what becomes one vector."""
+        return self.patch * self.merge
+
+    def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See ``Encoder``: sides are multiples of a unit, and there are ``least`` to ``most`` pixels."""
+        height, width = pixels.shape[:2]
+        target = self._resized(height, width)
+        if target == (height, width):
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if max(height, width) > _THINNEST * min(height, width):
+            raise RequestError(
+                f"an image of {width} x {height} pixels is too thin: one side may be {_THINNEST} times as long as the "
+                "other, at most"
+            )
+        unit = self.unit
+        tall, wide = (round(side / unit) * unit for side in (height, width))
+        if tall * wide > self.most:
+            shrink = math.sqrt(height * width / self.most)
+            tall, wide = (max(unit, math.floor(n / shrink / unit) * unit) for n in (height, width))
+            return tall, wide
+        if tall * wide < self.least:
+            grow = math.sqrt(self.least / (height * width))
+            return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+        return tall, wide
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """What a byte of each colour becomes: float32 [3, 256]."""
+        share = (np.arange(256, dtype=np.uint8).astype(np.float64) * (1 / 255)).astype(np.float32)
+        mean, deviation = (np.array(each, np.float32)[:, None] for each in (self.mean, self.deviation))
+        return (share - mean) / deviation
+
+    def patches(self, prepared: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A prepared picture as transformers hands it to the model (``pixel_values``): float32 [patches, values]."""
+        units = self.units(prepared)
+        values = np.take_along_axis(
+            self.values[:, :, None], units.reshape(-1, 3, self.patch**2).transpose(1, 2, 0).reshape(3, -1, 1), 1
+        )
+        values = values.reshape(3, self.patch**2, -1).transpose(2, 0, 1)[:, :, None]
+        return np.broadcast_to(values, (len(values), 3, self.frames, self.patch**2)).reshape(len(values), -1)
+
+    def units(self, prepared: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [rows, columns, patches of a unit, 3, patch, patch]."""
+        side, merge = self.patch, self.merge
+        rows, columns = (n // self.unit for n in prepared.shape[:2])
+        cut = prepared.reshape(rows, merge, side, columns, merge, side, 3)
+        return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows, columns, merge**2, 3, side, side)
+
+    def size(self, prepared: NDArray[np.uint8]) -> int:
+        """See ``Encoder``."""
+        return math.prod(n // self.unit for n in prepared.shape[:2])
+
+    def places(self, prepared: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
+        """See ``Encoder``: all at one time; the next token comes after the longer side."""
+        rows, columns = (n // self.unit for n in prepared.shape[:2])
+        down, across = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+        return np.stack([0 * down, down, across]).reshape(3, -1).astype(np.int32), max(rows, columns)
