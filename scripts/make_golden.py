@@ -9,6 +9,7 @@ the last bit of a sum. The next seed is then tried.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -126,9 +127,16 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {"qwen2-5-vl": ("qwen2-5-vl", 
 """Those that are asked about pictures, too; their answers go to tests/golden/pictures."""
 
 
+PIXELS = "pictures/pixels"
+"""What image processors make of pictures, as digests: see ``preprocess``."""
+
+
 def main() -> None:
     (GOLDEN / "pictures").mkdir(exist_ok=True, parents=True)
-    for name in sys.argv[1:] or [*CASES, *(f"pictures/{name}" for name in PICTURES)]:
+    for name in sys.argv[1:] or [*CASES, *(f"pictures/{name}" for name in PICTURES), PIXELS]:
+        if name == PIXELS:
+            (GOLDEN / f"{name}.json").write_text(json.dumps(preprocess(), indent=1) + "\n")
+            continue
         pictures = name.startswith("pictures/")
         family, overrides = PICTURES[name.removeprefix("pictures/")] if pictures else CASES[name]
         for seed in range(20):
@@ -224,6 +232,19 @@ def see_qwen(
     ids = [each for t in prompt for each in ([t] * next(counts) if t == token else [t])]
     kinds = torch.tensor([[int(t == token) for t in ids]], dtype=torch.int32)
     return {**seen, "mm_token_type_ids": kinds}, ids
+
+
+def preprocess() -> dict[str, list[list[Any]]]:
+    """For each model: seed, height and width of a picture (see ``picture``), and SHA-256 of its ``pixel_values``."""
+    shapes = [(1, 1), (64, 64), (20, 300), (300, 20), (97, 131), (480, 640), (1200, 700), (33, 1000), (2000, 30)]
+    made: dict[str, list[list[Any]]] = {}
+    for name, see in SEEING.items():
+        made[name] = []
+        for seed, (height, width) in enumerate(shapes):
+            given, _ = see([500], 500, [picture(seed, height, width)])
+            values = given["pixel_values"].numpy().astype("<f4").tobytes()
+            made[name].append([seed, height, width, hashlib.sha256(values).hexdigest()])
+    return made
 
 
 SEEING = {"qwen2-5-vl": see_qwen, "qwen3-5": partial(see_qwen, **PROCESSORS["qwen3_5"])}

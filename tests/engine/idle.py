@@ -20,3 +20,20 @@ def check_idle(engine):
     engine.flush_cache()
     shelves = [shelf for tiers in engine.stats()["cache"].values() for shelf in tiers.values()]
     assert all(shelf["free"] == shelf["size"] for shelf in shelves)
+
+
+def settle(engine):
+    """Wait until no copy between tiers is under way."""
+    engine._loop.call(engine._loop.machine.life.settle)
+
+
+def evict(engine, *tiers):
+    """Leave to the farther tiers alone what they have."""
+
+    def make_room():
+        for tier in tiers:
+            for kind in engine._cache.kinds:
+                size = engine._cache.stats().shelves[kind.name, tier].size
+                assert engine._cache.make_room(kind.name, size, tier)
+
+    engine._loop.call(make_room)

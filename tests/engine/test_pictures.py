@@ -2,16 +2,20 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
 from apart import two_nodes
-from idle import check_idle
+from idle import always_load, check_idle, evict, settle
 
 import rootcellar
-from checkpoints import golden_pictures, picture
+from checkpoints import GOLDEN, PROCESSORS, golden_pictures, make_config, picture
+from rootcellar.cache import Tier
 from rootcellar.errors import RequestError
+from rootcellar.models.config import read_config
 
 GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
 
@@ -54,6 +58,16 @@ def shared(case):
 
 def shown(case, i):
     return [picture(*each) for each in case.pictures[i]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_preprocessing_equals_transformers_bit_for_bit(name):
+    config = make_config(name)
+    encoder = read_config(config, processor=PROCESSORS.get(config["model_type"])).encoder
+    for seed, height, width, digest in json.loads((GOLDEN / "pictures" / "pixels.json").read_text())[name]:
+        values = encoder.patches(encoder.prepare(picture(seed, height, width)))
+        found = hashlib.sha256(np.ascontiguousarray(values, "<f4")).hexdigest()
+        assert found == digest, f"{width} x {height} pixels"
 
 
 def ask(engine, ids, images, **options):
@@ -126,26 +140,31 @@ def answers(made, case, at, **options):
 
 @pytest.mark.parametrize("name", [pytest.param(QWEN25, marks=pytest.mark.long), QWEN35])
 def test_answers_are_the_same_from_every_tier(cases, name, tmp_path):
-    """From the host, from a store of files, and from the store in another engine, which encodes nothing for it."""
+    """From the host, from a store of files, and from the store in another engine."""
     case, folder = cases(name)
     tiers = {**TIERS, "page_size": 4, "chunked_prefill_size": 64, "max_total_tokens": 1024}
-    tiers |= {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config": {"path": str(tmp_path)}}
-    tiers |= {"hicache_storage_prefetch_policy": "wait_complete"}
+    tiers |= {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
+    settings = {"path": str(tmp_path), "min_free_space": 0, "prefetch_threshold": 4}
+    tiers |= {"hicache_storage_backend_extra_config": json.dumps(settings)}
     everything = list(range(len(case.prompts)))
 
-    def tokens_of(made, where):
+    def cached(made, tier):
         results = answers(made, case, everything)
         assert [r["output_ids"] for r in results] == [case.tokens[i] for i in everything]
-        return sum(r["meta_info"]["cached_tokens_details"][where] for r in results)
+        return sum(r["meta_info"]["cached_tokens_details"][tier] for r in results)
 
     with engine(folder, **tiers) as made:
-        assert tokens_of(made, "device") < 64
-        made.flush_cache(tiers=["device"])
-        assert tokens_of(made, "host") > 64
-        made.flush_cache(tiers=["device", "host"])
-        assert tokens_of(made, "storage") > 64
+        always_load(made)
+        assert cached(made, "device") < 64
+        settle(made)
+        evict(made, Tier.DEVICE)
+        assert cached(made, "host") > 64
+        settle(made)
+        made.flush_cache()
+        assert cached(made, "storage") > 64
     with engine(folder, **tiers) as made:
-        assert tokens_of(made, "storage") > 64
+        always_load(made)
+        assert cached(made, "storage") > 64
 
 
 def test_what_is_shared_is_what_shows_the_same(shared):

@@ -10,7 +10,7 @@ import conversations
 import numpy as np
 import pytest
 from conversations import FAMILIES, HALF, LONG, ask, go_on, tiered
-from idle import check_idle
+from idle import check_idle, evict, settle
 
 import rootcellar
 from rootcellar.cache import Tier
@@ -44,10 +44,6 @@ def begin(engine, case, prompts=LONG):
     """The first half of each answer, with all that it left in the store."""
     conversations.begin(engine, case, prompts)
     settle(engine)
-
-
-def settle(engine):
-    engine._loop.call(engine._loop.machine.life.settle)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -303,18 +299,6 @@ def test_a_store_that_was_cleared_has_nothing_and_what_was_promised_is_computed(
         assert running.storage.clear() > 8
         assert all(details["storage"] == 0 for details in go_on(running, case))
         check_idle(running)
-
-
-def evict(engine, *tiers):
-    """Leave to the farther tiers alone what they have."""
-
-    def make_room():
-        for tier in tiers:
-            for kind in engine._cache.kinds:
-                size = engine._cache.stats().shelves[kind.name, tier].size
-                assert engine._cache.make_room(kind.name, size, tier)
-
-    engine._loop.call(make_room)
 
 
 def test_settings_of_a_store_are_checked_before_it_is_opened(case_of, tmp_path):
