@@ -388,7 +388,9 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
     """A config as its family writes it: where that is known in one form alone, what is of the text lies apart."""
     if config["model_type"] not in PREFIXES:
         return config
-    outside = {n: v for n, v in config.items() if n in ("architectures", "model_type", "torch_dtype") or "_token_id" in n}
+    outside = {
+        n: v for n, v in config.items() if n in ("architectures", "model_type", "torch_dtype") or "_token_id" in n
+    }
     text = {n: v for n, v in config.items() if n not in outside and n != "vision_config"}
     outside |= {n: v for n, v in config.items() if n in ("vision_config", "tie_word_embeddings")}
     return {**outside, "text_config": {"model_type": f"{config['model_type']}_text", **text}}

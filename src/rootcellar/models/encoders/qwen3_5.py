@@ -51,7 +51,9 @@ class Qwen35Vision(QwenPictures):
                 f"vision_config: hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={4 * self.heads}"
             )
         if _QUERIES % self.merge**2:
-            raise ModelError(f"vision_config: spatial_merge_size={self.merge} is not supported: it must be 1, 2, 4 or 8")
+            raise ModelError(
+                f"vision_config: spatial_merge_size={self.merge} is not supported: it must be 1, 2, 4 or 8"
+            )
 
     # -- as the stages take it ---------------------------------------------------------------------------------------
 
@@ -110,7 +112,13 @@ class Qwen35Vision(QwenPictures):
         """  # fmt: skip
         hidden, inner, linear = self.hidden_size, self.intermediate_size, packing.transposed
         qkv = (3, self.heads, hidden // self.heads)
-        vectors = {"o_bias": hidden, "up_bias": inner, "down_bias": hidden, "norm_bias": hidden, "mlp_norm_bias": hidden}
+        vectors = {
+            "o_bias": hidden,
+            "up_bias": inner,
+            "down_bias": hidden,
+            "norm_bias": hidden,
+            "mlp_norm_bias": hidden,
+        }
         return {
             "vision_qkv": declare("vision_qkv", (hidden, *qkv), (None,) * 4, "random", linear),
             "vision_qkv_bias": declare("vision_qkv_bias", qkv, (None,) * 3, "zeros", packing.flat),

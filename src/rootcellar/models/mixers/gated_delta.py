@@ -85,9 +85,7 @@ class GatedDelta(Recurrent):
             into = partial(_parts, at=(keys, 2 * keys, 2 * keys + by_key * self.value_dim))
             rates = partial(_parts, at=(by_key,))
         return {
-            "delta_in": declare(
-                "delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", into, (0,)
-            ),
+            "delta_in": declare("delta_in", (embed, self.key_heads, wide), ("embed", None, None), "random", into, (0,)),
             "delta_rates": declare(
                 "delta_rates", (embed, self.key_heads, 2 * by_key), ("embed", None, None), "random", rates
             ),
