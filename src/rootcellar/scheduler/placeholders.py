@@ -1,7 +1,7 @@
 """Ids for what is no token, and the spans of a prompt where it stands: the positions that a picture takes, say.
 
-Of an *atomic* span each place sees all the others, so its keys and values are of the whole: no chunk ends inside one, and
-no request resumes inside one, whatever pages the cache still has of it. Another is cut like text.
+Of an *atomic* span each place sees all the others, so its keys and values are of the whole: no chunk ends inside one,
+and no request resumes inside one, whatever pages the cache still has of it. Another is cut like text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen3.5's encoder: a transformer over patches, each of which sees the whole picture, with learned places beside turns.
+"""Qwen3.5's encoder: a transformer over patches that see the whole picture, with learned places beside turned ones.
 
 Names and arithmetic follow transformers' ``modeling_qwen3_5`` (Qwen3-VL's encoder without its deep stack). The learned
 places are a square grid, stretched over a picture of any size: each patch has a mean of the four that lie around it.

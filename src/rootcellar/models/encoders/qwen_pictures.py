@@ -1,4 +1,4 @@
-"""Pictures as Qwen's models from 2-VL on take them: resized to whole units, cut into patches, of which some are a vector.
+"""Pictures as Qwen's models from 2-VL on take them: resized to whole units, cut into patches, some to a vector.
 
 Equal to transformers' ``Qwen2VLImageProcessor`` (its Pillow backend), bit for bit. A still picture is two equal frames.
 """

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,4 +144,4 @@ class GatedDelta(Recurrent):
 def _parts(packed: NDArray[Any], at: tuple[int, ...]) -> Views:
     """``[E, heads, outputs]``, whose outputs are several linear layers: the first of all heads, then the second, ..."""
     ends = (0, *at, packed.shape[-1])
-    return [packing.linear(packed[..., start:end], 1) for start, end in zip(ends, ends[1:], strict=False)]
+    return [packing.linear(packed[..., start:end], 1) for start, end in itertools.pairwise(ends)]
