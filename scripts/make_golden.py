@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma3-seeing": ("gemma3-seeing", {}),
     "gemma2": ("gemma2", {}),
     "gpt-oss": ("gpt-oss", {}),
     "llama4": ("llama4", {}),
@@ -123,7 +124,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-PICTURES: dict[str, tuple[str, dict[str, Any]]] = {"qwen2-5-vl": ("qwen2-5-vl", {}), "qwen3-5": ("qwen3-5", {})}
+PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {}) for name in ("qwen2-5-vl", "qwen3-5", "gemma3-seeing")
+}
 """Those that are asked about pictures, too; their answers go to tests/golden/pictures."""
 
 
@@ -205,8 +208,9 @@ def picture_prompts(vocab_size: int, token: int, seed: int) -> list[tuple[list[i
 
 def ask_about_pictures(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """The answers to prompts with pictures, each alone; None when the two best tokens came too close."""
-    model, token = load(family, overrides, seed), make_config(family, **overrides)["image_token_id"]
-    asked = picture_prompts(make_config(family, **overrides)["vocab_size"], token, seed)
+    model, config = load(family, overrides, seed), make_config(family, **overrides)
+    token = config.get("image_token_id", config.get("image_token_index"))
+    asked = picture_prompts(config["vocab_size"], token, seed)
     answers: dict[str, list[Any]] = {"prompts": [], "pictures": [], "tokens": [], "logprobs": []}
     for prompt, drawn in asked:
         given, ids = SEEING[family](prompt, token, [picture(*each) for each in drawn])
@@ -234,6 +238,18 @@ def see_qwen(
     return {**seen, "mm_token_type_ids": kinds}, ids
 
 
+def see_gemma(prompt: list[int], token: int, pictures: list[np.ndarray]) -> tuple[dict[str, Any], list[int]]:
+    """What Gemma 3 is given of a prompt beside its ids, and those as it wants them."""
+    if not pictures:
+        return {}, prompt
+    settings, count = PROCESSORS["gemma3"], make_config("gemma3-seeing")["mm_tokens_per_image"]
+    processor = transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(**settings)
+    seen = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
+    ids = [each for t in prompt for each in ([t] * count if t == token else [t])]
+    kinds = torch.tensor([[int(t == token) for t in ids]], dtype=torch.int32)
+    return {"pixel_values": seen["pixel_values"], "token_type_ids": kinds}, ids
+
+
 def preprocess() -> dict[str, list[list[Any]]]:
     """For each model: seed, height and width of a picture (see ``picture``), and SHA-256 of its ``pixel_values``."""
     shapes = [(1, 1), (64, 64), (20, 300), (300, 20), (97, 131), (480, 640), (1200, 700), (33, 1000), (2000, 30)]
@@ -247,7 +263,11 @@ def preprocess() -> dict[str, list[list[Any]]]:
     return made
 
 
-SEEING = {"qwen2-5-vl": see_qwen, "qwen3-5": partial(see_qwen, **PROCESSORS["qwen3_5"])}
+SEEING = {
+    "qwen2-5-vl": see_qwen,
+    "qwen3-5": partial(see_qwen, **PROCESSORS["qwen3_5"]),
+    "gemma3-seeing": see_gemma,
+}
 
 
 def make_prompts(vocab_size: int, seed: int) -> list[list[int]]:
@@ -268,9 +288,8 @@ def greedy_anew(model: Any, prompt: list[int], new: int, given: dict[str, Any]) 
     """
     ids, gap = list(prompt), float("inf")
     for _ in range(new):
-        kinds = given.get("mm_token_type_ids")
-        if kinds is not None:
-            given = {**given, "mm_token_type_ids": torch.nn.functional.pad(kinds, (0, len(ids) - kinds.shape[1]))}
+        for name in {"mm_token_type_ids", "token_type_ids"} & given.keys():
+            given = {**given, name: torch.nn.functional.pad(given[name], (0, len(ids) - given[name].shape[1]))}
         model.model.rope_deltas = None
         best = torch.log_softmax(model(torch.tensor([ids]), use_cache=False, **given).logits[0, -1].float(), -1).topk(2)
         gap = min(gap, float(best.values[0] - best.values[1]))

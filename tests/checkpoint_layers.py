@@ -143,7 +143,7 @@ def gemma3(config: Config, layer: int) -> Shapes:
         attention(config)
         | weights(gated("mlp", embed, config["intermediate_size"]))
         | norm(embed, *(f"{name}_layernorm" for name in norms))
-        | (heads if config["model_type"] == "gemma3_text" else {})
+        | (heads if config["model_type"] != "gemma2" else {})
     )
 
 
@@ -361,6 +361,32 @@ def qwen3_5_vision(config: Config) -> Shapes:
     return {f"model.visual.{name}": shape for name, shape in shapes.items()}
 
 
+def gemma3_vision(config: Config) -> Shapes:
+    """The encoder of Gemma 3, by whole names."""
+    vision = config["vision_config"]
+    hidden, inner, side = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    linear: Shapes = {}
+    norms = ["post_layernorm"]
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"encoder.layers.{i}"
+        linear |= {f"{layer}.self_attn.{x}_proj": (hidden, hidden) for x in ("q", "k", "v", "out")}
+        linear |= {f"{layer}.mlp.fc1": (inner, hidden), f"{layer}.mlp.fc2": (hidden, inner)}
+        norms += [f"{layer}.layer_norm{n}" for n in (1, 2)]
+    shapes = {
+        **weights(linear),
+        **{f"{name}.bias": shape[:1] for name, shape in linear.items()},
+        **norm(hidden, *norms),
+        **{f"{name}.bias": (hidden,) for name in (*norms, "embeddings.patch_embedding")},
+        "embeddings.patch_embedding.weight": (hidden, 3, side, side),
+        "embeddings.position_embedding.weight": ((vision["image_size"] // side) ** 2, hidden),
+    }
+    return {
+        **{f"vision_tower.vision_model.{name}": shape for name, shape in shapes.items()},
+        "multi_modal_projector.mm_soft_emb_norm.weight": (hidden,),
+        "multi_modal_projector.mm_input_projection_weight": (hidden, config["hidden_size"]),
+    }
+
+
 LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "qwen2": llama,
     "qwen2_5_vl": llama,
@@ -378,6 +404,7 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "granitemoehybrid": granite4,
     "gemma2": gemma3,
     "gemma3_text": gemma3,
+    "gemma3": gemma3,
     "gpt_oss": gpt_oss,
     "llama4_text": llama4,
     "bamba": bamba,
@@ -387,5 +414,9 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "deepseek_v3": deepseek,
 }
 
-ENCODERS: dict[str, Callable[[Config], Shapes]] = {"qwen2_5_vl": qwen2_5_vision, "qwen3_5": qwen3_5_vision}
+ENCODERS: dict[str, Callable[[Config], Shapes]] = {
+    "qwen2_5_vl": qwen2_5_vision,
+    "qwen3_5": qwen3_5_vision,
+    "gemma3": gemma3_vision,
+}
 """Tensors of the encoders of pictures, by whole names."""

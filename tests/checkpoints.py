@@ -137,6 +137,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "sliding_window_pattern": 6,
     },
+    "gemma3-seeing": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        **NARROW,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "hidden_act": ...,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 24,
+        "image_token_index": 500,
+        "boi_token_index": 501,
+        "eoi_token_index": 502,
+        "mm_tokens_per_image": 16,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_channels": 3,
+            "image_size": 56,
+            "patch_size": 7,
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": False,
+        },
+    },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -388,15 +418,14 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
     """A config as its family writes it: where that is known in one form alone, what is of the text lies apart."""
     if config["model_type"] not in PREFIXES:
         return config
-    outside = {
-        n: v for n, v in config.items() if n in ("architectures", "model_type", "torch_dtype") or "_token_id" in n
-    }
+    names = ("architectures", "model_type", "torch_dtype", "mm_tokens_per_image")
+    outside = {n: v for n, v in config.items() if n in names or "_token_id" in n or "_token_index" in n}
     text = {n: v for n, v in config.items() if n not in outside and n != "vision_config"}
     outside |= {n: v for n, v in config.items() if n in ("vision_config", "tie_word_embeddings")}
     return {**outside, "text_config": {"model_type": f"{config['model_type']}_text", **text}}
 
 
-PREFIXES = {"qwen3_5": "model.language_model."}
+PREFIXES = {"qwen3_5": "model.language_model.", "gemma3": "language_model.model."}
 """What stands before a language model's tensors inside a multimodal one."""
 PROCESSORS = {
     "qwen3_5": {
@@ -404,9 +433,11 @@ PROCESSORS = {
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
         "patch_size": 16,
-    }
+    },
+    "gemma3": {"size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
 }
 """``preprocessor_config.json``, where the defaults are no good for small pictures."""
+HEADS = {"gemma3": "language_model.lm_head.weight"}
 LAST_NORMS = {"bamba": "model.final_layernorm.weight"}
 """Of the architectures that do not call it ``model.norm``."""
 
@@ -419,7 +450,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         LAST_NORMS.get(config["model_type"], f"{prefix}norm.weight"): (embed,),
     }
     if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], embed)
+        shapes[HEADS.get(config["model_type"], "lm_head.weight")] = (config["vocab_size"], embed)
     for layer in range(config["num_hidden_layers"]):
         here = LAYERS[config["model_type"]](config, layer)
         shapes |= {f"{prefix}layers.{layer}.{name}": shape for name, shape in here.items()}
@@ -437,7 +468,7 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
         if "norm" in name or "ln_q" in name:
-            return (0 if gemma else 1) + 0.1 * values
+            return (0 if gemma and not name.startswith("vision_tower") else 1) + 0.1 * values
         if name.endswith("sinks"):
             return values
         if name.endswith(".D"):
@@ -448,7 +479,7 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             return 0.2 * values
         if "embed" in name or "lm_head" in name:
             return (0.07 if gemma and "embed" in name else 0.25) * values
-        inputs = math.prod(shape[1:]) if len(shape) == 5 else shape[1]  # a convolution over patches
+        inputs = math.prod(shape[1:]) if len(shape) > 3 else shape[1]  # a convolution over patches
         return values * np.float32(1.5 / inputs**0.5)
 
     return {name: draw(name, shape) for name, shape in tensor_shapes(config).items()}

@@ -20,7 +20,7 @@ from rootcellar.models.config import read_config
 GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
 
 
-QWEN25, QWEN35 = MODELS = ("qwen2-5-vl", "qwen3-5")
+QWEN25, QWEN35, GEMMA3 = MODELS = ("qwen2-5-vl", "qwen3-5", "gemma3-seeing")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_preprocessing_equals_transformers_bit_for_bit(name):
     config = make_config(name)
     encoder = read_config(config, processor=PROCESSORS.get(config["model_type"])).encoder
     for seed, height, width, digest in json.loads((GOLDEN / "pictures" / "pixels.json").read_text())[name]:
-        values = encoder.patches(encoder.prepare(picture(seed, height, width)))
+        values = encoder.pixel_values(encoder.prepare(picture(seed, height, width)))
         found = hashlib.sha256(np.ascontiguousarray(values, "<f4")).hexdigest()
         assert found == digest, f"{width} x {height} pixels"
 
@@ -110,6 +110,7 @@ NIGHT = [
     [
         (QWEN25, 16, 64, {}),
         (QWEN35, 4, 16, {}),
+        (GEMMA3, 4, 32, {}),
         *(pytest.param(name, *row, marks=pytest.mark.long) for name in MODELS for row in NIGHT),
     ],
 )
@@ -138,7 +139,9 @@ def answers(made, case, at, **options):
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(QWEN25, marks=pytest.mark.long), QWEN35])
+@pytest.mark.parametrize(
+    "name", [pytest.param(QWEN25, marks=pytest.mark.long), QWEN35, pytest.param(GEMMA3, marks=pytest.mark.long)]
+)
 def test_answers_are_the_same_from_every_tier(cases, name, tmp_path):
     """From the host, from a store of files, and from the store in another engine."""
     case, folder = cases(name)

@@ -84,6 +84,7 @@ class Encodings:
     def given(self, request: Request, start: int, stop: int) -> Vectors | None:
         """The vectors of spans in tokens [start, stop) of a request, which are there; None where there are none."""
         at: list[NDArray[np.int64]] = []
+        until: list[NDArray[np.int64]] = []
         rows: list[NDArray[np.floating]] = []
         for span in request.spans:
             first, last = max(start, span.start), min(stop, span.stop)
@@ -94,7 +95,11 @@ class Encodings:
             self._kept.move_to_end(content)
             rows.append(np.asarray(self._kept[content])[first - span.start : last - span.start])
             at.append(np.arange(first, last) - start)
-        return Vectors(np.concatenate(at), np.concatenate(rows)) if at else None
+            until.append(np.full(last - first, span.stop - 1))
+        if not at:
+            return None
+        seen = np.concatenate(until) if self._encoder.encoder.atomic else None
+        return Vectors(np.concatenate(at), np.concatenate(rows), seen)
 
     def turn(self, end: Callable[[Request, Finish], None]) -> bool:
         """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.

@@ -32,6 +32,7 @@ class ForwardBatch:
         local: runs a function on each device's own heads.
         places: int32 [3, T], where rotary embeddings take each token to be, in time, height and width; None: where
             ``positions`` has it.
+        until: int32 [T], the last position that each token sees; None: its own. A picture's tokens see each other.
     """
 
     positions: jax.Array
@@ -41,6 +42,14 @@ class ForwardBatch:
     backend: str
     local: Local
     places: jax.Array | None = None
+    until: jax.Array | None = None
+
+    @property
+    def attended(self) -> tuple[str, jax.Array]:
+        """The backend that attends, and what it is told of positions: of those that see further, xla, and both."""
+        if self.until is None:
+            return self.backend, self.positions
+        return "xla", jnp.stack([self.positions, self.until])
 
     @property
     def turned_by(self) -> jax.Array:

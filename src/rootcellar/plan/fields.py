@@ -200,6 +200,11 @@ _VISION: Mapping[str, Field] = {
     "spatial_merge_size": Whole(1, 16),
     "temporal_patch_size": Whole(1, 16),
     "num_position_embeddings": _SIZE,
+    "num_hidden_layers": Whole(1, MOST_LAYERS),
+    "num_attention_heads": _SIZE,
+    "num_channels": Whole(1, 64),
+    "image_size": Whole(1, 2**14),
+    "layer_norm_eps": Number(0, 1),
     "deepstack_visual_indexes": _LAYERS,
     "window_size": Whole(1, 4096),
     "fullatt_block_indexes": _LAYERS,
@@ -210,7 +215,8 @@ _PIXELS = Whole(1, 2**31)
 PROCESSOR: Mapping[str, Field] = {
     "min_pixels": _PIXELS,
     "max_pixels": _PIXELS,
-    "size": Object({"shortest_edge": _PIXELS, "longest_edge": _PIXELS}),
+    "size": Object({"shortest_edge": _PIXELS, "longest_edge": _PIXELS, "height": _PIXELS, "width": _PIXELS}),
+    "do_pan_and_scan": Flag(),
     "image_mean": Several(Number(0, 1), 3),
     "image_std": Several(Number(0, 1, above=True), 3),
 }
@@ -264,6 +270,8 @@ FIELDS: Mapping[str, Field] = {
     # pictures
     "vision_config": Object(_VISION),
     "image_token_id": Whole(0, 2**31 - 1),
+    "image_token_index": Whole(0, 2**31 - 1),
+    "mm_tokens_per_image": _SIZE,
     "image_processor": Object(PROCESSOR),  # what is read of preprocessor_config.json
     # which layers see what
     "layer_types": Several(Word(), MOST_LAYERS),

@@ -30,10 +30,12 @@ class Vectors:
     """What stands for ids that are no tokens (an image's placeholders).
 
     ``at``: their indices in the part's tokens, ascending [K]; ``vectors`` [K, E] enter the first layer in their place.
+    ``until``: the last position that each of them sees [K]; None: its own.
     """
 
     at: NDArray[np.integer]
     vectors: NDArray[np.floating] | Array
+    until: NDArray[np.integer] | None = None
 
 
 class BatchPart(NamedTuple):
@@ -104,10 +106,14 @@ def _powers(limit: int) -> list[int]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """Vectors in a batch: ``where`` bool [T], ``vectors`` [T, E] enter the first layer instead of embeddings."""
+    """Vectors in a batch: ``where`` bool [T], ``vectors`` [T, E] enter the first layer instead of embeddings.
+
+    ``until``: the last position that each token of the batch sees, int32 [T]; None: its own.
+    """
 
     where: NDArray[np.bool_] | Array
     vectors: NDArray[np.floating] | Array
+    until: Ints | Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +192,7 @@ class Batch:
                 rows[at // tile : at // tile + count] = i
                 last[i] = at + n - 1
         chosen = {name: table[ids] for name, table in tables.items()}
-        given = _given(parts, starts, tokens)
+        given = _given(parts, starts, tokens, positions)
         places = _places(parts, starts, positions)
         unread = None
         if tile == 1:
@@ -195,7 +201,9 @@ class Batch:
         return cls(tokens, positions, rows, chosen, last, tuple(starts), given, unread, places)
 
 
-def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np.int64]) -> Given | None:
+def _given(
+    parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np.int64], positions: Ints
+) -> Given | None:
     """The parts' vectors at their places in the batch, whose ``tokens`` become 0 there."""
     found = [(at + p.given.at, p.given.vectors) for p, at in zip(parts, starts, strict=True) if p.given is not None]
     if not found:
@@ -207,7 +215,13 @@ def _given(parts: Sequence[BatchPart], starts: Sequence[int], tokens: NDArray[np
     where[places] = True
     spread = np.zeros((len(tokens), vectors.shape[1]), np.float32)
     spread[places] = vectors
-    return Given(where, spread)
+    until = None
+    if any(part.given is not None and part.given.until is not None for part in parts):
+        until = positions.copy()
+        for part, at in zip(parts, starts, strict=True):
+            if part.given is not None and part.given.until is not None:
+                until[at + part.given.at] = part.given.until
+    return Given(where, spread, until)
 
 
 def _places(parts: Sequence[BatchPart], starts: Sequence[int], positions: Ints) -> Ints | None:

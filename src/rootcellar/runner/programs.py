@@ -118,8 +118,9 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
 
     def step(params, buffers, tokens, positions, rows, tables, last, given, newest, places):  # type: ignore[no-untyped-def]
         buffers = {name: list(layers) for name, layers in buffers.items()}
+        until = None if given is None else given.until
         steps = {
-            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local, places)
+            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local, places, until)
             for name, layout in paging.layouts.items()
         }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.models.packing import Views
@@ -24,6 +25,13 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * weight + bias).astype(x.dtype)
+
+
+def colour_values(mean: tuple[float, float, float], deviation: tuple[float, float, float]) -> NDArray[np.float32]:
+    """What a byte of each colour becomes, as transformers' image processors have it: float32 [3, 256]."""
+    share = (np.arange(256, dtype=np.uint8).astype(np.float64) * (1 / 255)).astype(np.float32)
+    means, deviations = (np.array(each, np.float32)[:, None] for each in (mean, deviation))
+    return (share - means) / deviations
 
 
 def few(count: int) -> int:

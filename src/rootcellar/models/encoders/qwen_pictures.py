@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rootcellar.errors import RequestError
+from rootcellar.models.encoders.parts import colour_values
 
 _THINNEST = 200
 """Times as long as wide that a picture may be, at most."""
@@ -73,12 +74,10 @@ class QwenPictures:
     @property
     def values(self) -> NDArray[np.float32]:
         """What a byte of each colour becomes: float32 [3, 256]."""
-        share = (np.arange(256, dtype=np.uint8).astype(np.float64) * (1 / 255)).astype(np.float32)
-        mean, deviation = (np.array(each, np.float32)[:, None] for each in (self.mean, self.deviation))
-        return (share - mean) / deviation
+        return colour_values(self.mean, self.deviation)
 
-    def patches(self, prepared: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """A prepared picture as transformers hands it to the model (``pixel_values``): float32 [patches, values]."""
+    def pixel_values(self, prepared: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A prepared picture as transformers hands it to the model: float32 [patches, values]."""
         units = self.units(prepared)
         values = np.take_along_axis(
             self.values[:, :, None], units.reshape(-1, 3, self.patch**2).transpose(1, 2, 0).reshape(3, -1, 1), 1

@@ -116,6 +116,16 @@ def activation_of(raw: Raw, field: str = "hidden_act", default: str = "silu") ->
     return name
 
 
+def colours(seen: Raw, name: str) -> tuple[float, ...] | None:
+    """A number for each colour, of ``preprocessor_config.json``; None where it is not given."""
+    value = seen.get(name)
+    if value is None:
+        return None
+    if len(value) != 3:
+        raise ModelError(f"preprocessor_config.json: {name} must hold 3 numbers, one for each colour, not {len(value)}")
+    return tuple(map(float, value))
+
+
 def rules_of(raw: Raw, *known: Rule) -> list[tuple[Rule, int]]:
     """Rule and span of each layer, as the planner reads them; ``ModelError`` for rules that are not ``known``."""
     size(raw, "num_hidden_layers")

@@ -1,20 +1,27 @@
-"""Gemma 2 and 3 (text): window layers between full ones, four norms a layer.
+"""Gemma 2 and 3: window layers between full ones, four norms a layer.
 
-Gemma 3 has norms of queries and keys and a rotary embedding for each rule; Gemma 2 squashes the scores of attention.
+Gemma 3 has norms of queries and keys and a rotary embedding for each rule, and sees pictures, in both directions;
+Gemma 2 squashes the scores of attention.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rootcellar.errors import ModelError
+from rootcellar.models.encoders import Gemma3Vision
 from rootcellar.models.families.family import (
     ATTENTION_NAMES,
     DENSE_NAMES,
     TOP_NAMES,
     Family,
+    Names,
     Raw,
     activation_of,
+    colours,
+    given,
     heads_of,
     layer_names,
     number,
@@ -84,6 +91,66 @@ def _layers(
     }
 
 
+def _gemma3_seeing(raw: Raw) -> dict[str, Any]:
+    """With its encoder; the language model alone where the config has none."""
+    read, vision = _gemma3(raw), raw.get("vision_config")
+    if vision is None:
+        return read
+    seen: Raw = given(raw, "image_processor", {})
+    refuse(seen, "do_pan_and_scan")
+    tokens = math.isqrt(size(raw, "mm_tokens_per_image", 256))
+    for layer in read["layers"]:
+        if 0 < layer.mixer.span < tokens**2:
+            raise ModelError(
+                f"sliding_window={layer.mixer.span} is less than mm_tokens_per_image={tokens**2}: not supported"
+            )
+    side = size(vision, "image_size", 224)
+    for name in ("height", "width"):
+        if size(given(seen, "size", {}), name, side) != side:
+            raise ModelError(f"preprocessor_config.json: size must be {side} x {side}, the image_size of vision_config")
+    if given(vision, "num_channels", 3) != 3:
+        raise ModelError(f"vision_config.num_channels={vision['num_channels']} is not supported: it must be 3")
+    fields = {"mean": colours(seen, "image_mean"), "deviation": colours(seen, "image_std")}
+    encoder = Gemma3Vision(
+        token=int(given(raw, "image_token_index", given(raw, "image_token_id", 262144))),
+        depth=size(vision, "num_hidden_layers", 12),
+        hidden_size=size(vision, "hidden_size", 768),
+        intermediate_size=size(vision, "intermediate_size", 3072),
+        heads=size(vision, "num_attention_heads", 12),
+        side=side,
+        patch=size(vision, "patch_size", 16),
+        tokens=tokens,
+        activation=activation_of(vision, default="gelu_pytorch_tanh"),
+        eps=float(given(vision, "layer_norm_eps", 1e-6)),
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+    return {**read, "encoder": encoder}
+
+
+_BLOCK = {
+    "vision_o": "self_attn.out_proj",
+    "vision_up": "mlp.fc1",
+    "vision_down": "mlp.fc2",
+    "vision_norm": "layer_norm1",
+    "vision_mlp_norm": "layer_norm2",
+}
+_OUTSIDE = {"patch": "embeddings.patch_embedding", "vision_last_norm": "post_layernorm"}
+_TOWER = "vision_tower.vision_model."
+_LAYER = f"{_TOWER}encoder.layers.{{layer}}."
+SEEING_NAMES: Names = {
+    **within("language_model", NAMES),
+    **{
+        name + bias: (f"{where}{source}.{kind}",)
+        for bias, kind in (("", "weight"), ("_bias", "bias"))
+        for where, table in ((_LAYER, _BLOCK), (_TOWER, _OUTSIDE))
+        for name, source in table.items()
+    },
+    "vision_qkv": tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+    "vision_qkv_bias": tuple(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
+    "places": (f"{_TOWER}embeddings.position_embedding.weight",),
+    "merge_norm": ("multi_modal_projector.mm_soft_emb_norm.weight",),
+    "merge": ("multi_modal_projector.mm_input_projection_weight",),
+}
 DEFAULTS: Raw = {
     "model_type": "gemma3_text",
     "head_dim": 256,
@@ -110,5 +177,5 @@ GEMMA2_DEFAULTS: Raw = {
 FAMILIES = (
     Family("Gemma2ForCausalLM", _gemma2, NAMES, GEMMA2_DEFAULTS),
     Family("Gemma3ForCausalLM", _gemma3, NAMES, DEFAULTS),
-    Family("Gemma3ForConditionalGeneration", _gemma3, within("language_model", NAMES), DEFAULTS),
+    Family("Gemma3ForConditionalGeneration", _gemma3_seeing, SEEING_NAMES, DEFAULTS),
 )

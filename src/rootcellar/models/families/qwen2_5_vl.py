@@ -7,7 +7,7 @@ from typing import Any
 from rootcellar.errors import ModelError
 from rootcellar.models.encoders import Qwen25Vision
 from rootcellar.models.families import llama
-from rootcellar.models.families.family import Family, Names, Raw, activation_of, given, need, size
+from rootcellar.models.families.family import Family, Names, Raw, activation_of, colours, given, need, size
 
 _VISION = {
     "vision_qkv": "attn.qkv.weight",
@@ -60,8 +60,8 @@ def vision_fields(raw: Raw, patch: int) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "least": given(seen, "min_pixels", limits.get("shortest_edge")),
         "most": given(seen, "max_pixels", limits.get("longest_edge")),
-        "mean": _colours(seen, "image_mean"),
-        "deviation": _colours(seen, "image_std"),
+        "mean": colours(seen, "image_mean"),
+        "deviation": colours(seen, "image_std"),
     }
     for name, value in (("out_hidden_size", size(raw, "hidden_size")), ("in_channels", 3)):
         if given(vision, name, given(vision, "in_chans", value) if name == "in_channels" else value) != value:
@@ -78,15 +78,6 @@ def vision_fields(raw: Raw, patch: int) -> dict[str, Any]:
         "theta": float((vision.get("rope_parameters") or {}).get("rope_theta") or 10000.0),
         **{name: value for name, value in fields.items() if value is not None},
     }
-
-
-def _colours(seen: Raw, name: str) -> tuple[float, ...] | None:
-    value = seen.get(name)
-    if value is None:
-        return None
-    if len(value) != 3:
-        raise ModelError(f"preprocessor_config.json: {name} must hold 3 numbers, one for each colour, not {len(value)}")
-    return tuple(map(float, value))
 
 
 FAMILIES = (Family("Qwen2_5_VLForConditionalGeneration", _layers, NAMES),)

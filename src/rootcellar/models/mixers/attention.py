@@ -133,13 +133,14 @@ class Attention:
         """See ``Mixer``."""
         q, k, v, gate = self.project(params, x, batch.turned_by)
         axes = batch.layout.axes
+        backend, positions = batch.attended
         attend = batch.local(
-            attention(batch.backend, batch.layout, self.reach),
+            attention(backend, batch.layout, self.reach),
             (_ROWS, _KV_ROWS, _KV_ROWS, ("heads",), (), (), (), *axes),
             (_ROWS, *axes),
         )
         sinks = self._sinks(params)
-        out, *buffers = attend(q, k, v, sinks, batch.table, batch.rows, batch.positions, *buffers)
+        out, *buffers = attend(q, k, v, sinks, batch.table, batch.rows, positions, *buffers)
         return self.merge(params, out.astype(x.dtype), gate), buffers
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:

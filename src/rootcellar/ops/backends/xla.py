@@ -51,6 +51,7 @@ def _by_head(
     layout: TokenLayout, reach: Reach, q: Array, k: Array, v: Array, sinks: Array,
     tables: Array, rows: Array, positions: Array, *buffers: Array,
 ) -> tuple[Array, ...]:  # fmt: skip
+    positions, until = positions if positions.ndim == 2 else (positions, positions)
     buffers = write(layout, buffers, (k, v), tables, rows, positions)
     kv_heads, head_dim = k.shape[1:]
     n, page_size = rows.shape[0], layout.page_size
@@ -65,7 +66,8 @@ def _by_head(
 
     sinks = jnp.broadcast_to(sinks.reshape(*shape[1:3], 1), shape)
     start = (jnp.maximum(sinks, MASKED), jnp.where(sinks > MASKED, 1.0, 0.0), jnp.zeros((*shape, head_dim)))
-    out = _softmax(layout, reach, buffers, tables, rows, positions, look, start, lambda seen: seen[:, None, None])
+    spread = functools.partial(jnp.expand_dims, axis=(1, 2))
+    out = _softmax(layout, reach, buffers, tables, rows, positions, look, start, spread, until)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape[0] * q.shape[1], -1, head_dim), *buffers
 
 
@@ -99,18 +101,21 @@ def _over_latents(
 def _softmax(
     layout: TokenLayout, reach: Reach, buffers: Sequence[Array], tables: Array, rows: Array, positions: Array,
     look: Callable[..., tuple[Array, Sum]], start: tuple[Array, Array, Array], spread: Callable[[Array], Array],
+    until: Array | None = None,
 ) -> Array:  # fmt: skip
     """What every query gets of all that it sees, a block of pages at a time.
 
     ``look(written [tiles, block], *parts)`` gives the scores of what ``layout.read`` gave, ``[..., block]``, and a
     function that sums its values by weights of that shape. ``start``: of all queries the greatest score so far, the sum
-    of weights, the sum of values. ``spread`` brings ``[tiles, tile, block]`` to the scores' axes.
+    of weights, the sum of values. ``spread`` brings ``[tiles, tile, block]`` to the scores' axes. ``until``: the last
+    position that each query sees, where it is not its own.
     """
     page_size, n = layout.page_size, rows.shape[0]
     per_block = max(1, BLOCK_TOKENS // page_size)
     block = per_block * page_size
     positions = positions.reshape(n, -1)
-    newest = jnp.max(positions, axis=1)
+    until = positions if until is None else until.reshape(n, -1)
+    newest = jnp.max(until, axis=1)
     # Each tile's blocks begin at the first page that its first token sees.
     first = reach.first(positions[:, 0]) // page_size
     pages_of = _block_of_pages(reach, tables, rows, first, per_block)
@@ -121,7 +126,8 @@ def _softmax(
         # Slots that nobody has written for this row hold what an earlier owner left, which may be anything: a weight of
         # zero does not silence a NaN.
         scores, sums = look(at <= newest[:, None], *layout.read(buffers, pages_of(i)))
-        seen = spread(reach.sees(positions[:, :, None], at[:, None]))
+        ahead = (at[:, None] > positions[:, :, None]) & (at[:, None] <= until[:, :, None])
+        seen = spread(reach.sees(positions[:, :, None], at[:, None]) | ahead)
         scores = jnp.where(seen, reach.capped(scores), MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)

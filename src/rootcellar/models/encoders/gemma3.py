@@ -1,0 +1,183 @@
+"""Gemma 3's encoder: SigLIP (Zhai et al. 2023) over pictures of one size, a vector for each square of its patches.
+
+Names and arithmetic follow transformers' ``modeling_siglip`` and ``Gemma3MultiModalProjector``. The language model sees
+a picture in both directions, so pictures are ``atomic``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rootcellar.errors import ModelError
+from rootcellar.models import packing
+from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.encoders.parts import attend, colour_values, convolution, layer_norm
+from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.models.norms import Norm
+from rootcellar.models.packing import Views
+from rootcellar.models.spec import Declare, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Vision:
+    """See above. ``side``: pixels of a picture's, whatever it was before; ``tokens``: vectors of a picture's side."""
+
+    token: int
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    side: int = 896
+    patch: int = 14
+    tokens: int = 16
+    activation: str = "gelu_pytorch_tanh"
+    eps: float = 1e-6
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    deviation: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise ModelError(
+                f"vision_config: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.heads}"
+            )
+        if self.side % self.patch or self._patches % self.tokens:
+            raise ModelError(
+                f"vision_config: image_size={self.side} must be whole patches of {self.patch} pixels, and these a "
+                f"multiple of the root of mm_tokens_per_image, {self.tokens}"
+            )
+
+    @property
+    def _patches(self) -> int:
+        """Patches of a side."""
+        return self.side // self.patch
+
+    # -- preprocessing: equal to transformers' Gemma3ImageProcessor without pan and scan, bit for bit ----------------
+
+    @property
+    def atomic(self) -> bool:
+        """See ``Encoder``."""
+        return True
+
+    def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See ``Encoder``: a square, however long the picture is."""
+        if pixels.shape[:2] == (self.side, self.side):
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BILINEAR))
+
+    def pixel_values(self, prepared: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A prepared picture as transformers hands it to the model: float32 [3, side, side]."""
+        return colour_values(self.mean, self.deviation)[np.arange(3)[:, None, None], prepared.transpose(2, 0, 1)]
+
+    def size(self, prepared: NDArray[np.uint8]) -> int:  # noqa: ARG002 - all have as many
+        """See ``Encoder``."""
+        return self.tokens**2
+
+    def places(self, prepared: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
+        """See ``Encoder``: this model knows no places but positions."""
+        return np.tile(np.arange(self.size(prepared), dtype=np.int32), (3, 1)), self.size(prepared)
+
+    def length(self, prepared: NDArray[np.uint8]) -> int:  # noqa: ARG002
+        """See ``Encoder``."""
+        return self._patches**2
+
+    def lay(self, prepared: NDArray[np.uint8]) -> Laid:
+        """See ``Encoder``: row by row."""
+        side, patch = self._patches, self.patch
+        cut = prepared.reshape(side, patch, side, patch, 3).transpose(0, 2, 4, 1, 3)
+        at = np.stack(np.divmod(np.arange(side**2, dtype=np.int32), np.int32(side)))
+        order = np.arange(self.tokens**2, dtype=np.int32)
+        return Laid(np.ascontiguousarray(cut.reshape(-1, *cut.shape[2:])), np.ones(side**2, np.bool_), at, order)
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """See ``Encoder``."""
+        return ("patches", *("block",) * self.depth, "merge")
+
+    def block_of(self, stage: int) -> int | None:
+        """See ``Encoder``."""
+        return stage - 1 if 1 <= stage <= self.depth else None
+
+    def declare(self, declare: Declare, embed: int) -> Params:
+        """``patch`` [3, P, P, H]; ``places`` [N, H]; ``vision_last_norm``, ``merge_norm`` [H]; ``merge`` [H, E]."""
+        hidden, shape = self.hidden_size, (3, self.patch, self.patch, self.hidden_size)
+        return {
+            "patch": declare("patch", shape, (None,) * 4, "random", convolution),
+            "patch_bias": declare("patch_bias", (hidden,), (None,), "zeros"),
+            "places": declare("places", (self._patches**2, hidden), (None, None), "random"),
+            "vision_last_norm": declare("vision_last_norm", (hidden,), (None,), "ones"),
+            "vision_last_norm_bias": declare("vision_last_norm_bias", (hidden,), (None,), "zeros"),
+            "merge_norm": declare("merge_norm", (hidden,), (None,), "zeros"),
+            "merge": declare("merge", (hidden, embed), (None, None), "random"),
+        }
+
+    def declare_block(self, declare: Declare) -> Params:
+        """``vision_qkv`` [H, 3, N, D], ``vision_o`` [H, H], ``vision_up`` [H, I], ``vision_down`` [I, H], two norms;
+        all with biases.
+        """  # fmt: skip
+        hidden, inner, linear = self.hidden_size, self.intermediate_size, packing.transposed
+        qkv = (3, self.heads, hidden // self.heads)
+        vectors = {"o": hidden, "up": inner, "down": hidden, "norm": hidden, "mlp_norm": hidden}
+        return {
+            "vision_qkv": declare("vision_qkv", (hidden, *qkv), (None,) * 4, "random", _three),
+            "vision_qkv_bias": declare("vision_qkv_bias", qkv, (None,) * 3, "zeros", _three_biases),
+            "vision_o": declare("vision_o", (hidden, hidden), (None, None), "random", linear),
+            "vision_up": declare("vision_up", (hidden, inner), (None, None), "random", linear),
+            "vision_down": declare("vision_down", (inner, hidden), (None, None), "random", linear),
+            "vision_norm": declare("vision_norm", (hidden,), (None,), "ones"),
+            "vision_mlp_norm": declare("vision_mlp_norm", (hidden,), (None,), "ones"),
+            **{
+                f"vision_{n}_bias": declare(f"vision_{n}_bias", (size,), (None,), "zeros")
+                for n, size in vectors.items()
+            },
+        }
+
+    def cost(self, kind: str, patches: int) -> int:
+        """See ``Encoder``."""
+        hidden = self.hidden_size
+        if kind == "patches":
+            return 3 * self.patch**2 * hidden
+        if kind == "merge":
+            return hidden
+        return hidden * (4 * hidden + 2 * self.intermediate_size + 2 * patches)
+
+    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
+        """See ``Encoder``: states are [N, H]."""
+        if kind == "patches":
+            values = jnp.asarray(colour_values(self.mean, self.deviation))[jnp.arange(3)[:, None, None], laid.patches]
+            rows = jnp.einsum("ncij,cijh->nh", values.astype(params["patch"].dtype), params["patch"])
+            return rows + params["patch_bias"] + params["places"]
+        if kind == "merge":
+            normed = layer_norm(state, params["vision_last_norm"], params["vision_last_norm_bias"], self.eps)
+            square = self._patches // self.tokens
+            pooled = normed.reshape(self.tokens, square, self.tokens, square, -1).mean((1, 3))
+            return (
+                Norm(self.eps, offset=1.0)(pooled.reshape(self.tokens**2, -1), params["merge_norm"]) @ params["merge"]
+            )
+        normed = layer_norm(state, block["vision_norm"], block["vision_norm_bias"], self.eps)
+        rows = jnp.tensordot(normed, block["vision_qkv"], 1) + block["vision_qkv_bias"]
+        q, k, v = rows[:, 0], rows[:, 1], rows[:, 2]
+        parts = q.reshape(self._patches, self._patches, *q.shape[1:])  # scores of a row of patches at a time
+        out = jax.lax.map(lambda queries: attend(queries, k, v, laid.valid), parts)
+        x = state + out.reshape(state.shape) @ block["vision_o"] + block["vision_o_bias"]
+        normed = layer_norm(x, block["vision_mlp_norm"], block["vision_mlp_norm_bias"], self.eps)
+        inner = ACTIVATIONS[self.activation](normed @ block["vision_up"] + block["vision_up_bias"])
+        return x + inner @ block["vision_down"] + block["vision_down_bias"]
+
+
+def _three(packed: NDArray[Any]) -> Views:
+    """Queries, keys and values ``[in, 3, N, D]``: three linear layers."""
+    return [packing.linear(packed[:, i], 1) for i in range(3)]
+
+
+def _three_biases(packed: NDArray[Any]) -> Views:
+    """Their biases ``[3, N, D]``."""
+    return [packing.linear(packed[i], 0) for i in range(3)]
