@@ -17,7 +17,8 @@ def test_both_spellings_of_transformers_mean_the_same(family):
     old = make_config(family, torch_dtype="bfloat16")
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new["dtype"] = "bfloat16"
-    new["rope_parameters"] = {"rope_theta": old["rope_theta"], "rope_type": "default", **old.get("rope_scaling", {})}
+    spelled = {"rope_theta": old.get("rope_theta"), "rope_type": "default", **old.get("rope_scaling", {})}
+    new["rope_parameters"] = old.get("rope_parameters", spelled)
     if family == "olmo3":  # by kind of layer
         sliding = {"rope_theta": old["rope_theta"], "rope_type": "default"}
         new["rope_parameters"] = {"full_attention": new["rope_parameters"], "sliding_attention": sliding}
