@@ -18,10 +18,12 @@ AT_NIGHT = (
     "bamba",
     "deepseek3",
     "gemma3",
+    "gemma3-seeing",
     "llama2-dynamic",
     "llama3-d128",
     "qwen2-4kv",
     "qwen2-5-vl",
+    "qwen3-5",
     "qwen3-tied-1kv-d128",
 )
 
