@@ -5,7 +5,7 @@
 
 Qwen3.5 tiny: an encoder of pictures before gated delta nets and attention. Drawn are pages and chunks, rows and memory
 (so little that requests are retracted and pages evicted), types of the KV cache, tiers and a store, one node or two
-that meet over TCP, two devices (rarely), steps that overlap; then rounds of requests with and without pictures, turns
+that meet over TCP, steps that overlap; then rounds of requests with and without pictures, turns
 of conversations, tenants, and what an operator does between and beside them.
 
 The plain engine has one page size, one chunk, one device, no tier, and answers each request alone. Greedy tokens must
@@ -110,11 +110,8 @@ def draw(rng):
         "kv_cache_dtype": rng.choice(["auto", "auto", "int8", "fp8_e4m3"]),
         "disable_overlap_schedule": rng.random() < 0.5,
         "mm_cache_size": 1,
-        "tp_size": 2 if rng.random() < 0.1 else 1,
+        "apart": rng.random() < 0.4,
     }
-    # Two engines that each step on both devices would wait for each other: XLA runs what two threads of a process begin
-    # in another order on each device. Nodes of two devices are processes of their own (tests/engine/test_ranks.py).
-    drawn["apart"] = drawn["tp_size"] == 1 and rng.random() < 0.4
     tiers = rng.choice(["device", "host", "store", "store"])
     if drawn["apart"] or tiers != "device":
         drawn |= {"enable_hierarchical_cache": True, "hicache_ratio": rng.choice([1.5, 4.0])}
