@@ -99,15 +99,23 @@ class NixlObjectStore:
         views = [view.cast("B") for view in into]
         for view in views:  # an object that is too short leaves the end as it was: never that of the page
             view[-8:] = os.urandom(len(view[-8:]))
-        found: list[bool] = []
         with self._passage:
-            for start in range(0, len(names), _AT_ONCE):
-                some = slice(start, start + _AT_ONCE)
-                with self._reader.lock, as_os_error():
-                    objects = self._objects(names[some], [len(view) for view in views[some]])
-                    found += self._reader.move("READ", views[some], "OBJ", objects, apart=True)
-            if names and not any(found) and any(self.has(names)):
-                raise OSError("NIXL could read nothing of what is there")
+            found = self._read(names, views)
+            if not any(found) and (late := [i for i, there in enumerate(self.has(names)) if there]):
+                # NIXL does not say why it read nothing: they may have come meanwhile.
+                again = self._read([names[i] for i in late], [views[i] for i in late])
+                if not any(again):
+                    raise OSError("NIXL could read nothing of what is there")
+                found = [i in late and again[late.index(i)] for i in range(len(names))]
+        return found
+
+    def _read(self, names: Sequence[bytes], views: Sequence[memoryview]) -> list[bool]:
+        found: list[bool] = []
+        for start in range(0, len(names), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            with self._reader.lock, as_os_error():
+                objects = self._objects(names[some], [len(view) for view in views[some]])
+                found += self._reader.move("READ", views[some], "OBJ", objects, apart=True)
         return found
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
