@@ -19,6 +19,7 @@ from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender
 from rootcellar.transfer.talk import Patience, Say, pages_said
 from rootcellar.transfer.terms import Terms
 from rootcellar.transfer.wires.tcp import Framed
+from serving import wait_until
 
 SIZES = {"full": 4096, "state": 100}
 TERMS = Terms(16, "float32", "float32", (("full", "full", 0), ("state", "recurrent", 0)), SIZES, "Some", "abcd")
@@ -121,6 +122,13 @@ def same(nodes, first, stop, kind="full"):
     return np.array_equal(nodes.host[kind][first:stop], nodes.copies[kind].pages[first + 1 : stop + 1])
 
 
+def hello(nodes, room):
+    """What a decode node begins with."""
+    node = nodes.sender.node
+    said = {"room": room, "start": 0, "node": node, "weights": WEIGHTS, "last": LAST, "terms": TERMS.plain()}
+    return json.dumps(said).encode()
+
+
 def test_pages_come_as_they_are_offered_and_are_let_go_of_when_they_have_come(make):
     nodes = make()
     nodes.sender.expect(5, WEIGHTS, LAST)
@@ -184,14 +192,57 @@ def test_a_decode_node_that_has_all_says_so_and_the_prefill_node_is_done(make):
         ({"last": ""}, "None on the decode node"),
     ],
 )
-def test_what_does_not_fit_is_refused_on_both_sides_with_both_values(make, other, said):
+@pytest.mark.parametrize("first", ["room", "node"])
+def test_who_does_not_fit_is_sent_away_with_both_values_and_the_room_stays(make, first, other, said):
     nodes = make()
-    nodes.sender.expect(9, WEIGHTS, LAST)
+    if first == "room":
+        nodes.sender.expect(9, WEIGHTS, LAST)
     nodes.join(9, **other)
-    nodes.until(lambda: nodes.gave and nodes.took)
-    (left,), (parted,) = nodes.gave, nodes.took
-    assert said in left.why
-    assert said in parted.why
+    if first == "node":
+        wait_until(lambda: nodes.sender._waiting)
+        nodes.sender.expect(9, WEIGHTS, LAST)
+    nodes.until(lambda: nodes.took)
+    assert said in nodes.took.pop().why
+    assert said in nodes.sender.refused(9)
+    assert nodes.gave == []
+    visit = nodes.join(9)
+    nodes.until(lambda: Welcomed(visit) in nodes.took)
+    assert nodes.gave == [Joined(9, 0)]
+
+
+def test_who_waited_and_went_is_forgotten_and_the_next_one_is_let_in(make):
+    nodes = make()
+    gone = nodes.join(9)
+    wait_until(lambda: nodes.sender._waiting)
+    nodes.receiver.leave(gone, satisfied=False)
+    wait_until(lambda: not nodes.sender._talks)
+    assert not nodes.sender._waiting
+    nodes.meet(9)
+    assert nodes.gave == [Joined(9, 0)]
+
+
+def test_who_waits_and_falls_silent_is_gone(make):
+    nodes = make(Patience(silence=0.4, meeting=60))
+    route = nodes.sender._bootstrap.route()
+    with socket.create_connection(("127.0.0.1", route["rank_port"])) as stopped:
+        Framed(stopped).send(Say.HELLO, hello(nodes, 9))
+        wait_until(lambda: nodes.sender._waiting)
+        wait_until(lambda: not nodes.sender._waiting)
+    nodes.meet(9)
+    assert nodes.gave == [Joined(9, 0)]
+
+
+def test_who_had_all_before_its_room_came_is_remembered_as_long_as_it_might_come(make):
+    nodes = make(Patience(silence=20, meeting=0.2))
+    nodes.receiver.leave(nodes.join(1, 96), satisfied=True)
+    wait_until(lambda: not nodes.sender._talks and nodes.sender._waiting)
+    nodes.sender.expect(1, WEIGHTS, LAST)
+    assert nodes.sender.take() == [Joined(1, 96), Satisfied(1)]
+    nodes.receiver.leave(nodes.join(2, 96), satisfied=True)
+    wait_until(lambda: not nodes.sender._talks and nodes.sender._waiting)
+    threading.Event().wait(0.25)
+    nodes.join(3)
+    wait_until(lambda: list(nodes.sender._waiting) == [3])
 
 
 def test_a_decode_node_that_waited_long_is_told_that_nobody_came(make):
@@ -302,9 +353,8 @@ def test_what_was_read_for_a_decode_node_that_is_gone_takes_no_room(make, when):
     nodes.sender.expect(1, WEIGHTS, LAST)
     route = nodes.sender._bootstrap.route()
     with socket.create_connection(("127.0.0.1", route["rank_port"])) as stopped:  # it says hello, and takes nothing
-        said = {"room": 1, "start": 0, "node": route["node"], "weights": WEIGHTS, "last": LAST, "terms": TERMS.plain()}
         wire = Framed(stopped)
-        wire.send(Say.HELLO, json.dumps(said).encode())
+        wire.send(Say.HELLO, hello(nodes, 1))
         wire.send(Say.WANT, pages_said([("full", name(i % PAGES)) for i in range(4000)]))
         nodes.until(lambda: Joined(1, 0) in nodes.gave)
         if when == "after":

@@ -128,9 +128,11 @@ class Giving(Peers):
 
     def expire(self, now: float) -> None:
         """See ``Peers``."""
-        for guest in list(self._guests.values()):
+        for room, guest in list(self._guests.items()):
             if guest.reached is None and now >= guest.since + self._patience:
                 why = f"no decode node came for it within {self._patience:g} s (disaggregation_waiting_timeout)"
+                if refused := self._sender.refused(room):
+                    why = f"no decode node that fits came for it; the last one was refused: {refused}"
                 self._end(guest.request, Finish.abort("timeout", why))
 
     @property

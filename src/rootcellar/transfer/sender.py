@@ -78,6 +78,29 @@ class _Room:
     ledger: Ledger = field(default_factory=Ledger)
     talk: Talk | None = None
     done: bool = False
+    refused: str = ""
+    """Why the last decode node that came was sent away."""
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """A decode node that named a room. ``room``: the one it is in; ``refused``: it was told so, and should go;
+    ``satisfied``: it said that it needs nothing, and went, before the room was there.
+
+    ``until``: when what it waits for should have been, by the clock: its room, or that it goes.
+    """
+
+    talk: Talk
+    number: int
+    start: int
+    node: str
+    weights: str
+    last: str
+    terms: Terms
+    until: float
+    room: _Room | None = None
+    refused: bool = False
+    satisfied: bool = False
 
 
 @dataclass(slots=True)
@@ -111,8 +134,10 @@ class Sender:
         self.node = uuid.uuid4().hex
         self.stats = SenderStats()
         self._terms, self._copiers, self._patience, self._wrap = terms, copiers, patience or Patience(), wrap
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._rooms: dict[int, _Room] = {}
+        self._waiting: dict[int, list[_Caller]] = {}
+        """Decode nodes whose room is not there yet, by its number, in the order in which they came."""
         self._events: list[SenderEvent] = []
         self._wake: Callable[[], None] = _nobody
         self._queued = 0
@@ -149,26 +174,27 @@ class Sender:
 
         ``weights``: what it is computed with; ``last``: the name of its last whole page, or nothing.
         """
-        with self._changed:
+        with self._lock:
             if number in self._rooms:
                 raise RequestError(f"bootstrap_room {number} is in use: give each request a room of its own")
-            self._rooms[number] = _Room(number, weights, last)
+            self._rooms[number] = room = _Room(number, weights, last)
             self.stats.rooms += 1
-            self._changed.notify_all()
+            for caller in self._waiting.pop(number, ()):
+                self._receive(room, caller)
 
     def offer(self, number: int, manifest: Manifest) -> None:
         """These pages may be fetched; they stay where they are until an ``Arrived``, or until :meth:`end`."""
-        with self._changed:
+        with self._lock:
             self._rooms[number].ledger.offer(manifest)
 
     def computed(self, number: int) -> None:
         """Nothing more will be offered in a room."""
-        with self._changed:
+        with self._lock:
             self._rooms[number].ledger.end()
 
     def end(self, number: int, why: str | None = None) -> list[int]:
         """Nobody is in the room any more; ``why``: the decode node is told. Returns the manifests that were held."""
-        with self._changed:
+        with self._lock:
             room = self._rooms.pop(number, None)
             if room is None:
                 return []
@@ -184,9 +210,15 @@ class Sender:
             talk.put(Say.FAILED, why.encode())
         return held
 
+    def refused(self, number: int) -> str:
+        """Why the last decode node that came to a room was sent away; empty: none was."""
+        with self._lock:
+            room = self._rooms.get(number)
+            return room.refused if room is not None else ""
+
     def take(self) -> list[SenderEvent]:
         """What happened since the last call."""
-        with self._changed:
+        with self._lock:
             events, self._events = self._events, []
         return events
 
@@ -198,7 +230,7 @@ class Sender:
 
     def _next(self) -> tuple[Talk, str, list[tuple[int, int]]] | None:
         """Pages of one kind to read for one room, index and slot."""
-        with self._changed:
+        with self._lock:
             for room in self._rooms.values():
                 if room.talk is None or room.done:
                     continue
@@ -226,7 +258,7 @@ class Sender:
                 wait()
                 began = monotonic()
                 talk.connection.send(Say.PAGES, says, [images.data])
-                with self._changed:
+                with self._lock:
                     self.stats.pages += len(found)
                     self.stats.bytes += images.nbytes
                     self.stats.seconds += monotonic() - began
@@ -234,7 +266,7 @@ class Sender:
                 free()
 
         def free() -> None:
-            with self._changed:
+            with self._lock:
                 self._queued -= images.nbytes
             self._wake()
 
@@ -244,10 +276,9 @@ class Sender:
 
     def close(self) -> None:
         """Let go of all decode nodes, and listen no more."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             talks = list(self._talks)
-            self._changed.notify_all()
         self._wake = _nobody
         self._bootstrap.close()
         tcp.end_listening(self._listener)
@@ -265,16 +296,16 @@ class Sender:
     def _hear(self, plain: socket.socket) -> None:
         """The life of one connection."""
         talk = Talk(self._wrap(plain), self._patience, "sender-sends")
-        with self._changed:
+        with self._lock:
             self._talks.add(talk)
             closed = self._closed
-        room: _Room | None = None
+        caller: _Caller | None = None
         why = "the connection to the decode node ended"
         try:
             if not closed:
-                room = self._meet(talk)
-            while room is not None and self._heard(talk, room):
-                pass
+                caller = self._greeted(talk)
+                while self._heard(caller):
+                    pass
         except OSError as error:
             why = f"the decode node is gone: {error or type(error).__name__}"
         except Exception as error:  # what came made no sense
@@ -282,48 +313,70 @@ class Sender:
             why = f"the decode node could not be understood: {error!r}"
         finally:
             talk.close()
-            with self._changed:
+            with self._lock:
                 self._talks.discard(talk)
-                if room is not None and not room.done:
-                    room.done = True
-                    self._tell(Left(room.number, why))
+                if caller is not None:
+                    self._goes(caller, why)
 
-    def _meet(self, talk: Talk) -> _Room | None:
-        """Wait until the room that a decode node names is there. None: it was refused."""
+    def _greeted(self, talk: Talk) -> _Caller:
+        """Who a decode node is; it is in its room now, or waits for it, or was refused."""
         frame = talk.connection.receive()
         if frame.kind != Say.HELLO:
             raise WireError("a decode node begins with what it is, and this one does not")
+        until = monotonic() + self._patience.meeting
         try:
             said: dict[str, Any] = json.loads(frame.says)
             number, start = int(said["room"]), int(said["start"])
             node, weights, last = str(said["node"]), str(said["weights"]), str(said["last"])
-            terms = Terms.read(said["terms"])
             if start < 0:
                 raise ValueError(f"start={start}")
+            caller = _Caller(talk, number, start, node, weights, last, Terms.read(said["terms"]), until)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise WireError(f"a decode node does not say what it is: {error!r}") from None
-        with self._changed:
-            there = self._changed.wait_for(lambda: self._closed or number in self._rooms, self._patience.meeting)
-            room = self._rooms.get(number)
-            if self._closed or not there or room is None:
-                why = f"no request came to the prefill node for room {number} within {self._patience.meeting:g} s"
-                room = None
-            elif room.talk is not None:
-                why = f"bootstrap_room {number} is in use: another decode node is in it"
-                room = None
-            elif why := self._unfit(room, node, terms, weights, last):
-                room.done = True
-                self._tell(Left(number, why))
-                room = None
+        with self._lock:
+            if (room := self._rooms.get(number)) is not None:
+                self._receive(room, caller)
             else:
-                room.talk = talk
-                talk.put(Say.WELCOME)
-                self._tell(Joined(number, start))
-        if room is None:
-            talk.put(Say.REFUSED, why.encode())
-            while talk.connection.receive().kind == Say.PULSE:  # until it has read that and goes
-                pass
-        return room
+                self._forget_late(monotonic())
+                self._waiting.setdefault(number, []).append(caller)
+        return caller
+
+    def _forget_late(self, now: float) -> None:
+        """Those who went, and whose room never came: nobody hears them any more, who would see to it."""
+        late = [each for callers in self._waiting.values() for each in callers if each.satisfied and each.until <= now]
+        for caller in late:
+            caller.satisfied = False
+            self._goes(caller, "")
+
+    def _receive(self, room: _Room, caller: _Caller) -> None:
+        """Let a decode node into its room, or tell it why not: that is between the two, and the room stays open."""
+        if room.talk is not None or room.done:
+            self._refuse(caller, f"bootstrap_room {room.number} is in use: another decode node is in it")
+        elif why := self._unfit(room, caller.node, caller.terms, caller.weights, caller.last):
+            room.refused = why
+            self._refuse(caller, why)
+        else:
+            room.talk, caller.room = caller.talk, room
+            caller.talk.put(Say.WELCOME)
+            self._tell(Joined(room.number, caller.start))
+            if caller.satisfied:
+                room.done = True
+                self._tell(Satisfied(room.number))
+
+    def _refuse(self, caller: _Caller, why: str) -> None:
+        caller.refused, caller.until = True, monotonic() + self._patience.silence
+        caller.talk.put(Say.REFUSED, why.encode())
+
+    def _goes(self, caller: _Caller, why: str) -> None:
+        """A decode node is here no longer."""
+        waiting = self._waiting.get(caller.number, [])
+        if caller in waiting and not caller.satisfied:
+            waiting.remove(caller)
+            if not waiting:
+                del self._waiting[caller.number]
+        if caller.room is not None and not caller.room.done:
+            caller.room.done = True
+            self._tell(Left(caller.room.number, why))
 
     def _unfit(self, room: _Room, node: str, terms: Terms, weights: str, last: str) -> str:
         """Why a decode node cannot have what is in a room; empty: it can."""
@@ -341,12 +394,20 @@ class Sender:
             )
         return ""
 
-    def _heard(self, talk: Talk, room: _Room) -> bool:
+    def _heard(self, caller: _Caller) -> bool:
         """Take in the next frame; False: there will be none."""
-        frame = talk.connection.receive()
+        frame = caller.talk.connection.receive()
         if frame.nbytes:
             raise WireError("a decode node sends no pages")
-        with self._changed:
+        with self._lock:
+            if frame.kind == Say.PULSE:
+                return caller.room is not None or self._waits(caller)
+            room = caller.room
+            if room is None:
+                if frame.kind != Say.DONE:
+                    raise WireError(f"a decode node that is in no room does not say {frame.kind}")
+                caller.satisfied = True
+                return False
             if frame.kind == Say.WANT:
                 pages = pages_read(frame.says)
                 if unknown := {kind for kind, _ in pages} - set(self._copiers):
@@ -360,10 +421,21 @@ class Sender:
                     room.done = True
                     self._tell(Satisfied(room.number))
                 return False
-            elif frame.kind != Say.PULSE:
+            else:
                 raise WireError(f"a decode node does not say {frame.kind}")
         if frame.kind == Say.WANT:
             self._wake()
+        return True
+
+    def _waits(self, caller: _Caller) -> bool:
+        """Whether a decode node that is in no room may go on waiting for it, or for having read that it was refused."""
+        if monotonic() < caller.until:
+            return True
+        if caller.refused:
+            return False
+        self._goes(caller, "")
+        why = f"no request came to the prefill node for room {caller.number} within {self._patience.meeting:g} s"
+        self._refuse(caller, why)
         return True
 
     def _let_go(self, room: _Room) -> None:

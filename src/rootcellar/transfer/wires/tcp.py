@@ -1,11 +1,12 @@
 """Frames over TCP: a head of fixed length, what the frame says, and bytes that go to and come from where they lie.
 
-    magic 4 | kind 1 | - 3 | length of what it says 4 | - 4 | length of the bytes 8 | checksum 8 | checksum 8
+    magic 4 | kind 1 | - 3 | length of what it says 4 | sum 4 | length of the bytes 8 | checksum 8 | checksum 8
     what it says | the bytes
 
-The first checksum (XXH3) is over kind, lengths and what it says, and is looked at before that is believed: by it is
-known where the bytes go. The second is over the bytes. What does not fit ends the connection. A socket has a deadline
-for each of its calls: whoever neither says nor takes a byte for so long is taken for dead.
+The sum (XXH32) is over the rest of the head: a length that was damaged would be waited for as long as the other side
+is alive. The first checksum (XXH3) is over what it says, and is looked at before that is believed: by it is known where
+the bytes go. The second is over the bytes. What does not fit ends the connection. A socket has a deadline for each of
+its calls: whoever neither says nor takes a byte for so long is taken for dead.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import xxhash
 
 from rootcellar.tiers.store import Block
 
-_HEAD = struct.Struct("<4sB3xI4xQQQ")
-_SUMMED = struct.Struct("<BIQ")
-_MAGIC = b"rcw1"
+_HEAD = struct.Struct("<4sB3xIIQQQ")
+_MAGIC = b"rcw2"
 _BLOCKS = 512
 _MOST_SAID = 64 << 20
 """Bytes that a frame may say: more is no frame of ours."""
@@ -81,8 +81,7 @@ class Framed:
         digest = xxhash.xxh3_64()
         for view in views:
             digest.update(view)
-        said = _sum_of(kind, says, nbytes)
-        head = _HEAD.pack(_MAGIC, kind, len(says), nbytes, said, digest.intdigest())
+        head = _head(kind, len(says), nbytes, xxhash.xxh3_64_intdigest(says), digest.intdigest())
         waiting = [memoryview(head + says), *views]
         at = 0
         while at < len(waiting):
@@ -99,13 +98,13 @@ class Framed:
         """The next frame; if bytes follow, ``fill`` comes before the next. Raises ``OSError``, also at the end."""
         head = bytearray(_HEAD.size)
         self._into(memoryview(head))
-        magic, kind, length, nbytes, said, checksum = _HEAD.unpack(head)
-        if magic != _MAGIC or length > _MOST_SAID:
+        magic, kind, length, _, nbytes, said, checksum = _HEAD.unpack(head)
+        if magic != _MAGIC or length > _MOST_SAID or head != _head(kind, length, nbytes, said, checksum):
             raise WireError("what came is no frame: the other side speaks another protocol, or bytes were damaged")
         says = bytearray(length)
         self._into(memoryview(says))
         frame = Saying(kind, bytes(says), nbytes, checksum)
-        if _sum_of(kind, frame.says, nbytes) != said:
+        if xxhash.xxh3_64_intdigest(frame.says) != said:
             raise _damaged(kind)
         return frame
 
@@ -143,10 +142,9 @@ class Framed:
             done += count
 
 
-def _sum_of(kind: int, says: bytes, nbytes: int) -> int:
-    digest = xxhash.xxh3_64(_SUMMED.pack(kind, len(says), nbytes))
-    digest.update(says)
-    return int(digest.intdigest())
+def _head(kind: int, length: int, nbytes: int, said: int, checksum: int) -> bytes:
+    summed = xxhash.xxh32_intdigest(_HEAD.pack(_MAGIC, kind, length, 0, nbytes, said, checksum))
+    return _HEAD.pack(_MAGIC, kind, length, summed, nbytes, said, checksum)
 
 
 def _damaged(kind: int) -> WireError:
