@@ -29,11 +29,13 @@ async def model(model: str, request: Request) -> Response:
 
 
 def _card(state: ServerState) -> dict[str, Any]:
+    # Routers look here for whose fields a server of prefill or decode knows, and name rooms to none but SGLang's.
+    apart = state.engine.config.disaggregation_mode != "null"
     return {
         "id": state.model_name,
         "object": "model",
         "created": int(state.started),
-        "owned_by": "rootcellar",
+        "owned_by": "sglang" if apart else "rootcellar",
         "root": state.engine.config.model_path,
         "parent": None,
         "max_model_len": state.longest_prompt + 1,
