@@ -7,6 +7,9 @@ systems are up all the time and take turns: some clients stream answers, one aft
 others ask about a new long prompt every few seconds. Told of each system, as medians of the rounds: seconds between two
 tokens of a stream (median and 99th percentile), tokens of streams a second, and seconds to the first token of a long
 prompt. The client computes at the lowest priority, on both cores.
+
+Two cores may be two hardware threads of one. What that alone costs is measured, too: streams of the decode node while
+nothing computes on the other core, and beside loops there that have nothing to do with it.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -64,6 +68,33 @@ def systems(stack, args, cores):
     return {"one engine": one.url, "apart": decode.url}
 
 
+LOOPS = {
+    "alone": None,
+    "beside a busy loop": "while True: pass",
+    "beside a loop of matrix products": "import numpy as n\na = n.ones((256, 256), 'f')\nwhile True: a @ a",
+}
+"""What computes on the other core while the decode node streams, and no prompt is long."""
+
+
+def controls(url, args, core):
+    """What streams are like beside each of the loops, by its name."""
+    found = {}
+    for name, code in LOOPS.items():
+        beside = None
+        if code is not None:
+            one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", code]
+            beside = subprocess.Popen(words, env=one_thread)
+        try:
+            quiet = argparse.Namespace(**{**vars(args), "at_once": 0, "seconds": args.seconds / 2})
+            found[name] = asyncio.run(load(url, quiet, 0))
+        finally:
+            if beside is not None:
+                beside.kill()
+                beside.wait()
+    return found
+
+
 def prompt(rng, length):
     return rng.integers(16, 1000, length).tolist()
 
@@ -110,7 +141,7 @@ async def load(url, args, seed):
         "gap": statistics.median(within),
         "gap_p99": float(np.percentile(within, 99)),
         "tokens_per_second": len(within) / (ended - began),
-        "first_token": statistics.median(first),
+        "first_token": statistics.median(first) if first else 0.0,
         "long_prompts": len(first),
     }
 
@@ -144,11 +175,12 @@ def main():
         for i in range(args.rounds):
             for name in sorted(urls, reverse=bool(i % 2)):
                 rows[name].append(asyncio.run(load(urls[name], args, i)))
+        beside = {} if args.quick else controls(urls["apart"], args, cores[0])
     medians = {
         name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()
     }
     ratios = [apart["gap_p99"] / one["gap_p99"] for apart, one in zip(rows["apart"], rows["one engine"], strict=True)]
-    found = {"ratio_p99": statistics.median(ratios), "ratios": ratios, "systems": medians}
+    found = {"ratio_p99": statistics.median(ratios), "ratios": ratios, "systems": medians, "decode node": beside}
     if args.json:
         print(json.dumps(found))
         return
@@ -159,6 +191,8 @@ def main():
             f"{row['tokens_per_second']:.1f} tokens/s; first token of a long prompt {row['first_token']:.2f} s "
             f"({row['long_prompts']:.0f} of them)"
         )
+    for name, row in beside.items():
+        print(f"decode node {name}: between tokens {1e3 * row['gap']:.0f} ms, p99 {1e3 * row['gap_p99']:.0f} ms")
     print(f"p99 apart over one engine: {found['ratio_p99']:.2f}; rounds {', '.join(f'{r:.2f}' for r in ratios)}")
 
 

@@ -121,6 +121,7 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_nodes_that_fail.py": {
         "test_a_kill_a_stop_or_a_cut_at_any_moment": "",
+        "test_nodes_of_unlike_numbers_of_devices": "",
     },
     "engine/test_overlap.py": {
         "test_under_little_memory_and_with_few_rows_the_answers_are_the_same": "",
@@ -193,6 +194,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_prompts_about_as_long_as_a_page": "1|2|16",
         "test_of_a_conversation_each_node_has_the_turns_before_from_their_store": "",
         "test_whatever_the_wire_does_no_token_is_wrong_and_the_next_request_works": "",
+        "test_who_is_retracted_comes_back_without_prefill_and_who_runs_is_not_retracted": "",
         "test_whoever_waits_too_long_is_told": "",
     },
     "engine/test_warmup.py": {
@@ -262,6 +264,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_server_with_a_key_is_asked_for_it_once": "",
         "test_numbers_move_while_requests_run": "",
         "test_the_report_shows_what_was_computed_again_and_why": "",
+        "test_what_goes_between_nodes_is_shown_as_bytes_a_second": "",
         "test_the_tree_is_walked_by_keyboard": "",
         "test_two_chats_share_the_system_message_and_the_tree_shows_it": "",
     },
@@ -296,6 +299,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_a_client_that_goes_away_frees_both_nodes": "",
         "test_a_url_needs_a_decode_node": "",
         "test_every_route_is_answered_with_what_the_other_node_computed": "",
+        "test_one_timeline_shows_a_request_on_both_nodes": "",
         "test_routers_may_say_where_a_prompt_is_computed": "",
         "test_two_commands_are_a_system_that_outlives_either_node": "",
         "test_what_the_prefill_node_refuses_is_said": "",

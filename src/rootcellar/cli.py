@@ -26,6 +26,7 @@ COMMANDS = {
     "explain": "what the prompts of a recorded log compute again, and why, without a model",
     "plan": "how many tokens and requests fit, from a model's config and the hardware",
     "launch": "print what an agent such as claude or codex needs to work against a server, or start it so",
+    "trace": "what servers did lately, as one timeline for Perfetto",
     "store": "look at, verify and prune the folder of a file store",
     "version": "print the versions of rootcellar and of what it stands on",
 }

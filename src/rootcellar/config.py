@@ -270,7 +270,10 @@ class EngineConfig:
         choices=("null", "prefill", "decode"),
     )
     disaggregation_transfer_backend: str = option(
-        "tcp", "How pages go from a prefill node to a decode node.", choices=("tcp",)
+        "tcp",
+        "How pages go from a prefill node to a decode node, the same on both (docs/disaggregation.md): 'tcp' needs "
+        "nothing; 'mooncake', 'nixl' (UCX) and 'jax' (jax.experimental.transfer) the library of that name.",
+        choices=("tcp", "mooncake", "nixl", "jax"),
     )
     disaggregation_bootstrap_port: int = option(
         8998,
@@ -280,7 +283,9 @@ class EngineConfig:
         high=65535,
     )
     disaggregation_host: str = option(
-        "127.0.0.1", "Address on which a prefill node listens for decode nodes; whoever reaches it can ask for pages."
+        "127.0.0.1",
+        "Address on which a prefill node listens for decode nodes; whoever reaches it can ask for pages. With a "
+        "disaggregation_transfer_backend other than 'tcp' a decode node listens there, too.",
     )
     disaggregation_fallback: str = option(
         "abort",
@@ -297,6 +302,12 @@ class EngineConfig:
     )
     disaggregation_waiting_timeout: float = option(
         300.0, "Seconds that a request waits for the other node, or for its prompt's KV cache.", low=0, above=True
+    )
+    num_reserved_decode_tokens: int = option(
+        512,
+        "On a decode node a request starts beside others only where so many tokens of each running answer, or all that "
+        "are left of it, still fit after it: those that run are not retracted for it.",
+        low=0,
     )
     kv_events_config: str | None = option(
         None,

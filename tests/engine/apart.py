@@ -4,8 +4,12 @@ import contextlib
 import itertools
 import threading
 
+import numpy as np
 from conversations import tiered
 from idle import check_idle
+
+from rootcellar.cache import Done
+from rootcellar.engine.identity import namespace
 
 ROOMS = itertools.count(1)
 
@@ -19,6 +23,26 @@ def two_nodes(folder, *, prefill=None, decode=None, **options):
         tiered(folder, **{**options, "disaggregation_mode": "decode", **(decode or {})}) as taking,
     ):
         yield Pair(giving, taking)
+
+
+def images(engine, ids, salt):
+    """What a device has of a prompt: the bytes of its pages, by kind and name."""
+    machine, copiers = engine._loop.machine, engine._parts.runner.copiers
+
+    def look():
+        manifest = machine.scheduler.cache.send(machine.scheduler.key(ids, namespace("", salt, "")), 0)
+        if manifest is None:
+            return {}
+        found = {}
+        for part in manifest.parts:
+            copier = copiers[engine._parts.runner.pool_of[part.kind]]
+            rows = np.zeros((len(part.slots), copier.image.nbytes), np.uint8)
+            copier.read(np.asarray(part.slots, np.int32), rows, np.arange(len(rows)))()
+            found |= {(part.kind, name): row.tobytes() for name, row in zip(part.digests, rows, strict=True)}
+        machine.scheduler.learn([Done(manifest.id)])
+        return found
+
+    return engine._loop.call(look)
 
 
 class Pair:
@@ -67,6 +91,16 @@ class Pair:
         gave, took = (engine.stats()["disaggregation"] for engine in (self.prefill, self.decode))
         assert (gave["pages"], gave["bytes"]) == (took["pages"], took["bytes"])
         return took["pages"]
+
+    def same_bytes(self, ids, least, salt=""):
+        """Pages of a prompt that were sent and both nodes have on the device, ``least`` at least: bit for bit.
+
+        Pages of a prompt end where its chunks end, or between.
+        """
+        gave, took = (images(engine, ids[:-1], salt) for engine in (self.prefill, self.decode))
+        both = gave.keys() & took.keys()
+        assert len(both) >= least, (len(gave), len(took))
+        assert [name for name in both if gave[name] != took[name]] == []
 
     def check_idle(self):
         """Nothing is left behind on either node."""

@@ -60,6 +60,7 @@ def test_a_prompt_computed_on_one_node_is_answered_by_the_other(nodes, case_of, 
         "DECODE_BOOTSTRAP", "DECODE_WAITING", "DECODE_TRANSFERRED", "DECODE_LOOP",
     ]  # fmt: skip
     assert nodes.decode.stats()["prefill_tokens"] <= 2 * 16, "what is left of a page"
+    nodes.same_bytes(prompt, lacking(nodes, prompt))
 
 
 def test_what_either_node_has_is_not_computed_or_not_sent_again(nodes, case_of):
@@ -208,23 +209,25 @@ def test_one_engine_meets_nobody(tiny_engine):
 
 
 @pytest.mark.parametrize(
-    ("name", "page", "chunk"),
+    ("name", "page", "chunk", "rows"),
     [
-        ("gemma3", 16, 16),
-        ("qwen3-next", 16, 64),
-        *(
-            pytest.param(name, page, chunk, marks=pytest.mark.long)
-            for name, page, chunk in itertools.product(FAMILIES, (1, 16), (16, 256))
-        ),
+        ("gemma3", 16, 16, 2),
+        ("qwen3-next", 16, 64, 2),
+        *(pytest.param(*each, 16, marks=pytest.mark.long) for each in itertools.product(FAMILIES, (1, 16), (16, 256))),
     ],
 )
-def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk):
+def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk, rows):
     case, folder = case_of(name)
-    with two_nodes(folder, page_size=page, chunked_prefill_size=chunk, hicache_ratio=4.0) as pair:
+    options = {"page_size": page, "chunked_prefill_size": chunk, "max_total_tokens": 512 if rows == 2 else 2048}
+    with two_nodes(folder, hicache_ratio=4.0, max_running_requests=rows, **options) as pair:
         for i in LONG:  # each by itself: some begin alike
             before = pair.sent
             assert pair.ask(case.prompts[i], HALF, cache_salt=str(i))["output_ids"] == case.tokens[i][:HALF]
             assert pair.sent - before == lacking(pair, case.prompts[i])
+        pair.same_bytes(case.prompts[i], 1, salt=str(i))
+        if rows == 16:
+            everything = pair.ask(case.prompts, HALF, cache_salt="all at once")
+            assert [answer["output_ids"] for answer in everything] == [tokens[:HALF] for tokens in case.tokens]
         prompts = [case.prompts[i] for i in LONG]
         for again in (False, True):
             before = pair.sent
@@ -233,6 +236,25 @@ def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk):
             assert (pair.sent == before) == again, "what is there is not sent again"
         longer = [case.prompts[i] + case.tokens[i][:HALF] for i in LONG]
         assert [answer["output_ids"] for answer in pair.ask(longer, HALF)] == [case.tokens[i][HALF:] for i in LONG]
+        pair.check_idle()
+
+
+@pytest.mark.parametrize("reserved", [0, 512])
+def test_who_is_retracted_comes_back_without_prefill_and_who_runs_is_not_retracted(case_of, reserved):
+    """Answers of two prompts of a hundred tokens, on a device that has not the room for both to their ends."""
+    case, folder = case_of("qwen2-4kv")
+    decode = {"max_total_tokens": 272, "num_reserved_decode_tokens": reserved}
+    with two_nodes(folder, hicache_ratio=8.0, decode=decode) as pair:
+        most = 2 * HALF
+        prompts = [case.prompts[15], case.prompts[15][::-1]]
+        params = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+        alone = pair.prefill.generate(input_ids=prompts[1], sampling_params=params)["output_ids"]
+        answers = pair.ask(prompts, most, cache_salt="both")
+        assert [answer["output_ids"] for answer in answers] == [case.tokens[15][:most], alone]
+        stats = pair.decode.stats()
+        assert (stats["retractions"] > 0) == (reserved == 0)
+        computed = stats["prefill_tokens"]
+        assert computed <= (2 + stats["retractions"]) * 2 * 16, "what is left of pages"
         pair.check_idle()
 
 

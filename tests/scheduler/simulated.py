@@ -94,6 +94,7 @@ class World:
     storage: int = 0
     prefetch: PrefetchRules | None = None
     rates: Rates | None = None
+    reserved: int = 0
     per_step: int = 1
     overlap: bool = False
     under_way: tuple[Plan, list[list[int]]] | None = None
@@ -142,6 +143,7 @@ class World:
             reuse=self.reuse,
             snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
             guesses=Guessing(self.per_step - 1, VOCAB) if self.per_step > 1 else None,
+            reserved=self.reserved,
             loads=Loads(kinds, self.page_size, {kind.name: self.page_size * 8 for kind in kinds}),
         )
         self.scheduler.loads.learn(self.rates or Rates(), 0)

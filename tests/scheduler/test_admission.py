@@ -69,3 +69,20 @@ def test_a_request_starts_as_soon_as_there_is_room_for_it_beside_what_it_shares(
     assert world.scheduler.retractions == 0
     world.verify()
     assert np.array_equal(second.ids[:20], prompt(3, 20))
+
+
+@pytest.mark.parametrize("window", [None, sliding_window("window", (1,), 9)])
+@pytest.mark.parametrize(("reserved", "beside"), [(0, True), (8, True), (20, False), (10**6, False)])
+def test_room_is_kept_for_answers_that_run(window, reserved, beside):
+    """Two prompts of 10 tokens and answers of 40 in a cache of 52."""
+    world = World(tokens=52, page_size=1, chunk=64, running=4, reserved=reserved, window=window, window_tokens=200)
+    first = world.add(prompt(1, 10), 40)
+    world.step()
+    second = world.add(prompt(2, 10), 40)
+    world.step()
+    assert first.lease is not None, "whoever is alone starts, however long its answer may be"
+    assert (second.lease is not None) == beside
+    world.run()
+    world.verify()
+    assert (world.scheduler.retractions == 0) == (not beside), "those that run are not retracted for it"
+    assert second.generated == 40 or second.finish.type == "stop"

@@ -107,6 +107,17 @@ def page(driver, engine) -> Iterator[Page]:
         driver.get("about:blank")
 
 
+def test_what_goes_between_nodes_is_shown_as_bytes_a_second(page):
+    assert page.run("return document.getElementById('transfer-tile').hidden"), "this server is no part of two"
+    script = """const done = arguments[arguments.length - 1];
+    const reading = (at, bytes, seconds) => ({at, latency: {first_token: {count: 1, sum: 1}}, stats: {
+      occupancy: {DEVICE: {used: 0, busy: 0}}, copies: bytes === null ? {} : {"peer-host": {bytes, seconds}}}});
+    import("/page/history.js").then(({recall, rates}) => done(arguments[0].map((readings) => {
+        recall(readings.map((each) => reading(...each))); return rates().transfer ?? null; })));"""
+    cases = [[[1, None]], [[1, 0, 0]], [[1, 5e9, 5], [99, 9e9, 7], [100, 13e9, 8]], [[1, 6e9, 3], [100, 6e9, 3]]]
+    assert page.driver.execute_async_script(script, cases) == [None, None, pytest.approx(8e9 / 3), 2e9]
+
+
 def test_numbers_move_while_requests_run(page):
     done = threading.Event()
 

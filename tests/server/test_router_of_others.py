@@ -38,6 +38,7 @@ def test_smg_names_rooms_and_outlives_a_decode_node(tmp_path):
         pytest.skip("smg is not installed")
     bootstrap, port = free_port(), free_port()
     words = ["--disaggregation-bootstrap-port", str(bootstrap), "--disaggregation-heartbeat-timeout", "2"]
+    words += ["--disaggregation-waiting-timeout", "10"]  # some routers wait for both, also where one is gone
     words.append("--disaggregation-mode")
     with (
         Server(*words, "prefill", max_total_tokens=2048) as prefill,

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 import rootcellar
+from rootcellar.cli import main
 from serving import Server, on_thread, wait_until
 
 OPTIONS = {"model_path": "demo", "max_total_tokens": 1024, "max_running_requests": 4, "chunked_prefill_size": 64}
@@ -66,6 +67,25 @@ def test_every_route_is_answered_with_what_the_other_node_computed(client, serve
     assert client.post("/v1/chat/completions", json=chat).raise_for_status().json()["usage"]["completion_tokens"] <= 4
     assert prefill.stats()["disaggregation"]["pages"] == decode.stats()["disaggregation"]["pages"]
     assert prefill.stats()["generated_tokens"] == 0
+
+
+def test_one_timeline_shows_a_request_on_both_nodes(client, servers, capsys):
+    urls = [str(each.base_url).rstrip("/") for each in servers[:2]]
+    asked = {"text": PROMPT, "sampling_params": {"max_new_tokens": 2}, "cache_salt": "traced"}
+    rid = client.post("/generate", json=asked).raise_for_status().json()["meta_info"]["id"]
+    wait_until(lambda: not servers[2].status()["unfinished"])
+    assert main(["trace", *urls]) == 0
+    events = json.loads(capsys.readouterr().out)["traceEvents"]
+    gave, took = sorted((e for e in events if e["name"] == rid), key=lambda each: each["pid"])
+    assert gave["pid"] < 10 <= took["pid"]
+    arrows = {e["ph"]: e["pid"] for e in events if e["name"] == "apart" and rid in e["id"]}
+    assert sorted(arrows.values()) == [gave["pid"], took["pid"]]
+    stages = {e["name"]: e for e in events if e.get("args", {}).get("rid") == rid}
+    sent, came = stages["PREFILL_TRANSFER_KV_CACHE"], stages["DECODE_TRANSFERRED"]
+    assert abs(sent["ts"] + sent["dur"] - came["ts"]) < 1e6, "on one clock: within a second of each other"
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert f"{urls[0]}: requests" in names
+    assert main(["trace", "http://127.0.0.1:1"]) == 2
 
 
 def test_what_the_prefill_node_refuses_is_said(client, servers):

@@ -333,6 +333,7 @@ def _scheduler(
         snapshots=Snapshots(config.page_size, config.mamba_track_interval) if recurrent else None,
         loads=loads,
         guesses=_guesser(config, shapes),
+        reserved=config.num_reserved_decode_tokens if config.disaggregation_mode == "decode" else 0,
     )
 
 

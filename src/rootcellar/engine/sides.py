@@ -15,10 +15,13 @@ from rootcellar.scheduler import Scheduler
 from rootcellar.tiers.host import HostMemory
 from rootcellar.tiers.mover import Mover
 from rootcellar.transfer.receiver import Receiver
-from rootcellar.transfer.sender import Sender
+from rootcellar.transfer.sender import TOGETHER, Sender
 from rootcellar.transfer.talk import Patience
 from rootcellar.transfer.terms import Terms
+from rootcellar.transfer.wires import open_wire
 
+_UNDER_WAY = 64 * 2**20
+"""Bytes that can be under way at once by a wire that is told of its memory: two of the largest frames at least."""
 Side = Callable[[Scheduler, End, Admit], Peers]
 """What a machine makes its ``Peers`` with."""
 
@@ -38,13 +41,17 @@ def open_peers(
         {kind: copier.image.nbytes for kind, copier in copiers.items()},
         runner.placement.model.architecture,
         fingerprint.hex(),
+        config.disaggregation_transfer_backend,
     )
     patience = Patience(config.disaggregation_heartbeat_timeout, config.disaggregation_waiting_timeout)
-    if config.disaggregation_mode == "decode":
-        return Receiver(terms, {kind: host.images[pool] for kind, pool in runner.pool_of.items()}, mover, patience)
     address, port = config.disaggregation_host, config.disaggregation_bootstrap_port
+    largest = TOGETHER * max(terms.image_bytes.values())
+    wire = open_wire(config.disaggregation_transfer_backend, address, max(_UNDER_WAY, 2 * largest))
+    if config.disaggregation_mode == "decode":
+        images = {kind: host.images[pool] for kind, pool in runner.pool_of.items()}
+        return Receiver(terms, images, mover, patience, wire=wire)
     try:
-        return Sender(terms, copiers, address, port, patience)
+        return Sender(terms, copiers, address, port, patience, wire=wire)
     except OSError as error:
         raise ConfigError(
             f"a prefill node cannot listen on {address}:{port}: {error}; choose another disaggregation_host or "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -91,7 +92,8 @@ class Sight:
         A tenant's is without the steps, which it shares.
         """
         records, steps, now = self._loop.call(lambda: self._newest(limit, tenant))
-        return chrome_trace(records, steps, now=now, started=self._machine.recorder.began)
+        started = self._machine.recorder.began
+        return chrome_trace(records, steps, now=now, started=started, wall=time.time() - (now - started))
 
     def tree(self, limit: int = 200, tenant: str | None = None) -> dict[str, Any]:
         """The ``limit`` most important nodes of the radix tree, and which requests go through them.

@@ -86,7 +86,7 @@ class Timeline:
 
 
 def chrome_trace(
-    requests: Iterable[RequestRecord], steps: Sequence[StepRecord], *, now: float, started: float
+    requests: Iterable[RequestRecord], steps: Sequence[StepRecord], *, now: float, started: float, wall: float = 0.0
 ) -> dict[str, Any]:
     """Requests and steps in Chrome's trace event format (JSON object form, complete events).
 
@@ -98,6 +98,7 @@ def chrome_trace(
         steps: in order.
         now: what has not ended yet ends here.
         started: time zero of the trace.
+        wall: what a clock on the wall showed then, in seconds, so that traces of several nodes can be put together.
     """
     events: list[dict[str, Any]] = [_name(1, "requests"), _name(2, "engine"), _name(2, "steps", thread=1)]
     events.append(_name(2, "device", thread=2))
@@ -123,7 +124,7 @@ def chrome_trace(
         name = "decode" if step.decode else "prefill"
         slice_(2, 1, name, step.began, step.ended, requests=step.requests, tokens=step.tokens)
         slice_(2, 2, name, step.dispatched, step.computed)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"started_at": wall}}
 
 
 def _name(pid: int, name: str, thread: int | None = None) -> dict[str, Any]:

@@ -246,6 +246,14 @@ class Request:
         """Tokens to compute before the next one can be chosen."""
         return self.length - self.computed
 
+    def kept(self, most: int) -> int:
+        """Tokens of the answer yet to come that memory is kept for, where that is done for ``most`` of each."""
+        return min(most, len(self.ids) - self.length)
+
+    def ahead(self, most: int) -> int:
+        """Tokens to compute before the next one can be chosen, and those that are kept room for."""
+        return self.remaining + self.kept(most)
+
     @property
     def generated(self) -> int:
         """Tokens of the answer so far."""

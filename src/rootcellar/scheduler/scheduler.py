@@ -57,6 +57,7 @@ class Scheduler:
         snapshots: Snapshots | None = None,
         loads: Loads | None = None,
         guesses: Guesses | None = None,
+        reserved: int = 0,
     ) -> None:
         """Schedule over ``cache``.
 
@@ -72,6 +73,7 @@ class Scheduler:
             loads: says what farther tiers give; None: all that they have.
             guesses: says what decoding requests may say next; None: a step gives each one token. ``ConfigError`` where
                 the model has recurrent states, which cannot be taken back.
+            reserved: tokens of each running answer yet to come that whoever starts leaves room for.
         """
         if guesses is not None:
             require_no_states(cache.kinds)
@@ -96,16 +98,16 @@ class Scheduler:
         self._sharing = Sharing(reuse, self._little, cache.page_size, snapshots is not None)
         self.loads = loads or Loads.of_all()
         self.guesses = guesses
+        self._kept = reserved
         # Tokens after which a decoding request commits: whole pages, or several at a time when they are tiny.
         self._stride = max(cache.page_size, min(16, chunked_prefill_size))
         most = max_tiles if max_tiles is not None else chunked_prefill_size
         self.cutter = Cutter(chunked_prefill_size, most, tiles_of, cache.page_size, snapshots)
         self._snapshots = snapshots
-        self._arrivals = 0
+        self._arrivals = self._plans = 0
         self._turns = Turns(max_running_requests)
         self._admitted: dict[Request, tuple[int, int]] = {}
         """Of each running request: its place in the order of admission, and the plans made before."""
-        self._plans = 0
         self._decode_next = False
         self._jumped: set[str] = set()
         """Tenants that had a step for what is little since the last other one."""
@@ -459,8 +461,8 @@ class Scheduler:
         return True
 
     def _needs(self, request: Request, cached: int) -> dict[str, int]:
-        """Tokens that ``request`` and all that run will hold more of each paged kind until they decode."""
-        pending = [request.length - cached, *(r.remaining for r in self.running)]
+        """Tokens that ``request`` and all that run will hold more of each paged kind until all decode, and are to."""
+        pending = [request.length - cached + request.kept(self._kept), *(r.ahead(self._kept) for r in self.running)]
         return room_for(self.cache.kinds, pending, self._chunk, self.cache.page_size)
 
     # -- after the step -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
+from uuid import uuid4
 
 import httptools
 import orjson
@@ -62,6 +63,8 @@ class PrefillNode:
             raise RequestError(
                 "images and prefill_url: send prompts with images to a router, or to a node of their own"
             )
+        # One name on both nodes: so that what each did of a request can be put together (``rootcellar trace``).
+        arguments = {**arguments, "rid": arguments.get("rid") or uuid4().hex}
         rooms = _rooms(arguments)
         where = {
             "bootstrap_host": self.url.hostname,

@@ -14,5 +14,7 @@
     │                               │   ACK, DONE     │                               │
     └───────────────────────────────┘ ◀────────────── └───────────────────────────────┘
 
+By ``tcp`` pages follow where they are said; by other wires (``wires/``) they are lent, said where, and fetched.
+
 A *room* (SGLang's ``bootstrap_room``) is where the two requests for one prompt meet. Whoever is first waits in it.
 """

@@ -29,12 +29,16 @@ _ROOMS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a prefill node gives its pages, and what it is. ``node``: other at each start."""
+    """Where a prefill node gives its pages, and what it is. ``node``: other at each start.
+
+    ``lends``: the address of its wire, where that is another than the connection.
+    """
 
     host: str
     port: int
     node: str
     terms: Terms
+    lends: str = ""
 
     def plain(self) -> dict[str, Any]:
         """As values of JSON, by SGLang's names where it has one."""
@@ -50,6 +54,7 @@ class Route:
             "follow_bootstrap_room": True,
             "node": self.node,
             "terms": self.terms.plain(),
+            "lends": self.lends,
         }
 
     @classmethod
@@ -60,7 +65,7 @@ class Route:
         except (KeyError, TypeError, ValueError):
             known = {name: said.get(name) for name in ("page_size", "kv_cache_dtype") if name in said}
             raise WireError(f"what registered there is no prefill node of rootcellar: it says {known}") from None
-        return cls(str(host), port, str(node), Terms.read(terms))
+        return cls(str(host), port, str(node), Terms.read(terms), str(said.get("lends", "")))
 
 
 class Bootstrap:

@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+import xxhash
+
 from rootcellar.cache import Done, Event, Failed, Move
 from rootcellar.pools.images import Images
 from rootcellar.scheduler import Room
 from rootcellar.tiers.mover import Mover
 from rootcellar.transfer.bootstrap import Route, find
-from rootcellar.transfer.talk import PageName, Patience, Say, Talk, indices_of, pages_said
+from rootcellar.transfer.talk import PageName, Patience, Say, Talk, indices_of, lent_read, pages_said
 from rootcellar.transfer.terms import Terms
 from rootcellar.transfer.wires import tcp
-from rootcellar.transfer.wires.tcp import AnySocket, Saying, WireError
+from rootcellar.transfer.wires.tcp import AnySocket, WireError
+from rootcellar.transfer.wires.wire import PageWire
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class _Visit:
     start: int
     promised: frozenset[PageName] = frozenset()
     talk: Talk | None = None
+    lends: str = ""
+    """The address of the prefill node's wire."""
     left: bool = False
     """Whether nobody waits for it any more; ``satisfied``: because all that was needed has come."""
     satisfied: bool = False
@@ -103,8 +108,13 @@ class Receiver:
         mover: Mover,
         patience: Patience | None = None,
         wrap: Callable[[socket.socket], AnySocket] = lambda plain: plain,
+        wire: PageWire | None = None,
     ) -> None:
-        """``host``: the rows of images, by kind. ``mover``: hands over what is on PEER. ``wrap``: see ``Sender``."""
+        """``host``: the rows of images, by kind. ``mover``: hands over what is on PEER.
+
+        ``wrap``, ``wire``: see ``Sender``.
+        """
+        self._wire = wire
         self.stats = ReceiverStats()
         self._terms, self._host, self._patience, self._wrap = terms, host, patience or Patience(), wrap
         self._news = mover.take_from(self.read)
@@ -200,6 +210,8 @@ class Receiver:
         until = monotonic() + _CLOSING
         for thread in threads:
             thread.join(max(0.0, until - monotonic()))
+        if self._wire is not None:
+            self._wire.close()
 
     def _holder(self, pages: Sequence[PageName]) -> _Visit | None:
         for visit in self._visits.values():
@@ -251,7 +263,7 @@ class Receiver:
         }
         talk.put(Say.HELLO, json.dumps(said).encode())
         with self._lock:
-            visit.talk = talk
+            visit.talk, visit.lends = talk, route.lends
             if visit.left:
                 _part(visit, talk)
 
@@ -260,7 +272,10 @@ class Receiver:
         frame = talk.connection.receive()
         match frame.kind:
             case Say.PAGES:
-                self._take(visit, talk, frame)
+                self._take(visit, talk, frame.says, lambda views: talk.connection.fill(frame, views))
+            case Say.LENT:
+                indices, nbytes, checksum, ticket = lent_read(frame.says)
+                self._take(visit, talk, indices, lambda views: self._fetch(visit, ticket, nbytes, checksum, views))
             case Say.MISSING:
                 self._miss(visit, indices_of(frame.says, len(visit.wanted)).tolist())
             case Say.WELCOME:
@@ -276,10 +291,22 @@ class Receiver:
                 raise WireError(f"a prefill node does not say {frame.kind}")
         return True
 
-    def _take(self, visit: _Visit, talk: Talk, frame: Saying) -> None:
+    def _fetch(self, visit: _Visit, ticket: bytes, nbytes: int, checksum: int, views: Sequence[memoryview]) -> None:
+        """Take what was lent into ``views``. Raises ``OSError``: it did not come, or is not what was lent."""
+        if self._wire is None or nbytes != sum(view.nbytes for view in views):
+            raise WireError(f"{nbytes} bytes are lent, which nobody asked for")
+        with self._wire.fetch(visit.lends, ticket, nbytes, self._patience.silence) as found:
+            if xxhash.xxh3_64_intdigest(found.data) != checksum:
+                raise WireError("pages were damaged on the way: their checksum does not fit")
+            at = 0
+            for view in views:
+                view.cast("B")[:] = found[at : at + view.nbytes].data
+                at += view.nbytes
+
+    def _take(self, visit: _Visit, talk: Talk, says: bytes, fill: Callable[[Sequence[memoryview]], None]) -> None:
         began = monotonic()
         with self._lock:
-            indices = indices_of(frame.says, len(visit.wanted)).tolist()
+            indices = indices_of(says, len(visit.wanted)).tolist()
             if not visit.came.isdisjoint(indices) or len(set(indices)) < len(indices):
                 raise WireError("a page comes a second time")
             visit.came.update(indices)
@@ -288,12 +315,12 @@ class Receiver:
             views = [
                 view if opened.move in visit.open else memoryview(bytearray(view.nbytes)) for opened, view in places
             ]
-        talk.connection.fill(frame, views)
-        talk.put(Say.ACK, frame.says)
+        fill(views)
+        talk.put(Say.ACK, says)
         done: list[int] = []
         with self._lock:
             self.stats.pages += len(places)
-            self.stats.bytes += frame.nbytes
+            self.stats.bytes += sum(view.nbytes for view in views)
             self.stats.seconds += monotonic() - began
             for opened, _ in places:
                 opened.left -= 1

@@ -17,16 +17,18 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from rootcellar.cache import Manifest
 from rootcellar.errors import RequestError
 from rootcellar.pools.copying import Copier
 from rootcellar.transfer.bootstrap import Bootstrap, Route
 from rootcellar.transfer.ledger import Ledger
-from rootcellar.transfer.talk import Patience, Say, Talk, indices_of, pages_read
+from rootcellar.transfer.talk import Patience, Say, Talk, indices_of, lent_said, pages_read
 from rootcellar.transfer.terms import Terms
 from rootcellar.transfer.wires import tcp
 from rootcellar.transfer.wires.tcp import AnySocket, WireError
+from rootcellar.transfer.wires.wire import Bytes, PageWire
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +128,12 @@ class Sender:
         port: int,
         patience: Patience | None = None,
         wrap: Callable[[socket.socket], AnySocket] = lambda plain: plain,
+        wire: PageWire | None = None,
     ) -> None:
         """Listen on ``host``: ``port`` is the bootstrap service's. Raises ``OSError``.
 
-        ``copiers``: of each kind's pool. ``wrap``: what stands around each connection's socket, for tests.
+        ``copiers``: of each kind's pool. ``wrap``: what stands around each connection's socket, for tests. ``wire``: by
+        which pages go, if not after what is said of them.
         """
         self.node = uuid.uuid4().hex
         self.stats = SenderStats()
@@ -141,6 +145,9 @@ class Sender:
         self._events: list[SenderEvent] = []
         self._wake: Callable[[], None] = _nobody
         self._queued = 0
+        self._wire = wire
+        self._lent: dict[Talk, dict[bytes, bytes]] = {}
+        """Tickets for what each decode node has not said that it has, by the pages."""
         self._talks: set[Talk] = set()
         self._closed = False
         self._listener = tcp.listen(host)
@@ -149,7 +156,8 @@ class Sender:
         except BaseException:
             self._listener.close()
             raise
-        self._bootstrap.register(Route(host, self._listener.getsockname()[1], self.node, terms).plain())
+        lends = "" if wire is None else wire.address
+        self._bootstrap.register(Route(host, self._listener.getsockname()[1], self.node, terms, lends).plain())
         self._thread = threading.Thread(target=self._accept, name="rootcellar-sender", daemon=True)
         self._thread.start()
 
@@ -257,7 +265,10 @@ class Sender:
             try:
                 wait()
                 began = monotonic()
-                talk.connection.send(Say.PAGES, says, [images.data])
+                if self._wire is None:
+                    talk.connection.send(Say.PAGES, says, [images.data])
+                else:
+                    self._lend(self._wire, talk, says, images.reshape(-1))
                 with self._lock:
                     self.stats.pages += len(found)
                     self.stats.bytes += images.nbytes
@@ -272,6 +283,22 @@ class Sender:
 
         talk.do(send, free)
 
+    def _lend(self, wire: PageWire, talk: Talk, says: bytes, images: Bytes) -> None:
+        """Say that these images can be fetched, once there is room for them among those that others are to fetch."""
+        while (ticket := wire.lend(images, self._patience.pulse)) is None:
+            talk.connection.send(Say.PULSE)
+        with self._lock:
+            self._lent.setdefault(talk, {})[says] = ticket
+        talk.connection.send(Say.LENT, lent_said(says, images.nbytes, xxhash.xxh3_64_intdigest(images.data), ticket))
+
+    def _withdraw(self, talk: Talk) -> None:
+        """A decode node fetches nothing any more."""
+        with self._lock:
+            tickets = self._lent.pop(talk, {}).values()
+        for ticket in tickets:
+            if self._wire is not None:
+                self._wire.withdraw(ticket)
+
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -285,6 +312,9 @@ class Sender:
         self._thread.join()
         for talk in talks:
             talk.close()
+            self._withdraw(talk)
+        if self._wire is not None:
+            self._wire.close()
 
     def _accept(self) -> None:
         while True:
@@ -313,6 +343,7 @@ class Sender:
             why = f"the decode node could not be understood: {error!r}"
         finally:
             talk.close()
+            self._withdraw(talk)
             with self._lock:
                 self._talks.discard(talk)
                 if caller is not None:
@@ -415,6 +446,9 @@ class Sender:
                 room.ledger.want(pages)
             elif frame.kind == Say.ACK:
                 room.ledger.arrived(indices_of(frame.says, len(room.ledger.wanted)).tolist())
+                ticket = self._lent.get(caller.talk, {}).pop(frame.says, None)
+                if ticket is not None and self._wire is not None:
+                    self._wire.withdraw(ticket)
                 self._let_go(room)
             elif frame.kind == Say.DONE:
                 if not room.done:

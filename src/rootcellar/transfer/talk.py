@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Say(IntEnum):
     """Prefill: nothing more will come; why."""
     PULSE = 10
     """Both: it is alive."""
+    LENT = 11
+    """Prefill: some pages, one after the other, to be fetched by another wire (``lent_said``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,25 @@ def indices_of(says: bytes, most: int) -> Indices:
     if len(indices) and int(indices.max()) >= most:
         raise WireError(f"a frame is about page {int(indices.max())} of {most} that were asked for")
     return indices
+
+
+_LENT = struct.Struct("<QQI")
+
+
+def lent_said(indices: bytes, nbytes: int, checksum: int, ticket: bytes) -> bytes:
+    """Pages that are lent, as ``LENT`` says them: how many bytes, the sum of those (XXH3), the ticket, and which."""
+    return _LENT.pack(nbytes, checksum, len(ticket)) + ticket + indices
+
+
+def lent_read(says: bytes) -> tuple[bytes, int, int, bytes]:
+    """The inverse of :func:`lent_said`. Raises ``WireError``."""
+    if len(says) < _LENT.size:
+        raise WireError("a frame should say what is lent, and does not")
+    nbytes, checksum, length = _LENT.unpack_from(says)
+    begin = _LENT.size + length
+    if begin > len(says):
+        raise WireError("a frame that says what is lent ends too soon")
+    return says[begin:], nbytes, checksum, says[_LENT.size : begin]
 
 
 def pages_said(pages: Sequence[PageName]) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from rootcellar.transfer.wires.tcp import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Terms:
         dtype, kv_cache_dtype: what the model computes in, and what its cache holds.
         kinds: name, rule and span of each.
         image_bytes: of a page of each kind.
+        wire: how pages go.
         model: the architecture; ``fingerprint``: all of the model that changes a page's bytes, in hexadecimals.
 
     What the weights are may change, and is said in each room.
@@ -32,6 +33,7 @@ class Terms:
     image_bytes: Mapping[str, int]
     model: str
     fingerprint: str
+    wire: str = "tcp"
     protocol: int = field(default=PROTOCOL)
 
     def plain(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class Terms:
                 raise TypeError("no object")
             kinds = tuple((str(name), str(rule), int(span)) for name, rule, span in said["kinds"])
             sizes = {str(name): int(size) for name, size in said["image_bytes"].items()}
-            words = {name: str(said[name]) for name in ("dtype", "kv_cache_dtype", "model", "fingerprint")}
+            words = {name: str(said[name]) for name in ("dtype", "kv_cache_dtype", "model", "fingerprint", "wire")}
             return cls(
                 page_size=int(said["page_size"]),
                 kinds=kinds,

@@ -28,6 +28,7 @@ export function remember(numbers) {
     asked: stats.input_tokens,
     hit: stats.hit_tokens,
     generated: stats.generated_tokens,
+    peer: stats.copies?.["device-peer"] ?? stats.copies?.["peer-host"], // of a node of prefill or decode
     latency,
   });
   readings.splice(0, readings.length - KEPT);
@@ -45,6 +46,13 @@ function hitRate(i, seconds) {
   return now.asked > then.asked ? (now.hit - then.hit) / (now.asked - then.asked) : undefined;
 }
 
+// Bytes a second between nodes while they moved, since then or, where nothing has moved since, ever; undefined: no such node.
+function transfer(now, then) {
+  if (now === undefined) return undefined;
+  const [bytes, busy] = [now.bytes - (then?.bytes ?? 0), now.seconds - (then?.seconds ?? 0)];
+  return busy > 0 ? bytes / busy : now.bytes / now.seconds;
+}
+
 export function rates() {
   const last = readings.length - 1;
   const [now, recent, minute] = [readings[last], before(last, 3), before(last, 60)];
@@ -57,6 +65,7 @@ export function rates() {
     firstToken: whole ? first.sum / first.count : (first.sum - firstThen.sum) / (first.count - firstThen.count),
     hitRate: hitRate(last, 60) ?? (now.asked ? now.hit / now.asked : undefined),
     used: now.tiers[0]?.used,
+    transfer: transfer(now.peer, minute.peer),
   };
 }
 

@@ -20,7 +20,7 @@ function showStatus(state, words) {
 function showNumbers(numbers) {
   remember(numbers);
   const { stats } = numbers;
-  const { speed, firstToken, hitRate, used } = rates();
+  const { speed, firstToken, hitRate, used, transfer } = rates();
   $("model").textContent = `${numbers.model} · rootcellar ${numbers.version}`;
   $("running").textContent = stats.running;
   $("queued").textContent = stats.waiting;
@@ -28,6 +28,8 @@ function showNumbers(numbers) {
   $("first-token").textContent = seconds(firstToken);
   $("hit-rate").textContent = percent(hitRate);
   $("used").textContent = percent(used);
+  $("transfer-tile").hidden = transfer === undefined;
+  $("transfer").textContent = transfer > 0 ? `${(transfer / 1e9).toFixed(2)} GB/s` : "–";
   draw();
   drawRequests(numbers);
 }

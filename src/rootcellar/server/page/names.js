@@ -12,6 +12,11 @@ export function nameOf(rid) {
 
 const STAGES = {
   TOKENIZE: "reading",
+  PREFILL_BOOTSTRAP: "for a decode node",
+  PREFILL_TRANSFER_KV_CACHE: "giving",
+  DECODE_BOOTSTRAP: "for a prefill node",
+  DECODE_WAITING: "taking",
+  DECODE_TRANSFERRED: "taken",
   PREFILL_WAITING: "waiting",
   LOADING: "loading",
   PREFILL_CHUNKED_FORWARD: "prompt (chunk)",

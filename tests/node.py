@@ -1,17 +1,17 @@
-"""Run by test_nodes_that_fail.py: a prefill or decode node with its server, in a process that may be killed or stopped.
+"""Run by nodes.py: a prefill or decode node with its server, in a process that may be killed or stopped.
 
-python node.py SETTINGS  <  a line for each wish  >  its answer, as JSON; the first line says that it is ready
+python node.py SETTINGS  <  a line for each wish  >  "node: " and its answer as JSON; the first says that it is ready
 
-SETTINGS is JSON: ``engine`` for ``Engine``, ``server`` for its server. A wish is ``left`` (what is held by nobody's
-request once it is at rest; raises where the cache is not whole), or ``wire SEED CUT CORRUPT HANG`` (how likely each is,
-from the next connection on).
+SETTINGS is JSON: ``engine`` for ``Engine``, ``server`` for its server. A wish is ``pages`` (that went over the wire),
+``left`` (what is held by nobody's request once it is at rest; raises where the cache is not whole), or ``wire SEED CUT
+CORRUPT HANG`` (how likely each is, from the next connection on).
 """
 
 import json
 import sys
 
-from conversations import tiered
-
+import rootcellar
+from rootcellar.scheduler import Rates
 from rootcellar.transfer.faulty import FaultyWires, WireFaults
 from serving import on_thread
 
@@ -22,6 +22,8 @@ def left(engine):
     peers = stats["disaggregation"]
     found = {name: stats[name] for name in ("running", "waiting")}
     found |= {name: peers[name] for name in ("open_rooms", "waiting") if name in peers}
+    wire = engine._parts.peers._wire
+    found["lent"] = 0 if wire is None else wire.lent
     found |= {f"{lane} queued": counts.get("queued_bytes", 0) for lane, counts in stats["copies"].items()}
     if not any(found.values()):
         engine._loop.call(engine._loop.machine.life.settle)
@@ -35,12 +37,18 @@ def left(engine):
 
 def main():
     settings = json.loads(sys.argv[1])
-    with tiered(**settings["engine"]) as engine, on_thread(engine, **settings["server"]):
+    options = {"skip_tokenizer_init": True, "max_total_tokens": 512, "max_running_requests": 2}
+    options |= {"chunked_prefill_size": 64, **settings["engine"]}
+    with rootcellar.Engine(**options) as engine, on_thread(engine, **settings["server"]):
+        # So small a model computes sooner than it loads: let nothing be measured, and all is loaded.
+        engine._loop.machine.recorder.meter.rates = lambda stats, now: Rates()
         params = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
         engine.generate(input_ids=list(range(1, 80)), cache_salt="warm", sampling_params=params)
-        print(json.dumps("ready"), flush=True)
+        print("node: " + json.dumps("ready"), flush=True)
         for line in sys.stdin:
             match line.split():
+                case ["pages"]:
+                    said = engine.stats()["disaggregation"]["pages"]
                 case ["left"]:
                     said = left(engine)
                 case ["wire", seed, *likely]:
@@ -48,7 +56,7 @@ def main():
                     faults = WireFaults(delay=0.05, cut=cut, corrupt=corrupt, hang=hang)
                     engine._parts.peers._wrap = FaultyWires(faults, int(seed))
                     said = "wired"
-            print(json.dumps(said), flush=True)
+            print("node: " + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
