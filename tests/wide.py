@@ -185,6 +185,7 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_two_nodes.py": {
         "test_a_prefill_node_that_ends_meanwhile": "",
+        "test_after_one_that_does_not_fit_another_is_waited_for_and_no_longer_than_a_dead_one": "",
         "test_a_prompts_first_chunks_have_come_when_its_last_one_is_computed": "",
         "test_a_step_that_fails_ends_what_was_offered_and_nothing_else": "",
         "test_every_family_cold_cached_and_a_turn_later": "",

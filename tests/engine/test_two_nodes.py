@@ -345,6 +345,25 @@ def test_a_prefill_node_that_ends_meanwhile(case_of, fallback):
         assert (again["meta_info"]["finish_reason"]["type"] == "abort") == (fallback == "abort")
 
 
+def test_after_one_that_does_not_fit_another_is_waited_for_and_no_longer_than_a_dead_one(case_of):
+    case, folder = case_of("qwen2-4kv")
+    with two_nodes(folder, disaggregation_heartbeat_timeout=3.0) as pair:
+        params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        ends = []
+        for comes in (True, False):
+            where = pair.where()
+            asked = {"sampling_params": params, "raise_on_failure": False, **where}
+            waiting = pair.prefill.generate(input_ids=case.prompts[15], stream=True, **asked)
+            other = pair.decode.generate(input_ids=case.prompts[14], **asked)
+            assert "the prompts in room" in other["meta_info"]["finish_reason"]["message"]
+            if comes:
+                assert pair.decode.generate(input_ids=case.prompts[15], **asked)["output_ids"] == case.tokens[15][:4]
+            ends.append(list(waiting)[-1]["meta_info"]["finish_reason"])
+        assert ends[0]["type"] == "length"
+        assert "the last one was refused: the prompts in room" in ends[1]["message"]
+        pair.check_idle()
+
+
 def test_whoever_waits_too_long_is_told(case_of):
     case, folder = case_of("qwen2-4kv")
     with two_nodes(folder, disaggregation_waiting_timeout=0.2) as pair:

@@ -15,15 +15,20 @@ from rootcellar.cache import Done, Failed, Key
 from rootcellar.engine.apart import Admit, End, PeerEvent, Peers
 from rootcellar.errors import RequestError
 from rootcellar.scheduler import Finish, Request, Scheduler, Stage
-from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender
+from rootcellar.transfer.sender import Arrived, Joined, Left, Satisfied, Sender, SentAway
+from rootcellar.transfer.talk import Patience
 
 
 @dataclass(slots=True)
 class _Guest:
-    """The request of a room. ``reached``: tokens up to which the decode node was offered all; None: nobody came."""
+    """The request of a room. ``reached``: tokens up to which the decode node was offered all; None: nobody came.
+
+    ``until``: when that is too late, and ``why`` it is given up then.
+    """
 
     request: Request
-    since: float
+    until: float
+    why: str
     reached: int | None = None
     complete: bool = False
 
@@ -38,9 +43,13 @@ class Giving(Peers):
         names_of: Callable[[Key], Sequence[bytes]],
         end: End,
         admit: Admit,
-        patience: float,
+        patience: Patience,
     ) -> None:
-        """``names_of``: the digests of a key's whole pages. ``patience``: seconds that a request waits in its room."""
+        """``names_of``: the digests of a key's whole pages.
+
+        ``patience``: how long a request waits in its room (``meeting``), and once somebody came who does not fit, for
+        one who does (``silence``).
+        """
         self._scheduler, self._sender, self._names_of = scheduler, sender, names_of
         self._end, self._admit, self._patience = end, admit, patience
         self._guests: dict[int, _Guest] = {}
@@ -57,7 +66,9 @@ class Giving(Peers):
         if request.room is None:
             return
         names = self._names_of(request.whole)
-        self._guests[request.room.number] = _Guest(request, now)
+        wait = self._patience.meeting
+        why = f"no decode node came for it within {wait:g} s (disaggregation_waiting_timeout)"
+        self._guests[request.room.number] = _Guest(request, now + wait, why)
         self._scheduler.hold(request)
         self._sender.expect(request.room.number, request.epoch, names[-1].hex() if names else "")
 
@@ -98,6 +109,10 @@ class Giving(Peers):
                 case Satisfied(room):
                     if (guest := self._guests.get(room)) is not None:
                         self._end(guest.request, Finish("length"))
+                case SentAway(room, why):
+                    if (guest := self._guests.get(room)) is not None:
+                        guest.until = min(guest.until, now + self._patience.silence)
+                        guest.why = f"no decode node that fits came for it; the last one was refused: {why}"
                 case Left(room, why):
                     if (guest := self._guests.get(room)) is not None:
                         self._end(guest.request, Finish.abort("gone", why))
@@ -128,18 +143,14 @@ class Giving(Peers):
 
     def expire(self, now: float) -> None:
         """See ``Peers``."""
-        for room, guest in list(self._guests.items()):
-            if guest.reached is None and now >= guest.since + self._patience:
-                why = f"no decode node came for it within {self._patience:g} s (disaggregation_waiting_timeout)"
-                if refused := self._sender.refused(room):
-                    why = f"no decode node that fits came for it; the last one was refused: {refused}"
-                self._end(guest.request, Finish.abort("timeout", why))
+        for guest in list(self._guests.values()):
+            if guest.reached is None and now >= guest.until:
+                self._end(guest.request, Finish.abort("timeout", guest.why))
 
     @property
     def next_end(self) -> float | None:
         """See ``Peers``."""
-        ends = [guest.since + self._patience for guest in self._guests.values() if guest.reached is None]
-        return min(ends, default=None)
+        return min((guest.until for guest in self._guests.values() if guest.reached is None), default=None)
 
     @property
     def meeting(self) -> int:

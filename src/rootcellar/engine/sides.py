@@ -43,7 +43,7 @@ def open_peers(
         fingerprint.hex(),
         config.disaggregation_transfer_backend,
     )
-    patience = Patience(config.disaggregation_heartbeat_timeout, config.disaggregation_waiting_timeout)
+    patience = _patience(config)
     address, port = config.disaggregation_host, config.disaggregation_bootstrap_port
     largest = TOGETHER * max(terms.image_bytes.values())
     wire = open_wire(config.disaggregation_transfer_backend, address, max(_UNDER_WAY, 2 * largest))
@@ -61,13 +61,17 @@ def open_peers(
 
 def side_of(config: EngineConfig, peers: Sender | Receiver | None, names_of: Callable[[Key], Sequence[bytes]]) -> Side:
     """What requests that meet others have to do with ``peers``; ``names_of``: the digests of a key's whole pages."""
-    patience, recompute = config.disaggregation_waiting_timeout, config.disaggregation_fallback == "recompute"
+    patience, recompute = _patience(config), config.disaggregation_fallback == "recompute"
 
     def side(scheduler: Scheduler, end: End, admit: Admit) -> Peers:
         if isinstance(peers, Sender):
             return Giving(scheduler, peers, names_of, end, admit, patience)
         if isinstance(peers, Receiver):
-            return Taking(scheduler, peers, names_of, end, patience, recompute=recompute)
+            return Taking(scheduler, peers, names_of, end, patience.meeting, recompute=recompute)
         return Peers()
 
     return side
+
+
+def _patience(config: EngineConfig) -> Patience:
+    return Patience(config.disaggregation_heartbeat_timeout, config.disaggregation_waiting_timeout)

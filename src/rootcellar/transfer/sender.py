@@ -63,13 +63,21 @@ class Satisfied:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """There is no decode node in the room any more, or the one that came does not fit."""
+    """There is no decode node in the room any more."""
 
     room: int
     why: str
 
 
-SenderEvent = Joined | Arrived | Satisfied | Left
+@dataclass(frozen=True, slots=True)
+class SentAway:
+    """A decode node came that does not fit; the room waits for another."""
+
+    room: int
+    why: str
+
+
+SenderEvent = Joined | Arrived | Satisfied | Left | SentAway
 
 
 @dataclass(slots=True)
@@ -80,8 +88,6 @@ class _Room:
     ledger: Ledger = field(default_factory=Ledger)
     talk: Talk | None = None
     done: bool = False
-    refused: str = ""
-    """Why the last decode node that came was sent away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -217,12 +223,6 @@ class Sender:
         if talk is not None and why is not None and not told:
             talk.put(Say.FAILED, why.encode())
         return held
-
-    def refused(self, number: int) -> str:
-        """Why the last decode node that came to a room was sent away; empty: none was."""
-        with self._lock:
-            room = self._rooms.get(number)
-            return room.refused if room is not None else ""
 
     def take(self) -> list[SenderEvent]:
         """What happened since the last call."""
@@ -384,8 +384,8 @@ class Sender:
         if room.talk is not None or room.done:
             self._refuse(caller, f"bootstrap_room {room.number} is in use: another decode node is in it")
         elif why := self._unfit(room, caller.node, caller.terms, caller.weights, caller.last):
-            room.refused = why
             self._refuse(caller, why)
+            self._tell(SentAway(room.number, why))
         else:
             room.talk, caller.room = caller.talk, room
             caller.talk.put(Say.WELCOME)
