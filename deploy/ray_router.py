@@ -20,7 +20,8 @@ from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 SERVERS = os.environ.get("SERVERS", "http://127.0.0.1:30001 http://127.0.0.1:30002").split()
-PREFIXES = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
+# Where it is defined: what ray.serve.llm exports wants vLLM or SGLang installed.
+PREFIXES = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router.PrefixCacheAffinityRouter"
 ROUTING = {"request_router_config": RequestRouterConfig(request_router_class=PREFIXES)}
 
 app = FastAPI()
