@@ -14,7 +14,7 @@ from idle import always_load, check_idle, evict, settle
 import rootcellar
 from checkpoints import GOLDEN, PROCESSORS, golden_pictures, make_config, picture
 from rootcellar.cache import Tier
-from rootcellar.errors import RequestError
+from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.models.config import read_config
 
 GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
@@ -298,3 +298,85 @@ def test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page(case):
         nodes = pair.prefill, pair.decode
         assert [encoded(node) for node in nodes] == [2, 0]
         pair.check_idle()
+
+
+@pytest.mark.parametrize("chunk", [1, 64], ids=["a stage at a time", "a chunk's worth"])
+def test_decoding_waits_for_no_more_of_an_encoder_than_costs_a_chunk(shared, monkeypatch, chunk):
+    """Counted in steps and multiplications, not in seconds: a step of all who decode follows whatever was encoded."""
+    engine, _ = shared
+    engine.flush_cache()
+    encodings, runner = engine._loop.machine.life.encodings, engine._parts.runner
+    encoder, most, seen = encodings._encoder.encoder, encodings._most * chunk // 64, []
+    go_on, step = encodings._encoder.go_on, runner.step
+
+    def encode(params, encoding, most):
+        first, size = encoding.stage, encoding.laid.valid.size
+        done = go_on(params, encoding, most)
+        costs = [size * encoder.cost(kind, size) for kind in encoder.kinds[first : encoding.stage]]
+        seen.append((len(costs), sum(costs)))
+        return done
+
+    def count(batch, *more):
+        seen.append(int((batch.positions >= 0).sum()))
+        return step(batch, *more)
+
+    monkeypatch.setattr(encodings, "_most", most)
+    monkeypatch.setattr(encodings._encoder, "go_on", encode)
+    monkeypatch.setattr(runner, "step", count)
+    spoken = engine.generate(input_ids=[3, 4, 5], sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
+    next(spoken)
+    asked = engine.generate(input_ids=[1, 500, 2], image_data=picture(61 + chunk, 120, 180), sampling_params=GREEDY)
+    assert len(asked["output_ids"]) == 32
+    assert sum(1 for _ in spoken) > 50, "somebody decoded all the while"
+    turns = [i for i, each in enumerate(seen) if isinstance(each, tuple)]
+    assert len(turns) == (len(encoder.kinds) if chunk == 1 else 1) or chunk > 1
+    assert all(stages == 1 or cost <= most for stages, cost in (seen[i] for i in turns))
+    for one, other in itertools.pairwise(turns):
+        assert other - one > 1, "two turns of the encoder without a step between them"
+
+
+def test_after_warming_up_nothing_compiles_for_an_image(cases):
+    case, folder = cases(GEMMA3)
+    with engine(folder, page_size=4, chunked_prefill_size=32, max_running_requests=1) as made:
+        made.warm_up()
+        before = made.stats()["compilations"]
+        assert answers(made, case, [1])[0]["output_ids"] == case.tokens[1]
+        assert made.stats()["compilations"] == before
+
+
+def test_an_image_that_is_longer_than_a_step_is_refused_where_it_may_not_be_cut(cases):
+    with engine(cases(GEMMA3)[1], chunked_prefill_size=8) as made, pytest.raises(RequestTooLarge) as refused:
+        made.generate(input_ids=[1, 500, 2], image_data=picture(1, 50, 50))
+    assert "takes 16 tokens, which are computed in one step, and chunked_prefill_size=8: raise it to 16" in str(
+        refused.value
+    )
+
+
+def test_memory_for_images_is_counted(cases):
+    with engine(cases(QWEN35)[1], mm_cache_size=3) as made:
+        report = made.memory_report()
+        assert report["image_bytes"] > 3 * 2**20
+        assert f" - {report['image_bytes']} - " in report["derivation"]["available_kv_cache_bytes"]
+
+
+def test_vectors_that_leave_the_device_come_from_host_memory(cases):
+    """More pictures than the device keeps: with tiers each is encoded once, and the answers are the same."""
+    _, folder = cases(QWEN35)
+    prompts = [[i, 501, 500, 502, 7, i] for i in range(8)]
+    pictures = [picture(70 + i, 160, 160) for i in range(8)]
+    found = []
+    for tiers in ({}, TIERS):
+        with engine(folder, page_size=4, chunked_prefill_size=64, max_running_requests=1, **tiers) as made:
+            encodings = made._loop.machine.life.encodings
+            encodings._room = 2 * encodings.bytes_of(encodings._encoder.encoder, made._parts.runner, pictures[0])
+            found.append([])
+            for _ in range(2):
+                given = made.generate(input_ids=prompts, image_data=pictures, sampling_params=GREEDY)
+                found[-1] += [each["output_ids"] for each in given]
+                settle(made)
+                made._loop.call(made._cache.flush)  # of the KV alone
+            counts = made.stats()["encoder"]
+            assert counts["encoded"] == (8 if tiers else 16)
+            assert (counts["host_bytes"] > 0) == bool(tiers)
+            assert counts["bytes"] <= encodings._room
+    assert found[0] == found[1]

@@ -1,4 +1,6 @@
-"""What the encoder made of pictures: kept by content on the device, and made, a stage at a time, for those who run.
+"""What the encoder made of pictures: kept by content, and made, a stage at a time, for those who run.
+
+It is kept on the device and, with tiers, in host memory when it has left that.
 
 A request that runs waits where its next token is of a picture that has no vectors yet; everybody else goes on. So a
 picture is encoded once, whoever shows it meanwhile, and decoding waits for as much of an encoder as costs what a chunk
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from rootcellar.models.encoders import Encoder
 from rootcellar.models.params import declare
 from rootcellar.runner import Runner, Vectors
 from rootcellar.runner.encoding import Encoding, PictureEncoder
+from rootcellar.runner.runner import Program
 from rootcellar.scheduler import Finish, Request, Scheduler, Span
 from rootcellar.scheduler.cutting import next_span
 
@@ -48,8 +52,12 @@ class EncodingStats:
 class Encodings:
     """Those of one engine. On its thread alone."""
 
-    def __init__(self, encoder: Encoder, scheduler: Scheduler, runner: Runner, nbytes: int, chunk: int) -> None:
-        """Keep up to ``nbytes`` of vectors; encode between two steps what costs as much as ``chunk`` prompt tokens."""
+    def __init__(
+        self, encoder: Encoder, scheduler: Scheduler, runner: Runner, nbytes: int, chunk: int, host: int = 0
+    ) -> None:
+        """Keep up to ``nbytes`` of vectors, and up to ``host`` bytes of those that leave in host memory; encode between
+        two steps what costs as much as ``chunk`` prompt tokens.
+        """
         self.stats = EncodingStats()
         self._scheduler = scheduler
         self._runner = runner
@@ -57,6 +65,9 @@ class Encodings:
         self._room = nbytes
         self._kept: OrderedDict[Content, Array] = OrderedDict()
         """The least recently used first."""
+        self._host_room = host
+        self._spilled: OrderedDict[Content, NDArray[np.floating]] = OrderedDict()
+        """What left the device, in host memory, from where it enters steps as well; the least recently used first."""
         self._about: list[Content] = []
         """The pictures that are under way."""
         self._under_way: Encoding | None = None
@@ -76,10 +87,17 @@ class Encodings:
 
     def counts(self) -> dict[str, float]:
         """What happened since the start, and what is kept now; see ``EncodingStats``."""
-        return {**asdict(self.stats), "kept": self.pictures, "bytes": self.nbytes}
+        spilled = sum(vectors.nbytes for vectors in self._spilled.values())
+        own = {"kept": self.pictures, "bytes": self.nbytes, "host_kept": len(self._spilled), "host_bytes": spilled}
+        return {**asdict(self.stats), **own}
+
+    def each_program(self) -> list[Program]:
+        """See ``PictureEncoder``."""
+        return self._encoder.each_program(self._runner.params)
 
     def _seen(self, request: Request, span: Span) -> bool:
-        return _content(request, span) in self._kept
+        content = _content(request, span)
+        return content in self._kept or content in self._spilled
 
     def given(self, request: Request, start: int, stop: int) -> Vectors | None:
         """The vectors of spans in tokens [start, stop) of a request, which are there; None where there are none."""
@@ -92,8 +110,9 @@ class Encodings:
                 continue
             self.stats.computed += last == span.stop
             content = _content(request, span)
-            self._kept.move_to_end(content)
-            rows.append(np.asarray(self._kept[content])[first - span.start : last - span.start])
+            kept: OrderedDict[Content, Any] = self._kept if content in self._kept else self._spilled
+            kept.move_to_end(content)
+            rows.append(np.asarray(kept[content])[first - span.start : last - span.start])
             at.append(np.arange(first, last) - start)
             until.append(np.full(last - first, span.stop - 1))
         if not at:
@@ -177,9 +196,18 @@ class Encodings:
         if lacking > 0:
             return False
         for content in going:
-            del self._kept[content]
+            self._spill(content)
         self.stats.evicted += len(going)
         return True
+
+    def _spill(self, content: Content) -> None:
+        """From the device to host memory, where it fits, in the place of what was not used there for longest."""
+        vectors = self._kept.pop(content)
+        if vectors.nbytes > self._host_room:
+            return
+        self._spilled[content] = np.asarray(vectors)
+        while sum(each.nbytes for each in self._spilled.values()) > self._host_room:
+            self._spilled.popitem(last=False)
 
     def _wait_for_it(self) -> Sequence[Request]:
         """The running requests that come next to what is under way."""
@@ -189,6 +217,7 @@ class Encodings:
     def forget(self) -> None:
         """Forget all: the weights change, or memory is given back."""
         self._kept.clear()
+        self._spilled.clear()
         self._about, self._under_way = [], None
 
 

@@ -80,7 +80,8 @@ class Lifecycle:
         encodings = None
         if (encoder := parts.model.encoder) is not None:
             room, chunk = parts.config.mm_cache_size * 2**20, parts.config.chunked_prefill_size
-            encodings = Encodings(encoder, parts.scheduler, parts.runner, room, chunk)
+            host = int(parts.config.hicache_ratio * room) if parts.config.enable_hierarchical_cache else 0
+            encodings = Encodings(encoder, parts.scheduler, parts.runner, room, chunk, host)
         made = parts.scheduler, parts.runner, parts.reload, parts.weights
         return cls(*made, mover=parts.mover, encodings=encodings)
 
@@ -104,7 +105,8 @@ class Lifecycle:
         if EXPERTS in runner.pools:  # whose pages are read for who asks
             copiers = {EXPERTS: runner.copiers[EXPERTS], **copiers}
         copies = [Program(f"copies of {name}", False, each.compile) for name, each in copiers.items()]
-        return runner.each_program() + copies
+        seen = [] if self.encodings is None else self.encodings.each_program()
+        return runner.each_program() + seen + copies
 
     def require_memory(self) -> None:
         """Raise ``EngineError`` when something is released."""

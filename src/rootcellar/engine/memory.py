@@ -38,6 +38,7 @@ from rootcellar.plan.sizing import (
     smallest,
 )
 from rootcellar.runner import Placement, Programs, Shapes
+from rootcellar.runner.encoding import most_patches
 from rootcellar.runner.reserve import reserve_bytes, weight_bytes
 from rootcellar.units import gb, parse_bytes
 
@@ -64,6 +65,7 @@ class Sizing:
     config: EngineConfig
     usable: Usable
     weights: int
+    pictures: int
     reserve: int
     reserve_how: str
     available: int
@@ -107,6 +109,7 @@ def size(config: EngineConfig, programs: Programs, context_length: int, params: 
         config=config,
         usable=usable,
         weights=weights,
+        pictures=demand.pictures,
         reserve=reserve,
         reserve_how=how,
         available=demand.available(reserve),
@@ -230,7 +233,7 @@ class _Demand:
     def available(self, reserve: int) -> int:
         """Bytes for the KV cache; less than nothing when weights and reserve alone are too much."""
         limit = int(self.usable.nbytes * self.config.mem_fraction_static)
-        return limit - self.usable.others - self.weights - reserve
+        return limit - self.usable.others - self.weights - self.pictures - reserve
 
     def divide(self, reserve: int, max_total_tokens: int | None) -> Division | None:
         """The pools, or None when they do not fit."""
@@ -239,7 +242,21 @@ class _Demand:
     def needed(self, reserve: int) -> int:
         """Bytes that the smallest cache that was asked for takes, everything included."""
         least = smallest(self.costs, self.rules(self.config.max_total_tokens))
-        return self.usable.others + self.weights + reserve + least
+        return self.usable.others + self.weights + self.pictures + reserve + least
+
+    @property
+    def pictures(self) -> int:
+        """See :func:`picture_bytes`."""
+        return picture_bytes(self.config, self.programs)
+
+
+def picture_bytes(config: EngineConfig, programs: Programs) -> int:
+    """Bytes for what an encoder of pictures makes and needs: what is kept, and the most that encoding takes at a time.
+
+    An upper bound from shapes alone, of as many patches as are encoded together. Float32 inside.
+    """
+    encoder = programs.placement.served.encoder
+    return 0 if encoder is None else config.mm_cache_size * 2**20 + 4 * encoder.workspace(most_patches(encoder))
 
 
 def _measure(programs: Programs) -> tuple[int, str]:
@@ -300,10 +317,11 @@ def _refusal(demand: _Demand, reserve: int, context_length: int) -> str:
     asked = "one page of KV cache" if config.max_total_tokens is None else f"max_total_tokens={config.max_total_tokens}"
     least = smallest(demand.costs, demand.rules(config.max_total_tokens))
     others = f" {gb(usable.others)} GB are taken already," if usable.others else ""
+    images = f"images {gb(demand.pictures)} GB (mm_cache_size, and encoding), " if demand.pictures else ""
     text = (
         "Not enough memory. Please try to increase --mem-fraction-static. "
         f"{gb(usable.nbytes)} GB are usable ({usable.how}), times mem_fraction_static={config.mem_fraction_static:g};"
-        f"{others} weights take {gb(demand.weights)} GB, activations {gb(reserve)} GB, "
+        f"{others} weights take {gb(demand.weights)} GB, {images}activations {gb(reserve)} GB, "
         f"and {asked} takes {gb(least)} GB: {gb(demand.needed(reserve))} GB in all. "
     )
     remedies = list(_remedies(demand, reserve, context_length))
@@ -395,11 +413,12 @@ def report(sizing: Sizing) -> dict[str, Any]:
         "other_bytes": (sizing.usable.others, "in use on the device before the engine came, weights handed over apart"),
         "mem_fraction_static": (config.mem_fraction_static, "setting"),
         "weight_bytes": (sizing.weights, f"shapes of the parameters x dtype, as placed on {sizing.devices} device(s)"),
+        "image_bytes": (sizing.pictures, "mm_cache_size, and the most that encoding takes, if the model knows images"),
         "activation_reserve_bytes": (sizing.reserve, sizing.reserve_how),
         "available_kv_cache_bytes": (
             sizing.available,
             f"{sizing.usable.nbytes} x {config.mem_fraction_static:g} - {sizing.usable.others} - {sizing.weights} - "
-            f"{sizing.reserve}",
+            f"{sizing.pictures} - {sizing.reserve}",
         ),
         "cell_size_bytes": (sizing.cell_size, "bytes of one token in all layers: " + _cells(sizing)),
         "max_tokens": (sizing.fitting_tokens, f"whole pages of {page} tokens that fit, beside one of padding"),

@@ -16,9 +16,17 @@ from numpy.typing import NDArray
 from rootcellar.models.encoders import Encoder, Laid
 from rootcellar.models.spec import Params
 from rootcellar.runner.placement import Placement
+from rootcellar.runner.runner import Program
 
 TOGETHER = 8
 """Most pictures that are encoded together, all of one shape."""
+_SEVERAL = 8192
+"""Patches that are encoded together, at least, where the longest picture has fewer."""
+
+
+def most_patches(encoder: Encoder) -> int:
+    """Most patches that are encoded together: those of the longest picture, or of several short ones."""
+    return max(encoder.lengths[-1], _SEVERAL)
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Encoding:
 
 
 class PictureEncoder:
-    """The encoder of a model as it is placed. Its programs compile when they first run: a few for each shape."""
+    """The encoder of a model as it is placed. Its programs compile when they first run, or in ``each_program``."""
 
     def __init__(self, encoder: Encoder, placement: Placement) -> None:
         self.encoder = encoder
@@ -50,9 +58,30 @@ class PictureEncoder:
         return Encoding(laid, len(same), put(np.zeros((len(padded), 1), np.float32)))
 
     def together(self, pixels: Sequence[NDArray[np.uint8]]) -> list[int]:
-        """Which of these prepared pictures go with the first: those of its shape, so many as may."""
+        """Which of these prepared pictures go with the first: those of its shape, no more than take what one may."""
         sizes = [self.encoder.length(each) for each in pixels]
-        return [i for i, size in enumerate(sizes) if size == sizes[0]][:TOGETHER]
+        most = max(1, min(TOGETHER, most_patches(self.encoder) // sizes[0]))
+        return [i for i, size in enumerate(sizes) if size == sizes[0]][:most]
+
+    def each_program(self, params: Params) -> list[Program]:
+        """What encodes one picture, for each length that there is; several together compile when they first come."""
+        return [
+            Program(f"encoding of {length} patches", False, partial(self._run_all, params, length))
+            for length in self.encoder.lengths
+        ]
+
+    def _run_all(self, params: Params, patches: int) -> None:
+        """Each program once, on padding."""
+        put, own = partial(self._placement.put, where=self._placement.whole), params["encoder"]
+        laid = Laid(*(put(each[None]) for each in self.encoder.blank(patches)))
+        outer = {name: weight for name, weight in own.items() if name != "blocks"}
+        state, ran = put(np.zeros((1, 1), np.float32)), set[str]()
+        for stage, kind in enumerate(self.encoder.kinds):
+            index = self.encoder.block_of(stage)
+            if kind not in ran:
+                state = self._run(kind, outer, {} if index is None else own["blocks"][index], state, laid)
+            ran.add(kind)
+        jax.block_until_ready(state)
 
     def go_on(self, params: Params, encoding: Encoding, most: float) -> bool:
         """Run stages of at most ``most`` multiplications, and one at least; whether all have run. Waits for them."""

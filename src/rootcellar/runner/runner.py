@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -18,7 +18,7 @@ from rootcellar.models.spec import Params
 from rootcellar.pools import Pool
 from rootcellar.pools.copying import Copier, copier
 from rootcellar.runner import sampler
-from rootcellar.runner.batch import Batch, Newest, Shapes
+from rootcellar.runner.batch import Batch, Given, Newest, Shapes
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.programs import Programs
 
@@ -198,8 +198,22 @@ class Runner:
         if self.programs.likeliest:
             which_of = range(len(sampler.PROGRAMS) if self.programs.processed else 1)
             found += [self._likeliest(shape, which) for which in which_of for shape in shapes]
+        if (encoder := self.placement.served.encoder) is not None:
+            found += [self._seeing(shape, encoder.atomic) for shape in prefill]
         scored = {tiles * tile: (tiles, tile) for tiles, tile in order}  # scoring knows a step by its tokens alone
         return found + [self._scoring(scored[tokens]) for tokens in sorted(scored)]
+
+    def _seeing(self, shape: tuple[int, int], atomic: bool) -> Program:
+        """A step in which some vectors stand for tokens."""
+
+        def run() -> None:
+            batch = Batch.padding(*shape, self.programs.widths)
+            size = len(batch.tokens)
+            vectors = np.zeros((size, self.placement.served.hidden_size), np.float32)
+            given = Given(np.zeros(size, np.bool_), vectors, batch.positions if atomic else None)
+            jax.block_until_ready(self.step(replace(batch, given=given)))
+
+        return Program(f"{_name(*shape)} with images", False, run)
 
     def _sampling(self, shape: tuple[int, int], which: int, *, first: bool) -> Program:
         def run() -> None:

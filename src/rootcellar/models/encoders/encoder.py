@@ -78,8 +78,21 @@ class Encoder(Protocol):
         """Patches of a prepared picture as it is laid: pictures of one length are encoded together."""
         ...
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those that there are, ascending; a bound of the longest, where some are that no usual picture has."""
+        ...
+
+    def workspace(self, patches: int) -> int:
+        """Most elements that a stage has at a time beside its weights, for so many patches: an upper bound."""
+        ...
+
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """A prepared picture for the stages."""
+        ...
+
+    def blank(self, patches: int) -> Laid:
+        """Padding alone, of so many patches: what programs compile on."""
         ...
 
     def cost(self, kind: str, patches: int) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, colour_values, convolution, layer_norm
+from rootcellar.models.encoders.parts import attend, blank, colour_values, convolution, layer_norm
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.norms import Norm
 from rootcellar.models.packing import Views
@@ -87,6 +87,16 @@ class Gemma3Vision:
         """See ``Encoder``."""
         return self._patches**2
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See ``Encoder``: all pictures have as many."""
+        return (self._patches**2,)
+
+    def workspace(self, patches: int) -> int:
+        """See ``Encoder``."""
+        rows = 8 * self.hidden_size + 2 * self.intermediate_size + 3 * self.patch**2
+        return patches * (rows + 2 * self.heads * self._patches)
+
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``: row by row."""
         side, patch = self._patches, self.patch
@@ -94,6 +104,10 @@ class Gemma3Vision:
         at = np.stack(np.divmod(np.arange(side**2, dtype=np.int32), np.int32(side)))
         order = np.arange(self.tokens**2, dtype=np.int32)
         return Laid(np.ascontiguousarray(cut.reshape(-1, *cut.shape[2:])), np.ones(side**2, np.bool_), at, order)
+
+    def blank(self, patches: int) -> Laid:
+        """See ``Encoder``."""
+        return blank(patches, self.patch, self.tokens**2)
 
     # -- the model -------------------------------------------------------------------------------------------------
 

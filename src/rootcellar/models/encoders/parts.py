@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.models.encoders.encoder import Laid
 from rootcellar.models.packing import Views
 
 
@@ -38,6 +39,17 @@ def few(count: int) -> int:
     """A number from ``count`` on of which there are few, so that few programs compile: at most a third above."""
     power = 1 << (count - 1).bit_length()
     return next(n for n in (power * 5 // 8, power * 3 // 4, power) if n >= count)
+
+
+def fewest(most: int) -> tuple[int, ...]:
+    """All that :func:`few` gives for counts up to ``most``, ascending."""
+    return tuple(sorted({few(count) for count in range(1, most + 1)}))
+
+
+def blank(patches: int, side: int, vectors: int) -> Laid:
+    """So many ``patches`` of padding, of ``side`` pixels, and ``vectors`` of it."""
+    pixels = np.zeros((patches, 3, side, side), np.uint8)
+    return Laid(pixels, np.zeros(patches, np.bool_), np.zeros((2, patches), np.int32), np.zeros(vectors, np.int32))
 
 
 def convolution(packed: NDArray[Any]) -> Views:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, convolution, few
-from rootcellar.models.encoders.qwen_pictures import QwenPictures
+from rootcellar.models.encoders.parts import attend, convolution, few, fewest
+from rootcellar.models.encoders.qwen_pictures import THINNEST, QwenPictures
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.norms import Norm
 from rootcellar.models.rope import rotate
@@ -62,6 +62,18 @@ class Qwen25Vision(QwenPictures):
         """See ``Encoder``."""
         windows = math.prod(-(-n // self.window) for n in prepared.shape[:2])
         return few(windows) * (self.window // self.patch) ** 2
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See ``Encoder``: of a thin picture each window may be part empty."""
+        most, size = math.ceil(self.most / self.window**2), (self.window // self.patch) ** 2
+        thin = most + math.ceil(2 * math.sqrt(THINNEST * self.most) / self.window) + 1
+        return tuple(size * n for n in {**dict.fromkeys(fewest(most)), few(thin): None})
+
+    def workspace(self, patches: int) -> int:
+        """See ``Encoder``."""
+        rows = 8 * self.hidden_size + 3 * self.intermediate_size + 3 * self.patch**2
+        return patches * (rows + 2 * self.heads * (self.window // self.patch) ** 2)
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``."""

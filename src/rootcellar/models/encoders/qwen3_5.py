@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, convolution, few, layer_norm
+from rootcellar.models.encoders.parts import attend, convolution, few, fewest, layer_norm
 from rootcellar.models.encoders.qwen_pictures import QwenPictures
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.rope import rotate
@@ -60,6 +60,16 @@ class Qwen35Vision(QwenPictures):
     def length(self, prepared: NDArray[np.uint8]) -> int:
         """See ``Encoder``."""
         return few(-(-self.size(prepared) * self.merge**2 // _QUERIES)) * _QUERIES
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See ``Encoder``."""
+        return tuple(_QUERIES * n for n in fewest(-(-self.most // (_QUERIES * self.patch**2))))
+
+    def workspace(self, patches: int) -> int:
+        """See ``Encoder``."""
+        rows = 8 * self.hidden_size + 2 * self.intermediate_size + 3 * self.patch**2
+        return patches * (rows + 2 * self.heads * _QUERIES)
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``."""

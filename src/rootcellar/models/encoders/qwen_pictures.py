@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rootcellar.errors import RequestError
-from rootcellar.models.encoders.parts import colour_values
+from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.encoders.parts import blank, colour_values
 
-_THINNEST = 200
+THINNEST = 200
 """Times as long as wide that a picture may be, at most."""
 
 
@@ -55,9 +56,9 @@ class QwenPictures:
         return np.asarray(Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if max(height, width) > _THINNEST * min(height, width):
+        if max(height, width) > THINNEST * min(height, width):
             raise RequestError(
-                f"an image of {width} x {height} pixels is too thin: one side may be {_THINNEST} times as long as the "
+                f"an image of {width} x {height} pixels is too thin: one side may be {THINNEST} times as long as the "
                 "other, at most"
             )
         unit = self.unit
@@ -91,6 +92,10 @@ class QwenPictures:
         rows, columns = (n // self.unit for n in prepared.shape[:2])
         cut = prepared.reshape(rows, merge, side, columns, merge, side, 3)
         return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows, columns, merge**2, 3, side, side)
+
+    def blank(self, patches: int) -> Laid:
+        """See ``Encoder``."""
+        return blank(patches, self.patch, patches // self.merge**2)
 
     def size(self, prepared: NDArray[np.uint8]) -> int:
         """See ``Encoder``."""

@@ -159,6 +159,8 @@ TABLE = (
     Row("encoder_evicted_images", "counter", "Images that left the encoder cache.", (), _encoder("evicted")),
     Row("encoder_cache_images", "gauge", "Images in the encoder cache.", (), _encoder("kept")),
     Row("encoder_cache_bytes", "gauge", "Bytes of the encoder cache.", (), _encoder("bytes")),
+    Row("encoder_host_images", "gauge", "Images of the encoder cache in host memory.", (), _encoder("host_kept")),
+    Row("encoder_host_bytes", "gauge", "Bytes of the encoder cache in host memory.", (), _encoder("host_bytes")),
     Row("copied_pages", "counter", "Pages copied between two tiers.", ("lane",), _copies("pages")),
     Row("copied_bytes", "counter", "Bytes copied between two tiers.", ("lane",), _copies("bytes")),
     Row(
