@@ -4,8 +4,6 @@ POLICY=cache_aware (else Ray's own choice of the less busy of two). Chats and co
 what else a server offers is asked of the server. ``deploy/router.sh ray`` starts it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import AsyncIterator
