@@ -7,7 +7,7 @@ prompt has them, whoever computed it, and from whatever tier or node it came.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,12 +53,14 @@ class Routing:
         self._runner = runner
         self._layout = runner.programs.paging.layouts.get(EXPERTS)
 
-    def note(self, plan: Plan, of: Mapping[Request, Routed | None], tables: Mapping[str, NDArray[np.int32]]) -> None:
-        """Remember the pages of who is computed now; ``tables``: the cache's."""
+    def note(
+        self, plan: Plan, of: Callable[[Request], Routed | None], tables: Mapping[str, NDArray[np.int32]]
+    ) -> None:
+        """Remember the pages of who is computed now; ``of``: what of a request; ``tables``: the cache's."""
         if self._layout is None:
             return
         for chunk in plan.chunks:
-            request, routed = chunk.request, of[chunk.request]
+            request, routed = chunk.request, of(chunk.request)
             if routed is not None and request.lease is not None:
                 pages = tables[EXPERTS][request.lease.row]
                 routed.pages, routed.stop = pages.copy(), chunk.stop

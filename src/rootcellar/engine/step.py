@@ -395,7 +395,7 @@ class Machine:
         parts = parts_of(plan, self._given)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
-        self._routing.note(plan, {c.request: self.trackers[c.request].experts for c in plan.chunks}, tables)
+        self._routing.note(plan, lambda request: self.trackers[request].experts, tables)
         start = self.recorder.dispatched()
         scores, hidden = runner.step(batch, before)
         score_prompts(runner, plan, self.trackers, [batch.starts[row] for row in rows_of(plan)], hidden)
