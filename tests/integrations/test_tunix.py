@@ -222,5 +222,5 @@ def test_tokens_have_our_forwards_bits_and_tunixs_logprobs():
         assert row["tokens"] >= 1000
         assert row["ours"] == 0
         assert 0 < row["Tunix"] <= 1e-5
-    # By default we round otherwise than Tunix, and no worse.
-    assert all(row["float64"] <= row["Tunix beside float64"] for row in rows if not row["deterministic"])
+    # Both round as float32 does, each otherwise.
+    assert all(max(row["float64"], row["Tunix beside float64"]) < 2e-5 for row in rows)
