@@ -53,9 +53,7 @@ class Routing:
         self._runner = runner
         self._layout = runner.programs.paging.layouts.get(EXPERTS)
 
-    def note(
-        self, plan: Plan, of: Callable[[Request], Routed | None], tables: Mapping[str, NDArray[np.int32]]
-    ) -> None:
+    def note(self, plan: Plan, of: Callable[[Request], Routed | None], tables: Mapping[str, NDArray[np.int32]]) -> None:
         """Remember the pages of who is computed now; ``of``: what of a request; ``tables``: the cache's."""
         if self._layout is None:
             return
