@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootcellar.plan.stored import Heads, Latents, States
+from rootcellar.plan.stored import Heads, Latents, Routes, States
 from rootcellar.pools import Pool, direct
 from rootcellar.pools.copying import BLOCKS, Blocks, InPlace, copier, cut
 from rootcellar.pools.images import Image, image_bytes
@@ -22,7 +22,12 @@ from rootcellar.pools.layouts.layout import as_it_lies
 from rootcellar.runner import CompileCounter
 
 LAYERS, PAGES = 3, 24
-STORED = {"heads": Heads(2, 16), "latents": Latents(24, 8), "states": States((3, 5), (4, 8, 5))}
+STORED = {
+    "heads": Heads(2, 16),
+    "latents": Latents(24, 8),
+    "states": States((3, 5), (4, 8, 5)),
+    "routes": Routes(3, 2, 300),
+}
 NATIVE = pytest.param(InPlace, marks=pytest.mark.skipif(not direct.available(), reason="the copies were not built"))
 
 

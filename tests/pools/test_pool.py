@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rootcellar.errors import ConfigError, EngineError
-from rootcellar.plan.stored import Heads, Latents, States
+from rootcellar.plan.stored import Heads, Latents, Routes, States
 from rootcellar.pools import Pool
 from rootcellar.pools.layouts import LAYOUTS, PagedHeads, layout_of, page_bytes
 from rootcellar.runner import CompileCounter
@@ -18,7 +18,12 @@ def test_bytes_are_what_the_layout_says():
     assert 36 * 32_769 * page_bytes(layout) == 2_415_992_832
 
 
-STORED = {"heads": Heads(2, 16), "latents": Latents(24, 8), "states": States((3, 40), (4, 8, 5))}
+STORED = {
+    "heads": Heads(2, 16),
+    "latents": Latents(24, 8),
+    "states": States((3, 40), (4, 8, 5)),
+    "routes": Routes(3, 2, 300),
+}
 
 
 @pytest.mark.parametrize(("form", "dtype"), sorted(LAYOUTS))

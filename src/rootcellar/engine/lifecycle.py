@@ -29,6 +29,7 @@ from rootcellar.engine.build import Parts, Weights
 from rootcellar.engine.copies import AnyMover, settle
 from rootcellar.engine.encodings import Encodings
 from rootcellar.engine.identity import check_name
+from rootcellar.engine.routing import Routing
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.kinds import EXPERTS
 from rootcellar.models.params import check_params, declare, path_name
@@ -56,6 +57,7 @@ class Lifecycle:
         mover: who copies between tiers; None where the device is the only one.
         missed: what was seen while copies were waited for; the next report begins with it.
         encodings: what an encoder made of pictures; None where the model has none.
+        routing: what reads which experts tokens went through; None where that is not kept.
         saved: for each pool whose cached pages wait on the host without a tier there, their numbers and bytes.
     """
 
@@ -66,6 +68,7 @@ class Lifecycle:
     version: str = "0"
     mover: AnyMover | None = None
     encodings: Encodings | None = None
+    routing: Routing | None = None
     released: set[str] = field(default_factory=set)
     missed: Reports = field(default_factory=Reports)
     saved: dict[str, Saved] = field(default_factory=dict)
@@ -83,7 +86,8 @@ class Lifecycle:
             host = int(parts.config.hicache_ratio * room) if parts.config.enable_hierarchical_cache else 0
             encodings = Encodings(encoder, parts.scheduler, parts.runner, room, chunk, host)
         made = parts.scheduler, parts.runner, parts.reload, parts.weights
-        return cls(*made, mover=parts.mover, encodings=encodings)
+        routing = Routing(parts.runner) if parts.config.enable_return_routed_experts else None
+        return cls(*made, mover=parts.mover, encodings=encodings, routing=routing)
 
     def _forget_encodings(self) -> None:
         if self.encodings is not None:

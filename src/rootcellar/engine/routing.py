@@ -7,7 +7,7 @@ prompt has them, whoever computed it, and from whatever tier or node it came.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,18 +47,18 @@ class Routed:
 
 
 class Routing:
-    """Of an engine; without pages of experts it does nothing."""
+    """Of an engine that keeps pages of experts."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._layout = runner.programs.paging.layouts.get(EXPERTS)
+        layout = runner.programs.paging.layouts[EXPERTS]
+        assert isinstance(layout, PagedRoutes)
+        self._layout = layout
 
-    def note(self, plan: Plan, of: Callable[[Request], Routed | None], tables: Mapping[str, NDArray[np.int32]]) -> None:
-        """Remember the pages of who is computed now; ``of``: what of a request; ``tables``: the cache's."""
-        if self._layout is None:
-            return
+    def note(self, plan: Plan, of: Mapping[Request, Routed | None], tables: Mapping[str, NDArray[np.int32]]) -> None:
+        """Remember the pages of who is computed now, ``of`` whom what is wanted; ``tables``: the cache's."""
         for chunk in plan.chunks:
-            request, routed = chunk.request, of(chunk.request)
+            request, routed = chunk.request, of[chunk.request]
             if routed is not None and request.lease is not None:
                 pages = tables[EXPERTS][request.lease.row]
                 routed.pages, routed.stop = pages.copy(), chunk.stop
@@ -71,7 +71,6 @@ class Routing:
             return
         if finish.type == "abort" and finish.cause == "failed":
             return
-        assert isinstance(self._layout, PagedRoutes)
         size = self._layout.page_size
         stop = min(routed.stop, request.length - 1) if finish.type == "abort" else request.length - 1
         first = routed.start // size

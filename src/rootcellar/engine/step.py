@@ -30,7 +30,6 @@ from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
 from rootcellar.engine.recorder import Recorder, Start
 from rootcellar.engine.roster import Roster
-from rootcellar.engine.routing import Routing
 from rootcellar.engine.sides import Side
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import EngineError, RootcellarError
@@ -147,7 +146,6 @@ class Machine:
         self.paused = False
         self.turns = self.steps = self.generated = self.prompted = 0
         self.log: list[tuple[int, AnyCommand]] | None = None
-        self._routing = Routing(life.runner)
         self._mover = life.mover
         self._tell = tell
         self._overlap = overlap
@@ -238,7 +236,8 @@ class Machine:
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
-            self._routing.read(request, tracker.experts)
+            if self.life.routing is not None:
+                self.life.routing.read(request, tracker.experts)
             try:
                 self.prefetcher.ended(request)
             finally:  # whatever the store does, its pages are not held for another node for ever
@@ -395,7 +394,8 @@ class Machine:
         parts = parts_of(plan, self._given)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
         batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
-        self._routing.note(plan, lambda request: self.trackers[request].experts, tables)
+        if self.life.routing is not None:
+            self.life.routing.note(plan, {c.request: self.trackers[c.request].experts for c in plan.chunks}, tables)
         start = self.recorder.dispatched()
         scores, hidden = runner.step(batch, before)
         score_prompts(runner, plan, self.trackers, [batch.starts[row] for row in rows_of(plan)], hidden)

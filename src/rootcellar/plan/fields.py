@@ -270,6 +270,10 @@ FIELDS: Mapping[str, Field] = {
     # pictures
     "vision_config": Object(_VISION),
     "image_token_id": Whole(0, 2**31 - 1),
+    **dict.fromkeys(
+        ("boi_token_index", "eoi_token_index", "vision_start_token_id", "vision_end_token_id", "video_token_id"),
+        Whole(0, 2**31 - 1),
+    ),
     "image_token_index": Whole(0, 2**31 - 1),
     "mm_tokens_per_image": _SIZE,
     "image_processor": Object(PROCESSOR),  # what is read of preprocessor_config.json

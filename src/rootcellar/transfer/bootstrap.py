@@ -22,6 +22,8 @@ from rootcellar.transfer.terms import Terms
 from rootcellar.transfer.wires.tcp import WireError, accept, end_listening
 
 _MOST = 1 << 20
+_READ_ON = 16 << 20
+"""Bytes of a refused body that are read, at most."""
 _ROUTES = "there are /route, /register_dp_rank, /query_dp_ranks and /health"
 _ROOMS = 1 << 16
 """Rooms whose rank is remembered, the newest."""
@@ -166,6 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdecimal() or int(length) > _MOST:
             self.close_connection = True
             self._answer(411, "say the length of the body, a megabyte at most")
+            # A client that is still sending would find the connection broken, and no answer.
+            left = min(int(length), _READ_ON) if length.isdecimal() else 0
+            while left > 0 and (some := self.rfile.read(min(left, _MOST))):
+                left -= len(some)
             return
         body = self.rfile.read(int(length))
         if done is None:
