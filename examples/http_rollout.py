@@ -106,10 +106,13 @@ def main() -> None:
             print(f"  mean logprob {logprob:.3f}, the first: {answers[0]['text']!r}")
             post(url, "/pause_generation", mode="retract")
             post(url, "/flush_cache")
-            freed = post(url, "/release_memory_occupation", tags=["kv_cache", "weights"])
+            # Weights that were sent stay: there is no folder from which the server could have them again.
+            tags = ["kv_cache"] if arguments.wire else ["kv_cache", "weights"]
+            freed = post(url, "/release_memory_occupation", tags=tags)
             print(f"  released {freed['bytes'] / 1e6:.1f} MB; training ...")
             train(folder, trained := Path(room) / f"step-{step}", step)
-            post(url, "/resume_memory_occupation", tags=["weights"])
+            if not arguments.wire:
+                post(url, "/resume_memory_occupation", tags=["weights"])
             version = f"step-{step}"  # and nothing that other weights computed is a hit again
             if arguments.wire:
                 updated = send(url, trained, version)

@@ -157,7 +157,7 @@ def test_a_trainer_that_is_not_there_or_gives_other_things_harms_nothing(client,
             "message"
         ]
     )
-    assert "nobody answers" in json.dumps(post(client, "/init_weights_update_group", 503, **group, master_port=1))
+    assert "nobody answers" in json.dumps(post(client, "/init_weights_update_group", 400, **group, master_port=1))
     assert "no group" in json.dumps(post(client, "/destroy_weights_update_group", 400, group_name="g"))
     arrays = Arrays("127.0.0.1")
     name, whole = "model.norm.weight", tensors["model.norm.weight"]

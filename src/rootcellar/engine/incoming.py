@@ -42,8 +42,8 @@ class IncomingWeights:
             raise RequestError(f"there is a group {group!r} already: destroy_weights_update_group first")
         try:
             self._groups[group] = ArraySource(host, port, timeout)
-        except WireError as error:
-            raise EngineError(str(error)) from error
+        except WireError as error:  # an address that is wrong is the caller's
+            raise RequestError(str(error)) from error
         self._found = {}
 
     def close(self, group: str) -> None:

@@ -130,8 +130,7 @@ class TakesWeights:
             timeout: seconds until it is given up.
 
         Raises:
-            EngineError: nobody answers there.
-            RequestError: there is a group of this name.
+            RequestError: nobody answers there, or there is a group of this name.
         """
         with self._incoming.lock:
             self._incoming.open(group_name, master_address, master_port, timeout)

@@ -55,7 +55,7 @@ class ArraySource:
         try:
             with socket.create_connection((host, port), timeout) as probe:
                 here, there = probe.getsockname()[0], probe.getpeername()[0]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise WireError(f"nobody answers at {self.name}: {error}") from error
         try:
             self._connection = _server(here).connect(f"{_bracketed(there)}:{port}")
