@@ -81,7 +81,7 @@ WIDE: dict[str, dict[str, str]] = {
     "engine/test_routing.py": {
         "test_a_decode_node_has_those_that_the_prefill_node_computed": "",
         "test_over_http_and_refused_where_they_are_not_kept": "",
-        "test_they_are_those_of_a_plain_forward_wherever_the_prompt_was_cached": "(?!qwen3-moe).*",
+        "test_they_are_those_of_a_plain_forward_wherever_the_prompt_was_cached": "",
         "test_they_survive_retraction_and_end_with_what_was_computed": "",
     },
     "models/test_absurd_configs.py": {
@@ -134,8 +134,9 @@ WIDE: dict[str, dict[str, str]] = {
     "engine/test_pictures.py": {
         "test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page": "",
         "test_answers_are_the_same_from_every_tier": "qwen3-5",
-        "test_answers_equal_transformers_cold_and_cached": "gemma3-seeing-.*",
+        "test_answers_equal_transformers_cold_and_cached": "(gemma3-seeing|qwen3-5)-.*",
         "test_after_warming_up_nothing_compiles_for_an_image": "",
+        "test_vectors_that_leave_the_device_come_from_host_memory": "",
     },
     "engine/test_partial_rollouts.py": {
         "test_a_pause_changes_no_token": "in_place",
@@ -218,7 +219,7 @@ WIDE: dict[str, dict[str, str]] = {
         "test_windows_chunks_and_sinks_match_reference": "xla-1-.*",
     },
     "ops/test_paged.py": {
-        "test_each_kind_matches_reference": "(?!bfloat16|window-prefill).*-tpu|(prefill|window|chunk|capped)-gpu",
+        "test_each_kind_matches_reference": "(?!bfloat16|window-prefill).*",
         "test_latents_match_reference": "tpu",
     },
     "ops/test_state_ops.py": {
@@ -348,11 +349,17 @@ WIDE: dict[str, dict[str, str]] = {
     "tiers/test_store_traffic.py": {
         "test_whatever_a_store_does_no_request_reads_other_bytes_and_everything_is_reported_once": ".*-1|python-.*",
     },
+    "server/test_weight_updates.py": {
+        "test_a_trainer_in_another_process_pushes_from_its_devices": "",
+    },
     "transfer/test_events.py": {
         "test_an_engine_tells_of_what_it_caches": "",
     },
     "transfer/test_rooms.py": {
         "test_a_wire_that_breaks_ends_rooms_and_never_gives_other_bytes": ".*-[123]",
+    },
+    "transfer/test_wires.py": {
+        "test_one_process_lends_and_another_fetches_by_jax": "",
     },
 }  # fmt: skip
 
