@@ -148,6 +148,27 @@ def test_a_report_that_cannot_be_learned_is_told(monkeypatch):
         machine.learn()
 
 
+def test_experts_that_cannot_be_read_leave_nothing_undone():
+    class Unreadable:
+        def note(self, *_):
+            pass
+
+        def read(self, *_):
+            raise MemoryError("no room for the experts")
+
+    machine = hash_machine()
+    machine.life.routing, told = Unreadable(), []
+    for what in (machine.prefetcher, machine.peers):
+        what.ended = told.append
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(1, 9), prompt(2, 9)], 0, max_new_tokens=4))
+    callers.run()
+    assert len(told) == 4
+    for _, reason in callers.results().values():
+        assert "no room for the experts" in reason["message"]
+    check_whole(machine)
+
+
 def test_a_request_whose_end_cannot_be_kept_is_answered_with_the_reason():
     class Broken:
         next_end = None

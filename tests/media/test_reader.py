@@ -65,6 +65,7 @@ def test_what_dies_of_an_image_is_one_request(reader, monkeypatch):
     reader._children[0]._process.kill()
     future = reader.read([encoded(Image.new("L", (3, 3)), "PNG")])
     wait([future], 60)
+    del future  # which has its image where the process was gone before it was asked
     assert reader.read([encoded(Image.new("L", (4, 4)), "PNG")]).result(60)
     monkeypatch.setattr(reader, "_limits", replace(LIMITS, media_timeout=0.1))
     reader._children[0]._process.send_signal(signal.SIGSTOP)

@@ -133,6 +133,7 @@ class Component:
     server: ServerProcess | None = None
     sidecars: Sidecars | None = None
     deletes: bool = True
+    sees_ends: bool = True
     close: Callable[[], None] = field(default=lambda: None)
 
     def settings(self) -> dict:
@@ -140,7 +141,7 @@ class Component:
 
     def subject(self) -> Subject:
         opened = functools.partial(open_bare, self.backend, self.settings(), "tests")
-        return Subject(opened, opened, self.server, self.deletes)
+        return Subject(opened, opened, self.server, self.deletes, self.sees_ends)
 
     def stop(self) -> None:
         if self.server is not None:
@@ -308,7 +309,8 @@ def nixl_obj(folder: Path) -> Component:
     version = f"NIXL {_installed('nixl', 'nixl')} OBJ, moto_server {_installed('moto')}"
     server, url = _bucket_server(folder)
     extra = {"plugin": "OBJ", "bucket": BUCKET, "endpoint_override": url, "access_key": "key", "secret_key": "secret"}
-    return Component("nixl", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server, deletes=False)
+    can = {"deletes": False, "sees_ends": False}
+    return Component("nixl", lambda fresh: {**extra, "prefix": f"{fresh}/"}, version, server, **can)
 
 
 def hf3fs(folder: Path) -> Component:

@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -39,6 +41,27 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, clock):
     assert store.has([name(i) for i in range(5)]) == [True, False, True, True, True]
     assert all(get(store, i) for i in (0, 2, 3, 4))
     assert put(store, [5, 6, 7, 8, 9]) == [True] * 4 + [False]  # within a call nothing makes room by what it brought
+    store.close()
+
+
+def test_a_page_that_another_thread_writes_is_waited_for(tmp_path, clock, monkeypatch):
+    store = opened(tmp_path, clock)
+    began, go_on, write = threading.Event(), threading.Event(), store._write
+
+    def slowly(place, view):
+        began.set()
+        assert go_on.wait(20)
+        return write(place, view)
+
+    monkeypatch.setattr(store, "_write", slowly)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(put, store, [1])
+        assert began.wait(20)
+        second = threads.submit(put, store, [1])
+        assert not second.done()
+        go_on.set()
+        assert (first.result(20), second.result(20)) == ([True], [True])
+    assert get(store, 1)
     store.close()
 
 

@@ -236,12 +236,12 @@ class Machine:
         tracker.note_stage()
         self.recorder.request_ended(tracker)
         try:
-            if self.life.routing is not None:
-                self.life.routing.read(request, tracker.experts)
             try:
                 self.prefetcher.ended(request)
             finally:  # whatever the store does, its pages are not held for another node for ever
                 self.peers.ended(request)
+            if self.life.routing is not None:
+                self.life.routing.read(request, tracker.experts)
             tracker.close()
         except Exception as error:  # neither stops the others nor leaves its caller waiting
             log.exception("could not make the end of request %s", request.rid)

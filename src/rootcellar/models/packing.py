@@ -58,14 +58,14 @@ def heads_in(packed: NDArray[Any]) -> Views:
     return [linear(packed, 2)]
 
 
-def gate_up(packed: NDArray[Any]) -> Views:
-    """Gate and up ``[in, 2, I]``: two linear layers."""
-    return [linear(packed[:, i], 1) for i in range(2)]
+def beside(packed: NDArray[Any]) -> Views:
+    """Linear layers beside each other, as gate and up: ``[in, layers, ...]``."""
+    return [linear(packed[:, i], 1) for i in range(packed.shape[1])]
 
 
-def gate_up_bias(packed: NDArray[Any]) -> Views:
-    """The biases of ``gate_up``: ``[2, I]``."""
-    return [linear(packed[i], 0) for i in range(2)]
+def beside_bias(packed: NDArray[Any]) -> Views:
+    """The biases of ``beside``: ``[layers, ...]``."""
+    return [linear(part, 0) for part in packed]
 
 
 def outputs_first(packed: NDArray[Any]) -> Views:

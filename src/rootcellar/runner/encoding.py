@@ -77,9 +77,8 @@ class PictureEncoder:
         outer = {name: weight for name, weight in own.items() if name != "blocks"}
         state, ran = put(np.zeros((1, 1), np.float32)), set[str]()
         for stage, kind in enumerate(self.encoder.kinds):
-            index = self.encoder.block_of(stage)
             if kind not in ran:
-                state = self._run(kind, outer, {} if index is None else own["blocks"][index], state, laid)
+                state = self._run(kind, outer, self._block(own, stage), state, laid)
             ran.add(kind)
         jax.block_until_ready(state)
 
@@ -94,12 +93,15 @@ class PictureEncoder:
             if spent and spent + cost > most:
                 break
             spent += cost
-            index = self.encoder.block_of(encoding.stage)
-            block = {} if index is None else own["blocks"][index]
-            encoding.state = self._run(kind, outer, block, encoding.state, encoding.laid)
+            encoding.state = self._run(kind, outer, self._block(own, encoding.stage), encoding.state, encoding.laid)
             encoding.stage += 1
         jax.block_until_ready(encoding.state)
         return encoding.stage == len(kinds)
+
+    def _block(self, own: Params, stage: int) -> Params:
+        """The weights of a stage that is a block; nothing for the first and the last."""
+        block: Params = own["blocks"][stage - 1] if 1 <= stage <= self.encoder.depth else {}
+        return block
 
     @cached_property
     def _run(self) -> Any:

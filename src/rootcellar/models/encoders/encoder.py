@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of each stage, in order."""
+        """The kind of each stage, in order: one before the blocks, each of these, one behind them."""
         ...
 
     def declare(self, declare: Declare, embed: int) -> Params:
@@ -104,8 +104,4 @@ class Encoder(Protocol):
 
         ``block``: the weights of the stage's block, where it is one. The last state is the vectors, [M, E].
         """
-        ...
-
-    def block_of(self, stage: int) -> int | None:
-        """Which block a stage is."""
         ...

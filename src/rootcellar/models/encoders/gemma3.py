@@ -7,7 +7,6 @@ a picture in both directions, so pictures are ``atomic``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,15 @@ from PIL import Image
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, blank, colour_values, convolution, layer_norm
-from rootcellar.models.feed_forward.activations import ACTIVATIONS
+from rootcellar.models.encoders.parts import (
+    blank,
+    colour_values,
+    convolution,
+    declare_block,
+    layer_norm,
+    through_block,
+)
 from rootcellar.models.norms import Norm
-from rootcellar.models.packing import Views
 from rootcellar.models.spec import Declare, Params
 
 
@@ -116,10 +120,6 @@ class Gemma3Vision:
         """See ``Encoder``."""
         return ("patches", *("block",) * self.depth, "merge")
 
-    def block_of(self, stage: int) -> int | None:
-        """See ``Encoder``."""
-        return stage - 1 if 1 <= stage <= self.depth else None
-
     def declare(self, declare: Declare, embed: int) -> Params:
         """``patch`` [3, P, P, H]; ``places`` [N, H]; ``vision_last_norm``, ``merge_norm`` [H]; ``merge`` [H, E]."""
         hidden, shape = self.hidden_size, (3, self.patch, self.patch, self.hidden_size)
@@ -134,25 +134,9 @@ class Gemma3Vision:
         }
 
     def declare_block(self, declare: Declare) -> Params:
-        """``vision_qkv`` [H, 3, N, D], ``vision_o`` [H, H], ``vision_up`` [H, I], ``vision_down`` [I, H], two norms;
-        all with biases.
-        """  # fmt: skip
-        hidden, inner, linear = self.hidden_size, self.intermediate_size, packing.transposed
-        qkv = (3, self.heads, hidden // self.heads)
-        vectors = {"o": hidden, "up": inner, "down": hidden, "norm": hidden, "mlp_norm": hidden}
-        return {
-            "vision_qkv": declare("vision_qkv", (hidden, *qkv), (None,) * 4, "random", _three),
-            "vision_qkv_bias": declare("vision_qkv_bias", qkv, (None,) * 3, "zeros", _three_biases),
-            "vision_o": declare("vision_o", (hidden, hidden), (None, None), "random", linear),
-            "vision_up": declare("vision_up", (hidden, inner), (None, None), "random", linear),
-            "vision_down": declare("vision_down", (inner, hidden), (None, None), "random", linear),
-            "vision_norm": declare("vision_norm", (hidden,), (None,), "ones"),
-            "vision_mlp_norm": declare("vision_mlp_norm", (hidden,), (None,), "ones"),
-            **{
-                f"vision_{n}_bias": declare(f"vision_{n}_bias", (size,), (None,), "zeros")
-                for n, size in vectors.items()
-            },
-        }
+        """See ``parts.declare_block``."""
+        sizes = self.hidden_size, self.intermediate_size, self.heads
+        return declare_block(declare, *sizes, packing.beside, packing.beside_bias)
 
     def cost(self, kind: str, patches: int) -> int:
         """See ``Encoder``."""
@@ -176,22 +160,5 @@ class Gemma3Vision:
             return (
                 Norm(self.eps, offset=1.0)(pooled.reshape(self.tokens**2, -1), params["merge_norm"]) @ params["merge"]
             )
-        normed = layer_norm(state, block["vision_norm"], block["vision_norm_bias"], self.eps)
-        rows = jnp.tensordot(normed, block["vision_qkv"], 1) + block["vision_qkv_bias"]
-        q, k, v = rows[:, 0], rows[:, 1], rows[:, 2]
-        parts = q.reshape(self._patches, self._patches, *q.shape[1:])  # scores of a row of patches at a time
-        out = jax.lax.map(lambda queries: attend(queries, k, v, laid.valid), parts)
-        x = state + out.reshape(state.shape) @ block["vision_o"] + block["vision_o_bias"]
-        normed = layer_norm(x, block["vision_mlp_norm"], block["vision_mlp_norm_bias"], self.eps)
-        inner = ACTIVATIONS[self.activation](normed @ block["vision_up"] + block["vision_up_bias"])
-        return x + inner @ block["vision_down"] + block["vision_down_bias"]
-
-
-def _three(packed: NDArray[Any]) -> Views:
-    """Queries, keys and values ``[in, 3, N, D]``: three linear layers."""
-    return [packing.linear(packed[:, i], 1) for i in range(3)]
-
-
-def _three_biases(packed: NDArray[Any]) -> Views:
-    """Their biases ``[3, N, D]``."""
-    return [packing.linear(packed[i], 0) for i in range(3)]
+        # Scores of a row of patches are in memory at a time.
+        return through_block(block, state, laid.valid, self._patches, self.activation, self.eps)

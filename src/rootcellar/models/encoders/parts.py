@@ -1,7 +1,8 @@
-"""What encoders have in common: attention over patches, layer norms, few shapes."""
+"""What encoders have in common: attention over patches, layer norms, blocks, few shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.packing import Views
+from rootcellar.models.spec import Declare, Packing, Params
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
@@ -26,6 +30,52 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * weight + bias).astype(x.dtype)
+
+
+def declare_block(
+    declare: Declare, hidden: int, inner: int, heads: int, qkv: Packing, qkv_bias: Packing = packing.flat
+) -> Params:
+    """A block of attention and a feed-forward without gates, a layer norm before each, all with biases.
+
+    ``vision_qkv`` [H, 3, N, D], which checkpoints store as ``qkv`` says; ``vision_o`` [H, H], ``vision_up`` [H, I],
+    ``vision_down`` [I, H], two norms.
+    """
+    shape, linear = (3, heads, hidden // heads), packing.transposed
+    biases = {"o": hidden, "up": inner, "down": hidden, "norm": hidden, "mlp_norm": hidden}
+    return {
+        "vision_qkv": declare("vision_qkv", (hidden, *shape), (None,) * 4, "random", qkv),
+        "vision_qkv_bias": declare("vision_qkv_bias", shape, (None,) * 3, "zeros", qkv_bias),
+        "vision_o": declare("vision_o", (hidden, hidden), (None, None), "random", linear),
+        "vision_up": declare("vision_up", (hidden, inner), (None, None), "random", linear),
+        "vision_down": declare("vision_down", (inner, hidden), (None, None), "random", linear),
+        "vision_norm": declare("vision_norm", (hidden,), (None,), "ones"),
+        "vision_mlp_norm": declare("vision_mlp_norm", (hidden,), (None,), "ones"),
+        **{f"vision_{n}_bias": declare(f"vision_{n}_bias", (size,), (None,), "zeros") for n, size in biases.items()},
+    }
+
+
+def through_block(
+    block: Params,
+    state: jax.Array,
+    valid: jax.Array,
+    together: int,
+    activation: str,
+    eps: float = 1e-6,
+    turn: Callable[[jax.Array], jax.Array] = lambda part: part,
+) -> jax.Array:
+    """``state`` [N, H] after a block of :func:`declare_block`, in which each patch sees those that are ``valid``.
+
+    ``together``: patches whose scores are in memory at a time, a divisor of N. ``turn``: what positions do to queries
+    and keys, [N, heads, D].
+    """
+    normed = layer_norm(state, block["vision_norm"], block["vision_norm_bias"], eps)
+    rows = jnp.tensordot(normed, block["vision_qkv"], 1) + block["vision_qkv_bias"]
+    q, k, v = turn(rows[:, 0]), turn(rows[:, 1]), rows[:, 2]
+    out = jax.lax.map(lambda queries: attend(queries, k, v, valid), q.reshape(-1, together, *q.shape[1:]))
+    x = state + out.reshape(state.shape) @ block["vision_o"] + block["vision_o_bias"]
+    normed = layer_norm(x, block["vision_mlp_norm"], block["vision_mlp_norm_bias"], eps)
+    inner = ACTIVATIONS[activation](normed @ block["vision_up"] + block["vision_up_bias"])
+    return x + inner @ block["vision_down"] + block["vision_down_bias"]
 
 
 def colour_values(mean: tuple[float, float, float], deviation: tuple[float, float, float]) -> NDArray[np.float32]:

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, convolution, few, fewest
+from rootcellar.models.encoders.parts import attend, few, fewest
 from rootcellar.models.encoders.qwen_pictures import THINNEST, QwenPictures
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.norms import Norm
-from rootcellar.models.rope import rotate
 from rootcellar.models.spec import Declare, Params
 
 _NORM = Norm(1e-6)
@@ -36,20 +35,12 @@ _NORM = Norm(1e-6)
 class Qwen25Vision(QwenPictures):
     """See above. ``full``: the blocks that see the whole picture; ``window``: pixels of a window's side."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
     window: int = 112
     full: tuple[int, ...] = (7, 15, 23, 31)
     activation: str = "silu"
-    theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        if self.hidden_size % (4 * self.heads):
-            raise ModelError(
-                f"vision_config: hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={4 * self.heads}"
-            )
+        super().__post_init__()
         if self.window % (self.patch * self.merge):
             raise ModelError(
                 f"vision_config: window_size={self.window} must be a multiple of patch_size * spatial_merge_size = "
@@ -88,12 +79,9 @@ class Qwen25Vision(QwenPictures):
         valid = index >= 0
         order = np.zeros(len(index), np.int32)
         order[index[valid]] = np.flatnonzero(valid)
-        row, column = np.divmod(np.where(valid, index, 0), columns)
-        inside = np.repeat(np.arange(merge), merge), np.tile(np.arange(merge), merge)
-        at = np.stack([(n[:, None] * merge + part).reshape(-1) for n, part in zip((row, column), inside, strict=True)])
         patches = units.reshape(-1, *units.shape[2:])[np.where(valid, index, 0)]
         patches = patches.reshape(-1, *units.shape[3:])
-        return Laid(patches, np.repeat(valid, merge**2), at.astype(np.int32), order)
+        return Laid(patches, np.repeat(valid, merge**2), self.at(np.where(valid, index, 0), columns), order)
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -101,23 +89,6 @@ class Qwen25Vision(QwenPictures):
     def kinds(self) -> tuple[str, ...]:
         """See ``Encoder``."""
         return ("patches", *("full" if i in self.full else "window" for i in range(self.depth)), "merge")
-
-    def block_of(self, stage: int) -> int | None:
-        """See ``Encoder``."""
-        return stage - 1 if 1 <= stage <= self.depth else None
-
-    def declare(self, declare: Declare, embed: int) -> Params:
-        """``patch`` [3, F, P, P, H]; ``merge_norm`` [H]; ``merge_in``, ``merge_out``: two linear layers with biases."""
-        hidden, wide = self.hidden_size, self.hidden_size * self.merge**2
-        shape = (3, self.frames, self.patch, self.patch, hidden)
-        return {
-            "patch": declare("patch", shape, (None,) * 5, "random", convolution),
-            "merge_norm": declare("merge_norm", (hidden,), (None,), "ones"),
-            "merge_in": declare("merge_in", (wide, wide), (None, None), "random", packing.transposed),
-            "merge_in_bias": declare("merge_in_bias", (wide,), (None,), "zeros"),
-            "merge_out": declare("merge_out", (wide, embed), (None, None), "random", packing.transposed),
-            "merge_out_bias": declare("merge_out_bias", (embed,), (None,), "zeros"),
-        }
 
     def declare_block(self, declare: Declare) -> Params:
         """``vision_qkv`` [H, 3, N, D], ``vision_o`` [H, H], ``vision_gate_up`` [H, 2, I], ``vision_down`` [I, H], their
@@ -131,10 +102,10 @@ class Qwen25Vision(QwenPictures):
             "vision_o": declare("vision_o", (hidden, hidden), (None, None), "random", packing.transposed),
             "vision_o_bias": declare("vision_o_bias", (hidden,), (None,), "zeros"),
             "vision_gate_up": declare(
-                "vision_gate_up", (hidden, 2, inner), (None,) * 3, "random", packing.gate_up
+                "vision_gate_up", (hidden, 2, inner), (None,) * 3, "random", packing.beside
             ),
             "vision_gate_up_bias": declare(
-                "vision_gate_up_bias", (2, inner), (None,) * 2, "zeros", packing.gate_up_bias
+                "vision_gate_up_bias", (2, inner), (None,) * 2, "zeros", packing.beside_bias
             ),
             "vision_down": declare("vision_down", (inner, hidden), (None, None), "random", packing.transposed),
             "vision_down_bias": declare("vision_down_bias", (hidden,), (None,), "zeros"),
@@ -144,24 +115,18 @@ class Qwen25Vision(QwenPictures):
 
     def cost(self, kind: str, patches: int) -> int:
         """See ``Encoder``."""
-        hidden, merged = self.hidden_size, self.merge**2
-        if kind == "patches":
-            return 3 * self.patch**2 * hidden
-        if kind == "merge":
-            return merged * hidden * hidden + hidden * hidden
+        if kind in ("patches", "merge"):
+            return self.cost_around(kind)
+        hidden = self.hidden_size
         seen = patches if kind == "full" else (self.window // self.patch) ** 2
         return hidden * (4 * hidden + 3 * self.intermediate_size + 2 * seen)
 
     def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
         """See ``Encoder``: states are [N, H]."""
         if kind == "patches":
-            weight = params["patch"]
-            values = jnp.asarray(self.values)[jnp.arange(3)[:, None, None], laid.patches]
-            return jnp.einsum("ncij,cijh->nh", values.astype(weight.dtype), weight.sum(1))
+            return self.embedded(params, laid)
         if kind == "merge":
-            units = _NORM(state, params["merge_norm"]).reshape(-1, self.hidden_size * self.merge**2)
-            inner = jax.nn.gelu(units @ params["merge_in"] + params["merge_in_bias"], approximate=False)
-            return (inner @ params["merge_out"] + params["merge_out_bias"])[laid.order]
+            return self.merged(params, _NORM(state, params["merge_norm"]), laid)
         x = state + self._attend(kind, block, _NORM(state, block["vision_norm"]), laid)
         rows = jnp.tensordot(_NORM(x, block["vision_mlp_norm"]), block["vision_gate_up"], 1)
         rows = rows + block["vision_gate_up_bias"]
@@ -170,10 +135,8 @@ class Qwen25Vision(QwenPictures):
 
     def _attend(self, kind: str, block: Params, x: jax.Array, laid: Laid) -> jax.Array:
         dim, size = self.hidden_size // self.heads, (self.window // self.patch) ** 2
-        frequencies = 1 / self.theta ** (np.arange(0, dim // 2, 2, dtype=np.float32) / (dim // 2))
-        angles = (laid.at[:, :, None] * frequencies.astype(np.float32)).transpose(1, 0, 2).reshape(len(x), -1)
         rows = jnp.tensordot(x, block["vision_qkv"], 1) + block["vision_qkv_bias"]
-        q, k = (rotate(rows[:, i], jnp.cos(angles), jnp.sin(angles)) for i in range(2))
+        q, k = (self.turned(rows[:, i], laid) for i in range(2))
         parts = [each.reshape(-1, size, self.heads, dim) for each in (q, k, rows[:, 2])]
         valid = laid.valid.reshape(-1, size)
         if kind == "window":

@@ -29,12 +29,12 @@ class Dense:
         """``gate_up`` [E, 2, I], ``down`` [I, E], and their biases where there are any."""
         inner = self.intermediate_size
         params: Params = {
-            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.gate_up, (0,)),
+            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.beside, (0,)),
             "down": declare("down", (inner, embed), ("mlp", "embed"), "random", packing.transposed, (0,)),
         }
         if self.bias:
             params["gate_up_bias"] = declare(
-                "gate_up_bias", (2, inner), (None, "mlp"), "zeros", packing.gate_up_bias
+                "gate_up_bias", (2, inner), (None, "mlp"), "zeros", packing.beside_bias
             )  # fmt: skip
             params["down_bias"] = declare("down_bias", (embed,), (None,), "zeros")
         return params

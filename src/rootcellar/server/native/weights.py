@@ -77,7 +77,7 @@ class _Wire(ControlBody):
 class GroupRequest(_Wire):
     """The trainer's transfer server."""
 
-    master_address: str
+    master_address: Annotated[str, Field(max_length=256)]
     master_port: Annotated[int, Field(ge=1, le=65535)]
     group_name: NameOfGroup = "weight_update_group"
     backend: str = "nccl"

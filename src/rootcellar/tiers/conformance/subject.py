@@ -87,3 +87,5 @@ class Subject:
     server: ServerProcess | None = None
     deletes: bool = True
     """Whether its medium can delete anything at all."""
+    sees_ends: bool = True
+    """Whether it sees that an object is longer than what is asked for; else the page in front is a hit."""

@@ -240,10 +240,12 @@ def test_what_another_client_deletes_is_a_miss_and_can_be_put_again(subject: Sub
 
 
 @pytest.mark.parametrize("damage", ["another page", "cut short", "longer", "a bit flipped", "a bit of the end flipped"])
-def test_what_is_not_the_page_is_a_miss(store: Store, damage: str) -> None:
+def test_what_is_not_the_page_is_a_miss(subject: Subject, store: Store, damage: str) -> None:
     """The objects lie under the page's name, as whoever damaged them would leave them; others are whole."""
     if store.verifies:
         pytest.skip("it keeps checksums of its own")
+    if damage == "longer" and not subject.sees_ends:
+        pytest.skip("it reads so many bytes, and never sees that there are more")
     seals = _Sealed()
     Guard(seals).put([name(i) for i in (1, 2, 3)], [image(i) for i in (1, 2, 3)])
     whole, other = seals.objects[name(1)], seals.objects[name(2)]
@@ -252,11 +254,8 @@ def test_what_is_not_the_page_is_a_miss(store: Store, damage: str) -> None:
     objects = {"another page": other, "cut short": whole[:-7], "longer": whole + b"0000"}
     store.put([name(1), name(3)], [memoryview(objects.get(damage, bytes(flipped))), memoryview(seals.objects[name(3)])])
     into = [room(), room()]
-    found = Guard(store).get([name(1), name(3)], into)
-    assert found[1]
+    assert Guard(store).get([name(1), name(3)], into) == [False, True]
     assert into[1] == image(3)
-    # Who asks a server for so many bytes may never see that there are more: then what came is the page.
-    assert not found[0] or (damage == "longer" and into[0] == image(1))
 
 
 def test_other_bytes_under_a_name_are_never_mixed(store: Store) -> None:

@@ -28,6 +28,8 @@ _ABANDONED = 60.0
 """Seconds after which a reservation that nobody confirmed is taken back."""
 _PATIENCE = 5.0
 """Seconds that an index which others hold is waited for."""
+_UNDER_WAY = 1.0
+"""Seconds that a page which somebody else writes is waited for."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS pages (
     name BLOB PRIMARY KEY, slot_bytes INTEGER, slot INTEGER, length INTEGER, confirmed INTEGER, used REAL,
@@ -136,12 +138,11 @@ class Hf3fsStore:
                 self._note_uses()
                 places = [self._reserve(name, len(view)) for name, view in zip(names, views, strict=True)]
             self._each(self._write, places, views)
-            with self._asking():
-                with self._changing():
-                    done = [(name, *place) for name, place in zip(names, places, strict=True) if place is not None]
-                    which = "name = ? AND slot_bytes = ? AND slot = ?"  # it may have been taken back meanwhile
-                    self._index.executemany(f"UPDATE pages SET confirmed = 1 WHERE {which}", done)
-                return [self._find(name) is not None for name in names]
+            with self._asking(), self._changing():
+                done = [(name, *place) for name, place in zip(names, places, strict=True) if place is not None]
+                which = "name = ? AND slot_bytes = ? AND slot = ?"  # it may have been taken back meanwhile
+                self._index.executemany(f"UPDATE pages SET confirmed = 1 WHERE {which}", done)
+            return self._kept(names)
 
     def clear(self) -> int:
         """See ``Store``: all pages of all shards. Raises ``OSError``."""
@@ -187,6 +188,17 @@ class Hf3fsStore:
         row = self._index.execute("SELECT slot_bytes, slot, length FROM pages WHERE name = ? AND confirmed", (name,))
         found: tuple[int, int, int] | None = row.fetchone()
         return found
+
+    def _kept(self, names: Sequence[bytes]) -> list[bool]:
+        """Which of these are there, once those that somebody else is writing are, or that took too long."""
+        until = time.monotonic() + _UNDER_WAY
+        while True:
+            with self._asking():
+                asked = "SELECT confirmed FROM pages WHERE name = ?"
+                rows = [self._index.execute(asked, (name,)).fetchone() for name in names]
+            if (0,) not in rows or time.monotonic() > until:
+                return [row == (1,) for row in rows]
+            time.sleep(0.001)
 
     def _note_uses(self) -> None:
         now = self._now()

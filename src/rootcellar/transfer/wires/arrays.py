@@ -25,10 +25,9 @@ from jax import Array
 from jax.experimental import transfer
 
 from rootcellar.transfer.wires.tcp import WireError
+from rootcellar.transfer.wires.wire import look_until
 
 _NUMBERS = itertools.count()
-# Seconds between two looks at what is on its way.
-_SHORTEST, _LONGEST = 0.0002, 0.005
 
 
 class Arrays:
@@ -72,8 +71,11 @@ class ArraySource:
             raise WireError(self.broken)
 
         try:
-            arrays: list[Array] = self._connection.pull(number, list(shapes))
-            _await(arrays, timeout)
+            arrays: list[Any] = self._connection.pull(number, list(shapes))
+            until = time.monotonic() + timeout
+            for array in arrays:
+                look_until(array.is_ready, until)
+                array.block_until_ready()  # or what went wrong
         except TimeoutError:
             self.broken = f"{self.name} gave nothing within {timeout:g} seconds"
         except jax.errors.JaxRuntimeError as error:
@@ -88,22 +90,15 @@ class ArraySource:
 @functools.cache
 def _server(host: str) -> Any:
     """This process's transfer server on an interface: there is one, as JAX ends none."""
-    at = f"{_bracketed(host)}:0"
-    return transfer.start_transfer_server(jax.devices()[0].client, at, [at])
+    return start_server(jax.devices()[0], _bracketed(host))
+
+
+def start_server(device: jax.Device, host: str) -> Any:
+    """A transfer server of a device's client, at a port of its choice."""
+    at = f"{host}:0"
+    # The second address is for the bytes themselves: without it they go by the connection of the first.
+    return transfer.start_transfer_server(device.client, at, [at])
 
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _await(arrays: Sequence[Any], timeout: float) -> None:
-    """Until ``arrays`` are there, or failed; ``TimeoutError`` after so many seconds."""
-    end = time.monotonic() + timeout
-    for array in arrays:
-        pause = _SHORTEST
-        while not array.is_ready():
-            if time.monotonic() > end:
-                raise TimeoutError
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
-        array.block_until_ready()  # or what went wrong

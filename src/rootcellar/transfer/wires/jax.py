@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import jax
@@ -19,12 +19,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from rootcellar.errors import ConfigError
+from rootcellar.transfer.wires.arrays import start_server
 from rootcellar.transfer.wires.tcp import WireError
-from rootcellar.transfer.wires.wire import Bytes
+from rootcellar.transfer.wires.wire import Bytes, look_until
 
 _TICKET = struct.Struct("<Q")
-_SOON, _LATER = 2e-5, 1e-3
-"""Seconds between two looks at an array, at first and at most."""
 
 
 class JaxWire:
@@ -32,15 +31,12 @@ class JaxWire:
 
     def __init__(self, host: str, nbytes: int) -> None:
         """Listen on ``host``; ``nbytes``: what can be lent at once. Raises ``ConfigError``."""
-        from jax.experimental import transfer
-
         self._device = jax.local_devices(backend="cpu")[0]
         self._most, self._changed = nbytes, threading.Condition()
         self._lent: dict[bytes, int] = {}
         self._connections: dict[str, Any] = {}
         try:
-            # The second address is for the bytes themselves: without it they go by the connection of the first.
-            self._server = transfer.start_transfer_server(self._device.client, f"{host}:0", [f"{host}:0"])
+            self._server = start_server(self._device, host)
         except Exception as error:  # of XLA's own kind
             raise ConfigError(f"JAX's transfer server cannot listen on {host}: {error}") from None
         self.address = str(self._server.address())
@@ -71,7 +67,7 @@ class JaxWire:
     @contextmanager
     def fetch(self, address: str, ticket: bytes, nbytes: int, deadline: float) -> Iterator[Bytes]:
         """See ``PageWire``."""
-        until, pause = monotonic() + deadline, _SOON
+        until = monotonic() + deadline
         if len(ticket) != _TICKET.size:
             raise ConnectionError("what is lent should be a number")
         described: Any = jax.ShapeDtypeStruct
@@ -82,11 +78,7 @@ class JaxWire:
                     self._connections[address] = self._server.connect(address)
                 connection = self._connections[address]
             (array,) = connection.pull(*_TICKET.unpack(ticket), [wanted])
-            while not array.is_ready():
-                if monotonic() >= until:
-                    raise TimeoutError("what was lent did not come in time")
-                sleep(pause)
-                pause = min(_LATER, 2 * pause)
+            look_until(array.is_ready, until)
             found = np.asarray(array)
         except TimeoutError:
             raise

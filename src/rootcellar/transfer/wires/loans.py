@@ -7,19 +7,17 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import monotonic, sleep
+from time import monotonic
 
 import numpy as np
 
-from rootcellar.transfer.wires.wire import Bytes
+from rootcellar.transfer.wires.wire import Bytes, look_until
 
 Poll = Callable[[], bool]
 """Whether a read is done. Raises ``OSError`` once it failed."""
 Begin = Callable[[int, int, int], Poll]
 """Begins to read: from an address of the other node's memory, to one of ours, so many bytes."""
 _PLACE = struct.Struct("<Q")
-_SOON, _LATER = 2e-5, 1e-3
-"""Seconds between two looks at a read, at first and at most."""
 
 
 class Loans:
@@ -69,12 +67,7 @@ class Loans:
         late: Poll | None = None
         try:
             late = poll = begin(_PLACE.unpack(ticket)[0], self.address + at, nbytes)
-            pause = _SOON
-            while not _over(poll):
-                if monotonic() >= until:
-                    raise TimeoutError("what was lent did not come in time")
-                sleep(pause)
-                pause = min(_LATER, 2 * pause)
+            look_until(lambda: _over(poll), until)
             late = None
             poll()
             yield self.memory[at : at + nbytes]
@@ -112,6 +105,29 @@ class Loans:
                 return begin
             begin = at + length
         return begin if len(self.memory) - begin >= nbytes else None
+
+
+class LendingWire:
+    """What wires over memory that they know have in common; see ``PageWire``. ``address``: see there."""
+
+    address: str
+
+    def __init__(self, nbytes: int) -> None:
+        """``nbytes``: what can be lent or fetched at once."""
+        self._loans = Loans(nbytes)
+
+    @property
+    def lent(self) -> int:
+        """See ``PageWire``."""
+        return self._loans.lent
+
+    def lend(self, images: Bytes, patience: float) -> bytes | None:
+        """See ``PageWire``."""
+        return self._loans.lend(images, patience)
+
+    def withdraw(self, ticket: bytes) -> None:
+        """See ``PageWire``."""
+        self._loans.withdraw(ticket)
 
 
 def _over(poll: Poll) -> bool:

@@ -7,38 +7,25 @@ from typing import Any
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.settings import need
-from rootcellar.transfer.wires.loans import Loans, Poll
+from rootcellar.transfer.wires.loans import LendingWire, Poll
 from rootcellar.transfer.wires.tcp import WireError
 from rootcellar.transfer.wires.wire import Bytes
 
 _PENDING, _DONE = 0, 1
 
 
-class MooncakeWire:
+class MooncakeWire(LendingWire):
     """See ``PageWire``."""
 
     def __init__(self, host: str, nbytes: int) -> None:
         """Listen on ``host``; ``nbytes``: what can be lent or fetched at once. Raises ``ConfigError``."""
         self._engine: Any = need("mooncake.engine", "rootcellar[mooncake]", "the wire").TransferEngine()
-        self._loans = Loans(nbytes)
+        super().__init__(nbytes)
         if self._engine.initialize(host, "P2PHANDSHAKE", "tcp", ""):
             raise ConfigError(f"Mooncake's transfer engine cannot listen on {host}")
         if self._engine.register_memory(self._loans.address, nbytes):
             raise ConfigError(f"Mooncake's transfer engine takes no {nbytes} bytes of memory")
         self.address = f"{host}:{self._engine.get_rpc_port()}"
-
-    @property
-    def lent(self) -> int:
-        """See ``PageWire``."""
-        return self._loans.lent
-
-    def lend(self, images: Bytes, patience: float) -> bytes | None:
-        """See ``PageWire``."""
-        return self._loans.lend(images, patience)
-
-    def withdraw(self, ticket: bytes) -> None:
-        """See ``PageWire``."""
-        self._loans.withdraw(ticket)
 
     def fetch(self, address: str, ticket: bytes, nbytes: int, deadline: float) -> AbstractContextManager[Bytes]:
         """See ``PageWire``."""

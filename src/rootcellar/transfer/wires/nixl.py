@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.settings import need
-from rootcellar.transfer.wires.loans import Loans, Poll
+from rootcellar.transfer.wires.loans import LendingWire, Poll
 from rootcellar.transfer.wires.tcp import WireError
 from rootcellar.transfer.wires.wire import Bytes
 
@@ -20,7 +20,7 @@ _DEVICE = 0
 _DONE, _UNDER_WAY = "DONE", "PROC"
 
 
-class NixlWire:
+class NixlWire(LendingWire):
     """See ``PageWire``. An address is what NIXL calls an agent's metadata, in base 64."""
 
     def __init__(self, host: str, nbytes: int) -> None:  # noqa: ARG002  (UCX chooses where it listens)
@@ -28,7 +28,7 @@ class NixlWire:
         api = need("nixl._api", "rootcellar[nixl]", "the wire")
         self._lock = threading.Lock()
         """NIXL's calls are not for several threads at once."""
-        self._loans = Loans(nbytes)
+        super().__init__(nbytes)
         self._others: dict[str, str] = {}
         """The names of other agents, by their addresses."""
         self._agent: Any = api.nixl_agent(uuid4().hex, api.nixl_agent_config(backends=["UCX"]))
@@ -37,19 +37,6 @@ class NixlWire:
         if self._registered is None:
             raise ConfigError(f"NIXL takes no {nbytes} bytes of memory")
         self.address = base64.b64encode(self._agent.get_agent_metadata()).decode("ascii")
-
-    @property
-    def lent(self) -> int:
-        """See ``PageWire``."""
-        return self._loans.lent
-
-    def lend(self, images: Bytes, patience: float) -> bytes | None:
-        """See ``PageWire``."""
-        return self._loans.lend(images, patience)
-
-    def withdraw(self, ticket: bytes) -> None:
-        """See ``PageWire``."""
-        self._loans.withdraw(ticket)
 
     def fetch(self, address: str, ticket: bytes, nbytes: int, deadline: float) -> AbstractContextManager[Bytes]:
         """See ``PageWire``."""

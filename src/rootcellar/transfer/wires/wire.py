@@ -6,7 +6,9 @@ and goes from there to where it belongs: a transfer that is late writes where no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from time import monotonic, sleep
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +16,18 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 """Flat."""
+_SOON, _LATER = 2e-5, 2e-3
+"""Seconds between two looks at what is on its way, at first and at most."""
+
+
+def look_until(over: Callable[[], bool], until: float) -> None:
+    """Look whether it is ``over`` until it is; ``TimeoutError`` at the moment ``until`` of the monotonic clock."""
+    pause = _SOON
+    while not over():
+        if monotonic() >= until:
+            raise TimeoutError("it did not come in time")
+        sleep(pause)
+        pause = min(_LATER, 2 * pause)
 
 
 class PageWire(Protocol):
