@@ -9,6 +9,7 @@ engine uses it (with its checksums), through the component's own client, and by 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -99,29 +100,44 @@ def emptied(path):
     return folder
 
 
-def nixl_client(settings, _folder):
-    """NIXL's API, as its examples use it: all files of a batch in one transfer."""
+def nixl_moves(plugin, options, kind, pause):
+    """One transfer of a batch by NIXL's API, as its examples use it: ``move(verb, rows, there)``.
+
+    ``kind``: of what is ``there``. ``pause``: seconds between two looks; none where the caller's thread does the work.
+    """
     from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent("raw", nixl_agent_config(enable_prog_thread=False, backends=[]))
-    agent.create_backend("POSIX", {})
-    folder = emptied(settings["path"])
+    agent.create_backend(plugin, options)
 
-    def move(verb, keys, rows, flags):
-        fds = [os.open(folder / key, flags, 0o600) for key in keys]
+    def move(verb, rows, there):
         base, size = rows.ctypes.data, rows.shape[1]
-        here, there = [(base + i * size, size, 0, "") for i in range(len(fds))], [(0, size, fd, "") for fd in fds]
-        held = agent.register_memory(here, "DRAM"), agent.register_memory(there, "FILE")
+        here = [(base + i * size, size, 0, "") for i in range(len(there))]
+        held = agent.register_memory(here, "DRAM"), agent.register_memory(there, kind)
         ours = agent.get_xfer_descs([each[:3] for each in here], "DRAM")
-        theirs = agent.get_xfer_descs([each[:3] for each in there], "FILE")
+        theirs = agent.get_xfer_descs([each[:3] for each in there], kind)
         handle = agent.initialize_xfer(verb, ours, theirs, "raw")
         state = agent.transfer(handle)
         while state == "PROC":
+            if pause:
+                time.sleep(pause)
             state = agent.check_xfer_state(handle)
         assert state == "DONE"
         agent.release_xfer_handle(handle)
         for each in held:
             agent.deregister_memory(each)
+
+    return move
+
+
+def nixl_client(settings, _folder):
+    """All files of a batch in one transfer."""
+    moves = nixl_moves("POSIX", {}, "FILE", 0)
+    folder = emptied(settings["path"])
+
+    def move(verb, keys, rows, flags):
+        fds = [os.open(folder / key, flags, 0o600) for key in keys]
+        moves(verb, rows, [(0, rows.shape[1], fd, "") for fd in fds])
         for fd in fds:
             os.close(fd)
 
@@ -135,33 +151,16 @@ def nixl_client(settings, _folder):
 
 
 def nixl_objects(settings, _folder):
-    """NIXL's API again, an object each in one transfer."""
-    from nixl._api import nixl_agent, nixl_agent_config
-
+    """An object each in one transfer."""
     from rootcellar.tiers.stores.nixl_objects import read_settings
 
-    agent = nixl_agent("raw", nixl_agent_config(enable_prog_thread=False, backends=[]))
-    agent.create_backend("OBJ", read_settings({k: v for k, v in settings.items() if k != "plugin"}).plugin)
-    numbers = itertools.count(1)
+    options = read_settings({k: v for k, v in settings.items() if k != "plugin"}).plugin
+    moves, numbers = nixl_moves("OBJ", options, "OBJ", 1e-4), itertools.count(1)
 
     def move(verb, keys, rows):
-        base, size = rows.ctypes.data, rows.shape[1]
-        here = [(base + i * size, size, 0, "") for i in range(len(keys))]
-        there = [(0, size, next(numbers), key) for key in keys]
-        held = agent.register_memory(here, "DRAM"), agent.register_memory(there, "OBJ")
-        ours = agent.get_xfer_descs([each[:3] for each in here], "DRAM")
-        theirs = agent.get_xfer_descs([each[:3] for each in there], "OBJ")
-        handle = agent.initialize_xfer(verb, ours, theirs, "raw")
-        state = agent.transfer(handle)
-        while state == "PROC":
-            time.sleep(1e-4)  # it works in threads of its own
-            state = agent.check_xfer_state(handle)
-        assert state == "DONE"
-        agent.release_xfer_handle(handle)
-        for each in held:
-            agent.deregister_memory(each)
+        moves(verb, rows, [(0, rows.shape[1], next(numbers), key) for key in keys])
 
-    return (lambda keys, rows: move("WRITE", keys, rows)), (lambda keys, rows: move("READ", keys, rows))
+    return functools.partial(move, "WRITE"), functools.partial(move, "READ")
 
 
 def lmcache_client(settings, _folder):

@@ -243,26 +243,11 @@ def mamba(config: Config) -> Shapes:
 
 def qwen3_next(config: Config, layer: int) -> Shapes:
     """Qwen3-Next."""
-    embed, dim = config["hidden_size"], config["head_dim"]
-    shapes = norm(embed, "input_layernorm", "post_attention_layernorm")
-    if layer % config["full_attention_interval"] == config["full_attention_interval"] - 1:
-        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-        linear: Shapes = {f"self_attn.{x}_proj": (n, embed) for x, n in (("q", 2 * queries), ("k", keys), ("v", keys))}
-        linear["self_attn.o_proj"] = (embed, queries)
-        shapes |= norm(dim, "self_attn.q_norm", "self_attn.k_norm")
-    else:
-        heads, width = config["linear_num_value_heads"], config["linear_value_head_dim"]
-        keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], heads * width
-        linear = {
-            "linear_attn.in_proj_qkvz": (2 * keys + 2 * values, embed),
-            "linear_attn.in_proj_ba": (2 * heads, embed),
-            "linear_attn.out_proj": (embed, values),
-        }
-        shapes |= {f"linear_attn.{name}": (heads,) for name in ("A_log", "dt_bias")} | norm(width, "linear_attn.norm")
-        shapes["linear_attn.conv1d.weight"] = (2 * keys + values, 1, config["linear_conv_kernel_dim"])
+    embed = config["hidden_size"]
+    shapes = gated_delta(config, layer, lambda keys, values, heads: {"qkvz": 2 * (keys + values), "ba": 2 * heads})
     if layer in config["mlp_only_layers"]:
-        return shapes | weights(linear) | weights(gated("mlp", embed, config["intermediate_size"]))
-    linear |= {"mlp.gate": (config["num_experts"], embed), "mlp.shared_expert_gate": (1, embed)}
+        return shapes | weights(gated("mlp", embed, config["intermediate_size"]))
+    linear: Shapes = {"mlp.gate": (config["num_experts"], embed), "mlp.shared_expert_gate": (1, embed)}
     linear |= gated("mlp.shared_expert", embed, config["shared_expert_intermediate_size"])
     for expert in range(config["num_experts"]):
         linear |= gated(f"mlp.experts.{expert}", embed, config["moe_intermediate_size"])
@@ -271,6 +256,16 @@ def qwen3_next(config: Config, layer: int) -> Shapes:
 
 def qwen3_5(config: Config, layer: int) -> Shapes:
     """Qwen3.5 (text)."""
+    shapes = gated_delta(
+        config, layer, lambda keys, values, heads: {"qkv": 2 * keys + values, "z": values, "b": heads, "a": heads}
+    )
+    return shapes | weights(gated("mlp", config["hidden_size"], config["intermediate_size"]))
+
+
+def gated_delta(config: Config, layer: int, inputs: Callable[[int, int, int], dict[str, int]]) -> Shapes:
+    """A gated delta net, or gated attention between several; ``inputs`` of the one by the sizes of its keys and values
+    and the number of its heads.
+    """
     embed, dim = config["hidden_size"], config["head_dim"]
     shapes = norm(embed, "input_layernorm", "post_attention_layernorm")
     if layer % config["full_attention_interval"] == config["full_attention_interval"] - 1:
@@ -281,16 +276,11 @@ def qwen3_5(config: Config, layer: int) -> Shapes:
     else:
         heads, width = config["linear_num_value_heads"], config["linear_value_head_dim"]
         keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], heads * width
-        linear = {
-            "linear_attn.in_proj_qkv": (2 * keys + values, embed),
-            "linear_attn.in_proj_z": (values, embed),
-            "linear_attn.in_proj_b": (heads, embed),
-            "linear_attn.in_proj_a": (heads, embed),
-            "linear_attn.out_proj": (embed, values),
-        }
+        linear = {f"linear_attn.in_proj_{name}": (n, embed) for name, n in inputs(keys, values, heads).items()}
+        linear["linear_attn.out_proj"] = (embed, values)
         shapes |= {f"linear_attn.{name}": (heads,) for name in ("A_log", "dt_bias")} | norm(width, "linear_attn.norm")
         shapes["linear_attn.conv1d.weight"] = (2 * keys + values, 1, config["linear_conv_kernel_dim"])
-    return shapes | weights(linear) | weights(gated("mlp", embed, config["intermediate_size"]))
+    return shapes | weights(linear)
 
 
 def gated(prefix: str, embed: int, inner: int) -> Shapes:

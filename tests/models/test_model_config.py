@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from checkpoints import FAMILIES, LLAMA3_ROPE, make_config
+from checkpoint_configs import LLAMA3_ROPE
+from checkpoints import FAMILIES, make_config
 from rootcellar import cli
 from rootcellar.errors import ModelError
 from rootcellar.models.config import load_config, read_config

@@ -103,17 +103,7 @@ def read_inputs(
         RequestError: something is wrong; the message says which prompt, what was given and what would be right.
         RequestTooLarge: a sequence can never fit; the message names the setting.
     """
-    if (prompt is None) == (input_ids is None):
-        raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
-    if not isinstance(priority, int) or abs(priority) >= _PRIORITIES:
-        raise RequestError(
-            f"priority={priority!r} is not allowed: an integer above {-_PRIORITIES} and below {_PRIORITIES}"
-        )
-    if storage_checkpoint_dependency is not None and bootstrap_room is not None:
-        raise RequestError(
-            "storage_checkpoint_dependency waits for this node's store, and bootstrap_room for another node: give one"
-        )
-    _check_checkpoint(parts, storage_checkpoint, storage_checkpoint_dependency)
+    _check_call(parts, prompt, input_ids, priority, storage_checkpoint, storage_checkpoint_dependency, bootstrap_room)
     where_cached = read_namespace(parts.config, tenant, cache_salt, extra_key)
     logprobs = _logprob_options(parts.config, logprob_start_len, top_logprobs_num, return_text_in_logprobs)
     gives = bootstrap_room is not None and parts.config.disaggregation_mode == "prefill"
@@ -145,9 +135,6 @@ def read_inputs(
         for j in range(sampling.n):
             seed = None if sampling.seed is None else (sampling.seed + j) % 2**64
             own = names if not names or sampling.n == 1 else (*names, f"{names[-1]}-{j}")
-            kept = storage_checkpoint, storage_checkpoint_dependency
-            where_to = rooms[len(items)], gives
-            shown = seen[i].spans, seen[i].places
             items.append(
                 InputItem(
                     ids,
@@ -158,13 +145,34 @@ def read_inputs(
                     logprobs,
                     priority,
                     where_cached,
-                    *kept,
-                    *where_to,
-                    *shown,
-                    experts,
+                    checkpoint=storage_checkpoint,
+                    depends=storage_checkpoint_dependency,
+                    room=rooms[len(items)],
+                    gives=gives,
+                    spans=seen[i].spans,
+                    places=seen[i].places,
+                    experts_from=experts,
                 )
             )
     return Inputs(items, not one or len(items) > 1, received, tenant)
+
+
+def _check_call(
+    parts: Parts, prompt: object, input_ids: object, priority: object, checkpoint: bool, depends: str | None,
+    room: object,
+) -> None:  # fmt: skip
+    """What can be said of a call before its prompts are read."""
+    if (prompt is None) == (input_ids is None):
+        raise RequestError("give either prompt (text) or input_ids (token ids), and not both")
+    if not isinstance(priority, int) or abs(priority) >= _PRIORITIES:
+        raise RequestError(
+            f"priority={priority!r} is not allowed: an integer above {-_PRIORITIES} and below {_PRIORITIES}"
+        )
+    if depends is not None and room is not None:
+        raise RequestError(
+            "storage_checkpoint_dependency waits for this node's store, and bootstrap_room for another node: give one"
+        )
+    _check_checkpoint(parts, checkpoint, depends)
 
 
 def _experts_from(config: EngineConfig, wanted: object, start: object) -> int | None:

@@ -13,6 +13,7 @@ from jax import Array
 
 from rootcellar.ops.backends.backend import Attend
 from rootcellar.ops.backends.xla import write
+from rootcellar.ops.pages import by_kv_head, by_token, sinks_by_kv_head
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import PagedHeads, PagedLatents, TokenLayout
@@ -58,14 +59,11 @@ def _by_head(
     tables: Array, rows: Array, positions: Array, *buffers: Array,
 ) -> tuple[Array, ...]:  # fmt: skip
     (pool,) = write(layout, buffers, (k, v), tables, rows, positions)
-    (n, kv_heads, dim), heads = k.shape, q.shape[1]
-    group, tile = heads // kv_heads, n // len(rows)
-    # Tiles, heads, then tokens by query heads.
-    q = q.reshape(len(rows), tile, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(len(rows), kv_heads, tile * group, dim)
-    sinks = jnp.broadcast_to(sinks.reshape(kv_heads, 1, group), (kv_heads, tile, group)).reshape(kv_heads, -1)
+    tiles, kv_heads = len(rows), k.shape[1]
+    tile = len(q) // tiles
+    q, sinks = by_kv_head(q, kv_heads, tiles), sinks_by_kv_head(sinks, kv_heads, tile)
     out = _attend(reach, interpret, (0, 1), q, sinks, tables, rows, positions, pool)
-    return out.reshape(len(rows), kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(n, heads, dim), pool
+    return by_token(out, tile), pool
 
 
 def _over_latents(

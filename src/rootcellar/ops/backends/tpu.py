@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rootcellar.ops.backends.backend import Attend
 from rootcellar.ops.backends.xla import write
+from rootcellar.ops.pages import by_kv_head, by_token, sinks_by_kv_head
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import PaddedLatents, PairedHeads, TokenLayout, tiled
@@ -77,18 +78,13 @@ def _by_head(
     There the other half of a query is zero, and of a sum it is dropped: products cost the same, and nothing is moved.
     """
     (pool,) = write(layout, buffers, (k, v), tables, rows, positions)
-    (n, kv_heads, dim), heads = k.shape, q.shape[1]
-    cut = dim % _LANES == 0
+    tiles, (kv_heads, dim) = len(rows), k.shape[1:]
+    tile, cut = len(q) // tiles, dim % _LANES == 0
     if not cut:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, dim)))
     lanes = (0, dim, dim) if cut else (0, 0, 2 * dim)
-    group, tile = heads // kv_heads, n // len(rows)
-    # Tiles, heads, then tokens by query heads.
-    q = q.reshape(len(rows), tile, kv_heads, group, -1).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(len(rows), kv_heads, tile * group, -1)
-    sinks = jnp.broadcast_to(sinks.reshape(kv_heads, 1, group), (kv_heads, tile, group)).reshape(kv_heads, -1)
-    out = _attend(reach, interpret, lanes, q, sinks, tables, rows, positions, pool)
-    out = out.reshape(len(rows), kv_heads, tile, group, -1).transpose(0, 2, 1, 3, 4).reshape(n, heads, -1)
+    q, sinks = by_kv_head(q, kv_heads, tiles), sinks_by_kv_head(sinks, kv_heads, tile)
+    out = by_token(_attend(reach, interpret, lanes, q, sinks, tables, rows, positions, pool), tile)
     return out if cut else out[..., dim:], pool
 
 
