@@ -16,11 +16,20 @@ from checkpoints import GOLDEN, PROCESSORS, golden_pictures, make_config, pictur
 from rootcellar.cache import Tier
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.models.config import read_config
+from rootcellar.models.encoders import parts
 
 GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
 
 
 QWEN25, QWEN35, GEMMA3 = MODELS = ("qwen2-5-vl", "qwen3-5", "gemma3-seeing")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_parts():
+    """Blocks that see a whole picture are cut into parts even of small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_ROWS", 32)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +309,8 @@ def test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page(case):
         pair.check_idle()
 
 
-@pytest.mark.parametrize("chunk", [1, 64], ids=["a stage at a time", "a chunk's worth"])
-def test_decoding_waits_for_no_more_of_an_encoder_than_costs_a_chunk(shared, monkeypatch, chunk):
+@pytest.mark.parametrize("chunk", [1, 64], ids=["a stage at a time", "some tokens' worth"])
+def test_decoding_waits_for_no_more_of_an_encoder_than_costs_a_few_tokens(shared, monkeypatch, chunk):
     """Counted in steps and multiplications, not in seconds: a step of all who decode follows whatever was encoded."""
     engine, _ = shared
     engine.flush_cache()
@@ -310,9 +319,9 @@ def test_decoding_waits_for_no_more_of_an_encoder_than_costs_a_chunk(shared, mon
     go_on, step = encodings._encoder.go_on, runner.step
 
     def encode(params, encoding, most):
-        first, size = encoding.stage, encoding.laid.valid.size
+        before, size = encoding.left, encoding.laid.valid.size
         done = go_on(params, encoding, most)
-        costs = [size * encoder.cost(kind, size) for kind in encoder.kinds[first : encoding.stage]]
+        costs = [encoder.cost(stage.kind, size) for stage in before[: len(before) - len(encoding.left)]]
         seen.append((len(costs), sum(costs)))
         return done
 
@@ -329,7 +338,7 @@ def test_decoding_waits_for_no_more_of_an_encoder_than_costs_a_chunk(shared, mon
     assert len(asked["output_ids"]) == 32
     assert sum(1 for _ in spoken) > 50, "somebody decoded all the while"
     turns = [i for i, each in enumerate(seen) if isinstance(each, tuple)]
-    assert len(turns) == (len(encoder.kinds) if chunk == 1 else 1) or chunk > 1
+    assert len(turns) == len(encoder.stages(encoder.length(encoder.prepare(picture(0, 120, 180))))) or chunk > 1
     assert all(stages == 1 or cost <= most for stages, cost in (seen[i] for i in turns))
     for one, other in itertools.pairwise(turns):
         assert other - one > 1, "two turns of the encoder without a step between them"

@@ -3,8 +3,9 @@
 It is kept on the device and, with tiers, in host memory when it has left that.
 
 A request that runs waits where its next token is of a picture that has no vectors yet; everybody else goes on. So a
-picture is encoded once, whoever shows it meanwhile, and decoding waits for as much of an encoder as costs what a chunk
-of a prompt does, between two steps. The vectors that running requests come to next are not evicted before their chunk.
+picture is encoded once, whoever shows it meanwhile, and between two steps decoding waits for no more of an encoder than
+costs what a few tokens of a prompt do. The vectors that running requests come to next are not evicted before
+their chunk.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from rootcellar.scheduler.cutting import next_span
 
 log = logging.getLogger(__name__)
 
+_TOKENS = 64
+"""Prompt tokens that cost as much as what is encoded between two steps, at most: everybody waits for both."""
+
 Content = tuple[str, bytes]
 """Whose it is and by which weights, as the request's cache keys say it, and a span's content."""
 
@@ -55,8 +59,9 @@ class Encodings:
     def __init__(
         self, encoder: Encoder, scheduler: Scheduler, runner: Runner, nbytes: int, chunk: int, host: int = 0
     ) -> None:
-        """Keep up to ``nbytes`` of vectors, and up to ``host`` bytes of those that leave in host memory; encode between
-        two steps what costs as much as ``chunk`` prompt tokens.
+        """Keep up to ``nbytes`` of vectors, and up to ``host`` bytes of those that leave in host memory.
+
+        ``chunk``: prompt tokens of a step, at most; what is encoded between two steps costs no more.
         """
         self.stats = EncodingStats()
         self._scheduler = scheduler
@@ -72,7 +77,7 @@ class Encodings:
         """The pictures that are under way."""
         self._under_way: Encoding | None = None
         layers = jax.tree.leaves(declare(runner.placement.served)["layers"])
-        self._most = chunk * sum(prod(spec.shape) for spec in layers)
+        self._most = min(chunk, _TOKENS) * sum(prod(spec.shape) for spec in layers)
         scheduler.cutter.seen = self._seen
 
     @property
@@ -121,7 +126,7 @@ class Encodings:
         return Vectors(np.concatenate(at), np.concatenate(rows), seen)
 
     def turn(self, end: Callable[[Request, Finish], None]) -> bool:
-        """Go on with what is under way, or begin with what running requests wait for; at most a chunk's worth.
+        """Go on with what is under way, or begin with what running requests wait for; a little.
 
         Whether there was anything. Where the encoder fails, what it was about is forgotten, and whoever comes to that
         next is told to ``end``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rootcellar.models.encoders import Encoder, Laid
+from rootcellar.models.encoders import Encoder, Laid, Stage
 from rootcellar.models.spec import Params
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.runner import Program
@@ -33,13 +34,15 @@ def most_patches(encoder: Encoder) -> int:
 class Encoding:
     """Pictures on their way through an encoder: ``count`` of them, laid and padded to a power of two, all [B, ...].
 
-    ``stage``: the next one; after the last ``state`` has the vectors, [B, M, E].
+    ``left``: the stages to come; after the last ``state`` has the vectors, [B, M, E]. ``held``: what parts of a block
+    take beside it.
     """
 
     laid: Laid
     count: int
     state: Array
-    stage: int = 0
+    left: Sequence[Stage]
+    held: Any = ()
 
 
 class PictureEncoder:
@@ -55,7 +58,8 @@ class PictureEncoder:
         padded = [*same, *same[:1] * ((1 << (len(same) - 1).bit_length()) - len(same))]
         put = partial(self._placement.put, where=self._placement.whole)
         laid = Laid(*(put(np.stack(each)) for each in zip(*padded, strict=True)))
-        return Encoding(laid, len(same), put(np.zeros((len(padded), 1), np.float32)))
+        stages = self.encoder.stages(laid.valid.shape[1])
+        return Encoding(laid, len(same), put(np.zeros((len(padded), 1), np.float32)), stages)
 
     def together(self, pixels: Sequence[NDArray[np.uint8]]) -> list[int]:
         """Which of these prepared pictures go with the first: those of its shape, no more than take what one may."""
@@ -72,41 +76,38 @@ class PictureEncoder:
 
     def _run_all(self, params: Params, patches: int) -> None:
         """Each program once, on padding."""
-        put, own = partial(self._placement.put, where=self._placement.whole), params["encoder"]
+        put = partial(self._placement.put, where=self._placement.whole)
         laid = Laid(*(put(each[None]) for each in self.encoder.blank(patches)))
-        outer = {name: weight for name, weight in own.items() if name != "blocks"}
-        state, ran = put(np.zeros((1, 1), np.float32)), set[str]()
-        for stage, kind in enumerate(self.encoder.kinds):
-            if kind not in ran:
-                state = self._run(kind, outer, self._block(own, stage), state, laid)
-            ran.add(kind)
-        jax.block_until_ready(state)
+        each_kind = {stage.kind: stage for stage in reversed(self.encoder.stages(patches))}
+        stages = [stage for stage in self.encoder.stages(patches) if each_kind[stage.kind] == stage]
+        self.go_on(params, Encoding(laid, 1, put(np.zeros((1, 1), np.float32)), stages), math.inf)
 
     def go_on(self, params: Params, encoding: Encoding, most: float) -> bool:
         """Run stages of at most ``most`` multiplications, and one at least; whether all have run. Waits for them."""
-        kinds, spent, (count, patches) = self.encoder.kinds, 0, encoding.laid.valid.shape
+        spent, (count, patches) = 0, encoding.laid.valid.shape
         own = params["encoder"]
         outer = {name: weight for name, weight in own.items() if name != "blocks"}
-        while encoding.stage < len(kinds):
-            kind = kinds[encoding.stage]
-            cost = count * patches * self.encoder.cost(kind, patches)
+        while encoding.left:
+            stage = encoding.left[0]
+            cost = count * self.encoder.cost(stage.kind, patches)
             if spent and spent + cost > most:
                 break
             spent += cost
-            encoding.state = self._run(kind, outer, self._block(own, encoding.stage), encoding.state, encoding.laid)
-            encoding.stage += 1
+            block = {} if stage.block is None else own["blocks"][stage.block]
+            held, part = ((), 0) if stage.part is None else (encoding.held, stage.part)
+            encoding.state, encoding.held = self._run(
+                stage.kind, outer, block, encoding.state, held, np.int32(part), encoding.laid
+            )
+            encoding.left = encoding.left[1:]
         jax.block_until_ready(encoding.state)
-        return encoding.stage == len(kinds)
-
-    def _block(self, own: Params, stage: int) -> Params:
-        """The weights of a stage that is a block; nothing for the first and the last."""
-        block: Params = own["blocks"][stage - 1] if 1 <= stage <= self.encoder.depth else {}
-        return block
+        return not encoding.left
 
     @cached_property
     def _run(self) -> Any:
-        def run(kind: str, outer: Params, block: Params, states: Array, laid: Laid) -> Array:
-            each = jax.vmap(partial(self.encoder.stage, kind), in_axes=(None, None, 0, 0))
-            return each(outer, block, states, jax.tree.map(jnp.asarray, laid))
+        def run(
+            kind: str, outer: Params, block: Params, states: Array, held: Any, part: Array, laid: Laid
+        ) -> tuple[Array, Any]:
+            each = jax.vmap(partial(self.encoder.stage, kind), in_axes=(None, None, 0, 0, None, 0))
+            return each(outer, block, states, held, part, jax.tree.map(jnp.asarray, laid))
 
         return jax.jit(run, static_argnums=0, out_shardings=self._placement.whole)

@@ -1,12 +1,13 @@
 """What an encoder of pictures is to everybody else.
 
 An encoder works in *stages*, each a small program over the same state, so that a large picture does not keep decoding
-waiting for longer than one of them. Stages of one *kind* are one program with other weights.
+waiting for longer than one of them. Stages of one *kind* are one program with other weights. A block in which patches
+see the whole picture is several stages: keys and values of all, and then a part of the rows after the other.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,6 +32,17 @@ class Laid(NamedTuple):
     order: NDArray[np.int32]
 
 
+class Stage(NamedTuple):
+    """One stage: the ``kind`` of program, the ``block`` whose weights it takes (None: it is outside of blocks).
+
+    ``part``: which part of the rows it is about; None: all.
+    """
+
+    kind: str
+    block: int | None = None
+    part: int | None = None
+
+
 class Encoder(Protocol):
     """An encoder of pictures. One frozen dataclass each, its preprocessing beside it."""
 
@@ -44,9 +56,8 @@ class Encoder(Protocol):
         """Whether each place of a picture sees all of it in the language model too, so that it is computed in one."""
         ...
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kind of each stage, in order: one before the blocks, each of these, one behind them."""
+    def stages(self, patches: int) -> tuple[Stage, ...]:
+        """What so many patches go through, in order."""
         ...
 
     def declare(self, declare: Declare, embed: int) -> Params:
@@ -96,12 +107,16 @@ class Encoder(Protocol):
         ...
 
     def cost(self, kind: str, patches: int) -> int:
-        """Multiplications of a stage, for one of so many patches."""
+        """Multiplications of a stage, for so many patches."""
         ...
 
-    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
-        """The state after a stage, inside a compiled program; of the first one ``state`` is anything.
+    def stage(
+        self, kind: str, params: Params, block: Params, state: jax.Array, held: Any, part: jax.Array, laid: Laid
+    ) -> tuple[jax.Array, Any]:
+        """The state after a stage and what the parts that follow take beside it, inside a compiled program.
 
-        ``block``: the weights of the stage's block, where it is one. The last state is the vectors, [M, E].
+        Of the first stage ``state`` is anything; the last gives the vectors, [M, E]. ``block``: the weights of the
+        stage's block, where it has one. ``held``: what the stage before gave, to one that is about the rows of
+        ``part``, int32; nothing to others.
         """
         ...

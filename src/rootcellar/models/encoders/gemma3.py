@@ -7,6 +7,7 @@ a picture in both directions, so pictures are ``atomic``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,18 @@ from PIL import Image
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.encoders.encoder import Laid, Stage
 from rootcellar.models.encoders.parts import (
+    QUERIES,
     blank,
+    block_cost,
+    block_keys,
+    block_rows,
     colour_values,
     convolution,
     declare_block,
     layer_norm,
-    through_block,
+    through_blocks,
 )
 from rootcellar.models.norms import Norm
 from rootcellar.models.spec import Declare, Params
@@ -99,7 +104,7 @@ class Gemma3Vision:
     def workspace(self, patches: int) -> int:
         """See ``Encoder``."""
         rows = 8 * self.hidden_size + 2 * self.intermediate_size + 3 * self.patch**2
-        return patches * (rows + 2 * self.heads * self._patches)
+        return patches * (rows + 2 * self.heads * QUERIES)
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``: row by row."""
@@ -115,10 +120,9 @@ class Gemma3Vision:
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
+    def stages(self, patches: int) -> tuple[Stage, ...]:
         """See ``Encoder``."""
-        return ("patches", *("block",) * self.depth, "merge")
+        return tuple(through_blocks(patches, (True,) * self.depth))
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """``patch`` [3, P, P, H]; ``places`` [N, H]; ``vision_last_norm``, ``merge_norm`` [H]; ``merge`` [H, E]."""
@@ -140,25 +144,24 @@ class Gemma3Vision:
 
     def cost(self, kind: str, patches: int) -> int:
         """See ``Encoder``."""
-        hidden = self.hidden_size
-        if kind == "patches":
-            return 3 * self.patch**2 * hidden
-        if kind == "merge":
-            return hidden
-        return hidden * (4 * hidden + 2 * self.intermediate_size + 2 * patches)
+        if kind in ("patches", "merge"):
+            return patches * self.hidden_size * (3 * self.patch**2 if kind == "patches" else 1)
+        return block_cost(kind, patches, self.hidden_size, self.intermediate_size)
 
-    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
+    def stage(
+        self, kind: str, params: Params, block: Params, state: jax.Array, held: Any, part: jax.Array, laid: Laid
+    ) -> tuple[jax.Array, Any]:
         """See ``Encoder``: states are [N, H]."""
         if kind == "patches":
             values = jnp.asarray(colour_values(self.mean, self.deviation))[jnp.arange(3)[:, None, None], laid.patches]
             rows = jnp.einsum("ncij,cijh->nh", values.astype(params["patch"].dtype), params["patch"])
-            return rows + params["patch_bias"] + params["places"]
+            return rows + params["patch_bias"] + params["places"], ()
         if kind == "merge":
             normed = layer_norm(state, params["vision_last_norm"], params["vision_last_norm_bias"], self.eps)
             square = self._patches // self.tokens
             pooled = normed.reshape(self.tokens, square, self.tokens, square, -1).mean((1, 3))
-            return (
-                Norm(self.eps, offset=1.0)(pooled.reshape(self.tokens**2, -1), params["merge_norm"]) @ params["merge"]
-            )
-        # Scores of a row of patches are in memory at a time.
-        return through_block(block, state, laid.valid, self._patches, self.activation, self.eps)
+            pooled = Norm(self.eps, offset=1.0)(pooled.reshape(self.tokens**2, -1), params["merge_norm"])
+            return pooled @ params["merge"], ()
+        if kind == "keys":
+            return state, block_keys(block, state, self.eps)
+        return block_rows(block, state, held, part, laid.valid, self.activation, self.eps), held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid
+from rootcellar.models.encoders.encoder import Laid, Stage
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.packing import Views
 from rootcellar.models.spec import Declare, Packing, Params
@@ -22,6 +22,66 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Ar
     scores = jnp.einsum("tnd,snd->nts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1).astype(v.dtype)
     return jnp.einsum("nts,snd->tnd", weights, v)
+
+
+QUERIES = 64
+"""Patches whose scores against the whole picture are in memory at a time, at most."""
+_ROWS = 1024
+"""Rows of a part, at most, where the number of patches can be cut so."""
+
+Held = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries [N, heads, D], keys [heads, D, N] and values [heads, N, D] of a block that sees the whole picture."""
+
+
+def rows_of_part(patches: int) -> int:
+    """Rows of each part, of which there are a power of two."""
+    rows = patches
+    while rows > _ROWS and rows % 2 == 0:
+        rows //= 2
+    return rows
+
+
+def through_blocks(patches: int, whole: Iterable[bool]) -> Iterator[Stage]:
+    """The stages from pixels to vectors; ``whole``: of each block, whether its patches see the whole picture."""
+    yield Stage("patches")
+    for block, sees_all in enumerate(whole):
+        if sees_all:
+            yield Stage("keys", block)
+            yield from (Stage("rows", block, part) for part in range(patches // rows_of_part(patches)))
+        else:
+            yield Stage("window", block)
+    yield Stage("merge")
+
+
+def hold(q: jax.Array, k: jax.Array, v: jax.Array) -> Held:
+    """Queries, keys and values [N, heads, D] of a block as its parts take them."""
+    return q, k.transpose(1, 2, 0), v.transpose(1, 0, 2)
+
+
+def see_all(held: Held, part: jax.Array, valid: jax.Array) -> jax.Array:
+    """What the queries of a part see of all patches that are ``valid`` [N]: [rows, heads * D]."""
+    q, k, v = held
+    rows = rows_of_part(len(q))
+    bias = jnp.where(valid, 0.0, -1e30)
+
+    def seen(queries: jax.Array) -> jax.Array:
+        scores = jnp.einsum("tnd,nds->nts", queries, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        return jnp.einsum("nts,nsd->tnd", jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype), v)
+
+    together = next(n for n in range(QUERIES, 0, -1) if rows % n == 0)
+    queries = part_of(q, part).reshape(-1, together, *q.shape[1:])
+    return jax.lax.map(seen, queries).reshape(rows, -1)
+
+
+def part_of(state: jax.Array, part: jax.Array) -> jax.Array:
+    """The rows of ``state`` [N, ...] that a part is about."""
+    rows = rows_of_part(len(state))
+    return jax.lax.dynamic_slice_in_dim(state, part * rows, rows)
+
+
+def with_part(state: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:
+    """``state`` [N, H] with other rows where a part is."""
+    return jax.lax.dynamic_update_slice_in_dim(state, rows, part * len(rows), 0)
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -54,28 +114,33 @@ def declare_block(
     }
 
 
-def through_block(
-    block: Params,
-    state: jax.Array,
-    valid: jax.Array,
-    together: int,
-    activation: str,
-    eps: float = 1e-6,
-    turn: Callable[[jax.Array], jax.Array] = lambda part: part,
-) -> jax.Array:
-    """``state`` [N, H] after a block of :func:`declare_block`, in which each patch sees those that are ``valid``.
+def block_cost(kind: str, patches: int, hidden: int, inner: int) -> int:
+    """Multiplications of a stage of :func:`declare_block`, ``keys`` or ``rows``."""
+    if kind == "keys":
+        return patches * 3 * hidden * hidden
+    return rows_of_part(patches) * hidden * (hidden + 2 * inner + 2 * patches)
 
-    ``together``: patches whose scores are in memory at a time, a divisor of N. ``turn``: what positions do to queries
-    and keys, [N, heads, D].
+
+def block_keys(
+    block: Params, state: jax.Array, eps: float = 1e-6, turn: Callable[[jax.Array], jax.Array] = lambda part: part
+) -> Held:
+    """What the parts of a block of :func:`declare_block` take of ``state`` [N, H].
+
+    ``turn``: what positions do to queries and keys, [N, heads, D].
     """
     normed = layer_norm(state, block["vision_norm"], block["vision_norm_bias"], eps)
     rows = jnp.tensordot(normed, block["vision_qkv"], 1) + block["vision_qkv_bias"]
-    q, k, v = turn(rows[:, 0]), turn(rows[:, 1]), rows[:, 2]
-    out = jax.lax.map(lambda queries: attend(queries, k, v, valid), q.reshape(-1, together, *q.shape[1:]))
-    x = state + out.reshape(state.shape) @ block["vision_o"] + block["vision_o_bias"]
+    return hold(turn(rows[:, 0]), turn(rows[:, 1]), rows[:, 2])
+
+
+def block_rows(
+    block: Params, state: jax.Array, held: Held, part: jax.Array, valid: jax.Array, activation: str, eps: float = 1e-6
+) -> jax.Array:
+    """``state`` [N, H] whose rows of ``part`` went through the block; each patch sees those that are ``valid``."""
+    x = part_of(state, part) + see_all(held, part, valid) @ block["vision_o"] + block["vision_o_bias"]
     normed = layer_norm(x, block["vision_mlp_norm"], block["vision_mlp_norm_bias"], eps)
     inner = ACTIVATIONS[activation](normed @ block["vision_up"] + block["vision_up_bias"])
-    return x + inner @ block["vision_down"] + block["vision_down_bias"]
+    return with_part(state, part, x + inner @ block["vision_down"] + block["vision_down_bias"])
 
 
 def colour_values(mean: tuple[float, float, float], deviation: tuple[float, float, float]) -> NDArray[np.float32]:

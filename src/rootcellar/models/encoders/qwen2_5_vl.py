@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,19 @@ from numpy.typing import NDArray
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import attend, few, fewest
+from rootcellar.models.encoders.encoder import Laid, Stage
+from rootcellar.models.encoders.parts import (
+    QUERIES,
+    attend,
+    few,
+    fewest,
+    hold,
+    part_of,
+    rows_of_part,
+    see_all,
+    through_blocks,
+    with_part,
+)
 from rootcellar.models.encoders.qwen_pictures import THINNEST, QwenPictures
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.norms import Norm
@@ -64,7 +76,7 @@ class Qwen25Vision(QwenPictures):
     def workspace(self, patches: int) -> int:
         """See ``Encoder``."""
         rows = 8 * self.hidden_size + 3 * self.intermediate_size + 3 * self.patch**2
-        return patches * (rows + 2 * self.heads * (self.window // self.patch) ** 2)
+        return patches * (rows + 2 * self.heads * max(QUERIES, (self.window // self.patch) ** 2))
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``."""
@@ -85,10 +97,9 @@ class Qwen25Vision(QwenPictures):
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
+    def stages(self, patches: int) -> tuple[Stage, ...]:
         """See ``Encoder``."""
-        return ("patches", *("full" if i in self.full else "window" for i in range(self.depth)), "merge")
+        return tuple(through_blocks(patches, (i in self.full for i in range(self.depth))))
 
     def declare_block(self, declare: Declare) -> Params:
         """``vision_qkv`` [H, 3, N, D], ``vision_o`` [H, H], ``vision_gate_up`` [H, 2, I], ``vision_down`` [I, H], their
@@ -116,31 +127,39 @@ class Qwen25Vision(QwenPictures):
     def cost(self, kind: str, patches: int) -> int:
         """See ``Encoder``."""
         if kind in ("patches", "merge"):
-            return self.cost_around(kind)
-        hidden = self.hidden_size
-        seen = patches if kind == "full" else (self.window // self.patch) ** 2
-        return hidden * (4 * hidden + 3 * self.intermediate_size + 2 * seen)
+            return self.cost_around(kind, patches)
+        hidden, rows = self.hidden_size, rows_of_part(patches)
+        after = hidden + 3 * self.intermediate_size
+        if kind == "keys":
+            return patches * 3 * hidden * hidden
+        if kind == "rows":
+            return rows * hidden * (after + 2 * patches)
+        return patches * hidden * (3 * hidden + after + 2 * (self.window // self.patch) ** 2)
 
-    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
+    def stage(
+        self, kind: str, params: Params, block: Params, state: jax.Array, held: Any, part: jax.Array, laid: Laid
+    ) -> tuple[jax.Array, Any]:
         """See ``Encoder``: states are [N, H]."""
         if kind == "patches":
-            return self.embedded(params, laid)
+            return self.embedded(params, laid), ()
         if kind == "merge":
-            return self.merged(params, _NORM(state, params["merge_norm"]), laid)
-        x = state + self._attend(kind, block, _NORM(state, block["vision_norm"]), laid)
-        rows = jnp.tensordot(_NORM(x, block["vision_mlp_norm"]), block["vision_gate_up"], 1)
-        rows = rows + block["vision_gate_up_bias"]
-        inner = ACTIVATIONS[self.activation](rows[:, 0]) * rows[:, 1]
-        return x + inner @ block["vision_down"] + block["vision_down_bias"]
+            return self.merged(params, _NORM(state, params["merge_norm"]), laid), ()
+        if kind == "rows":
+            seen = see_all(held, part, laid.valid)
+            return with_part(state, part, self._after(block, part_of(state, part), seen)), held
+        rows = jnp.tensordot(_NORM(state, block["vision_norm"]), block["vision_qkv"], 1) + block["vision_qkv_bias"]
+        q, k, v = self.turned(rows[:, 0], laid), self.turned(rows[:, 1], laid), rows[:, 2]
+        if kind == "keys":
+            return state, hold(q, k, v)
+        by_window = (-1, (self.window // self.patch) ** 2)
+        parts = (each.reshape(*by_window, *each.shape[1:]) for each in (q, k, v))
+        seen = jax.vmap(attend)(*parts, laid.valid.reshape(by_window)).reshape(state.shape)
+        return self._after(block, state, seen), ()
 
-    def _attend(self, kind: str, block: Params, x: jax.Array, laid: Laid) -> jax.Array:
-        dim, size = self.hidden_size // self.heads, (self.window // self.patch) ** 2
-        rows = jnp.tensordot(x, block["vision_qkv"], 1) + block["vision_qkv_bias"]
-        q, k = (self.turned(rows[:, i], laid) for i in range(2))
-        parts = [each.reshape(-1, size, self.heads, dim) for each in (q, k, rows[:, 2])]
-        valid = laid.valid.reshape(-1, size)
-        if kind == "window":
-            out = jax.vmap(attend)(*parts, valid)
-        else:  # a window's queries at a time, so that scores of all pairs are never in memory
-            out = jax.lax.map(lambda queries: attend(queries, k, rows[:, 2], laid.valid), parts[0])
-        return out.reshape(x.shape) @ block["vision_o"] + block["vision_o_bias"]
+    def _after(self, block: Params, rows: jax.Array, seen: jax.Array) -> jax.Array:
+        """``rows`` of a state after the rest of a block, both [T, H]."""
+        x = rows + seen @ block["vision_o"] + block["vision_o_bias"]
+        inner = jnp.tensordot(_NORM(x, block["vision_mlp_norm"]), block["vision_gate_up"], 1)
+        inner = inner + block["vision_gate_up_bias"]
+        inner = ACTIVATIONS[self.activation](inner[:, 0]) * inner[:, 1]
+        return x + inner @ block["vision_down"] + block["vision_down_bias"]

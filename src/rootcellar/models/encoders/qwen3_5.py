@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,20 @@ from numpy.typing import NDArray
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid
-from rootcellar.models.encoders.parts import declare_block, few, fewest, layer_norm, through_block
+from rootcellar.models.encoders.encoder import Laid, Stage
+from rootcellar.models.encoders.parts import (
+    QUERIES,
+    block_cost,
+    block_keys,
+    block_rows,
+    declare_block,
+    few,
+    fewest,
+    layer_norm,
+    through_blocks,
+)
 from rootcellar.models.encoders.qwen_pictures import QwenPictures
 from rootcellar.models.spec import Declare, Params
-
-_QUERIES = 64
-"""Patches whose scores are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class Qwen35Vision(QwenPictures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _QUERIES % self.merge**2:
+        if QUERIES % self.merge**2:
             raise ModelError(
                 f"vision_config: spatial_merge_size={self.merge} is not supported: it must be 1, 2, 4 or 8"
             )
@@ -50,17 +58,17 @@ class Qwen35Vision(QwenPictures):
 
     def length(self, prepared: NDArray[np.uint8]) -> int:
         """See ``Encoder``."""
-        return few(-(-self.size(prepared) * self.merge**2 // _QUERIES)) * _QUERIES
+        return few(-(-self.size(prepared) * self.merge**2 // QUERIES)) * QUERIES
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """See ``Encoder``."""
-        return tuple(_QUERIES * n for n in fewest(-(-self.most // (_QUERIES * self.patch**2))))
+        return tuple(QUERIES * n for n in fewest(-(-self.most // (QUERIES * self.patch**2))))
 
     def workspace(self, patches: int) -> int:
         """See ``Encoder``."""
         rows = 8 * self.hidden_size + 2 * self.intermediate_size + 3 * self.patch**2
-        return patches * (rows + 2 * self.heads * _QUERIES)
+        return patches * (rows + 2 * self.heads * QUERIES)
 
     def lay(self, prepared: NDArray[np.uint8]) -> Laid:
         """See ``Encoder``."""
@@ -77,10 +85,9 @@ class Qwen35Vision(QwenPictures):
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
+    def stages(self, patches: int) -> tuple[Stage, ...]:
         """See ``Encoder``."""
-        return ("patches", *("block",) * self.depth, "merge")
+        return tuple(through_blocks(patches, (True,) * self.depth))
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """Beside Qwen's ``places`` [grid ** 2, H] and biases of ``patch`` and ``merge_norm``."""
@@ -98,18 +105,21 @@ class Qwen35Vision(QwenPictures):
 
     def cost(self, kind: str, patches: int) -> int:
         """See ``Encoder``."""
-        if kind != "block":
-            return self.cost_around(kind)
-        return self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size + 2 * patches)
+        if kind in ("patches", "merge"):
+            return self.cost_around(kind, patches)
+        return block_cost(kind, patches, self.hidden_size, self.intermediate_size)
 
-    def stage(self, kind: str, params: Params, block: Params, state: jax.Array, laid: Laid) -> jax.Array:
+    def stage(
+        self, kind: str, params: Params, block: Params, state: jax.Array, held: Any, part: jax.Array, laid: Laid
+    ) -> tuple[jax.Array, Any]:
         """See ``Encoder``: states are [N, H]."""
         if kind == "patches":
-            return self.embedded(params, laid) + params["patch_bias"] + self._places(params["places"], laid)
+            return self.embedded(params, laid) + params["patch_bias"] + self._places(params["places"], laid), ()
         if kind == "merge":
-            return self.merged(params, layer_norm(state, params["merge_norm"], params["merge_norm_bias"]), laid)
-        turn = partial(self.turned, laid=laid)
-        return through_block(block, state, laid.valid, _QUERIES, self.activation, turn=turn)
+            return self.merged(params, layer_norm(state, params["merge_norm"], params["merge_norm_bias"]), laid), ()
+        if kind == "keys":
+            return state, block_keys(block, state, turn=partial(self.turned, laid=laid))
+        return block_rows(block, state, held, part, laid.valid, self.activation), held
 
     def _places(self, learned: jax.Array, laid: Laid) -> jax.Array:
         """The learned place of each patch, [N, H]: the grid's corners are the picture's."""

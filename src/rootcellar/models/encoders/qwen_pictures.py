@@ -147,9 +147,10 @@ class QwenPictures:
             "merge_out_bias": declare("merge_out_bias", (embed,), (None,), "zeros"),
         }
 
-    def cost_around(self, kind: str) -> int:
-        """Multiplications of the first stage, ``patches``, or of the last, for a patch."""
-        return (3 * self.patch**2 if kind == "patches" else (self.merge**2 + 1) * self.hidden_size) * self.hidden_size
+    def cost_around(self, kind: str, patches: int) -> int:
+        """Multiplications of the first stage, ``patches``, or of the last."""
+        each = 3 * self.patch**2 if kind == "patches" else (self.merge**2 + 1) * self.hidden_size
+        return patches * each * self.hidden_size
 
     def embedded(self, params: Params, laid: Laid) -> jax.Array:
         """Patches as vectors, [N, H]: both frames are the picture, so the convolution's weights are summed."""
