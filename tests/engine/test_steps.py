@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,35 @@ def test_what_is_only_retained_gives_way_to_a_request_that_grows():
 
 
 # -- steps that fail --------------------------------------------------------------------------------------------------
+
+
+class Waited(np.ndarray):
+    """Scores that note when somebody has waited for them."""
+
+    def block_until_ready(self):
+        self.note()
+        return self
+
+
+def test_steps_of_a_long_prompt_do_not_pile_up_on_the_device(monkeypatch):
+    """Whoever comes would wait for all of them."""
+    machine = hash_machine(tokens=128, chunk=8)
+    step, under_way, most = machine.runner.step, [], []
+
+    def observed(batch, before=None):
+        scores, hidden = step(batch, before)
+        scores = scores.view(Waited)
+        scores.note = under_way.pop
+        under_way.append(0)
+        most.append(len(under_way))
+        return scores, hidden
+
+    monkeypatch.setattr(machine.runner, "step", observed)
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(1, 60)], 0, max_new_tokens=2))
+    callers.run()
+    assert most[:8] == [1] * 8
+    check_whole(machine)
 
 
 @pytest.mark.parametrize("host", [0, 256])

@@ -10,13 +10,28 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jax import Array
 
 from rootcellar.engine.output import Tracker
+from rootcellar.engine.recorder import Start
 from rootcellar.runner import BatchPart, Runner, Unread, Vectors
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Plan, Request, keep
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device has: what it computes, what will have been chosen (None: nothing), and when it began.
+
+    ``scores``: what the step gives; there when it is over.
+    """
+
+    plan: Plan
+    scores: Array
+    unread: Unread | None
+    start: Start
 
 
 @dataclass(frozen=True)
@@ -97,10 +112,14 @@ def _sampled(chunk: Chunk, tracker: Tracker, j: int) -> Sampled:
     )
 
 
-def read(unread: Unread | None, plan: Plan) -> Chosen:
-    """What a step gave, once it is there: of a guess what was chosen there too, and the token after that."""
-    rows = rows_of(plan)
+def read(launched: Launched) -> Chosen:
+    """What a step gave, once it is there: of a guess what was chosen there too, and the token after that.
+
+    Waits also where nothing is chosen: else the steps of a long prompt pile up on the device before whoever comes.
+    """
+    plan, unread, rows = launched.plan, launched.unread, rows_of(launched.plan)
     if unread is None:
+        jax.block_until_ready(launched.scores)
         return Chosen([()] * len(rows), rows, np.zeros(0), None)
     chosen, logprobs, top = unread.read()
     tokens = chosen.tolist()

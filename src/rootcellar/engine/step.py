@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from rootcellar.cache import KVEvent, Reports, digests
 from rootcellar.engine.apart import PeerEvent, Peers
-from rootcellar.engine.chosen import Chosen, parts_of, read, rows_of, sampled_of, score_prompts
+from rootcellar.engine.chosen import Chosen, Launched, parts_of, read, rows_of, sampled_of, score_prompts
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.hints import Hints
@@ -28,7 +28,7 @@ from rootcellar.engine.lifecycle import Lifecycle
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.pins import Pins
 from rootcellar.engine.places import Places
-from rootcellar.engine.recorder import Recorder, Start
+from rootcellar.engine.recorder import Recorder
 from rootcellar.engine.roster import Roster
 from rootcellar.engine.sides import Side
 from rootcellar.engine.trace_log import TraceLog
@@ -70,15 +70,6 @@ class Meet:
         """See above."""
         machine.peers.meet(self.events, self.now)
         machine.note_rooms()
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step that the device has: what it computes, what will have been chosen (None: nothing), and when it began."""
-
-    plan: Plan
-    unread: Unread | None
-    start: Start
 
 
 class AnyCommand(Protocol):
@@ -402,16 +393,16 @@ class Machine:
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
-            return Launched(plan, None, start)
+            return Launched(plan, scores, None, start)
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        return Launched(plan, runner.sample(scores, sampled_of(plan, self.trackers), k), start)
+        return Launched(plan, scores, runner.sample(scores, sampled_of(plan, self.trackers), k), start)
 
     def _take(self, launched: Launched) -> None:
         """Wait for what a step gave; give each request its tokens, and its caller the news."""
         plan, other = launched.plan, self._planned
         self._planned = plan
-        chosen = read(launched.unread, plan)
+        chosen = read(launched)
         self.recorder.computed()
         trackers = {i: self.trackers[c.request] for i, c in enumerate(plan.chunks) if c.request.finish is None}
         if trackers:  # or nobody wants it after all

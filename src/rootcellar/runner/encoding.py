@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rootcellar.models.encoders import Encoder, Laid, Stage
+from rootcellar.models.encoders import Encoder, EncoderStage, Laid
 from rootcellar.models.spec import Params
 from rootcellar.runner.placement import Placement
 from rootcellar.runner.runner import Program
@@ -41,7 +41,7 @@ class Encoding:
     laid: Laid
     count: int
     state: Array
-    left: Sequence[Stage]
+    left: Sequence[EncoderStage]
     held: Any = ()
 
 

@@ -32,7 +32,7 @@ class Laid(NamedTuple):
     order: NDArray[np.int32]
 
 
-class Stage(NamedTuple):
+class EncoderStage(NamedTuple):
     """One stage: the ``kind`` of program, the ``block`` whose weights it takes (None: it is outside of blocks).
 
     ``part``: which part of the rows it is about; None: all.
@@ -56,7 +56,7 @@ class Encoder(Protocol):
         """Whether each place of a picture sees all of it in the language model too, so that it is computed in one."""
         ...
 
-    def stages(self, patches: int) -> tuple[Stage, ...]:
+    def stages(self, patches: int) -> tuple[EncoderStage, ...]:
         """What so many patches go through, in order."""
         ...
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid, Stage
+from rootcellar.models.encoders.encoder import EncoderStage, Laid
 from rootcellar.models.encoders.parts import (
     QUERIES,
     blank,
@@ -120,7 +120,7 @@ class Gemma3Vision:
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    def stages(self, patches: int) -> tuple[Stage, ...]:
+    def stages(self, patches: int) -> tuple[EncoderStage, ...]:
         """See ``Encoder``."""
         return tuple(through_blocks(patches, (True,) * self.depth))
 

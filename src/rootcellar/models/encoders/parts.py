@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid, Stage
+from rootcellar.models.encoders.encoder import EncoderStage, Laid
 from rootcellar.models.feed_forward.activations import ACTIVATIONS
 from rootcellar.models.packing import Views
 from rootcellar.models.spec import Declare, Packing, Params
@@ -41,16 +41,16 @@ def rows_of_part(patches: int) -> int:
     return rows
 
 
-def through_blocks(patches: int, whole: Iterable[bool]) -> Iterator[Stage]:
+def through_blocks(patches: int, whole: Iterable[bool]) -> Iterator[EncoderStage]:
     """The stages from pixels to vectors; ``whole``: of each block, whether its patches see the whole picture."""
-    yield Stage("patches")
+    yield EncoderStage("patches")
     for block, sees_all in enumerate(whole):
         if sees_all:
-            yield Stage("keys", block)
-            yield from (Stage("rows", block, part) for part in range(patches // rows_of_part(patches)))
+            yield EncoderStage("keys", block)
+            yield from (EncoderStage("rows", block, part) for part in range(patches // rows_of_part(patches)))
         else:
-            yield Stage("window", block)
-    yield Stage("merge")
+            yield EncoderStage("window", block)
+    yield EncoderStage("merge")
 
 
 def hold(q: jax.Array, k: jax.Array, v: jax.Array) -> Held:

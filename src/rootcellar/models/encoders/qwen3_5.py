@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rootcellar.errors import ModelError
 from rootcellar.models import packing
-from rootcellar.models.encoders.encoder import Laid, Stage
+from rootcellar.models.encoders.encoder import EncoderStage, Laid
 from rootcellar.models.encoders.parts import (
     QUERIES,
     block_cost,
@@ -85,7 +85,7 @@ class Qwen35Vision(QwenPictures):
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    def stages(self, patches: int) -> tuple[Stage, ...]:
+    def stages(self, patches: int) -> tuple[EncoderStage, ...]:
         """See ``Encoder``."""
         return tuple(through_blocks(patches, (True,) * self.depth))
 
