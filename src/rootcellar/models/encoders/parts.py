@@ -29,7 +29,7 @@ QUERIES = 64
 _ROWS = 1024
 """Rows of a part, at most, where the number of patches can be cut so."""
 
-Held = tuple[jax.Array, jax.Array, jax.Array]
+Projected = tuple[jax.Array, jax.Array, jax.Array]
 """Queries [N, heads, D], keys [heads, D, N] and values [heads, N, D] of a block that sees the whole picture."""
 
 
@@ -53,12 +53,12 @@ def through_blocks(patches: int, whole: Iterable[bool]) -> Iterator[EncoderStage
     yield EncoderStage("merge")
 
 
-def hold(q: jax.Array, k: jax.Array, v: jax.Array) -> Held:
+def hold(q: jax.Array, k: jax.Array, v: jax.Array) -> Projected:
     """Queries, keys and values [N, heads, D] of a block as its parts take them."""
     return q, k.transpose(1, 2, 0), v.transpose(1, 0, 2)
 
 
-def see_all(held: Held, part: jax.Array, valid: jax.Array) -> jax.Array:
+def see_all(held: Projected, part: jax.Array, valid: jax.Array) -> jax.Array:
     """What the queries of a part see of all patches that are ``valid`` [N]: [rows, heads * D]."""
     q, k, v = held
     rows = rows_of_part(len(q))
@@ -123,7 +123,7 @@ def block_cost(kind: str, patches: int, hidden: int, inner: int) -> int:
 
 def block_keys(
     block: Params, state: jax.Array, eps: float = 1e-6, turn: Callable[[jax.Array], jax.Array] = lambda part: part
-) -> Held:
+) -> Projected:
     """What the parts of a block of :func:`declare_block` take of ``state`` [N, H].
 
     ``turn``: what positions do to queries and keys, [N, heads, D].
@@ -134,7 +134,13 @@ def block_keys(
 
 
 def block_rows(
-    block: Params, state: jax.Array, held: Held, part: jax.Array, valid: jax.Array, activation: str, eps: float = 1e-6
+    block: Params,
+    state: jax.Array,
+    held: Projected,
+    part: jax.Array,
+    valid: jax.Array,
+    activation: str,
+    eps: float = 1e-6,
 ) -> jax.Array:
     """``state`` [N, H] whose rows of ``part`` went through the block; each patch sees those that are ``valid``."""
     x = part_of(state, part) + see_all(held, part, valid) @ block["vision_o"] + block["vision_o_bias"]
