@@ -1,6 +1,6 @@
 """What loading and computing are weighed with."""
 
-from rootcellar.engine.rates import Meter, Prefills
+from rootcellar.engine.rates import Demand, Meter, Prefills
 
 
 def test_what_one_store_took_says_nothing_of_another():
@@ -30,3 +30,15 @@ def test_the_ends_of_hits_say_little_of_how_fast_prompts_are_computed():
     for _ in range(15):
         prefills.step(200, 2.0, ended=True)
     assert prefills.speed == 100
+
+
+def test_demand_is_what_a_little_more_room_would_have_kept():
+    demand = Demand(1600)
+    for i in range(20):
+        demand.note(100, None, float(i))
+        assert i > 14 or demand.longest == float("inf")
+    assert 1e6 < demand.longest < float("inf")  # full, and nobody misses anything
+    for i in range(20, 400):
+        demand.note(100, (0.5 if i % 4 == 0 else 50.0) if i % 2 == 0 else None, float(i))
+    # 25 tokens a second would have been kept by room for 100 more.
+    assert 3.5 < demand.longest < 4.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from rootcellar.cache import Tier
@@ -176,16 +177,20 @@ class AbortAll(Command):
 
 @dataclass(frozen=True)
 class Expire(Command):
-    """End what is late at ``now``: requests, pins, and the waiting for a store or another node."""
+    """End what is late at ``now``: requests, pins, and the waiting for a store or another node.
+
+    ``longest``: see :class:`Hint`.
+    """
 
     now: float
+    longest: float = inf
 
     def run(self, machine: Machine) -> None:
         """See above."""
         late = Finish.abort("timeout", "timed out: it took longer than request_timeout")
         machine.end_all(machine.roster.late(self.now), late)
         machine.pins.expire(self.now)
-        machine.hints.expire(self.now)
+        machine.hints.expire(self.now, self.longest)
         machine.prefetcher.expire(self.now)
         machine.peers.expire(self.now)
 
@@ -238,7 +243,10 @@ class Pin(Command):
 
 @dataclass(frozen=True)
 class Hint(Command):
-    """What a tenant says of the future of these tokens. See ``Prefixes.hint``; ``hints`` are checked."""
+    """What a tenant says of the future of these tokens. See ``Prefixes.hint``; ``hints`` are checked.
+
+    ``longest``: seconds for which it paid by ``now`` to keep what is surely asked for (``Demand``).
+    """
 
     ids: tuple[int, ...]
     namespace: str
@@ -246,11 +254,12 @@ class Hint(Command):
     hints: Mapping[str, float]
     share: float
     now: float
+    longest: float = inf
 
     def run(self, machine: Machine) -> list[Reply]:
         """An answer to each."""
         key = machine.scheduler.key(self.ids, self.namespace)
-        return machine.hints.take(self.tenant, key, self.hints, self.share, self.now)
+        return machine.hints.take(self.tenant, key, self.hints, self.share, self.now, self.longest)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from heapq import heapify, heappop, heappush
+from math import inf
 from typing import Any, Literal
 
 from rootcellar.cache import NEVER, Key, RadixCache, Tier
@@ -23,6 +24,11 @@ LONGEST = {"pin": 86_400.0, "retain": 3_600.0, "next_turn": 3_600.0}
 """Seconds that each is taken for at most."""
 # A turn may come later than it was expected: by this part of the time, and so many seconds.
 _LATE = 0.5, 5.0
+# What is retained for so many times as long as pays by now is given up; the first of them where nothing was known when
+# it was granted.
+_HOPELESS = 2, 8
+# That is looked at when so much of the time until the first of them ends has passed, in so many seconds at the soonest.
+_LOOK = 1 / 8, 0.05
 # What a store has is brought nearer so many seconds before a turn.
 _LEAD = 2.0
 # Turns that are waited for, and tokens of their prompts; a tenant's share of both. Others wait for theirs in the store.
@@ -80,31 +86,51 @@ class Hints:
         self._pins = pins
         self._prefetcher = prefetcher
         self._turns: list[_Turn] = []
+        self._look: float | None = None
 
-    def take(self, tenant: str, key: Key, hints: Mapping[str, float], share: float, now: float) -> list[Reply]:
-        """Answer checked ``hints`` on ``key``; ``share``: of what pins may hold, the tenant's."""
-        return [self._answer(name, tenant, key, seconds, share, now) for name, seconds in hints.items()]
+    def take(
+        self, tenant: str, key: Key, hints: Mapping[str, float], share: float, now: float, longest: float = inf
+    ) -> list[Reply]:
+        """Answer checked ``hints`` on ``key``; ``share``: of what pins may hold, the tenant's.
 
-    def _answer(self, name: str, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
+        ``longest``: seconds for which it pays by now to keep what is surely asked for then (``Demand``).
+        """
+        replies = [self._answer(name, tenant, key, seconds, share, now, longest) for name, seconds in hints.items()]
+        self._plan_look(now)
+        return replies
+
+    def _answer(
+        self, name: str, tenant: str, key: Key, seconds: float, share: float, now: float, longest: float
+    ) -> Reply:
         match name:
-            case "pin" | "retain":
+            case "pin":
                 return self._keep(name, tenant, key, seconds, share, now)
+            case "retain" | "next_turn" if seconds > longest:
+                why = f"others want the room sooner: by now it pays to keep it for {longest:.3g} seconds at most"
+                return self._deferred(Reply(name, "refused", why), tenant, key, seconds, share, now)
+            case "retain":
+                return self._keep(name, tenant, key, seconds, share, now, known=longest < inf)
             case "next_turn":
-                return self._next_turn(tenant, key, seconds, share, now)
+                late = max(_LATE[0] * seconds, _LATE[1]) if seconds else 0.0
+                kept = self._keep(name, tenant, key, seconds + late, share, now, known=longest < inf)
+                return self._deferred(kept, tenant, key, seconds, share, now)
             case "demote":
                 return self._demote(tenant, key)
             case _:
                 return self._prefetch(key, now)
 
-    def _keep(self, name: str, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
-        """Pin or retain."""
-        sort: Sort = "retained" if name == "retain" else "pin"
+    def _keep(
+        self, name: str, tenant: str, key: Key, seconds: float, share: float, now: float, *, known: bool = True
+    ) -> Reply:
+        """Pin or retain; ``known``: whether the demand for room is."""
+        sort: Sort = "pin" if name == "pin" else "retained"
         if not seconds:
             found = self._pins.remove(tenant, key, sort)
             return Reply(name, "granted" if found else "refused", "" if found else "there was none")
         time = min(seconds, LONGEST[name])
         whole = self._whole(key)
-        tokens, _ = self._pins.add(tenant, key, now + time, share, sort=sort, clip=True)
+        once = name == "next_turn"
+        tokens, _ = self._pins.add(tenant, key, now + time, share, sort=sort, clip=True, once=once, known=known)
         if not tokens and self._cache.match(key).length:
             return Reply(name, "refused", "what the caller may pin is used up")
         if not tokens:
@@ -117,18 +143,18 @@ class Hints:
             why.append(f"at most {time:.0f} seconds are taken")
         return Reply(name, "clipped" if why else "granted", "; ".join(why), tokens, time)
 
-    def _next_turn(self, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
-        """Retain till a little after the turn is due; what cannot be is brought from the store before it."""
+    def _deferred(self, kept: Reply, tenant: str, key: Key, seconds: float, share: float, now: float) -> Reply:
+        """The answer; before a turn what the store has of it is brought, which is what becomes of one not kept."""
+        if kept.hint != "next_turn":
+            return kept
         self._turns = [turn for turn in self._turns if (turn.tenant, turn.key) != (tenant, key)]
         heapify(self._turns)
-        late = max(_LATE[0] * seconds, _LATE[1]) if seconds else 0.0
-        kept = self._keep("retain", tenant, key, seconds + late, share, now)
         if 0 < seconds <= LONGEST["next_turn"] and self._may_wait(tenant, key, share):
             heappush(self._turns, _Turn(now + max(0.0, seconds - _LEAD), tenant, key))
             if kept.answer == "refused":
                 why = f"{kept.why}; what the store has of it is brought before the turn"
                 return Reply("next_turn", "deferred", why, 0, seconds)
-        return Reply("next_turn", kept.answer, kept.why, kept.tokens, kept.seconds)
+        return kept
 
     def _may_wait(self, tenant: str, key: Key, share: float) -> bool:
         """Whether one more turn of the tenant's may be waited for."""
@@ -178,11 +204,20 @@ class Hints:
 
     @property
     def next_end(self) -> float | None:
-        """When the first turn that is waited for is near."""
-        return self._turns[0].at if self._turns else None
+        """When the first turn that is waited for is near, or it is time to look at what is retained."""
+        ends = [turn.at for turn in self._turns[:1]] + ([] if self._look is None else [self._look])
+        return min(ends, default=None)
 
-    def expire(self, now: float) -> None:
-        """Bring nearer what is soon asked for."""
+    def _plan_look(self, now: float) -> None:
+        ends = self._pins.next_end_of("retained")
+        self._look = None if ends is None else now + max(_LOOK[0] * (ends - now), _LOOK[1])
+
+    def expire(self, now: float, longest: float = inf) -> None:
+        """Bring nearer what is soon asked for; give up what is retained for much longer than pays: see :meth:`take`."""
+        if self._look is not None and self._look <= now:
+            if longest < inf:
+                self._pins.give_up(*(now + times * longest for times in _HOPELESS))
+            self._plan_look(now)
         while self._turns and self._turns[0].at <= now:
             self._bring(heappop(self._turns).key, now)
 

@@ -269,7 +269,7 @@ class Loop:
             return  # all end, perhaps on another thread
         late = self.machine.next_end
         if late is not None and late <= (now := self.machine.clock.now()):
-            self.machine.do(Expire(now), Future())
+            self.machine.do(Expire(now, self.machine.recorder.demand.longest), Future())
 
 
 def _fill(future: Future[T], function: Callable[[], T]) -> None:

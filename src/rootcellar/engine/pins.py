@@ -2,8 +2,8 @@
 
 Three sorts. A ``pin`` stays till its end. What is ``kept`` does too, for a conversation that grows: a longer one takes
 the place of those that it begins with. What is ``retained`` is so, and is not pinned: the cache expects it until its
-end, so that it leaves after all else, and what is wanted last first. It counts as what its tenant keeps all the same,
-and gives way to the others.
+end, or, if it is for ``once``, until a request came that goes on from it, so that it leaves after all else, and what is
+wanted last first. It counts as what its tenant keeps all the same, and gives way to the others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class _Pin:
     name: Name
     ends: float
     tokens: int
+    once: bool = False
+    known: bool = True
     node: int = field(default=0)
     """The tree's node that ends where the pin does: the cache lets go of all pins on a way together."""
 
@@ -66,11 +68,21 @@ class Pins:
     # -- what is kept ---------------------------------------------------------------------------------------------
 
     def add(
-        self, tenant: str, key: Key, ends: float, share: float, *, sort: Sort = "pin", clip: bool = False
+        self,
+        tenant: str,
+        key: Key,
+        ends: float,
+        share: float,
+        *,
+        sort: Sort = "pin",
+        clip: bool = False,
+        once: bool = False,
+        known: bool = True,
     ) -> tuple[int, int]:
         """Keep what is cached of ``key`` until ``ends``; the tokens that are, and how many pins the tenant has now.
 
         ``share``: the part of what pins may hold that the tenant's may. ``clip``: keep as much as there is room for.
+        ``once``: until a request came (:meth:`came`). ``known``: whether it is known what that costs others.
         ``RequestTooLarge``: that would be too much; nothing has changed.
         """
         name = tenant, key, sort
@@ -101,7 +113,7 @@ class Pins:
         for pin in going:
             self._let_go(pin)
         if tokens:
-            self._put(_Pin(name, ends, tokens))
+            self._put(_Pin(name, ends, tokens, once, known))
         if sort == "kept":
             own = [pin for (whose, _, its), pin in self._pins.items() if (whose, its) == (tenant, sort)]
             for pin in own[: max(0, len(own) - _MOST_KEPT)]:  # the oldest are first
@@ -118,6 +130,20 @@ class Pins:
         if pin is not None:
             self._let_go(pin)
         return pin is not None
+
+    def came(self, tenant: str, key: Key) -> None:
+        """The tenant's request for ``key`` was computed: what was retained for once, and that goes on from, is over."""
+        if self._at:
+            names = [name for node in self._cache.trail(key) for name in self._at.get(node, ()) if name[0] == tenant]
+            for pin in [self._pins[name] for name in names]:
+                if pin.once and key[: len(pin.name[1])] == pin.name[1]:
+                    self._let_go(pin)
+
+    def give_up(self, unknown: float, known: float) -> None:
+        """Let go of what is only retained, until after one of these times: by whether it was known what that costs."""
+        for pin in [pin for pin in self._pins.values() if pin.ends > (known if pin.known else unknown)]:
+            if pin.expected:
+                self._let_go(pin)
 
     def expire(self, now: float) -> None:
         """Let go of those whose end has come."""
@@ -137,6 +163,10 @@ class Pins:
     def next_end(self) -> float | None:
         """When the first of them ends."""
         return min((pin.ends for pin in self._pins.values()), default=None)
+
+    def next_end_of(self, sort: Sort) -> float | None:
+        """The same of one sort."""
+        return min((pin.ends for pin in self._pins.values() if pin.name[2] == sort), default=None)
 
     # -- how ------------------------------------------------------------------------------------------------------
 

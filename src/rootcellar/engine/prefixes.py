@@ -174,10 +174,11 @@ class Prefixes:
         Args:
             input_ids: the prompt's tokens, as far as is known of it.
             hints: ``pin`` (seconds: keep it so long), ``retain`` (seconds: the same, but it gives way to requests that
-                find no room, what is wanted last first, and to the tenant's pins), ``next_turn`` (seconds until its
-                next turn: retained till a little later, or brought from the store before), ``demote`` (true: keep it
-                no longer, copy it to farther tiers, and let it leave the device first), ``prefetch`` (true: let come
-                to host memory what the store has of it). 0 seconds undo.
+                find no room, what is wanted last first, and to the tenant's pins; it is refused where others ask for
+                the room much sooner), ``next_turn`` (seconds until its next turn: retained until that came, or till a
+                little later, or brought from the store before), ``demote`` (true: keep it no longer, copy it to farther
+                tiers, and let it leave the device first), ``prefetch`` (true: let come to host memory what the store
+                has of it). 0 seconds undo.
             extra_key, cache_salt, tenant: as for ``Engine.generate``.
             share: the tenant's pins may hold this part of what pins may hold.
 
@@ -188,8 +189,9 @@ class Prefixes:
             RequestError: a hint is unknown, or its value wrong.
         """
         where = self._read(input_ids, tenant, cache_salt, extra_key)
-        checked, now = check_hints(hints), self._loop.machine.clock.now()
-        replies = self._loop.run(Hint(_ids(input_ids), where, tenant, checked, share, now))
+        machine, checked = self._loop.machine, check_hints(hints)
+        longest = machine.recorder.demand.longest
+        replies = self._loop.run(Hint(_ids(input_ids), where, tenant, checked, share, machine.clock.now(), longest))
         return [reply.fields() for reply in replies]
 
     def unpin(self, input_ids: Sequence[int], extra_key: str = "", *, cache_salt: str = "", tenant: str = "") -> bool:

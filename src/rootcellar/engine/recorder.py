@@ -15,7 +15,7 @@ from rootcellar.engine.explaining import Explainer
 from rootcellar.engine.history import History
 from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.engine.output import Tracker
-from rootcellar.engine.rates import Meter
+from rootcellar.engine.rates import Demand, Meter
 from rootcellar.engine.stats_logger import StatsLogger
 from rootcellar.engine.timeline import RequestRecord, StepRecord, Timeline
 from rootcellar.engine.trace_log import TraceLine, TraceLog
@@ -41,17 +41,28 @@ class Recorder:
         metrics, timeline, history: what was counted, what happened lately, and the last minutes in samples.
         explainer: why requests computed what they did.
         meter: how fast prompts were computed, and bytes came from farther tiers.
+        demand: how much the cache's room is in demand.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, log_interval: float, clock: Clock, trace: TraceLog | None = None
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        log_interval: float,
+        clock: Clock,
+        total_tokens: int,
+        trace: TraceLog | None = None,
     ) -> None:
-        """``log_interval``: seconds between two lines of the log about the work under way. ``trace``: told of all."""
+        """``log_interval``: seconds between two lines of the log about the work under way. ``trace``: told of all.
+
+        ``total_tokens``: what the cache holds.
+        """
         self._now = clock.now
         self.began = self._now()
         self.metrics = Metrics(self.began)
         self.timeline = Timeline()
         self.meter = Meter()
+        self.demand = Demand(total_tokens)
         self.explainer = Explainer(scheduler.cache.page_size)
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
@@ -101,8 +112,11 @@ class Recorder:
     def _explain(self, tracker: Tracker, known: int | None = None) -> None:
         gone = tracker.request.met.evicted
         evicted_at = None if gone is None else self.metrics.ticks.at(gone.tick)
-        tick = self._scheduler.cache.tick
-        self.explainer.begun(tracker, self._now(), self.meter.prefills.speed, evicted_at, tick, known)
+        tick, now, request = self._scheduler.cache.tick, self._now(), tracker.request
+        if request.cached is not None:
+            age = None if evicted_at is None else now - evicted_at
+            self.demand.note(request.prompt_length - request.cached, age, now)
+        self.explainer.begun(tracker, now, self.meter.prefills.speed, evicted_at, tick, known)
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""

@@ -125,7 +125,7 @@ class Machine:
         self.scheduler = life.scheduler
         self.runner = life.runner
         self.clock = clock
-        self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock, trace)
+        self.recorder = Recorder(life.scheduler, life.runner, log_interval, clock, total_tokens, trace)
         self.roster = Roster()
         self.trackers = self.roster.trackers
         self.places = Places(life.scheduler, max_running, max_queued)
@@ -231,6 +231,8 @@ class Machine:
                 self.prefetcher.ended(request)
             finally:  # whatever the store does, its pages are not held for another node for ever
                 self.peers.ended(request)
+            if request.cached is not None:
+                self.pins.came(request.tenant, request.key(request.prompt_length))
             if self.life.routing is not None:
                 self.life.routing.read(request, tracker.experts)
             tracker.close()
