@@ -65,8 +65,8 @@ class Demand:
     Room for ``e`` tokens more keeps everything for as much longer as ``e`` tokens take to be computed. What is asked
     for again so soon after it left is what that room is worth: hits a second, for each token of room. Tokens that are
     kept for ``T`` seconds till somebody surely asks for them are worth ``1 / T`` (as Gittins' index, 1979, of a sure
-    return; the marginal worth of room is that of Denning's working set, 1968). Of several sizes of ``e`` that counts which
-    is worth most, as prompts that take turns need room for all of them.
+    return; the marginal worth of room is that of Denning's working set, 1968). The ``e`` that is
+    worth most counts: prompts that take turns need room for all of them.
     """
 
     def __init__(self, total_tokens: int) -> None:
