@@ -18,14 +18,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from decode_vs_transformers import THREADS, Rootcellar, Transformers
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+from engine_workers import Rootcellar, Transformers
 
 from checkpoints import golden
 
+THREADS = 2
 CASES = {
     "llama2": "full attention",
     "mistral-window": "sliding window in all layers",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import make_checkpoint
 from rootcellar.ops import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,20 @@ def test_the_file_store_is_measured_beside_its_medium(tmp_path):
     rows = json.loads(done.stdout)
     assert {row["way"] for row in rows} == {"buffered", "fdatasync", "direct"}
     assert all(row[name] > 0 for row in rows for name in ("memcpy", "write", "dd", "put", "read", "get"))
+
+
+@pytest.mark.long
+def test_engines_are_measured_side_by_side(tmp_path):
+    make_checkpoint("llama2", tmp_path)
+    words = ["--engine", f"rootcellar:bfloat16={sys.executable}", "--prefill", "32", "--batch", "2", "--context", "16"]
+    words += ["--steps", "2", "--rounds", "1", "--long", "64", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "engines.py"), str(tmp_path), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bandwidth"] > 0
+    assert len(found["rows"]) == 4
+    assert all(row["rootcellar"] > 0 and row["rootcellar bfloat16"] > 0 for row in found["rows"])
 
 
 @pytest.mark.long
