@@ -93,6 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {}),
     "glm4-moe": ("glm4-moe", {}),
     "granite4": ("granite4", {}),
+    "nemotron-h": ("nemotron-h", {}),
     "deepseek2-lite": (
         "deepseek2",
         {

@@ -241,6 +241,26 @@ def mamba(config: Config) -> Shapes:
     return shapes | {f"mamba.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
 
 
+def nemotron_h(config: Config, layer: int) -> Shapes:
+    """Nemotron-H."""
+    embed, dim, letter = config["hidden_size"], config["head_dim"], config["hybrid_override_pattern"][layer]
+    if letter == "-":
+        inner = config["intermediate_size"]
+        linear: Shapes = {"mixer.up_proj": (inner, embed), "mixer.down_proj": (embed, inner)}
+        return norm(embed, "norm") | weights(linear)
+    if letter == "*":
+        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        linear = {f"mixer.{x}_proj": (size, embed) for x, size in (("q", queries), ("k", keys), ("v", keys))}
+        return norm(embed, "norm") | weights({**linear, "mixer.o_proj": (embed, queries)})
+    heads = config["mamba_num_heads"]
+    inner = heads * config["mamba_head_dim"]
+    channels = inner + 2 * config["n_groups"] * config["ssm_state_size"]
+    linear = {"mixer.in_proj": (inner + channels + heads, embed), "mixer.out_proj": (embed, inner)}
+    shapes = norm(embed, "norm") | weights(linear) | norm(inner, "mixer.norm")
+    shapes |= {"mixer.conv1d.weight": (channels, 1, config["conv_kernel"]), "mixer.conv1d.bias": (channels,)}
+    return shapes | {f"mixer.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+
+
 def qwen3_next(config: Config, layer: int) -> Shapes:
     """Qwen3-Next."""
     embed = config["hidden_size"]
@@ -398,6 +418,7 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "gpt_oss": gpt_oss,
     "llama4_text": llama4,
     "bamba": bamba,
+    "nemotron_h": nemotron_h,
     "qwen3_next": qwen3_next,
     "qwen3_5": qwen3_5,
     "deepseek_v2": deepseek,

@@ -86,15 +86,17 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
 PREFIXES = {"qwen3_5": "model.language_model.", "gemma3": "language_model.model."}
 """What stands before a language model's tensors inside a multimodal one."""
 HEADS = {"gemma3": "language_model.lm_head.weight"}
-LAST_NORMS = {"bamba": "model.final_layernorm.weight"}
+LAST_NORMS = {"bamba": "model.final_layernorm.weight", "nemotron_h": "backbone.norm_f.weight"}
 """Of the architectures that do not call it ``model.norm``."""
+EMBEDDINGS = {"nemotron_h": "backbone.embeddings.weight"}
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint."""
-    embed, prefix = config["hidden_size"], PREFIXES.get(config["model_type"], "model.")
+    embed, kind = config["hidden_size"], config["model_type"]
+    prefix = "backbone." if kind in EMBEDDINGS else PREFIXES.get(kind, "model.")
     shapes: dict[str, tuple[int, ...]] = {
-        f"{prefix}embed_tokens.weight": (config["vocab_size"], embed),
+        EMBEDDINGS.get(kind, f"{prefix}embed_tokens.weight"): (config["vocab_size"], embed),
         LAST_NORMS.get(config["model_type"], f"{prefix}norm.weight"): (embed,),
     }
     if not config["tie_word_embeddings"]:

@@ -16,7 +16,7 @@ from checkpoints import golden
 CASES = ["mistral-window", "gemma3", "gpt-oss", "llama4"]
 
 
-OTHERS = ["olmo2", "olmo3", "phi3", "smollm3", "glm4", "glm4-moe", "granite4", "qwen2-moe", "qwen3-moe"]
+OTHERS = ["olmo2", "olmo3", "phi3", "smollm3", "glm4", "glm4-moe", "granite4", "qwen2-moe", "qwen3-moe", "nemotron-h"]
 
 
 def by_day(*names):

@@ -81,6 +81,34 @@ def test_switches_of_the_families():
     assert switched("llama2", attention_bias=True, mlp_bias=True) == ["qkv_bias", "o_bias", "mlp_bias"]
 
 
+def test_layers_of_nemotron_are_a_mixer_and_the_feed_forward_behind_it():
+    config = make_config("nemotron-h")
+    cfg = read_config(config)
+    assert [(layer.feed_forward is None, layer.numbers) for layer in cfg.layers] == [
+        (False, (0, 1)),
+        (True, (2, 3)),
+        (False, (3, 4)),
+    ]
+    named = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]  # as transformers 5 writes it
+    assert read_config({**config, "hybrid_override_pattern": None, "layers_block_type": named}) == cfg
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("M-M*", "names 4 layers, num_hidden_layers is 5"),
+        ("-M-M*", "begin with a mixer"),
+        ("M--M*", "one before each feed-forward"),
+        ("MEM*-", "experts without gates"),
+        ("M-MX-", "known letters"),
+        (None, "does not say which layers|names 0 layers"),
+    ],
+)
+def test_what_nemotron_cannot_be_is_named(pattern, message):
+    with pytest.raises(ModelError, match=message):
+        read_config(make_config("nemotron-h", hybrid_override_pattern=pattern))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

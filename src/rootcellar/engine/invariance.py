@@ -42,7 +42,7 @@ def _lacks(config: EngineConfig, model: ModelConfig) -> str | None:
         return "attention_backend='xla' depends on the batch; leave it at 'auto'"
     for layer in model.layers:
         for part, kind in ((layer.mixer, Attention), (layer.feed_forward, Dense)):
-            if not isinstance(part, kind):
+            if part is not None and not isinstance(part, kind):
                 return f"{type(part).__name__} layers depend on the batch"
         if isinstance(layer.mixer, Attention) and layer.mixer.qk_unit is not None:
             return "queries and keys that are normed without a weight depend on the batch"

@@ -278,7 +278,7 @@ def estimate_reserve(programs: Programs) -> int:
     heads, kv_heads, head_dim = (max(w) for w in zip(*(layer.mixer.widths for layer in model.layers), strict=True))
     widths = Widths(
         hidden=model.hidden_size,
-        intermediate=max(layer.feed_forward.width(model.hidden_size) for layer in model.layers),
+        intermediate=max(f.width(model.hidden_size) for f in (layer.feed_forward for layer in model.layers) if f),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

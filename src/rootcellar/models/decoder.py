@@ -42,10 +42,9 @@ def through_layers(
     ``mix`` is called once for each layer in order, and ``tell`` with what each router chose: int32 [T, K].
     """
     for index, (layer, weights) in enumerate(zip(cfg.layers, params["layers"], strict=True)):
-        parts = {
-            "attn": functools.partial(mix, index, weights),
-            "mlp": functools.partial(layer.feed_forward.apply, weights, tell=tell),
-        }
+        parts = {"attn": functools.partial(mix, index, weights)}
+        if layer.feed_forward is not None:
+            parts["mlp"] = functools.partial(layer.feed_forward.apply, weights, tell=tell)
         for part, apply in parts.items():
             out = apply(cfg.norm(hidden, weights[f"{part}_norm"]) if layer.pre_norms else hidden)
             out = cfg.norm(out, weights[f"{part}_post_norm"]) if layer.post_norms else out

@@ -99,20 +99,28 @@ class FeedForward(Protocol):
 class LayerConfig:
     """One layer.
 
+    ``feed_forward``: None where there is none (some layers of Nemotron-H).
     ``pre_norms``: what mixer and feed-forward are given is normed (all but OLMo 2 and 3); ``post_norms``: what they
     give is, before it is added (Gemma, GLM 4, OLMo).
+    ``numbers``: the checkpoint's of the mixer and of the feed-forward, where each is a layer of its own there.
     """
 
     mixer: Mixer
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None
     pre_norms: bool = True
     post_norms: bool = False
+    numbers: tuple[int, int] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """``attn``, the mixer, and ``mlp``, the feed-forward: what begins the names of its norms."""
+        return ("attn",) if self.feed_forward is None else ("attn", "mlp")
 
     @property
     def norms(self) -> tuple[str, ...]:
         """The names of its norms."""
-        before = ("attn_norm", "mlp_norm") if self.pre_norms else ()
-        return before + (("attn_post_norm", "mlp_post_norm") if self.post_norms else ())
+        kinds = ["norm"] * self.pre_norms + ["post_norm"] * self.post_norms
+        return tuple(f"{part}_{kind}" for kind in kinds for part in self.parts)
 
 
 @dataclass(frozen=True)

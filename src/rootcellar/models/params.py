@@ -52,19 +52,20 @@ def declare(cfg: ModelConfig) -> Params:
 
 
 def _declare_layer(cfg: ModelConfig, index: int, layer: LayerConfig) -> Params:
-    spec = _declaring(cfg.architecture, index)
+    spec = _declaring(cfg.architecture, *(layer.numbers or (index, index)))
     parts: list[Params] = [
         {name: spec(name, (cfg.hidden_size,), (None,), cfg.norm.init) for name in layer.norms},
         layer.mixer.declare(spec, cfg.hidden_size),
-        layer.feed_forward.declare(spec, cfg.hidden_size),
+        {} if layer.feed_forward is None else layer.feed_forward.declare(spec, cfg.hidden_size),
     ]
     whole: Params = {name: value for part in parts for name, value in part.items()}
     assert len(whole) == sum(map(len, parts)), "two parts of a layer declare one name"
     return whole
 
 
-def _declaring(architecture: str, layer: int | None) -> Declare:
+def _declaring(architecture: str, layer: int | None, feed_forward: int | None = None) -> Declare:
     """Makes specs with the sources that the family's name table has for the layer (None: outside of any)."""
+    numbers = {"{layer}": str(layer), "{feed_forward}": str(feed_forward)}
     names = FAMILIES[architecture].names
 
     def spec(
@@ -75,7 +76,9 @@ def _declaring(architecture: str, layer: int | None) -> Declare:
         packing: Packing = packing.same,
         inputs: tuple[int, ...] = (),
     ) -> ParamSpec:
-        sources = tuple(source.replace("{layer}", str(layer)) for source in names[name])
+        sources = names[name]
+        for place, number in numbers.items():
+            sources = tuple(source.replace(place, number) for source in sources)
         return ParamSpec(shape, axes, init, packing, sources, inputs=inputs)
 
     return spec

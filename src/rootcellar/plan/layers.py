@@ -2,8 +2,9 @@
 
 Reads the spellings of the families below; what it does not know is refused rather than guessed at:
 
-* layer by layer: ``layer_types`` (transformers from 4.53 on), ``layers_block_type``, ``attn_layer_indices``,
-  ``attn_layer_period`` with ``attn_layer_offset`` (Jamba), ``full_attention_interval`` (Qwen3-Next);
+* layer by layer: ``layer_types`` (transformers from 4.53 on), ``layers_block_type``, ``hybrid_override_pattern``
+  (Nemotron-H, whose layers mix tokens or are feed-forwards), ``attn_layer_indices``, ``attn_layer_period`` with
+  ``attn_layer_offset`` (Jamba), ``full_attention_interval`` (Qwen3-Next);
 * every n-th layer full: ``sliding_window_pattern`` (Gemma 3: 6, Cohere 2: 4, Gemma 2: 2), ``no_rope_layers`` and
   ``attention_chunk_size`` (Llama 4);
 * ``sliding_window`` on all layers (Mistral), or from ``max_window_layers`` on (Qwen 2, when it is switched on).
@@ -111,21 +112,36 @@ _LAYER_TYPES: Mapping[str, Rule] = {
     "mamba2": "recurrent",
 }
 
+BESIDE = ("mlp", "moe")
+"""Layers of their own that mix nothing, and so store nothing (Nemotron-H)."""
+_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+"""Letters of ``hybrid_override_pattern``."""
+
 # Every n-th layer is full where a config does not say it: (model_type prefix, n).
 _PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4), ("gpt_oss", 2), ("olmo3", 4))
 
 
-def _rules(text: Raw, count: int) -> list[Rule]:
-    """The rule of each of ``count`` layers."""
+def layers_named(text: Raw) -> list[str]:
+    """What each layer is by name, where a config says it of all; else nothing. ``ConfigError`` for a strange letter."""
     named = text.get("layer_types") or text.get("layers_block_type")
+    if named or not (pattern := text.get("hybrid_override_pattern")):
+        return list(named or ())
+    if strange := sorted(set(pattern) - set(_PATTERN)):
+        raise ConfigError(f"hybrid_override_pattern has {strange}; known letters: {', '.join(_PATTERN)}")
+    return [_PATTERN[letter] for letter in pattern]
+
+
+def _rules(text: Raw, count: int) -> list[Rule]:
+    """The rule of each of ``count`` layers that mixes tokens."""
+    named = layers_named(text)
     if named:
-        unknown = sorted(set(named) - set(_LAYER_TYPES))
+        unknown = sorted(set(named) - set(_LAYER_TYPES) - set(BESIDE))
         if unknown or len(named) < count:
             raise ConfigError(
                 f"layer_types holds {unknown or len(named)}, the config has {count} layers; known types: "
                 f"{', '.join(_LAYER_TYPES)}"
             )
-        return _unless_switched_off(text, [_LAYER_TYPES[name] for name in named[:count]])
+        return _unless_switched_off(text, [_LAYER_TYPES[name] for name in named[:count] if name not in BESIDE])
     if text.get("attn_layer_indices") is not None:
         return _full_where(count, "recurrent", text["attn_layer_indices"])
     if text.get("attn_layer_period"):
@@ -209,6 +225,14 @@ def state_of(text: Raw) -> States:
         keys = int(need(text, "linear_num_key_heads")) * key
         heads, width = int(text["linear_num_value_heads"]), int(need(text, "linear_value_head_dim"))
         return States((int(need(text, "linear_conv_kernel_dim")) - 1, heads * width + 2 * keys), (heads, key, width))
+    if text.get("mamba_num_heads"):  # Nemotron-H's names
+        heads, width, size = (
+            int(text["mamba_num_heads"]),
+            int(need(text, "mamba_head_dim")),
+            need(text, "ssm_state_size"),
+        )
+        channels = heads * width + 2 * int(text.get("n_groups") or 1) * int(size)
+        return States((int(need(text, "conv_kernel")) - 1, channels), (heads * width, int(size)))
     inner = int(need(text, "hidden_size")) * int(need(text, "mamba_expand"))
     size, taps = int(need(text, "mamba_d_state")), int(need(text, "mamba_d_conv")) - 1
     if text.get("mamba_n_heads"):

@@ -14,6 +14,7 @@ from rootcellar.models.families import (
     granite,
     llama,
     llama4,
+    nemotron,
     olmo,
     qwen2_5_vl,
     qwen3_5,
@@ -23,7 +24,7 @@ from rootcellar.models.families import (
 from rootcellar.models.families.family import Family, Raw
 
 _RELATIVES = (
-    *(llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next, qwen_moe, olmo, glm, granite),
+    *(llama, gemma, gpt_oss, llama4, deepseek, bamba, qwen3_next, qwen_moe, olmo, glm, granite, nemotron),
     *(qwen2_5_vl, qwen3_5),
 )
 FAMILIES: Mapping[str, Family] = {

@@ -52,12 +52,17 @@ NAMES: Names = {
 }
 
 
-def read_mamba(raw: Raw) -> Mamba2:
-    """The Mamba-2 layers of a config with fields ``mamba_*``."""
+def check_step_limit(raw: Raw) -> None:
+    """Raise ``ModelError`` where steps of Mamba-2 layers have a limit."""
     # transformers 5 writes infinity as an object, earlier ones as what Python's json calls it.
     limits = [inf if limit == {"__float__": "Infinity"} else limit for limit in given(raw, "time_step_limit", ())]
     if limits not in ([], [0, inf]):
         raise ModelError(f"time_step_limit={limits} is not supported: only steps without a limit are")
+
+
+def read_mamba(raw: Raw) -> Mamba2:
+    """The Mamba-2 layers of a config with fields ``mamba_*``."""
+    check_step_limit(raw)
     heads, inner = size(raw, "mamba_n_heads"), size(raw, "mamba_expand", 2) * size(raw, "hidden_size")
     width = given(raw, "mamba_d_head", "auto")
     width = inner // heads if width == "auto" else size(raw, "mamba_d_head")
