@@ -42,7 +42,7 @@ Weights = dict[str, NDArray[np.float64]]
 def exact(weights: Weights, ids: NDArray[np.int64], temperature: float) -> NDArray[np.float64]:
     """Logprobs of ``ids`` after the first, of the demo model (a Qwen 2) in float64, angles as in float32."""
     heads, groups, width, n = 6, 3, 32, len(ids)
-    frequencies = np.float32(1) / np.float32(10000) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    frequencies = (1 / 10000 ** (np.arange(0, width, 2) / width)).astype(np.float32)  # as ours, and XLA's in trainers
     angles = (np.arange(n, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
 

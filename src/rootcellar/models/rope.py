@@ -151,28 +151,32 @@ def yarn_mscale(factor: float, weight: float) -> float:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float32]:
-    """Radians per position of each pair, float32 ``[head_dim / 2]`` (for ``dynamic``: within the original context)."""
-    plain = np.asarray(1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim), np.float32)
+    """Radians per position of each pair, float32 ``[head_dim / 2]`` (for ``dynamic``: within the original context).
+
+    Computed in float64 and rounded once, which is what XLA makes of the formula in the compiled steps of trainers in
+    JAX, to the bit. (torch rounds each power and its inverse: a third of its frequencies are one unit beside.)
+    """
+    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
     if rope.type == "linear":
-        return plain / np.float32(rope.factor)
-    if rope.type == "longrope":
-        return plain / np.asarray(rope.factors, np.float32)
-    if rope.type == "llama3":
-        return _llama3(rope, plain)
-    if rope.type == "yarn":
-        return _yarn(rope, plain, head_dim)
-    return plain
+        plain = plain / rope.factor
+    elif rope.type == "longrope":
+        plain = plain / np.asarray(rope.factors)
+    elif rope.type == "llama3":
+        plain = _llama3(rope, plain)
+    elif rope.type == "yarn":
+        plain = _yarn(rope, plain, head_dim)
+    return plain.astype(np.float32)
 
 
-def _llama3(rope: RopeConfig, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _llama3(rope: RopeConfig, plain: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Llama 3.1's rule: slow pairs are scaled, fast pairs kept, and those between are blended."""
     turns = rope.original_max * plain / (2 * math.pi)  # turns of each pair over the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
-    return np.asarray((1 - blend) * plain / rope.factor + blend * plain, np.float32)
+    return np.asarray((1 - blend) * plain / rope.factor + blend * plain)
 
 
-def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float64], head_dim: int) -> npt.NDArray[np.float64]:
     """YaRN (Peng et al. 2023): interpolate pairs that turn less than beta_slow times, keep those above beta_fast."""
 
     def pair_turning(turns: float) -> float:
@@ -183,8 +187,8 @@ def _yarn(rope: RopeConfig, plain: npt.NDArray[np.float32], head_dim: int) -> np
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = max(high - low, 0.001)  # the paper's ramp must not divide by zero
-    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
-    return np.asarray(plain / rope.factor * interpolated + plain * (1 - interpolated), np.float32)
+    interpolated = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+    return np.asarray(plain / rope.factor * interpolated + plain * (1 - interpolated))
 
 
 def rotations(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -155,10 +155,9 @@ def _score(
     def part(args: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         states, wanted, divisors = args
         scores = logits(params, cfg, states) / divisors[:, None]  # as tokens are drawn: the same bits
-        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1) - total
+        chosen = sampler.logprobs(scores, jnp.take_along_axis(scores, wanted[:, None], axis=-1))
         values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
-        return chosen[:, 0], values - total, ids
+        return chosen[:, 0], sampler.logprobs(scores, values), ids
 
     size = min(SCORED_TOKENS, hidden.shape[0])
     parts = hidden.shape[0] // size

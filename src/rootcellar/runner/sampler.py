@@ -165,15 +165,29 @@ def sample(logits: Array, batch: SamplingBatch | None, *, processed: bool = Fals
     noisy = made if batch is None else made + _noise(batch, logits.shape[1])
     tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     scored = made if processed else logits
-    chosen = jnp.take_along_axis(scored, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(scored, axis=-1)
+    return tokens, logprobs(scored, jnp.take_along_axis(scored, tokens[:, None], axis=-1))[:, 0]
+
+
+def logprobs(scores: Array, values: Array) -> Array:
+    """Logprobs float32 [N, k] of tokens whose scores are ``values`` [N, k], among all ``scores`` [N, V].
+
+    The largest score is taken away first, so that what is rounded is as small as a logprob and not as large as a score:
+    ``logsumexp`` gives the sum of both, rounded, which was most of the error that logprobs had.
+    """
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    return (values - top) - jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1, keepdims=True))
 
 
 def _processed(logits: Array, batch: SamplingBatch) -> Array:
-    """What tokens are drawn from. Greedy rows take part with temperature 1 and are left whole: a batch mixes both."""
+    """What tokens are drawn from. Greedy rows take part with temperature 1 and are left whole: a batch mixes both.
+
+    Rows that want no truncation are left whole too, and where there are no others its 62 passes are not made.
+    """
     adjusted, greedy = _adjust(logits, batch), _greedy(batch)
     scaled = adjusted / jnp.where(greedy, 1.0, batch.temperature)[:, None]
-    return jnp.where(greedy[:, None], adjusted, _truncate(scaled, batch))
+    some = (batch.top_k < logits.shape[1]) | (batch.top_p < 1) | (batch.min_p > 0)
+    cut = jnp.asarray(some) & ~greedy
+    return lax.cond(jnp.any(cut), lambda: jnp.where(cut[:, None], _truncate(scaled, batch), scaled), lambda: scaled)
 
 
 def _greedy(batch: SamplingBatch) -> Array:
@@ -244,7 +258,7 @@ def top_logprobs(logits: Array, k: int, processed: SamplingBatch | None = None) 
     if processed is not None:
         logits = _processed(logits, processed)
     values, ids = lax.top_k(logits, k)
-    return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
+    return logprobs(logits, values), ids
 
 
 PROGRAMS = ("greedy", "drawn", "drawn by a grammar", "adjusted", "adjusted by a grammar")
