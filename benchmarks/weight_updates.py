@@ -6,7 +6,8 @@ A server answers clients that ask without a break. A trainer, a process of its o
 (``WeightPusher``, ``on_weight_update="recompute"``), again and again. Afterwards the same versions are made here, and a
 forward pass without a cache says what each version thinks of each answer: a token's logprob must be that of the version
 which the answer names for it, and of none beside it. Also: programs that the server compiled and bytes that it came to
-hold after the first quarter of the updates, the time of each update, and bytes received and made.
+hold after the first quarter of the updates, what it held after each 50 of them, the time of each update, and bytes
+received and made.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from serving import Server, resident
 
 LENGTH, ANSWER = 192, 48
 TOLERANCE = 1e-4
+EVERY = 50  # updates after which the server's memory is looked at
 
 
 def first_weights(path: str) -> dict[str, jax.Array]:
@@ -175,6 +177,7 @@ def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     settled = args.updates // 4
     pushes: list[dict[str, Any]] = []
     at_first = before = 0
+    held: list[float] = []
     command = [sys.executable, __file__, "--trainer", server.url, "--updates", str(args.updates)]
     command += ["--pause", str(args.pause), "--model-path", args.model_path]
     with contextlib.ExitStack() as after:
@@ -188,6 +191,8 @@ def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
                 pushes.append(json.loads(line))
                 if len(pushes) == max(settled, 1):
                     at_first, before = compilations(server.url), resident(server.pid)
+                if len(pushes) % EVERY == 0:
+                    held.append(round(resident(server.pid) / 1e6, 1))
         assert trainer.returncode == 0, "the trainer failed"
     times = [push["seconds"] for push in pushes]
     return {
@@ -195,6 +200,7 @@ def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
         **judge(args.model_path, answers),
         "compiled": compilations(server.url) - at_first,
         "growth": resident(server.pid) - before,
+        f"megabytes_each_{EVERY}": held,
         "received_bytes": pushes[-1]["received_bytes"],
         "made_parameters": pushes[-1]["copied"],
         "seconds_median": median(times[1:] or times),

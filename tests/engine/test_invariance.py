@@ -111,10 +111,15 @@ def drawn(random, smallest):
 
 
 def disturb(engine, random, ended):
-    """Retract everybody, now and then, until ``ended``."""
-    while not ended.wait(random.uniform(0.05, 0.5)):
-        engine.pause_generation("retract")
-        engine.continue_generation()
+    """Retract everybody each time that some more tokens are there, until ``ended``: by the clock, slow machines would
+    compute nothing but what was retracted.
+    """
+    wanted = 0
+    while not ended.wait(0.02):
+        if engine.stats()["generated_tokens"] >= wanted:
+            engine.pause_generation("retract")
+            engine.continue_generation()
+            wanted = engine.stats()["generated_tokens"] + int(random.integers(20, 200))
 
 
 @pytest.mark.long
@@ -157,6 +162,7 @@ def test_two_thousand_requests_in_twenty_schedules(folder):
             seen["host"] += stats["hit_tokens_by_tier"].get("HOST", 0)
             seen["schedules"] += 1
             check_idle(engine)
+        print(options, seen, flush=True)
     print(seen)
     assert min(seen.values()) > 0
 
