@@ -1,14 +1,14 @@
 """GRPO with Tunix, rolled out by an engine: the reward rises, the cache is used, and training has its memory.
 
     pip install 'rootcellar[tunix]' && python examples/tunix_grpo.py
-    python examples/tunix_grpo.py --rollout both   # Tunix's own sampler first, in its place
+    python examples/tunix_grpo.py --rollout both --runs 4   # Tunix's own sampler first, in its place, with four seeds
     make test-trainers                             # the same in an environment of its own, as a test
 
 The policy is the embedded demo model, held by Tunix as its own Qwen 2; the reward wants answers of 40 characters. What
 matters is what goes on between the two: a group's answers share the pages of their prompt, all prompts those of the
 system message; the KV cache is given up before the optimiser runs; the new weights are made the engine's on the device.
-First and last it compares the engine's logprobs with those of Tunix's forward. ``--rollout both`` does it twice, once
-for each, and compares them in its last line.
+First and last it compares the engine's logprobs with those of Tunix's forward. ``--rollout both`` does it with each, in
+turns, and compares them in its last line.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def policy(mesh: jax.sharding.Mesh) -> nnx.Module:
     return create_model_from_safe_tensors(str(demo.path()), config, mesh, dtype=jnp.float32)
 
 
-def train(steps: int, rate: float, engine: str) -> tuple[list[float], float]:
+def train(steps: int, rate: float, engine: str, run: int = 0) -> tuple[list[float], float]:
     """Run ``steps`` steps of GRPO, and print what each gave.
 
-    ``engine``: "rootcellar", or "vanilla", Tunix's own sampler. Returns the mean rewards, and the tokens that each
-    second of rolling out gave after the first step, in which things compile.
+    ``engine``: "rootcellar", or "vanilla", Tunix's own sampler. ``run``: another number, other draws. Returns the mean
+    rewards, and the tokens that each second of rolling out gave after the first step, in which things compile.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": each}] for each in QUESTIONS]
@@ -116,7 +116,7 @@ def train(steps: int, rate: float, engine: str) -> tuple[list[float], float]:
     def timed(prompts: Any, config: RolloutConfig, **named: Any) -> Any:
         began = time.perf_counter()
         # Without a seed Tunix's sampler draws the same numbers in every step, and there is little to learn from.
-        output = generate(prompts, dataclasses.replace(config, seed=len(speeds)), **named)
+        output = generate(prompts, dataclasses.replace(config, seed=1000 * run + len(speeds)), **named)
         speeds.append(sum(map(len, output.tokens)) / (time.perf_counter() - began))
         return output
 
@@ -153,16 +153,29 @@ def train(steps: int, rate: float, engine: str) -> tuple[list[float], float]:
     return curve, float(np.median(speeds[-steps + 1 :]))
 
 
-def compare(steps: int, rate: float) -> None:
-    """The same training with each, from the same weights, and a line that compares them."""
-    found = {engine: train(steps, rate, engine) for engine in ("vanilla", "rootcellar")}
-    (theirs, slow), (ours, fast) = found.values()
+def compare(steps: int, rate: float, runs: int) -> None:
+    """The same training with each, from the same weights, as often as there are ``runs``, and a line that compares them.
+
+    Noise is the standard error of the difference of both means over the runs; of one run, what the last rewards vary by.
+    """
     last = max(1, steps // 5)
-    noise = float(np.std(np.array(theirs[-last:]))) + float(np.std(np.array(ours[-last:])))
+    ends: dict[str, list[float]] = {"vanilla": [], "rootcellar": []}
+    speeds: dict[str, list[float]] = {"vanilla": [], "rootcellar": []}
+    noise = 0.0
+    for run in range(runs):
+        for engine in ends:
+            curve, speed = train(steps, rate, engine, run)
+            print(f"{engine}, run {run}: {' '.join(f'{reward:+.2f}' for reward in curve)}", flush=True)
+            ends[engine].append(float(np.mean(curve[-last:])))
+            speeds[engine].append(speed)
+            noise += float(np.std(curve[-last:]))
+    theirs, ours = ends.values()
+    slow, fast = (float(np.median(each)) for each in speeds.values())
+    if runs > 1:
+        noise = float(np.sqrt((np.var(theirs, ddof=1) + np.var(ours, ddof=1)) / runs))
     print(
-        f"reward of the last {last} steps: Tunix's sampler {np.mean(theirs[-last:]):+.4f}, the engine "
-        f"{np.mean(ours[-last:]):+.4f}, deviations together {noise:.4f}; tokens/s {slow:.0f} and {fast:.0f}: "
-        f"{fast / slow:.2f} times"
+        f"reward of the last {last} steps: Tunix's sampler {np.mean(theirs):+.4f}, the engine {np.mean(ours):+.4f}, "
+        f"noise {noise:.4f}; tokens/s {slow:.0f} and {fast:.0f}: {fast / slow:.2f} times"
     )
 
 
@@ -187,9 +200,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--rollout", choices=("rootcellar", "vanilla", "both"), default="rootcellar")
+    parser.add_argument("--runs", type=int, default=1, help="with both: trainings with each, of other draws")
     arguments = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)
     if arguments.rollout == "both":
-        compare(arguments.steps, arguments.learning_rate)
+        compare(arguments.steps, arguments.learning_rate, arguments.runs)
     else:
         train(arguments.steps, arguments.learning_rate, arguments.rollout)
