@@ -154,16 +154,16 @@ def train(steps: int, rate: float, engine: str, run: int = 0) -> tuple[list[floa
 
 
 def compare(steps: int, rate: float, runs: int) -> None:
-    """The same training with each, from the same weights, as often as there are ``runs``, and a line that compares them.
+    """The same training with each, from the same weights, so many ``runs``, and a line that compares them.
 
-    Noise is the standard error of the difference of both means over the runs; of one run, what the last rewards vary by.
+    Noise is the standard error of the difference of both means over the runs; of one, what its last rewards vary by.
     """
     last = max(1, steps // 5)
     ends: dict[str, list[float]] = {"vanilla": [], "rootcellar": []}
     speeds: dict[str, list[float]] = {"vanilla": [], "rootcellar": []}
     noise = 0.0
     for run in range(runs):
-        for engine in ends:
+        for engine in ("vanilla", "rootcellar"):
             curve, speed = train(steps, rate, engine, run)
             print(f"{engine}, run {run}: {' '.join(f'{reward:+.2f}' for reward in curve)}", flush=True)
             ends[engine].append(float(np.mean(curve[-last:])))
