@@ -88,13 +88,15 @@ async def turn(client: httpx.AsyncClient, messages: list[dict[str, str]]) -> tup
     return first, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], text
 
 
-async def session(client: httpx.AsyncClient, seed: int, turns: int, gate: asyncio.Semaphore) -> list[dict[str, Any]]:
+async def session(
+    client: httpx.AsyncClient, seed: int, turns: int, length: int, gate: asyncio.Semaphore
+) -> list[dict[str, Any]]:
     rng = random.Random(seed)
 
     def words(count: int) -> str:
         return " ".join(rng.choice(WORDS) for _ in range(count))
 
-    messages = [{"role": "system", "content": f"Session {seed}. {words(150)}"}]
+    messages = [{"role": "system", "content": f"Session {seed}. {words(length)}"}]
     rows, before = [], 0
     for _ in range(turns):
         messages.append({"role": "user", "content": words(20)})
@@ -118,7 +120,9 @@ async def measure(args: argparse.Namespace, router: str, policy: str) -> dict[st
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 await healthy(client, process)
                 gate = asyncio.Semaphore(args.concurrency)
-                found = await asyncio.gather(*(session(client, i, args.turns, gate) for i in range(args.sessions)))
+                found = await asyncio.gather(
+                    *(session(client, i, args.turns, args.words, gate) for i in range(args.sessions))
+                )
             counts = [
                 json.loads(httpx.get(f"{server.url}/server_info").text)["internal_states"][0] for server in (one, two)
             ]
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--policies", default="cache_aware,round_robin")
     parser.add_argument("--sessions", type=int, default=12)
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--words", type=int, default=150, help="that a session begins with")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8192, help="of each server's cache")
     parser.add_argument("--json", action="store_true")
