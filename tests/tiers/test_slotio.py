@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from stores import image, room
-from transfers import VECTORS, compare
+from transfers import VECTORS, compare, compare_sums
 
 from rootcellar.tiers.stores import slotio
 
@@ -15,6 +15,15 @@ from rootcellar.tiers.stores import slotio
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_native_transfers_do_what_those_of_python_do(tmp_path, direct, vectors):
     compare(tmp_path, direct, vectors)
+
+
+@pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_native_checksums_are_those_of_xxhash_of_what_was_copied(vectors):
+    compare_sums(vectors)
+    for images, seeds, into in ([room(240)], [1], []), ([room()], [1, 2], []), ([room()], [1], [room(300)]):
+        with pytest.raises(ValueError, match="no such image"):
+            slotio._slots.sums(images, seeds, into, vectors)
 
 
 @pytest.mark.skipif(not slotio.NATIVE, reason="the file store's transfers were not built")

@@ -11,6 +11,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import xxhash
+
 from rootcellar.tiers.stores import slotio
 
 VECTORS = ("", "plain")
@@ -43,7 +45,21 @@ def compare(folder: Path, direct: bool, vectors: str) -> None:
     os.close(fd)
 
 
+def compare_sums(vectors: str) -> None:
+    """Of images anywhere in memory, as they lie and as they are copied, beside xxhash."""
+    dice = random.Random(2)
+    for size in SIZES[1:]:
+        given = [memoryview(dice.randbytes(size + start))[start:] for start in (0, 16, 5)]
+        seeds = [dice.getrandbits(64) for _ in given]
+        expected = [*map(xxhash.xxh3_64_intdigest, given, seeds)]
+        into = [memoryview(bytearray(size + start))[start:] for start in (16, 3, 0)]
+        assert slotio._slots.sums(given, seeds, [], vectors) == expected
+        assert slotio._slots.sums(given, seeds, into, vectors) == expected
+        assert into == given
+
+
 if __name__ == "__main__":
     assert slotio.NATIVE, "there are no transfers in C++"
     for direct, vectors in product((False, True), VECTORS):
         compare(Path(sys.argv[1]), direct, vectors)
+        compare_sums(vectors)

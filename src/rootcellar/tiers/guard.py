@@ -4,7 +4,7 @@
 - A call that takes longer than its deadline is given up. A store that ``verifies`` works in the caller's memory, so it
   is called with a few pages at a time, and no more after the deadline. Any other works in memory of the guard's own, on
   a thread of its own: a call that hangs is left behind, whatever it still does there. It may send from the caller's
-  (``GatheringStore``): what the caller changes meanwhile no longer fits its checksum, and is a miss.
+  (``GatheringStore``) while the guard sums that up: what the caller changes later no longer fits, and is a miss.
 - After some failures the store is left alone for a while, then tried with one call; each time that fails the pause is
   twice as long.
 - Stores that keep no checksums get objects that do: a seal with the image's length and a checksum over name, length
@@ -18,16 +18,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
-from rootcellar.tiers.sealing import SEAL, Scratch, seal, unseal
-from rootcellar.tiers.store import GatheringStore, Store, TimedStore, check_names
+from rootcellar.tiers.sealing import SEAL, Scratch, seals_of, unseal
+from rootcellar.tiers.store import Block, GatheringStore, Store, TimedStore, check_names
 
-_EACH = 3
-"""Pieces of a call for which there is memory: one is checked, one under way, one made ready."""
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -145,19 +142,6 @@ class _LeftBehind(TimeoutError):
     """A call did not end in time, and goes on."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Pages of one call of the store, made ready."""
-
-    pages: slice
-    call: Callable[[], list[bool]]
-    """The store's answers."""
-    check: Callable[[list[bool]], list[bool]] = list
-    """What of these holds, once it has answered."""
-    scratch: Scratch | None = None
-    """What it works in; None: in the caller's memory, or none."""
-
-
 class Guard:
     """A :class:`~rootcellar.tiers.store.Store` that raises nothing but ``ValueError`` for what no store takes."""
 
@@ -185,14 +169,21 @@ class Guard:
     def has(self, names: Sequence[bytes], by: float | None = None) -> list[bool]:
         """See ``Store``. ``by``, here and below: the moment of ``now`` at which the call is to end, deadline or not."""
         check_names(names)
-        return self._each("has", [0] * len(names), lambda some, end: self._having(names, some, end), by)
+
+        def ask(some: slice, end: float) -> list[bool]:
+            store = self._store
+            if isinstance(store, TimedStore):
+                return self._ask(lambda: store.has(names[some], end), end)
+            return self._ask(lambda: store.has(names[some]), end)
+
+        return self._each("has", [0] * len(names), ask, by)
 
     def get(self, names: Sequence[bytes], into: Sequence[memoryview], by: float | None = None) -> list[bool]:
         """See ``Store``."""
         check_names(names, into)
         views = [view.cast("B") for view in into]
-        read = self._getting_whole if self._store.verifies else self._getting_sealed
-        found = self._each("get", self._lengths(views), lambda some, end: read(names, views, some, end), by)
+        read = self._get_whole if self._store.verifies else self._get_sealed
+        found = self._each("get", self._lengths(views), lambda some, end: read(names[some], views[some], end), by)
         self._count("get", nbytes=sum(len(view) for view, there in zip(views, found, strict=True) if there))
         return found
 
@@ -200,8 +191,8 @@ class Guard:
         """See ``Store``."""
         check_names(names, blocks)
         views = [block.cast("B") for block in blocks]
-        write = self._putting_whole if self._store.verifies else self._putting_sealed
-        held = self._each("put", self._lengths(views), lambda some, end: write(names, views, some, end), by)
+        write = self._put_whole if self._store.verifies else self._put_sealed
+        held = self._each("put", self._lengths(views), lambda some, end: write(names[some], views[some], end), by)
         self._count("put", nbytes=sum(len(view) for view, there in zip(views, held, strict=True) if there))
         return held
 
@@ -241,11 +232,9 @@ class Guard:
         return [0] * len(views) if self._store.verifies else [SEAL.size + len(view) for view in views]
 
     def _each(
-        self, verb: str, lengths: Sequence[int], ready: Callable[[slice, float], _Piece], by: float | None = None
+        self, verb: str, lengths: Sequence[int], call: Callable[[slice, float], list[bool]], by: float | None = None
     ) -> list[bool]:
         """Answers for pages of these lengths, a few at a time; False for those that the store is not asked for.
-
-        While the store works on some, what came before is checked, and what comes next made ready.
 
         ``by``: a moment before the deadline at which the call is to end. Where that leaves less than half of the
         deadline, to be late then is no failure of the store's: others took the time.
@@ -256,21 +245,13 @@ class Guard:
         given = own if by is None else min(own, by - began)
         end, short = began + given, given < own / 2
         fine = False  # what it was asked last
-        before: _Piece | None = None
-        following: _Piece | None = None
         while len(answers) < count and (not answers or self._now() < end) and self._admitted(again=fine):
             asked = len(answers)
             some = slice(asked, asked + self._few(lengths[asked:]))
-            piece, following = following, None
             try:
-                piece = piece or ready(some, end)
-                wait = self._begun(piece, end)
-                self._checked(before, answers)
-                before = None
-                if some.stop < count and not self._store.verifies:
-                    with suppress(Exception):  # it is tried again when it is its turn
-                        following = ready(slice(some.stop, some.stop + self._few(lengths[some.stop :])), end)
-                got = wait()
+                got = [bool(there) for there in call(some, end)]
+                if len(got) != some.stop - some.start:
+                    raise RuntimeError(f"it answered for {len(got)} of {some.stop - some.start} pages")
             except Exception as error:
                 got, fine = [False] * (some.stop - some.start), False
                 if short and isinstance(error, _LeftBehind):
@@ -278,11 +259,8 @@ class Guard:
                 else:
                     self._failed(verb, error)
             else:
-                before, fine = piece, True
+                fine = True
             answers += got
-        self._checked(before, answers)
-        if following is not None:
-            self._give(following.scratch)
         asked, hits, seconds = len(answers), sum(answers), self._now() - began
         # What came in time is used, but a store that is late each time is to be left alone as one that fails.
         if fine and seconds >= (own if short else given):
@@ -292,41 +270,6 @@ class Guard:
         self._count(verb, 1, count, seconds=seconds, hits=hits, misses=asked - hits, skipped=count - asked)
         return answers + [False] * (count - asked)
 
-    def _begun(self, piece: _Piece, end: float) -> Callable[[], list[bool]]:
-        """Begin a call; what waits for its answers, and raises as :meth:`_begin` says.
-
-        The memory in which it works is free again when it returns without any, whoever waits for it then.
-        """
-        scratch, count = piece.scratch, piece.pages.stop - piece.pages.start
-
-        def work() -> list[bool]:
-            if scratch is not None and not scratch.shown:
-                self._store.register(scratch.memory)
-                scratch.shown = True
-            return piece.call()
-
-        wait = (lambda _: work()) if self._store.verifies else self._begin(work, lambda: self._give(scratch))
-
-        def waited() -> list[bool]:
-            try:
-                got = [bool(there) for there in wait(end)]
-                if len(got) != count:
-                    raise RuntimeError(f"it answered for {len(got)} of {count} pages")
-            except _LeftBehind:
-                raise
-            except BaseException:
-                self._give(scratch)
-                raise
-            return got
-
-        return waited
-
-    def _checked(self, piece: _Piece | None, answers: list[bool]) -> None:
-        """Check what came of a call, and give its memory back."""
-        if piece is not None:
-            answers[piece.pages] = piece.check(answers[piece.pages])
-            self._give(piece.scratch)
-
     def _few(self, lengths: Sequence[int]) -> int:
         """How many of these pages one call gets."""
         if self._store.verifies:
@@ -334,50 +277,81 @@ class Guard:
         some = lengths[: self._settings.pages_apart]
         return max(sum(total <= self._settings.bytes_apart for total in accumulate(some)), 1)
 
-    def _having(self, names: Sequence[bytes], some: slice, end: float) -> _Piece:
-        store, asked = self._store, names[some]
-        return _Piece(some, lambda: store.has(asked, end) if isinstance(store, TimedStore) else store.has(asked))
+    def _get_whole(self, names: Sequence[bytes], into: Sequence[memoryview], end: float) -> list[bool]:
+        store = self._store
+        return store.get(names, into, end) if isinstance(store, TimedStore) else store.get(names, into)
 
-    def _getting_whole(self, names: Sequence[bytes], into: Sequence[memoryview], some: slice, end: float) -> _Piece:
-        store, asked, views = self._store, names[some], into[some]
-        if isinstance(store, TimedStore):
-            return _Piece(some, lambda: store.get(asked, views, end))
-        return _Piece(some, lambda: store.get(asked, views))
+    def _put_whole(self, names: Sequence[bytes], blocks: Sequence[memoryview], end: float) -> list[bool]:
+        store = self._store
+        return store.put(names, blocks, end) if isinstance(store, TimedStore) else store.put(names, blocks)
 
-    def _putting_whole(self, names: Sequence[bytes], blocks: Sequence[memoryview], some: slice, end: float) -> _Piece:
-        store, asked, views = self._store, names[some], blocks[some]
-        if isinstance(store, TimedStore):
-            return _Piece(some, lambda: store.put(asked, views, end))
-        return _Piece(some, lambda: store.put(asked, views))
+    def _get_sealed(self, names: Sequence[bytes], into: Sequence[memoryview], end: float) -> list[bool]:
+        scratch = self._take(self._lengths(into))
+        objects = scratch.split(self._lengths(into))
+        found = self._in(scratch, lambda: self._store.get(names, objects), end)
+        here = [i for i, there in enumerate(found[: len(names)]) if there]
+        whole = unseal([names[i] for i in here], [objects[i] for i in here], [into[i] for i in here])
+        for i, good in zip(here, whole, strict=True):
+            found[i] = good
+        self._count("get", damaged=whole.count(False))
+        self._give(scratch)
+        return found
 
-    def _getting_sealed(self, names: Sequence[bytes], into: Sequence[memoryview], some: slice, _end: float) -> _Piece:
-        store, asked, views = self._store, names[some], into[some]
-        scratch = self._take(self._lengths(views))
-        objects = scratch.split(self._lengths(views))
+    def _put_sealed(self, names: Sequence[bytes], blocks: Sequence[memoryview], end: float) -> list[bool]:
+        store = self._store
+        if isinstance(store, GatheringStore) and store.gathers(blocks):
+            return self._put_parts(store, names, blocks, end)
+        scratch = self._take(self._lengths(blocks))
+        objects = scratch.split(self._lengths(blocks))
+        images = [made[: -SEAL.size] for made in objects]
+        for made, sealed in zip(objects, seals_of(names, blocks, images), strict=True):
+            made[-SEAL.size :] = sealed
+        held = self._in(scratch, lambda: self._store.put(names, objects), end)
+        self._give(scratch)
+        return held
 
-        def check(found: list[bool]) -> list[bool]:
-            # Copied while it is checked, a piece at a time: it comes out of memory once.
-            each = zip(found, asked, objects, views, strict=True)
-            whole = [there and unseal(name, made, view) for there, name, made, view in each]
-            self._count("get", damaged=sum(found) - sum(whole))
-            return whole
+    def _put_parts(
+        self, store: GatheringStore, names: Sequence[bytes], images: Sequence[memoryview], end: float
+    ) -> list[bool]:
+        lengths = [SEAL.size] * len(images)
+        scratch = self._take(lengths)
+        seals, ready = scratch.split(lengths), threading.Event()
 
-        return _Piece(some, lambda: store.get(asked, objects), check, scratch)
+        def tails() -> Sequence[Block]:
+            ready.wait()
+            return seals
 
-    def _putting_sealed(self, names: Sequence[bytes], blocks: Sequence[memoryview], some: slice, _end: float) -> _Piece:
-        store, asked, views = self._store, names[some], blocks[some]
-        if isinstance(store, GatheringStore) and store.gathers(views):
-            lengths = [SEAL.size] * len(views)
-            scratch = self._take(lengths)
-            seals = scratch.split(lengths)
-            for name, view, sealed in zip(asked, views, seals, strict=True):
-                sealed[:] = seal(name, view)
-            return _Piece(some, lambda: store.put_parts(asked, views, seals), scratch=scratch)
-        scratch = self._take(self._lengths(views))
-        objects = scratch.split(self._lengths(views))
-        for name, view, made in zip(asked, views, objects, strict=True):
-            made[-SEAL.size :] = seal(name, view, made[: -SEAL.size])
-        return _Piece(some, lambda: store.put(asked, objects), scratch=scratch)
+        def make() -> None:  # here: who was left behind would seal what may be another page by now
+            for place, sealed in zip(seals, seals_of(names, images), strict=True):
+                place[:] = sealed
+            ready.set()
+
+        held = self._in(scratch, lambda: store.put_parts(names, images, tails), end, make)
+        self._give(scratch)
+        return held
+
+    def _in(
+        self,
+        scratch: Scratch,
+        call: Callable[[], list[bool]],
+        end: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[bool]:
+        """``call``, which works in ``scratch``: that is free again when it returns, whoever waits for it then."""
+
+        def work() -> list[bool]:
+            if not scratch.shown:
+                self._store.register(scratch.memory)
+                scratch.shown = True
+            return call()
+
+        try:
+            return self._apart(work, end, lambda: self._give(scratch), meanwhile)
+        except _LeftBehind:
+            raise
+        except BaseException:
+            self._give(scratch)
+            raise
 
     def _take(self, lengths: Sequence[int]) -> Scratch:
         nbytes = sum(lengths)
@@ -387,20 +361,24 @@ class Guard:
                     return self._spare.pop(i)
         return Scratch(nbytes)
 
-    def _give(self, scratch: Scratch | None) -> None:
-        if scratch is not None:
-            with self._lock:
-                self._spare = sorted([*self._spare, scratch], key=lambda each: len(each.memory))
-                del self._spare[: -_EACH * self._settings.most_hanging]
+    def _give(self, scratch: Scratch) -> None:
+        with self._lock:
+            self._spare = sorted([*self._spare, scratch], key=lambda each: len(each.memory))
+            del self._spare[: -self._settings.most_hanging]
 
-    def _apart(self, call: Callable[[], _T], end: float) -> _T:
-        """``call`` on a thread of its own. Raises ``TimeoutError`` when not over at ``end``, or what it raises."""
-        return self._begin(call, lambda: None)(end)
+    def _ask(self, call: Callable[[], list[bool]], end: float) -> list[bool]:
+        return call() if self._store.verifies else self._apart(call, end)
 
-    def _begin(self, call: Callable[[], _T], left: Callable[[], None]) -> Callable[[float], _T]:
-        """Begin ``call`` on a thread of its own; what waits for it until a moment, as :meth:`_apart` does.
+    def _apart(
+        self,
+        call: Callable[[], _T],
+        end: float,
+        left: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> _T:
+        """``call`` on a thread of its own. Raises ``TimeoutError`` when not over at ``end``, or what it raises.
 
-        ``left`` is called when a call ends that nobody waits for any longer.
+        ``meanwhile`` is called here while it begins, ``left`` when it ends and nobody waits for it any longer.
         """
         answer: list[_T] = []
         errors: list[BaseException] = []
@@ -422,19 +400,15 @@ class Guard:
         with self._lock:
             self._hanging += 1
         threading.Thread(target=work, name=f"rootcellar-{self._name}", daemon=True).start()
-
-        def wait(end: float) -> _T:
-            nonlocal behind
-            if not over.wait(max(end - self._now(), 0.0)):
-                with self._lock:
-                    behind = not over.is_set()
-                if behind:
-                    raise _LeftBehind(f"it did not answer in time (its deadline is {self._settings.deadline:g} s)")
-            if errors:
-                raise errors[0]
-            return answer[0]
-
-        return wait
+        meanwhile()
+        if not over.wait(max(end - self._now(), 0.0)):
+            with self._lock:
+                behind = not over.is_set()
+            if behind:
+                raise _LeftBehind(f"it did not answer in time (its deadline is {self._settings.deadline:g} s)")
+        if errors:
+            raise errors[0]
+        return answer[0]
 
     # --- what is known of it ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ its medium fails, and then whatever it did not confirm may or may not be there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Protocol
 
@@ -70,8 +70,10 @@ class GatheringStore(ABC):
         """Whether that is sooner done for these than ``put``; they lie where it was shown, if it needs that."""
 
     @abstractmethod
-    def put_parts(self, names: Sequence[bytes], images: Sequence[memoryview], tails: Sequence[Block]) -> list[bool]:
-        """As ``put`` of blocks that are ``images[i]``, then ``tails[i]``."""
+    def put_parts(
+        self, names: Sequence[bytes], images: Sequence[memoryview], tails: Callable[[], Sequence[Block]]
+    ) -> list[bool]:
+        """As ``put`` of blocks that are ``images[i]``, then ``tails()[i]``, which it may have to wait for."""
 
 
 class TimedStore(ABC):

@@ -208,6 +208,35 @@ nb::list write_slots(int fd, std::int64_t at, std::size_t stride, const nb::list
     return run.sums(total);
 }
 
+// Checksums of images, which are copied to `into` by the way unless that is empty: then what lies there has them.
+nb::list sum_images(const nb::list& images, const std::vector<std::uint64_t>& seeds, const nb::list& into,
+                    const std::string& vectors) {
+    const Views from(images, false), to(into, true);
+    const xxh3::AddBlocks add = xxh3::find_vectors(vectors.c_str());
+    if (add == nullptr) throw nb::value_error("this processor lacks those vectors");
+    const bool copies = to.count() > 0;
+    if (seeds.size() != from.count() || (copies && to.count() != from.count())) throw nb::value_error("no such images");
+    for (std::size_t i = 0; i < from.count(); ++i) {
+        if (from.length(i) <= 240 || (copies && to.length(i) != from.length(i))) throw nb::value_error("no such image");
+    }
+    std::vector<std::uint64_t> sums(from.count());
+    {
+        const nb::gil_scoped_release without;
+        for (std::size_t i = 0; i < from.count(); ++i) {
+            xxh3::Hash hash(copies ? to.at(i) : from.at(i), from.length(i), seeds[i], add);
+            if (copies) {
+                hash.add(from.length(i), to.at(i), from.at(i));
+            } else {
+                hash.add(from.length(i));
+            }
+            sums[i] = hash.digest();
+        }
+    }
+    nb::list found;
+    for (const std::uint64_t sum : sums) found.append(sum);
+    return found;
+}
+
 }  // namespace
 
 }  // namespace rootcellar
@@ -216,4 +245,5 @@ NB_MODULE(_slots, m) {
     m.def("read", rootcellar::read_slots, "fd"_a, "at"_a, "stride"_a, "views"_a, "seeds"_a, "piece"_a, "vectors"_a = "");
     m.def("write", rootcellar::write_slots, "fd"_a, "at"_a, "stride"_a, "views"_a, "seeds"_a, "piece"_a, "gathers"_a,
           "vectors"_a = "");
+    m.def("sums", rootcellar::sum_images, "images"_a, "seeds"_a, "into"_a, "vectors"_a = "");
 }

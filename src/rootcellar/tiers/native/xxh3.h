@@ -62,7 +62,7 @@ inline void add_stripe(std::uint64_t* sums, Bytes in, Bytes secret) {
 using AddBlocks = void (*)(std::uint64_t* sums, Bytes in, unsigned char* out, std::size_t blocks, Bytes secret);
 
 inline void add_blocks_plain(std::uint64_t* sums, Bytes in, unsigned char* out, std::size_t blocks, Bytes secret) {
-    if (out != nullptr) std::memcpy(out, in, blocks * kBlock);
+    if (out != nullptr) in = static_cast<Bytes>(std::memcpy(out, in, blocks * kBlock));  // what is there is summed up
     for (; blocks > 0; --blocks) {
         for (std::size_t n = 0; n < kStripes; ++n, in += kStripe) add_stripe(sums, in, secret + 8 * n);
         for (int i = 0; i < 8; ++i)
@@ -81,6 +81,7 @@ ROOTCELLAR_FOR_AVX2 inline __m256i load_256(Bytes at) {
 constexpr std::size_t kAhead = 4096;
 
 // What is copied goes past the caches: whoever asked for it reads it later, and what it replaces need not be fetched.
+// `out` is a multiple of 16.
 template <bool kCopies>
 ROOTCELLAR_FOR_AVX2 void add_blocks_of(std::uint64_t* given, Bytes in, unsigned char* out, std::size_t blocks,
                                        Bytes secret) {
@@ -92,7 +93,11 @@ ROOTCELLAR_FOR_AVX2 void add_blocks_of(std::uint64_t* given, Bytes in, unsigned 
             if (!kCopies) _mm_prefetch(reinterpret_cast<const char*>(in) + kAhead, _MM_HINT_T0);
             for (int i = 0; i < 2; ++i) {
                 const __m256i data = load_256(in + 32 * i);
-                if (kCopies) _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + i, data);
+                if (kCopies) {
+                    auto* to = reinterpret_cast<__m128i*>(out) + 2 * i;
+                    _mm_stream_si128(to, _mm256_castsi256_si128(data));
+                    _mm_stream_si128(to + 1, _mm256_extracti128_si256(data, 1));
+                }
                 const __m256i keyed = _mm256_xor_si256(data, load_256(secret + 8 * n + 32 * i));
                 const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
                 const __m256i swapped = _mm256_shuffle_epi32(data, _MM_SHUFFLE(1, 0, 3, 2));
@@ -113,9 +118,11 @@ ROOTCELLAR_FOR_AVX2 void add_blocks_of(std::uint64_t* given, Bytes in, unsigned 
 
 inline void add_blocks_avx2(std::uint64_t* sums, Bytes in, unsigned char* out, std::size_t blocks, Bytes secret) {
     if (out == nullptr) return add_blocks_of<false>(sums, in, out, blocks, secret);
-    if (reinterpret_cast<std::uintptr_t>(out) % 32 == 0) return add_blocks_of<true>(sums, in, out, blocks, secret);
-    std::memcpy(out, in, blocks * kBlock);
-    add_blocks_of<false>(sums, in, nullptr, blocks, secret);
+    if (reinterpret_cast<std::uintptr_t>(out) % 16 == 0) return add_blocks_of<true>(sums, in, out, blocks, secret);
+    for (; blocks > 0; --blocks, in += kBlock, out += kBlock) {
+        std::memcpy(out, in, kBlock);
+        add_blocks_of<false>(sums, out, nullptr, 1, secret);
+    }
 }
 #endif
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from rootcellar.tiers.stores import nixl_objects
 from rootcellar.tiers.stores.nixl_agent import Agent, as_os_error
 from rootcellar.tiers.stores.passage import Passage
 
-_AT_ONCE = 64
+_AT_ONCE = 128
 """Pages of one transfer, and files that are open for it."""
 _NEW = os.O_RDWR | os.O_CREAT
 _LARGE = 1 << 16
@@ -77,29 +77,31 @@ class _Folder:
             found.append((0, size, fd, "") if os.fstat(fd).st_size == size else None)
         return found
 
-    def writing(
-        self, names: Sequence[bytes], sizes: Sequence[int], tails: Sequence[Block], stack: ExitStack
-    ) -> list[Any]:
-        """Of new files, which end with ``tails``."""
+    def writing(self, sizes: Sequence[int], stack: ExitStack) -> list[Any]:
+        """Of new files, of which :meth:`written` has not been told."""
         made: list[Any] = []
-        for name, size, tail in zip(names, sizes, tails, strict=True):
-            folder = f"{self._path}/{name.hex()[:1]}"
-            part = f"{folder}/{self._mine}{next(self._count)}.part"
+        for size in sizes:
+            part = f"{self._path}/{self._mine}{next(self._count)}.part"
             try:
                 fd = os.open(part, _NEW, 0o600)
-            except FileNotFoundError:  # the first of its folder
-                os.makedirs(folder, exist_ok=True)
+            except FileNotFoundError:  # somebody took the folder away
+                os.makedirs(self._path, exist_ok=True)
                 fd = os.open(part, _NEW, 0o600)
             self._parts[fd] = part
             stack.callback(self._end, fd)
-            if len(tail) and os.pwrite(fd, tail, size) != len(tail):
-                raise OSError("the disk is full")
             made.append((0, size, fd, ""))
         return made
 
-    def written(self, names: Sequence[bytes], descriptors: Sequence[Any]) -> None:
-        for name, (_, _, fd, _) in zip(names, descriptors, strict=True):
-            os.replace(self._parts[fd], self._file(name))
+    def written(self, names: Sequence[bytes], descriptors: Sequence[Any], tails: Sequence[Block]) -> None:
+        for name, (_, size, fd, _), tail in zip(names, descriptors, tails, strict=True):
+            if len(tail) and os.pwrite(fd, tail, size) != len(tail):
+                raise OSError("the disk is full")
+            place = self._file(name)
+            try:
+                os.replace(self._parts[fd], place)
+            except FileNotFoundError:  # the first of its folder
+                os.makedirs(os.path.dirname(place), exist_ok=True)
+                os.replace(self._parts[fd], place)
             del self._parts[fd]
 
     def _end(self, fd: int) -> None:
@@ -163,13 +165,15 @@ class NixlStore(GatheringStore):
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
-        return self.put_parts(names, blocks, [b""] * len(blocks))
+        return self.put_parts(names, blocks, lambda: [b""] * len(blocks))
 
     def gathers(self, images: Sequence[memoryview]) -> bool:
         """See ``GatheringStore``: from any memory, but what is small is copied as fast."""
         return min(map(len, images), default=0) >= _LARGE
 
-    def put_parts(self, names: Sequence[bytes], images: Sequence[memoryview], tails: Sequence[Block]) -> list[bool]:
+    def put_parts(
+        self, names: Sequence[bytes], images: Sequence[memoryview], tails: Callable[[], Sequence[Block]]
+    ) -> list[bool]:
         """See ``GatheringStore``. Raises ``OSError``."""
         check_names(names, images)
         views = [image.cast("B") for image in images]
@@ -177,11 +181,10 @@ class NixlStore(GatheringStore):
             for start in range(0, len(names), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
                 with self._writer.lock, as_os_error(), ExitStack() as stack:
-                    sizes = [len(view) for view in views[some]]
-                    descriptors = self._folder.writing(names[some], sizes, tails[some], stack)
+                    descriptors = self._folder.writing([len(view) for view in views[some]], stack)
                     if not all(self._writer.move("WRITE", views[some], "FILE", descriptors)):
                         raise OSError("NIXL could not write")
-                    self._folder.written(names[some], descriptors)
+                    self._folder.written(names[some], descriptors, tails()[some])
         return [True] * len(names)
 
     def clear(self) -> int:

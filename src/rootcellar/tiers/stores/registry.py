@@ -42,9 +42,6 @@ BACKENDS: dict[str, Opener] = {
 """What opens a store of each kind."""
 RUN_CODE = frozenset({"dynamic", "aibrix"})
 """Those whose settings name what is run: whoever starts the server may choose them, and nobody over HTTP."""
-BYTES_APART = dict.fromkeys(("mooncake", "nixl"), 17 << 20)
-"""Of those whose calls begin fast and take all of a processor: what is copied and checked is in its caches yet when it
-is sent, and the one is done while the other is. Somewhat more than a number of images that is a power of two."""
 TIMED = frozenset({"chain"})
 """Those that are told the deadline too: it is of the calls to all that is behind them, together."""
 
@@ -68,11 +65,7 @@ def open_store(backend: str, extra: Mapping[str, object], identity: str) -> Guar
         ConfigError: no such kind, a wrong setting, or it cannot be opened.
     """
     own = dict(extra)
-    usual = GuardSettings()
-    settings = GuardSettings(
-        deadline=positive(own, "deadline", usual.deadline),
-        bytes_apart=BYTES_APART.get(backend, usual.bytes_apart),
-    )
+    settings = GuardSettings(deadline=positive(own, "deadline", GuardSettings().deadline))
     if backend in TIMED:
         own["deadline"] = settings.deadline
     return Guard(open_bare(backend, own, identity), settings, name=f"{backend} store")

@@ -19,7 +19,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-NATIVE = os.environ.get("ROOTCELLAR_NO_NATIVE") != "1" and find_spec("rootcellar.tiers._slots") is not None
-"""Whether C++ does the work."""
+from rootcellar.tiers import NATIVE
+
 if TYPE_CHECKING or NATIVE:
     from rootcellar.tiers import _slots
 
