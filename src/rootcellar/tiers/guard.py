@@ -322,9 +322,11 @@ class Guard:
             return seals
 
         def make() -> None:  # here: who was left behind would seal what may be another page by now
-            for place, sealed in zip(seals, seals_of(names, images), strict=True):
-                place[:] = sealed
-            ready.set()
+            try:
+                for place, sealed in zip(seals, seals_of(names, images), strict=True):
+                    place[:] = sealed
+            finally:
+                ready.set()
 
         held = self._in(scratch, lambda: store.put_parts(names, images, tails), end, make)
         self._give(scratch)

@@ -24,8 +24,8 @@ from rootcellar.tiers.settings import host_and_port, need, nothing_else, take_ch
 from rootcellar.tiers.store import Block, GatheringStore, check_names
 from rootcellar.tiers.stores.passage import Passage
 
-_LARGE = 1 << 22
-"""Bytes of an image from which on two parts are sent sooner than one is copied: each costs 0.05 ms or more."""
+_LARGE = 1 << 20
+"""Bytes of an image from which on two parts are sent as soon as one that is copied: each costs 0.05 ms or more."""
 _NO_ROOM = -200
 _OTHER_LENGTH, _GONE = -600, (-703, -704, -706)
 """What it answers for a page: the buffer is too small; it is not written yet, not there, or was taken away."""

@@ -17,10 +17,9 @@ from rootcellar.tiers.settings import need
 
 _AT_ONCE = 8
 """Looks at a transfer without a pause: where the system holds files in memory, it is in looking that it is done."""
-_POLL = 5e-5
-"""Seconds between two looks after these."""
-_LATE = 0.05
-"""The same when it takes too long."""
+_POLL, _LONGEST = 5e-5, 0.05
+"""Seconds between two looks after these, at least and at most. In between, a twentieth of what it has taken so far: who
+looks more often takes the processor from what is looked at."""
 
 
 class Agent:
@@ -64,7 +63,7 @@ class Agent:
         local = [(int(np.frombuffer(view, np.uint8).ctypes.data), len(view), 0, "") for view in views]
         groups = [slice(i, i + 1) for i in range(len(local))] if apart else [slice(None)]
         with self._registered(local, "DRAM"), self._registered(list(descriptors), kind), ExitStack() as stack:
-            until = time.monotonic() + self._timeout
+            began = time.monotonic()
             handles = []
             for some in groups:
                 ours = self._agent.get_xfer_descs([each[:3] for each in local[some]], "DRAM")
@@ -75,12 +74,12 @@ class Agent:
             looks = 0
             while "PROC" in states:
                 if looks >= _AT_ONCE:
-                    time.sleep(_POLL if time.monotonic() < until else _LATE)
+                    time.sleep(min(max(_POLL, (time.monotonic() - began) / 20), _LONGEST))
                 looks += 1
                 for i, handle in enumerate(handles):
                     if states[i] == "PROC":
                         states[i] = _state(self._agent.check_xfer_state, handle)
-            if time.monotonic() > until:
+            if time.monotonic() - began > self._timeout:
                 raise OSError(f"NIXL did not end a transfer within {self._timeout:g} s")
         return [state == "DONE" for state in states for _ in range(1 if apart else len(local))]
 
