@@ -125,13 +125,14 @@ class S3Store:
         """See ``Store``. Raises ``OSError``."""
         check_names(names, blocks)
 
-        def put(name: bytes, block: memoryview) -> bool:
+        def put(name: bytes, block: memoryview) -> None:
             status, said = self._request("PUT", self._key(name), block.cast("B"))
             if status not in (200, 204):
                 raise OSError(f"the server answered {status} to PUT: {said[:200]!r}")
-            return True
 
-        return self._each(put, names, blocks)
+        once = dict(zip(names, blocks, strict=True))  # some servers fail at two requests for one key at a time
+        self._each(put, list(once), list(once.values()))
+        return [True] * len(names)
 
     def clear(self) -> int:
         """See ``Store``: every object whose key begins with our prefix. Raises ``OSError``."""
