@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ BY_DAY = {
 """What AIBrix's store is asked by day: each test starts its process, which imports torch."""
 TOLD = pytest.StashKey[dict]()
 """What ``--told`` is to hold."""
+STATUS = pytest.StashKey[int]()
+"""That of the run."""
 DEVICES = "--xla_force_host_platform_device_count=2"
 """Of tests that compute on two devices."""
 
@@ -69,3 +72,15 @@ def pytest_terminal_summary(terminalreporter, config):
     told["skipped"] = sorted(reasons)
     if path := config.getoption("--told"):
         path.write_text(json.dumps(told))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """A library of NIXL's wheel (libnl) faults when a process ends in which UCX was used: end it before that."""
+    if str(config.getoption("--component")).startswith("nixl") and STATUS in config.stash:
+        sys.stdout.flush()
+        os._exit(config.stash[STATUS])
