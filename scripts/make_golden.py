@@ -63,6 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma4": ("gemma4", {}),
     "gemma3-seeing": ("gemma3-seeing", {}),
     "gemma2": ("gemma2", {}),
     "gpt-oss": ("gpt-oss", {}),

@@ -147,6 +147,14 @@ def gemma3(config: Config, layer: int) -> Shapes:
     )
 
 
+def gemma4(config: Config, layer: int) -> Shapes:
+    """Gemma 4 (text, dense): full layers have heads of their own, and no values."""
+    full = config["layer_types"][layer] == "full_attention"
+    heads = {"head_dim": config["global_head_dim"], "num_key_value_heads": config["num_global_key_value_heads"]}
+    shapes = gemma3({**config, **(heads if full else {})}, layer) | {"layer_scalar": (1,)}
+    return {name: shape for name, shape in shapes.items() if not (full and "v_proj" in name)}
+
+
 def gpt_oss(config: Config, layer: int) -> Shapes:
     """gpt-oss."""
     embed, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
@@ -415,6 +423,7 @@ LAYERS: dict[str, Callable[[Config, int], Shapes]] = {
     "gemma2": gemma3,
     "gemma3_text": gemma3,
     "gemma3": gemma3,
+    "gemma4_text": gemma4,
     "gpt_oss": gpt_oss,
     "llama4_text": llama4,
     "bamba": bamba,

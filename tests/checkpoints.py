@@ -112,16 +112,17 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def make_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Random float32 tensors of a checkpoint, each a function of the seed and its own name."""
 
-    gemma = config["model_type"].startswith("gemma")  # norms around zero, embeddings that it scales up
+    gemma = config["model_type"].startswith("gemma")  # embeddings that it scales up
+    around_zero = gemma and config["model_type"] != "gemma4_text"  # its norms
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
         if "norm" in name or "ln_q" in name:
-            return (0 if gemma and not name.startswith("vision_tower") else 1) + 0.1 * values
+            return (0 if around_zero and not name.startswith("vision_tower") else 1) + 0.1 * values
         if name.endswith("sinks"):
             return values
-        if name.endswith(".D"):
+        if name.endswith((".D", "layer_scalar")):
             return 1 + 0.1 * values
         if name.endswith(".A_log"):
             return values - 2  # slow to forget: a wrong state shows long after

@@ -16,7 +16,10 @@ from checkpoints import golden
 CASES = ["mistral-window", "gemma3", "gpt-oss", "llama4"]
 
 
-OTHERS = ["olmo2", "olmo3", "phi3", "smollm3", "glm4", "glm4-moe", "granite4", "qwen2-moe", "qwen3-moe", "nemotron-h"]
+OTHERS = [
+    *("olmo2", "olmo3", "phi3", "smollm3", "glm4", "glm4-moe", "granite4", "qwen2-moe", "qwen3-moe"),
+    *("nemotron-h", "gemma4"),
+]
 
 
 def by_day(*names):

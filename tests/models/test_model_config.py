@@ -110,6 +110,16 @@ def test_what_nemotron_cannot_be_is_named(pattern, message):
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [{"hidden_size_per_layer_input": 32}, {"num_kv_shared_layers": 1}, {"enable_moe_block": True},
+     {"use_bidirectional_attention": True}, {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}],
+)  # fmt: skip
+def test_what_gemma4_cannot_be_is_named(overrides):
+    with pytest.raises(ModelError, match=next(iter(overrides))):
+        read_config(make_config("gemma4", **overrides))
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture.*GPT2LMHeadModel.*known: .*LlamaForCausalLM"),

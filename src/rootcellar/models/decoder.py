@@ -49,6 +49,7 @@ def through_layers(
             out = apply(cfg.norm(hidden, weights[f"{part}_norm"]) if layer.pre_norms else hidden)
             out = cfg.norm(out, weights[f"{part}_post_norm"]) if layer.post_norms else out
             hidden = hidden + (out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype))
+        hidden = hidden * weights["scale"].astype(hidden.dtype) if layer.scaled else hidden
     return cfg.norm(hidden, params["norm"])
 
 

@@ -102,6 +102,7 @@ class LayerConfig:
     ``feed_forward``: None where there is none (some layers of Nemotron-H).
     ``pre_norms``: what mixer and feed-forward are given is normed (all but OLMo 2 and 3); ``post_norms``: what they
     give is, before it is added (Gemma, GLM 4, OLMo).
+    ``scaled``: what leaves the layer is multiplied by a number of its own (Gemma 4).
     ``numbers``: the checkpoint's of the mixer and of the feed-forward, where each is a layer of its own there.
     """
 
@@ -109,6 +110,7 @@ class LayerConfig:
     feed_forward: FeedForward | None
     pre_norms: bool = True
     post_norms: bool = False
+    scaled: bool = False
     numbers: tuple[int, int] | None = None
 
     @property

@@ -43,6 +43,11 @@ def qkv(packed: NDArray[Any]) -> Views:
     return [linear(part, 1) for part in _by_group(packed)]
 
 
+def qk(packed: NDArray[Any]) -> Views:
+    """Queries, and keys which are values too, ``[in, K, G + 1, D]``: two linear layers."""
+    return [linear(packed[..., :-1, :], 1), linear(packed[..., -1, :], 1)]
+
+
 def qkv_bias(packed: NDArray[Any]) -> Views:
     """The biases of ``qkv``: ``[K, G + 2, D]``."""
     return [linear(part, 0) for part in _by_group(packed)]

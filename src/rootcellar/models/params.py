@@ -55,6 +55,7 @@ def _declare_layer(cfg: ModelConfig, index: int, layer: LayerConfig) -> Params:
     spec = _declaring(cfg.architecture, *(layer.numbers or (index, index)))
     parts: list[Params] = [
         {name: spec(name, (cfg.hidden_size,), (None,), cfg.norm.init) for name in layer.norms},
+        {"scale": spec("scale", (1,), (None,), "ones")} if layer.scaled else {},
         layer.mixer.declare(spec, cfg.hidden_size),
         {} if layer.feed_forward is None else layer.feed_forward.declare(spec, cfg.hidden_size),
     ]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rootcellar.errors import ModelError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 AXES = 3
 """Of a place in a picture: time, height and width."""
 
@@ -46,6 +46,8 @@ class RopeConfig:
     """Divides the frequency of each pair (longrope)."""
     part: float = 1.0
     """Of each head the leading part that is turned; the rest is left as it is."""
+    turning: float = 1.0
+    """Of the pairs of a whole head those that turn, the quickest (Gemma 4's "proportional"); the others stand still."""
     sections: tuple[int, ...] = ()
     """Pairs that turn by a token's place in time, in height and in width, in this order (Qwen2-VL's "mrope"); none: all
     turn by its position."""
@@ -81,6 +83,9 @@ def read_rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
         return RopeConfig(theta=theta, part=part, sections=sections, alternate=alternate)
     if sections:
         raise ModelError(f"mrope_section={list(sections)} with rope scaling {rule!r} is not supported")
+    if rule == "proportional":
+        factor = float(fields.get("factor") or 1.0)
+        return RopeConfig(theta=theta, type=rule, factor=factor, original_max=context, turning=part)
     if rule == "longrope":
         return _read_longrope(raw, fields, context, RopeConfig(theta=theta, type=rule, part=part))
     if part != 1:
@@ -157,8 +162,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> npt.NDArray[np.float
     JAX, to the bit. (torch rounds each power and its inverse: a third of its frequencies are one unit beside.)
     """
     plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
-    if rope.type == "linear":
+    if rope.type in ("linear", "proportional"):
         plain = plain / rope.factor
+        plain[int(rope.turning * head_dim // 2) :] = 0
     elif rope.type == "longrope":
         plain = plain / np.asarray(rope.factors)
     elif rope.type == "llama3":

@@ -83,14 +83,15 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or false; also 0, and what other numbers up to ``most`` some configs write for true."""
+    """True or false; also 0, and what other numbers up to ``most`` some configs write for true, or one ``word``."""
 
     most: int = 1
+    word: str | None = None
     said: str = "true or false"
 
     def allows(self, value: Any) -> bool:
         """See ``Field``."""
-        return isinstance(value, int) and 0 <= value <= self.most
+        return (self.word is not None and value == self.word) or (isinstance(value, int) and 0 <= value <= self.most)
 
 
 @dataclass(frozen=True)
@@ -254,13 +255,19 @@ FIELDS: Mapping[str, Field] = {
     "num_key_value_heads": _SIZE,
     "head_dim": _SIZE,
     "attention_head_dim": _SIZE,
+    "global_head_dim": _SIZE,
+    "num_global_key_value_heads": _SIZE,
+    "attention_k_eq_v": Flag(),
+    "num_kv_shared_layers": _LAYER,
+    "hidden_size_per_layer_input": _COUNT,
+    "enable_moe_block": Flag(),
     "attention_bias": Flag(),
     "qkv_bias": Flag(),
     "attention_multiplier": _SCALE,
     "position_embedding_type": Word(),
     "query_pre_attn_scalar": _SCALE,
     "attn_logit_softcapping": Number(0, 1e6),
-    "use_bidirectional_attention": Flag(),
+    "use_bidirectional_attention": Flag(word="vision"),
     "use_qk_norm": Flag(),
     "attn_temperature_tuning": Flag(most=4),  # as early configs of Llama 4 have it
     "floor_scale": Number(0, LONGEST_CONTEXT, above=True),

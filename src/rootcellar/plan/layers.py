@@ -83,7 +83,7 @@ def read_architecture(raw: Raw, *, window: int | None = None) -> Architecture:
         elif rule == "chunked_local":
             groups.append(Group(chunked_local("chunk", layers, span), _attention(text)))
         else:
-            groups.append(Group(full("full", layers), _attention(text)))
+            groups.append(Group(full("full", layers), _attention(_of_full_layers(text))))
     if all(group.kind.rule == "recurrent" for group in groups):
         raise ConfigError("this model has no attention layers: a request costs the same whatever its length")
     groups.sort(key=lambda group: RULES.index(group.kind.rule))
@@ -118,7 +118,7 @@ _PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 """Letters of ``hybrid_override_pattern``."""
 
 # Every n-th layer is full where a config does not say it: (model_type prefix, n).
-_PATTERNS = (("gemma3", 6), ("gemma2", 2), ("cohere2", 4), ("gpt_oss", 2), ("olmo3", 4))
+_PATTERNS = (("gemma4", 6), ("gemma3", 6), ("gemma2", 2), ("cohere2", 4), ("gpt_oss", 2), ("olmo3", 4))
 
 
 def layers_named(text: Raw) -> list[str]:
@@ -211,6 +211,14 @@ def _attention(text: Raw) -> Stored:
     heads = int(need(text, "num_attention_heads"))
     kv_heads = kv_heads_of(text)
     return Heads(kv_heads, head_dim(text), heads // kv_heads)
+
+
+def _of_full_layers(text: Raw) -> Raw:
+    """The config with the heads of its full layers, where they have others (Gemma 4)."""
+    if not text.get("global_head_dim"):
+        return text
+    heads = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
+    return {**text, "head_dim": text["global_head_dim"], "num_key_value_heads": heads or kv_heads_of(text)}
 
 
 def kv_heads_of(text: Raw) -> int:

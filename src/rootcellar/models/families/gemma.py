@@ -1,7 +1,8 @@
-"""Gemma 2 and 3: window layers between full ones, four norms a layer.
+"""Gemma 2, 3 and 4: window layers between full ones, four norms a layer.
 
 Gemma 3 has norms of queries and keys and a rotary embedding for each rule, and sees pictures, in both directions;
-Gemma 2 squashes the scores of attention.
+Gemma 2 squashes the scores of attention. Full layers of Gemma 4 have heads of their own, whose values are their keys
+before these are normed and turned.
 """
 
 from __future__ import annotations
@@ -61,6 +62,40 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     rules = rules_of(raw, "full", "sliding_window")
     ropes = {rule: rope_of_rule(raw, rule) for rule, _ in rules}
     return _layers(raw, rules, ropes, qk_norm=_norm(raw))
+
+
+def _gemma4(raw: Raw) -> dict[str, Any]:
+    """The dense models. Those with a vector of each token for each layer, layers that attend over the KV of another, or
+    experts are refused.
+    """
+    refuse(raw, "hidden_size_per_layer_input", "num_kv_shared_layers", "enable_moe_block", "attention_bias")
+    if raw.get("use_bidirectional_attention") != "vision":  # without pictures there is no difference
+        refuse(raw, "use_bidirectional_attention")
+    rules = rules_of(raw, "full", "sliding_window")
+    if rules[-1][0] != "full":
+        raise ModelError("the last of layer_types must be full_attention")
+    norm = Norm(number(raw, "rms_norm_eps"))
+    dense = Dense(size(raw, "intermediate_size"), activation=activation_of(raw, "hidden_activation"))
+    one = bool(raw.get("attention_k_eq_v"))
+    apart = {"head_dim": size(raw, "global_head_dim")}
+    if one:
+        apart["num_key_value_heads"] = size(raw, "num_global_key_value_heads", size(raw, "num_key_value_heads"))
+
+    def layer(rule: Any, span: int) -> LayerConfig:
+        heads = heads_of({**raw, **apart} if rule == "full" else raw)
+        mixer = Attention(
+            **heads, rule=rule, span=span, rope=rope_of_rule(raw, rule), scale=1.0, qk_norm=norm, v_unit=norm.eps,
+            one_kv=one and rule == "full",
+        )  # fmt: skip
+        return LayerConfig(mixer, dense, post_norms=True, scaled=True)
+
+    softcap = raw.get("final_logit_softcapping")
+    return {
+        "layers": tuple(layer(rule, span) for rule, span in rules),
+        "norm": norm,
+        "embed_scale": size(raw, "hidden_size") ** 0.5,
+        "logit_softcap": None if softcap is None else float(softcap),
+    }
 
 
 def _norm(raw: Raw) -> Norm:
@@ -174,7 +209,39 @@ GEMMA2_DEFAULTS: Raw = {
     "max_position_embeddings": 8192,
     "vocab_size": 256000,
 }
+GEMMA4_NAMES: Names = {
+    **NAMES,
+    **layer_names(
+        scale="layer_scalar",
+        qk=tuple(f"self_attn.{x}_proj.weight" for x in "qk"),
+    ),
+}
+GEMMA4_DEFAULTS: Raw = {
+    "model_type": "gemma4_text",
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 256,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+    },
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+    "vocab_size": 262144,
+}
 FAMILIES = (
+    Family("Gemma4ForCausalLM", _gemma4, GEMMA4_NAMES, GEMMA4_DEFAULTS),
+    Family(
+        "Gemma4ForConditionalGeneration",
+        _gemma4,
+        {n: tuple(s.replace("model.", "model.language_model.", 1) for s in each) for n, each in GEMMA4_NAMES.items()},
+        GEMMA4_DEFAULTS,
+    ),
     Family("Gemma2ForCausalLM", _gemma2, NAMES, GEMMA2_DEFAULTS),
     Family("Gemma3ForCausalLM", _gemma3, NAMES, DEFAULTS),
     Family("Gemma3ForConditionalGeneration", _gemma3_seeing, SEEING_NAMES, DEFAULTS),

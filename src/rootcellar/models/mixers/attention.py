@@ -49,6 +49,8 @@ class Attention:
         softcap: scores are squashed to within it by tanh (Gemma 2); None: they are not.
         qk_norm: of queries and keys by head, before they are turned; ``qk_whole``: of all heads together (OLMo).
         qk_unit: queries and keys are divided by their root mean square after they are turned; the epsilon. None: not.
+        v_unit: so are values (Gemma 4).
+        one_kv: one projection is for keys and values, which part when the keys are normed (Gemma 4's full layers).
         sinks: each head has a learned score that takes weight and gives nothing (gpt-oss).
         gated: each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next).
     """
@@ -66,6 +68,8 @@ class Attention:
     qk_norm: Norm | None = None
     qk_whole: bool = False
     qk_unit: float | None = None
+    v_unit: float | None = None
+    one_kv: bool = False
     sinks: bool = False
     temperature: Temperature | None = None
     gated: bool = False
@@ -103,13 +107,15 @@ class Attention:
     def declare(self, declare: Declare, embed: int) -> Params:
         """``qkv`` [E, K, G + 2, D], ``o`` [H, D, E]; biases, norms by head and sinks where there are any.
 
-        Where heads are ``gated`` each query of ``qkv`` has its gate after it: [E, K, 2 G + 2, D].
+        Where heads are ``gated`` each query of ``qkv`` has its gate after it: [E, K, 2 G + 2, D]. With ``one_kv`` it is
+        ``qk`` [E, K, G + 1, D].
         """
         heads, kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
         group = self.group_size * (2 if self.gated else 1)
         by_group: tuple[Axis, ...] = ("kv_heads", None, None)
+        packed, rows, how = ("qk", group + 1, packing.qk) if self.one_kv else ("qkv", group + 2, packing.qkv)
         params: Params = {
-            "qkv": declare("qkv", (embed, kv, group + 2, dim), ("embed", *by_group), "random", packing.qkv, (0,)),
+            packed: declare(packed, (embed, kv, rows, dim), ("embed", *by_group), "random", how, (0,)),
             "o": declare("o", (heads, dim, embed), ("heads", None, "embed"), "random", packing.heads_in, (0, 1)),
         }
         if self.qkv_bias:
@@ -170,10 +176,10 @@ class Attention:
 
         ``positions``: int32 [T], or [3, T] (see ``rope.turn``).
         """
-        rows = product(x, params["qkv"])
+        rows, kv = product(x, params["qk" if self.one_kv else "qkv"]), 1 if self.one_kv else 2
         if self.qkv_bias:
             rows = rows + params["qkv_bias"]
-        q, k, v = rows[:, :, :-2], rows[:, :, -2], rows[:, :, -1]
+        q, k, v = rows[:, :, :-kv], rows[:, :, -kv], rows[:, :, -1]
         gate = q[:, :, 1::2].reshape(-1, self.num_heads, self.head_dim) if self.gated else None
         q = (q[:, :, ::2] if self.gated else q).reshape(-1, self.num_heads, self.head_dim)
         if self.qk_norm is not None:
@@ -182,6 +188,8 @@ class Attention:
             q, k = turn(self.rope, positions, q, k)
         if self.qk_unit is not None:
             q, k = (scaled(part, self.qk_unit).astype(part.dtype) for part in (q, k))
+        if self.v_unit is not None:
+            v = scaled(v, self.v_unit).astype(v.dtype)
         if self.temperature is not None:
             grown = jnp.floor((positions.astype(jnp.float32) + 1) / self.temperature.floor)
             q = (q * (1 + self.temperature.scale * jnp.log1p(grown))[:, None, None]).astype(q.dtype)
@@ -227,16 +235,16 @@ class Attention:
         copies = self.copies(tp_size)
         if copies == 1:
             return params
-        packed = ("qkv", "qkv_bias") if self.qkv_bias else ("qkv",)
-        repeated = {name: _repeat(params[name], copies) for name in packed}
+        packed = [name for name in ("qkv", "qkv_bias", "qk") if name in params]
+        repeated = {name: _repeat(params[name], copies, self.group_size * copies) for name in packed}
         if self.qk_norm is not None and self.qk_whole:  # a mean over copies is the mean
             repeated["k_norm"] = jnp.repeat(params["k_norm"], copies, axis=0)
         return {**params, **repeated}
 
 
-def _repeat(array: Any, copies: int) -> jax.Array:
-    *lead, kv, rows, dim = array.shape
-    group = rows - 2
+def _repeat(array: Any, copies: int, group: int) -> jax.Array:
+    """``group``: queries of a key/value head before."""
+    *lead, kv, _, dim = array.shape
     queries = array[..., :group, :].reshape(*lead, kv * copies, group // copies, dim)
     pairs = jnp.repeat(array[..., group:, :], copies, axis=len(lead))
     return jnp.concatenate([queries, pairs], axis=-2)
