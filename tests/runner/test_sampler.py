@@ -210,3 +210,7 @@ def test_a_top_p_of_zero_is_greedy_and_a_top_k_of_zero_leaves_all():
     same, _ = draw(logits, [row(seed=5, temperature=0), row(seed=5, top_k=-1)])
     assert tokens.tolist() == same.tolist()
     assert int(tokens[0]) == int(logits[0].argmax())
+
+
+def test_a_top_k_of_more_than_there_are_tokens_leaves_all():
+    assert sampler.build([row(top_k=2**40)], 1, VOCAB).top_k.tolist() == [VOCAB]

@@ -101,7 +101,7 @@ def build(rows: Sequence[Sampled], size: int, vocab: int) -> SamplingBatch | Non
     seeds[: len(rows)] = [(r.seed >> 32 & 0xFFFFFFFF, r.seed & 0xFFFFFFFF) for r in rows]
     common = SamplingBatch(
         temperature=column(lambda r: 0.0 if r.params.greedy else r.params.temperature, 0.0, np.float32),
-        top_k=column(lambda r: r.params.top_k if r.params.top_k > 0 else vocab, vocab, np.int32),
+        top_k=column(lambda r: min(r.params.top_k, vocab) if r.params.top_k > 0 else vocab, vocab, np.int32),
         top_p=column(lambda r: r.params.top_p, 1.0, np.float32),
         min_p=column(lambda r: r.params.min_p, 0.0, np.float32),
         seed=seeds,
