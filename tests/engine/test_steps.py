@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from machines import EOS, VOCAB, Callers, expected_answer, hash_machine
 
 from rootcellar.cache import Done, Key, Reports, Tier
-from rootcellar.engine.commands import Hint
+from rootcellar.engine.commands import Hint, Pin
 from rootcellar.engine.loop import Loop
 from rootcellar.engine.output import LogprobOptions
 from rootcellar.errors import CacheBroken
@@ -45,6 +45,30 @@ def test_what_is_only_retained_gives_way_to_a_request_that_grows():
     callers.run()
     assert callers.results()["c1-0"][1] == {"type": "length", "length": 40}
     check_whole(machine)
+
+
+def kept_and_asked(sort, length, new):
+    """What becomes of a request beside a prompt of 28 tokens that is kept so, in a cache of 64."""
+    machine = hash_machine(tokens=64)
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(1, 28)], 0, max_new_tokens=1))
+    callers.run()
+    tokens, _ = callers.do(Pin(tuple(prompt(1, 28)), "", "", 60.0, 1.0, sort)).result()
+    assert tokens == 28
+    callers.do(callers.submit([prompt(2, length)], 1, stop_ids=(), max_new_tokens=new))
+    callers.run()
+    reason = callers.results()["c1-0"][1]
+    machine.pins.expire(60.0)
+    check_whole(machine)
+    return reason
+
+
+@pytest.mark.parametrize(("length", "new"), [(50, 1), (20, 40)], ids=["as it starts", "as it grows"])
+def test_a_conversation_that_is_kept_makes_way_where_nobody_else_can(length, new):
+    assert kept_and_asked("kept", length, new) == {"type": "length", "length": new}
+    reason = kept_and_asked("pin", length, new)
+    assert reason["type"] == "abort"
+    assert "28 are pinned" in reason["message"] or "no room for request" in reason["message"]
 
 
 # -- steps that fail --------------------------------------------------------------------------------------------------

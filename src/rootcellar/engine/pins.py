@@ -1,9 +1,10 @@
 """Pinned prompts, each with an end in seconds: the cache counts time in ticks. For the engine's thread.
 
 Three sorts. A ``pin`` stays till its end. What is ``kept`` does too, for a conversation that grows: a longer one takes
-the place of those that it begins with. What is ``retained`` is so, and is not pinned: the cache expects it until its
-end, or, if it is for ``once``, until a request came that goes on from it, so that it leaves after all else, and what is
-wanted last first. It counts as what its tenant keeps all the same, and gives way to the others.
+the place of those that it begins with, and the oldest makes way where a request finds no room though nobody runs. What
+is ``retained`` is so, and is not pinned: the cache expects it until its end, or, if it is for ``once``, until a request
+came that goes on from it, so that it leaves after all else, and what is wanted last first. It counts as what its tenant
+keeps all the same, and gives way to the others.
 """
 
 from __future__ import annotations
@@ -144,6 +145,18 @@ class Pins:
         for pin in [pin for pin in self._pins.values() if pin.ends > (known if pin.known else unknown)]:
             if pin.expected:
                 self._let_go(pin)
+
+    def make_way(self) -> bool:
+        """Let go of the oldest conversation that is kept, for a request that finds no room; False: there is none."""
+        pin = next((pin for (_, _, sort), pin in self._pins.items() if sort == "kept"), None)
+        if pin is not None:
+            self._let_go(pin)
+        return pin is not None
+
+    @property
+    def pinned(self) -> int:
+        """Tokens that stay until the end of their pins, those of several counted for each."""
+        return sum(pin.tokens for pin in self._pins.values() if not pin.expected)
 
     def expire(self, now: float) -> None:
         """Let go of those whose end has come."""

@@ -130,6 +130,7 @@ class Machine:
         self.trackers = self.roster.trackers
         self.places = Places(life.scheduler, max_running, max_queued)
         self.pins = Pins(life.scheduler.cache, total_tokens)
+        self.scheduler.make_way = self.pins.make_way
         names_of = partial(digests, page_size=life.scheduler.cache.page_size)
         self.prefetcher = prefetcher or Prefetcher(life.scheduler, names_of)
         self.peers = Peers() if side is None else side(life.scheduler, self.end, self.prefetcher.arrived)
@@ -362,10 +363,12 @@ class Machine:
         """
         if self.scheduler.awaits_bytes:
             self._stuck = True
-        elif not self.scheduler.idle and not self.scheduler.running:
+        elif not self.scheduler.idle and not self.scheduler.running and not self.pins.make_way():
             request = next(iter(self.scheduler.waiting))
-            available = self.scheduler.cache.available_tokens()
-            self.end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
+            why = f"cannot start: {self.scheduler.cache.available_tokens()} tokens of KV cache are available"
+            if self.pins.pinned:
+                why += f", and {self.pins.pinned} are pinned: let go of pins, or wait for their end"
+            self.end(request, Finish.abort("no_room", why))
 
     def _dispatch(self) -> None:
         """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""

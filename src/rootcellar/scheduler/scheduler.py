@@ -89,6 +89,8 @@ class Scheduler:
         """Requests that ``plan`` had to end; the engine takes them from here."""
         self.retracted: list[Request] = []
         """Requests that lost their memory; the engine takes them from here."""
+        self.make_way: Callable[[], bool] = lambda: False
+        """Lets go of something that is kept in the cache though nobody runs with it; False: there is nothing."""
         self.retractions = 0
         self._chunk = chunked_prefill_size
         self._little = little_of(chunked_prefill_size)
@@ -337,14 +339,12 @@ class Scheduler:
                 if len(self.running) > 1 or self.awaits_bytes:
                     # What copies under way will fill is theirs until they are done: then there is room again.
                     self._retract(max(Held(self.running).largest(self.running), key=self._admitted.__getitem__))
-                    continue
-                # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
-                message = (
-                    f"the KV cache has no room for request {request.rid} although nothing else runs "
-                    f"({self.cache.available_tokens()} tokens available): raise max_total_tokens"
-                )
-                self.finish(request, Finish.abort("no_room", message))
-                self.failed.append(request)
+                elif not self.make_way():
+                    # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
+                    free = f"{self.cache.available_tokens()} tokens available"
+                    why = f"the KV cache has no room for request {request.rid} although nothing else runs ({free})"
+                    self.finish(request, Finish.abort("no_room", f"{why}: raise max_total_tokens"))
+                    self.failed.append(request)
             if request.lease is not None:
                 request.slots = end
         return [r for r in requests if r.lease is not None]
