@@ -70,6 +70,7 @@ def run(devices, tmp_path):
         pytest.param("qwen2-4kv", 4, 1, marks=pytest.mark.long),
         pytest.param("llama2", 4, 1, marks=pytest.mark.long),
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
+        pytest.param("gemma4", 2, 1, marks=pytest.mark.long),  # one head of keys, which are values, is repeated
         pytest.param("llama4", 2, 1, marks=pytest.mark.long),
     ],
 )

@@ -236,15 +236,16 @@ class Attention:
         if copies == 1:
             return params
         packed = [name for name in ("qkv", "qkv_bias", "qk") if name in params]
-        repeated = {name: _repeat(params[name], copies, self.group_size * copies) for name in packed}
+        repeated = {name: _repeat(params[name], copies, 1 if self.one_kv else 2) for name in packed}
         if self.qk_norm is not None and self.qk_whole:  # a mean over copies is the mean
             repeated["k_norm"] = jnp.repeat(params["k_norm"], copies, axis=0)
         return {**params, **repeated}
 
 
-def _repeat(array: Any, copies: int, group: int) -> jax.Array:
-    """``group``: queries of a key/value head before."""
-    *lead, kv, _, dim = array.shape
+def _repeat(array: Any, copies: int, shared: int) -> jax.Array:
+    """``shared``: rows of a key/value head behind its queries."""
+    *lead, kv, rows, dim = array.shape
+    group = rows - shared
     queries = array[..., :group, :].reshape(*lead, kv * copies, group // copies, dim)
     pairs = jnp.repeat(array[..., group:, :], copies, axis=len(lead))
     return jnp.concatenate([queries, pairs], axis=-2)
