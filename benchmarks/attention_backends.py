@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the first shape and context alone")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if kernels.library() is None:
+    if kernels.built() is None:
         print("there is no native backend to compare: it was not built, or this is no CPU for it", file=sys.stderr)
         return 1
     rows = []

@@ -93,7 +93,7 @@ def test_hybrid_layouts_are_measured_with_every_tier_and_planned_for():
     assert {(row["machine"], row["length"]) for row in found["planned"]} >= {("8xH200", 10_000_000)}
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no native attention here")
+@pytest.mark.skipif(kernels.built() is None, reason="no native attention here")
 def test_what_auto_takes_is_not_the_slow_one():
     """The native kernel over XLA, in turns: from 2 to 6 times as fast; vectors wider than registers gave 0.2 to 0.3."""
     command = [sys.executable, str(ROOT / "benchmarks" / "attention_backends.py"), "--quick", "--json", "--rounds", "3"]

@@ -13,7 +13,7 @@ from rootcellar.ops.backends import BACKENDS, INTERPRETED, Reach, attention, cho
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import PagedHeads, layout_of
 
-NATIVE = kernels.library() is not None
+NATIVE = kernels.built() is not None
 NATIVE_ONLY = pytest.mark.skipif(not NATIVE, reason="built without a compiler")
 # The one for TPUs is interpreted, and slow: test_paged.py.
 EACH = [

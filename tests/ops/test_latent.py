@@ -10,7 +10,7 @@ from rootcellar.ops.backends import BACKENDS, INTERPRETED, Reach, attention, xla
 from rootcellar.pools.layouts import PagedLatents
 
 EACH = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "native" and kernels.library() is None, reason="not built"))
+    pytest.param(name, marks=pytest.mark.skipif(name == "native" and kernels.built() is None, reason="not built"))
     for name in BACKENDS
     if name not in INTERPRETED  # which are interpreted, and slow: test_paged.py, test_paged_gpu.py
 ]

@@ -161,7 +161,7 @@ def test_a_token_is_read_where_it_was_written_and_nothing_else_is_touched(form, 
 
 BACKENDS = [
     pytest.param(
-        backend, form, name, marks=[] if backend == "xla" or kernels.library() else pytest.mark.skip("not built")
+        backend, form, name, marks=[] if backend == "xla" or kernels.built() else pytest.mark.skip("not built")
     )
     for form, name in NAMES
     for backend in ("xla", "native")
@@ -212,7 +212,7 @@ def test_attention_is_that_over_what_was_read(backend, form, name):
         np.testing.assert_allclose(found[at], expected, atol=2e-3)
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="not built")
+@pytest.mark.skipif(kernels.built() is None, reason="not built")
 @pytest.mark.parametrize("index", range(4))
 def test_pools_that_are_not_what_the_grids_say_are_not_read(index):
     layout = layout_of(Heads(2, 32), "k8v4", 16)

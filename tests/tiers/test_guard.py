@@ -9,6 +9,7 @@ import pytest
 import xxhash
 from stores import MemoryStore, ToldStore, file_store, get, image, name, put, room
 
+from rootcellar.tiers import guard as guard_module
 from rootcellar.tiers import sealing
 from rootcellar.tiers.faulty import Faults, FaultyStore
 from rootcellar.tiers.guard import BreakerStats, Guard, GuardSettings
@@ -418,6 +419,25 @@ def test_images_are_sent_from_where_they_lie():
     assert len(store.sent) == 4
     assert all(get(guard, i) for i in range(4))
     assert get(guard, 9, 700)
+
+
+def test_what_cannot_be_summed_up_while_it_is_sent_is_not_stored(monkeypatch):
+    """The call is waited for, and then its memory is free again."""
+    store = Gatherer()
+    guard = Guard(store, GuardSettings(failures=10))
+    page = np.frombuffer(image(1), np.uint8).copy()
+    guard.register(page.data)
+
+    def fails(*_):
+        raise MemoryError("too little")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guard_module, "seals_of", fails)
+        assert guard.put([name(1)], [page.data]) == [False]
+    assert guard.has([name(1)]) == [False]
+    assert (guard.stats()["put"].failures, guard._hanging, len(guard._spare)) == (1, 0, 1)
+    assert guard.put([name(1)], [page.data]) == [True]
+    assert get(guard, 1)
 
 
 @pytest.mark.parametrize("changed", [2500, 5000])

@@ -46,19 +46,25 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, clock):
 
 def test_a_page_that_another_thread_writes_is_waited_for(tmp_path, clock, monkeypatch):
     store = opened(tmp_path, clock)
-    began, go_on, write = threading.Event(), threading.Event(), store._write
+    began, asks, go_on = threading.Event(), threading.Event(), threading.Event()
+    write, kept = store._write, store._kept
 
     def slowly(place, view):
         began.set()
         assert go_on.wait(20)
         return write(place, view)
 
+    def noted(names):
+        asks.set()
+        return kept(names)
+
     monkeypatch.setattr(store, "_write", slowly)
+    monkeypatch.setattr(store, "_kept", noted)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(put, store, [1])
         assert began.wait(20)
         second = threads.submit(put, store, [1])
-        assert not second.done()
+        assert asks.wait(20), "the second finds that the page is under way"
         go_on.set()
         assert (first.result(20), second.result(20)) == ([True], [True])
     assert get(store, 1)

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import (
-    _core,  # by name: the package itself chooses among the cores
-    words,
-)
+from rootcellar.cache import _core  # the compiled module alone: the package itself chooses among the cores
 from rootcellar.cache.adaptive import EDGES
 from rootcellar.cache.api import PrefixCache
 from rootcellar.cache.cache import Cache
@@ -33,6 +30,7 @@ from rootcellar.cache.slots import not_free
 from rootcellar.cache.stats import CacheStats, count_shelf
 from rootcellar.cache.tree import Tree
 from rootcellar.cache.views import NodeView, TreeView
+from rootcellar.cache.words import busy
 
 
 class NativeRadixCache(_core.Core):
@@ -83,7 +81,7 @@ class NativeRadixCache(_core.Core):
     def forget_tier(self, tier: Tier) -> None:
         leases, copies = self._busy(tier)
         if leases or copies:
-            raise words.busy(f"{tier.name} cannot be emptied", leases, copies)
+            raise busy(f"{tier.name} cannot be emptied", leases, copies)
         self._forget_tier(tier)
 
     def ask(self, key: Key, tier: Tier = Tier.STORAGE) -> Question | None:
@@ -108,7 +106,7 @@ class NativeRadixCache(_core.Core):
     def flush(self) -> None:
         leases, copies = self._busy(None)
         if leases or copies:
-            raise words.busy("the cache cannot be flushed", leases, copies)
+            raise busy("the cache cannot be flushed", leases, copies)
         self._flush()
 
     # ---- observability ----------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ It is kept on the device and, with tiers, in host memory when it has left that.
 
 A request that runs waits where its next token is of a picture that has no vectors yet; everybody else goes on. So a
 picture is encoded once, whoever shows it meanwhile, and between two steps decoding waits for no more of an encoder than
-costs what a few tokens of a prompt do. The vectors that running requests come to next are not evicted before
-their chunk.
+costs what a few tokens of a prompt do. The vectors that running requests come to next are not evicted before their
+chunk.
 """
 
 from __future__ import annotations

@@ -276,9 +276,10 @@ def estimate_reserve(programs: Programs) -> int:
     prefill, rows = max(tiles for tiles, tile in sizes if tile == shapes.tile), max(t for t, tile in sizes if tile == 1)
     # The widest of each: a bound, whichever layer is the widest.
     heads, kv_heads, head_dim = (max(w) for w in zip(*(layer.mixer.widths for layer in model.layers), strict=True))
+    feed_forwards = [layer.feed_forward for layer in model.layers]
     widths = Widths(
         hidden=model.hidden_size,
-        intermediate=max(f.width(model.hidden_size) for f in (layer.feed_forward for layer in model.layers) if f),
+        intermediate=max((f.width(model.hidden_size) for f in feed_forwards if f is not None), default=0),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -153,11 +153,6 @@ class Pins:
             self._let_go(pin)
         return pin is not None
 
-    @property
-    def pinned(self) -> int:
-        """Tokens that stay until the end of their pins, those of several counted for each."""
-        return sum(pin.tokens for pin in self._pins.values() if not pin.expected)
-
     def expire(self, now: float) -> None:
         """Let go of those whose end has come."""
         for pin in [pin for pin in self._pins.values() if pin.ends <= now]:

@@ -365,10 +365,8 @@ class Machine:
             self._stuck = True
         elif not self.scheduler.idle and not self.scheduler.running and not self.pins.make_way():
             request = next(iter(self.scheduler.waiting))
-            why = f"cannot start: {self.scheduler.cache.available_tokens()} tokens of KV cache are available"
-            if self.pins.pinned:
-                why += f", and {self.pins.pinned} are pinned: let go of pins, or wait for their end"
-            self.end(request, Finish.abort("no_room", why))
+            available = self.scheduler.cache.available_tokens()
+            self.end(request, Finish.abort("no_room", f"cannot start: {available} tokens of KV cache are available"))
 
     def _dispatch(self) -> None:
         """Hand over the copies that were planned, before the step writes where their sources are, and ask the store."""

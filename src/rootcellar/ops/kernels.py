@@ -23,7 +23,7 @@ _FUNCTIONS = {
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def built() -> ctypes.CDLL | None:
     """The shared library, registered with XLA; None where it was not built or is not wanted."""
     without = "attention and products run through XLA"
     return open_library(ops.__path__, "_native.so", _FUNCTIONS, without, functions=["rootcellar_runs_vectors"])
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
 
 def runs_vectors(name: str) -> bool:
     """Whether there are kernels for the instruction set of that name, and this processor has it; ``""``: for any."""
-    opened = library()
+    opened = built()
     return opened is not None and bool(opened.rootcellar_runs_vectors(name.encode()))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from rootcellar.ops import panels
-from rootcellar.ops.kernels import library, runs_vectors, vectors
+from rootcellar.ops.kernels import built, runs_vectors, vectors
 from rootcellar.ops.panels import Packed
 
 Weight = Array | Packed
@@ -45,7 +45,7 @@ def _native(x: Array, w: Packed) -> Array:
     outputs = [w.shape[i] for i in w.outputs]
     inputs, leads = math.prod(w.shape[i] for i in w.inputs), math.prod(outputs[:-1])
     flat = x.reshape(-1, inputs)
-    library()
+    built()
     call = jax.ffi.ffi_call(
         "rootcellar_product", jax.ShapeDtypeStruct((flat.shape[0], leads * outputs[-1]), jnp.float32)
     )

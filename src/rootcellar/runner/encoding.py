@@ -78,9 +78,10 @@ class PictureEncoder:
         """Each program once, on padding."""
         put = partial(self._placement.put, where=self._placement.whole)
         laid = Laid(*(put(each[None]) for each in self.encoder.blank(patches)))
-        each_kind = {stage.kind: stage for stage in reversed(self.encoder.stages(patches))}
-        stages = [stage for stage in self.encoder.stages(patches) if each_kind[stage.kind] == stage]
-        self.go_on(params, Encoding(laid, 1, put(np.zeros((1, 1), np.float32)), stages), math.inf)
+        stages = self.encoder.stages(patches)
+        first = {stage.kind: stage for stage in reversed(stages)}
+        left = [stage for stage in stages if stage is first[stage.kind]]
+        self.go_on(params, Encoding(laid, 1, put(np.zeros((1, 1), np.float32)), left), math.inf)
 
     def go_on(self, params: Params, encoding: Encoding, most: float) -> bool:
         """Run stages of at most ``most`` multiplications, and one at least; whether all have run. Waits for them."""

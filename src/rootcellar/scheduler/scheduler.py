@@ -27,7 +27,7 @@ from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.placeholders import outside
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, jumpers, place_of, served
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, beside, jumpers, place_of, served
 from rootcellar.scheduler.sharing import Sharing, note_cached, note_met
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
@@ -269,7 +269,7 @@ class Scheduler:
         if prefilling:
             prefilling.sort(key=self._admitted.__getitem__)
             first = jumpers(prefilling, self._little, bool(decoding) and self._decode_next, self._jumped)
-            first += fresh if first and self._decode_next else []
+            first += beside(first, fresh, self._little) if self._decode_next else []
             if first and (plan := self._prefill(first)) is not None:
                 self._jumped.update(r.tenant for r in first)
                 self._decode_next = self._decode_next or len(first) == len(prefilling)
@@ -343,7 +343,7 @@ class Scheduler:
                     # Nobody is left to make room: something else holds the pages. Never wait for it in silence.
                     free = f"{self.cache.available_tokens()} tokens available"
                     why = f"the KV cache has no room for request {request.rid} although nothing else runs ({free})"
-                    self.finish(request, Finish.abort("no_room", f"{why}: raise max_total_tokens"))
+                    self.finish(request, Finish.abort("no_room", f"{why}: unpin, or raise max_total_tokens"))
                     self.failed.append(request)
             if request.lease is not None:
                 request.slots = end

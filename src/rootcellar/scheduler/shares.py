@@ -325,6 +325,12 @@ def served(request: Request, cached: int, chunk: int, steps: Mapping[Request, in
     return [r for r, n in steps.items() if n >= asked and r.tenant != request.tenant and r.stage in FORWARD]
 
 
+def beside(first: Sequence[Request], others: Sequence[Request], tokens: int) -> list[Request]:
+    """Those of ``others`` that may share the small step of ``first``: of tenants with none there, a little each."""
+    there = {request.tenant for request in first}
+    return [request for request in light(others, tokens) if there and request.tenant not in there]
+
+
 def jumpers(prefilling: Sequence[Request], little: int, wait: bool, jumped: Container[str]) -> list[Request]:
     """Requests of those who want little, where they would otherwise share a large step or ``wait`` for another.
 

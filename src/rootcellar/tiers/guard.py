@@ -315,15 +315,18 @@ class Guard:
     ) -> list[bool]:
         lengths = [SEAL.size] * len(images)
         scratch = self._take(lengths)
-        seals, ready = scratch.split(lengths), threading.Event()
+        seals, made, ready = scratch.split(lengths), list[bytes](), threading.Event()
 
         def tails() -> Sequence[Block]:
             ready.wait()
+            if not made:
+                raise RuntimeError("what is sent could not be summed up")
             return seals
 
         def make() -> None:  # here: who was left behind would seal what may be another page by now
             try:
-                for place, sealed in zip(seals, seals_of(names, images), strict=True):
+                made.extend(seals_of(names, images))
+                for place, sealed in zip(seals, made, strict=True):
                     place[:] = sealed
             finally:
                 ready.set()
@@ -402,7 +405,10 @@ class Guard:
         with self._lock:
             self._hanging += 1
         threading.Thread(target=work, name=f"rootcellar-{self._name}", daemon=True).start()
-        meanwhile()
+        try:
+            meanwhile()
+        except BaseException as error:  # it is waited for all the same: it works in the same memory
+            errors.append(error)
         if not over.wait(max(end - self._now(), 0.0)):
             with self._lock:
                 behind = not over.is_set()

@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 from rootcellar.errors import ConfigError, ModelError
-from rootcellar.models.families.bamba import check_step_limit
+from rootcellar.models.families.bamba import MAMBA_NAMES, check_step_limit
 from rootcellar.models.families.family import Family, Names, Raw, activation_of, given, heads_of, refuse, size
-from rootcellar.models.feed_forward import Plain
+from rootcellar.models.feed_forward import Dense
 from rootcellar.models.mixers import Attention, Mamba2
 from rootcellar.models.model import LayerConfig
 from rootcellar.models.norms import Norm
@@ -28,21 +28,11 @@ NAMES: Names = {
     "norm": ("backbone.norm_f.weight",),
     "head": ("lm_head.weight",),
     "qkv": tuple(f"backbone.layers.{{layer}}.mixer.{x}_proj.weight" for x in "qkv"),
-    **_names(
-        "{layer}",
-        attn_norm="norm.weight",
-        o="mixer.o_proj.weight",
-        mamba_in="mixer.in_proj.weight",
-        mamba_in_bias="mixer.in_proj.bias",
-        mamba_conv="mixer.conv1d.weight",
-        mamba_conv_bias="mixer.conv1d.bias",
-        mamba_dt_bias="mixer.dt_bias",
-        mamba_a_log="mixer.A_log",
-        mamba_d="mixer.D",
-        mamba_norm="mixer.norm.weight",
-        mamba_out="mixer.out_proj.weight",
-        mamba_out_bias="mixer.out_proj.bias",
-    ),
+    **_names("{layer}", attn_norm="norm.weight", o="mixer.o_proj.weight"),
+    **{
+        name: tuple(source.replace("model.layers.{layer}.mamba.", "backbone.layers.{layer}.mixer.") for source in each)
+        for name, each in MAMBA_NAMES.items()
+    },
     **_names(
         "{feed_forward}",
         mlp_norm="norm.weight",
@@ -72,14 +62,13 @@ def _nemotron(raw: Raw) -> dict[str, Any]:
         raise ModelError("layers of experts without gates ('moe', 'E' in hybrid_override_pattern) are not supported")
     attention = Attention(**heads_of(raw, int(given(raw, "attention_head_dim", 128))), rope=None)
     mamba = _mamba(raw)
-    plain = Plain(
-        size(raw, "intermediate_size"), bool(raw.get("mlp_bias")), activation_of(raw, "mlp_hidden_act", "relu2")
-    )
+    activation = activation_of(raw, "mlp_hidden_act", "relu2")
+    dense = Dense(size(raw, "intermediate_size"), bool(raw.get("mlp_bias")), activation, gated=False)
     layers = []
     for at, (name, after) in enumerate(pairwise([*named, "mamba"])):
         if name not in BESIDE:
             mixer = attention if name in ("attention", "full_attention") else mamba
-            layers.append(LayerConfig(mixer, plain if after in BESIDE else None, numbers=(at, at + 1)))
+            layers.append(LayerConfig(mixer, dense if after in BESIDE else None, numbers=(at, at + 1)))
     return {"layers": tuple(layers), "norm": Norm(_eps(raw))}
 
 

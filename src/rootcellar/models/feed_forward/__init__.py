@@ -2,6 +2,5 @@
 
 from rootcellar.models.feed_forward.dense import Dense
 from rootcellar.models.feed_forward.experts import Clamp, Experts
-from rootcellar.models.feed_forward.plain import Plain
 
-__all__ = ["Clamp", "Dense", "Experts", "Plain"]
+__all__ = ["Clamp", "Dense", "Experts"]

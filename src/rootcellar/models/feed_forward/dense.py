@@ -1,4 +1,4 @@
-"""The gated feed-forward: down(activation(gate(x)) * up(x))."""
+"""The feed-forward: down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ from rootcellar.ops.products import product
 
 @dataclass(frozen=True)
 class Dense:
-    """Gate, up and down, each with a bias or none. ``activation``: a name in ``ACTIVATIONS``."""
+    """Gate, up and down, each with a bias or none. ``activation``: a name in ``ACTIVATIONS``.
+
+    ``gated``: whether there is a gate; without, the activation is of what goes up (Nemotron-H).
+    """
 
     intermediate_size: int
     bias: bool = False
     activation: str = "silu"
+    gated: bool = True
+
+    @property
+    def _inward(self) -> str:
+        """The name of what leads in."""
+        return "gate_up" if self.gated else "up"
 
     def width(self, embed: int) -> int:  # noqa: ARG002 - its result is counted for every layer
         """See ``FeedForward``."""
         return self.intermediate_size
 
     def declare(self, declare: Declare, embed: int) -> Params:
-        """``gate_up`` [E, 2, I], ``down`` [I, E], and their biases where there are any."""
-        inner = self.intermediate_size
+        """``gate_up`` [E, 2, I], or without a gate ``up`` [E, 1, I]; ``down`` [I, E]; biases where there are any."""
+        inner, name, layers = self.intermediate_size, self._inward, 2 if self.gated else 1
         params: Params = {
-            "gate_up": declare("gate_up", (embed, 2, inner), ("embed", None, "mlp"), "random", packing.beside, (0,)),
+            name: declare(name, (embed, layers, inner), ("embed", None, "mlp"), "random", packing.beside, (0,)),
             "down": declare("down", (inner, embed), ("mlp", "embed"), "random", packing.transposed, (0,)),
         }
         if self.bias:
-            params["gate_up_bias"] = declare(
-                "gate_up_bias", (2, inner), (None, "mlp"), "zeros", packing.beside_bias
+            params[f"{name}_bias"] = declare(
+                f"{name}_bias", (layers, inner), (None, "mlp"), "zeros", packing.beside_bias
             )  # fmt: skip
             params["down_bias"] = declare("down_bias", (embed,), (None,), "zeros")
         return params
@@ -46,8 +55,9 @@ class Dense:
         tell: Callable[[jax.Array], None] | None = None,  # noqa: ARG002
     ) -> jax.Array:
         """``[T, E]`` of ``x`` [T, E]; there is no router that chooses."""
-        rows = product(x, params["gate_up"])
+        rows = product(x, params[self._inward])
         if self.bias:
-            rows = rows + params["gate_up_bias"]
-        out = product(ACTIVATIONS[self.activation](rows[:, 0]) * rows[:, 1], params["down"])
+            rows = rows + params[f"{self._inward}_bias"]
+        inner = ACTIVATIONS[self.activation](rows[:, 0])
+        out = product(inner * rows[:, 1] if self.gated else inner, params["down"])
         return out + params["down_bias"] if self.bias else out

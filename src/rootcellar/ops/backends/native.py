@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from rootcellar.ops.backends.backend import Attend
-from rootcellar.ops.kernels import library, runs_vectors, vectors
+from rootcellar.ops.kernels import built, runs_vectors, vectors
 from rootcellar.ops.reach import Reach
 from rootcellar.pools import Layout
 from rootcellar.pools.layouts import NarrowHeads, TokenLayout
@@ -42,7 +42,7 @@ def lacks(layout: Layout, platform: str) -> str | None:
     array, *_ = layout.buffers(1)
     if not isinstance(layout, NarrowHeads) and array.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads float32 and bfloat16 pools, and kv_cache_dtype is {array.dtype}"
-    if library() is None:
+    if built() is None:
         return "the package was installed without a C++ compiler, or ROOTCELLAR_NO_NATIVE=1 is set"
     if not runs_vectors(vectors()):
         return f"ROOTCELLAR_VECTORS={vectors()!r} is no instruction set that it is compiled for and that runs here"
@@ -52,7 +52,7 @@ def lacks(layout: Layout, platform: str) -> str | None:
 
 def attend(layout: TokenLayout, reach: Reach, *, fixed: bool = False) -> Attend:
     """See ``Backend``. ``fixed``: each sum in one order, whatever else is in the batch."""
-    library()
+    built()
     if isinstance(layout, NarrowHeads):
         return functools.partial(_attend_codes, layout, vectors(), reach)
     return functools.partial(_attend, _TARGETS[layout.name], vectors(), reach, fixed)
