@@ -3,14 +3,17 @@
 python scripts/make_speech.py FOLDER
 
 FOLDER holds chat templates as NAME.jinja: those of the wheel of trl 1.16 (`trl/chat_templates/`), and DeepSeek V3.1's
-own as deepseekv31.jinja. With `mistral_common` and `sentencepiece` installed Mistral's own library writes its form.
+own as deepseekv31.jinja; families whose template is not there stay as they were. With `mistral_common` and
+`sentencepiece` installed Mistral's own library writes its forms.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,13 @@ FAMILIES = {
     "gptoss": ("gpt-oss", "gpt-oss"),
     "gemma4_v5": ("gemma4", "gemma4"),
     "lfm2_v2": ("lfm2", None),
+}
+# By the versions of Mistral's tokenizers: lists of 2024; names and arguments since 2025, with the call's id at first.
+MISTRAL = {
+    "v3": ("mistral", None),
+    "v7": ("mistral", None),
+    "v11": ("mistral-args", None),
+    "v13": ("mistral-args", "mistral"),
 }
 USER = {"role": "user", "content": "What is the weather?"}
 # What ends a turn is a stop token, which an answer's text does not have.
@@ -131,38 +141,69 @@ def _case(prompt: str, answer: str, thought: str, text: str, calls: Any) -> dict
     return {"prompt": prompt, "answer": answer, "thought": thought, "text": text, "calls": calls}
 
 
-def by_mistral() -> list[dict[str, Any]]:
-    """The same by Mistral's own library, in its form of 2024."""
+def by_mistral(version: str, thinks: bool, folder: Path) -> list[dict[str, Any]]:
+    """The same by Mistral's own library, as its models of ``version`` write it; ``folder`` is written to."""
+    from mistral_common.protocol.instruct.chunk import TextChunk, ThinkChunk
     from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     tools = [Tool(function=Function(**tool["function"])) for tool in TOOLS]
+    tokenizer = _mistral(version, folder)
     found = []
-    for calls in CALLS[1:]:
+    for (thought, text), calls in itertools.product(SPOKEN if thinks else SPOKEN[:2], CALLS):
         made = [
             ToolCall(id=f"call{i:05d}", function=FunctionCall(name=name, arguments=json.dumps(given)))
             for i, (name, given) in enumerate(calls)
         ]
         results = [ToolMessage(content="3", tool_call_id=call.id, name=call.function.name) for call in made]
-        turns = [UserMessage(content="Weather?"), AssistantMessage(content=None, tool_calls=made), *results]
-        tokens = MistralTokenizer.v3().encode_chat_completion(ChatCompletionRequest(messages=turns, tools=tools))
+        said = [ThinkChunk(thinking=thought), *([TextChunk(text=text)] if text else [])] if thought else text or None
+        turns = [UserMessage(content="Weather?"), AssistantMessage(content=said, tool_calls=made or None), *results]
+        turns += [] if calls else [UserMessage(content="And tomorrow?")]
+        try:
+            tokens = tokenizer.encode_chat_completion(ChatCompletionRequest(messages=turns, tools=tools))
+        except Exception as error:
+            print(f"Mistral {version} writes no {thought!r}, {text!r}, {len(calls)} calls: {error}", file=sys.stderr)
+            continue
         # SentencePiece's own way to write a space and a line.
-        text = tokens.text.replace("▁", " ").replace("<0x0A>", "\n")
-        found.append(_case("[/INST]", text.partition("[/INST]")[2].partition("</s>")[0], "", "", calls))
+        answer = tokens.text.replace("▁", " ").replace("<0x0A>", "\n")
+        answer = answer.partition("[/INST]")[2].partition("</s>")[0]
+        # What it leaves out is no case; SentencePiece's first word has a space.
+        if text in answer and thought in answer:
+            spaced = " " + text if text and answer.startswith(" " + text) else text
+            found.append(_case("[/INST]", answer, thought, spaced, calls))
     return found
+
+
+def _mistral(version: str, folder: Path) -> Any:
+    """Mistral's tokenizer of ``version``: the library has no file of the newer ones, whose special tokens are more."""
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.base import SpecialTokens
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    own = {"v3": MistralTokenizer.v3, "v7": MistralTokenizer.v7}
+    if version in own:
+        return own[version]()
+    data = Path(sys.modules["mistral_common"].__path__[0]) / "data" / "tekken_240718.json"
+    file = json.loads(data.read_text(encoding="utf-8"))
+    file["config"]["version"] = version
+    special = [{"rank": i, "token_str": mark.value, "is_control": True} for i, mark in enumerate(SpecialTokens)]
+    (folder / "tekken.json").write_text(json.dumps({**file, "special_tokens": special}), encoding="utf-8")
+    return MistralTokenizer.from_file(str(folder / "tekken.json"), mode=ValidationMode.test)
 
 
 def main() -> None:
     """Write the file."""
     folder = Path(sys.argv[1])
-    cases = {}
+    cases = json.loads(TARGET.read_text(encoding="utf-8"))["families"]
     for name, (calls, thoughts) in FAMILIES.items():
-        path = folder / f"{name}.jinja"
-        cases[name] = {"calls": calls, "thoughts": thoughts, "cases": by_template(path)}
+        if (path := folder / f"{name}.jinja").exists():
+            cases[name] = {"calls": calls, "thoughts": thoughts, "cases": by_template(path)}
     if importlib.util.find_spec("mistral_common"):
-        cases["mistral_v3"] = {"calls": "mistral", "thoughts": None, "cases": by_mistral()}
+        with tempfile.TemporaryDirectory() as scratch:
+            for version, (calls, thoughts) in MISTRAL.items():
+                written = by_mistral(version, thoughts is not None, Path(scratch))
+                cases[f"mistral_{version}"] = {"calls": calls, "thoughts": thoughts, "cases": written}
     TARGET.write_text(json.dumps({"tools": TOOLS, "families": cases}, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -129,6 +129,18 @@ def test_what_hints_keep_is_measured_live_and_nothing_is_left_of_them():
 
 
 @pytest.mark.long
+def test_prices_are_measured_beside_what_recomputing_takes():
+    words = ["--lengths", "64", "128", "--rounds", "1", "--hits", "1", "--tokens", "1024", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "price.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 14
+    assert all(row["exact"] and row["price"] > 0 for row in rows)
+    assert {row["cause"] for row in rows} == {"forgotten", "other_namespace", "changing_value", "evicted"}
+
+
+@pytest.mark.long
 def test_prefill_and_decode_apart_are_measured_beside_one_engine():
     words = ["--layers", "1", "--rounds", "1", "--seconds", "6", "--streams", "2", "--steps", "8", "--length", "200"]
     words += ["--every", "2", "--at-once", "1", "--quick", "--json"]

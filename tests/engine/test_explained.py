@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from machines import VOCAB, Callers, hash_machine
+from machines import VOCAB, Callers, Time, hash_machine
 
-from rootcellar.engine.commands import AbortAll
+from rootcellar.engine.commands import AbortAll, Flush
 from rootcellar.misses import Cause, Earlier, Past
 
 
@@ -90,3 +90,46 @@ def test_a_report_of_more_than_is_remembered_says_of_how_long_it_is(monkeypatch)
     assert seconds[0] == (3600.0, 1)
     assert seconds[2][0] < 3600
     assert seconds[2][1] == 2
+
+
+def test_the_price_is_what_computing_it_again_took():
+    """Where a step, a token, and an earlier token that it attends to take their time each."""
+    time = Time()
+    machine = hash_machine(tokens=1024, chunk=64, time=time)
+    callers, rng, step = Callers(machine), np.random.default_rng(0), machine.runner.step
+
+    def slow(batch, before=None):
+        there = batch.positions[batch.positions >= 0]
+        time.now += 0.5 + 0.01 * len(there) + 1e-4 * int(there.sum())
+        return step(batch, before)
+
+    def ask(*prompts):
+        began = time.now
+        for ids in prompts:
+            calls.append(callers.submit([ids], len(calls), max_new_tokens=1))
+            callers.do(calls[-1])
+        callers.run()
+        return time.now - began
+
+    def some(length):
+        return rng.integers(0, VOCAB, length).tolist()
+
+    calls, machine.runner.step = [], slow
+    for length in (10, 400, 50, 200, 150, 30, 300, 90):
+        ask(some(length))
+    for length, tail in ((40, 10), (100, 20), (400, 40), (200, 200)):
+        kept = some(length)
+        ask(kept)
+        hit = ask(kept + some(tail))
+        callers.do(Flush())
+        miss = ask(kept + some(tail))
+        found = machine.recorder.explainer.find(f"c{len(calls) - 1}", None)
+        assert found.tokens == length
+        assert found.seconds == pytest.approx(miss - hit, rel=0.01)
+    several = [some(length) for length in (100, 300, 40)]
+    ask(*several)
+    callers.do(Flush())
+    misses = ask(*several)
+    found = [machine.recorder.explainer.find(f"c{len(calls) - i}", None) for i in (1, 2, 3)]
+    ends = ask(*several)
+    assert sum(each.seconds for each in found) == pytest.approx(misses - ends, rel=0.1)

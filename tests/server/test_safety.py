@@ -6,6 +6,7 @@ import gzip
 import json
 import socket
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -193,6 +194,7 @@ BODIES = {
     "/resume_memory_occupation": {"tags": []},
     "/pause_generation": {"mode": "gently"},
 }  # fmt: skip
+JSON_TYPE = {"Content-Type": "application/json"}
 DEEP = b"[" * 900 + b"]" * 900
 NASTY = [
     b"null", b"true", b"-1", b"0", b"1e400", b"-1e400", b"1" + b"0" * 400, b"1.5", b"2147483648", b"9" * 20, b"NaN",
@@ -271,18 +273,65 @@ JSON = st.recursive(
 )
 
 
+def changed(data, path):
+    """A body of ``path`` with something that Hypothesis invents in one place, and perhaps broken bytes in another."""
+    where = data.draw(st.sampled_from(list(paths_in(BODIES[path]))))
+    body = with_raw(BODIES[path], where, json.dumps(data.draw(JSON)).encode())
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(body)))
+        body = body[:at] + data.draw(st.binary(max_size=3)) + body[at + data.draw(st.integers(0, 2)) :]
+    return body
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_changes_of_bodies(small, data):
     """As above with values that Hypothesis invents, lone surrogates and NaN among them; broken bytes too."""
     _, client = small
     path = data.draw(st.sampled_from([p for p in BODIES if not p.endswith(("occupation", "generation"))]))
-    where = data.draw(st.sampled_from(list(paths_in(BODIES[path]))))
-    body = with_raw(BODIES[path], where, json.dumps(data.draw(JSON)).encode())
-    if data.draw(st.booleans()):
-        at = data.draw(st.integers(0, len(body)))
-        body = body[:at] + data.draw(st.binary(max_size=3)) + body[at + data.draw(st.integers(0, 2)) :]
-    sound(client.post(path, content=body, headers={"Content-Type": "application/json"}))
+    sound(client.post(path, content=changed(data, path), headers=JSON_TYPE))
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """An engine that has room for tools, and the URL of a server over it that keeps conversations."""
+    limits = {"max_total_tokens": 8192, "max_queued_requests": 32, "request_timeout": 20}
+    with (
+        rootcellar.Engine(model_path="demo", **limits) as engine,
+        on_thread(engine, max_n=4, max_batch_size=4) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield engine, client
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"])
+def test_changes_of_bodies_where_they_are_answered(roomy, path):
+    """Both of the above where a body's tools do not make it too long: many are answered, and none with a 5xx."""
+    engine, client = roomy
+    statuses = Counter()
+
+    def send(body):
+        sound(response := client.post(path, content=body, headers=JSON_TYPE))
+        statuses[response.status_code] += 1
+
+    send(json.dumps(BODIES[path]).encode())
+    assert statuses[200]
+    for where in paths_in(BODIES[path]):
+        for raw in NASTY:
+            send(with_raw(BODIES[path], where, raw))
+
+    @settings(max_examples=1500, database=None, deadline=None)
+    @given(data=st.data())
+    def run(data):
+        send(changed(data, path))
+
+    run()
+    print(path, dict(statuses))
+    assert statuses[200] > sum(statuses.values()) / 200
+    answers(client)
+    engine.flush_cache()
+    idle(engine)
 
 
 @pytest.mark.parametrize(
@@ -322,9 +371,6 @@ def test_a_prompt_of_ten_megabytes(small):
     sound(ids)
     assert ids.status_code == 400
     idle(engine)
-
-
-JSON_TYPE = {"Content-Type": "application/json"}
 
 
 def test_broken_http(small):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from rootcellar.cache import Key, Tier
 from rootcellar.engine.output import Tracker
-from rootcellar.misses import Earlier, Facts, Habit, Miss, Past, costliest, judge
+from rootcellar.misses import Earlier, Effort, Facts, Habit, Miss, Past, costliest, judge
 
 HOUR = 3600.0
 RECENT = 1024
@@ -57,11 +57,17 @@ class Explainer:
         self._flushes += 1
 
     def begun(
-        self, tracker: Tracker, now: float, rate: float, evicted_at: float | None, tick: int, known: int | None = None
+        self,
+        tracker: Tracker,
+        now: float,
+        effort: Effort,
+        evicted_at: float | None,
+        tick: int,
+        known: int | None = None,
     ) -> None:
         """A request's prompt is computed at ``tick`` of the cache, or as many of its tokens as are ``known``.
 
-        ``rate``: prompt tokens a second; ``evicted_at``: see ``Facts``.
+        ``effort``, ``evicted_at``: see ``Facts``.
         """
         request = tracker.request
         if request.cached is None:
@@ -89,7 +95,8 @@ class Explainer:
             slower=max((met.reaches[Tier.HOST] for each in request.decisions if not each.load), default=0),
             lost=request.lost,
             flushes=self._flushes,
-            rate=rate,
+            effort=effort,
+            spent=tuple(tracker.spent),
             opened=request.opened,
         )
         self._note(facts, tracker, facts.key if known is None else facts.key[:known], tick)

@@ -16,6 +16,7 @@ from rootcellar.engine.grammar import Grammar
 from rootcellar.engine.routing import Routed
 from rootcellar.engine.stops import Search
 from rootcellar.errors import GenerationFailed
+from rootcellar.misses import Spent
 from rootcellar.scheduler import Finish, Guessed, Request, Stage
 from rootcellar.scheduler.placeholders import tokens_only
 from rootcellar.text import AFTER, Tokenizer
@@ -108,6 +109,7 @@ class Tracker:
     Attributes:
         received, queued, started, first_token, last_token: when its caller asked for it, it began to wait, it first
             ran, and its first and newest token were there; seconds of the engine's clock, None before that.
+        spent: what parts of its prompt took to be computed, ascending.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class Tracker:
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
+        self.spent: list[Spent] = []
         self.versions: list[tuple[str, int]] = []
         """Versions of the weights, each with the index of the first token of the answer that it made."""
         self._kept: list[tuple[str, int, int]] = []
@@ -177,6 +180,14 @@ class Tracker:
             self.started = now
         self.stages.append((stage.value, now))
         return True
+
+    def spend(self, spent: Spent) -> None:
+        """A part of its prompt was computed. What a retraction has computed again is not spent again."""
+        first = max(spent.start, self.spent[-1].stop if self.spent else 0)
+        last = min(spent.stop, self.request.prompt_length)
+        if first < last:
+            part = (last - first) / (spent.stop - spent.start)
+            self.spent.append(Spent(first, last, spent.seconds * part))
 
     def take_token(self, weight_version: str, now: float) -> Finish | None:
         """Follow the newest token, made with these weights; a Finish when its text or its grammar now ends."""

@@ -16,6 +16,7 @@ from rootcellar.engine.history import History
 from rootcellar.engine.metrics import Counts, Metrics
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.rates import Demand, Meter
+from rootcellar.engine.spending import Spending
 from rootcellar.engine.stats_logger import StatsLogger
 from rootcellar.engine.timeline import RequestRecord, StepRecord, Timeline
 from rootcellar.engine.trace_log import TraceLine, TraceLog
@@ -42,6 +43,7 @@ class Recorder:
         explainer: why requests computed what they did.
         meter: how fast prompts were computed, and bytes came from farther tiers.
         demand: how much the cache's room is in demand.
+        spending: what steps of prefill took, and whose prompts.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Recorder:
         self.timeline = Timeline()
         self.meter = Meter()
         self.demand = Demand(total_tokens)
+        self.spending = Spending()
         self.explainer = Explainer(scheduler.cache.page_size)
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler
@@ -88,9 +91,10 @@ class Recorder:
         """The batch that was planned last is built and goes to the device."""
         return Start(self._planning, self._now())
 
-    def computed(self) -> None:
-        """The tokens of the oldest step under way are there."""
+    def computed(self, start: Start, plan: Plan, trackers: Mapping[Request, Tracker]) -> None:
+        """The tokens of ``plan``, the oldest step under way, which began so, are there."""
         self._computed_before, self._computed = self._computed, self._now()
+        self.spending.step(plan, self._computed - max(start.began, self._ended), trackers)
 
     def token(self, tracker: Tracker, before: float | None) -> None:
         """A request got a token; ``before``: when it got the one before, None for the first."""
@@ -116,7 +120,7 @@ class Recorder:
         if request.cached is not None:
             age = None if evicted_at is None else now - evicted_at
             self.demand.note(request.prompt_length - request.cached, age, now)
-        self.explainer.begun(tracker, now, self.meter.prefills.speed, evicted_at, tick, known)
+        self.explainer.begun(tracker, now, self.spending.effort, evicted_at, tick, known)
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""

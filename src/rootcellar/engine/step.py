@@ -406,7 +406,7 @@ class Machine:
         plan, other = launched.plan, self._planned
         self._planned = plan
         chosen = read(launched)
-        self.recorder.computed()
+        self.recorder.computed(launched.start, plan, self.trackers)
         trackers = {i: self.trackers[c.request] for i, c in enumerate(plan.chunks) if c.request.finish is None}
         if trackers:  # or nobody wants it after all
             self._follow_up(launched, chosen, trackers)

@@ -3,6 +3,7 @@
 from rootcellar.misses.causes import REMEDIES, Cause, Facts, Miss
 from rootcellar.misses.judge import judge
 from rootcellar.misses.past import Earlier, Past
+from rootcellar.misses.price import Effort, Measured, Spent, learned, pairs
 from rootcellar.misses.report import Habit, costliest
 from rootcellar.misses.words import TextOf, told, told_habit
 
@@ -10,13 +11,18 @@ __all__ = [
     "REMEDIES",
     "Cause",
     "Earlier",
+    "Effort",
     "Facts",
     "Habit",
+    "Measured",
     "Miss",
     "Past",
+    "Spent",
     "TextOf",
     "costliest",
     "judge",
+    "learned",
+    "pairs",
     "told",
     "told_habit",
 ]

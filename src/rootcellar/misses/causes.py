@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from rootcellar.cache import Eviction, Key
+from rootcellar.misses.price import UNKNOWN, Effort, Spent
 
 
 class Cause(StrEnum):
@@ -66,7 +67,8 @@ class Facts:
         slower: tokens up to which a farther tier would have given more, that were computed because that is sooner.
         lost: tokens up to which a farther tier had promised more and failed.
         flushes: how often all was forgotten before.
-        rate: prompt tokens that are computed in a second; 0: not known.
+        effort: what tokens take to be computed, as far as is known.
+        spent: what those of its own took.
         opened: the cache's tick when it began: what was computed by others in the same step, or later, was not there.
     """
 
@@ -85,7 +87,8 @@ class Facts:
     slower: int = 0
     lost: int = 0
     flushes: int = 0
-    rate: float = 0.0
+    effort: Effort = UNKNOWN
+    spent: tuple[Spent, ...] = ()
     opened: int = 0
 
 
@@ -97,7 +100,7 @@ class Miss:
         cause: see ``Cause``.
         position: the token at which the prompt left what could be taken from the cache.
         tokens: the price: so many more would have come from the cache, had it not been for the cause.
-        seconds: what computing them took, as fast as prompts were computed then; None where that is not known.
+        seconds: what computing them took, estimated where it was not measured; None where nothing is known.
         head: the first tokens of the prompt; empty where it parts soon.
         before, got, instead: token ids in front of the position, from it on, and those that an earlier prompt has there
             (empty: none has others).

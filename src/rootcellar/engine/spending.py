@@ -1,0 +1,56 @@
+"""What steps of prefill took, and whose prompts: what a miss cost is told by that."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from rootcellar.engine.output import Tracker
+from rootcellar.misses import Effort, Measured, Spent, learned, pairs
+from rootcellar.scheduler import Chunk, Plan, Request
+
+_KEPT = 48
+_OFTEN = 8
+
+
+class Spending:
+    """Learns what tokens of prompts take, and notes with each request what its own took.
+
+    Nobody waits for a step that gives no token: the time of such steps is known together with that of the next one that
+    does, and parted among their chunks by what such chunks took lately.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self.effort = Effort()
+        self._measured: deque[Measured] = deque(maxlen=_KEPT)
+        self._count = 0
+        self._chunks: list[Chunk] = []
+        self._steps = 0
+        self._seconds = 0.0
+
+    def step(self, plan: Plan, seconds: float, trackers: Mapping[Request, Tracker]) -> None:
+        """``plan`` took so long, or, where it gives no token, to be begun. ``trackers``: of all who are not done."""
+        if not plan.decode:
+            self._chunks += plan.chunks
+            self._steps += 1
+        elif not self._chunks:
+            return
+        self._seconds += seconds
+        if not any(chunk.ends for chunk in plan.chunks):
+            return
+        chunks, self._chunks = self._chunks, []
+        self._learn(chunks)
+        efforts = [self.effort.of(c.start, c.stop) if self.effort else c.stop - c.start for c in chunks]
+        for chunk, effort in zip(chunks, efforts, strict=True):
+            tracker = trackers.get(chunk.request)
+            if tracker is not None and tracker.first_token is None:  # later it computes what it had before
+                tracker.spend(Spent(chunk.start, chunk.stop, self._seconds * effort / sum(efforts)))
+        self._steps, self._seconds = 0, 0.0
+
+    def _learn(self, chunks: list[Chunk]) -> None:
+        tokens, seen = sum(c.stop - c.start for c in chunks), sum(pairs(c.start, c.stop) for c in chunks)
+        self._measured.append(Measured(self._steps, tokens, seen, self._seconds))
+        self._count += 1
+        if self._count < _OFTEN or self._count % _OFTEN == 0:
+            self.effort = learned(self._measured)

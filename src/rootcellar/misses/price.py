@@ -1,0 +1,123 @@
+"""What computing a prompt's tokens took: time of steps is parted, and what was not measured is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Terms of ``Effort``.
+_TERMS = 3
+_ROUNDS = 4
+# A part of the time by which steps differ anyhow.
+_NOISE = 0.02
+
+
+class Spent(NamedTuple):
+    """Tokens [start, stop) of a prompt were computed in so many seconds."""
+
+    start: int
+    stop: int
+    seconds: float
+
+
+class Measured(NamedTuple):
+    """Steps that were waited for together: how many, their tokens, the earlier tokens those attend to, and seconds."""
+
+    steps: int
+    tokens: int
+    pairs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Seconds that a step of prefill takes: for itself, for each token, and for each pair of one and an earlier one.
+
+    All 0: nothing is known.
+    """
+
+    step: float = 0.0
+    token: float = 0.0
+    pair: float = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether anything is known."""
+        return self.token > 0 or self.pair > 0
+
+    def of(self, start: int, stop: int) -> float:
+        """Seconds for tokens [start, stop) of a prompt in one step, those for the step itself among them."""
+        return self.step + self.token * (stop - start) + self.pair * pairs(start, stop)
+
+    def price(self, start: int, stop: int, spent: Iterable[Spent]) -> float | None:
+        """Seconds that [start, stop) took, by what was ``spent``; None where nothing is known.
+
+        What follows in the step that reached ``stop`` would have needed a step anyhow: that is not in the price.
+        """
+        seconds, known = 0.0, 0
+        for begin, end, took in spent:
+            first, last = max(start, begin), min(stop, end)
+            if first >= last:
+                continue
+            known += last - first
+            if (first, last) == (begin, end):
+                seconds += took
+            elif self:
+                before = self.of(begin, first) - self.step if first > begin else 0.0
+                after = self.of(last, end) if last < end else 0.0
+                seconds += took * max(0.0, 1 - (before + after) / self.of(begin, end))
+            else:
+                seconds += took * (last - first) / (end - begin)
+        left = stop - start - known
+        if left <= 0:
+            return seconds
+        return seconds + self.of(stop - left, stop) - self.step if self else (seconds or None)
+
+
+UNKNOWN = Effort()
+"""Nothing is known."""
+
+
+def pairs(start: int, stop: int) -> int:
+    """Pairs of one of the tokens [start, stop) and an earlier one."""
+    return (stop - start) * (start + stop - 1) // 2
+
+
+def learned(measured: Sequence[Measured]) -> Effort:
+    """What such steps take: the terms, none below 0, with the least absolute deviations in parts of the seconds.
+
+    Least absolute deviations, as weighted least squares again and again (Schlossmacher, 1973): a step that compiled, or
+    that the machine was busy in, says nothing of the others. O(steps).
+    """
+    rows = np.array([each for each in measured if each.seconds > 0], np.float64).reshape(-1, _TERMS + 1)
+    if not len(rows):
+        return Effort()
+    parts = rows[:, :_TERMS] / rows[:, _TERMS:]
+    weights, found = np.ones(len(parts)), np.zeros(_TERMS)
+    for _ in range(_ROUNDS):
+        found = _least(parts, weights)
+        weights = 1 / np.maximum(np.abs(parts @ found - 1), _NOISE)
+    return Effort(*found.tolist())
+
+
+def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The terms, none below 0, with which ``parts`` of each row sum to 1 as nearly as can be, by weighted squares.
+
+    Every choice of terms is tried (Lawson and Hanson, 1974, need fewer, of many).
+    """
+    scale = np.maximum(np.abs(parts).max(axis=0), 1e-30)  # a step has far more pairs than it is steps
+    scaled = parts / scale
+    square, right = (scaled.T * weights) @ scaled, scaled.T @ weights
+    best, found = np.inf, np.zeros(_TERMS)
+    for count in range(1, _TERMS + 1):
+        for chosen in combinations(range(_TERMS), count):
+            terms = np.zeros(_TERMS)
+            terms[list(chosen)] = np.linalg.lstsq(square[np.ix_(chosen, chosen)], right[list(chosen)], rcond=1e-9)[0]
+            off = float(terms @ square @ terms - 2 * terms @ right)
+            if terms.min() >= 0 and off < best - 1e-12:
+                best, found = off, terms
+    return found / scale
