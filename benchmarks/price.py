@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/price.py --model-path MODEL
 
-Prompts of several lengths are asked for, asked for again with another end (hits, a few of them), lost, and asked for once
-more. What that took longer than the hits, by the caller's clock, is what recomputing took; the explanation's price is
-read back by the request's name. They are lost in four ways: a flush, another salt, a value that changed in the middle
-(so that only the second half is computed again, at its depth), and eviction by other prompts. What follows the prompt is
-short, or as long as the prompt, of which nothing was known before: that is in no price.
+Prompts of several lengths are asked for, asked for again with another end (hits, a few of them), lost, and asked for
+once more. What that took longer than the hits, by the caller's clock, is what recomputing took; the explanation's price
+is read back by the request's name. They are lost in four ways: a flush, another salt, a value that changed in the
+middle (so that only the second half is computed again, at its depth), and eviction by other prompts. What follows the
+prompt is short, or as long as the prompt, of which nothing was known before: that is in no price.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -102,7 +103,7 @@ def main() -> None:
     with rootcellar.Engine(
         model_path=args.model_path, max_total_tokens=args.tokens, max_running_requests=4, log_level="error"
     ) as engine:
-        rows = run(Asker(engine, args.seed), args, (lambda _: None) if args.json else print)
+        rows = run(Asker(engine, args.seed), args, (lambda _: None) if args.json else partial(print, flush=True))
         engine.flush_cache()
         engine.check()
     if args.json:
@@ -111,18 +112,10 @@ def main() -> None:
 
 def run(asker: Asker, args: argparse.Namespace, say: Callable[[str], object]) -> list[dict[str, Any]]:
     """All of them, and what they come to."""
-    for length in (
-        16,
-        args.tail,
-        64,
-        *args.lengths,
-        2 * args.lengths[0],
-    ):  # shapes are compiled, and their effort learnt
+    for length in (16, 64, args.tail, *args.lengths, 2 * args.lengths[0]):  # shapes compile, and efforts are learnt
         asker.ask(asker.tokens(length))
         asker.ask(asker.tokens(length + args.tail))
-    say(
-        f"{'loss':8} {'prompt':>6} {'tail':>5} {'cause':16} {'from':>5} {'tokens':>6} {'price':>9} {'measured':>9} ratio"
-    )
+    say(f"{'loss':8} prompt  tail {'cause':16}  from tokens     price  measured ratio")
     rows = []
     for _, length, loss in itertools.product(range(args.rounds), args.lengths, args.losses):
         for tail in (args.tail, length):
@@ -134,8 +127,8 @@ def run(asker: Asker, args: argparse.Namespace, say: Callable[[str], object]) ->
     off = sorted(abs(row["ratio"] - 1) for row in rows)
     say(
         f"{len(rows)} misses, prices in tokens exact {sum(row['exact'] for row in rows)}; price / measured: median "
-        f"{median(row['ratio'] for row in rows):.3f}, off by {median(off):.1%} in the median, by {off[-1]:.1%} at most, "
-        f"within 10 % {sum(each <= 0.1 for each in off)}"
+        f"{median(row['ratio'] for row in rows):.3f}, off by {median(off):.1%} in the median, by {off[-1]:.1%} at "
+        f"most, within 10 % {sum(each <= 0.1 for each in off)}"
     )
     return rows
 
