@@ -112,7 +112,8 @@ def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
     scale = np.maximum(np.abs(parts).max(axis=0), 1e-30)  # a step has far more pairs than it is steps
     scaled = parts / scale
     square, right = (scaled.T * weights) @ scaled, scaled.T @ weights
-    best, found = np.inf, np.zeros(_TERMS)
+    best = np.inf
+    found: NDArray[np.float64] = np.zeros(_TERMS)
     for count in range(1, _TERMS + 1):
         for chosen in combinations(range(_TERMS), count):
             terms = np.zeros(_TERMS)
@@ -120,4 +121,4 @@ def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
             off = float(terms @ square @ terms - 2 * terms @ right)
             if terms.min() >= 0 and off < best - 1e-12:
                 best, found = off, terms
-    return found / scale
+    return np.divide(found, scale)
