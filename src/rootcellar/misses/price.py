@@ -109,7 +109,7 @@ def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
 
     Every choice of terms is tried (Lawson and Hanson, 1974, need fewer, of many).
     """
-    scale = np.maximum(np.abs(parts).max(axis=0), 1e-30)  # a step has far more pairs than it is steps
+    scale: NDArray[np.float64] = np.maximum(np.abs(parts).max(axis=0), 1e-30)  # pairs are many
     scaled = parts / scale
     square, right = (scaled.T * weights) @ scaled, scaled.T @ weights
     best = np.inf
@@ -121,4 +121,4 @@ def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
             off = float(terms @ square @ terms - 2 * terms @ right)
             if terms.min() >= 0 and off < best - 1e-12:
                 best, found = off, terms
-    return np.divide(found, scale)
+    return found / scale
