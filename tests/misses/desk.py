@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rootcellar.cache import Done, Failed, Key, RadixCache, Tier
-from rootcellar.misses import Earlier, Effort, Facts, Past, judge
+from rootcellar.misses import Earlier, Facts, Past, PrefillCost, judge
 
 RATE = 1000.0
 """Earlier tokens a second."""
@@ -78,7 +78,7 @@ class Desk:
             evicted_for="" if gone is None else self.openers.get(gone.tick, ""),
             lost=lost,
             flushes=self.flushes,
-            effort=Effort(token=1 / RATE),
+            cost=PrefillCost(token=1 / RATE),
         )
         miss = judge(facts, self.past)
         self.past.add(tenant, Earlier(rid, key.tokens, namespace, self.flushes))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootcellar.misses import Effort, Measured, Spent, learned, pairs
+from rootcellar.misses import PrefillCost, Spent, StepsTaken, learned, pairs
 
-TRUE = Effort(step=0.02, token=0.003, pair=2e-7)
+TRUE = PrefillCost(step=0.02, token=0.003, pair=2e-7)
 
 
 def measured(rng, count, effort, noise=0.0):
@@ -18,7 +18,7 @@ def measured(rng, count, effort, noise=0.0):
         ends = np.cumsum([rng.integers(0, 6000), *rng.integers(1, 512, rng.integers(1, 5))]).tolist()
         chunks = list(itertools.pairwise(ends))
         seconds = sum(effort.of(*chunk) for chunk in chunks) * float(rng.uniform(1 - noise, 1 + noise))
-        found.append(Measured(len(chunks), ends[-1] - ends[0], sum(pairs(*chunk) for chunk in chunks), seconds))
+        found.append(StepsTaken(len(chunks), ends[-1] - ends[0], sum(pairs(*chunk) for chunk in chunks), seconds))
     return found
 
 
@@ -41,20 +41,20 @@ def test_what_tokens_take_is_learnt_whatever_some_steps_took(seed):
 @pytest.mark.parametrize("terms", [(0.0, 0.003, 0.0), (0.02, 0.0, 1e-6), (0.0, 0.0, 1e-6)])
 def test_no_term_is_below_nothing(terms):
     rng = np.random.default_rng(0)
-    found = learned(measured(rng, 20, Effort(*terms), noise=0.2))
+    found = learned(measured(rng, 20, PrefillCost(*terms), noise=0.2))
     assert min(found.step, found.token, found.pair) >= 0
     assert found
 
 
 def test_of_nothing_nothing_is_learnt():
     assert not learned([])
-    assert not learned([Measured(1, 16, 120, 0.0)])
-    assert Effort().price(0, 16, ()) is None
-    assert Effort().price(16, 16, ()) == 0
+    assert not learned([StepsTaken(1, 16, 120, 0.0)])
+    assert PrefillCost().price(0, 16, ()) is None
+    assert PrefillCost().price(16, 16, ()) == 0
 
 
 def test_of_steps_that_are_all_alike_their_time_is_learnt():
-    found = learned([Measured(1, 64, pairs(0, 64), 0.5)] * 3)
+    found = learned([StepsTaken(1, 64, pairs(0, 64), 0.5)] * 3)
     assert found.of(0, 64) == pytest.approx(0.5)
 
 
@@ -76,5 +76,5 @@ def test_what_was_not_measured_is_estimated():
     assert TRUE.price(0, 300, ()) == pytest.approx(TRUE.of(0, 300) - TRUE.step)
     half = TRUE.price(0, 300, [Spent(0, 200, 5.0)])
     assert half == pytest.approx(5.0 + TRUE.of(200, 300) - TRUE.step)
-    assert Effort().price(0, 300, [Spent(0, 200, 5.0)]) == 5.0
-    assert Effort().price(0, 50, [Spent(0, 200, 5.0)]) == pytest.approx(1.25)
+    assert PrefillCost().price(0, 300, [Spent(0, 200, 5.0)]) == 5.0
+    assert PrefillCost().price(0, 50, [Spent(0, 200, 5.0)]) == pytest.approx(1.25)

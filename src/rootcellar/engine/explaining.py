@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from rootcellar.cache import Key, Tier
 from rootcellar.engine.output import Tracker
-from rootcellar.misses import Earlier, Effort, Facts, Habit, Miss, Past, costliest, judge
+from rootcellar.misses import Earlier, Facts, Habit, Miss, Past, PrefillCost, costliest, judge
 
 HOUR = 3600.0
 RECENT = 1024
@@ -60,14 +60,14 @@ class Explainer:
         self,
         tracker: Tracker,
         now: float,
-        effort: Effort,
+        cost: PrefillCost,
         evicted_at: float | None,
         tick: int,
         known: int | None = None,
     ) -> None:
         """A request's prompt is computed at ``tick`` of the cache, or as many of its tokens as are ``known``.
 
-        ``effort``, ``evicted_at``: see ``Facts``.
+        ``cost``, ``evicted_at``: see ``Facts``.
         """
         request = tracker.request
         if request.cached is None:
@@ -95,7 +95,7 @@ class Explainer:
             slower=max((met.reaches[Tier.HOST] for each in request.decisions if not each.load), default=0),
             lost=request.lost,
             flushes=self._flushes,
-            effort=effort,
+            cost=cost,
             spent=tuple(tracker.spent),
             opened=request.opened,
         )

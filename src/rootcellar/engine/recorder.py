@@ -120,7 +120,7 @@ class Recorder:
         if request.cached is not None:
             age = None if evicted_at is None else now - evicted_at
             self.demand.note(request.prompt_length - request.cached, age, now)
-        self.explainer.begun(tracker, now, self.spending.effort, evicted_at, tick, known)
+        self.explainer.begun(tracker, now, self.spending.cost, evicted_at, tick, known)
 
     def _counts(self, request: Request) -> tuple[Counts, ...]:
         """Where a request counts: with all, and with those of its tenant, if that has a name."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from rootcellar.engine.output import Tracker
-from rootcellar.misses import Effort, Measured, Spent, learned, pairs
+from rootcellar.misses import PrefillCost, Spent, StepsTaken, learned, pairs
 from rootcellar.scheduler import Chunk, Plan, Request
 
 _KEPT = 48
@@ -22,8 +22,8 @@ class Spending:
 
     def __init__(self) -> None:
         """Nothing is known."""
-        self.effort = Effort()
-        self._measured: deque[Measured] = deque(maxlen=_KEPT)
+        self.cost = PrefillCost()
+        self._measured: deque[StepsTaken] = deque(maxlen=_KEPT)
         self._count = 0
         self._chunks: list[Chunk] = []
         self._steps = 0
@@ -41,16 +41,16 @@ class Spending:
             return
         chunks, self._chunks = self._chunks, []
         self._learn(chunks)
-        efforts = [self.effort.of(c.start, c.stop) if self.effort else c.stop - c.start for c in chunks]
-        for chunk, effort in zip(chunks, efforts, strict=True):
+        weights = [self.cost.of(c.start, c.stop) if self.cost else c.stop - c.start for c in chunks]
+        for chunk, weight in zip(chunks, weights, strict=True):
             tracker = trackers.get(chunk.request)
             if tracker is not None and tracker.first_token is None:  # later it computes what it had before
-                tracker.spend(Spent(chunk.start, chunk.stop, self._seconds * effort / sum(efforts)))
+                tracker.spend(Spent(chunk.start, chunk.stop, self._seconds * weight / sum(weights)))
         self._steps, self._seconds = 0, 0.0
 
     def _learn(self, chunks: list[Chunk]) -> None:
         tokens, seen = sum(c.stop - c.start for c in chunks), sum(pairs(c.start, c.stop) for c in chunks)
-        self._measured.append(Measured(self._steps, tokens, seen, self._seconds))
+        self._measured.append(StepsTaken(self._steps, tokens, seen, self._seconds))
         self._count += 1
         if self._count < _OFTEN or self._count % _OFTEN == 0:
-            self.effort = learned(self._measured)
+            self.cost = learned(self._measured)

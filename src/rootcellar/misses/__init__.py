@@ -3,7 +3,7 @@
 from rootcellar.misses.causes import REMEDIES, Cause, Facts, Miss
 from rootcellar.misses.judge import judge
 from rootcellar.misses.past import Earlier, Past
-from rootcellar.misses.price import Effort, Measured, Spent, learned, pairs
+from rootcellar.misses.price import PrefillCost, Spent, StepsTaken, learned, pairs
 from rootcellar.misses.report import Habit, costliest
 from rootcellar.misses.words import TextOf, told, told_habit
 
@@ -11,13 +11,13 @@ __all__ = [
     "REMEDIES",
     "Cause",
     "Earlier",
-    "Effort",
     "Facts",
     "Habit",
-    "Measured",
     "Miss",
     "Past",
+    "PrefillCost",
     "Spent",
+    "StepsTaken",
     "TextOf",
     "costliest",
     "judge",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from rootcellar.cache import Eviction, Key
-from rootcellar.misses.price import UNKNOWN, Effort, Spent
+from rootcellar.misses.price import UNKNOWN, PrefillCost, Spent
 
 
 class Cause(StrEnum):
@@ -67,7 +67,7 @@ class Facts:
         slower: tokens up to which a farther tier would have given more, that were computed because that is sooner.
         lost: tokens up to which a farther tier had promised more and failed.
         flushes: how often all was forgotten before.
-        effort: what tokens take to be computed, as far as is known.
+        cost: what tokens take to be computed, as far as is known.
         spent: what those of its own took.
         opened: the cache's tick when it began: what was computed by others in the same step, or later, was not there.
     """
@@ -87,7 +87,7 @@ class Facts:
     slower: int = 0
     lost: int = 0
     flushes: int = 0
-    effort: Effort = UNKNOWN
+    cost: PrefillCost = UNKNOWN
     spent: tuple[Spent, ...] = ()
     opened: int = 0
 

@@ -58,7 +58,7 @@ def judge(facts: Facts, past: Past) -> Miss:
         cause=found.cause,
         position=at,
         tokens=price,
-        seconds=facts.effort.price(facts.cached, facts.cached + price, facts.spent),
+        seconds=facts.cost.price(facts.cached, facts.cached + price, facts.spent),
         head=tuple(tokens[:_HEAD].tolist()) if at >= _HEADLESS else (),
         before=tuple(tokens[max(0, at - SHOWN) : at].tolist()),
         got=tuple(tokens[at : at + SHOWN].tolist()),

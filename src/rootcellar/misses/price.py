@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Terms of ``Effort``.
+# Terms of ``PrefillCost``.
 _TERMS = 3
 _ROUNDS = 4
 # A part of the time by which steps differ anyhow.
@@ -25,7 +25,7 @@ class Spent(NamedTuple):
     seconds: float
 
 
-class Measured(NamedTuple):
+class StepsTaken(NamedTuple):
     """Steps that were waited for together: how many, their tokens, the earlier tokens those attend to, and seconds."""
 
     steps: int
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class PrefillCost:
     """Seconds that a step of prefill takes: for itself, for each token, and for each pair of one and an earlier one.
 
     All 0: nothing is known.
@@ -78,7 +78,7 @@ class Effort:
         return seconds + self.of(stop - left, stop) - self.step if self else (seconds or None)
 
 
-UNKNOWN = Effort()
+UNKNOWN = PrefillCost()
 """Nothing is known."""
 
 
@@ -87,7 +87,7 @@ def pairs(start: int, stop: int) -> int:
     return (stop - start) * (start + stop - 1) // 2
 
 
-def learned(measured: Sequence[Measured]) -> Effort:
+def learned(measured: Sequence[StepsTaken]) -> PrefillCost:
     """What such steps take: the terms, none below 0, with the least absolute deviations in parts of the seconds.
 
     Least absolute deviations, as weighted least squares again and again (Schlossmacher, 1973): a step that compiled, or
@@ -95,13 +95,13 @@ def learned(measured: Sequence[Measured]) -> Effort:
     """
     rows = np.array([each for each in measured if each.seconds > 0], np.float64).reshape(-1, _TERMS + 1)
     if not len(rows):
-        return Effort()
+        return PrefillCost()
     parts = rows[:, :_TERMS] / rows[:, _TERMS:]
     weights, found = np.ones(len(parts)), np.zeros(_TERMS)
     for _ in range(_ROUNDS):
         found = _least(parts, weights)
         weights = 1 / np.maximum(np.abs(parts @ found - 1), _NOISE)
-    return Effort(*found.tolist())
+    return PrefillCost(*found.tolist())
 
 
 def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

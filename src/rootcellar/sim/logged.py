@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rootcellar.cache import Key, RadixCache, Tier, full
-from rootcellar.misses import Earlier, Effort, Facts, Miss, Past, judge
+from rootcellar.misses import Earlier, Facts, Miss, Past, PrefillCost, judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def misses(requests: Iterable[LoggedRequest], *, capacity: int, page_size: int, 
             evicted=gone,
             evicted_at=None if opener is None else opener[1],
             evicted_for="" if opener is None else f"request {opener[0]}",
-            effort=Effort(token=1 / rate) if rate else Effort(),
+            cost=PrefillCost(token=1 / rate) if rate else PrefillCost(),
         )
         yield judge(facts, past)
         past.add(request.tenant, Earlier(request.rid, key.tokens, key.namespace, 0))
