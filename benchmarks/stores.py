@@ -91,12 +91,10 @@ def mooncake_client(settings, _folder):
     return put, get
 
 
-def emptied(path):
-    """A folder for the files of a raw client, without those of the round before, which would be written to the disk."""
+def beside(path):
+    """A folder for the files of a raw client, where the store has its."""
     folder = Path(f"{path}-raw")
-    folder.mkdir(exist_ok=True)  # and stays, as the store's does: files are made sooner in a new one
-    for file in folder.iterdir():
-        file.unlink()
+    folder.mkdir()
     return folder
 
 
@@ -133,7 +131,7 @@ def nixl_moves(plugin, options, kind, pause):
 def nixl_client(settings, _folder):
     """All files of a batch in one transfer, written under other names so that nobody finds a part of one."""
     moves = nixl_moves("POSIX", {}, "FILE", 0)
-    folder = emptied(settings["path"])
+    folder = beside(settings["path"])
 
     def move(verb, keys, rows, flags):
         fds = [os.open(f"{folder}/{key}", flags, 0o600) for key in keys]
@@ -237,7 +235,7 @@ def aibrix_client(settings, folder):
 
 def files(settings, _folder):
     """Plain reads and writes of a file each."""
-    folder = emptied(settings["file_path_prefix"])
+    folder = beside(settings["file_path_prefix"])
 
     def put(keys, rows):
         for key, row in zip(keys, rows, strict=True):
@@ -262,8 +260,8 @@ CLIENTS = {
     "aibrix": aibrix_client,
 }
 """What to compare with: the component's own client, or plain files where it has none."""
-FILES = {"nixl-posix": "path", "hf3fs": "file_path_prefix"}
-"""Those whose raw client leaves files, beside what this setting names."""
+FILES = {"nixl-posix": ("path", ("", "-raw")), "hf3fs": ("file_path_prefix", ("-raw",))}
+"""Where a store or its raw client leaves a file for each page: the setting that has it, and what is behind that."""
 
 
 def which(text):
@@ -309,16 +307,24 @@ def measure(name, component, folder, rounds, total):
             store.register(rows.reshape(-1).data)  # as an engine does with its host memory
         rates = []
         for i in range(rounds + 1):  # the first is not counted
-            if name in FILES:
-                emptied(settings[FILES[name]])
             rates.append(turn(store, raw, settings.get("prefix", ""), pages, into, raw_first=bool(i % 2)))
-            if component.deletes:
+            forget(name, settings)
+            if component.deletes and name != "nixl-posix":
                 store.clear()
         row = {way: statistics.median(r[way] for r in rates[1:]) for way in rates[0]}
         for way in ("put", "get") if raw is not None else ():
             row[f"{way} of raw"] = row[way] / row[f"raw {way}"]
         yield {"store": name, "size": label} | row
     store.close()
+
+
+def forget(name, settings):
+    """Nothing stays in files, which would be written to the disk. They themselves do: where many were deleted, ext4 is
+    slow to make others, for minutes.
+    """
+    setting, places = FILES.get(name, ("", ()))
+    for file in (file for place in places for file in Path(settings[setting] + place).rglob("*") if file.is_file()):
+        os.truncate(file, 0)
 
 
 def turn(store, raw, prefix, pages, into, *, raw_first):
