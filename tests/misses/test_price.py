@@ -1,6 +1,7 @@
 """What tokens of a prompt took: steps are parted so that the parts sum up, and what tokens take is learnt."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,5 +77,9 @@ def test_what_was_not_measured_is_estimated():
     assert TRUE.price(0, 300, ()) == pytest.approx(TRUE.of(0, 300) - TRUE.step)
     half = TRUE.price(0, 300, [Spent(0, 200, 5.0)])
     assert half == pytest.approx(5.0 + TRUE.of(200, 300) - TRUE.step)
+    sized = replace(TRUE, sizes=(64, 256))
+    assert (sized.of(0, 65), sized.of(0, 64)) == (pytest.approx(TRUE.of(0, 256), rel=0.01), TRUE.of(0, 64))
+    rest = sized.of(200, 210) - TRUE.step
+    assert sized.price(0, 200, [Spent(0, 210, sized.of(0, 210))]) == pytest.approx(sized.of(0, 210) - rest - TRUE.step)
     assert PrefillCost().price(0, 300, [Spent(0, 200, 5.0)]) == 5.0
     assert PrefillCost().price(0, 50, [Spent(0, 200, 5.0)]) == pytest.approx(1.25)

@@ -65,7 +65,7 @@ class Recorder:
         self.timeline = Timeline()
         self.meter = Meter()
         self.demand = Demand(total_tokens)
-        self.spending = Spending()
+        self.spending = Spending(runner.shapes)
         self.explainer = Explainer(scheduler.cache.page_size)
         self.history = History(scheduler, runner, self.metrics, self.began)
         self._scheduler = scheduler

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 
 from rootcellar.engine.output import Tracker
-from rootcellar.misses import PrefillCost, Spent, StepsTaken, learned, pairs
+from rootcellar.misses import PrefillCost, Spent, StepsTaken, filled, learned, pairs
+from rootcellar.runner import Shapes
 from rootcellar.scheduler import Chunk, Plan, Request
 
 _KEPT = 48
@@ -20,13 +21,15 @@ class Spending:
     does, and parted among their chunks by what such chunks took lately.
     """
 
-    def __init__(self) -> None:
-        """Nothing is known."""
-        self.cost = PrefillCost()
+    def __init__(self, shapes: Shapes) -> None:
+        """Of steps of such ``shapes`` nothing is known."""
+        self._shapes = shapes
+        self._sizes = tuple(sorted(tiles * tile for tiles, tile in shapes.all() if tile == shapes.tile))
+        self.cost = PrefillCost(sizes=self._sizes)
         self._measured: deque[StepsTaken] = deque(maxlen=_KEPT)
         self._count = 0
         self._chunks: list[Chunk] = []
-        self._steps = 0
+        self._steps = self._tokens = 0
         self._seconds = 0.0
 
     def step(self, plan: Plan, seconds: float, trackers: Mapping[Request, Tracker]) -> None:
@@ -34,6 +37,8 @@ class Spending:
         if not plan.decode:
             self._chunks += plan.chunks
             self._steps += 1
+            tiles = sum(self._shapes.tiles_of(c.stop - c.start) for c in plan.chunks)
+            self._tokens += filled(tiles * self._shapes.tile, self._sizes)
         elif not self._chunks:
             return
         self._seconds += seconds
@@ -46,11 +51,11 @@ class Spending:
             tracker = trackers.get(chunk.request)
             if tracker is not None and tracker.first_token is None:  # later it computes what it had before
                 tracker.spend(Spent(chunk.start, chunk.stop, self._seconds * weight / sum(weights)))
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
     def _learn(self, chunks: list[Chunk]) -> None:
-        tokens, seen = sum(c.stop - c.start for c in chunks), sum(pairs(c.start, c.stop) for c in chunks)
-        self._measured.append(StepsTaken(self._steps, tokens, seen, self._seconds))
+        seen = sum(pairs(c.start, c.stop) for c in chunks)
+        self._measured.append(StepsTaken(self._steps, self._tokens, seen, self._seconds))
         self._count += 1
         if self._count < _OFTEN or self._count % _OFTEN == 0:
-            self.cost = learned(self._measured)
+            self.cost = learned(self._measured, self._sizes)

@@ -3,7 +3,7 @@
 from rootcellar.misses.causes import REMEDIES, Cause, Facts, Miss
 from rootcellar.misses.judge import judge
 from rootcellar.misses.past import Earlier, Past
-from rootcellar.misses.price import PrefillCost, Spent, StepsTaken, learned, pairs
+from rootcellar.misses.price import PrefillCost, Spent, StepsTaken, filled, learned, pairs
 from rootcellar.misses.report import Habit, costliest
 from rootcellar.misses.words import TextOf, told, told_habit
 
@@ -20,6 +20,7 @@ __all__ = [
     "StepsTaken",
     "TextOf",
     "costliest",
+    "filled",
     "judge",
     "learned",
     "pairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +27,7 @@ class Spent(NamedTuple):
 
 
 class StepsTaken(NamedTuple):
-    """Steps that were waited for together: how many, their tokens, the earlier tokens those attend to, and seconds."""
+    """Steps that were waited for together: how many, their tokens and what fills them up, pairs, and seconds."""
 
     steps: int
     tokens: int
@@ -38,12 +39,14 @@ class StepsTaken(NamedTuple):
 class PrefillCost:
     """Seconds that a step of prefill takes: for itself, for each token, and for each pair of one and an earlier one.
 
-    All 0: nothing is known.
+    All 0: nothing is known. ``sizes``: tokens that a step may have, ascending: it is filled up to the next of them, and
+    what fills it up takes as long as any token.
     """
 
     step: float = 0.0
     token: float = 0.0
     pair: float = 0.0
+    sizes: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether anything is known."""
@@ -51,12 +54,12 @@ class PrefillCost:
 
     def of(self, start: int, stop: int) -> float:
         """Seconds for tokens [start, stop) of a prompt in one step, those for the step itself among them."""
-        return self.step + self.token * (stop - start) + self.pair * pairs(start, stop)
+        return self.step + self.token * filled(stop - start, self.sizes) + self.pair * pairs(start, stop)
 
     def price(self, start: int, stop: int, spent: Iterable[Spent]) -> float | None:
         """Seconds that [start, stop) took, by what was ``spent``; None where nothing is known.
 
-        What follows in the step that reached ``stop`` would have needed a step anyhow: that is not in the price.
+        What follows in the step that reached ``stop`` would have needed a step of its own: that is not in the price.
         """
         seconds, known = 0.0, 0
         for begin, end, took in spent:
@@ -67,7 +70,7 @@ class PrefillCost:
             if (first, last) == (begin, end):
                 seconds += took
             elif self:
-                before = self.of(begin, first) - self.step if first > begin else 0.0
+                before = self.token * (first - begin) + self.pair * pairs(begin, first)
                 after = self.of(last, end) if last < end else 0.0
                 seconds += took * max(0.0, 1 - (before + after) / self.of(begin, end))
             else:
@@ -75,7 +78,9 @@ class PrefillCost:
         left = stop - start - known
         if left <= 0:
             return seconds
-        return seconds + self.of(stop - left, stop) - self.step if self else (seconds or None)
+        if not self:
+            return seconds or None
+        return seconds + self.token * left + self.pair * pairs(stop - left, stop)
 
 
 UNKNOWN = PrefillCost()
@@ -87,21 +92,27 @@ def pairs(start: int, stop: int) -> int:
     return (stop - start) * (start + stop - 1) // 2
 
 
-def learned(measured: Sequence[StepsTaken]) -> PrefillCost:
-    """What such steps take: the terms, none below 0, with the least absolute deviations in parts of the seconds.
+def filled(tokens: int, sizes: Sequence[int]) -> int:
+    """Tokens of a step that has so many to compute: the next of ``sizes``, or as many beyond the last."""
+    at = bisect_left(sizes, tokens)
+    return sizes[at] if at < len(sizes) else tokens
+
+
+def learned(measured: Sequence[StepsTaken], sizes: tuple[int, ...] = ()) -> PrefillCost:
+    """What such steps, of such ``sizes``, take: the terms, none below 0, that are least off, in parts of the seconds.
 
     Least absolute deviations, as weighted least squares again and again (Schlossmacher, 1973): a step that compiled, or
     that the machine was busy in, says nothing of the others. O(steps).
     """
     rows = np.array([each for each in measured if each.seconds > 0], np.float64).reshape(-1, _TERMS + 1)
     if not len(rows):
-        return PrefillCost()
+        return PrefillCost(sizes=sizes)
     parts = rows[:, :_TERMS] / rows[:, _TERMS:]
     weights, found = np.ones(len(parts)), np.zeros(_TERMS)
     for _ in range(_ROUNDS):
         found = _least(parts, weights)
         weights = 1 / np.maximum(np.abs(parts @ found - 1), _NOISE)
-    return PrefillCost(*found.tolist())
+    return PrefillCost(*found.tolist(), sizes=sizes)
 
 
 def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
