@@ -112,7 +112,8 @@ def learned(measured: Sequence[StepsTaken], sizes: tuple[int, ...] = ()) -> Pref
     for _ in range(_ROUNDS):
         found = _least(parts, weights)
         weights = 1 / np.maximum(np.abs(parts @ found - 1), _NOISE)
-    return PrefillCost(*found.tolist(), sizes=sizes)
+    step, token, pair = found.tolist()
+    return PrefillCost(step, token, pair, sizes)
 
 
 def _least(parts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
