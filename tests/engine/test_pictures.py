@@ -296,6 +296,8 @@ def test_between_two_turns_of_an_encoder_lies_a_step(shared, monkeypatch):
     turns = [i for i, each in enumerate(order) if each == "pictures"]
     assert len(turns) >= 4
     assert all(later - earlier == 2 for earlier, later in itertools.pairwise(turns)), order
+    kinds = [step.kind for step in machine.recorder.timeline.steps][-len(order) :]
+    assert kinds.count("encode") == len(turns), "the trace shows whom everybody waited for"
 
 
 def test_a_decode_node_encodes_nothing_where_text_goes_on_for_a_page(case):

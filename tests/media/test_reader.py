@@ -78,14 +78,34 @@ def test_what_dies_of_an_image_is_one_request(reader, monkeypatch):
 
 def test_who_holds_much_waits_and_others_do_not(reader):
     large = encoded(Image.new("RGB", (200, 200)), "PNG")
-    held = [reader.read([large], "a").result(60) for _ in range(2)]
-    third = reader.read([large], "a")
+    held = reader.read([large], "a").result(60)
+    another = reader.read([large], "a")
     other = reader.read([large], "b").result(60)
     time.sleep(0.1)
-    assert not third.done()
-    held.pop()
+    assert not another.done()
+    del held
     gc.collect()
-    assert third.result(60) == other
+    assert another.result(60) == other
+
+
+def test_of_a_picture_is_held_what_a_model_looks_at_and_who_cannot_be_is_told_of_alone():
+    def prepare(pixels):
+        if pixels.shape[1] > 150:
+            raise RequestError("too wide")
+        return np.asarray(Image.fromarray(pixels).resize((10, 20)))
+
+    reader = PictureReader(LIMITS, request_bytes=2**20, processes=1, prepare=prepare)
+    sources = [encoded(Image.new("RGB", size, "red"), "PNG") for size in ((100, 100), (60, 40))]
+    pictures = reader.read(sources).result(60)
+    assert [(each.pixels.shape, each.prepared) for each in pictures] == [((20, 10, 3), True)] * 2
+    assert pictures == list(read_all(sources, LIMITS)), "the same pictures by their digests"
+    assert reader.held_pixels == 2 * 200
+    with pytest.raises(RequestError, match="image 0: too wide"):
+        reader.read([encoded(Image.new("RGB", (200, 40)), "PNG"), *sources]).result(60)
+    assert reader.read(sources).result(60) == pictures, "its process was heard to the end"
+    del pictures
+    assert let_go(reader) == 0
+    reader.close()
 
 
 def test_lines_take_turns_and_have_an_end(reader, monkeypatch):

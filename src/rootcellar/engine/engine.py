@@ -11,6 +11,9 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
@@ -24,7 +27,7 @@ from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.meeting import meet
 from rootcellar.engine.output import in_order, show
-from rootcellar.engine.pictures import ImageData
+from rootcellar.engine.pictures import ImageData, prepared
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.ranks import loop_of
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
@@ -137,12 +140,20 @@ class Engine(TakesWeights):
         encoder = self._parts.model.encoder
         return None if encoder is None else encoder.token
 
+    def prepare_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An image uint8 [height, width, 3] as the model looks at it: resized; itself where it looks at none.
+
+        ``RequestError``: the model cannot take it.
+        """
+        encoder = self._parts.model.encoder
+        return pixels if encoder is None else encoder.prepare(pixels)
+
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
         """How many tokens each picture is computed as. ``RequestError``: the model cannot take one of them, or any."""
         encoder = self._parts.model.encoder
         if encoder is None:
             raise RequestError(f"{self._parts.model.architecture} knows no images")
-        return [encoder.size(encoder.prepare(picture.pixels)) for picture in pictures]
+        return [encoder.size(prepared(encoder, picture)) for picture in pictures]
 
     @property
     def longest_prompt(self) -> int:

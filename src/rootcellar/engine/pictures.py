@@ -61,9 +61,9 @@ def see(parts: Parts, ids: NDArray[np.int64], images: Sequence[PictureSource], w
     if not images and not len(at):
         return Depicted(ids)
     pictures = list(read_all(list(images), MediaLimits.of(parts.config, files=True)))
-    prepared = [encoder.prepare(picture.pixels) for picture in pictures]
-    sizes = [encoder.size(pixels) for pixels in prepared]
-    for i, (pixels, size) in enumerate(zip(prepared, sizes, strict=True)):
+    shown = [prepared(encoder, picture) for picture in pictures]
+    sizes = [encoder.size(pixels) for pixels in shown]
+    for i, (pixels, size) in enumerate(zip(shown, sizes, strict=True)):
         _check_size(parts, encoder, pixels, size, f"{where}image {i}")
     starts = _starts(at, sizes)
     if starts is None:
@@ -73,7 +73,7 @@ def see(parts: Parts, ids: NDArray[np.int64], images: Sequence[PictureSource], w
         )
     given = len(at) == len(sizes)  # else it is there as often as images have places
     out, spans, before, length = [], [], 0, 0
-    for start, picture, pixels, size in zip(starts, pictures, prepared, sizes, strict=True):
+    for start, picture, pixels, size in zip(starts, pictures, shown, sizes, strict=True):
         content = _content(encoder, picture)
         out += [ids[before:start], placeholder_ids(content, size)]
         length += start - before
@@ -82,6 +82,11 @@ def see(parts: Parts, ids: NDArray[np.int64], images: Sequence[PictureSource], w
         before = start + (1 if given else size)
     whole = np.concatenate([*out, ids[before:]])
     return Depicted(whole, tuple(spans), _places(encoder, spans, len(whole)) if parts.model.axes else None)
+
+
+def prepared(encoder: Encoder, picture: Picture) -> NDArray[np.uint8]:
+    """What ``encoder`` looks at of a picture. ``RequestError``: it cannot take it."""
+    return picture.pixels if picture.prepared else encoder.prepare(picture.pixels)
 
 
 def _content(encoder: Encoder, picture: Picture) -> bytes:

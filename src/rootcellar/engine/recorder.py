@@ -139,7 +139,9 @@ class Recorder:
         self._ended = now
         tokens = plan.tokens
         self.timeline.steps.append(
-            StepRecord(began, dispatched, self._computed, now, plan.decode, len(plan.chunks), tokens)
+            StepRecord(
+                began, dispatched, self._computed, now, "decode" if plan.decode else "prefill", len(plan.chunks), tokens
+            )
         )
         with_device = (now if busy else self._computed) - max(dispatched, began)
         self.metrics.step(plan.decode, now - began, with_device)
@@ -147,6 +149,11 @@ class Recorder:
         self.history.step_ended(generated, now)
         self._stats_logger.step_ended(self._scheduler, generated, prompted, began, now)
         return now - began
+
+    def encoded(self) -> None:
+        """It was the encoder's turn instead, which is over: everybody waited for it as for a step."""
+        self._ended = now = self._now()
+        self.timeline.steps.append(StepRecord(self._planning, self._planning, now, now, "encode", 0, 0))
 
     def request_ended(self, tracker: Tracker) -> None:
         """A request came to its end."""

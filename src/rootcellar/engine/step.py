@@ -342,10 +342,11 @@ class Machine:
     def _plan(self) -> Plan | None:
         # Pictures take as long as a step: whoever comes meanwhile is in the next one, and does not wait for both.
         encodings = self.life.encodings
+        self.recorder.step_begins()
         self._encoded = encodings is not None and not self._encoded and encodings.turn(self.end)
         if self._encoded:
+            self.recorder.encoded()
             return None
-        self.recorder.step_begins()
         plan = self.scheduler.plan()
         self.recorder.planned(self.trackers)
         for request in self.scheduler.failed:

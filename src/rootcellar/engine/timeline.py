@@ -55,14 +55,15 @@ class RequestRecord:
 class StepRecord(NamedTuple):
     """One step: when it began, when the device began with it, when its tokens were there, when all was followed up.
 
-    The device may have begun before: while the host was busy with the step before.
+    The device may have begun before: while the host was busy with the step before. ``kind``: "prefill", "decode", or
+    "encode" for a turn of the encoder between two steps, which has neither requests nor tokens of its own.
     """
 
     began: float
     dispatched: float
     computed: float
     ended: float
-    decode: bool
+    kind: str
     requests: int
     tokens: int
 
@@ -121,9 +122,8 @@ def chrome_trace(
                 slice_(1, lane + 1, name, at, until, rid=record.rid)
     events += [_name(1, f"lane {i + 1}", thread=i + 1) for i in range(len(free_at))]
     for step in steps:
-        name = "decode" if step.decode else "prefill"
-        slice_(2, 1, name, step.began, step.ended, requests=step.requests, tokens=step.tokens)
-        slice_(2, 2, name, step.dispatched, step.computed)
+        slice_(2, 1, step.kind, step.began, step.ended, requests=step.requests, tokens=step.tokens)
+        slice_(2, 2, step.kind, step.dispatched, step.computed)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"started_at": wall}}
 
 

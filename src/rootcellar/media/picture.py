@@ -16,11 +16,13 @@ class Picture:
     """What a picture shows. Two are equal when they show the same, whatever files they came in.
 
     ``pixels``: uint8 [height, width, 3], red, green and blue, upright, without transparency; read-only and contiguous.
-    ``digest``: 32 bytes, SHA-256 over height and width (uint32, little-endian) and the pixels.
+    ``digest``: 32 bytes, SHA-256 over height and width (uint32, little-endian) and the pixels. ``prepared``: whether
+    ``pixels`` are what a model's encoder made of these, and ``digest`` nevertheless that of the whole picture.
     """
 
     pixels: NDArray[np.uint8] = field(compare=False, repr=False)
     digest: bytes
+    prepared: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8]) -> Self:

@@ -1,8 +1,8 @@
 """Pictures of many requests, decoded in processes of their own, so that no thread of this one waits for a decoder.
 
 Each tenant has a line, and the lines take turns: however many pictures one tenant sends, another waits for one request
-of its. What was decoded counts against its tenant until nobody holds its pixels any more, and where that is as much as
-may be, the next in its line waits.
+of its. Of what was decoded only that is kept which a model looks at. It counts against its tenant until nobody holds
+its pixels any more, and where that is as much as may be, the next in its line waits.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rootcellar.child import Child
 from rootcellar.errors import EngineError, QueueFull, RequestError, RequestTooLarge
 from rootcellar.media.limits import MediaLimits
 from rootcellar.media.picture import Picture
+from rootcellar.media.reading import numbered
 from rootcellar.media.sources import Small
 
 log = logging.getLogger(__name__)
 
+Prepare = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 WAITING_REQUESTS, WAITING_BYTES = 1024, 2**27
 """Most requests of a tenant that wait for their pictures, and most bytes of these as they came."""
-HELD_REQUESTS = 2
-"""How many times ``max_request_pixels`` a tenant's decoded pictures may be together."""
 # How often is looked whether pixels have been let go.
 _LOOK_SECONDS = 0.02
 
@@ -52,12 +54,18 @@ class _Job:
 class PictureReader:
     """Decodes pictures in as many processes as it may have, each started when first needed, and again when it ended."""
 
-    def __init__(self, limits: MediaLimits, *, request_bytes: int, processes: int | None = None) -> None:
-        """``request_bytes``: most bytes of a request's sources. ``processes``: None: one for two cores, up to four."""
+    def __init__(
+        self, limits: MediaLimits, *, request_bytes: int, prepare: Prepare | None = None, processes: int | None = None
+    ) -> None:
+        """``request_bytes``: most bytes of a request's sources. ``processes``: None: one for two cores, up to four.
+
+        ``prepare``: what is kept of a picture's pixels, or a ``RequestError``; None: all of them. A tenant's pictures
+        may have ``max_request_pixels`` together, so prepared.
+        """
         self._limits = limits
+        self._prepare = prepare
         self._request_bytes = request_bytes
         self._most = processes or max(1, min(4, (os.cpu_count() or 2) // 2))
-        self._held_most = HELD_REQUESTS * limits.max_request_pixels
         self._changed = threading.Condition()
         self._lines: dict[str, deque[_Job]] = {}
         self._held: dict[str, int] = {}
@@ -157,7 +165,7 @@ class PictureReader:
 
     def _has_room(self, job: _Job) -> bool:
         held = self._held.get(job.tenant, 0)
-        return job.pixels is None or not held or held + job.pixels <= self._held_most
+        return job.pixels is None or not held or held + job.pixels <= self._limits.max_request_pixels
 
     def _put_back(self, job: _Job) -> None:
         """There was no room: it goes first when there is."""
@@ -210,15 +218,25 @@ class PictureReader:
             if not roomy:
                 return None
             taken = pixels
-            pictures = []
-            for _ in job.sources:
+            pictures, wrong = [], None
+            for i in range(len(job.sources)):
                 height, width, digest = heard()
                 image = np.empty((height, width, 3), np.uint8)
                 connection.recv_bytes_into(image.data.cast("B"))
-                weakref.finalize(image, self._let_go.append, (job.tenant, height * width)).atexit = False
-                taken -= height * width
+                if self._prepare is not None:
+                    try:
+                        image = numbered(i, len(job.sources), partial(self._prepare, image))
+                    except RequestError as error:  # the process tells of the others nevertheless
+                        wrong = wrong or error
+                        continue
                 image.flags.writeable = False
-                pictures.append(Picture(image, digest))
+                kept = image.shape[0] * image.shape[1]
+                weakref.finalize(image, self._let_go.append, (job.tenant, kept)).atexit = False
+                self._let_go.append((job.tenant, height * width - kept))
+                taken -= height * width
+                pictures.append(Picture(image, digest, self._prepare is not None))
+            if wrong is not None:
+                raise wrong
             return pictures
         except (EOFError, OSError):
             words = child.said().partition("\n")[0]

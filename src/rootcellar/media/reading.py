@@ -46,10 +46,10 @@ def counted(sources: Sequence[PictureSource], limits: MediaLimits) -> tuple[int,
     """How many pixels the pictures of one request have together, and what makes each of them; errors as those of
     :func:`read`, from both."""
     limits.check_count(len(sources))
-    begun = [_numbered(i, len(sources), partial(_begun, each, limits)) for i, each in enumerate(sources)]
+    begun = [numbered(i, len(sources), partial(_begun, each, limits)) for i, each in enumerate(sources)]
     pixels = sum(number for number, _ in begun)
     limits.check_together(pixels)
-    waiting = [partial(_numbered, i, len(sources), decode) for i, (_, decode) in enumerate(begun)]
+    waiting = [partial(numbered, i, len(sources), decode) for i, (_, decode) in enumerate(begun)]
     begun.clear()
     waiting.reverse()
     return pixels, (waiting.pop() for _ in sources)  # and with it the file's bytes
@@ -84,7 +84,7 @@ def _fitted(decode: Callable[[], Picture], side: int) -> Picture:
     return Picture.of(np.array(Image.fromarray(picture.pixels).resize(size, Image.Resampling.BICUBIC)))
 
 
-def _numbered(i: int, of: int, do: Callable[[], T]) -> T:
+def numbered(i: int, of: int, do: Callable[[], T]) -> T:
     """What ``do`` gives; where there are several, an error says of which it is."""
     try:
         return do()

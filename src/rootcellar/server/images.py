@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
-from rootcellar.config import EngineConfig
+from rootcellar.engine import Engine
 from rootcellar.errors import RequestError, RequestTooLarge
 from rootcellar.media import MediaLimits, Picture
 from rootcellar.media.fetching import fetch, is_address
@@ -44,11 +44,11 @@ def image_source(given: Any, name: str) -> ImageSource:
 class Pictures:
     """Reads the images of requests, off the event loop: those from elsewhere are fetched, all are decoded apart."""
 
-    def __init__(self, config: EngineConfig, request_bytes: int) -> None:
-        """``request_bytes``: most bytes of a request's images together, as they come."""
-        self.limits = MediaLimits.of(config)
+    def __init__(self, engine: Engine, request_bytes: int) -> None:
+        """For ``engine``. ``request_bytes``: most bytes of a request's images together, as they come."""
+        self.limits = MediaLimits.of(engine.config)
         self._request_bytes = request_bytes
-        self._reader = PictureReader(self.limits, request_bytes=request_bytes)
+        self._reader = PictureReader(self.limits, request_bytes=request_bytes, prepare=engine.prepare_image)
         self._fetching: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def read(self, sources: Sequence[ImageSource], tenant: str) -> list[Picture]:

@@ -85,7 +85,7 @@ class ServerState:
             seconds=self.config.prompt_timeout,
             characters=self.config.max_prompt_characters or max(_CHARACTERS, 8 * self.longest_prompt),
         )
-        self.images = Pictures(self.engine.config, self.config.max_body_bytes)
+        self.images = Pictures(self.engine, self.config.max_body_bytes)
         self.observer = Observer(
             self.engine, model_name=self.model_name, sglang_metrics=self.config.enable_sglang_metrics
         )
