@@ -1,6 +1,6 @@
-"""Decode steps that overlap with the host's work, and those that do not: the embedded model, 64 requests at a time.
+"""Decode steps that overlap with the host's work, and those that do not: 64 requests at a time of the embedded model.
 
-    .venv/bin/python benchmarks/overlap.py [--batch 64] [--rounds 8] [--device-ms 10]
+    .venv/bin/python benchmarks/overlap.py [--batch 64] [--rounds 8] [--device-ms 10] [--model-path FOLDER]
 
 Two engines in one process, in turns: the time of a decode step, in medians of the rounds, and the part of it in which
 the device had nothing to do.
@@ -99,9 +99,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--model-path", default="demo")
     parser.add_argument("--device-ms", type=float, help="a double that takes so long for a step (none: this machine)")
     args = parser.parse_args()
-    options = {"model_path": "demo", "max_total_tokens": 32768, "max_running_requests": args.batch}
+    options = {"model_path": args.model_path, "max_total_tokens": 32768, "max_running_requests": args.batch}
     with (
         rootcellar.Engine(**options, disable_overlap_schedule=False) as overlap,
         rootcellar.Engine(**options, disable_overlap_schedule=True) as plain,

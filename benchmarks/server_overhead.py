@@ -1,8 +1,8 @@
 """Requests/s of the server over HTTP against the offline engine, on the same workload at the same concurrency.
 
-    .venv/bin/python benchmarks/server_overhead.py
+    .venv/bin/python benchmarks/server_overhead.py [--stream] [--model-path FOLDER]
 
-Both run the embedded model with the same settings, in processes of their own, in turn and several times over; only one
+Both run the same model with the same settings, in processes of their own, in turn and several times over; only one
 works at a time. The workload: distinct prompts of 256 tokens, 128 tokens of answer each, nothing cached before. The
 offline engine gets all prompts in one call and runs `concurrency` of them at a time; the server gets them from as many
 clients, each of which sends its next request when the one before was answered. `--stream` has the answers streamed.
@@ -42,7 +42,7 @@ def sampling(args: argparse.Namespace) -> dict[str, object]:
 
 def offline(args: argparse.Namespace) -> None:
     """The worker: reads round numbers, writes seconds."""
-    with rootcellar.Engine(model_path="demo", max_running_requests=args.concurrency, **SETTINGS) as engine:
+    with rootcellar.Engine(model_path=args.model_path, max_running_requests=args.concurrency, **SETTINGS) as engine:
         engine.warm_up()
         print("ready", flush=True)
         for line in sys.stdin:
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model-path", default="demo")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
@@ -112,6 +113,7 @@ def main() -> None:
     assert worker.stdin is not None
     assert worker.stdout is not None
     words = ["--max-running-requests", str(args.concurrency), "--chunked-prefill-size", "512", "--log-level", "warning"]
+    words += ["--model-path", args.model_path]
     with Server(*words, max_total_tokens=SETTINGS["max_total_tokens"], warm=True) as server:
         assert worker.stdout.readline() == "ready\n"
         while httpx.get(f"{server.url}/server_info").json()["programs_left"]:
