@@ -434,8 +434,9 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
 def _holding(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, params: Params | None) -> str | None:
     """How weights are packed: see ``Placement.holding``.
 
-    As integers where that is asked for. Else a CPU keeps bfloat16 as it was saved, under arithmetic in float32;
-    weights that were handed over are used where they lie, unless answers may not depend on the batch.
+    As integers where that is asked for. Else a CPU packs what it loads, since its products are faster so: bfloat16 as
+    it was saved, under arithmetic in float32. Weights that were handed over are used where they lie, unless answers may
+    not depend on the batch.
     """
     if config.quantization is not None:
         return config.quantization
@@ -443,7 +444,7 @@ def _holding(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, params:
     if params is not None or config.tp_size > 1 or dtype != jnp.float32 or not products.runs(jax.default_backend()):
         return packed
     kept = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
-    return "bfloat16" if kept else packed
+    return "bfloat16" if kept else "float32"
 
 
 def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:

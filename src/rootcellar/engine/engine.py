@@ -11,9 +11,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rootcellar.cache import RadixCache
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
@@ -27,7 +24,7 @@ from rootcellar.engine.lifecycle import read_tags
 from rootcellar.engine.mailbox import Mailbox, Post
 from rootcellar.engine.meeting import meet
 from rootcellar.engine.output import in_order, show
-from rootcellar.engine.pictures import ImageData, prepared
+from rootcellar.engine.pictures import ImageData
 from rootcellar.engine.prefixes import Prefixes
 from rootcellar.engine.ranks import loop_of
 from rootcellar.engine.requests import MANY_PROMPTS, encode, read_inputs, takes_long
@@ -37,7 +34,7 @@ from rootcellar.engine.storage import DRAIN, StorageBackend
 from rootcellar.engine.warmup import WarmUp
 from rootcellar.engine.weights import TakesWeights
 from rootcellar.errors import EngineError, RequestError
-from rootcellar.media import Picture
+from rootcellar.models.encoders import Encoder
 from rootcellar.models.params import Params
 from rootcellar.models.repacking import wanted_tensors
 from rootcellar.text import Tokenizer
@@ -135,25 +132,15 @@ class Engine(TakesWeights):
         return self._parts.model.vocab_size
 
     @property
+    def encoder(self) -> Encoder | None:
+        """What looks at images; None: the model knows none."""
+        return self._parts.model.encoder
+
+    @property
     def image_token(self) -> int | None:
         """The token that stands in a prompt where an image is to be; None: the model knows none."""
         encoder = self._parts.model.encoder
         return None if encoder is None else encoder.token
-
-    def prepare_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """An image uint8 [height, width, 3] as the model looks at it: resized; itself where it looks at none.
-
-        ``RequestError``: the model cannot take it.
-        """
-        encoder = self._parts.model.encoder
-        return pixels if encoder is None else encoder.prepare(pixels)
-
-    def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """How many tokens each picture is computed as. ``RequestError``: the model cannot take one of them, or any."""
-        encoder = self._parts.model.encoder
-        if encoder is None:
-            raise RequestError(f"{self._parts.model.architecture} knows no images")
-        return [encoder.size(prepared(encoder, picture)) for picture in pictures]
 
     @property
     def longest_prompt(self) -> int:

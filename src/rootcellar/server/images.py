@@ -48,7 +48,8 @@ class Pictures:
         """For ``engine``. ``request_bytes``: most bytes of a request's images together, as they come."""
         self.limits = MediaLimits.of(engine.config)
         self._request_bytes = request_bytes
-        self._reader = PictureReader(self.limits, request_bytes=request_bytes, prepare=engine.prepare_image)
+        prepare = None if engine.encoder is None else engine.encoder.prepare
+        self._reader = PictureReader(self.limits, request_bytes=request_bytes, prepare=prepare)
         self._fetching: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def read(self, sources: Sequence[ImageSource], tenant: str) -> list[Picture]:

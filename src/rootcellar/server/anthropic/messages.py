@@ -56,7 +56,7 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     prompts = await chat_tokens(state, chat)
     sources = images_of(chat.messages)
     pictures = await state.images.read(sources, caller_of(request).name) if sources else []
-    return json_response({"input_tokens": await prompt_tokens(state, prompts, pictures)})
+    return json_response({"input_tokens": prompt_tokens(state, prompts, pictures)})
 
 
 async def _keeps(state: ServerState, chat: ChatRequest, asked: Asked, marks: list[Mark]) -> list[tuple[int, float]]:

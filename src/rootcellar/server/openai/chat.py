@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from rootcellar.media import Picture
-from rootcellar.server.answer import Result, on_thread, require_room
+from rootcellar.server.answer import Result, require_room
 from rootcellar.server.callers import caller_of
 from rootcellar.server.errors import invalid
 from rootcellar.server.openai.extras import Extras
@@ -110,11 +110,10 @@ class Asked:
     reading: Listening
 
 
-async def prompt_tokens(state: ServerState, prompts: Prompts, pictures: Sequence[Picture]) -> int:
-    """How many tokens the prompt of a chat has as it is computed, what stands for its pictures included."""
-    if not pictures:
-        return len(prompts.input_ids)
-    sizes = await on_thread(state.engine.image_tokens, pictures)
+def prompt_tokens(state: ServerState, prompts: Prompts, pictures: Sequence[Picture]) -> int:
+    """How many tokens the prompt of a chat has as it is computed, what stands for its prepared pictures included."""
+    encoder = state.engine.encoder
+    sizes = [] if encoder is None else [encoder.size(picture.pixels) for picture in pictures]
     return len(prompts.input_ids) + sum(sizes) - len(sizes)
 
 
@@ -125,7 +124,7 @@ async def read_chat_request(
     prompts = await chat_tokens(state, body)
     sources = images_of(body.messages)
     pictures = await state.images.read(sources, tenant) if sources else []
-    most = body.limit() or answer_limit(state, body, await prompt_tokens(state, prompts, pictures))
+    most = body.limit() or answer_limit(state, body, prompt_tokens(state, prompts, pictures))
     name = body.name(prefix)
     arguments = {"input_ids": prompts.input_ids, "rid": name, **body.arguments(most, top, state.sampling)}
     if pictures:
