@@ -62,6 +62,8 @@ def _begun(source: PictureSource, limits: MediaLimits) -> tuple[int, Callable[[]
         return pixels, partial(_fitted, decode, source.side)
     content = content_of(source, limits)
     match content:
+        case Picture(prepared=True):  # which was counted before it was
+            return 0, lambda: content
         case Picture():
             return limits.check_size(content.width, content.height), lambda: content
         case np.ndarray():
