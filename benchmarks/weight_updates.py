@@ -1,6 +1,7 @@
 """New weights from a trainer in another process, while requests run: whose each token is, and what an update costs.
 
-    .venv/bin/python benchmarks/weight_updates.py [--updates 200] [--pause SECONDS] [--clients 4] [--model-path FOLDER]
+    .venv/bin/python benchmarks/weight_updates.py [--updates 200] [--pause SECONDS] [--clients 4] [--before N]
+        [--model-path FOLDER]
 
 A server answers clients that ask without a break. A trainer, a process of its own, changes every weight and pushes all
 (``WeightPusher``, ``on_weight_update="recompute"``), again and again. Afterwards the same versions are made here, and a
@@ -151,6 +152,12 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between two pushes")
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument(
+        "--before",
+        type=int,
+        default=0,
+        help="requests answered before the first update: what is remembered of the newest is full then",
+    )
     parser.add_argument("--model-path", default="demo")
     parser.add_argument("--trainer", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,6 +192,9 @@ def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
             thread.start()
             after.callback(thread.join)
         after.callback(ended.set)
+        while len(answers) < args.before:
+            assert all(thread.is_alive() for thread in threads), "a client failed"
+            time.sleep(0.1)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
             assert trainer.stdout is not None
             for line in trainer.stdout:

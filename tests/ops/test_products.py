@@ -70,6 +70,19 @@ def test_where_the_order_is_fixed_a_row_gets_the_same_bits_in_any_company(holdin
         np.testing.assert_array_equal(product(x[:tokens], held)[:16], alone[:tokens])
 
 
+@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+def test_a_fixed_order_rounds_less_than_one_sum_after_another(vectors, monkeypatch):
+    """A third of its error over 1,024 inputs; the form that anybody would write first is a chain of as many sums."""
+    if not kernels.runs_vectors(vectors):
+        pytest.skip(f"{vectors} does not run here")
+    monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
+    weight, held = packed("float32", (1024, 64), (0,), native=True, fixed=True)
+    x = np.random.default_rng(3).normal(size=(40, 1024)).astype(np.float32)
+    true = x.astype(np.float64) @ weight.astype(np.float64)
+    chain = np.cumsum(x[:, :, None] * weight, axis=1, dtype=np.float32)[:, -1]
+    assert np.square(product(x, held) - true).mean() < np.square(chain - true).mean() / 9
+
+
 def test_groups_of_equal_weights_divide_by_nothing():
     for holding in ("w8", "w4"):
         how = packer(holding, (64, 16), (0,))
