@@ -154,7 +154,7 @@ def _score(
 ) -> tuple[Array, Array, Array]:
     def part(args: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         states, wanted, divisors = args
-        scores = logits(params, cfg, states) / divisors[:, None]  # as tokens are drawn: the same bits
+        scores = sampler.cooled(logits(params, cfg, states), divisors)  # as tokens are drawn: the same bits
         chosen = sampler.logprobs(scores, jnp.take_along_axis(scores, wanted[:, None], axis=-1))
         values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
         return chosen[:, 0], sampler.logprobs(scores, values), ids

@@ -178,13 +178,18 @@ def logprobs(scores: Array, values: Array) -> Array:
     return (values - top) - jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1, keepdims=True))
 
 
+def cooled(scores: Array, temperatures: Array) -> Array:
+    """``scores`` [N, V] over their ``temperatures`` [N], each row's largest taken away first: see :func:`logprobs`."""
+    return (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperatures[:, None]
+
+
 def _processed(logits: Array, batch: SamplingBatch) -> Array:
     """What tokens are drawn from. Greedy rows take part with temperature 1 and are left whole: a batch mixes both.
 
     Rows that want no truncation are left whole too, and where there are no others its 62 passes are not made.
     """
     adjusted, greedy = _adjust(logits, batch), _greedy(batch)
-    scaled = adjusted / jnp.where(greedy, 1.0, batch.temperature)[:, None]
+    scaled = cooled(adjusted, jnp.where(greedy, 1.0, batch.temperature))
     some = (batch.top_k < logits.shape[1]) | (batch.top_p < 1) | (batch.min_p > 0)
     cut = jnp.asarray(some) & ~greedy
     return lax.cond(jnp.any(cut), lambda: jnp.where(cut[:, None], _truncate(scaled, batch), scaled), lambda: scaled)
