@@ -121,7 +121,9 @@ class LMCacheStore:
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
             wire.send([self._ask(_EXIST, name) for name in some])
-            there += [_ANSWER.unpack(wire.exactly(_ANSWER.size))[0] == _FINE for _ in some]
+            for _ in some:
+                there.append(_ANSWER.unpack(wire.exactly(_ANSWER.size))[0] == _FINE)
+                wire.acknowledge()
         return there
 
     def _ask(self, command: int, name: bytes, nbytes: int = 0) -> bytes:
