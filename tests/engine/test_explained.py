@@ -5,7 +5,7 @@ import pytest
 from machines import VOCAB, Callers, Time, hash_machine
 
 from rootcellar.engine.commands import AbortAll, Flush
-from rootcellar.misses import Cause, Earlier, Past
+from rootcellar.misses import Cause, Earlier, Past, PrefillCost
 
 
 def prompt(length):
@@ -14,6 +14,16 @@ def prompt(length):
 
 def cause_of(machine, name):
     return machine.recorder.explainer.find(name, None).cause
+
+
+def test_a_prompt_of_one_token_has_its_time_where_only_pairs_seem_to_cost_any(monkeypatch):
+    machine = hash_machine(tokens=128, chunk=32)
+    machine.recorder.spending.cost = PrefillCost(pair=1e-6)
+    monkeypatch.setattr(machine.recorder.spending, "_learn", lambda chunks: None)
+    callers = Callers(machine)
+    callers.do(callers.submit([prompt(1), prompt(1)], 0, max_new_tokens=2))
+    callers.run()
+    assert machine.generated == 4
 
 
 def test_who_asks_the_same_at_the_same_time_lost_nothing():

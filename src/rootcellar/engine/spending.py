@@ -46,7 +46,9 @@ class Spending:
             return
         chunks, self._chunks = self._chunks, []
         self._learn(chunks)
-        weights = [self.cost.of(c.start, c.stop) if self.cost else c.stop - c.start for c in chunks]
+        weights: list[float] = [self.cost.of(c.start, c.stop) for c in chunks] if self.cost else []
+        if not sum(weights):  # or pairs alone seem to cost anything, and each of these is the first token of a prompt
+            weights = [c.stop - c.start for c in chunks]
         for chunk, weight in zip(chunks, weights, strict=True):
             tracker = trackers.get(chunk.request)
             if tracker is not None and tracker.first_token is None:  # later it computes what it had before
