@@ -13,12 +13,17 @@ from rootcellar.ops import kernels
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_cache_benchmark_measures_every_row():
-    words = ["--quick", "--json", "--pages", "16", "--rounds", "1", "--seconds", "0.01", "--sides", "rootcellar python"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "cache_core.py"), *words, "--groups", "micro,scaling"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+def measured(script, *words, timeout=240):
+    """What a benchmark says as JSON."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    return json.loads(done.stdout)
+
+
+def test_the_cache_benchmark_measures_every_row():
+    words = ["--quick", "--pages", "16", "--rounds", "1", "--seconds", "0.01", "--sides", "rootcellar python"]
+    rows = measured("cache_core.py", *words, "--groups", "micro,scaling")["rows"]
     assert {row["row"] for row in rows} >= {"decode 256 requests", "memcpy of its slots"}
     for row in rows:
         (found,) = row["sides"].values()
@@ -26,11 +31,8 @@ def test_the_cache_benchmark_measures_every_row():
 
 
 def test_the_file_store_is_measured_beside_its_medium(tmp_path):
-    words = ["--mib", "4", "--rounds", "1", "--json", "--path", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "benchmarks" / "file_store.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    words = ["--mib", "4", "--rounds", "1", "--path", str(tmp_path)]
+    rows = measured("file_store.py", *words)
     assert {row["way"] for row in rows} == {"buffered", "fdatasync", "direct"}
     assert all(row[name] > 0 for row in rows for name in ("memcpy", "write", "dd", "put", "read", "get"))
 
@@ -39,11 +41,8 @@ def test_the_file_store_is_measured_beside_its_medium(tmp_path):
 def test_engines_are_measured_side_by_side(tmp_path):
     make_checkpoint("llama2", tmp_path)
     words = ["--engine", f"rootcellar:bfloat16={sys.executable}", "--prefill", "32", "--batch", "2", "--context", "16"]
-    words += ["--steps", "2", "--rounds", "1", "--long", "64", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "engines.py"), str(tmp_path), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    words += ["--steps", "2", "--rounds", "1", "--long", "64"]
+    found = measured("engines.py", str(tmp_path), *words, timeout=600)
     assert found["bandwidth"] > 0
     assert len(found["rows"]) == 4
     assert all(row["rootcellar"] > 0 and row["rootcellar bfloat16"] > 0 for row in found["rows"])
@@ -51,11 +50,8 @@ def test_engines_are_measured_side_by_side(tmp_path):
 
 @pytest.mark.long
 def test_hits_on_each_tier_are_measured_beside_each_other_and_a_slow_store():
-    words = ["--requests", "--rounds", "1", "--tokens", "300", "--layers", "1", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "tiers.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["requests"]
+    words = ["--requests", "--rounds", "1", "--tokens", "300", "--layers", "1"]
+    found = measured("tiers.py", *words)["requests"]
     assert found["over_device"].keys() == {"cold", "storage", "device", "host"}
     assert found["hits"]["cold"] == found["hits"]["device"] == 1
     tried, weighed = (found["throttled"]["decisions"][name][0] for name in ("tried", "weighed"))
@@ -67,11 +63,8 @@ def test_hits_on_each_tier_are_measured_beside_each_other_and_a_slow_store():
 @pytest.mark.long
 def test_tiers_are_measured_under_load():
     words = ["--layers", "1", "--rounds", "1", "--batch", "2", "--steps", "8", "--length", "64"]
-    words += ["--count", "4", "--turns", "2", "--clients", "2", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "tiers_load.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    words += ["--count", "4", "--turns", "2", "--clients", "2"]
+    found = measured("tiers_load.py", *words)
     assert found["decode"]["ratio"] > 0
     assert found["decode"]["bytes"]["device-host"] > 0
     rows = found["conversations"]["rows"]
@@ -81,11 +74,8 @@ def test_tiers_are_measured_under_load():
 
 @pytest.mark.long
 def test_hybrid_layouts_are_measured_with_every_tier_and_planned_for():
-    words = ["--shapes", "gemma3", "--memory", "32MB", "--rounds", "1", "--answer", "4", "--plan", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "hybrid_tiers.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    words = ["--shapes", "gemma3", "--memory", "32MB", "--rounds", "1", "--answer", "4", "--plan"]
+    found = measured("hybrid_tiers.py", *words, timeout=600)
     assert len(found["measured"]) == 6
     for row in found["measured"]:
         assert row["longest"] == row["planned"]
@@ -106,20 +96,14 @@ def test_what_auto_takes_is_not_the_slow_one():
 
 @pytest.mark.long
 def test_a_colocated_step_holds_what_is_known_of_each_phase():
-    command = [sys.executable, str(ROOT / "benchmarks" / "colocated_step.py"), "--tokens", "512", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = measured("colocated_step.py", "--tokens", "512", timeout=900)
     assert all(found["known"].values()), found["known"]
     assert len(found["phases"]) == 7
 
 
 @pytest.mark.long
 def test_what_hints_keep_is_measured_live_and_nothing_is_left_of_them():
-    command = [sys.executable, str(ROOT / "benchmarks" / "hints.py"), "--speed", "300", "--random", "1000", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = measured("hints.py", "--speed", "300", "--random", "1000", timeout=600)
     assert found["counted"] > 20
     assert found["next_turn_hits"] > 0.95
     assert found["lru_next_turn_hits"] < 0.5
@@ -130,11 +114,8 @@ def test_what_hints_keep_is_measured_live_and_nothing_is_left_of_them():
 
 @pytest.mark.long
 def test_prices_are_measured_beside_what_recomputing_takes():
-    words = ["--lengths", "64", "128", "--rounds", "1", "--hits", "1", "--tokens", "1024", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "price.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    words = ["--lengths", "64", "128", "--rounds", "1", "--hits", "1", "--tokens", "1024"]
+    rows = measured("price.py", *words)
     assert len(rows) == 14
     assert all(row["exact"] and row["price"] > 0 for row in rows)
     assert {row["cause"] for row in rows} == {"forgotten", "other_namespace", "changing_value", "evicted"}
@@ -143,10 +124,7 @@ def test_prices_are_measured_beside_what_recomputing_takes():
 @pytest.mark.long
 def test_prefill_and_decode_apart_are_measured_beside_one_engine():
     words = ["--layers", "1", "--rounds", "1", "--seconds", "6", "--streams", "2", "--steps", "8", "--length", "200"]
-    words += ["--every", "2", "--at-once", "1", "--quick", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "disaggregation.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    words += ["--every", "2", "--at-once", "1", "--quick"]
+    found = measured("disaggregation.py", *words)
     assert found["ratio_p99"] > 0
     assert all(row["long_prompts"] > 0 for row in found["systems"].values())

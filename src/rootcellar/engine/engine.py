@@ -139,8 +139,7 @@ class Engine(TakesWeights):
     @property
     def image_token(self) -> int | None:
         """The token that stands in a prompt where an image is to be; None: the model knows none."""
-        encoder = self._parts.model.encoder
-        return None if encoder is None else encoder.token
+        return None if self.encoder is None else self.encoder.token
 
     @property
     def longest_prompt(self) -> int:

@@ -49,10 +49,11 @@ class Spending:
         weights: list[float] = [self.cost.of(c.start, c.stop) for c in chunks] if self.cost else []
         if not sum(weights):  # or pairs alone seem to cost anything, and each of these is the first token of a prompt
             weights = [c.stop - c.start for c in chunks]
+        each = self._seconds / sum(weights)
         for chunk, weight in zip(chunks, weights, strict=True):
             tracker = trackers.get(chunk.request)
             if tracker is not None and tracker.first_token is None:  # later it computes what it had before
-                tracker.spend(Spent(chunk.start, chunk.stop, self._seconds * weight / sum(weights)))
+                tracker.spend(Spent(chunk.start, chunk.stop, weight * each))
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
     def _learn(self, chunks: list[Chunk]) -> None:

@@ -32,6 +32,7 @@ from rootcellar.media.sources import Small
 log = logging.getLogger(__name__)
 
 Prepare = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""From all pixels of a picture to those that are kept, uint8 [height, width, 3] both; ``RequestError``: none can be."""
 WAITING_REQUESTS, WAITING_BYTES = 1024, 2**27
 """Most requests of a tenant that wait for their pictures, and most bytes of these as they came."""
 # How often is looked whether pixels have been let go.
