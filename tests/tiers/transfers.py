@@ -17,6 +17,8 @@ from rootcellar.tiers.stores import slotio
 
 VECTORS = ("", "plain")
 AROUND = (1024, 4096, 12_288, slotio.READ_PIECE, slotio.WRITE_PIECE)
+SHARED = (3 << 19) + 7
+"""Of which three are summed up by two threads."""
 SIZES = (240, 241, 255, *(n + d for n in AROUND for d in (-65, -64, -1, 0, 1)))
 
 
@@ -48,7 +50,7 @@ def compare(folder: Path, direct: bool, vectors: str) -> None:
 def compare_sums(vectors: str) -> None:
     """Of images anywhere in memory, as they lie and as they are copied, beside xxhash."""
     dice = random.Random(2)
-    for size in SIZES[1:]:
+    for size in (*SIZES[1:], SHARED):
         given = [memoryview(dice.randbytes(size + start))[start:] for start in (0, 16, 5)]
         seeds = [dice.getrandbits(64) for _ in given]
         expected = [*map(xxhash.xxh3_64_intdigest, given, seeds)]

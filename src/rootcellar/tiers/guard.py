@@ -27,6 +27,8 @@ from rootcellar.tiers.store import Block, GatheringStore, Store, TimedStore, che
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+_SUMMED = 1 << 20
+"""Bytes of images that are summed up before the store is told: it sends them while caches still hold them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,23 +317,32 @@ class Guard:
     ) -> list[bool]:
         lengths = [SEAL.size] * len(images)
         scratch = self._take(lengths)
-        seals, made, ready = scratch.split(lengths), list[bytes](), threading.Event()
+        seals, made, over = scratch.split(lengths), 0, False
+        more = threading.Condition()
 
-        def tails() -> Sequence[Block]:
-            ready.wait()
-            if not made:
-                raise RuntimeError("what is sent could not be summed up")
-            return seals
+        def tail(i: int) -> Block:
+            with more:
+                more.wait_for(lambda: made > i or over)
+                if made <= i:
+                    raise RuntimeError("what is sent could not be summed up")
+            return seals[i]
 
         def make() -> None:  # here: who was left behind would seal what may be another page by now
+            nonlocal made, over
             try:
-                made.extend(seals_of(names, images))
-                for place, sealed in zip(seals, made, strict=True):
-                    place[:] = sealed
+                while made < len(images):
+                    some = slice(made, made + max(_SUMMED // max(len(images[made]), 1), 1))
+                    for place, sealed in zip(seals[some], seals_of(names[some], images[some]), strict=True):
+                        place[:] = sealed
+                    with more:
+                        made = min(some.stop, len(images))
+                        more.notify()
             finally:
-                ready.set()
+                with more:
+                    over = True
+                    more.notify()
 
-        held = self._in(scratch, lambda: store.put_parts(names, images, tails), end, make)
+        held = self._in(scratch, lambda: store.put_parts(names, images, tail), end, make)
         self._give(scratch)
         return held
 

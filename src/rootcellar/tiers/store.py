@@ -71,9 +71,9 @@ class GatheringStore(ABC):
 
     @abstractmethod
     def put_parts(
-        self, names: Sequence[bytes], images: Sequence[memoryview], tails: Callable[[], Sequence[Block]]
+        self, names: Sequence[bytes], images: Sequence[memoryview], tail: Callable[[int], Block]
     ) -> list[bool]:
-        """As ``put`` of blocks that are ``images[i]``, then ``tails()[i]``, which it may have to wait for."""
+        """As ``put`` of blocks that are ``images[i]``, then ``tail(i)``, which it may have to wait for."""
 
 
 class TimedStore(ABC):

@@ -13,6 +13,8 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "xxh3.h"
@@ -25,6 +27,8 @@ namespace rootcellar {
 namespace {
 
 constexpr std::size_t kBlock = 4096;
+// Bytes from which on two threads sum up images: two cores get more from memory than one.
+constexpr std::size_t kShared = 4 << 20;
 constexpr std::size_t kParts = 512;  // of a system call, which takes 1,024 at most
 
 // The memory of Python objects, as long as this lives.
@@ -222,15 +226,29 @@ nb::list sum_images(const nb::list& images, const std::vector<std::uint64_t>& se
     std::vector<std::uint64_t> sums(from.count());
     {
         const nb::gil_scoped_release without;
-        for (std::size_t i = 0; i < from.count(); ++i) {
-            xxh3::Hash hash(copies ? to.at(i) : from.at(i), from.length(i), seeds[i], add);
-            if (copies) {
-                hash.add(from.length(i), to.at(i), from.at(i));
-            } else {
-                hash.add(from.length(i));
+        const auto some = [&](std::size_t first, std::size_t end) {
+            for (std::size_t i = first; i < end; ++i) {
+                xxh3::Hash hash(copies ? to.at(i) : from.at(i), from.length(i), seeds[i], add);
+                if (copies) {
+                    hash.add(from.length(i), to.at(i), from.at(i));
+                } else {
+                    hash.add(from.length(i));
+                }
+                sums[i] = hash.digest();
             }
-            sums[i] = hash.digest();
+        };
+        std::size_t total = 0, half = 0, middle = 0;
+        for (std::size_t i = 0; i < from.count(); ++i) total += from.length(i);
+        while (middle < from.count() && half < total / 2) half += from.length(middle++);
+        std::thread other;
+        if (total >= kShared && middle < from.count()) {
+            try {
+                other = std::thread(some, middle, from.count());
+            } catch (const std::system_error&) {  // there may be no more threads
+            }
         }
+        some(0, other.joinable() ? middle : from.count());
+        if (other.joinable()) other.join();
     }
     nb::list found;
     for (const std::uint64_t sum : sums) found.append(sum);

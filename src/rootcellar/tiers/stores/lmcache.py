@@ -1,19 +1,19 @@
 """LMCache's server (``lmcache_server HOST PORT``, the protocol of ``lm://``): each page is one of its binary objects.
 
-The protocol is its own, spoken here without any of its packages. A put has no answer, so each batch of puts is followed
-by questions for its pages. The server deletes nothing and keeps all in its memory.
+The protocol is its own, spoken here without any of its packages. A put has no answer, so several are followed by the
+question whether the last page is there. The server deletes nothing and keeps all in its memory.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import hide, host_and_port, nothing_else, read_extra, take_text
-from rootcellar.tiers.store import check_names
+from rootcellar.tiers.store import Block, GatheringStore, check_names
 from rootcellar.tiers.stores.wire import Address, Wire, Wires
 
 _ASK = struct.Struct("9i150s")
@@ -61,7 +61,7 @@ def read_settings(extra: Mapping[str, object]) -> LMCacheSettings:
     return settings
 
 
-class LMCacheStore:
+class LMCacheStore(GatheringStore):
     """A :class:`~rootcellar.tiers.store.Store` on LMCache's server."""
 
     verifies = False
@@ -96,12 +96,24 @@ class LMCacheStore:
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
-        check_names(names, blocks)
+        return self.put_parts(names, blocks, lambda _: b"")
+
+    def gathers(self, _images: Sequence[memoryview]) -> bool:
+        """See ``GatheringStore``: of any length, from any memory."""
+        return True
+
+    def put_parts(
+        self, names: Sequence[bytes], images: Sequence[memoryview], tail: Callable[[int], Block]
+    ) -> list[bool]:
+        """See ``GatheringStore``. Raises ``OSError``."""
+        check_names(names, images)
 
         def give(wire: Wire) -> list[bool]:
-            for name, block in zip(names, blocks, strict=True):
-                wire.send([self._ask(_PUT, name, block.nbytes), block])
-            return self._exist(wire, names)
+            for i in range(len(names)):
+                end = tail(i)
+                wire.send([self._ask(_PUT, names[i], images[i].nbytes + len(end)), images[i], end])
+            # It does one command after the other and ends the connection where one fails: with the last all are there.
+            return [True] * len(names) if all(self._exist(wire, names[-1:])) else self._exist(wire, names)
 
         return self._wires.run(give)
 

@@ -6,6 +6,7 @@ guard's. A page that is there is not put again: damaged ones stay misses until t
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -24,8 +25,8 @@ from rootcellar.tiers.settings import host_and_port, need, nothing_else, take_ch
 from rootcellar.tiers.store import Block, GatheringStore, check_names
 from rootcellar.tiers.stores.passage import Passage
 
-_LARGE = 1 << 20
-"""Bytes of an image from which on two parts are sent as soon as one that is copied: each costs 0.05 ms or more."""
+_LARGE = 2 << 20
+"""Bytes of an image from which on two parts are sent as soon as one that is copied: each costs 0.1 ms."""
 _NO_ROOM = -200
 _OTHER_LENGTH, _GONE = -600, (-703, -704, -706)
 """What it answers for a page: the buffer is too small; it is not written yet, not there, or was taken away."""
@@ -141,9 +142,9 @@ class MooncakeStore(GatheringStore):
         views = [view.cast("B") for view in into]
         if not names:
             return []
-        with self._passage, self._in_registered(views) as places:
+        with self._passage, self._in_registered(views) as (places, addresses):
             sizes = [len(view) for view in views]
-            codes = self._store.batch_get_into(self._keys(names), [_address(place) for place in places], sizes)
+            codes = self._store.batch_get_into(self._keys(names), addresses, sizes)
             found = [code == size for code, size in zip(codes, sizes, strict=True)]
             for view, place, whole in zip(views, places, found, strict=True):
                 if whole and place is not view:
@@ -159,27 +160,26 @@ class MooncakeStore(GatheringStore):
         views = [block.cast("B") for block in blocks]
         if not names:
             return []
-        with self._passage, self._in_registered(views) as places:
+        with self._passage, self._in_registered(views) as (places, addresses):
             for view, place in zip(views, places, strict=True):
                 if place is not view:
                     place[:] = view
             keys, sizes = self._keys(names), [len(view) for view in views]
-            codes = self._store.batch_put_from(keys, [_address(place) for place in places], sizes, self._how)
+            codes = self._store.batch_put_from(keys, addresses, sizes, self._how)
         return _kept(codes)
 
     def gathers(self, images: Sequence[memoryview]) -> bool:
         """See ``GatheringStore``."""
-        return min(map(len, images), default=0) >= _LARGE and self._registered(images)
+        return min(map(len, images), default=0) >= _LARGE and self._registered(images, [_address(i) for i in images])
 
     def put_parts(
-        self, names: Sequence[bytes], images: Sequence[memoryview], tails: Callable[[], Sequence[Block]]
+        self, names: Sequence[bytes], images: Sequence[memoryview], tail: Callable[[int], Block]
     ) -> list[bool]:
         """See ``GatheringStore``; False where no client has room. Raises ``OSError``."""
         check_names(names, images)
-        pairs = zip(images, tails(), strict=True)
-        parts = [[image.cast("B"), memoryview(tail)] for image, tail in pairs]
+        parts = [[image.cast("B"), memoryview(tail(i))] for i, image in enumerate(images)]
         with self._passage:
-            if not all(self._registered(each) for each in zip(*parts, strict=True)):
+            if not all(self._registered(each, [_address(i) for i in each]) for each in zip(*parts, strict=True)):
                 raise OSError("Mooncake sends from memory only that it was shown")
             at = [[_address(part) for part in each] for each in parts]
             sizes = [[len(part) for part in each] for each in parts]
@@ -212,17 +212,18 @@ class MooncakeStore(GatheringStore):
     def _keys(self, names: Sequence[bytes]) -> list[str]:
         return [self.settings.prefix + name.hex() for name in names]
 
-    def _registered(self, views: Sequence[memoryview]) -> bool:
+    def _registered(self, views: Sequence[memoryview], addresses: Sequence[int]) -> bool:
         with self._lock:
             shown = [(start, end) for start, end, _ in self._shown]
-        starts = [_address(view) for view in views]
-        return all(any(a <= at and at + len(v) <= b for a, b in shown) for at, v in zip(starts, views, strict=True))
+        pairs = zip(addresses, views, strict=True)
+        return all(any(a <= at and at + len(v) <= b for a, b in shown) for at, v in pairs)
 
     @contextmanager
-    def _in_registered(self, views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
-        """The views themselves where all lie in registered memory, and else as many bytes of memory that is."""
-        if self._registered(views):
-            yield views
+    def _in_registered(self, views: Sequence[memoryview]) -> Iterator[tuple[Sequence[memoryview], list[int]]]:
+        """The views themselves where all lie in registered memory, else as many bytes of memory that is; addresses."""
+        addresses = [_address(view) for view in views]
+        if self._registered(views, addresses):
+            yield views, addresses
             return
         with self._staging:
             total = sum(len(view) for view in views)
@@ -231,7 +232,8 @@ class MooncakeStore(GatheringStore):
                 self.register(larger)
                 self._stage = larger
             ends = np.cumsum([len(view) for view in views]).tolist()
-            yield [self._stage[end - len(view) : end] for end, view in zip(ends, views, strict=True)]
+            places = [self._stage[end - len(view) : end] for end, view in zip(ends, views, strict=True)]
+            yield places, [_address(place) for place in places]
 
 
 def open_store(extra: Mapping[str, object], _identity: str) -> MooncakeStore:
@@ -247,4 +249,6 @@ def _kept(codes: Sequence[int]) -> list[bool]:
 
 
 def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data)
+    if view.readonly or not view.contiguous or view.nbytes == 0:
+        return int(np.frombuffer(view, np.uint8).ctypes.data)
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))  # a fifth of the time of NumPy's

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ class _Folder:
             made.append((0, size, fd, ""))
         return made
 
-    def written(self, names: Sequence[bytes], descriptors: Sequence[Any], tails: Sequence[Block]) -> None:
+    def written(self, names: Sequence[bytes], descriptors: Sequence[Any], tails: Iterable[Block]) -> None:
         for name, (_, size, fd, _), tail in zip(names, descriptors, tails, strict=True):
             if len(tail) and os.pwrite(fd, tail, size) != len(tail):
                 raise OSError("the disk is full")
@@ -185,14 +185,14 @@ class NixlStore(GatheringStore):
 
     def put(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         """See ``Store``. Raises ``OSError``."""
-        return self.put_parts(names, blocks, lambda: [b""] * len(blocks))
+        return self.put_parts(names, blocks, lambda _: b"")
 
     def gathers(self, images: Sequence[memoryview]) -> bool:
         """See ``GatheringStore``: from any memory, but what is small is copied as fast."""
         return min(map(len, images), default=0) >= _LARGE
 
     def put_parts(
-        self, names: Sequence[bytes], images: Sequence[memoryview], tails: Callable[[], Sequence[Block]]
+        self, names: Sequence[bytes], images: Sequence[memoryview], tail: Callable[[int], Block]
     ) -> list[bool]:
         """See ``GatheringStore``. Raises ``OSError``."""
         check_names(names, images)
@@ -204,7 +204,7 @@ class NixlStore(GatheringStore):
                     descriptors = self._folder.writing([len(view) for view in views[some]], stack)
                     if not all(self._writer.move("WRITE", views[some], "FILE", descriptors)):
                         raise OSError("NIXL could not write")
-                    self._folder.written(names[some], descriptors, tails()[some])
+                    self._folder.written(names[some], descriptors, map(tail, range(len(names))[some]))
         return [True] * len(names)
 
     def clear(self) -> int:
