@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/pictures.py [--quarters 1] [--pages 1,16] [--side 420] [--rounds 3] [--json]
 
-The model has the shapes of Qwen2.5-VL-3B, of its 32 blocks of the encoder and of its 36 layers a quarter each (``--quarters``), and
-weights drawn at random. Each round shows a new picture: a first question encodes it and computes its KV, a second one, of other
-words behind it, does neither. Programs are compiled before; medians are told.
+The model has the shapes of Qwen2.5-VL-3B, a quarter of its 32 encoder blocks and of its 36 layers (``--quarters``), and
+weights drawn at random. Each round shows a new picture: a first question encodes it and computes its KV, a second one,
+of other words behind it, does neither. Programs are compiled before; medians are told.
 """
 
 import argparse
@@ -17,9 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from checkpoints import make_config, picture
-
 import rootcellar
+from checkpoints import make_config, picture
 
 PLACE, BEGINS, ENDS = 500, 501, 502
 WORDS = 12
