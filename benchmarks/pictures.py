@@ -34,7 +34,7 @@ def write_model(folder, quarters):
     }  # fmt: skip
     config = make_config(
         "qwen2-5-vl", hidden_size=2048, intermediate_size=11008, num_hidden_layers=9 * quarters, num_attention_heads=16,
-        num_key_value_heads=2, max_position_embeddings=4096, vision_config=vision, torch_dtype="bfloat16",
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=4096, vision_config=vision, torch_dtype="bfloat16",
         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
     )  # fmt: skip
     (Path(folder) / "config.json").write_text(json.dumps(config))
