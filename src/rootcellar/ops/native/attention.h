@@ -32,19 +32,19 @@ struct Coded {
   const uint8_t *codes, *scales;
 };
 
-// Scales of 8 bits: a float16 without its sign and without the last 7 bits.
-struct Scales {
+// Half of scales of 8 bits: a float16 without its sign and without the last 7 bits.
+struct HalfScales {
   float of[256];
-  constexpr Scales() : of{} {
+  constexpr HalfScales() : of{} {
     for (int byte = 0; byte < 256; byte++) {
       const int exponent = byte >> 3, mantissa = exponent == 0 ? byte & 7 : 8 + (byte & 7);
-      float power = 1.0f / (1 << 17);  // of the last bit where there is no exponent
+      float power = 1.0f / (1 << 18);  // of the last bit where there is no exponent
       for (int e = 1; e < exponent; e++) power *= 2;
       of[byte] = exponent == 31 ? __builtin_nanf("") : static_cast<float>(mantissa) * power;
     }
   }
 };
-inline constexpr Scales kScales;
+inline constexpr HalfScales kHalfScales;
 
 // Where the cached positions [begin, end) of one row and KV head lie.
 struct Span {
@@ -57,10 +57,6 @@ struct Span {
   Coded keys, values;  // of pools of few bits
   int kv_heads, head;
 
-  // Where, in rows of a pool of few bits, a position lies.
-  int64_t slot(int t) const {
-    return (static_cast<int64_t>(pages[t / page_size]) * kv_heads + head) * page_size + t % page_size;
-  }
   int seen = 0;  // nobody sees what is before it, and it may not be there: this position stands in its place
 
   // Pointers to the keys and values of n positions from t0 on.
