@@ -166,17 +166,17 @@ def tables_of(runner: Runner, rows: int) -> dict[str, np.ndarray]:
 
 def distributions(model: Model, runner: Runner, tokens: np.ndarray) -> Iterator[Array]:
     """Log-probabilities of the next token [SCORED, V] at every position, some at a time."""
-    for start, part, hidden in fed(runner, tokens):
+    for part, hidden in fed(runner, tokens):
         for at in range(0, len(part), SCORED):
             yield jax.nn.log_softmax(model.logits(runner.params, hidden[at : at + SCORED]))
 
 
-def fed(runner: Runner, tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray, Array]]:
-    """Runs row 1 through ``tokens``; of each chunk its start, its tokens and their hidden states."""
+def fed(runner: Runner, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, Array]]:
+    """Runs row 1 through ``tokens``; of each chunk its tokens and their hidden states."""
     tables = tables_of(runner, 1)
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK]
-        yield start, part, runner.step(Batch.build([BatchPart(1, start, part)], tables, runner.shapes.tile))[1]
+        yield part, runner.step(Batch.build([BatchPart(1, start, part)], tables, runner.shapes.tile))[1]
 
 
 def text() -> str:

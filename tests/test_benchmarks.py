@@ -15,10 +15,19 @@ ROOT = Path(__file__).parents[1]
 
 def measured(script, *words, timeout=240):
     """What a benchmark says as JSON."""
+    return json.loads(said(script, *words, timeout=timeout))
+
+
+def lines(script, *words):
+    """What one says of each row, in lines of JSON."""
+    return [json.loads(line) for line in said(script, *words, timeout=600).splitlines()]
+
+
+def said(script, *words, timeout):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def test_the_cache_benchmark_measures_every_row():
@@ -128,3 +137,22 @@ def test_prefill_and_decode_apart_are_measured_beside_one_engine():
     found = measured("disaggregation.py", *words)
     assert found["ratio_p99"] > 0
     assert all(row["long_prompts"] > 0 for row in found["systems"].values())
+
+
+@pytest.mark.long
+def test_caches_of_few_bits_are_measured_on_a_model(tmp_path):
+    make_checkpoint("llama2", tmp_path / "model", tokenizer=True, vocab_size=300)
+    words, kept = ["--model-path", str(tmp_path / "model")], ["--kept", str(tmp_path / "kept")]
+    types = ["--types", "int8,fp8_e4m3 one scale,fp8_e4m3 one scale calibrated"]
+    text = ["--tokens", "96", "--context", "64", *types, *kept]
+    rows = lines("quantised_kv.py", *words, *text)
+    assert [row["type"] for row in rows] == ["float32", *types[1].split(",")]
+    assert rows[0]["kl"] == 0
+    assert all(row["kl"] > 0 for row in rows[1:])
+    assert (tmp_path / "kept").read_text().count("\n") == 2 * 4
+    assert lines("quantised_kv.py", *words, *text) == rows  # of what was kept
+    found = lines("quantised_kv.py", *words, "--needles", "--contexts", "512", "--haystacks", "1", *types)
+    assert all(row["of"] == 16 and row["logprob"] < 0 for row in found)
+    sped = lines("quantised_kv.py", *words, "--speed", "--contexts", "20", "--batch", "1,2", "--rounds", "1")
+    assert len(sped) == 2 * 6
+    assert all(row["speed"] > 0 for row in sped)

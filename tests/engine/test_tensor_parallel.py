@@ -12,6 +12,7 @@ import pytest
 from checkpoints import golden
 from rootcellar.errors import ConfigError
 from rootcellar.models.config import read_config
+from rootcellar.plan.grids import NARROW
 from rootcellar.runner import Placement
 
 SCRIPT = Path(__file__).with_name("tensor_parallel.py")
@@ -130,7 +131,9 @@ def test_what_one_number_of_devices_stored_another_reads(devices, tmp_path, name
     assert each(details["storage"] > 0 for details in found(1, [14, 15]))
 
 
-@pytest.mark.parametrize("dtype", ["k8v4", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[pytest.mark.long] if dtype != "k8v4" else []) for dtype in NARROW]
+)
 def test_what_one_number_of_devices_stored_in_few_bits_another_reads(devices, tmp_path, dtype):
     case = golden("qwen2-4kv")
     case.make(tmp_path / "model")
