@@ -203,7 +203,7 @@ class _Checkpoint:
         scales = [name for name in unused if name.endswith(_KV_SCALES)]
         if scales:
             logger.warning(
-                "%d scales of KV in %s (%s, ...) are not used: pages of few bits have finer ones of their own, which err less",
+                "%d scales of KV in %s (%s, ...) are not used: pages of few bits have their own, which err less",
                 len(scales), self._files.folder, scales[0],
             )  # fmt: skip
         unused = [name for name in unused if name not in scales]
