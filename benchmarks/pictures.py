@@ -73,6 +73,8 @@ def main():
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = []
+    if not args.json:
+        print("| page | prompt | image | cached | first, s | second, s | of it |\n|" + "---|" * 7, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, args.quarters)
         for page in map(int, args.pages.split(",")):
@@ -80,14 +82,16 @@ def main():
             options |= {"chunked_prefill_size": 512, "load_format": "dummy", "skip_tokenizer_init": True}
             with rootcellar.Engine(model_path=folder, **options) as engine:
                 rows.append(measure(engine, page, args.side, args.rounds))
+            if not args.json:
+                show(rows[-1])
     if args.json:
         print(json.dumps(rows, indent=1))
-        return
-    print("| page | prompt | image | cached | first, s | second, s | of it |\n|" + "---|" * 7)
-    for row in rows:
-        words = [row["page_size"], row["prompt_tokens"], row["image_tokens"], row["cached_tokens"]]
-        words += [f"{row['first']:.2f}", f"{row['second']:.2f}", f"{row['of it']:.3f}"]
-        print("| " + " | ".join(map(str, words)) + " |")
+
+
+def show(row):
+    words = [row["page_size"], row["prompt_tokens"], row["image_tokens"], row["cached_tokens"]]
+    words += [f"{row['first']:.2f}", f"{row['second']:.2f}", f"{row['of it']:.3f}"]
+    print("| " + " | ".join(map(str, words)) + " |", flush=True)
 
 
 if __name__ == "__main__":
