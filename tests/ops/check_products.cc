@@ -33,11 +33,12 @@ float weight(const Product& p, int64_t panel, int64_t input, int column) {
     return v;
   }
   const int64_t group = (panel * (p.inputs / p.group) + input / p.group) * kColumns + column;
-  if (p.form == Form::w8) return value(p.scales[group]) * static_cast<int8_t>(word >> (8 * at));
-  return value(p.scales[group]) * ((word >> (4 * at)) & 15) + value(p.least[group]);
+  const int place = at % 2 * (each / 2) + at / 2;  // even ones first
+  if (p.form == Form::w8) return value(p.scales[group]) * static_cast<int8_t>(word >> (8 * place));
+  return value(p.scales[group]) * ((word >> (4 * place)) & 15) + value(p.least[group]);
 }
 
-bool holds(Random& random, const rootcellar::Vectors<rootcellar::Multiply>& set) {
+bool holds(Random& random, const rootcellar::Vectors<rootcellar::ProductKernels>& set) {
   const Form form = static_cast<Form>(below(random, 4));
   const bool grouped = form == Form::w8 || form == Form::w4;
   const int group = grouped ? 8 << below(random, 3) : 1;
@@ -62,9 +63,8 @@ bool holds(Random& random, const rootcellar::Vectors<rootcellar::Multiply>& set)
   for (bf16& scale : scales) scale.bits = static_cast<uint16_t>(0x3c00 + below(random, 128));
   for (bf16& low : least) low.bits = static_cast<uint16_t>(0xbd00 + below(random, 128));
   const Product p{x.data(),   words.data(), grouped ? scales.data() : nullptr, least.empty() ? nullptr : least.data(),
-                  nullptr,    y.data(),     rows,                              inputs,
-                  leads,      length,       group,                             form,
-                  below(random, 2) == 1};
+                  y.data(),   rows,         inputs,                            leads,
+                  length,     group,        form,                              below(random, 2) == 1};
   Threads threads{1 + below(random, 4), {}};
   rootcellar::multiply(threads, p, set.function);
   for (int64_t row = 0; row < rows; row += 1 + below(random, 5)) {

@@ -8,7 +8,7 @@ A weight is an array of any axes, of which some, the first or the last, are a pr
     least   the same                                                           (bfloat16; ``w4`` only)
 
 where a panel is 16 of the last outputs (the last panel filled up with zeros), and a word of 32 bits has 1, 2, 4 or 8 of
-the last inputs. So each axis that tensor parallelism splits is still an axis. Without kernels XLA computes with what
+the last inputs (of integers the even ones first). So each axis that tensor parallelism splits is still an axis. Without kernels XLA computes with what
 :func:`unpacked` gives.
 """
 
@@ -183,6 +183,8 @@ class Packer:
             whole = np.ascontiguousarray(panels, np.float32)
             codes, *extra = holding.encode(whole.reshape(*whole.shape[:-2], -1, self.group, COLUMNS))
         codes = codes.reshape(*panels.shape[:-2], -1, holding.word, COLUMNS).swapaxes(-1, -2)
+        if holding.grouped:
+            codes = np.concatenate([codes[..., ::2], codes[..., 1::2]], axis=-1)
         if holding.word > holding.parts:  # two integers to a byte
             codes = codes[..., ::2] | codes[..., 1::2] << 4
         assert count + len(self._outputs) + 2 == codes.ndim
@@ -232,6 +234,8 @@ def _values(w: Packed, codes: Array, *scaled: Array) -> Array:
     if holding.word > holding.parts:
         codes = jnp.stack([codes & 15, codes >> 4], axis=-2)  # [..., parts, 2, C]
         codes = codes.reshape(*codes.shape[:-3], holding.word, codes.shape[-1])
+    if holding.grouped:
+        codes = jnp.stack(jnp.split(codes, 2, axis=-2), axis=-2).reshape(codes.shape)
     values = codes.astype(jnp.float32)
     *lead, words, count, columns = values.shape
     if not holding.grouped:

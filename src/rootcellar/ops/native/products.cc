@@ -57,7 +57,6 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArg
                               static_cast<const uint32_t*>(held[0]),
                               static_cast<const bf16*>(held[1]),
                               static_cast<const bf16*>(held[2]),
-                              nullptr,
                               y->typed_data<float>(),
                               xd[0],
                               inputs,

@@ -3,18 +3,23 @@
 // A weight [inputs, ...outputs] is packed in *panels* of kColumns outputs, so that a panel is read from its beginning to
 // its end, and a row of it is what some registers hold (the packed operand of Goto and van de Geijn, 2008). Words of 32
 // bits hold an input's float32 weight with one output, two bfloat16 ones of inputs that follow each other, four integers
-// of 8 bits, or eight of 4 bits, the first in the lowest bits: [panels, inputs / those of a word, kColumns]. So each form
-// is read in whole registers. Integers come in groups of inputs, with a scale, and for 4 bits a least value, for each
-// group and output. Arithmetic is in float32.
+// of 8 bits, or eight of 4 bits: [panels, inputs / those of a word, kColumns]. So each form is read in whole registers.
+// Floats lie with the first in the lowest bits; of integers those with even places come first, so that each half of a word
+// has one of two inputs that follow each other, where products of 16 bits want them. Integers come in groups of inputs,
+// with a scale, and for 4 bits a least value, for each group and output.
+//
+// Arithmetic is in float32. Rows that meet integers are written as such first, with 16 bits and a scale for each group of
+// inputs (twice the bits that others give them): their products are summed exactly within a group, and one instruction
+// makes two of them for each element, twice what it makes of floats.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 #include "targets.h"
 
@@ -37,11 +42,14 @@ struct Product {
   const float* x;
   const uint32_t* data;        // words of all panels
   const bf16 *scales, *least;  // [panels, inputs / group, kColumns]; null where the form has none
-  const float* given;          // [rows, inputs / group]: sums of the inputs; null where there is no least value
   float* y;
   int64_t rows, inputs, leads, length, group;
   Form form;
   bool fixed = false;  // each sum is made in one order, however many rows there are
+  // Of integers: x in 16 bits [rows, inputs], what one stands for [rows, inputs / group], and sums of x [rows, inputs /
+  // group], null where there is no least value.
+  const int16_t* codes = nullptr;
+  const float *units = nullptr, *given = nullptr;
 
   // The words of a panel from the one that has this input on.
   const uint32_t* words(int64_t panel, int64_t input) const {
@@ -58,42 +66,49 @@ struct Product {
   }
 };
 
-// Rows [row, row + rows) of a product, its panels [begin, end).
-using Multiply = void (*)(const Product&, int64_t row, int64_t rows, int64_t begin, int64_t end);
+// `multiply`: rows [row, row + rows) of a product, its panels [begin, end). `code`: what x is as integers, in those rows.
+struct ProductKernels {
+  void (*multiply)(const Product&, int64_t row, int64_t rows, int64_t begin, int64_t end);
+  void (*code)(const Product&, int64_t row, int64_t rows, int16_t* codes, float* units, float* given);
+};
 
 #define ROOTCELLAR_KERNELS "product.inc"
 #include "sets.inc"
 
-constexpr Vectors<Multiply> kProductSets[] = {ROOTCELLAR_SETS(multiply)};
+constexpr Vectors<ProductKernels> kProductSets[] = {ROOTCELLAR_SETS(products)};
 
 // Fills y, in items of up to kBand rows and a part of the panels. A sum does not depend on how many threads there are.
 template <typename Threads>
-void multiply(Threads& threads, Product p, Multiply kernel) {
-  std::vector<float> given;
-  if (p.least != nullptr) {
-    const int64_t groups = p.inputs / p.group;
-    given.resize(p.rows * groups);
-    for (int64_t i = 0; i < p.rows * groups; i++) {
-      float sum = 0.0f;
-      for (int64_t k = 0; k < p.group; k++) sum += p.x[i * p.group + k];
-      given[i] = sum;
-    }
-    p.given = given.data();
-  }
+void multiply(Threads& threads, Product p, const ProductKernels& kernels) {
   const int64_t bands = (p.rows + kBand - 1) / kBand, panels = p.panels();
   const int64_t count = std::max<int64_t>(threads.num_threads(), 1);
   // What takes some microseconds is not worth waking another thread for.
   const bool small = p.rows * panels * p.inputs * kColumns < 1 << 17;
   const int64_t parts = small ? 1 : std::min(panels, (4 * count + bands - 1) / bands);
-  const auto work = [&](int64_t i) {
-    const int64_t band = i / parts, part = i % parts, from = p.rows * band / bands, to = p.rows * (band + 1) / bands;
-    kernel(p, from, to - from, panels * part / parts, panels * (part + 1) / parts);
+  const auto first = [&](int64_t band) { return p.rows * band / bands; };
+  const auto all = [&](int64_t n, auto&& work) {
+    if (small || n == 1) {
+      for (int64_t i = 0; i < n; i++) work(i);
+    } else {
+      parallel_for(threads, n, work);
+    }
   };
-  if (small) {
-    for (int64_t i = 0; i < bands; i++) work(i);
-  } else {
-    parallel_for(threads, bands * parts, work);
+  std::unique_ptr<int16_t[]> codes;
+  std::unique_ptr<float[]> units, given;
+  if (p.scales != nullptr) {
+    const int64_t scales = p.rows * (p.inputs / p.group);
+    codes.reset(new int16_t[p.rows * p.inputs]);
+    units.reset(new float[scales]);
+    if (p.least != nullptr) given.reset(new float[scales]);
+    all(bands, [&](int64_t band) {
+      kernels.code(p, first(band), first(band + 1) - first(band), codes.get(), units.get(), given.get());
+    });
+    p.codes = codes.get(), p.units = units.get(), p.given = given.get();
   }
+  all(bands * parts, [&](int64_t i) {
+    const int64_t band = i / parts, part = i % parts;
+    kernels.multiply(p, first(band), first(band + 1) - first(band), panels * part / parts, panels * (part + 1) / parts);
+  });
 }
 
 }  // namespace rootcellar

@@ -5,11 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -74,8 +77,84 @@ const Vectors<Function>* find_vectors(const Vectors<Function> (&sets)[N], const 
   return nullptr;
 }
 
-// Run work(0..n-1) on the pool and on this thread. Helpers that start late find nothing left to do; `state` outlives
-// them, so nobody waits for a thread that never came. Threads: num_threads(), Schedule(function).
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Items of work, done by whoever comes. It outlives all who hold it, so nobody waits for a thread that never came.
+struct Items {
+  std::atomic<int64_t> next{0}, done{0};
+  std::function<void(int64_t)> work;
+  int64_t n;
+  void drain() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+      work(i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+// Threads of a pool that stay awake for a moment after they helped. A step of decoding is some hundred short calls, and to
+// wake a thread for each (50 us where it sleeps in a virtual machine) takes longer than what it would do.
+class Crew {
+ public:
+  // Of `wanted` helpers, offer the items to those that are awake; how many are to be woken.
+  int64_t offer(const std::shared_ptr<Items>& items, int64_t wanted) {
+    if (awake_.load(std::memory_order_relaxed) == 0) return wanted;
+    std::lock_guard<std::mutex> held(lock_);
+    for (; wanted > 0 && open_.load(std::memory_order_relaxed) < awake_.load(std::memory_order_relaxed); wanted--) {
+      offers_.push_back(items);
+      open_.fetch_add(1, std::memory_order_release);
+    }
+    return wanted;
+  }
+
+  // Help with these items, then with what is offered, until nothing was for a while.
+  void help(std::shared_ptr<Items> items) {
+    while (items != nullptr) {
+      items->drain();
+      items = next();
+    }
+  }
+
+ private:
+  std::shared_ptr<Items> next() {
+    awake_.fetch_add(1);
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    for (bool over = false;;) {
+      if (over || open_.load(std::memory_order_acquire) > 0) {
+        std::lock_guard<std::mutex> held(lock_);
+        if (over || !offers_.empty()) awake_.fetch_sub(1);
+        if (!offers_.empty()) {
+          auto items = std::move(offers_.back());
+          offers_.pop_back();
+          open_.fetch_sub(1, std::memory_order_relaxed);
+          return items;
+        }
+        if (over) return nullptr;
+      }
+      for (int i = 0; i < 16; i++) pause();
+      std::this_thread::yield();  // whoever has work goes first, where there are more threads than processors
+      over = std::chrono::steady_clock::now() > until;
+    }
+  }
+
+  std::mutex lock_;
+  std::vector<std::shared_ptr<Items>> offers_;  // at most as many as are awake, so each is taken
+  std::atomic<int64_t> open_{0}, awake_{0};
+};
+
+inline Crew& crew() {
+  static Crew* one = new Crew;  // never ended: a thread may still look for work when the process ends
+  return *one;
+}
+
+// Run work(0..n-1) on the pool and on this thread. Helpers that start late find nothing left to do. Threads:
+// num_threads(), Schedule(function).
 template <typename Threads, typename Work>
 void parallel_for(Threads& threads, int64_t n, Work&& work) {
   const int64_t helpers = std::min<int64_t>(threads.num_threads(), n) - 1;
@@ -83,23 +162,18 @@ void parallel_for(Threads& threads, int64_t n, Work&& work) {
     for (int64_t i = 0; i < n; i++) work(i);
     return;
   }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::function<void(int64_t)> work;
-    int64_t n;
-    void drain() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        work(i);
-        done.fetch_add(1, std::memory_order_release);
-      }
+  auto items = std::make_shared<Items>();
+  items->work = std::ref(work);
+  items->n = n;
+  for (int64_t i = crew().offer(items, helpers); i > 0; i--) threads.Schedule([items] { crew().help(items); });
+  items->drain();
+  for (int i = 0; items->done.load(std::memory_order_acquire) < n; i++) {
+    if (i < 1000) {
+      pause();
+    } else {
+      std::this_thread::yield();
     }
-  };
-  auto state = std::make_shared<State>();
-  state->work = std::ref(work);
-  state->n = n;
-  for (int64_t i = 0; i < helpers; i++) threads.Schedule([state] { state->drain(); });
-  state->drain();
-  while (state->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
+  }
 }
 
 }  // namespace rootcellar
