@@ -22,6 +22,10 @@ float value(bf16 x) {
   return v;
 }
 
+float least_value(const Product& p, int64_t panel, int64_t input, int column) {
+  return value(p.least[(panel * (p.inputs / p.group) + input / p.group) * kColumns + column]);
+}
+
 // The weight of an input in a panel's column, from the words.
 float weight(const Product& p, int64_t panel, int64_t input, int column) {
   const int each = rootcellar::inputs_of_word(p.form), at = static_cast<int>(input % each);
@@ -35,7 +39,7 @@ float weight(const Product& p, int64_t panel, int64_t input, int column) {
   const int64_t group = (panel * (p.inputs / p.group) + input / p.group) * kColumns + column;
   const int place = at % 2 * (each / 2) + at / 2;  // even ones first
   if (p.form == Form::w8) return value(p.scales[group]) * static_cast<int8_t>(word >> (8 * place));
-  return value(p.scales[group]) * ((word >> (4 * place)) & 15) + value(p.least[group]);
+  return value(p.scales[group]) * ((word >> (4 * place)) & 15) + least_value(p, panel, input, column);
 }
 
 bool holds(Random& random, const rootcellar::Vectors<rootcellar::ProductKernels>& set) {
@@ -70,14 +74,19 @@ bool holds(Random& random, const rootcellar::Vectors<rootcellar::ProductKernels>
   for (int64_t row = 0; row < rows; row += 1 + below(random, 5)) {
     for (int64_t panel = 0; panel < panels; panel++) {
       for (int column = 0; column < p.columns(panel); column++) {
-        double sum = 0, most = 0;
+        double sum = 0, most = 0, rounded = 0;  // by half a step of 16 bits, where weights are integers
         for (int64_t k = 0; k < inputs; k++) {
-          const double term = static_cast<double>(x[row * inputs + k]) * weight(p, panel, k, column);
+          const float w = weight(p, panel, k, column);
+          const double term = static_cast<double>(x[row * inputs + k]) * w;
           sum += term;
           most += std::abs(term);
+          const float* of = x.data() + row * inputs + k / group * group;
+          float largest = 0;
+          for (int i = 0; grouped && i < group; i++) largest = std::max(largest, std::abs(of[i]));
+          rounded += 0.5001 * largest / 32767 * std::abs(w - (form == Form::w4 ? least_value(p, panel, k, column) : 0));
         }
         const double off = std::abs(sum - p.out(row, panel)[column]);
-        if (off <= 1e-5 * most + 1e-6) continue;
+        if (off <= 1e-5 * most + rounded + 1e-6) continue;
         std::printf("%s: row %d, panel %d, column %d is off by %g: form %d, group %d, %d x (%d x %d), %d rows\n", set.name,
                     static_cast<int>(row), static_cast<int>(panel), column, off, static_cast<int>(form), group,
                     static_cast<int>(inputs), static_cast<int>(leads), static_cast<int>(length), static_cast<int>(rows));

@@ -17,20 +17,21 @@ from rootcellar.ops.panels import Packed
 Weight = Array | Packed
 """What a product multiplies by."""
 MANY = 256
-"""Rows from which on XLA's product is faster, though it writes out packed weights first, than that of the kernels."""
+"""Rows from which on XLA's product of floats is faster than that of the kernels, though it writes out packed ones."""
 
 
 def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype | None = None) -> Array:
     """``x`` [..., *inputs of ``w``] times ``w``: ``[..., *its other axes]``, summed over its axes ``inputs``.
 
-    Over packed weights the arithmetic is in float32. ``dtype``: of the result; None: that of ``x``, or
+    Over packed weights the arithmetic is in float32, but that rows which meet integers have 16 bits. ``dtype``: of the result; None: that of ``x``, or
     of ``x`` and ``w`` where the weight is an array.
     """
     axes = tuple(range(x.ndim - len(inputs), x.ndim)), tuple(inputs)
     if not isinstance(w, Packed):
         return jnp.tensordot(x, w, axes=axes, preferred_element_type=dtype)
     wanted = x.dtype if dtype is None else dtype
-    if w.native and (w.fixed or x.size < MANY * math.prod(w.shape[i] for i in w.inputs)):
+    few = x.size < MANY * math.prod(w.shape[i] for i in w.inputs)
+    if w.native and (w.fixed or few or panels.HOLDINGS[w.holding].grouped):
         return _native(x.astype(jnp.float32), w).astype(wanted)
     whole = panels.unpacked(w).astype(x.dtype)
     return jnp.tensordot(x, whole, axes=axes, preferred_element_type=dtype).astype(wanted)

@@ -27,9 +27,10 @@ from rootcellar.models.params import declare
 from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params, ParamSpec
 from rootcellar.ops import products
-from rootcellar.ops.panels import Packed, Packer, packer
+from rootcellar.ops.panels import HOLDINGS, Packed, Packer, packer
 from rootcellar.plan.stored import Heads
 from rootcellar.pools import Layout
+from rootcellar.pools.large_pages import in_large_pages
 
 AXIS = "tensor"
 # Logical axes of parameters that are split over the devices.
@@ -109,6 +110,7 @@ class Placement:
         The place is said outright: an array that left it open would make a step that knew another compile again.
         """
         placed: Params = jax.tree.map(self.hold, declare(self.served), self.repeated(params))
+        in_large_pages(jax.tree.leaves(placed))
         return placed
 
     def repeated(self, params: Params) -> Params:
@@ -151,7 +153,9 @@ class Placement:
     @property
     def writes_out(self) -> bool:
         """Whether XLA for CPUs multiplies by what packed weights stand for, in steps of many rows if no others."""
-        return self.holding is not None and self.platform == "cpu" and not self.fixed
+        if self.holding is None or self.platform != "cpu":
+            return False
+        return not (self.native and (self.fixed or HOLDINGS[self.holding].grouped))
 
     @property
     def platform(self) -> str:
