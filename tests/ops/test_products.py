@@ -61,9 +61,10 @@ def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkey
     for tokens in (1, 2, 3, 7, 125, MANY):
         x = rng.normal(size=(tokens, *(shape[i] for i in inputs))).astype(np.float32)
         axes = list(range(1, x.ndim)), list(inputs)
-        off = np.abs(product(x, held, inputs) - np.tensordot(x, whole, axes))
+        wanted = np.tensordot(x, whole, axes)
+        off = np.abs(product(x, held, inputs) - wanted)
         assert (off <= 2e-4 + rounded(x, held)).all()
-        assert off.max() < 3e-3  # where sums reach 60
+        assert off.max() < 3e-4 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
@@ -78,7 +79,8 @@ def test_rows_that_meet_integers_may_hold_anything(holding, vectors, monkeypatch
         x = np.random.default_rng(4).normal(size=(tokens, 96)).astype(np.float32)
         x[0], x[1], x[2] = 0, 1e-38, x[2] * 1e30
         before = np.asarray(product(x, held))
-        assert (before[0] == 0).all() and (np.abs(before[1]) < 1e-30).all() and np.isfinite(before).all()
+        assert (before[0] == 0).all() and (np.abs(before[1]) < 1e-30).all()
+        assert np.isfinite(before).all()
         for value in (np.nan, np.inf, -np.inf):
             broken = x.copy()
             broken[4, 41] = value

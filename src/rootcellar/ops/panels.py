@@ -8,8 +8,8 @@ A weight is an array of any axes, of which some, the first or the last, are a pr
     least   the same                                                           (bfloat16; ``w4`` only)
 
 where a panel is 16 of the last outputs (the last panel filled up with zeros), and a word of 32 bits has 1, 2, 4 or 8 of
-the last inputs (of integers the even ones first). So each axis that tensor parallelism splits is still an axis. Without kernels XLA computes with what
-:func:`unpacked` gives.
+the last inputs (of integers the even ones first). So each axis that tensor parallelism splits is still an axis. Without
+kernels XLA computes with what :func:`unpacked` gives.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ MANY = 256
 def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype | None = None) -> Array:
     """``x`` [..., *inputs of ``w``] times ``w``: ``[..., *its other axes]``, summed over its axes ``inputs``.
 
-    Over packed weights the arithmetic is in float32, but that rows which meet integers have 16 bits. ``dtype``: of the result; None: that of ``x``, or
-    of ``x`` and ``w`` where the weight is an array.
+    Over packed weights the arithmetic is in float32, but that rows which meet integers have 16 bits. ``dtype``: of the
+    result; None: that of ``x``, or of ``x`` and ``w`` where the weight is an array.
     """
     axes = tuple(range(x.ndim - len(inputs), x.ndim)), tuple(inputs)
     if not isinstance(w, Packed):
