@@ -269,6 +269,8 @@ def haystack(model: Model, number: int, context: int) -> tuple[np.ndarray, list[
     said = [(PLACES[i], "".join(map(str, random.integers(10, size=5)))) for i in random.permutation(len(PLACES))]
     needles = [model.ids(f"\n\nThe secret number of {place} is {digits}.\n\n") for place, digits in said]
     room = context - sum(map(len, needles))
+    if room < 0:
+        raise SystemExit(f"needles take {context - room} tokens: --contexts are longer")
     hay = model.ids(text())[number * context : number * context + room]
     cuts = np.linspace(0, room, len(needles) + 2).astype(int)
     parts = [hay[: cuts[1]]]

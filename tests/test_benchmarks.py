@@ -151,7 +151,7 @@ def test_caches_of_few_bits_are_measured_on_a_model(tmp_path):
     assert all(row["kl"] > 0 for row in rows[1:])
     assert (tmp_path / "kept").read_text().count("\n") == 2 * 4
     assert lines("quantised_kv.py", *words, *text) == rows  # of what was kept
-    found = lines("quantised_kv.py", *words, "--needles", "--contexts", "512", "--haystacks", "1", *types)
+    found = lines("quantised_kv.py", *words, "--needles", "--contexts", "1500", "--haystacks", "1", *types)
     assert all(row["of"] == 16 and row["logprob"] < 0 for row in found)
     sped = lines("quantised_kv.py", *words, "--speed", "--contexts", "20", "--batch", "1,2", "--rounds", "1")
     assert len(sped) == 2 * 6
