@@ -30,7 +30,9 @@ def test_what_is_allocated_moves_and_keeps_its_values() -> None:
     before = _in_large_pages_now()
     arrays = [jnp.arange(i, (4 << 20) + i) for i in range(4)]  # of 16 MiB
     jax.block_until_ready(arrays)
+    alive = len(jax.live_arrays())
     in_large_pages([*arrays, jnp.zeros(3)])
+    assert len(jax.live_arrays()) == alive
     for i, array in enumerate(arrays):
         np.testing.assert_array_equal(array, np.arange(i, (4 << 20) + i))
     if _in_large_pages_now() - before < 32 << 20:
