@@ -1,7 +1,6 @@
 """The index of text by what stands before: against brute force, and both of its kinds against each other."""
 
 import random
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -109,23 +108,16 @@ def test_what_is_no_token_of_a_text_is_not_kept(kind):
 
 
 @pytest.mark.skipif(CORE != "native", reason="the native core was not built, or is not wanted")
-def test_text_takes_few_bytes_and_a_question_little_time():
-    """The bars are 20 bytes a token and 50 microseconds a proposal, at a million tokens, each said somewhere before."""
+def test_text_takes_few_bytes_when_its_ring_was_written_over():
+    """The bar is 20 bytes a token, at a million tokens. What a question takes: ``benchmarks/suffix_index.py``."""
     index, rng = Suffixes(1_000_000, 24, 32), np.random.default_rng(0)
     said = rng.integers(0, 1000, 20_000)
-    for _ in range(80):  # the ring is written over
+    for _ in range(80):
         at, cut = rng.integers(0, 8_000, 2)
         index.add(OWNERS[0], np.concatenate([said[at:], rng.integers(0, 1000, cut)]))
     assert index.memory_bytes() < 13 * 1_000_000
     asked = [said[at - 24 : at] for at in rng.integers(10_000, 19_000, 500)]
-
-    def each():
-        begin = perf_counter()
-        found = [index.find(OWNERS[0], tokens, 15) for tokens in asked]
-        assert all(matched == 24 for matched, _ in found)
-        return (perf_counter() - begin) / len(asked)
-
-    assert min(each() for _ in range(5)) < 50e-6
+    assert all(index.find(OWNERS[0], tokens, 15)[0] == 24 for tokens in asked)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -42,6 +42,13 @@ float weight(const Product& p, int64_t panel, int64_t input, int column) {
   return value(p.scales[group]) * ((word >> (4 * place)) & 15) + least_value(p, panel, input, column);
 }
 
+// What meets the sum of a group's inputs, which is not rounded.
+float middle(const Product& p, int64_t panel, int64_t input, int column) {
+  if (p.form != Form::w4) return 0;
+  return least_value(p, panel, input, column) +
+         8 * value(p.scales[(panel * (p.inputs / p.group) + input / p.group) * kColumns + column]);
+}
+
 bool holds(Random& random, const rootcellar::Vectors<rootcellar::ProductKernels>& set) {
   const Form form = static_cast<Form>(below(random, 4));
   const bool grouped = form == Form::w8 || form == Form::w4;
@@ -83,7 +90,7 @@ bool holds(Random& random, const rootcellar::Vectors<rootcellar::ProductKernels>
           const float* of = x.data() + row * inputs + k / group * group;
           float largest = 0;
           for (int i = 0; grouped && i < group; i++) largest = std::max(largest, std::abs(of[i]));
-          rounded += 0.5001 * largest / 32767 * std::abs(w - (form == Form::w4 ? least_value(p, panel, k, column) : 0));
+          rounded += 0.5001 * largest / 32767 * std::abs(w - middle(p, panel, k, column));
         }
         const double off = std::abs(sum - p.out(row, panel)[column]);
         if (off <= 1e-5 * most + rounded + 1e-6) continue;

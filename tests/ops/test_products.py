@@ -43,8 +43,9 @@ def rounded(x, held):
     steps = np.abs(x).reshape(len(x), -1, held.group).max(axis=2) / 32767
     whole = np.moveaxis(np.asarray(unpacked(held), np.float64), inputs, range(len(inputs)))
     groups = whole.reshape(steps.shape[1], held.group, *whole.shape[len(inputs) :])
-    if held.holding == "w4":  # the least value of a group meets the sum of its inputs, which is not rounded
-        groups = groups - groups.min(axis=1, keepdims=True)
+    if held.holding == "w4":  # the middle of 16 values meets the sum of a group's inputs, which is not rounded
+        least, most = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+        groups = groups - least - (most - least) * 8 / 15
     return np.tensordot(0.501 * steps, np.abs(groups).sum(axis=1), 1)
 
 

@@ -17,7 +17,6 @@ from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from rootcellar.errors import EngineError
-from rootcellar.pools.large_pages import in_large_pages
 from rootcellar.pools.layouts import Layout
 
 
@@ -84,7 +83,6 @@ class Pool:
             ]
             # Waited for, so that too little memory is an error here and not in somebody's first step.
             self._buffers = jax.block_until_ready(new)
-            in_large_pages(jax.tree.leaves(new))
 
     def free(self) -> int:
         """Give the memory back at once, after the step in flight. Returns the bytes freed (0 if there were none)."""

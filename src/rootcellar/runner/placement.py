@@ -30,6 +30,7 @@ from rootcellar.ops import products
 from rootcellar.ops.panels import HOLDINGS, Packed, Packer, packer
 from rootcellar.plan.stored import Heads
 from rootcellar.pools import Layout
+from rootcellar.runner.large_pages import in_large_pages
 
 AXIS = "tensor"
 # Logical axes of parameters that are split over the devices.
@@ -109,6 +110,7 @@ class Placement:
         The place is said outright: an array that left it open would make a step that knew another compile again.
         """
         placed: Params = jax.tree.map(self.hold, declare(self.served), self.repeated(params))
+        in_large_pages(jax.tree.leaves(placed))
         return placed
 
     def repeated(self, params: Params) -> Params:
