@@ -124,7 +124,8 @@ def main() -> int:
     rows, good = [], True
     for temperature in map(float, args.temperatures.split(",")):
         for fixed in (False, True):
-            prompts = ids * (-(-args.tokens // ANSWER // len(ids)) + 4)  # some end early, and count no further
+            asked = args.tokens * 6 // 5  # some answers end early, and count no further
+            prompts = ids * (-(-asked // ANSWER // len(ids)) + 1)
             answers, said, scored = rollout(prompts, temperature, fixed, params)
             width = max(map(len, prompts))
             padded = np.array([[PAD] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)

@@ -17,7 +17,7 @@ from rootcellar.misses import Earlier, Facts, Habit, Miss, Past, PrefillCost, co
 HOUR = 3600.0
 RECENT = 1024
 """Requests that are found by their names."""
-_KEPT = 65_536
+_KEPT = 16_384  # of up to 1.7 KB
 _MANY = 64
 _OPENERS = 4096
 

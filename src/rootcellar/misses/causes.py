@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -118,9 +119,9 @@ class Miss:
     tokens: int
     seconds: float | None
     head: tuple[int, ...] = ()
-    before: tuple[int, ...] = ()
-    got: tuple[int, ...] = ()
-    instead: tuple[int, ...] = ()
+    before: Sequence[int] = ()
+    got: Sequence[int] = ()
+    instead: Sequence[int] = ()
     than: str = ""
     detail: str = ""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rootcellar.misses.aligning import WINDOW, Stretch, in_order, runs
 from rootcellar.misses.causes import Cause, Facts, Miss
@@ -60,12 +64,16 @@ def judge(facts: Facts, past: Past) -> Miss:
         tokens=price,
         seconds=facts.cost.price(facts.cached, facts.cached + price, facts.spent),
         head=tuple(tokens[:_HEAD].tolist()) if at >= _HEADLESS else (),
-        before=tuple(tokens[max(0, at - SHOWN) : at].tolist()),
-        got=tuple(tokens[at : at + SHOWN].tolist()),
-        instead=() if than is None else tuple(than.tokens[at : at + SHOWN].tolist()),
+        before=_ids(tokens[max(0, at - SHOWN) : at]),
+        got=_ids(tokens[at : at + SHOWN]),
+        instead=() if than is None else _ids(than.tokens[at : at + SHOWN]),
         than="" if than is None else than.rid,
         detail=found.detail,
     )
+
+
+def _ids(tokens: NDArray[np.int64]) -> Sequence[int]:
+    return array("q", tokens.tobytes())  # many misses are kept: numbers of Python's would take four times as much
 
 
 def _alike(found: _Found) -> int:

@@ -31,7 +31,7 @@ _HAPPENED = {
 
 def told(miss: Miss, text_of: TextOf | None) -> dict[str, Any]:
     """A miss; ``text_of`` None: token ids stay what they are."""
-    shown = {"before": miss.before, "got": miss.got, "instead": miss.instead}
+    shown = {"before": list(miss.before), "got": list(miss.got), "instead": list(miss.instead)}
     seconds = "" if miss.seconds is None else f", about {miss.seconds:.3g} s"
     price = f" That cost {miss.tokens} tokens{seconds}." if miss.tokens else ""
     sentence = (
@@ -46,7 +46,7 @@ def told(miss: Miss, text_of: TextOf | None) -> dict[str, Any]:
         "cached_tokens": miss.cached_tokens,
         "price_tokens": miss.tokens,
         "price_seconds": miss.seconds,
-        **{name: list(ids) if text_of is None else text_of(ids) for name, ids in shown.items()},
+        **{name: ids if text_of is None else text_of(ids) for name, ids in shown.items()},
         "than": miss.than,
         "detail": miss.detail,
         "remedy": miss.remedy,
