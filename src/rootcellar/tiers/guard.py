@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
-from rootcellar.tiers.sealing import SEAL, Scratch, seals_of, unseal
+from rootcellar.tiers.sealing import SEAL, Made, Scratch, room, seals_of, unseal
 from rootcellar.tiers.store import Block, GatheringStore, Store, TimedStore, check_names
+from rootcellar.tiers.threads import Threads
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class Guard:
         self._breaker = _Breaker(self._settings, now)
         self._hanging = 0
         self._spare: list[Scratch] = []
+        self._threads = Threads(f"rootcellar-{name}")
         self._stats = {verb: StoreStats() for verb in ("has", "get", "put")}
 
     def has(self, names: Sequence[bytes], by: float | None = None) -> list[bool]:
@@ -216,6 +218,7 @@ class Guard:
             self._apart(self._store.close, self._now() + self._settings.deadline)
         except Exception as error:
             self._failed("close", error)
+        self._threads.close()
 
     def stats(self) -> dict[str, StoreStats]:
         """What became of the calls so far, by verb."""
@@ -305,10 +308,18 @@ class Guard:
             return self._put_parts(store, names, blocks, end)
         scratch = self._take(self._lengths(blocks))
         objects = scratch.split(self._lengths(blocks))
-        images = [made[: -SEAL.size] for made in objects]
-        for made, sealed in zip(objects, seals_of(names, blocks, images), strict=True):
-            made[-SEAL.size :] = sealed
-        held = self._in(scratch, lambda: self._store.put(names, objects), end)
+        images, made = [each[: -SEAL.size] for each in objects], Made()
+
+        def seal() -> Iterator[int]:
+            for each, sealed in zip(objects, seals_of(names, blocks, images), strict=True):
+                each[-SEAL.size :] = sealed
+            yield len(objects)
+
+        def send() -> list[bool]:
+            made.wait(len(objects))
+            return store.put(names, objects)
+
+        held = self._in(scratch, send, end, lambda: made.by(seal()))  # while the thread begins
         self._give(scratch)
         return held
 
@@ -317,32 +328,22 @@ class Guard:
     ) -> list[bool]:
         lengths = [SEAL.size] * len(images)
         scratch = self._take(lengths)
-        seals, made, over = scratch.split(lengths), 0, False
-        more = threading.Condition()
+        seals, made = scratch.split(lengths), Made()
+
+        def seal() -> Iterator[int]:
+            done = 0
+            while done < len(images):
+                some = slice(done, done + max(_SUMMED // max(len(images[done]), 1), 1))
+                for place, sealed in zip(seals[some], seals_of(names[some], images[some]), strict=True):
+                    place[:] = sealed
+                yield (done := min(some.stop, len(images)))
 
         def tail(i: int) -> Block:
-            with more:
-                more.wait_for(lambda: made > i or over)
-                if made <= i:
-                    raise RuntimeError("what is sent could not be summed up")
+            made.wait(i + 1)
             return seals[i]
 
-        def make() -> None:  # here: who was left behind would seal what may be another page by now
-            nonlocal made, over
-            try:
-                while made < len(images):
-                    some = slice(made, made + max(_SUMMED // max(len(images[made]), 1), 1))
-                    for place, sealed in zip(seals[some], seals_of(names[some], images[some]), strict=True):
-                        place[:] = sealed
-                    with more:
-                        made = min(some.stop, len(images))
-                        more.notify()
-            finally:
-                with more:
-                    over = True
-                    more.notify()
-
-        held = self._in(scratch, lambda: store.put_parts(names, images, tail), end, make)
+        # Here: who was left behind would seal what may be another page by now.
+        held = self._in(scratch, lambda: store.put_parts(names, images, tail), end, lambda: made.by(seal()))
         self._give(scratch)
         return held
 
@@ -370,7 +371,7 @@ class Guard:
             raise
 
     def _take(self, lengths: Sequence[int]) -> Scratch:
-        nbytes = sum(lengths)
+        nbytes = room(lengths)
         with self._lock:
             for i, scratch in enumerate(self._spare):
                 if len(scratch.memory) >= nbytes:
@@ -406,6 +407,8 @@ class Guard:
                 answer.append(call())
             except BaseException as error:
                 errors.append(error)
+
+        def after() -> None:
             with self._lock:
                 self._hanging -= 1
                 over.set()
@@ -415,7 +418,7 @@ class Guard:
 
         with self._lock:
             self._hanging += 1
-        threading.Thread(target=work, name=f"rootcellar-{self._name}", daemon=True).start()
+        self._threads.run(work, after)
         try:
             meanwhile()
         except BaseException as error:  # it is waited for all the same: it works in the same memory

@@ -215,8 +215,10 @@ class MooncakeStore(GatheringStore):
     def _registered(self, views: Sequence[memoryview], addresses: Sequence[int]) -> bool:
         with self._lock:
             shown = [(start, end) for start, end, _ in self._shown]
-        pairs = zip(addresses, views, strict=True)
-        return all(any(a <= at and at + len(v) <= b for a, b in shown) for at, v in pairs)
+        ends = [at + len(view) for at, view in zip(addresses, views, strict=True)]
+        if any(a <= min(addresses) and max(ends) <= b for a, b in shown):  # mostly they lie in one
+            return True
+        return all(any(a <= at and end <= b for a, b in shown) for at, end in zip(addresses, ends, strict=True))
 
     @contextmanager
     def _in_registered(self, views: Sequence[memoryview]) -> Iterator[tuple[Sequence[memoryview], list[int]]]:
