@@ -251,6 +251,41 @@ def test_a_store_is_shown_the_memory_that_it_is_given_once():
         assert start <= at <= at + len(block) <= start + len(memory)
 
 
+def test_calls_run_on_threads_that_are_kept_until_it_is_closed():
+    """Also one that was left behind; as many as are at work at once."""
+    inner, threads = MemoryStore(), []
+    store = ToldStore(inner)
+    store.work = lambda: threads.append(threading.current_thread())
+    guard = Guard(store, GuardSettings(deadline=0.05, failures=10))
+    assert all(put(guard, [i])[0] and get(guard, i) for i in range(5))
+    assert len(set(threads)) == 1
+    store.gate = threading.Event()
+    assert put(guard, [5]) == [False]
+    gate, store.gate = store.gate, None
+    assert all(put(guard, [i])[0] for i in range(5))
+    assert len(set(threads)) == 2
+    gate.set()
+    while guard._hanging:
+        time.sleep(0.001)
+    assert all(put(guard, [i])[0] for i in range(5))
+    assert len(set(threads)) == 2
+    guard.close()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(("lengths", "unit"), [([100_000, 33, 64, 65_536 + 32], 4096), ([1, 65, 40_000, 7], 64)])
+def test_objects_begin_at_a_line_and_where_some_are_long_at_a_page(lengths, unit):
+    memory = sealing.Scratch(sealing.room(lengths))
+    views = memory.split(lengths)
+    starts = [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+    assert [start % unit for start in starts] == [0] * 4
+    assert [len(view) for view in views] == lengths
+    assert all(start + n <= after for start, n, after in zip(starts, lengths, starts[1:], strict=False))
+    assert starts[-1] + lengths[-1] <= starts[0] + sealing.room(lengths)
+
+
 def test_a_store_that_keeps_what_it_was_shown_is_shown_little():
     """However the sizes of its calls grow, and however many of them hang again and again."""
     inner, shown = MemoryStore(), []
@@ -420,9 +455,10 @@ def test_images_are_sent_from_where_they_lie(monkeypatch):
     assert get(guard, 9, 700)
 
 
-def test_what_cannot_be_summed_up_while_it_is_sent_is_not_stored(monkeypatch):
+@pytest.mark.parametrize("make", [Gatherer, MemoryStore])
+def test_what_cannot_be_summed_up_is_not_stored(monkeypatch, make):
     """The call is waited for, and then its memory is free again."""
-    store = Gatherer()
+    store = make()
     guard = Guard(store, GuardSettings(failures=10))
     page = np.frombuffer(image(1), np.uint8).copy()
     guard.register(page.data)

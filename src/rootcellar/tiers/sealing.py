@@ -27,9 +27,10 @@ _PIECE = 1 << 17
 _SHORTEST = 241
 """Bytes of an image that C++ sums up."""
 _LINE, _PAGE = 64, 4096
-"""Bytes of a line of a processor's cache, and of a page of memory: where objects begin, long ones at a page. Beside
-pages of the system's own, processors are a third slower at copying to a few lines behind where one begins."""
+"""Bytes of a line of a processor's cache, and of a page of memory."""
 _LONG = 16 * _PAGE
+"""Bytes of an object from which on those of a call begin at a page: a processor may take a third longer to copy what the
+system has at the beginning of a page to a few lines behind another's (measured: Zen 3, from a socket)."""
 
 
 class Scratch:
@@ -49,18 +50,18 @@ class Scratch:
 
     def split(self, lengths: Sequence[int]) -> list[memoryview]:
         """Views of so many bytes, one behind the other. They need :func:`room`."""
-        starts = accumulate(map(_with_gap, lengths), initial=0)
+        starts = accumulate(_places(lengths), initial=0)
         return [self.memory[start : start + length] for start, length in zip(starts, lengths, strict=False)]
 
 
 def room(lengths: Sequence[int]) -> int:
     """Bytes that :meth:`Scratch.split` needs for these."""
-    return sum(map(_with_gap, lengths))
+    return sum(_places(lengths))
 
 
-def _with_gap(length: int) -> int:
-    unit = _PAGE if length >= _LONG else _LINE
-    return -(-length // unit) * unit
+def _places(lengths: Sequence[int]) -> list[int]:
+    unit = _PAGE if max(lengths, default=0) >= _LONG else _LINE
+    return [-(-length // unit) * unit for length in lengths]
 
 
 class Made:

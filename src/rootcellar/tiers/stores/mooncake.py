@@ -1,7 +1,8 @@
 """Mooncake's store: pages lie in memory that its clients lend, this process among them, and a master knows where.
 
-Images go from host memory, which is registered with Mooncake, without a copy where they are large, and come into the
-guard's. A page that is there is not put again: damaged ones stay misses until the master evicts them.
+Images go from the guard's memory, which is registered with Mooncake, and come there: copies that are summed up by the
+way cost less than what Mooncake takes to send a seal apart. A page that is there is not put again: damaged ones stay
+misses until the master evicts them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,11 @@ import numpy as np
 from rootcellar.errors import ConfigError
 from rootcellar.tiers.numbers import positive
 from rootcellar.tiers.settings import host_and_port, need, nothing_else, take_choice, take_size, take_switch, take_text
-from rootcellar.tiers.store import Block, GatheringStore, check_names
+from rootcellar.tiers.store import check_names
 from rootcellar.tiers.stores.passage import Passage
 
-_LARGE = 2 << 20
-"""Bytes of an image from which on two parts are sent as soon as one that is copied: each costs 0.1 ms."""
+_PIECE = 1 << 20
+"""Bytes that TCP gets at a time, unless the environment says otherwise: by Mooncake's 64 KiB each seal is a piece."""
 _NO_ROOM = -200
 _OTHER_LENGTH, _GONE = -600, (-703, -704, -706)
 """What it answers for a page: the buffer is too small; it is not written yet, not there, or was taken away."""
@@ -86,7 +87,7 @@ def read_settings(extra: Mapping[str, object]) -> MooncakeSettings:
     return settings
 
 
-class MooncakeStore(GatheringStore):
+class MooncakeStore:
     """A :class:`~rootcellar.tiers.store.Store` on Mooncake."""
 
     verifies = False
@@ -100,6 +101,7 @@ class MooncakeStore(GatheringStore):
             said = f"the mooncake store has no master at {settings.master_server_address}: {error}"
             raise ConfigError(f"{said}; start mooncake_master") from None
         os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
+        os.environ.setdefault("MC_TCP_SLICE_SIZE", str(_PIECE))
         module = need("mooncake.store", "rootcellar[mooncake]", "a mooncake store")
         self._store: Any = module.MooncakeDistributedStore()
         self._how: Any = module.ReplicateConfig()
@@ -166,25 +168,10 @@ class MooncakeStore(GatheringStore):
                     place[:] = view
             keys, sizes = self._keys(names), [len(view) for view in views]
             codes = self._store.batch_put_from(keys, addresses, sizes, self._how)
-        return _kept(codes)
-
-    def gathers(self, images: Sequence[memoryview]) -> bool:
-        """See ``GatheringStore``."""
-        return min(map(len, images), default=0) >= _LARGE and self._registered(images, [_address(i) for i in images])
-
-    def put_parts(
-        self, names: Sequence[bytes], images: Sequence[memoryview], tail: Callable[[int], Block]
-    ) -> list[bool]:
-        """See ``GatheringStore``; False where no client has room. Raises ``OSError``."""
-        check_names(names, images)
-        parts = [[image.cast("B"), memoryview(tail(i))] for i, image in enumerate(images)]
-        with self._passage:
-            if not all(self._registered(each, [_address(i) for i in each]) for each in zip(*parts, strict=True)):
-                raise OSError("Mooncake sends from memory only that it was shown")
-            at = [[_address(part) for part in each] for each in parts]
-            sizes = [[len(part) for part in each] for each in parts]
-            codes = self._store.batch_put_from_multi_buffers(self._keys(names), at, sizes, self._how)
-        return _kept(codes)
+        wrong = [code for code in codes if code not in (0, _NO_ROOM)]
+        if wrong:
+            raise OSError(f"Mooncake answered {wrong[0]} to a put")
+        return [code == 0 for code in codes]
 
     def clear(self) -> int:
         """See ``Store``: every object whose key begins with our prefix, leased or not. Raises ``OSError``."""
@@ -241,13 +228,6 @@ class MooncakeStore(GatheringStore):
 def open_store(extra: Mapping[str, object], _identity: str) -> MooncakeStore:
     """See ``registry``."""
     return MooncakeStore(read_settings(extra))
-
-
-def _kept(codes: Sequence[int]) -> list[bool]:
-    wrong = [code for code in codes if code not in (0, _NO_ROOM)]
-    if wrong:
-        raise OSError(f"Mooncake answered {wrong[0]} to a put")
-    return [code == 0 for code in codes]
 
 
 def _address(view: memoryview) -> int:
