@@ -29,8 +29,8 @@ _SHORTEST = 241
 _LINE, _PAGE = 64, 4096
 """Bytes of a line of a processor's cache, and of a page of memory."""
 _LONG = 16 * _PAGE
-"""Bytes of an object from which on those of a call begin at a page: a processor may take a third longer to copy what the
-system has at the beginning of a page to a few lines behind another's (measured: Zen 3, from a socket)."""
+"""Bytes of an object from which on those of a call begin at a page: a processor may take a third longer to copy what
+the system has at the beginning of a page to a few lines behind another's (measured: Zen 3, from a socket)."""
 
 
 class Scratch:
