@@ -3,6 +3,7 @@
     python benchmarks/quantised_kv.py --model-path FOLDER [--tokens 2000] [--context 2000] [--types int8,k8v4] [--json]
     python benchmarks/quantised_kv.py --model-path FOLDER --needles [--contexts 2000,8000]
     python benchmarks/quantised_kv.py --model-path FOLDER --speed [--contexts 128,2000,8000] [--batch 1,16]
+    python benchmarks/quantised_kv.py --goldens [NAME,NAME]
 
 Quality: the docstrings of numpy's public names, in alphabetical order, go through the engine's own compiled steps, in
 windows of ``--context`` tokens and chunks of 256, once with each type of cache; weights and arithmetic are float32. Of
@@ -17,6 +18,10 @@ context each is asked for. Retrieved is one whose digits are all the likeliest t
 Speed: a decode step at a context of so many tokens; weights are packed as the engine packs them. Each type takes turns
 with float32, and what counts is the median of the ratios of neighbours: what disturbs the machine disturbs both.
 
+Goldens: the checkpoints of all families for which the tests know what transformers answers, in engines of each type that
+the family can have: KL and agreement over the golden prompts and answers, as above. They are small and of random
+weights, so these numbers say that every family's cache keeps what it should, and nothing of what people would lose.
+
 ``--kept FILE`` keeps what was measured of each window, or of each context of needles, and goes on from there.
 """
 
@@ -26,6 +31,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +45,8 @@ import numpy as np
 from jax import Array
 from tokenizers import Tokenizer
 
+import rootcellar
+import rootcellar.errors
 from rootcellar.models.config import load_config
 from rootcellar.models.decoder import logits
 from rootcellar.models.kinds import paging
@@ -49,6 +57,9 @@ from rootcellar.plan.grids import NARROW
 from rootcellar.plan.stored import Heads
 from rootcellar.pools.layouts import LAYOUTS, PagedHeads, layout_of
 from rootcellar.runner import Batch, BatchPart, Placement, Programs, Runner, Shapes, pools_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import checkpoints
 
 PAGE, CHUNK, SCORED = 16, 256, 64
 CALIBRATED = slice(100_000, 102_000)  # tokens of the text by which scales are calibrated
@@ -318,6 +329,44 @@ def asked(model: Model, runner: Runner, tokens: np.ndarray, said: Sequence[tuple
     return sums
 
 
+# --- goldens ----------------------------------------------------------------------------------------------------------
+
+
+def goldens(names: Sequence[str], types: Sequence[str]) -> Iterator[dict[str, object]]:
+    """KL and agreement of each type of cache in each golden checkpoint; a type that the family cannot have is left out."""
+    for name in names or checkpoints.golden_names():
+        told = checkpoints.golden(name)
+        prompts = [prompt + more for prompt, more in zip(told.prompts, told.tokens, strict=True)]
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints.make_checkpoint(told.family, folder, seed=told.seed, **told.overrides)
+            wide = None
+            for dtype in ("float32", *types):
+                try:
+                    given = answered(Path(folder), dtype, prompts)
+                except rootcellar.errors.ConfigError as refusal:
+                    print(f"{name}: {refusal}", file=sys.stderr, flush=True)
+                    continue
+                wide = given if wide is None else wide
+                kl = float((np.exp(wide) * (wide - given)).sum(axis=-1).mean())
+                same = float((wide.argmax(axis=-1) == given.argmax(axis=-1)).mean())
+                yield {"golden": name, "type": dtype, "kl": kl, "top1": same, "tokens": len(given)}
+
+
+def answered(folder: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Log-probabilities of the next token [positions, V] within all ``prompts``, by an engine with such a cache."""
+    vocabulary = load_config(folder).vocab_size
+    options: dict[str, Any] = {"max_total_tokens": 4096, "max_logprobs": vocabulary, "chunked_prefill_size": 64}
+    with rootcellar.Engine(
+        model_path=folder, kv_cache_dtype=dtype, dtype="float32", skip_tokenizer_init=True, **options
+    ) as engine:
+        given = engine.generate(
+            input_ids=[list(prompt) for prompt in prompts], sampling_params={"max_new_tokens": 1},
+            return_logprob=True, logprob_start_len=0, top_logprobs_num=vocabulary,
+        )  # fmt: skip
+    found = [place for each in given for place in each["meta_info"]["input_top_logprobs"] if place is not None]
+    return np.array([[logprob for logprob, *_ in sorted(place, key=lambda one: one[1])] for place in found])
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
@@ -364,34 +413,40 @@ def speed(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", type=Path, required=True, help="Folder of a checkpoint.")
+    parser.add_argument("--model-path", type=Path, help="Folder of a checkpoint; needed but for --goldens.")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--types", help=f"Some of: {', '.join((*OURS, *OTHERS, *SCALED))} [default: all].")
     parser.add_argument("--needles", action="store_true")
     parser.add_argument("--haystacks", type=int, default=2, help="Of needles, for each context.")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--goldens", nargs="?", const="", help="Names of golden checkpoints [default: all].")
     parser.add_argument("--contexts", help="[default: 128,2000,8000; of needles 2000,8000]")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--kept", type=Path, help="A file to keep what was measured in.")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    known = OURS if args.speed else (*OURS, *OTHERS, *SCALED)
+    known = OURS if args.speed or args.goldens is not None else (*OURS, *OTHERS, *SCALED)
     types = known if args.types is None else args.types.split(",")
     if not set(types) <= set(known):
         parser.error(f"--types are some of {', '.join(known)}")
-    model, kept = Model(args.model_path, "float32" if args.speed else None), Kept(args.kept)
+    if args.model_path is None and args.goldens is None:
+        parser.error("--model-path is needed")
+    kept = Kept(args.kept)
     contexts = [int(n) for n in (args.contexts or ("128,2000,8000" if args.speed else "2000,8000")).split(",")]
     rows: Iterable[dict[str, object]]
-    if args.speed:
-        rows = speed(model, types, contexts, [int(n) for n in args.batch.split(",")], args.rounds)
+    if args.goldens is not None:
+        rows = goldens([name for name in args.goldens.split(",") if name], types)
+        line = "{golden:<24} {type:<10} KL {kl:.6f}  top-1 {top1:7.2%}  of {tokens} positions"
+    elif args.speed:
+        rows = speed(Model(args.model_path, "float32"), types, contexts, [int(n) for n in args.batch.split(",")], args.rounds)
         line = "{type:<10} {backend:<7} batch {rows:>2} context {context:>5}: {milliseconds:8.2f} ms {speed:6.2f}x"
     elif args.needles:
-        rows = needles(model, types, contexts, args.haystacks, kept)
+        rows = needles(Model(args.model_path), types, contexts, args.haystacks, kept)
         line = "{type:<24} context {context:>5}: {retrieved:3.0f} of {of:3.0f}, logprob of the digits {logprob:8.3f}"
     else:
-        rows = quality(model, types, args.tokens, args.context, kept)
+        rows = quality(Model(args.model_path), types, args.tokens, args.context, kept)
         line = "{type:<24} {backend:<7} {bits:5.2f} bits  KL {kl:.6f}  top-1 {top1:7.2%}  perplexity {perplexity:.4f}"
     for row in rows:
         if "seconds" in row:
