@@ -161,10 +161,10 @@ class EngineConfig:
         "finish long prompts sooner.",
         low=1,
     )
-    disable_overlap_schedule: bool | None = option(
-        None,
+    disable_overlap_schedule: bool = option(
+        False,
         "Take what a step gave before the next one is planned. Otherwise the device computes the next step meanwhile, "
-        "where that changes no answer. None: so on CPUs, whose cores do both.",
+        "where that changes no answer.",
     )
     schedule_policy: str = option(
         "lpm",

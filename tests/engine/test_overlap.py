@@ -358,8 +358,10 @@ def test_logprobs_of_the_likeliest_are_read_with_their_step():
     np.testing.assert_allclose(logprobs, -np.array(expected_answer(asked, 6)) / VOCAB)
 
 
-@pytest.mark.parametrize(("setting", "overlap"), [(None, False), (False, True), (True, False)])
-def test_steps_overlap_where_it_was_asked_for_and_by_default_not_on_cpus(setting, overlap):
-    """CPUs' cores do the host's work and the device's."""
-    parts = build(EngineConfig.from_kwargs(model_path="demo", max_total_tokens=512, disable_overlap_schedule=setting))
+@pytest.mark.parametrize(
+    ("settings", "overlap"),
+    [({}, True), ({"disable_overlap_schedule": True}, False), ({"speculative_algorithm": "ngram"}, False)],
+)
+def test_steps_overlap_unless_it_was_switched_off_or_steps_are_guessed(settings, overlap):
+    parts = build(EngineConfig.from_kwargs(model_path="demo", max_total_tokens=512, **settings))
     assert parts.overlap == overlap

@@ -118,11 +118,8 @@ class Parts:
 
     @property
     def overlap(self) -> bool:
-        """Whether the next step is planned while one runs. The cores of a CPU do both, and steps only take longer."""
-        off = self.config.disable_overlap_schedule
-        if self.config.speculative_algorithm is not None:
-            return False  # what is guessed follows from the tokens
-        return jax.default_backend() != "cpu" if off is None else not off
+        """Whether the next step is planned while one runs. Not where there are guesses: they follow from the tokens."""
+        return not self.config.disable_overlap_schedule and self.config.speculative_algorithm is None
 
 
 def folder_of(model_path: str) -> Path:
