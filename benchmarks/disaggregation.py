@@ -6,8 +6,8 @@ One server has two cores. Two servers, a prefill node and the decode node that i
 systems are up all the time and take turns: some clients stream answers, one after the other without a pause, while
 others ask about a new long prompt every few seconds. Told of each system, as medians of the rounds: seconds between two
 tokens of a stream (median and 99th percentile), tokens of streams a second, and seconds to the first token of a long
-prompt. The client reads on both cores at the servers' priority, which takes little: of a lower one it would read late, several
-tokens at once, where both cores are busy.
+prompt. The client reads on both cores at the servers' priority, which takes little: of a lower one it would read late,
+several tokens at once, where both cores are busy.
 
 Two cores may be two hardware threads of one. What that alone costs is measured, too: streams of the decode node while
 nothing computes on the other core, and beside loops there that have nothing to do with it.

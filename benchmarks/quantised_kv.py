@@ -18,8 +18,8 @@ context each is asked for. Retrieved is one whose digits are all the likeliest t
 Speed: a decode step at a context of so many tokens; weights are packed as the engine packs them. Each type takes turns
 with float32, and what counts is the median of the ratios of neighbours: what disturbs the machine disturbs both.
 
-Goldens: the checkpoints of all families for which the tests know what transformers answers, in engines of each type that
-the family can have: KL and agreement over the golden prompts and answers, as above. They are small and of random
+Goldens: the checkpoints of all families for which the tests know what transformers answers, in engines of each type
+that the family can have: KL and agreement over the golden prompts and answers, as above. They are small and of random
 weights, so these numbers say that every family's cache keeps what it should, and nothing of what people would lose.
 
 ``--kept FILE`` keeps what was measured of each window, or of each context of needles, and goes on from there.
@@ -333,7 +333,7 @@ def asked(model: Model, runner: Runner, tokens: np.ndarray, said: Sequence[tuple
 
 
 def goldens(names: Sequence[str], types: Sequence[str]) -> Iterator[dict[str, object]]:
-    """KL and agreement of each type of cache in each golden checkpoint; a type that the family cannot have is left out."""
+    """KL and agreement of each type of cache in each golden checkpoint, but of those that the family cannot have."""
     for name in names or checkpoints.golden_names():
         told = checkpoints.golden(name)
         prompts = [prompt + more for prompt, more in zip(told.prompts, told.tokens, strict=True)]
@@ -440,7 +440,8 @@ def main() -> None:
         rows = goldens([name for name in args.goldens.split(",") if name], types)
         line = "{golden:<24} {type:<10} KL {kl:.6f}  top-1 {top1:7.2%}  of {tokens} positions"
     elif args.speed:
-        rows = speed(Model(args.model_path, "float32"), types, contexts, [int(n) for n in args.batch.split(",")], args.rounds)
+        model, batches = Model(args.model_path, "float32"), [int(n) for n in args.batch.split(",")]
+        rows = speed(model, types, contexts, batches, args.rounds)
         line = "{type:<10} {backend:<7} batch {rows:>2} context {context:>5}: {milliseconds:8.2f} ms {speed:6.2f}x"
     elif args.needles:
         rows = needles(Model(args.model_path), types, contexts, args.haystacks, kept)
