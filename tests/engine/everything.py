@@ -3,10 +3,13 @@
     python tests/engine/everything.py FIRST LAST [SECONDS]     # seeds; prints one line each, then what differed
     python tests/engine/everything.py timeline                 # one request's stages on two nodes
 
-Qwen3.5 tiny: an encoder of pictures before gated delta nets and attention. Drawn are pages and chunks, rows and memory
-(so little that requests are retracted and pages evicted), types of the KV cache, tiers and a store, one node or two
-that meet over TCP, steps that overlap; then rounds of requests with and without pictures, turns
-of conversations, tenants, and what an operator does between and beside them.
+Qwen3.5 tiny: an encoder of pictures before gated delta nets and attention. There are several pages and chunks, rows and
+memory (so little that requests are retracted and pages evicted), types of the KV cache, one device or two. Drawn are
+tiers and a store, one node or two that meet over TCP, steps that overlap; then rounds of requests with and without
+pictures, turns of conversations, tenants, and what an operator does between and beside them.
+
+Pages, chunks, rows, memory, devices and types are not drawn but the same for ten seeds in a row, as each compiles anew:
+engines of a process share what they compiled (``shared_programs.py``).
 
 The plain engine has one page size, one chunk, one device, no tier, and answers each request alone. Greedy tokens must
 be its tokens, unless its two best lay closer than ``TIE`` there; what follows a tie is not compared.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -24,8 +28,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 from apart import two_nodes
 from idle import always_load, check_idle, evict, settle
+from shared_programs import shared_programs
 
 import rootcellar
 from checkpoints import make_checkpoint, picture
@@ -99,15 +105,23 @@ def sampling(most):
     return {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
 
 
-def draw(rng):
+SHAPES = [(4, 16, 2, 448, 1), (4, 64, 4, 320, 1), (16, 16, 2, 448, 1), (16, 64, 4, 1024, 1), (16, 32, 4, 320, 2)]
+"""Tokens of a page and of a chunk, rows, tokens in all, and devices."""
+ALIKE = 10
+"""Seeds in a row that have one of these, and one type of the KV cache: a type and a shape meet each 150 seeds."""
+
+
+def draw(seed, rng):
     """Settings of an engine, or of two nodes."""
-    page, chunk = rng.choice([(4, 16), (4, 64), (16, 16), (16, 64), (16, 32)])
+    block = seed // ALIKE
+    page, chunk, rows, total, devices = SHAPES[block % len(SHAPES)]
     drawn = {
         "page_size": page,
         "chunked_prefill_size": chunk,
-        "max_running_requests": rng.choice([2, 4]),
-        "max_total_tokens": rng.choice([320, 448, 1024]),
-        "kv_cache_dtype": rng.choice(["auto", "auto", "int8", "fp8_e4m3"]),
+        "max_running_requests": rows,
+        "max_total_tokens": total,
+        "tp_size": devices,
+        "kv_cache_dtype": list(TIE)[block % len(TIE)],
         "disable_overlap_schedule": rng.random() < 0.5,
         "mm_cache_size": 1,
         "apart": rng.random() < 0.4,
@@ -225,7 +239,7 @@ def configuration(seed, folder, conversations):
     """One configuration: what it was, and what it found."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = draw(rng)
+        drawn = draw(seed, rng)
         found = {"wrong": [], "ties": 0, "compared": 0, "refused": 0}
         with started(folder, drawn, scratch) as (nodes, pair):
             for _ in range(rng.randint(2, 4)):
@@ -240,7 +254,7 @@ def configuration(seed, folder, conversations):
 def main(first, last, seconds):
     began = time.monotonic()
     totals = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, shared_programs():
         make_checkpoint("qwen3-5", folder, seed=0)
         conversations, wrong, done = Conversations(folder), [], 0
         for seed in range(first, last):
