@@ -4,11 +4,11 @@
     python tests/engine/everything.py timeline                 # one request's stages on two nodes
 
 Qwen3.5 tiny: an encoder of pictures before gated delta nets and attention. There are several pages and chunks, rows and
-memory (so little that requests are retracted and pages evicted), types of the KV cache, one device or two. Drawn are
+memory (so little that requests are retracted and pages evicted), types of the KV cache. Drawn are
 tiers and a store, one node or two that meet over TCP, steps that overlap; then rounds of requests with and without
 pictures, turns of conversations, tenants, and what an operator does between and beside them.
 
-Pages, chunks, rows, memory, devices and types are not drawn but the same for ten seeds in a row, as each compiles anew:
+Pages, chunks, rows, memory and types are not drawn but the same for ten seeds in a row, as each compiles anew:
 engines of a process share what they compiled (``shared_programs.py``).
 
 The plain engine has one page size, one chunk, one device, no tier, and answers each request alone. Greedy tokens must
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import sys
 import tempfile
@@ -28,7 +27,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 from apart import two_nodes
 from idle import always_load, check_idle, evict, settle
 from shared_programs import shared_programs
@@ -105,8 +103,8 @@ def sampling(most):
     return {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
 
 
-SHAPES = [(4, 16, 2, 448, 1), (4, 64, 4, 320, 1), (16, 16, 2, 448, 1), (16, 64, 4, 1024, 1), (16, 32, 4, 320, 2)]
-"""Tokens of a page and of a chunk, rows, tokens in all, and devices."""
+SHAPES = [(4, 16, 2, 448), (4, 64, 4, 320), (16, 16, 2, 448), (16, 64, 4, 1024), (16, 32, 4, 320)]
+"""Tokens of a page and of a chunk, rows, and tokens in all."""
 ALIKE = 10
 """Seeds in a row that have one of these, and one type of the KV cache: a type and a shape meet each 150 seeds."""
 
@@ -114,13 +112,12 @@ ALIKE = 10
 def draw(seed, rng):
     """Settings of an engine, or of two nodes."""
     block = seed // ALIKE
-    page, chunk, rows, total, devices = SHAPES[block % len(SHAPES)]
+    page, chunk, rows, total = SHAPES[block % len(SHAPES)]
     drawn = {
         "page_size": page,
         "chunked_prefill_size": chunk,
         "max_running_requests": rows,
         "max_total_tokens": total,
-        "tp_size": devices,
         "kv_cache_dtype": list(TIE)[block % len(TIE)],
         "disable_overlap_schedule": rng.random() < 0.5,
         "mm_cache_size": 1,
