@@ -50,6 +50,7 @@ WIDE: dict[str, dict[str, str]] = {
     },
     "engine/test_accelerator_backends.py": {
         "test_it_goes_on_with_what_a_cpu_cached": "",
+        "test_recurrent_states_go_through_its_steps_where_they_lie": "",
     },
     "engine/test_control.py": {
         "test_an_engine_that_was_not_closed_ends_with_the_program_and_says_nothing": "",

@@ -1,5 +1,5 @@
 """An engine on the kernels for TPUs and GPUs, interpreted: tokens of transformers, over pages that a CPU's wrote to a
-store.
+store, and over recurrent states.
 """
 
 import functools
@@ -10,6 +10,7 @@ from conversations import begin, go_on, tiered
 from idle import check_idle
 
 from rootcellar.ops.backends import BACKENDS, INTERPRETED
+from rootcellar.ops.recurrent import IN_PLACE
 from rootcellar.pools.layouts import PaddedLatents, PagedHeads, PagedLatents, PairedHeads
 
 ONE = [14]
@@ -52,4 +53,14 @@ def test_it_goes_on_with_what_a_cpu_cached(case_of, tmp_path, interpreted, name,
         assert {type(pool.layout) for pool in running._loop.machine.runner.pools.values()} == {layout}
         (found,) = go_on(running, case, ONE)
         assert found["storage"] > 0
+        check_idle(running)
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3-next"])
+def test_recurrent_states_go_through_its_steps_where_they_lie(case_of, monkeypatch, name):
+    monkeypatch.setitem(IN_PLACE, "xla", functools.partial(IN_PLACE["tpu"], interpret=True))
+    case, folder = case_of(name)
+    with tiered(folder, attention_backend="xla", page_size=16) as running:
+        begin(running, case)
+        go_on(running, case)
         check_idle(running)

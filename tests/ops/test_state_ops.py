@@ -1,14 +1,17 @@
 """Recurrent layers over packed batches, against the recurrence one token of one sequence after another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
-from rootcellar.ops.recurrent import causal_conv, course
+from rootcellar.ops.recurrent import IN_PLACE, causal_conv, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
 
+IN_SLOTS = functools.partial(IN_PLACE["tpu"], interpret=True)
 HEADS, WIDTH, SIZE, GROUPS, CHANNELS, TAPS = 4, 6, 5, 2, 3, 4
 
 
@@ -29,6 +32,7 @@ def pack(lengths, tile, padding):
 
 class Ssd:
     state = (HEADS, WIDTH, SIZE)
+    in_place = None
 
     @staticmethod
     def inputs(rng, tokens):
@@ -45,7 +49,7 @@ class Ssd:
 
     @classmethod
     def packed(cls, pool, way, x, dt, b, c):
-        return ssd(pool, x, dt, cls._a(), b, c, way)
+        return ssd(pool, x, dt, cls._a(), b, c, way, cls.in_place)
 
     @classmethod
     def sequential(cls, state, x, dt, b, c):
@@ -54,6 +58,7 @@ class Ssd:
 
 class Delta:
     state = (HEADS, SIZE, WIDTH)
+    in_place = None
 
     @staticmethod
     def inputs(rng, tokens):
@@ -65,9 +70,9 @@ class Delta:
             "beta": rng.uniform(0, 1, (tokens, HEADS)),
         }
 
-    @staticmethod
-    def packed(pool, way, q, k, v, g, beta):
-        return gated_delta(pool, q, k, v, g, beta, way)
+    @classmethod
+    def packed(cls, pool, way, q, k, v, g, beta):
+        return gated_delta(pool, q, k, v, g, beta, way, cls.in_place)
 
     @staticmethod
     def sequential(state, q, k, v, g, beta):
@@ -94,19 +99,27 @@ class Conv:
         return np.stack(y), whole[len(whole) - TAPS + 1 :]
 
 
+class SsdInSlots(Ssd):
+    in_place = IN_SLOTS
+
+
+class DeltaInSlots(Delta):
+    in_place = IN_SLOTS
+
+
 OPS = [Ssd, Delta, Conv]
+BATCHES = [
+    ([1], 1, 0),
+    ([1, 1, 1], 1, 1),
+    ([16], 16, 0),
+    ([40, 3, 16, 17], 16, 2),
+    ([5, 1, 2], 2, 3),  # a tile shorter than the convolution
+]
 
 
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    ("lengths", "tile", "padding"),
-    [
-        ([1], 1, 0),
-        ([1, 1, 1], 1, 1),
-        ([16], 16, 0),
-        ([40, 3, 16, 17], 16, 2),
-        ([5, 1, 2], 2, 3),  # a tile shorter than the convolution
-    ],
+    ("op", "lengths", "tile", "padding"),
+    [(op, *batch) for op in OPS for batch in BATCHES] + [(op, *BATCHES[1]) for op in (SsdInSlots, DeltaInSlots)],
 )
 def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
     rng = np.random.default_rng(len(lengths) * tile)

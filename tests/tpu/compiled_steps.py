@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +15,8 @@ from hlo import Computation, Instruction, accounts, entry, everywhere, parse
 from topology import devices
 
 from rootcellar.models.kinds import paging
+from rootcellar.models.places import device_bytes
+from rootcellar.ops import slots
 from rootcellar.ops.backends import Reach, choose_backend, preferred, tpu
 from rootcellar.ops.paged import NAME
 from rootcellar.plan import roofline
@@ -88,11 +89,6 @@ class Case:
         return Step(self, tile, compiled)
 
 
-def on_device(array: Any) -> int:
-    """Bytes of the part of an abstract array that one device has."""
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-
-
 @dataclass(frozen=True)
 class Step:
     """A compiled step."""
@@ -114,8 +110,8 @@ class Step:
         """Bytes that a device has of each weight and of each buffer of the pools."""
         params, buffers, *_ = self.case.arguments(self.tile)
         return {
-            "weights": [*map(on_device, jax.tree.leaves(params))],
-            "pools": [*map(on_device, jax.tree.leaves(buffers))],
+            "weights": [*map(device_bytes, jax.tree.leaves(params))],
+            "pools": [*map(device_bytes, jax.tree.leaves(buffers))],
         }
 
     def copies_of_pools(self) -> list[str]:
@@ -158,8 +154,14 @@ class Step:
         def kernels(each: Instruction) -> int:
             if NAME in each.rest:
                 return per_kernel.pop(0)
-            named = entry(self.module).instructions  # XLA's own, for experts: as if each were passed
-            return each.moved + sum(named[name].moved for name in each.operands if name in named)
+            named = entry(self.module).instructions
+            given = [named[name] for name in each.operands if name in named]
+            if slots.NAME in each.rest:  # the pool comes and goes last
+                (y, pool), told = each.values, given[:-1]
+                return slots.moved_bytes(pool.shape, BATCH) + y.moved + sum(operand.moved for operand in told)
+            return each.moved + sum(
+                operand.moved for operand in given
+            )  # XLA's own, for experts: as if each were passed
 
         return accounts(self.module, loops, kernels)
 

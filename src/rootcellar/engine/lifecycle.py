@@ -33,6 +33,7 @@ from rootcellar.engine.routing import Routing
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.kinds import EXPERTS
 from rootcellar.models.params import check_params, declare, path_name
+from rootcellar.models.places import lies_at
 from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params
 from rootcellar.ops.panels import Packed
@@ -285,7 +286,7 @@ def _is_copy(new: Any, now: Any) -> bool:
         return False
     if not (isinstance(new, Array) and isinstance(now, Array)) or new.shape != now.shape:  # KV heads repeated
         return True
-    return not new.sharding.is_equivalent_to(now.sharding, now.ndim)
+    return not (new.sharding.is_equivalent_to(now.sharding, now.ndim) and lies_at(new, now.format))
 
 
 def _next_version(version: str) -> str:

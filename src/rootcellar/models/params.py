@@ -18,6 +18,7 @@ value]``, and ``I`` is split under gate and up alike.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -39,7 +40,7 @@ def declare(cfg: ModelConfig) -> Params:
     spec = _declaring(cfg.architecture, None)
     vocab, embed = cfg.vocab_size, cfg.hidden_size
     top: Params = {
-        "embed": spec("embed", (vocab, embed), ("vocab", "embed"), "random", inputs=(1,)),
+        "embed": replace(spec("embed", (vocab, embed), ("vocab", "embed"), "random", inputs=(1,)), in_order=True),
         "norm": spec("norm", (embed,), (None,), cfg.norm.init),
     }
     if not cfg.tie_word_embeddings:

@@ -21,6 +21,7 @@ from rootcellar.errors import ModelError
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import SourceTensor, sources_of
 from rootcellar.models.params import declare
+from rootcellar.models.places import Place, sharding_of
 from rootcellar.models.spec import Params, ParamSpec
 
 TensorsOf = Callable[[Any], Mapping[str, Array]]
@@ -106,7 +107,7 @@ class _Program:
 
 
 class Repacking:
-    """Makes ours of trees of one kind, for a model that lies at ``shardings``, one for each leaf.
+    """Makes ours of trees of one kind, for a model that lies at ``places``, one for each leaf.
 
     ``finish``: what is done to the params of ``cfg`` before they are placed (KV heads are repeated for more devices);
     ``shapes`` and ``dtypes`` are those of the finished leaves.
@@ -117,13 +118,13 @@ class Repacking:
         cfg: ModelConfig,
         dtype: Any,
         tensors_of: TensorsOf,
-        shardings: Sequence[Sharding],
+        places: Sequence[Place],
         finish: Callable[[Params], Params] = lambda params: params,
     ) -> None:
         self._cfg = cfg
         self._dtype = dtype
         self._tensors_of = tensors_of
-        self._shardings = shardings
+        self._places = places
         self._finish = finish
         self._programs: dict[Any, _Program] = {}
 
@@ -151,10 +152,11 @@ class Repacking:
 
     def _here(self, leaf: Any) -> Array:
         """``leaf`` on the devices that compute: a trainer may have others."""
-        devices = self._shardings[0].device_set
+        at = sharding_of(self._places[0])
+        devices = at.device_set
         if isinstance(leaf, Array) and leaf.sharding.device_set == devices:
             return leaf
-        return jax.device_put(leaf, self._shardings[0] if len(devices) == 1 else _whole(self._shardings[0]))
+        return jax.device_put(leaf, at if len(devices) == 1 else _whole(at))
 
     def _leaves(self, tree: Any) -> list[Array]:
         params = params_of_tensors(self._cfg, self._tensors_of(tree), self._dtype)
@@ -171,7 +173,7 @@ class Repacking:
         taken = {i: given[out] for i, out in outs if isinstance(out, type(found.jaxpr.invars[0])) and out in given}
         made = tuple(i for i, _ in outs if i not in taken)
         shapes = [found.out_avals[i] for i in made]
-        places = [self._shardings[i] for i in made]
+        places = [self._places[i] for i in made]
 
         def make(leaves: list[Array], old: list[Array]) -> list[Array]:  # noqa: ARG001 - its memory is used
             return [array for i, array in enumerate(all_of(leaves)) if i not in taken]
@@ -181,7 +183,7 @@ class Repacking:
 
         def run(leaves: list[Any], old: list[Array]) -> list[Array]:
             fits = [(a.shape, a.dtype, a.sharding) for a in old] == [
-                (s.shape, s.dtype, place) for s, place in zip(shapes, places, strict=True)
+                (s.shape, s.dtype, sharding_of(place)) for s, place in zip(shapes, places, strict=True)
             ]
             # New memory goes the same way, so that there is one program.
             result: list[Array] = make_over(leaves, old if fits else empty())

@@ -23,6 +23,7 @@ class ParamSpec:
 
     ``wide``: it stays float32 whatever the dtype of the weights, because its last bits decide. ``inputs``: the axes,
     the first or the last, that ``ops.products.product`` sums over; none: nothing is multiplied by it there.
+    ``in_order``: parts of it are taken by its first axes, so it is best laid in their order (see ``places``).
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class ParamSpec:
     sources: tuple[str, ...]
     wide: bool = False
     inputs: tuple[int, ...] = ()
+    in_order: bool = False
 
     def dtype(self, weights: Any) -> np.dtype[Any]:
         """Its dtype, where that of the weights is ``weights``."""

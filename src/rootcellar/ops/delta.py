@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rootcellar.ops.recurrent import Course, each_row, tile_by_tile
+from rootcellar.ops.recurrent import Course, InPlace, column, each_row, tile_by_tile
 
 _EPSILON = 1e-6  # under the root, when keys and queries are brought to length one
 
 
-def gated_delta(pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array, way: Course) -> tuple[Array, Array]:
+def gated_delta(
+    pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array, way: Course, in_place: InPlace | None = None
+) -> tuple[Array, Array]:
     """Go through a packed batch.
 
     Args:
@@ -29,6 +31,7 @@ def gated_delta(pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array
         v: [T, H, V].
         g, beta: [T, H].
         way: the course of the batch.
+        in_place: see :class:`InPlace`.
 
     Returns:
         y float32 [T, H, V] (of no meaning for padding), and the pool.
@@ -37,6 +40,9 @@ def gated_delta(pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array
     tokens, heads, width = v.shape
     tile = tokens // n
     size = k.shape[2]
+    if tile == 1 and in_place is not None:
+        told = jnp.stack([jnp.exp(g), beta], axis=-1)
+        return in_place(_head, pool, way, (told, unit(q) * size**-0.5, unit(k), v), width)
     real = (jnp.arange(tile)[None] < way.count[:, None])[:, None, :, None]
 
     def by_head(x: Array) -> Array:
@@ -74,6 +80,15 @@ def gated_delta(pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array
     shape = jax.ShapeDtypeStruct((heads, tile, width), jnp.float32)
     y, pool = tile_by_tile(pool, way, shape, one)
     return y.transpose(0, 2, 1, 3).reshape(tokens, heads, width), pool
+
+
+def _head(state: Array, told: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """One token of one head, whose decay and rate are ``told [1, 2]``; the others are rows ``[1, ...]``."""
+    q, k = column(q), column(k)
+    state = state * told[:, :1]
+    change = (v - jnp.sum(state * k, axis=0, keepdims=True)) * told[:, 1:]
+    state = state + k * change
+    return state, jnp.sum(state * q, axis=0, keepdims=True)
 
 
 def unit(x: Array) -> Array:

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rootcellar.ops.recurrent import Course, each_row, tile_by_tile
+from rootcellar.ops.recurrent import Course, InPlace, column, each_row, tile_by_tile
 
 
-def ssd(pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Course) -> tuple[Array, Array]:
+def ssd(
+    pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Course, in_place: InPlace | None = None
+) -> tuple[Array, Array]:
     """Go through a packed batch.
 
     Args:
@@ -27,6 +29,7 @@ def ssd(pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Cou
         a: [H], negative.
         b, c: [T, G, N]; head ``h`` uses group ``h // (H / G)``.
         way: the course of the batch.
+        in_place: see :class:`InPlace`.
 
     Returns:
         y float32 [T, H, P] (of no meaning for padding), and the pool.
@@ -37,6 +40,10 @@ def ssd(pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Cou
     tile = tokens // n
     per = heads // groups
     wide = [v.astype(jnp.float32) for v in (x, dt, b, c)]
+    if tile == 1 and in_place is not None:
+        x, dt, b, c = wide
+        told = jnp.exp(dt * a.astype(jnp.float32))[..., None]
+        return in_place(_head, pool, way, (told, x * dt[..., None], b, c), width)
     real = (jnp.arange(tile)[None] < way.count[:, None])[:, :, None, None]
     x = jnp.where(real, wide[0].reshape(n, tile, heads, width), 0).reshape(n, tile, groups, per, width)
     dt = jnp.where(real, wide[1].reshape(n, tile, groups, per), 0)
@@ -70,6 +77,12 @@ def ssd(pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Cou
     shape = jax.ShapeDtypeStruct((tile, groups, per, width), jnp.float32)
     passed, pool = tile_by_tile(pool, way, shape, one)
     return (inside + passed).reshape(tokens, heads, width), pool
+
+
+def _head(state: Array, told: Array, x: Array, b: Array, c: Array) -> tuple[Array, Array]:
+    """One token of one head, whose decay is ``told [1, 1]``; the others are rows ``[1, ...]``, ``x`` times its step."""
+    state = state * told + column(x) * b
+    return state, column(jnp.sum(state * c, axis=1, keepdims=True))
 
 
 def ssd_sequential(state: Array, x: Array, dt: Array, a: Array, b: Array, c: Array) -> tuple[Array, Array]:

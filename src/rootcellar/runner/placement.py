@@ -24,6 +24,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.mixers import Attention
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
+from rootcellar.models.places import Place, in_order, lies_at, sharding_of
 from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params, ParamSpec
 from rootcellar.ops import products
@@ -123,13 +124,13 @@ class Placement:
     def repacking(self, dtype: Any, tensors_of: TensorsOf) -> Repacking:
         """What makes arrays of ``served``, as they lie, of a trainer's trees, without a word on how they are held."""
         specs: list[ParamSpec] = jax.tree.leaves(declare(self.served))
-        return Repacking(self.model, dtype, tensors_of, [self._sharding(spec) for spec in specs], self.repeated)
+        return Repacking(self.model, dtype, tensors_of, [self._place(spec) for spec in specs], self.repeated)
 
     def hold(self, spec: ParamSpec, weight: Any) -> Array | Packed:
         """One parameter of ``served`` as it is computed with: placed, and packed where it is to be and is not yet."""
         how = self._packer(spec)
         if how is None:
-            return self.put(weight, self._sharding(spec))
+            return self.put(weight, self._place(spec))
         if isinstance(weight, Packed):
             return weight
         return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), **self._computed)
@@ -162,12 +163,16 @@ class Placement:
         """What the devices are: "cpu", "gpu" or "tpu"."""
         return jax.default_backend() if self.devices is None else self.devices[0].platform
 
-    def put(self, array: Any, where: Sharding) -> Array:
+    def put(self, array: Any, where: Place) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
-        if where.is_fully_addressable or (isinstance(array, Array) and array.sharding == where):
-            return jax.device_put(array, where)
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, where, host.__getitem__)
+        at = sharding_of(where)
+        if at.is_fully_addressable or (isinstance(array, Array) and array.sharding == at):
+            placed: Array = jax.device_put(array, at)
+        else:
+            host = np.asarray(array)
+            placed = jax.make_array_from_callback(host.shape, at, host.__getitem__)
+        # Each device has its part by now: else the whole would be on one while it is brought into order.
+        return placed if lies_at(placed, where) else jax.device_put(placed, where)
 
     def abstract(self, dtype: Any) -> Params:
         """The params as they will lie, as ``jax.ShapeDtypeStruct``: for compiling and sizing without weights."""
@@ -175,7 +180,7 @@ class Placement:
         def abstract(spec: ParamSpec) -> Any:
             how = self._packer(spec)
             if how is None:
-                return jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._sharding(spec))
+                return jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self._place(spec))
             placed = zip(how.shapes(), self._packed_shardings(how, spec), strict=True)
             arrays = (jax.ShapeDtypeStruct(shape, of, sharding=at) for (shape, of), at in placed)
             return how.packed(arrays, **self._computed)
@@ -183,8 +188,9 @@ class Placement:
         shapes: Params = jax.tree.map(abstract, declare(self.served))
         return shapes
 
-    def _sharding(self, spec: ParamSpec) -> Sharding:
-        return self._placed(self._spec(spec.axes, spec.shape))
+    def _place(self, spec: ParamSpec) -> Place:
+        at = self._placed(self._spec(spec.axes, spec.shape))
+        return in_order(spec.shape, at) if spec.in_order and self.platform == "tpu" else at
 
     @property
     def whole(self) -> Sharding:

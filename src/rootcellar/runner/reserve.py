@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from rootcellar.models.places import device_bytes
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Newest
 from rootcellar.runner.placement import Placement
@@ -16,10 +16,7 @@ from rootcellar.runner.programs import Programs
 
 def weight_bytes(placement: Placement, dtype: Any) -> int:
     """Bytes of the weights on one device, as they will be placed."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(placement.abstract(dtype))
-    )
+    return sum(map(device_bytes, jax.tree.leaves(placement.abstract(dtype))))
 
 
 def reserve_bytes(programs: Programs) -> dict[str, int]:

@@ -140,7 +140,8 @@ class Experts:
 
 
 def _of_each(spec: ParamSpec) -> ParamSpec:
-    """``spec`` with ``{expert}`` in its sources replaced by the index of each expert in turn."""
+    """``spec`` as one of which experts are taken; for ``{expert}`` in its sources stands the index of each in turn."""
+    spec = replace(spec, in_order=True)
     if not any("{expert}" in source for source in spec.sources):
         return spec
     each = (source.replace("{expert}", str(e)) for e in range(spec.shape[0]) for source in spec.sources)

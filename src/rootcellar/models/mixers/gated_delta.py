@@ -104,7 +104,7 @@ class GatedDelta(Recurrent):
         way = course(batch.table, batch.rows, batch.positions)
         mixed, gate, rates = self._project(params, x)
         mixed, conv = causal_conv(buffers[0], mixed, params["delta_conv"], None, way)
-        y, state = gated_delta(buffers[1], *self._split(mixed), *rates, way)
+        y, state = gated_delta(buffers[1], *self._split(mixed), *rates, way, self.in_place(batch))
         return self._merge(params, y, gate), [conv, state]
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ class Mamba2(Recurrent):
         gate, mixed, dt = self._project(params, x)
         mixed, conv = causal_conv(buffers[0], mixed, params["mamba_conv"], self._conv_bias(params), way)
         inputs, b, c = self._split(mixed)
-        y, state = ssd(buffers[1], inputs, dt, self._decay(params), b, c, way)
+        y, state = ssd(buffers[1], inputs, dt, self._decay(params), b, c, way, self.in_place(batch))
         return self._merge(params, y, inputs, gate), [conv, state]
 
     def plain(self, params: Params, x: jax.Array) -> jax.Array:

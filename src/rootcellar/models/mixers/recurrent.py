@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
+from jax import Array
+
 from rootcellar.cache.kind import Rule
+from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
+from rootcellar.ops.recurrent import IN_PLACE, Course, Head, InPlace
 
 
 class Recurrent:
@@ -28,3 +33,19 @@ class Recurrent:
     def splits(self, tp_size: int) -> bool:  # noqa: ARG002
         """See ``Mixer``."""
         return True
+
+    @staticmethod
+    def in_place(batch: ForwardBatch) -> InPlace | None:
+        """What takes a decode step through states where they lie, on each device all of it; None: where XLA does."""
+        run = IN_PLACE.get(batch.backend)
+        if run is None:
+            return None
+
+        def on_each(head: Head, pool: Array, way: Course, operands: Sequence[Array], width: int) -> tuple[Array, Array]:
+            def here(pool: Array, way: Course, *operands: Array) -> tuple[Array, Array]:
+                return run(head, pool, way, operands, width)
+
+            y, pool = batch.local(here, [()] * (2 + len(operands)), [()] * 2)(pool, way, *operands)
+            return y, pool
+
+        return on_each
