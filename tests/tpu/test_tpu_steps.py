@@ -45,8 +45,8 @@ ALL = [
     ("qwen3-next-80b", "v6e", 8), ("qwen3-next-80b", "v5p", 2),
 ]  # fmt: skip
 MOST = {"qwen3-next-80b-v6e-tp8-auto": 2.2}
-"""Bytes that decoding moves for each of the least, where it is not 1.5. There an expert's matrices are 64 wide on a device:
-half of each tile would be empty if they lay in order, so XLA turns them over in each step."""
+"""Bytes that decoding moves for each of the least, where it is not 1.5. There an expert's matrices are 64 wide on a
+device: half of each tile would be empty if they lay in order, so XLA turns them over in each step."""
 WANTED = os.environ.get("ROOTCELLAR_TPU_CASES", "ci")
 TABLE: list[dict] = []
 

@@ -17,14 +17,14 @@ from jax import Array
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding
 
-Place = Sharding | Format
+WeightPlace = Sharding | Format
 """On which devices, and perhaps in which order."""
 _TILE = (8, 128)
 _MOST_EDGES = 1 / 8
 """Of an array's bytes, for which its order is said: more is not worth the memory."""
 
 
-def sharding_of(place: Place) -> Sharding:
+def sharding_of(place: WeightPlace) -> Sharding:
     """On which devices."""
     return place if isinstance(place, Sharding) else _of(place.sharding)
 
@@ -34,7 +34,7 @@ def _of(sharding: Any) -> Sharding:
     return sharding
 
 
-def in_order(shape: Sequence[int], at: Sharding) -> Place:
+def in_order(shape: Sequence[int], at: Sharding) -> WeightPlace:
     """A place where an array lies in the order of its axes, unless edges of tiles add too much."""
     of_device = at.shard_shape(tuple(shape))
     if _filled(of_device) > math.prod(of_device) * (1 + _MOST_EDGES):
@@ -42,7 +42,7 @@ def in_order(shape: Sequence[int], at: Sharding) -> Place:
     return Format(Layout(tuple(range(len(shape)))), at)
 
 
-def lies_at(array: Array, place: Place) -> bool:
+def lies_at(array: Array, place: WeightPlace) -> bool:
     """Whether an array that is on the devices of ``place`` lies there in its order, too."""
     wanted = _order(place)
     return wanted is None or _order(array.format) == wanted
@@ -55,7 +55,7 @@ def device_bytes(array: Any) -> int:
     return count * np.dtype(array.dtype).itemsize
 
 
-def _order(place: Place) -> tuple[int, ...] | None:
+def _order(place: WeightPlace) -> tuple[int, ...] | None:
     layout = place.layout if isinstance(place, Format) else None
     return layout.major_to_minor if isinstance(layout, Layout) else None
 

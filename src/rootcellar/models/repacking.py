@@ -21,7 +21,7 @@ from rootcellar.errors import ModelError
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import SourceTensor, sources_of
 from rootcellar.models.params import declare
-from rootcellar.models.places import Place, sharding_of
+from rootcellar.models.places import WeightPlace, sharding_of
 from rootcellar.models.spec import Params, ParamSpec
 
 TensorsOf = Callable[[Any], Mapping[str, Array]]
@@ -118,7 +118,7 @@ class Repacking:
         cfg: ModelConfig,
         dtype: Any,
         tensors_of: TensorsOf,
-        places: Sequence[Place],
+        places: Sequence[WeightPlace],
         finish: Callable[[Params], Params] = lambda params: params,
     ) -> None:
         self._cfg = cfg

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rootcellar.ops.recurrent import Course, InPlace, column, each_row, tile_by_tile
+from rootcellar.ops.recurrent import Course, StatesInPlace, column, each_row, tile_by_tile
 
 _EPSILON = 1e-6  # under the root, when keys and queries are brought to length one
 
 
 def gated_delta(
-    pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array, way: Course, in_place: InPlace | None = None
+    pool: Array, q: Array, k: Array, v: Array, g: Array, beta: Array, way: Course, in_place: StatesInPlace | None = None
 ) -> tuple[Array, Array]:
     """Go through a packed batch.
 
@@ -31,7 +31,7 @@ def gated_delta(
         v: [T, H, V].
         g, beta: [T, H].
         way: the course of the batch.
-        in_place: see :class:`InPlace`.
+        in_place: see :class:`StatesInPlace`.
 
     Returns:
         y float32 [T, H, V] (of no meaning for padding), and the pool.

@@ -66,23 +66,23 @@ def course(tables: Array, rows: Array, positions: Array) -> Course:
     )
 
 
-Head = Callable[..., tuple[Array, Array]]
+HeadStep = Callable[..., tuple[Array, Array]]
 """A token through the state of one head: ``(state, *rows) -> (state, y)``, all of them matrices, the rows ``[1, ...]``
 and float32: what the head is told."""
-InPlace = Callable[[Head, Array, Course, Sequence[Array], int], tuple[Array, Array]]
+StatesInPlace = Callable[[HeadStep, Array, Course, Sequence[Array], int], tuple[Array, Array]]
 """What takes the tokens of a decode step through their states where these lie (``ops.slots``): ``(head, pool, way,
 operands [n, groups, ...], width of y) -> (y [n, H, width], pool)``. Head ``h`` is told the row of its group."""
 
 
 def _by_kernel(
-    head: Head, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
+    head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     from rootcellar.ops.slots import each_slot  # Pallas takes a while to import, and is for TPUs alone
 
     return each_slot(head, pool, way, operands, width, interpret=interpret)
 
 
-IN_PLACE: Mapping[str, InPlace] = {"tpu": _by_kernel}
+IN_PLACE: Mapping[str, StatesInPlace] = {"tpu": _by_kernel}
 """By the backend of attention that it runs beside; elsewhere states are gathered and scattered."""
 Recurrence = Callable[[Array], tuple[Array, Array]]
 TileRecurrence = Callable[[Array, Array], tuple[Array, Array]]

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rootcellar.ops.recurrent import Course, Head
+from rootcellar.ops.recurrent import Course, HeadStep
 
 NAME = "rootcellar_recurrent_states"
 """What the kernel is called in a compiled program."""
@@ -31,7 +31,7 @@ _VMEM = 48 << 20
 
 
 def each_slot(
-    head: Head, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
+    head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """Every row's token through its state.
 
@@ -87,7 +87,7 @@ def moved_bytes(pool: Sequence[int], rows: int) -> int:
     return 2 * 4 * rows * math.prod(pool[1:])
 
 
-def _kernel(head: Head, heads: int, source: Any, fresh: Any, target: Any, *refs: Any) -> None:  # noqa: ARG001
+def _kernel(head: HeadStep, heads: int, source: Any, fresh: Any, target: Any, *refs: Any) -> None:  # noqa: ARG001
     """One row."""
     *operands, held, out, kept = refs
     together = math.gcd(heads, _TOGETHER)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rootcellar.ops.recurrent import Course, InPlace, column, each_row, tile_by_tile
+from rootcellar.ops.recurrent import Course, StatesInPlace, column, each_row, tile_by_tile
 
 
 def ssd(
-    pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Course, in_place: InPlace | None = None
+    pool: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, way: Course, in_place: StatesInPlace | None = None
 ) -> tuple[Array, Array]:
     """Go through a packed batch.
 
@@ -29,7 +29,7 @@ def ssd(
         a: [H], negative.
         b, c: [T, G, N]; head ``h`` uses group ``h // (H / G)``.
         way: the course of the batch.
-        in_place: see :class:`InPlace`.
+        in_place: see :class:`StatesInPlace`.
 
     Returns:
         y float32 [T, H, P] (of no meaning for padding), and the pool.

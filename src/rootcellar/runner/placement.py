@@ -24,7 +24,7 @@ from rootcellar.errors import ConfigError
 from rootcellar.models.mixers import Attention
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import declare
-from rootcellar.models.places import Place, in_order, lies_at, sharding_of
+from rootcellar.models.places import WeightPlace, in_order, lies_at, sharding_of
 from rootcellar.models.repacking import Repacking, TensorsOf
 from rootcellar.models.spec import Params, ParamSpec
 from rootcellar.ops import products
@@ -163,7 +163,7 @@ class Placement:
         """What the devices are: "cpu", "gpu" or "tpu"."""
         return jax.default_backend() if self.devices is None else self.devices[0].platform
 
-    def put(self, array: Any, where: Place) -> Array:
+    def put(self, array: Any, where: WeightPlace) -> Array:
         """``array``, the same in all processes that have a part of it, as it lies ``where``."""
         at = sharding_of(where)
         if at.is_fully_addressable or (isinstance(array, Array) and array.sharding == at):
@@ -188,7 +188,7 @@ class Placement:
         shapes: Params = jax.tree.map(abstract, declare(self.served))
         return shapes
 
-    def _place(self, spec: ParamSpec) -> Place:
+    def _place(self, spec: ParamSpec) -> WeightPlace:
         at = self._placed(self._spec(spec.axes, spec.shape))
         return in_order(spec.shape, at) if spec.in_order and self.platform == "tpu" else at
 

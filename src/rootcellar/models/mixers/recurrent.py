@@ -10,7 +10,7 @@ from jax import Array
 from rootcellar.cache.kind import Rule
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
-from rootcellar.ops.recurrent import IN_PLACE, Course, Head, InPlace
+from rootcellar.ops.recurrent import IN_PLACE, Course, HeadStep, StatesInPlace
 
 
 class Recurrent:
@@ -35,13 +35,15 @@ class Recurrent:
         return True
 
     @staticmethod
-    def in_place(batch: ForwardBatch) -> InPlace | None:
+    def in_place(batch: ForwardBatch) -> StatesInPlace | None:
         """What takes a decode step through states where they lie, on each device all of it; None: where XLA does."""
         run = IN_PLACE.get(batch.backend)
         if run is None:
             return None
 
-        def on_each(head: Head, pool: Array, way: Course, operands: Sequence[Array], width: int) -> tuple[Array, Array]:
+        def on_each(
+            head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int
+        ) -> tuple[Array, Array]:
             def here(pool: Array, way: Course, *operands: Array) -> tuple[Array, Array]:
                 return run(head, pool, way, operands, width)
 
