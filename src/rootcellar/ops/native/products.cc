@@ -38,7 +38,7 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArg
       y->element_type() != ffi::DataType::F32)
     return ffi::Error::InvalidArgument("product: rows in, rows out, in float32");
   const int64_t inputs = xd[1], panels = leads * ((length + kColumns - 1) / kColumns);
-  if (yd[0] != xd[0] || yd[1] != leads * length || group < 1 || inputs % group != 0 || rootcellar::kDeep % group != 0 ||
+  if (yd[0] != xd[0] || yd[1] != leads * length || group < 1 || inputs % group != 0 ||
       (named->arrays > 1 ? group : inputs) % rootcellar::inputs_of_word(named->form) != 0)
     return ffi::Error::InvalidArgument("product: shapes do not fit");
   const void* held[3] = {};
