@@ -27,7 +27,7 @@ namespace rootcellar {
 
 constexpr int kColumns = 16;    // outputs of a panel
 constexpr int kDeep = 256;      // inputs that are decoded at a time, for more rows than a register tile has
-constexpr int kSpan = 32;       // inputs that are summed one after the other where the order is fixed; divides kDeep
+constexpr int kSpan = 16;       // inputs that are summed one after the other where the order is fixed; divides kDeep
 constexpr int64_t kBand = 120;  // rows that an item of work has, at most: their inputs stay in the second cache
 
 enum class Form { f32, bf16, w8, w4 };
