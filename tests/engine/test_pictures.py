@@ -168,7 +168,8 @@ def test_answers_are_the_same_from_every_tier(cases, name, tmp_path):
     with engine(folder, **tiers) as made:
         always_load(made)
         assert cached(made, "device") < 64
-        answers(made, case, everything)  # of windows a tier keeps what resuming at a request's end needs: now a prompt's
+        # Of windows a tier keeps what resuming at a request's end needs: who resumes at a prompt's leaves that, too.
+        answers(made, case, everything)
         settle(made)
         evict(made, Tier.DEVICE)
         assert cached(made, "host") > 64
