@@ -9,8 +9,8 @@ import pytest
 from conversations import begin, go_on, tiered
 from idle import check_idle
 
+from rootcellar.models.mixers.recurrent import IN_PLACE
 from rootcellar.ops.backends import BACKENDS, INTERPRETED
-from rootcellar.ops.recurrent import IN_PLACE
 from rootcellar.pools.layouts import PaddedLatents, PagedHeads, PagedLatents, PairedHeads
 
 ONE = [14]

@@ -168,8 +168,9 @@ def test_answers_are_the_same_from_every_tier(cases, name, tmp_path):
     with engine(folder, **tiers) as made:
         always_load(made)
         assert cached(made, "device") < 64
-        # Of windows a tier keeps what resuming at a request's end needs: who resumes at a prompt's leaves that, too.
-        answers(made, case, everything)
+        if name == GEMMA3:
+            # Of windows a tier keeps what resuming at a request's end needs: who resumes at a prompt's leaves that, too.
+            answers(made, case, everything)
         settle(made)
         evict(made, Tier.DEVICE)
         assert cached(made, "host") > 64

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rootcellar.models.mixers.recurrent import IN_PLACE
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
-from rootcellar.ops.recurrent import IN_PLACE, causal_conv, course
+from rootcellar.ops.recurrent import causal_conv, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
 
 IN_SLOTS = functools.partial(IN_PLACE["tpu"], interpret=True)

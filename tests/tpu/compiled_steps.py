@@ -159,9 +159,8 @@ class Step:
             if slots.NAME in each.rest:  # the pool comes and goes last
                 (y, pool), told = each.values, given[:-1]
                 return slots.moved_bytes(pool.shape, BATCH) + y.moved + sum(operand.moved for operand in told)
-            return each.moved + sum(
-                operand.moved for operand in given
-            )  # XLA's own, for experts: as if each were passed
+            # XLA's own, for experts: as if each were passed.
+            return each.moved + sum(operand.moved for operand in given)
 
         return accounts(self.module, loops, kernels)
 

@@ -10,7 +10,7 @@ A batch of one token a tile (decoding) has at most one tile for each row: all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -73,17 +73,6 @@ StatesInPlace = Callable[[HeadStep, Array, Course, Sequence[Array], int], tuple[
 """What takes the tokens of a decode step through their states where these lie (``ops.slots``): ``(head, pool, way,
 operands [n, groups, ...], width of y) -> (y [n, H, width], pool)``. Head ``h`` is told the row of its group."""
 
-
-def _by_kernel(
-    head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
-) -> tuple[Array, Array]:
-    from rootcellar.ops.slots import each_slot  # Pallas takes a while to import, and is for TPUs alone
-
-    return each_slot(head, pool, way, operands, width, interpret=interpret)
-
-
-IN_PLACE: Mapping[str, StatesInPlace] = {"tpu": _by_kernel}
-"""By the backend of attention that it runs beside; elsewhere states are gathered and scattered."""
 Recurrence = Callable[[Array], tuple[Array, Array]]
 TileRecurrence = Callable[[Array, Array], tuple[Array, Array]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from jax import Array
@@ -10,7 +10,19 @@ from jax import Array
 from rootcellar.cache.kind import Rule
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
-from rootcellar.ops.recurrent import IN_PLACE, Course, HeadStep, StatesInPlace
+from rootcellar.ops.recurrent import Course, HeadStep, StatesInPlace
+
+
+def _by_kernel(
+    head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    from rootcellar.ops.slots import each_slot  # Pallas takes a while to import, and is for TPUs alone
+
+    return each_slot(head, pool, way, operands, width, interpret=interpret)
+
+
+IN_PLACE: Mapping[str, StatesInPlace] = {"tpu": _by_kernel}
+"""By the backend of attention that it runs beside; elsewhere states are gathered and scattered."""
 
 
 class Recurrent:
