@@ -169,7 +169,7 @@ def test_answers_are_the_same_from_every_tier(cases, name, tmp_path):
         always_load(made)
         assert cached(made, "device") < 64
         if name == GEMMA3:
-            # Of windows a tier keeps what resuming at a request's end needs: who resumes at a prompt's leaves that, too.
+            # Of windows a tier keeps what resuming at a request's end needs; so does whoever resumes at a prompt's.
             answers(made, case, everything)
         settle(made)
         evict(made, Tier.DEVICE)
