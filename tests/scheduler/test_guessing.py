@@ -74,6 +74,8 @@ def test_as_much_is_guessed_as_makes_tokens_come_faster():
     assert shares([(0.9, 7)], 8, free.get) == [7]
     assert shares([(0.9, 7)], 8, dear.get) == [0]
     assert shares([(0.9, 7)], 8, steep.get) == [3]
+    assert shares([(0.9, 1)], 2, {1: 1.0, 2: 1.85}.get) == [0], "three in a hundred are less than is known"
+    assert shares([(0.9, 1)], 2, {1: 1.0, 2: 1.75}.get) == [1]
     assert shares([(0.9, 2)], 8, steep.get) == [2], "there are no more"
     assert shares([(0.9, 7), (0.1, 7)], 4, free.get) == [2, 0], "the likeliest first"
     assert shares([(0.5, 7)] * 3, 4, dear.get) == [1, 0, 0], "the step is padded to four rows anyway"

@@ -43,6 +43,9 @@ _MANY = 256.0
 _MORE = 1.25
 """Times as long as half as many rows, rows are taken to take until that is known: a likely guess finds out."""
 _FADE = 0.99
+"""What is known of guesses counts so much less after each step that does not try them, whatever its rows."""
+_MARGIN = 1.05
+"""Times as many tokens a second as without it, a guess must promise: prices and chances are not known better."""
 _REMEMBERED = 0.85
 
 
@@ -171,7 +174,7 @@ def shares(chances: Sequence[tuple[float, int]], limit: int, price: Callable[[in
     tokens there are. ``limit``: rows of the largest step; ``price``: seconds of a step of so many rows, padded.
     """
     rows = len(chances)
-    best, rate = 0, rows / price(padded(rows))
+    best, rate = 0, _MARGIN * rows / price(padded(rows))
     line = [(-chance, i, 1) for i, (chance, most) in enumerate(chances) if most]
     heapify(line)
     order: list[int] = []
@@ -251,7 +254,7 @@ class NgramGuesser:
         counts = shares(chances, self._rows, self._prices.of)
         for request, each, count in zip(requests, found, counts, strict=True):
             if each.tokens and not count:
-                self._fade(request, each.matched)
+                self._fade(request, each.matched, _FADE ** (1 / len(requests)))
             request.guessed.matched = each.matched
         return [each.tokens[:count] for each, count in zip(found, counts, strict=True)]
 
@@ -315,10 +318,10 @@ class NgramGuesser:
         own = request.guessed
         return (own.right + self._records[self._class(matched)].chance * _BELIEF / 2) / (own.tried + _BELIEF / 2)
 
-    def _fade(self, request: Request, matched: int) -> None:
+    def _fade(self, request: Request, matched: int, rate: float) -> None:
         """What was found is not tried: what is known of such guesses counts less, so that one day it is."""
         own, record = request.guessed, self._records[self._class(matched)]
-        own.right, own.tried = own.right * _FADE, own.tried * _FADE
+        own.right, own.tried = own.right * rate, own.tried * rate
         belief = _FAIRLY * _BELIEF
-        record.right = belief + (record.right - belief) * _FADE
-        record.tried = _BELIEF + (record.tried - _BELIEF) * _FADE
+        record.right = belief + (record.right - belief) * rate
+        record.tried = _BELIEF + (record.tried - _BELIEF) * rate
