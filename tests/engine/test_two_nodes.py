@@ -11,6 +11,8 @@ from rootcellar.errors import ConfigError, RequestError
 from rootcellar.plan.grids import NARROW
 from rootcellar.transfer.faulty import FaultyWires, WireFaults
 
+SOME = 40  # tokens of a prompt: as few as recurrent layers leave a state behind
+
 
 @pytest.fixture(scope="module")
 def pair(case_of):
@@ -226,6 +228,19 @@ def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk, r
             assert pair.ask(case.prompts[i], HALF, cache_salt=str(i))["output_ids"] == case.tokens[i][:HALF]
             assert pair.sent - before == lacking(pair, case.prompts[i])
         pair.same_bytes(case.prompts[i], 1, salt=str(i))
+        alone = {"temperature": 0, "max_new_tokens": 1}
+        for node in (pair.prefill, pair.decode):  # a part of each prompt is cached there, and nothing on the other
+            salt = node._parts.config.disaggregation_mode
+            for i in LONG:
+                prompt, before = case.prompts[i], pair.sent
+                node.generate(input_ids=prompt[:SOME], sampling_params=alone, cache_salt=f"{salt} {i}")
+                settled(pair)
+                gave, answer = pair.ask_both(prompt, HALF, cache_salt=f"{salt} {i}")
+                assert answer["output_ids"] == case.tokens[i][:HALF]
+                there = (min(SOME, len(prompt)) - 1) // page
+                if node is pair.prefill:
+                    assert gave["meta_info"]["cached_tokens"] == there * page
+                assert pair.sent - before == lacking(pair, prompt, 0 if node is pair.prefill else there)
         if rows == 16:
             everything = pair.ask(case.prompts, HALF, cache_salt="all at once")
             assert [answer["output_ids"] for answer in everything] == [tokens[:HALF] for tokens in case.tokens]
@@ -401,8 +416,8 @@ def test_a_step_that_fails_ends_what_was_offered_and_nothing_else(case_of, monke
 def test_a_prompts_first_chunks_have_come_when_its_last_one_is_computed(case_of, monkeypatch):
     case, folder = case_of("qwen2-4kv")
     with two_nodes(folder, chunked_prefill_size=32) as pair:
-        # Of whole chunks: of 100 tokens the last four are of no page, and who has six pages may end it before them.
-        prompt, peers = case.prompts[15][:96], pair.decode._parts.peers
+        # Three chunks and a half, seven whole pages: six of them can be there before the last chunk is computed.
+        prompt, peers = (case.prompts[15] + case.tokens[15])[:120], pair.decode._parts.peers
         params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
         alone = pair.decode.generate(input_ids=prompt, cache_salt="alone", sampling_params=params)
         runner = pair.prefill._parts.runner
@@ -417,7 +432,8 @@ def test_a_prompts_first_chunks_have_come_when_its_last_one_is_computed(case_of,
 
         monkeypatch.setattr(runner, "step", compute)
         assert pair.ask(prompt, 8)["output_ids"] == alone["output_ids"]
-        assert come == [0, 2, 4]
+        assert come == [0, 2, 4, 6]
+        assert pair.sent == lacking(pair, prompt) == 7
         pair.check_idle()
 
 
