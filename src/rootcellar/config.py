@@ -31,8 +31,10 @@ class EngineConfig:
     )
     dtype: str = option(
         "auto",
-        "Type of weights and activations. 'auto' takes the checkpoint's own on an accelerator. On CPU it is float32, "
-        "where bfloat16 is slower; but the weights of products stay in memory as bfloat16 where they were saved so.",
+        "Type of weights and activations. 'auto' takes the checkpoint's own on an accelerator, and float32 on a CPU. A "
+        "CPU that loads weights itself, on one device, computes in float32 always, since it is several times slower in "
+        "bfloat16: then 'bfloat16' is how the weights of products and the KV cache lie in memory, as those weights do "
+        "under 'auto' where they were saved so.",
         choices=("auto", "bfloat16", "float32"),
     )
     quantization: str | None = option(

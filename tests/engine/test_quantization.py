@@ -53,7 +53,7 @@ def expected(tiny_folder):
         return ask(engine), held(engine), engine.prefixes.names(PROMPT)
 
 
-def as_integers(folder, holding):
+def as_arrays(folder, holding):
     """The weights that a holding writes down, as arrays."""
     model = load_config(folder)
     weights = load_params(folder, model, jnp.float32)
@@ -65,7 +65,7 @@ def as_integers(folder, holding):
 
 @pytest.mark.parametrize(("holding", "share"), [("w8", 0.45), ("w4", 0.4)])
 def test_integers_take_less_and_answer_as_the_weights_that_they_stand_for(tiny_folder, expected, holding, share):
-    with engine_of(tiny_folder, params=as_integers(tiny_folder, holding)) as engine:
+    with engine_of(tiny_folder, params=as_arrays(tiny_folder, holding)) as engine:
         same = ask(engine)
     with engine_of(tiny_folder, quantization=holding) as engine:
         first = ask(engine)
@@ -107,6 +107,21 @@ def test_bfloat16_is_kept_and_computed_with_in_float32(tmp_path):
         np.testing.assert_allclose(logprobs(kept), logprobs(answer), atol=1e-4)
         assert held(engine) < 0.55 * most
         assert engine._parts.dtype == jnp.float32
+
+
+@pytest.mark.skipif(not products.runs("cpu"), reason="no kernels here")
+def test_bfloat16_that_is_asked_for_is_kept_and_computed_with_in_float32(tiny_folder):
+    """Tokens are those of float32 arithmetic over the same, rounded weights; names in a store tell them from others."""
+    with engine_of(tiny_folder, params=as_arrays(tiny_folder, "bfloat16"), kv_cache_dtype="float32") as engine:
+        answer = ask(engine)
+    with engine_of(tiny_folder, dtype="bfloat16", kv_cache_dtype="float32") as engine:
+        kept, names = ask(engine), engine.prefixes.names(PROMPT)
+        assert engine._parts.dtype == jnp.float32
+        assert held(engine) <= 0.57 * count_bytes(load_config(tiny_folder), jnp.float32)
+    with engine_of(tiny_folder, kv_cache_dtype="float32") as engine:
+        assert engine.prefixes.names(PROMPT)[0] != names[0]
+    assert kept["output_ids"] == answer["output_ids"]
+    np.testing.assert_allclose(logprobs(kept), logprobs(answer), atol=1e-4)
 
 
 @pytest.mark.skipif(not products.runs("cpu"), reason="no kernels here")

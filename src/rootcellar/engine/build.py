@@ -183,14 +183,16 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     model = _model(config, folder, params)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
     platform = jax.default_backend()
-    dtype = _dtype(config.dtype, model.dtype, platform)
+    said = _dtype(config.dtype, model.dtype, platform)
     if params is not None:
         check_params(model, params)
     invariance.require(config, model)
     fixed = config.enable_deterministic_inference
-    placement = Placement(model, config.tp_size, _holding(config, model, dtype, params), fixed)
+    packs = params is None and config.tp_size == 1 and products.runs(platform)
+    placement = Placement(model, config.tp_size, _holding(config, model, said, packs=packs), fixed)
+    dtype = jnp.dtype(jnp.float32) if packs else said
     reload = None if params is not None else functools.partial(_load, config, folder, placement, dtype)
-    kv_dtype = _kv_dtype(config, dtype)
+    kv_dtype = _kv_dtype(config, said)
     programs = _programs(config, placement, _weights_dtype(model, params, dtype), kv_dtype)
     kinds = programs.paging.kinds
     context = _context_length(config.context_length, model)
@@ -207,7 +209,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
     runner = Runner(programs, placement.place(weights.params), pools)
-    dtypes = str(programs.dtype), kv_dtype
+    dtypes = str(said if packs else programs.dtype), kv_dtype
     names = identity.fingerprint(model, kinds, *dtypes, config.page_size, config.quantization, fixed=fixed)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
@@ -428,20 +430,19 @@ def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
     return jnp.dtype(saved)
 
 
-def _holding(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, params: Params | None) -> str | None:
+def _holding(config: EngineConfig, model: ModelConfig, said: jnp.dtype, *, packs: bool) -> str | None:
     """How weights are packed: see ``Placement.holding``.
 
-    As integers where that is asked for. Else a CPU packs what it loads, since its products are faster so: bfloat16 as
-    it was saved, under arithmetic in float32. Weights that were handed over are used where they lie, unless answers may
-    not depend on the batch.
+    As integers where that is asked for. Else a CPU ``packs`` what it loads, since its products are faster so: as
+    bfloat16 where dtype or the checkpoint says so, under arithmetic in float32. Weights that were handed over are used
+    where they lie, unless answers may not depend on the batch.
     """
     if config.quantization is not None:
         return config.quantization
-    packed = invariance.holding(dtype) if config.enable_deterministic_inference else None
-    if params is not None or config.tp_size > 1 or dtype != jnp.float32 or not products.runs(jax.default_backend()):
-        return packed
-    kept = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
-    return "bfloat16" if kept else "float32"
+    if not packs:
+        return invariance.holding(said) if config.enable_deterministic_inference else None
+    saved = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
+    return "bfloat16" if saved or said == jnp.bfloat16 else "float32"
 
 
 def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:

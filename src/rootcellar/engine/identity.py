@@ -56,8 +56,8 @@ def fingerprint(
 ) -> bytes:
     """32 bytes that differ whenever an engine would fill the pages of equal tokens, by equal weights, otherwise.
 
-    ``dtype``: what the model computes in; ``kv_dtype``: what the cache holds; ``quantization``: of the weights.
-    ``fixed``: whether the last bits count too (``enable_deterministic_inference``).
+    ``dtype``: of weights, and what the model computes in but for CPUs; ``kv_dtype``: what the cache holds;
+    ``quantization``: of the weights. ``fixed``: whether the last bits count too (``enable_deterministic_inference``).
     """
     alike = replace(model, eos_token_ids=(), bos_token_id=None, dtype="float32")  # of answers, and how it was saved
     said = {
