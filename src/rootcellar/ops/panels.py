@@ -45,7 +45,8 @@ class WeightForm:
         parts: elements of a word.
         scaled: how many arrays go with the words: scales, then least values.
         encode: float32 ``[..., groups, group, 16]`` to the integers in that shape, and those arrays
-            ``[..., groups, 16]``; None: weights are converted to ``element``.
+            ``[..., groups, 16]``; None: they are floats.
+        floats: what weights are converted to where they are not integers; ``element`` has its bits.
     """
 
     name: str
@@ -54,6 +55,7 @@ class WeightForm:
     parts: int
     scaled: int = 0
     encode: Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]] | None = None
+    floats: np.dtype[Any] | None = None
 
     @property
     def grouped(self) -> bool:
@@ -104,8 +106,9 @@ def _round(x: NDArray[np.float32], *, up: bool = False) -> NDArray[Any]:
 HOLDINGS: Mapping[str, WeightForm] = {
     holding.name: holding
     for holding in (
-        WeightForm("float32", 1, np.dtype(np.float32), 1),
-        WeightForm("bfloat16", 2, _BF16, 2),
+        WeightForm("float32", 1, np.dtype(np.float32), 1, floats=np.dtype(np.float32)),
+        # (Bits that NumPy knows: where a bfloat16 array lies cannot be asked without another that JAX makes of it.)
+        WeightForm("bfloat16", 2, np.dtype(np.uint16), 2, floats=_BF16),
         WeightForm("w8", 4, np.dtype(np.int8), 4, 1, _to_8_bits),
         WeightForm("w4", 8, np.dtype(np.uint8), 4, 2, _to_4_bits),
     )
@@ -178,7 +181,7 @@ class Packer:
         panels = np.moveaxis(panels, last + 1, -1)  # [..., panels, *inputs, 16]
         extra: list[NDArray[Any]] = []
         if holding.encode is None:
-            codes = panels.astype(holding.element)
+            codes = panels.astype(holding.floats).view(holding.element)
         else:
             whole = np.ascontiguousarray(panels, np.float32)
             codes, *extra = holding.encode(whole.reshape(*whole.shape[:-2], -1, self.group, COLUMNS))
@@ -236,6 +239,8 @@ def _values(w: Packed, codes: Array, *scaled: Array) -> Array:
         codes = codes.reshape(*codes.shape[:-3], holding.word, codes.shape[-1])
     if holding.grouped:
         codes = jnp.stack(jnp.split(codes, 2, axis=-2), axis=-2).reshape(codes.shape)
+    if holding.floats is not None:
+        codes = jax.lax.bitcast_convert_type(codes, holding.floats)
     values = codes.astype(jnp.float32)
     *lead, words, count, columns = values.shape
     if not holding.grouped:

@@ -20,7 +20,7 @@ struct Named {
 };
 
 constexpr Named kForms[] = {{"float32", Form::f32, ffi::DataType::F32, 1},
-                            {"bfloat16", Form::bf16, ffi::DataType::BF16, 1},
+                            {"bfloat16", Form::bf16, ffi::DataType::U16, 1},
                             {"w8", Form::w8, ffi::DataType::S8, 2},
                             {"w4", Form::w4, ffi::DataType::U8, 3}};
 
