@@ -237,10 +237,12 @@ def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk, r
                 settled(pair)
                 gave, answer = pair.ask_both(prompt, HALF, cache_salt=f"{salt} {i}")
                 assert answer["output_ids"] == case.tokens[i][:HALF]
-                there = (min(SOME, len(prompt)) - 1) // page
+                part = min(SOME, len(prompt))  # by pages of one token its last is cached, too, but no state there
+                ends = {(part - 1) // page, min(part, len(prompt) - 1) // page}
                 if node is pair.prefill:
-                    assert gave["meta_info"]["cached_tokens"] == there * page
-                assert pair.sent - before == lacking(pair, prompt, 0 if node is pair.prefill else there)
+                    assert gave["meta_info"]["cached_tokens"] in {end * page for end in ends}
+                    ends = {0}
+                assert pair.sent - before in {lacking(pair, prompt, end) for end in ends}
         if rows == 16:
             everything = pair.ask(case.prompts, HALF, cache_salt="all at once")
             assert [answer["output_ids"] for answer in everything] == [tokens[:HALF] for tokens in case.tokens]
