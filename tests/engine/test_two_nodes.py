@@ -11,7 +11,10 @@ from rootcellar.errors import ConfigError, RequestError
 from rootcellar.plan.grids import NARROW
 from rootcellar.transfer.faulty import FaultyWires, WireFaults
 
-SOME = 40  # tokens of a prompt: as few as recurrent layers leave a state behind
+SOME, LEAST = (
+    40,
+    32,
+)  # tokens of a prompt, and how many of them at least are cached: recurrent layers leave no state sooner
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +240,13 @@ def test_every_family_cold_cached_and_a_turn_later(case_of, name, page, chunk, r
                 settled(pair)
                 gave, answer = pair.ask_both(prompt, HALF, cache_salt=f"{salt} {i}")
                 assert answer["output_ids"] == case.tokens[i][:HALF]
-                part = min(SOME, len(prompt))  # by pages of one token its last is cached, too, but no state there
-                ends = {(part - 1) // page, min(part, len(prompt) - 1) // page}
+                part = min(SOME, len(prompt) - 1)
                 if node is pair.prefill:
-                    assert gave["meta_info"]["cached_tokens"] in {end * page for end in ends}
-                    ends = {0}
-                assert pair.sent - before in {lacking(pair, prompt, end) for end in ends}
+                    assert LEAST <= gave["meta_info"]["cached_tokens"] <= part
+                    assert pair.sent - before == lacking(pair, prompt)
+                else:
+                    there = range(LEAST // page, part // page + 1)
+                    assert pair.sent - before in {lacking(pair, prompt, end) for end in there}
         if rows == 16:
             everything = pair.ask(case.prompts, HALF, cache_salt="all at once")
             assert [answer["output_ids"] for answer in everything] == [tokens[:HALF] for tokens in case.tokens]
