@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from idle import check_idle
 
 import rootcellar
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
+from rootcellar.engine.numbers import numbers
 from rootcellar.errors import ConfigError
 from rootcellar.models.config import load_config, read_config
 from rootcellar.models.kinds import paging
+from rootcellar.models.loader import load_params
 from rootcellar.models.params import count_bytes
 from rootcellar.ops import products
 from rootcellar.plan.capacity import Ask, capacity
@@ -54,8 +57,11 @@ MODEL = {
 def programs(config, raw=MODEL, dtype="float32", holding=None):
     """What an engine with these settings would run."""
     model = read_config(raw)
-    dtype = dtype if config.dtype == "auto" else config.dtype
-    kv_dtype = {"auto": dtype, "bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+    if config.dtype == "auto":
+        kv_dtype = {"auto": dtype, "bf16": "bfloat16"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+    else:
+        types = numbers(config, model, loads=True)
+        dtype, holding, kv_dtype = types.computed, types.holding, types.kv
     placement = Placement(model, config.tp_size, holding)
     return Programs(
         placement,
@@ -247,6 +253,20 @@ def test_more_than_the_machine_has_is_no_remedy(monkeypatch):
     assert "0.50 GB are usable (half of the machine's memory)" in str(caught.value)
     assert "device_memory=" not in str(caught.value)
     assert "max_total_tokens=" in str(caught.value).partition("would fit")[2]
+
+
+@pytest.mark.skipif(not products.runs("cpu"), reason="no kernels here")
+def test_bfloat16_is_a_remedy_where_weights_are_read_and_none_where_they_were_handed_over(tiny_folder):
+    shapes = {"max_total_tokens": 256, "max_running_requests": 2, "chunked_prefill_size": 16}
+    options = {"model_path": tiny_folder, "device_memory": "5MB", "mem_fraction_static": 1.0, **shapes}
+    weights = load_params(Path(tiny_folder), load_config(tiny_folder), jnp.float32)
+    with pytest.raises(ConfigError, match=r"would fit:.* dtype='bfloat16'"):
+        rootcellar.Engine(**options)
+    with pytest.raises(ConfigError, match=r"would fit: (?!.*; dtype=)"):
+        rootcellar.Engine(**options, params=weights)
+    with rootcellar.Engine(**options, dtype="bfloat16") as engine:
+        assert engine.stats()["kv_cache_bytes"] > 0
+        check_idle(engine)
 
 
 # --- never beyond the budget, never a refusal of what fits ------------------------------------------------------------

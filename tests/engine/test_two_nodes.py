@@ -11,10 +11,8 @@ from rootcellar.errors import ConfigError, RequestError
 from rootcellar.plan.grids import NARROW
 from rootcellar.transfer.faulty import FaultyWires, WireFaults
 
-SOME, LEAST = (
-    40,
-    32,
-)  # tokens of a prompt, and how many of them at least are cached: recurrent layers leave no state sooner
+# Tokens of a prompt, and how many of them at least are cached: recurrent layers leave no state sooner.
+SOME, LEAST = 40, 32
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from rootcellar.engine import identity, invariance, memory
 from rootcellar.engine.grammar import Grammars
 from rootcellar.engine.loading_bar import loading_bar
 from rootcellar.engine.memory import Sizing
+from rootcellar.engine.numbers import numbers
 from rootcellar.engine.sides import open_peers
 from rootcellar.engine.trace_log import TraceLog
 from rootcellar.errors import ConfigError, ModelError, RequestError
@@ -33,10 +34,8 @@ from rootcellar.models.loader import check_weights, load_params
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.params import check_params, count_bytes, declare, init_params, path_name
 from rootcellar.models.spec import Params
-from rootcellar.ops import products
 from rootcellar.ops.backends import choose_backend, preferred
 from rootcellar.plan.sizing import ARENA
-from rootcellar.plan.stored import SHORT_NAMES
 from rootcellar.pools import Pool
 from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
 from rootcellar.sampling_params import SamplingParams
@@ -182,18 +181,15 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         raise ConfigError("weights_name is for params: a checkpoint's weights are called after its files")
     model = _model(config, folder, params)
     tokenizer = None if config.skip_tokenizer_init else Tokenizer(folder)
-    platform = jax.default_backend()
-    said = _dtype(config.dtype, model.dtype, platform)
     if params is not None:
         check_params(model, params)
     invariance.require(config, model)
     fixed = config.enable_deterministic_inference
-    packs = params is None and config.tp_size == 1 and products.runs(platform)
-    placement = Placement(model, config.tp_size, _holding(config, model, said, packs=packs), fixed)
-    dtype = jnp.dtype(jnp.float32) if packs else said
-    reload = None if params is not None else functools.partial(_load, config, folder, placement, dtype)
-    kv_dtype = _kv_dtype(config, said)
-    programs = _programs(config, placement, _weights_dtype(model, params, dtype), kv_dtype)
+    types = numbers(config, model, loads=params is None)
+    placement = Placement(model, config.tp_size, types.holding, fixed)
+    reload = None if params is not None else functools.partial(_load, config, folder, placement, types.computed)
+    dtype = types.computed if params is None else _dtype_of(model, params)
+    programs = _programs(config, placement, dtype, types.kv)
     kinds = programs.paging.kinds
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
@@ -209,7 +205,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
     runner = Runner(programs, placement.place(weights.params), pools)
-    dtypes = str(said if packs else programs.dtype), kv_dtype
+    dtypes = str(types.weights if params is None else dtype), types.kv
     names = identity.fingerprint(model, kinds, *dtypes, config.page_size, config.quantization, fixed=fixed)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
@@ -239,7 +235,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         host,
         mover,
         Prefetcher(scheduler, functools.partial(digests, page_size=config.page_size, fingerprint=names)),
-        None if mover is None or host is None else open_peers(config, runner, host, mover, kv_dtype, names),
+        None if mover is None or host is None else open_peers(config, runner, host, mover, types.kv, names),
         None if told is None or told.publisher != "zmq" or config.node_rank else EventPublisher(told),
         trace,
     )
@@ -420,43 +416,9 @@ def _read(folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
         return Weights(load_params(folder, placement.model, dtype, placement.hold, advance), name)
 
 
-def _dtype(wanted: str, saved: str, platform: str) -> jnp.dtype:
-    if wanted != "auto":
-        return jnp.dtype(wanted)
-    if platform == "cpu":
-        if saved != "float32":
-            log.info("dtype=auto: computing in float32, because CPUs are several times slower in %s", saved)
-        return jnp.dtype(jnp.float32)
-    return jnp.dtype(saved)
-
-
-def _holding(config: EngineConfig, model: ModelConfig, said: jnp.dtype, *, packs: bool) -> str | None:
-    """How weights are packed: see ``Placement.holding``.
-
-    As integers where that is asked for. Else a CPU ``packs`` what it loads, since its products are faster so: as
-    bfloat16 where dtype or the checkpoint says so, under arithmetic in float32. Weights that were handed over are used
-    where they lie, unless answers may not depend on the batch.
-    """
-    if config.quantization is not None:
-        return config.quantization
-    if not packs:
-        return invariance.holding(said) if config.enable_deterministic_inference else None
-    saved = config.dtype == "auto" and model.dtype == "bfloat16" and config.load_format != "dummy"
-    return "bfloat16" if saved or said == jnp.bfloat16 else "float32"
-
-
-def _kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> str:
-    """The KV cache's dtype by name, as layouts know it."""
-    if config.kv_cache_dtype == "auto":
-        return str(dtype)
-    return SHORT_NAMES.get(config.kv_cache_dtype, config.kv_cache_dtype)
-
-
-def _weights_dtype(model: ModelConfig, given: Params | None, dtype: jnp.dtype) -> jnp.dtype:
+def _dtype_of(model: ModelConfig, params: Params) -> jnp.dtype:
     """Weights that were handed over are computed with as they are."""
-    if given is None:
-        return dtype
-    leaves = zip(jax.tree.leaves(declare(model)), jax.tree.leaves(given), strict=True)
+    leaves = zip(jax.tree.leaves(declare(model)), jax.tree.leaves(params), strict=True)
     return jnp.result_type(*(array for spec, array in leaves if not spec.wide))
 
 

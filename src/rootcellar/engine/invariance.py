@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import jax
-import jax.numpy as jnp
 
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
@@ -59,8 +58,3 @@ def backend(layouts: Collection[Layout]) -> str:
         if (why := fixed.lacks(layout, jax.default_backend())) is not None:
             raise ConfigError(f"enable_deterministic_inference cannot be used: {why}")
     return FIXED
-
-
-def holding(dtype: jnp.dtype) -> str:
-    """How weights are packed that would be arrays: see ``Placement.holding``."""
-    return "bfloat16" if dtype == jnp.bfloat16 else "float32"

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rootcellar.config import EngineConfig
+from rootcellar.engine.numbers import numbers
 from rootcellar.errors import ConfigError
 from rootcellar.models.kinds import paging
 from rootcellar.models.params import declare
@@ -101,7 +102,7 @@ def size(config: EngineConfig, programs: Programs, context_length: int, params: 
     """
     weights = weight_bytes(programs.placement, programs.dtype)
     usable = usable_memory(config, jax.local_devices()[0], 0 if params is None else weights)
-    demand = _Demand(config, programs, usable, weights)
+    demand = _Demand(config, programs, usable, weights, loads=params is None)
     wanted, why = _wanted(config, context_length)
     reserve, how, division = _settle(demand, wanted, context_length)
     most = demand.divide(reserve, None)
@@ -205,6 +206,8 @@ class _Demand:
     programs: Programs
     usable: Usable
     weights: int
+    loads: bool
+    """Whether weights are read, and not handed over as they are."""
 
     @property
     def costs(self) -> tuple[Cost, ...]:
@@ -352,25 +355,31 @@ def _remedies(demand: _Demand, reserve: int, context_length: int) -> Iterator[st
 
 def _narrower(demand: _Demand, reserve: int) -> Iterator[str]:
     """Narrower types, where those are not used already."""
-    programs, config = demand.programs, demand.config
+    config = demand.config
+    narrow = dataclasses.replace(demand, programs=_held_as(demand.programs, config, "bfloat16"))
+    wide = any(now.page_bytes > then.page_bytes for now, then in zip(demand.costs, narrow.costs, strict=True))
+    if wide and _fits(narrow, reserve):
+        yield "kv_cache_dtype='bfloat16'"
+    if config.dtype == "bfloat16" or not demand.loads:
+        return
+    types = numbers(dataclasses.replace(config, dtype="bfloat16"), demand.programs.placement.model, loads=True)
+    placement = dataclasses.replace(demand.programs.placement, holding=types.holding)
+    cast = dataclasses.replace(_held_as(demand.programs, config, types.kv), placement=placement, dtype=types.computed)
+    weights = weight_bytes(cast.placement, cast.dtype)
+    if _fits(dataclasses.replace(demand, programs=cast, weights=weights), estimate_reserve(cast)):
+        yield "dtype='bfloat16'"
+
+
+def _held_as(programs: Programs, config: EngineConfig, kv_dtype: str) -> Programs:
+    """The programs over a cache of ``kv_dtype``."""
     pages = paging(
         programs.placement.served,
-        "bfloat16",
+        kv_dtype,
         config.page_size,
         arena=bool(programs.paging.arena),
         experts=config.enable_return_routed_experts,
     )
-    narrow = dataclasses.replace(demand, programs=dataclasses.replace(programs, paging=pages))
-    wide = any(now.page_bytes > then.page_bytes for now, then in zip(demand.costs, narrow.costs, strict=True))
-    if wide and _fits(narrow, reserve):
-        yield "kv_cache_dtype='bfloat16'"
-    if programs.dtype.itemsize > 2:
-        cast = dataclasses.replace(
-            narrow.programs if config.kv_cache_dtype == "auto" else programs, dtype=jnp.dtype(jnp.bfloat16)
-        )
-        weights = weight_bytes(cast.placement, cast.dtype)
-        if _fits(dataclasses.replace(demand, programs=cast, weights=weights), estimate_reserve(cast)):
-            yield "dtype='bfloat16'"
+    return dataclasses.replace(programs, paging=pages)
 
 
 def _smaller_steps(demand: _Demand, reserve: int) -> Iterator[str]:
