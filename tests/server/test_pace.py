@@ -18,6 +18,10 @@ class Time:
         self.now += seconds
         self.worked += seconds
 
+    async def sleep(self, seconds):
+        self.now += seconds
+        await asyncio.sleep(0)
+
 
 async def busy(time):
     """A request that keeps the loop for a second, in ten pieces."""
@@ -27,21 +31,13 @@ async def busy(time):
 
 
 @pytest.fixture
-def time(monkeypatch):
-    time = Time()
-    sleep = asyncio.sleep
-
-    async def pass_(seconds, result=None):
-        time.now += seconds
-        return await sleep(0, result)
-
-    monkeypatch.setattr("rootcellar.server.pace.asyncio.sleep", pass_)
-    return time
+def time():
+    return Time()
 
 
 @pytest.fixture
 def pace(time):
-    return Pace(clock=lambda: time.now, spent=lambda: time.worked)
+    return Pace(clock=lambda: time.now, spent=lambda: time.worked, sleep=time.sleep)
 
 
 def test_whoever_kept_the_loop_busy_waits_as_long(pace, time):

@@ -11,10 +11,8 @@ from rootcellar.server_config import ServerConfig
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """``made(app, pace, tenant)``: a connection whose last request was ``tenant``'s; waiting takes a millisecond."""
-    sleep = asyncio.sleep
-    monkeypatch.setattr("rootcellar.server.pace.asyncio.sleep", lambda seconds: sleep(min(seconds, 0.001)))
+def made():
+    """``made(app, pace, tenant)``: a connection whose last request was ``tenant``'s."""
 
     def make(app, pace, tenant):
         config = run.uvicorn_config(app, ServerConfig())
@@ -26,6 +24,10 @@ def made(monkeypatch):
         return connection
 
     return make
+
+
+async def a_moment(seconds):
+    await asyncio.sleep(min(seconds, 0.001))
 
 
 async def happens(what):
@@ -44,7 +46,7 @@ def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(made):
         await send({"type": "http.response.body", "body": b""})
 
     async def main():
-        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0)
+        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0, sleep=a_moment)
         busy, other = (made(app, pace, tenant) for tenant in ("hostile", "victim"))
         pace.account("hostile").spend(1.0)
         for piece in (b"GET /a HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
@@ -74,7 +76,7 @@ def test_whoever_kept_the_loop_busy_waits_until_the_next_request_is_read(made):
 def test_a_connection_that_cannot_be_read_in_its_turn_is_closed(made):
     async def main():
         now = [100.0]
-        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0)
+        pace = Pace(clock=lambda: now[0], spent=lambda: 0.0, sleep=a_moment)
         connection = made(None, pace, "hostile")
         made(None, pace, "victim")
         pace.account("hostile").spend(1.0)

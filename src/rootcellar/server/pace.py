@@ -28,10 +28,16 @@ _MOST = 1024
 class Pace:
     """Who used how much of one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, spent: Callable[[], float] = time.thread_time):
-        """``clock``: seconds that pass; ``spent``: seconds of its own that the loop's thread used."""
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[], float] = time.thread_time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):
+        """``clock``: seconds that pass; ``spent``: seconds of its own that the loop's thread used; ``sleep``: waits."""
         self.clock = clock
         self.spent = spent
+        self.sleep = sleep
         self._accounts: dict[str, Account] = {}
 
     def account(self, tenant: str) -> Account:
@@ -76,7 +82,7 @@ class Account:
         """Wait until nothing is owed. One after the other: each that goes on may owe anew."""
         async with self._line:
             while owed := self.owed():
-                await asyncio.sleep(owed)
+                await self.pace.sleep(owed)
 
     def spend(self, seconds: float) -> None:
         """Its requests used so much of the loop."""
