@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from idle import check_idle
 
 import rootcellar
+from alive import alive
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.numbers import numbers
@@ -163,9 +164,9 @@ def test_bf16_is_bfloat16():
 def test_the_bound_is_above_what_the_compiler_says(dtype):
     config = EngineConfig(chunked_prefill_size=64, max_running_requests=8)
     asked = programs(config, {**MODEL, "num_hidden_layers": 1}, dtype)
-    live = len(jax.live_arrays())
+    live = len(alive())
     parts = reserve_bytes(asked)
-    assert len(jax.live_arrays()) == live, "measuring allocates nothing"
+    assert len(alive()) == live, "measuring allocates nothing"
     assert all(nbytes > 0 for nbytes in parts.values())
     logits = 8 * 128 * 4
     assert parts["decode"] >= logits + 8 * 32 * asked.dtype.itemsize
@@ -235,10 +236,10 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(tiny_folder, 
 
     monkeypatch.setattr("rootcellar.engine.build.load_params", never)
     monkeypatch.setattr(Pool, "allocate", never)
-    live = len(jax.live_arrays())
+    live = len(alive())
     with pytest.raises(ConfigError) as caught:
         rootcellar.Engine(model_path=tiny_folder, device_memory="20MB", max_total_tokens=100_000)
-    assert len(jax.live_arrays()) == live
+    assert len(alive()) == live
     text = str(caught.value)
     assert text.startswith("Not enough memory. Please try to increase --mem-fraction-static. ")
     assert "0.02 GB are usable (device_memory=20MB), times mem_fraction_static=0.9" in text

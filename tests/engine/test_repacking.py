@@ -1,7 +1,5 @@
 """Weights of a trainer's unfused trees, made ours on the device: the same answers, nothing compiled or copied twice."""
 
-import gc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from idle import check_idle
 
 import rootcellar
+from alive import alive
 from checkpoints import FAMILIES, make_checkpoint
 from rootcellar.errors import EngineError, ModelError
 from rootcellar.models.config import load_config
@@ -89,16 +88,14 @@ def test_after_the_first_nothing_compiles_and_no_memory_is_taken(given, tensors,
     other = scaled(tensors, 1.5)
     jax.block_until_ready(other)
     compiled = given.stats()["compilations"]
-    gc.collect()
-    before = sum(array.nbytes for array in jax.live_arrays())
+    before = sum(array.nbytes for array in alive())
     places = pointers(given)
     for theirs in (other, tensors, other):
         given.update_weights_from_tensor(theirs)
         ask(given)
         given.check()
         assert pointers(given) == places  # written over what was made before
-    gc.collect()
-    assert sum(array.nbytes for array in jax.live_arrays()) == before
+    assert sum(array.nbytes for array in alive()) == before
     assert given.stats()["compilations"] == compiled
     assert ask(given) != expected
     given.update_weights_from_tensor(tensors)
