@@ -3,6 +3,7 @@
 python tensor_parallel.py  <  a line each: {"folder", "tp_size", "prompts", "most"} as JSON   >  a line of results
 
 With "store", a folder of pages: answers with host memory and that store behind it; then other options may follow.
+With "given": answers of an engine that began with other weights and was given the checkpoint's.
 """
 
 import json
@@ -11,10 +12,13 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 from idle import always_load, check_idle
 
 import rootcellar
 from rootcellar.cache import Tier
+from rootcellar.models.config import load_config
+from rootcellar.models.loader import load_params, tensors_from_params
 from rootcellar.runner.batch import Batch
 
 
@@ -53,6 +57,27 @@ def answer(folder, tp_size, prompts, most):
         }
 
 
+def answer_given(folder, tp_size, prompts, most, given):
+    """Of random weights, after the checkpoint's tensors came by their names, and after they came as parameters."""
+    settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+    cfg = load_config(folder)
+    params = load_params(folder, cfg, jnp.float32)
+    with rootcellar.Engine(
+        model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=32,
+        max_running_requests=2, load_format="dummy",
+    ) as engine:  # fmt: skip
+        ids, copied = [], []
+        for update in (
+            lambda: {"copied": []},
+            lambda: engine.update_weights_from_tensor(dict(tensors_from_params(cfg, params))),
+            lambda: engine.update_weights(params),
+        ):
+            copied.append(update()["copied"])
+            answers = engine.generate(input_ids=prompts, sampling_params=settings)
+            ids.append([each["output_ids"] for each in answers])
+        return {"output_ids": ids, "copied": copied}
+
+
 def answer_beside(folder, tp_size, prompts, most, store, **options):
     """With what the store has, and once more with nothing on the device: the answers, and where prompts were found."""
     settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
@@ -84,4 +109,5 @@ def evict(engine):
 
 for line in sys.stdin:
     question = json.loads(line)
-    print(json.dumps(answer_beside(**question) if "store" in question else answer(**question)), flush=True)
+    asked = answer_beside if "store" in question else answer_given if "given" in question else answer
+    print(json.dumps(asked(**question)), flush=True)

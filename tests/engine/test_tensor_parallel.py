@@ -73,6 +73,9 @@ def run(devices, tmp_path):
         pytest.param("gemma3", 2, 1, marks=pytest.mark.long),
         pytest.param("gemma4", 2, 1, marks=pytest.mark.long),  # one head of keys, which are values, is repeated
         pytest.param("llama4", 2, 1, marks=pytest.mark.long),
+        pytest.param("qwen2-moe", 2, 1, marks=pytest.mark.long),
+        pytest.param("qwen3-moe", 2, 1, marks=pytest.mark.long),
+        pytest.param("glm4-moe", 2, 1, marks=pytest.mark.long),
     ],
 )
 def test_answers_equal_transformers(run, name, tp_size, heads_on_each):
@@ -84,7 +87,9 @@ def test_answers_equal_transformers(run, name, tp_size, heads_on_each):
     assert result["pool"][2] == tp_size * heads_on_each
 
 
-@pytest.mark.parametrize("name", ["bamba", pytest.param("qwen3-next", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["bamba", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3-next", "granite4"))]
+)
 def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_split(run, name):
     _, result = run(name, 2)
     assert result["cached"][-1] == 96
@@ -97,6 +102,20 @@ def test_latents_are_whole_on_each_device_and_no_expert_is_gathered(run):
     assert result["on_each_device"] == [result["pool"]]
     logits = 2 * 512  # the largest decode step's
     assert 0 < result["gathered"] <= logits
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3-moe", "granite4", "llama4"))]
+)
+def test_experts_that_a_trainer_sends_are_split_as_those_that_were_read(devices, tmp_path, name):
+    case = golden(name)
+    case.make(tmp_path)
+    result = devices(folder=str(tmp_path), tp_size=2, prompts=case.prompts[::5], most=MOST, given=True)
+    random, *given = result["output_ids"]
+    expected = [tokens[:MOST] for tokens in case.tokens[::5]]
+    assert random != expected
+    assert given == [expected] * 2
+    assert any("experts_gate_up" in parameter for parameter in result["copied"][1])
 
 
 @pytest.mark.parametrize(

@@ -117,17 +117,41 @@ def mixture(name, experts, tensors, x):
     return out
 
 
+@pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_a_mixture_is_what_the_architecture_says(name):
+def test_a_mixture_is_what_the_architecture_says(name, devices):
     experts = CASES[name]
     specs = specs_of(experts)
     tensors = tensors_of(specs)
-    params = params_of(specs, tensors)
+    params, served = experts.as_served(params_of(specs, tensors), devices), experts.served(devices)
+    shapes, declared = jax.tree.map(jnp.shape, params), jax.tree.map(lambda spec: spec.shape, specs_of(served))
+    assert shapes == declared
+    assert declared["experts_gate_up"] == (COUNT, devices, EMBED, 2 * INNER // devices)
     x = np.random.default_rng(9).standard_normal((33, EMBED)).astype(np.float32)
-    out = jax.jit(experts.apply)(params, jnp.asarray(x))
+    out = jax.jit(served.apply)(params, jnp.asarray(x))
     wide = {key: value.astype(np.float64) for key, value in tensors.items()}
     expected = np.stack([mixture(name, experts, wide, row.astype(np.float64)) for row in x])
     np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_each_device_has_the_gates_of_its_ups():
+    """So the columns that its part of the matrix gives are those that its part of the other takes."""
+    experts = CASES["qwen3-next"]
+    specs = specs_of(experts)
+    tensors = tensors_of(specs)
+    parts = experts.as_served(params_of(specs, tensors), 4)["experts_gate_up"]
+    for expert, of_expert in enumerate(parts):
+        for device, part in enumerate(of_expert):
+            columns = slice(device * INNER // 4, (device + 1) * INNER // 4)
+            mine = [tensors[f"experts_gate_up.{expert}.{each}"][columns].T for each in ("gate", "up")]
+            np.testing.assert_array_equal(part, np.concatenate(mine, axis=1))
+
+
+def test_what_devices_do_not_divide_stays_one_part():
+    experts = CASES["gpt-oss"]
+    params = params_of(specs := specs_of(experts), tensors_of(specs))
+    assert experts.served(3) == experts
+    assert experts.as_served(params, 3)["experts_gate_up"] is params["experts_gate_up"]
 
 
 def test_a_token_is_answered_alone_as_beside_others():

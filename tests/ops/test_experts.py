@@ -90,19 +90,20 @@ def test_routers_that_cannot_be_are_refused(fields, words):
 
 def middle(rows, expert):
     """Depends on the expert, so that rows given to another one show."""
-    return jax.nn.silu(rows[:, 0]) * rows[:, 1] + expert[..., None]
+    gate, up = jnp.split(rows, 2, axis=-1)
+    return jax.nn.silu(gate) * up + expert[..., None, None]
 
 
 def run(form, *arrays):
     return np.asarray(jax.jit(lambda x, ids, g, d: grouped(x, ids, g, middle, d, form))(*arrays))
 
 
-def make_case(rng, tokens, experts, top_k, embed=24, inner=16):
+def make_case(rng, tokens, experts, top_k, parts=1, embed=24, inner=16):
     """Skewed choices: some experts have many tokens, some none."""
     liking = rng.exponential(size=experts) ** 3
     chosen = np.stack([rng.choice(experts, top_k, replace=False, p=liking / liking.sum()) for _ in range(tokens)])
     x = rng.standard_normal((tokens, embed), np.float32)
-    gate_up = rng.standard_normal((experts, 2, embed, inner), np.float32)
+    gate_up = rng.standard_normal((experts, parts, embed, 2 * inner // parts), np.float32)
     down = rng.standard_normal((experts, inner, embed), np.float32)
     return x, chosen.astype(np.int32), gate_up, down
 
@@ -114,21 +115,22 @@ def loop(x, chosen, gate_up, down):
     for t, ids in enumerate(chosen):
         for k, e in enumerate(ids):
             row = x[t] if len(x) == len(chosen) else x[t * len(ids) + k]
-            gate, up = row @ gate_up[e, 0], row @ gate_up[e, 1]
+            of_parts = [np.split(row @ part, 2) for part in gate_up[e]]
+            gate, up = (np.concatenate(each) for each in zip(*of_parts, strict=True))
             out[t, k] = (gate * sigmoid(gate) * up + e) @ down[e]
     return out
 
 
 @pytest.mark.parametrize(
-    ("form", "tokens", "experts", "top_k"),
+    ("form", "tokens", "experts", "top_k", "parts"),
     [
-        (None, 7, 16, 4),
-        *(("blocks", *sizes) for sizes in ((1, 8, 2), (1, 1, 1), (16, 4, 4), (100, 8, 2), (129, 3, 1))),
-        *(("ragged", *sizes) for sizes in ((1, 8, 2), (100, 8, 2))),
+        (None, 7, 16, 4, 1),
+        *(("blocks", *sizes) for sizes in ((1, 8, 2, 1), (1, 1, 1, 1), (16, 4, 4, 1), (100, 8, 2, 4), (129, 3, 1, 1))),
+        *(("ragged", *sizes) for sizes in ((1, 8, 2, 1), (100, 8, 2, 1), (100, 8, 2, 4))),
     ],
 )
-def test_grouped_products_equal_a_loop(form, tokens, experts, top_k):
-    x, chosen, gate_up, down = make_case(np.random.default_rng(tokens), tokens, experts, top_k)
+def test_grouped_products_equal_a_loop(form, tokens, experts, top_k, parts):
+    x, chosen, gate_up, down = make_case(np.random.default_rng(tokens), tokens, experts, top_k, parts)
     out = run(form, x, chosen, gate_up, down)
     np.testing.assert_allclose(out, loop(x, chosen, gate_up, down), rtol=2e-4, atol=2e-4)
 

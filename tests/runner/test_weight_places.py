@@ -18,10 +18,11 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 @pytest.mark.parametrize(
     ("shape", "elements"),
     [
-        ((128, 2, 2880, 360), 128 * 2 * 2880 * 384),  # gpt-oss on eight devices
+        ((128, 1, 2880, 720), 128 * 2880 * 768),  # gpt-oss on eight devices
         ((128, 360, 2880), 128 * 360 * 2944),
-        ((512, 2, 2048, 64), None),  # Qwen3-Next on eight: half of each tile would be empty
-        ((16, 2, 5120, 2048), 16 * 2 * 5120 * 2048),
+        ((512, 1, 2048, 128), 512 * 2048 * 128),  # Qwen3-Next on eight
+        ((512, 1, 2048, 64), None),  # on sixteen: half of each tile would be empty
+        ((16, 1, 5120, 4096), 16 * 5120 * 4096),
     ],
 )
 def test_matrices_lie_in_order_unless_much_is_left_empty(shape, elements):
@@ -43,11 +44,11 @@ def test_what_lies_in_another_order_is_turned_and_else_stays_what_it_is():
 
 
 def test_experts_on_a_tpu_count_with_the_edges_of_tiles(monkeypatch):
-    sizes = {"hidden_size": 136, "moe_intermediate_size": 120}  # 136 by 128, and 120 by 256: more than an eighth
+    sizes = {"hidden_size": 136, "moe_intermediate_size": 120}  # 136 by 256, and 120 by 256: more than an eighth
     placement = Placement(read_config(make_config("qwen3-moe", **sizes)))
     elsewhere = weight_bytes(placement, jnp.float32)
     monkeypatch.setattr(Placement, "platform", "tpu")
     said = [leaf for leaf in jax.tree.leaves(placement.abstract(jnp.float32)) if leaf.format.layout is not None]
-    assert {leaf.shape[1:] for leaf in said} == {(2, 136, 120)}
-    edges = sum(leaf.size // 120 * 8 * 4 for leaf in said)
+    assert {leaf.shape[1:] for leaf in said} == {(1, 136, 240)}
+    edges = sum(leaf.size // 240 * 16 * 4 for leaf in said)
     assert weight_bytes(placement, jnp.float32) == elsewhere + edges

@@ -284,7 +284,7 @@ def _is_copy(new: Any, now: Any) -> bool:
     """Whether a weight that came as ``new`` and is computed with as ``now`` was copied on the way."""
     if new is now:
         return False
-    if not (isinstance(new, Array) and isinstance(now, Array)) or new.shape != now.shape:  # KV heads repeated
+    if not (isinstance(new, Array) and isinstance(now, Array)) or new.shape != now.shape:  # as several devices have it
         return True
     return not (new.sharding.is_equivalent_to(now.sharding, now.ndim) and lies_at(new, now.format))
 

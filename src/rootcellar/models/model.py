@@ -7,7 +7,7 @@ Everything is frozen and hashable, so that a ``ModelConfig`` can be a static arg
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import jax
@@ -70,8 +70,8 @@ class Mixer(Protocol):
         """
         ...
 
-    def repeat(self, params: Params, tp_size: int) -> Params:
-        """A layer's parameters as ``served(tp_size)`` declares them."""
+    def as_served(self, params: Params, tp_size: int) -> Params:
+        """Those of its parameters that are given, as ``served(tp_size)`` declares them."""
         ...
 
     def splits(self, tp_size: int) -> bool:
@@ -88,6 +88,14 @@ class FeedForward(Protocol):
 
     def declare(self, declare: Declare, embed: int) -> Params:
         """Its parameters: a ``ParamSpec`` for each name."""
+        ...
+
+    def served(self, tp_size: int) -> Self:
+        """Itself as ``tp_size`` devices compute it: what each has lies beside each other."""
+        ...
+
+    def as_served(self, params: Params, tp_size: int) -> Params:
+        """Those of its parameters that are given, as ``served(tp_size)`` declares them."""
         ...
 
     def apply(self, params: Params, x: jax.Array, tell: Callable[[jax.Array], None] | None = None) -> jax.Array:
@@ -123,6 +131,16 @@ class LayerConfig:
         """The names of its norms."""
         kinds = ["norm"] * self.pre_norms + ["post_norm"] * self.post_norms
         return tuple(f"{part}_{kind}" for kind in kinds for part in self.parts)
+
+    def served(self, tp_size: int) -> Self:
+        """Itself as ``tp_size`` devices compute it: see ``Mixer`` and ``FeedForward``."""
+        feed_forward = None if self.feed_forward is None else self.feed_forward.served(tp_size)
+        return replace(self, mixer=self.mixer.served(tp_size), feed_forward=feed_forward)
+
+    def as_served(self, params: Params, tp_size: int) -> Params:
+        """Those of its parameters that are given, as ``served(tp_size)`` declares them."""
+        params = self.mixer.as_served(params, tp_size)
+        return params if self.feed_forward is None else self.feed_forward.as_served(params, tp_size)
 
 
 @dataclass(frozen=True)

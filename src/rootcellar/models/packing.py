@@ -78,12 +78,13 @@ def outputs_first(packed: NDArray[Any]) -> Views:
     return [(packed, (prod(packed.shape[:-1]), packed.shape[-1]))]
 
 
-# Experts: gate and up ``[N, 2, in, I]``, down ``[N, I, out]``.
+# Experts: gate and up ``[N, 1, in, 2 * I]``, gates before ups; biases ``[N, 1, 2 * I]``; down ``[N, I, out]``.
 
 
 def each_gate_up(packed: NDArray[Any]) -> Views:
     """Experts' gates and ups, each a linear layer of its own: gate 0, up 0, gate 1, up 1, ..."""
-    return [linear(part, 1) for expert in packed for part in expert]
+    inner = packed.shape[-1] // 2
+    return [linear(part, 1) for (expert,) in packed for part in (expert[:, :inner], expert[:, inner:])]
 
 
 def each_transposed(packed: NDArray[Any]) -> Views:
@@ -93,8 +94,7 @@ def each_transposed(packed: NDArray[Any]) -> Views:
 
 def all_gate_up(packed: NDArray[Any]) -> Views:
     """All in one tensor ``[N, 2 * I, in]``, an expert's gate before its up."""
-    count, _, inputs, inner = packed.shape
-    return [(packed.transpose(0, 1, 3, 2), (count, 2 * inner, inputs))]
+    return all_transposed(packed[:, 0])
 
 
 def all_transposed(packed: NDArray[Any]) -> Views:
@@ -105,22 +105,13 @@ def all_transposed(packed: NDArray[Any]) -> Views:
 
 def halves(packed: NDArray[Any]) -> Views:
     """``[N, in, 2 * I]``, or biases ``[N, 2 * I]``: gates before ups."""
-    return [_widened(_inputs_first(packed))]
+    return same(packed[:, 0])
 
 
 def interleaved(packed: NDArray[Any]) -> Views:
     """``[N, in, 2 * I]``, or biases ``[N, 2 * I]``: gates and ups take turns."""
-    return [_widened(_inputs_first(packed).swapaxes(-1, -2))]
-
-
-def _inputs_first(packed: NDArray[Any]) -> NDArray[Any]:
-    """``[N, in, 2, I]`` of ``[N, 2, in, I]``; biases ``[N, 2, I]`` as they are."""
-    return packed.swapaxes(1, 2) if packed.ndim == 4 else packed
-
-
-def _widened(view: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
-    """A view, and its shape with the last two axes as one."""
-    return view, (*view.shape[:-2], view.shape[-2] * view.shape[-1])
+    whole = packed[:, 0]
+    return [(whole.reshape(*whole.shape[:-1], 2, -1).swapaxes(-1, -2), whole.shape)]
 
 
 def _by_group(packed: NDArray[Any]) -> list[NDArray[Any]]:

@@ -109,7 +109,7 @@ class _Program:
 class Repacking:
     """Makes ours of trees of one kind, for a model that lies at ``places``, one for each leaf.
 
-    ``finish``: what is done to the params of ``cfg`` before they are placed (KV heads are repeated for more devices);
+    ``finish``: what is done to the params of ``cfg`` before they are placed (as several devices have them);
     ``shapes`` and ``dtypes`` are those of the finished leaves.
     """
 

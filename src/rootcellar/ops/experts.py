@@ -103,7 +103,8 @@ def _in_best_groups(router: Router, merit: Array) -> Array:
 
 
 Middle = Callable[[Array, Array], Array]
-"""What stands between an expert's two products: ``(rows [M, 2, I], the expert of each, [M] or []) -> [M, I]``."""
+"""What stands between an expert's two products: ``(rows [M, P, 2 * I / P], the expert of each, [M] or []) ->
+[M, P, I / P]``, where of each of ``P`` parts the gates come before the ups."""
 
 
 def grouped(
@@ -119,7 +120,8 @@ def grouped(
     Args:
         x: ``[T, E]``, or ``[T * K, E]`` where a token's rows are not the same for all its experts.
         chosen: int32 ``[T, K]``, the experts of each token.
-        gate_up: ``[N, 2, E, I]``.
+        gate_up: ``[N, P, E, 2 * I / P]``: an expert's matrix in parts, a part's gates before its ups. Each of ``P``
+            devices has one. Were all gates before all ups, a device's columns would not be one range of the matrix.
         middle: see ``Middle``.
         down: ``[N, I, E]``.
         form: see the top of this file; None: the faster one where the program runs.
@@ -129,15 +131,20 @@ def grouped(
     """
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    pairs = _Pairs(order, flat[order], jnp.bincount(flat, length=gate_up.shape[0]))
+    experts, parts, embed, wide = gate_up.shape
+    pairs = _Pairs(order, flat[order], jnp.bincount(flat, length=experts))
+    whole = gate_up.swapaxes(1, 2).reshape(experts, embed, parts * wide)  # of one part it is the same bytes
+
+    def between(rows: Array, expert: Array) -> Array:
+        return middle(rows.reshape(-1, parts, wide), expert).reshape(len(rows), -1)
 
     def run(form: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda x, gate_up, down: form(pairs, x, gate_up, middle, down)
+        return lambda x, gate_up, down: form(pairs, x, gate_up, between, down)
 
     if form is None:
-        out = lax.platform_dependent(x, gate_up, down, cpu=run(_blocks), default=run(_ragged))
+        out = lax.platform_dependent(x, whole, down, cpu=run(_blocks), default=run(_ragged))
     else:
-        out = run({"blocks": _blocks, "ragged": _ragged}[form])(x, gate_up, down)
+        out = run({"blocks": _blocks, "ragged": _ragged}[form])(x, whole, down)
     return out.reshape(*chosen.shape, x.shape[1])
 
 
@@ -156,23 +163,17 @@ class _Pairs(NamedTuple):
         return x[pairs // (self.order.size // x.shape[0])]
 
 
-def _ragged(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
-    """A gate and an up are two experts, of each pair's row one after the other.
+Between = Callable[[Array, Array], Array]
+"""``Middle`` between plain matrices: ``(rows [M, 2 * I], experts) -> [M, I]``."""
 
-    Were they one that is twice as wide, tensor parallelism, which splits I, would gather all experts first.
-    """
-    halves = gate_up.reshape(-1, *gate_up.shape[2:])
-    starts = jnp.cumsum(pairs.counts) - pairs.counts
-    of_pair = jnp.arange(pairs.order.size)
-    gates = starts[pairs.expert] + of_pair  # gates of an expert come before its ups, after both of those before it
-    places = jnp.stack([gates, gates + pairs.counts[pairs.expert]], axis=1)
-    source = jnp.zeros(2 * pairs.order.size, jnp.int32).at[places].set(pairs.order[:, None])
-    wide = lax.ragged_dot(pairs.rows(x, source), halves, jnp.repeat(pairs.counts, 2))
-    out = lax.ragged_dot(middle(wide[places], pairs.expert), down, pairs.counts)
+
+def _ragged(pairs: _Pairs, x: Array, gate_up: Array, between: Between, down: Array) -> Array:
+    rows = lax.ragged_dot(pairs.rows(x, pairs.order), gate_up, pairs.counts)
+    out = lax.ragged_dot(between(rows, pairs.expert), down, pairs.counts)
     return out[jnp.argsort(pairs.order)].astype(x.dtype)
 
 
-def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array) -> Array:
+def _blocks(pairs: _Pairs, x: Array, gate_up: Array, between: Between, down: Array) -> Array:
     """A loop over blocks of ``size`` pairs of one expert, the last of each expert perhaps not full.
 
     The loop is as long as there could be blocks at most, and skips those that there are not: its length must be known
@@ -191,8 +192,7 @@ def _blocks(pairs: _Pairs, x: Array, gate_up: Array, middle: Middle, down: Array
     def one(expert: Array, member: Array) -> Array:
         first, second = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_up, down))
         rows = pairs.rows(x, jnp.minimum(member, count - 1))
-        # Gate and up stay apart, or tensor parallelism, which splits I, would gather all experts first.
-        return (middle(jnp.stack([rows @ first[0], rows @ first[1]], axis=1), expert) @ second).astype(x.dtype)
+        return (between(rows @ first, expert) @ second).astype(x.dtype)
 
     def body(out: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         rows = lax.cond(block[0] < experts, one, lambda *_: jnp.zeros((size, x.shape[1]), x.dtype), *block)

@@ -92,11 +92,11 @@ class Placement:
 
     @cached_property
     def served(self) -> ModelConfig:
-        """The model as it is computed: with its KV heads repeated, and its sums in one order where they are ``fixed``.
+        """The model as it is computed: its layers as so many devices have them, its sums in one order where ``fixed``.
 
         Raises ``ConfigError`` when a layer cannot run on so many devices.
         """
-        layers = tuple(replace(layer, mixer=layer.mixer.served(self.tp_size)) for layer in self.model.layers)
+        layers = tuple(layer.served(self.tp_size) for layer in self.model.layers)
         served = self.model if self.tp_size == 1 else replace(self.model, layers=layers)
         return _with_fixed_norms(served) if self.fixed else served
 
@@ -110,21 +110,21 @@ class Placement:
 
         The place is said outright: an array that left it open would make a step that knew another compile again.
         """
-        placed: Params = jax.tree.map(self.hold, declare(self.served), self.repeated(params))
+        placed: Params = jax.tree.map(self.hold, declare(self.served), self.as_served(params))
         in_large_pages(jax.tree.leaves(placed))
         return placed
 
-    def repeated(self, params: Params) -> Params:
+    def as_served(self, params: Params) -> Params:
         """Parameters of ``model`` as those of ``served``."""
         if self.tp_size == 1:
             return params
         layers = zip(self.model.layers, params["layers"], strict=True)
-        return {**params, "layers": [layer.mixer.repeat(part, self.tp_size) for layer, part in layers]}
+        return {**params, "layers": [layer.as_served(part, self.tp_size) for layer, part in layers]}
 
     def repacking(self, dtype: Any, tensors_of: TensorsOf) -> Repacking:
         """What makes arrays of ``served``, as they lie, of a trainer's trees, without a word on how they are held."""
         specs: list[ParamSpec] = jax.tree.leaves(declare(self.served))
-        return Repacking(self.model, dtype, tensors_of, [self._place(spec) for spec in specs], self.repeated)
+        return Repacking(self.model, dtype, tensors_of, [self._place(spec) for spec in specs], self.as_served)
 
     def hold(self, spec: ParamSpec, weight: Any) -> Array | Packed:
         """One parameter of ``served`` as it is computed with: placed, and packed where it is to be and is not yet."""

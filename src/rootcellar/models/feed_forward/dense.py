@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 
@@ -46,6 +47,14 @@ class Dense:
                 f"{name}_bias", (layers, inner), (None, "mlp"), "zeros", packing.beside_bias
             )  # fmt: skip
             params["down_bias"] = declare("down_bias", (embed,), (None,), "zeros")
+        return params
+
+    def served(self, tp_size: int) -> Self:  # noqa: ARG002 - gate and up are axes of their own
+        """See ``FeedForward``."""
+        return self
+
+    def as_served(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002
+        """See ``FeedForward``."""
         return params
 
     def apply(

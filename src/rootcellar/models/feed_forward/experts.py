@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class Experts:
         activation: a name in ``ACTIVATIONS``; ``clamp``, where given, stands in its place.
         weigh: whether the router's weights multiply what experts give, or what they are given (Llama 4).
         shared: the expert that every token goes through; ``shared_gate``: multiplied by a learned sigmoid.
+        parts: in how many parts gate and up lie, one for each device that they are split over.
     """
 
     router: Router
@@ -59,6 +60,7 @@ class Experts:
     weigh: Literal["outputs", "inputs"] = "outputs"
     shared: Dense | None = None
     shared_gate: bool = False
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.bias and self.stored not in ("halves", "interleaved"):
@@ -70,17 +72,18 @@ class Experts:
         return self.router.top_k * (self.intermediate_size + embed) + shared
 
     def declare(self, declare: Declare, embed: int) -> Params:
-        """``router`` [E, N], ``experts_gate_up`` [N, 2, E, I], ``experts_down`` [N, I, E]; where there are any:
-        ``router_bias`` and ``correction`` [N], the experts' biases, ``shared_gate`` [E, 1], and the shared expert's
-        parameters under ``shared``.
+        """``router`` [E, N], ``experts_gate_up`` [N, P, E, 2 * I / P], gates before ups in each of P parts,
+        ``experts_down`` [N, I, E]; where there are any: ``router_bias`` and ``correction`` [N], the experts' biases,
+        ``shared_gate`` [E, 1], and the shared expert's parameters under ``shared``. Tensors are packed as one part.
         """  # fmt: skip
-        count, inner = self.router.experts, self.intermediate_size
+        count, inner, parts = self.router.experts, self.intermediate_size, self.parts
         gate_up_packing, down_packing = STORED[self.stored]
-        gate_up: tuple[Axis, ...] = (None, None, "embed", "mlp")
+        gate_up: tuple[Axis, ...] = (None, "mlp", "embed", None)
+        wide = 2 * inner // parts
         params: Params = {
             "router": declare("router", (embed, count), ("embed", None), "random", packing.transposed),
             "experts_gate_up": _of_each(
-                declare("experts_gate_up", (count, 2, embed, inner), gate_up, "random", gate_up_packing)
+                declare("experts_gate_up", (count, parts, embed, wide), gate_up, "random", gate_up_packing)
             ),
             "experts_down": _of_each(
                 declare("experts_down", (count, inner, embed), (None, "mlp", "embed"), "random", down_packing)
@@ -91,9 +94,9 @@ class Experts:
         if self.router.correction:
             params["correction"] = replace(declare("correction", (count,), (None,), "zeros"), wide=True)
         if self.bias:
-            axes: tuple[Axis, ...] = (None, None, "mlp")
+            axes: tuple[Axis, ...] = (None, "mlp", None)
             params["experts_gate_up_bias"] = declare(
-                "experts_gate_up_bias", (count, 2, inner), axes, "zeros", gate_up_packing
+                "experts_gate_up_bias", (count, parts, wide), axes, "zeros", gate_up_packing
             )
             params["experts_down_bias"] = declare("experts_down_bias", (count, embed), (None, None), "zeros")
         if self.shared is not None:
@@ -101,6 +104,20 @@ class Experts:
         if self.shared_gate:
             params["shared_gate"] = declare("shared_gate", (embed, 1), ("embed", None), "random", packing.transposed)
         return params
+
+    def served(self, tp_size: int) -> Self:
+        """See ``FeedForward``: a device has a range of gates and the same range of ups, beside each other."""
+        return self if self.intermediate_size % tp_size else replace(self, parts=tp_size)
+
+    def as_served(self, params: Params, tp_size: int) -> Params:
+        """See ``FeedForward``: ``[N, 1, .., 2 * I]`` to ``[N, P, .., 2 * I / P]``."""
+        parts = self.served(tp_size).parts
+        apart = {
+            name: _in_parts(params[name], parts)
+            for name in ("experts_gate_up", "experts_gate_up_bias")
+            if name in params and parts > 1
+        }
+        return {**params, **apart}
 
     def apply(self, params: Params, x: jax.Array, tell: Callable[[jax.Array], None] | None = None) -> jax.Array:
         """``[T, E]`` of ``x`` [T, E]; ``tell`` gets the experts that were chosen, int32 [T, K]."""
@@ -131,12 +148,20 @@ class Experts:
         return out + common
 
     def _activate(self, rows: jax.Array) -> jax.Array:
-        gate, up = rows[:, 0], rows[:, 1]
+        gate, up = jnp.split(rows, 2, axis=-1)
         if self.clamp is None:
             return ACTIVATIONS[self.activation](gate) * up
         gate = jnp.minimum(gate, self.clamp.limit)
         up = jnp.clip(up, -self.clamp.limit, self.clamp.limit)
         return gate * jax.nn.sigmoid(self.clamp.alpha * gate) * (up + 1)
+
+
+def _in_parts(array: Any, parts: int) -> Any:
+    """Gates before ups in each of ``parts`` ranges of both, which become an axis of their own."""
+    count, _, *inputs, wide = array.shape
+    ranges = array.reshape(count, *inputs, 2, parts, wide // 2 // parts)
+    *between, halves, part, inner = range(1, ranges.ndim)
+    return ranges.transpose(0, part, *between, halves, inner).reshape(count, parts, *inputs, wide // parts)
 
 
 def _of_each(spec: ParamSpec) -> ParamSpec:

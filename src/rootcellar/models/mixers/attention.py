@@ -230,14 +230,14 @@ class Attention:
         """See ``Mixer``."""
         return self.served(tp_size).num_kv_heads % tp_size == 0
 
-    def repeat(self, params: Params, tp_size: int) -> Params:
+    def as_served(self, params: Params, tp_size: int) -> Params:
         """See ``Mixer``: ``[.., K, G + 2, D]`` to ``[.., K * copies, G / copies + 2, D]``."""
         copies = self.copies(tp_size)
         if copies == 1:
             return params
         packed = [name for name in ("qkv", "qkv_bias", "qk") if name in params]
         repeated = {name: _repeat(params[name], copies, 1 if self.one_kv else 2) for name in packed}
-        if self.qk_norm is not None and self.qk_whole:  # a mean over copies is the mean
+        if self.qk_norm is not None and self.qk_whole and "k_norm" in params:  # a mean over copies is the mean
             repeated["k_norm"] = jnp.repeat(params["k_norm"], copies, axis=0)
         return {**params, **repeated}
 

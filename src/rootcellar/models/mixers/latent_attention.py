@@ -164,6 +164,6 @@ class LatentAttention:
         """See ``Mixer``."""
         return self.num_heads % tp_size == 0
 
-    def repeat(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002 - see served
+    def as_served(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002 - see served
         """See ``Mixer``."""
         return params

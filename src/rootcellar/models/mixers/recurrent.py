@@ -38,7 +38,7 @@ class Recurrent:
         """See ``Mixer``."""
         return self
 
-    def repeat(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002
+    def as_served(self, params: Params, tp_size: int) -> Params:  # noqa: ARG002
         """See ``Mixer``."""
         return params
 
