@@ -49,7 +49,7 @@ def rounded(x, held):
     return np.tensordot(0.501 * steps, np.abs(groups).sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("vectors", ["avx512vnni", "avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("holding", HOLDINGS)
 @pytest.mark.parametrize(("shape", "inputs"), WEIGHTS, ids=str)
 def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkeypatch):
@@ -68,7 +68,7 @@ def test_kernels_multiply_as_written_out(holding, shape, inputs, vectors, monkey
         assert off.max() < 3e-4 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("vectors", ["avx512vnni", "avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("holding", ["w8", "w4"])
 def test_rows_that_meet_integers_may_hold_anything(holding, vectors, monkeypatch):
     """Nothing, or next to it, is nothing; what is not finite makes its own row so, and no other."""
@@ -101,7 +101,7 @@ def test_many_threads_and_many_panels_give_the_same_as_few(monkeypatch):
     assert (off <= 1e-4 + rounded(x, held)).all()
 
 
-@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("vectors", ["avx512vnni", "avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("holding", HOLDINGS)
 def test_where_the_order_is_fixed_a_row_gets_the_same_bits_in_any_company(holding, vectors, monkeypatch):
     if not kernels.runs_vectors(vectors):
@@ -114,7 +114,7 @@ def test_where_the_order_is_fixed_a_row_gets_the_same_bits_in_any_company(holdin
         np.testing.assert_array_equal(product(x[:tokens], held)[:16], alone[:tokens])
 
 
-@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("vectors", ["avx512vnni", "avx512", "avx2", "baseline"])
 def test_a_fixed_order_rounds_less_than_one_sum_after_another(vectors, monkeypatch):
     """A third of its error over 1,024 inputs; the form that anybody would write first is a chain of as many sums."""
     if not kernels.runs_vectors(vectors):

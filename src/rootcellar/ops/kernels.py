@@ -1,7 +1,7 @@
 """The kernels for CPUs in C++ (``ops/native/``), behind XLA's foreign-function interface.
 
 They are compiled for several instruction sets, of which the fastest runs that the processor has; ``ROOTCELLAR_VECTORS``
-names another (``avx512``, ``avx2``, ``baseline``).
+names another (``avx512vnni``, ``avx512``, ``avx2``, ``baseline``).
 """
 
 from __future__ import annotations

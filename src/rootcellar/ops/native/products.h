@@ -73,6 +73,7 @@ struct ProductKernels {
 };
 
 #define ROOTCELLAR_KERNELS "product.inc"
+#define ROOTCELLAR_INTEGERS
 #include "sets.inc"
 
 constexpr Vectors<ProductKernels> kProductSets[] = {ROOTCELLAR_SETS(products)};

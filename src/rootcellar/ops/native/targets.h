@@ -30,6 +30,7 @@
 #define ROOTCELLAR_TARGET_END ROOTCELLAR_PRAGMA(GCC pop_options)
 #endif
 #define ROOTCELLAR_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#define ROOTCELLAR_AVX512_VNNI ROOTCELLAR_AVX512 ",avx512vnni"
 #define ROOTCELLAR_AVX2 "avx2,fma"
 
 namespace rootcellar {
@@ -44,6 +45,8 @@ inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+inline bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 inline bool has_avx2() {
   __builtin_cpu_init();
@@ -62,9 +65,9 @@ struct Vectors {
 // What the namespaces of sets.inc call `function`: those that are faster come first, the last runs wherever the library
 // does.
 #if defined(__x86_64__)
-#define ROOTCELLAR_SETS(function)                                               \
-  {"avx512", has_avx512, avx512::function}, {"avx2", has_avx2, avx2::function}, \
-      {"baseline", [] { return true; }, baseline::function}
+#define ROOTCELLAR_SETS(function)                                                                   \
+  {"avx512vnni", has_avx512_vnni, avx512vnni::function}, {"avx512", has_avx512, avx512::function}, \
+      {"avx2", has_avx2, avx2::function}, {"baseline", [] { return true; }, baseline::function}
 #else
 #define ROOTCELLAR_SETS(function) {"baseline", [] { return true; }, baseline::function}
 #endif
