@@ -4,12 +4,13 @@
     python tests/engine/everything.py timeline                 # one request's stages on two nodes
 
 Qwen3.5 tiny: an encoder of pictures before gated delta nets and attention. There are several pages and chunks, rows and
-memory (so little that requests are retracted and pages evicted), types of the KV cache. Drawn are
+memory (so little that requests are retracted and pages evicted), types of the KV cache, one device or two. Drawn are
 tiers and a store, one node or two that meet over TCP, steps that overlap; then rounds of requests with and without
 pictures, turns of conversations, tenants, and what an operator does between and beside them.
 
-Pages, chunks, rows, memory and types are not drawn but the same for ten seeds in a row, as each compiles anew:
-engines of a process share what they compiled (``shared_programs.py``).
+Pages, chunks, rows, memory, types and devices are not drawn but the same for ten seeds in a row, as each compiles anew:
+engines of a process share what they compiled (``shared_programs.py``), and seeds that have the same come after each
+other, whatever their numbers.
 
 The plain engine has one page size, one chunk, one device, no tier, and answers each request alone. Greedy tokens must
 be its tokens, unless its two best lay closer than ``TIE`` there; what follows a tie is not compared.
@@ -18,7 +19,9 @@ be its tokens, unless its two best lay closer than ``TIE`` there; what follows a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -106,19 +109,26 @@ def sampling(most):
 SHAPES = [(4, 16, 2, 448), (4, 64, 4, 320), (16, 16, 2, 448), (16, 64, 4, 1024), (16, 32, 4, 320)]
 """Tokens of a page and of a chunk, rows, and tokens in all."""
 ALIKE = 10
-"""Seeds in a row that have one of these, and one type of the KV cache: a type and a shape meet each 150 seeds."""
+"""Seeds in a row that have one of these, one type of the KV cache and as many devices: all meet in 300 seeds."""
 
 
-def draw(seed, rng):
-    """Settings of an engine, or of two nodes."""
+def compiled(seed):
+    """The settings that a seed's number says, for which an engine compiles."""
     block = seed // ALIKE
     page, chunk, rows, total = SHAPES[block % len(SHAPES)]
-    drawn = {
+    return {
         "page_size": page,
         "chunked_prefill_size": chunk,
         "max_running_requests": rows,
         "max_total_tokens": total,
         "kv_cache_dtype": list(TIE)[block % len(TIE)],
+        "tp_size": 1 + block // (len(SHAPES) * len(TIE)) % 2,
+    }
+
+
+def draw(seed, rng):
+    """Settings of an engine, or of two nodes."""
+    drawn = compiled(seed) | {
         "disable_overlap_schedule": rng.random() < 0.5,
         "mm_cache_size": 1,
         "apart": rng.random() < 0.4,
@@ -250,25 +260,28 @@ def configuration(seed, folder, conversations):
 
 def main(first, last, seconds):
     began = time.monotonic()
-    totals = {}
-    with tempfile.TemporaryDirectory() as folder, shared_programs():
+    totals, wrong, done = {}, [], []
+    alike = {seed: tuple(compiled(seed).values()) for seed in range(first, last)}
+    with tempfile.TemporaryDirectory() as folder:
         make_checkpoint("qwen3-5", folder, seed=0)
-        conversations, wrong, done = Conversations(folder), [], 0
-        for seed in range(first, last):
-            if time.monotonic() - began > seconds:
-                break
-            at = time.monotonic()
-            try:
-                drawn, found = configuration(seed, folder, conversations)
-            except Exception as error:  # a leak that check() found, or a hang: said with its seed
-                drawn, found = {}, {"wrong": [f"{type(error).__name__}: {error}"]}
-            done += 1
-            wrong += [f"seed {seed}: {each}" for each in found["wrong"]]
-            for name, value in found.items():
-                totals[name] = totals.get(name, 0) + (len(value) if name == "wrong" else value)
-            print(f"seed {seed}: {time.monotonic() - at:.1f} s {found} {drawn}", flush=True)
+        conversations = Conversations(folder)
+        for _, seeds in itertools.groupby(sorted(alike, key=alike.get), key=alike.get):
+            with shared_programs():
+                for seed in seeds:
+                    if time.monotonic() - began > seconds:
+                        break
+                    at = time.monotonic()
+                    try:
+                        drawn, found = configuration(seed, folder, conversations)
+                    except Exception as error:  # a leak that check() found, or a hang: said with its seed
+                        drawn, found = {}, {"wrong": [f"{type(error).__name__}: {error}"]}
+                    done.append(seed)
+                    wrong += [f"seed {seed}: {each}" for each in found["wrong"]]
+                    for name, value in found.items():
+                        totals[name] = totals.get(name, 0) + (len(value) if name == "wrong" else value)
+                    print(f"seed {seed}: {time.monotonic() - at:.1f} s {found} {drawn}", flush=True)
         conversations.close()
-    print(f"{done} configurations, seeds {first} to {first + done - 1}: {totals}")
+    print(f"{len(done)} configurations, of seeds {first} to {last - 1}: {totals}")
     for each in wrong:
         print(each)
     return bool(wrong)
@@ -303,6 +316,7 @@ def timeline():
 
 
 if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     if sys.argv[1] == "timeline":
         sys.exit(timeline())
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else float("inf")))
