@@ -111,7 +111,9 @@ class Rootcellar:
 
     @classmethod
     def of(cls, folder: str, form: str, _threads: int) -> Rootcellar:
-        chosen = {"quantization": form, "dtype": "float32"} if form in ("w8", "w4") else {"dtype": form}
+        chosen = {"dtype": form}
+        if form in ("w8", "w4"):  # KV in 16 bits, as beside llama.cpp's
+            chosen = {"quantization": form, "dtype": "float32", "kv_cache_dtype": "bfloat16"}
         return cls(Path(folder), 16, compilation_cache_dir=None, **chosen)
 
     def version(self) -> str:
