@@ -37,7 +37,7 @@ Options of `rootcellar serve` beside the engine's ([serving.md](serving.md)).
 | variable | meaning |
 |---|---|
 | `ROOTCELLAR_NO_NATIVE` | `1` at install time leaves the C++ parts out; at run time, does not use them. |
-| `ROOTCELLAR_VECTORS` | instruction set of the kernels for CPUs: `avx512vnni`, `avx512`, `avx2`, `baseline`; else the best. |
+| `ROOTCELLAR_VECTORS` | of kernels for CPUs: `avx512vnni`, `avx512`, `avx2`, `baseline`; else the best that there is. |
 | `XDG_CACHE_HOME` | the user's cache folder; holds compiled programs when `compilation_cache_dir` is None. |
 """
 
