@@ -4,21 +4,28 @@ python tensor_parallel.py  <  a line each: {"folder", "tp_size", "prompts", "mos
 
 With "store", a folder of pages: answers with host memory and that store behind it; then other options may follow.
 With "given": answers of an engine that began with other weights and was given the checkpoint's.
+With "load_format": bytes of each device while weights come to it.
 """
 
 import json
 import math
 import re
 import sys
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from idle import always_load, check_idle
 
 import rootcellar
+from alive import alive
 from rootcellar.cache import Tier
+from rootcellar.config import EngineConfig
+from rootcellar.engine.build import _load
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params, tensors_from_params
+from rootcellar.runner import Placement
 from rootcellar.runner.batch import Batch
 
 
@@ -78,6 +85,39 @@ def answer_given(folder, tp_size, prompts, most, given):
         return {"output_ids": ids, "copied": copied}
 
 
+def bytes_while_loading(folder, tp_size, load_format):
+    """Of each device the bytes of what is alive, whenever something was put anywhere, and those of the weights."""
+    config = EngineConfig(model_path=folder, load_format=load_format)
+    put, times = jax.device_put, []
+
+    def on_each():
+        found = Counter(dict.fromkeys(range(tp_size), 0))
+        for array in alive():
+            nbytes = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+            found.update({device.id: nbytes for device in array.sharding.device_set})
+        return [found[device] for device in range(tp_size)]
+
+    def putting(*args, **options):
+        array = put(*args, **options)
+        times.append(since())
+        return array
+
+    def since():
+        return [now - then for now, then in zip(on_each(), before, strict=True)]
+
+    before = on_each()
+    jax.device_put = putting
+    try:
+        weights = _load(config, Path(folder), Placement(load_config(folder), tp_size), jnp.float32)
+    finally:
+        jax.device_put = put
+    return {
+        "times": times,
+        "weights": since(),
+        "whole": sum(leaf.nbytes for leaf in jax.tree.leaves(weights.params)),
+    }
+
+
 def answer_beside(folder, tp_size, prompts, most, store, **options):
     """With what the store has, and once more with nothing on the device: the answers, and where prompts were found."""
     settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
@@ -110,4 +150,5 @@ def evict(engine):
 for line in sys.stdin:
     question = json.loads(line)
     asked = answer_beside if "store" in question else answer_given if "given" in question else answer
+    asked = bytes_while_loading if "load_format" in question else asked
     print(json.dumps(asked(**question)), flush=True)

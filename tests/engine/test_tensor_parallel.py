@@ -30,7 +30,7 @@ def devices(tmp_path_factory):
     with (
         errors.open("w") as said,
         subprocess.Popen(
-            [sys.executable, SCRIPT], env={**os.environ, "XLA_FLAGS": flags},
+            [sys.executable, SCRIPT], env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(SCRIPT.parents[1])},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
         ) as process,
     ):  # fmt: skip
@@ -161,6 +161,16 @@ def test_what_one_number_of_devices_stored_in_few_bits_another_reads(devices, tm
     one, two = (devices(tp_size=tp_size, **asked) for tp_size in (1, 2))
     assert one["output_ids"] == two["output_ids"] == [one["output_ids"][0]] * 2
     assert [details["storage"] > 0 for details in one["found"][0] + two["found"][0]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_no_device_ever_has_more_of_the_weights_than_its_part(devices, tmp_path, load_format):
+    """Else a model that several devices have room for could not be loaded by them."""
+    golden("gpt-oss").make(tmp_path)
+    result = devices(folder=str(tmp_path), tp_size=4, load_format=load_format)
+    assert all(len(set(on_each)) == 1 for on_each in result["times"])  # what is whole on one is nowhere else
+    assert max(result["times"]) == result["weights"]
+    assert 0 < result["weights"][0] < result["whole"] / 2  # a part of most, and of some the whole
 
 
 def config(heads, kv_heads):

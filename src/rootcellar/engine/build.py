@@ -38,6 +38,7 @@ from rootcellar.ops.backends import choose_backend, preferred
 from rootcellar.plan.sizing import ARENA
 from rootcellar.pools import Pool
 from rootcellar.runner import CompileCounter, Placement, Programs, Runner, Shapes, pools_of
+from rootcellar.runner.large_pages import in_large_pages
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Loads, NgramGuesser, Prefetcher, Scheduler, Snapshots
 from rootcellar.text import Tokenizer
@@ -62,7 +63,7 @@ NOTED = 2
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters, and what they are, in a word: see ``identity``."""
+    """Parameters, and what they are, in a word: see ``identity``. What was read lies where it is computed with."""
 
     params: Params
     identity: str
@@ -187,7 +188,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     fixed = config.enable_deterministic_inference
     types = numbers(config, model, loads=params is None)
     placement = Placement(model, config.tp_size, types.holding, fixed)
-    reload = None if params is not None else functools.partial(_load, config, folder, placement, types.computed)
+    load = functools.partial(_load, config, folder, placement, types.computed)
     dtype = types.computed if params is None else _dtype_of(model, params)
     programs = _programs(config, placement, dtype, types.kv)
     kinds = programs.paging.kinds
@@ -200,11 +201,10 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     width = -(-min(context, total) // config.page_size)
     programs = dataclasses.replace(programs, shapes=shapes, table_width=width)
     trace = None if config.record_trace is None or config.node_rank else TraceLog(config.record_trace, config.page_size)
-    weights = live_weights(params, weights_name) if reload is None else reload()
-
+    weights = load() if params is None else live_weights(placement.place(params), weights_name)
     pools = pools_of(programs.paging, placement, sizing.division.pages)
     _log_pools(pools, programs, total)
-    runner = Runner(programs, placement.place(weights.params), pools)
+    runner = Runner(programs, weights.params, pools)
     dtypes = str(types.weights if params is None else dtype), types.kv
     names = identity.fingerprint(model, kinds, *dtypes, config.page_size, config.quantization, fixed=fixed)
     host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
@@ -229,7 +229,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
         programs.backend,
         names,
         weights.identity,
-        reload,
+        load if params is None else None,
         None if tokenizer is None else _grammars(config, tokenizer, model.vocab_size, stop_ids),
         sizing,
         host,
@@ -404,16 +404,21 @@ def _model(config: EngineConfig, folder: Path, params: Params | None) -> ModelCo
 def _load(config: EngineConfig, folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
     if config.load_format == "dummy":
         seeded = identity.weights_named(f"dummy {config.random_seed}")
-        return Weights(init_params(placement.model, config.random_seed, dtype), seeded)
+        params = init_params(placement.model, config.random_seed, dtype, hold=placement.hold_at)
+        return _settled(params, seeded)
     return _read(folder, placement, dtype)
 
 
 def _read(folder: Path, placement: Placement, dtype: jnp.dtype) -> Weights:
     name = identity.weights_in_files(weight_files(folder), _user_cache() / "weights.json")
     with loading_bar(count_bytes(placement.model, dtype)) as advance:
-        if placement.tp_size > 1:  # KV heads are repeated before anything is packed
-            return Weights(load_params(folder, placement.model, dtype, advance=advance), name)
-        return Weights(load_params(folder, placement.model, dtype, placement.hold, advance), name)
+        return _settled(load_params(folder, placement.model, dtype, placement.hold_at, advance), name)
+
+
+def _settled(params: Params, name: str) -> Weights:
+    """Parameters that were put where they are computed with, one by one."""
+    in_large_pages(jax.tree.leaves(params))
+    return Weights(params, name)
 
 
 def _dtype_of(model: ModelConfig, params: Params) -> jnp.dtype:

@@ -167,7 +167,7 @@ class Lifecycle:
             if self.reload is None:
                 raise EngineError("the weights were handed over, and released: give new ones with update_weights")
             read = self.reload()  # perhaps changed meanwhile
-            self.runner.params = self.runner.placement.place(read.params)
+            self.runner.params = read.params
             self._are(read.identity)
             leaves = jax.tree.leaves(self.runner.params)
             buffers += len(leaves)
@@ -211,7 +211,7 @@ class Lifecycle:
         if version is not None:
             check_name("weight_version", version)
         if tensors_of is None:
-            placed, copied = self._placed(weights.params, reload)
+            placed, copied = self._placed(weights.params) if reload is None else (weights.params, [])
             self._made = []
         else:
             placed, copied = self._repacked(weights.params, tensors_of)
@@ -222,15 +222,14 @@ class Lifecycle:
         self._are(weights.identity)
         return self.version, copied
 
-    def _placed(self, params: Params, reload: Callable[[], Weights] | None) -> tuple[Params, list[str]]:
-        """Weights of the model's own form where they are computed with, and the names of those that were copied."""
-        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
-        if reload is None:  # else they were read for this model, and packed on the way
-            check_params(self.runner.placement.model, params)
-            pairs = zip(leaves, self._dtypes, strict=True)
-            wrong = [f"{path_name(p)} is {new.dtype}, not {old[0]}" for (p, new), old in pairs if new.dtype not in old]
-            if wrong:
-                raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
+    def _placed(self, params: Params) -> tuple[Params, list[str]]:
+        """Weights that were handed over where they are computed with, and the names of those that were copied."""
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        check_params(self.runner.placement.model, params)
+        dtypes = zip(leaves, self._dtypes, strict=True)
+        wrong = [f"{path_name(p)} is {new.dtype}, not {old[0]}" for (p, new), old in dtypes if new.dtype not in old]
+        if wrong:
+            raise ModelError(f"weights of another dtype: {'; '.join(wrong[:4])}. Cast them, or set dtype to match")
         placed = self.runner.placement.place(params)
         pairs = zip(leaves, _leaves(placed), strict=True)
         return placed, [path_name(path) for (path, new), now in pairs if _is_copy(new, now)]

@@ -23,7 +23,7 @@ from rootcellar.models.files import read_json
 from rootcellar.models.model import ModelConfig
 from rootcellar.models.packing import SourceTensor, pack, sources_of, unpack
 from rootcellar.models.params import check_params, declare
-from rootcellar.models.spec import Params, ParamSpec
+from rootcellar.models.spec import Hold, Params, ParamSpec
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def load_params(
     folder: str | Path,
     cfg: ModelConfig,
     dtype: Any,
-    hold: Callable[[ParamSpec, NDArray[Any]], Any] = lambda _, array: jax.device_put(array),
+    hold: Hold = lambda _, array: jax.device_put(array),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Params:
     """The params pytree of ``cfg``, in ``dtype``, from a checkpoint's folder; ``hold`` puts each on the device.
@@ -52,13 +52,13 @@ def load_params(
         raise ModelError(f"{folder} has a head of its own, but the config given ties it: take load_config(folder)")
     checkpoint.report_unused(jax.tree.leaves(specs))
 
-    def load(spec: ParamSpec) -> Any:
+    def load(path: tuple[Any, ...], spec: ParamSpec) -> Any:
         packed = pack(spec, checkpoint.readers(spec), dtype)
-        held, size = hold(spec, packed), packed.nbytes
+        held, size = hold(path, packed), packed.nbytes
         advance(size)
         return held
 
-    params: Params = jax.tree.map(load, specs)
+    params: Params = jax.tree_util.tree_map_with_path(load, specs)
     return params
 
 

@@ -30,7 +30,7 @@ from rootcellar.errors import ModelError
 from rootcellar.models import packing
 from rootcellar.models.families import FAMILIES
 from rootcellar.models.model import LayerConfig, ModelConfig
-from rootcellar.models.spec import Axis, Declare, Init, Packing, Params, ParamSpec
+from rootcellar.models.spec import Axis, Declare, Hold, Init, Packing, Params, ParamSpec
 
 __all__ = ["ParamSpec", "Params", "abstract_params", "check_params", "count_bytes", "declare", "init_params"]
 
@@ -103,8 +103,16 @@ def abstract_params(cfg: ModelConfig, dtype: Any) -> Params:
     return params
 
 
-def init_params(cfg: ModelConfig, seed: int, dtype: Any, std: float = 0.02) -> Params:
+def init_params(
+    cfg: ModelConfig,
+    seed: int,
+    dtype: Any,
+    std: float = 0.02,
+    hold: Hold = lambda _, array: jax.device_put(array),
+) -> Params:
     """Random weights in ``dtype`` (``load_format="dummy"``, or the start of training): mean 0, deviation ``std``.
+
+    ``hold`` puts each on the device.
 
     Norms are one and biases zero. A value depends on ``seed``, its parameter's path and its place, on no backend.
     Uniform rather than normal numbers, drawn by numpy: ten times faster on CPU, and nothing to compile.
@@ -112,12 +120,12 @@ def init_params(cfg: ModelConfig, seed: int, dtype: Any, std: float = 0.02) -> P
 
     def create(path: tuple[Any, ...], spec: ParamSpec) -> Any:
         if spec.init != "random":
-            return jax.device_put(np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], spec.dtype(dtype)))
+            return hold(path, np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], spec.dtype(dtype)))
         random = np.random.default_rng([seed, zlib.crc32(path_name(path).encode())])
         values = random.random(spec.shape, np.float32)
         values -= np.float32(0.5)
         values *= np.float32(std * 12**0.5)
-        return jax.device_put(values.astype(spec.dtype(dtype), copy=False))
+        return hold(path, values.astype(spec.dtype(dtype), copy=False))
 
     params: Params = jax.tree_util.tree_map_with_path(create, declare(cfg))
     return params

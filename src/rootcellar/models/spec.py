@@ -40,6 +40,10 @@ class ParamSpec:
         return np.dtype(np.float32 if self.wide else weights)
 
 
+Hold = Callable[[tuple[Any, ...], NDArray[Any]], Any]
+"""Puts a parameter on the device: its path in the params pytree, and its values in host memory."""
+
+
 class Declare(Protocol):
     """Makes the ``ParamSpec`` of a named parameter of one layer, the sources taken from its family's name table."""
 

@@ -8,6 +8,7 @@ heads that shared it are divided among the copies.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
 
 from rootcellar.errors import ConfigError
 from rootcellar.models.mixers import Attention
@@ -114,6 +116,24 @@ class Placement:
         in_large_pages(jax.tree.leaves(placed))
         return placed
 
+    def hold_at(self, path: tuple[Any, ...], weight: NDArray[Any]) -> Array | Packed:
+        """The parameter of ``model`` at ``path``, from host memory straight to where each device computes its part."""
+        return self.hold(self._specs[path], self._part_as_served(path, weight))
+
+    @cached_property
+    def _specs(self) -> dict[tuple[Any, ...], ParamSpec]:
+        """The parameters of ``served``, by path."""
+        return dict(jax.tree_util.tree_leaves_with_path(declare(self.served)))
+
+    def _part_as_served(self, path: tuple[Any, ...], weight: Any) -> Any:
+        top, *rest = path
+        if self.tp_size == 1 or top.key != "layers":
+            return weight
+        layer, *names = rest
+        part = functools.reduce(lambda inner, name: {name.key: inner}, reversed(names), weight)
+        part = self.model.layers[layer.idx].as_served(part, self.tp_size)
+        return functools.reduce(lambda outer, name: outer[name.key], names, part)
+
     def as_served(self, params: Params) -> Params:
         """Parameters of ``model`` as those of ``served``."""
         if self.tp_size == 1:
@@ -127,12 +147,10 @@ class Placement:
         return Repacking(self.model, dtype, tensors_of, [self._place(spec) for spec in specs], self.as_served)
 
     def hold(self, spec: ParamSpec, weight: Any) -> Array | Packed:
-        """One parameter of ``served`` as it is computed with: placed, and packed where it is to be and is not yet."""
+        """One parameter of ``served`` as it is computed with: placed, and packed where it is to be."""
         how = self._packer(spec)
         if how is None:
             return self.put(weight, self._place(spec))
-        if isinstance(weight, Packed):
-            return weight
         return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), **self._computed)
 
     def _packer(self, spec: ParamSpec) -> Packer | None:

@@ -238,14 +238,19 @@ class Attention:
         packed = [name for name in ("qkv", "qkv_bias", "qk") if name in params]
         repeated = {name: _repeat(params[name], copies, 1 if self.one_kv else 2) for name in packed}
         if self.qk_norm is not None and self.qk_whole and "k_norm" in params:  # a mean over copies is the mean
-            repeated["k_norm"] = jnp.repeat(params["k_norm"], copies, axis=0)
+            repeated["k_norm"] = _numpy(params["k_norm"]).repeat(params["k_norm"], copies, axis=0)
         return {**params, **repeated}
 
 
-def _repeat(array: Any, copies: int, shared: int) -> jax.Array:
+def _numpy(array: Any) -> Any:
+    """Who computes with ``array``: NumPy where it is in host memory, since no device may have room for it; or JAX."""
+    return array.__array_namespace__()
+
+
+def _repeat(array: Any, copies: int, shared: int) -> Any:
     """``shared``: rows of a key/value head behind its queries."""
     *lead, kv, rows, dim = array.shape
     group = rows - shared
     queries = array[..., :group, :].reshape(*lead, kv * copies, group // copies, dim)
-    pairs = jnp.repeat(array[..., group:, :], copies, axis=len(lead))
-    return jnp.concatenate([queries, pairs], axis=-2)
+    pairs = _numpy(array).repeat(array[..., group:, :], copies, axis=len(lead))
+    return _numpy(array).concat([queries, pairs], axis=-2)
