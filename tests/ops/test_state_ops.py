@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rootcellar.models.mixers.recurrent import IN_PLACE
+from rootcellar.ops import delta
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
 from rootcellar.ops.recurrent import causal_conv, course
 from rootcellar.ops.ssd import ssd, ssd_sequential
@@ -153,6 +154,35 @@ def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
         written.add(int(own))
     for slot in set(range(1, len(pool))) - written:
         np.testing.assert_array_equal(new[slot], pool[slot])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_step_calls_nothing_that_waits_for_the_threads_it_runs_on(op):
+    """As JAX's kernels over LAPACK do on CPUs: once every thread is in one, the steps of several devices never end."""
+    tiles, tile = 4, 16
+    batch = {
+        name: jax.ShapeDtypeStruct(v.shape, jnp.float32)
+        for name, v in op.inputs(np.random.default_rng(0), tiles * tile).items()
+    }
+    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tiles, 2), (tiles,), (tiles * tile,))]
+    pool = jax.ShapeDtypeStruct((8, *op.state), jnp.float32)
+    step = jax.jit(
+        lambda pool, tables, rows, positions, batch: op.packed(pool, course(tables, rows, positions), **batch)
+    )
+    assert "lapack" not in step.lower(pool, *ints, batch).compile().as_text()
+
+
+@pytest.mark.parametrize("keys", ["alike", "apart"])
+def test_what_a_tile_writes_solves_its_system_on_any_kind_of_device(keys):
+    """``alike``: one key again and again, whose powers grow beyond what float32 tells apart."""
+    rng = np.random.default_rng(0)
+    for tile in (1, 2, 5, 16, 64):
+        k = rng.standard_normal((3, tile, 8)) if keys == "apart" else np.ones((3, tile, 8))
+        k /= np.linalg.norm(k, axis=2, keepdims=True)
+        system, sides = (k @ k.swapaxes(1, 2)).astype(np.float32), rng.standard_normal((3, tile, 7)).astype(np.float32)
+        expected = np.linalg.solve(np.tril(system.astype(float), -1) + np.eye(tile), sides)
+        for solved in (delta._solved, delta._solved_by_products):
+            np.testing.assert_allclose(solved(system, sides), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("op", OPS)

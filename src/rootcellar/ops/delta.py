@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rootcellar.ops.recurrent import Course, StatesInPlace, column, each_row, tile_by_tile
 
@@ -67,7 +67,7 @@ def gated_delta(
     decay = jnp.exp(jnp.where(order, total - total.swapaxes(2, 3), -jnp.inf))  # [n, H, to, from]
     system = jnp.einsum("nhtk,nhsk->nhts", k * beta, k) * decay
     sides = jnp.concatenate([v * beta, k * beta * jnp.exp(total)], axis=3)
-    solved = jax.lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
+    solved = lax.platform_dependent(system, sides, cpu=_solved_by_products, default=_solved)
     written, seen = solved[..., :width], solved[..., width:]
     looked = jnp.einsum("nhtk,nhsk->nhts", q, k) * decay
     asking, keeping = q * jnp.exp(total), k * jnp.exp(total[:, :, -1:] - total)
@@ -82,6 +82,26 @@ def gated_delta(
     return y.transpose(0, 2, 1, 3).reshape(tokens, heads, width), pool
 
 
+def _solved(system: Array, sides: Array) -> Array:
+    """``x [..., T, N]`` of ``(1 + L) x = sides``; ``L``: what is below the diagonal of ``system [..., T, T]``."""
+    return lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
+
+
+def _solved_by_products(system: Array, sides: Array) -> Array:
+    """The same by the inverse, from blocks that double: that of ``[[A, 0], [C, B]]`` has ``-inv(B) C inv(A)`` below.
+
+    For CPUs, where JAX calls LAPACK, which waits for tasks of the very pool on whose thread it runs: for ever, once as
+    many devices as there are cores do so at once (JAX 0.10.2).
+    """
+    at = jnp.arange(system.shape[-1])
+    inverse = jnp.eye(len(at), dtype=system.dtype)
+    for size in (1 << i for i in range((len(at) - 1).bit_length())):
+        to, of = (at // size)[:, None], (at // size)[None]
+        below = jnp.where((to % 2 == 1) & (of == to - 1), system, 0)
+        inverse = inverse - (below if size == 1 else inverse @ below @ inverse)
+    return inverse @ sides
+
+
 def _head(state: Array, told: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """One token of one head, whose decay and rate are ``told [1, 2]``; the others are rows ``[1, ...]``."""
     q, k = column(q), column(k)
@@ -94,7 +114,7 @@ def _head(state: Array, told: Array, q: Array, k: Array, v: Array) -> tuple[Arra
 def unit(x: Array) -> Array:
     """``x`` [..., K] brought to length one, in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPSILON)
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPSILON)
 
 
 def gated_delta_sequential(state: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array]:
@@ -113,5 +133,5 @@ def gated_delta_sequential(state: Array, q: Array, k: Array, v: Array, g: Array,
         state = state + k[:, :, None] * change[:, None, :]
         return state, jnp.einsum("hkv,hk->hv", state, q) * k.shape[-1] ** -0.5
 
-    state, y = jax.lax.scan(step, state, (q, k, v, g, beta))
+    state, y = lax.scan(step, state, (q, k, v, g, beta))
     return y, state
