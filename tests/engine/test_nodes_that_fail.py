@@ -13,15 +13,23 @@ from nodes import FAULTS, LONG, Both
 DAY = len(FAULTS)
 
 
+def can_have(wire):
+    """Of mooncake and nixl in an environment that has the library."""
+    pytest.importorskip({"mooncake": "mooncake.engine", "nixl": "nixl._api"}.get(wire, "jax"))
+
+
 @pytest.mark.parametrize(
     ("wire", "seeds"),
     [
         ("tcp", range(DAY)),
         pytest.param("tcp", range(DAY, 300), marks=pytest.mark.long),
         pytest.param("jax", range(DAY, 2 * DAY), marks=pytest.mark.long),
+        pytest.param("mooncake", range(DAY, 5 * DAY), marks=pytest.mark.long),
+        pytest.param("nixl", range(DAY, 5 * DAY), marks=pytest.mark.long),
     ],
 )
 def test_a_kill_a_stop_or_a_cut_at_any_moment(case_of, tmp_path, wire, seeds):
+    can_have(wire)
     case, folder = case_of("qwen2-4kv")
     with contextlib.closing(Both(case, folder, tmp_path, wire)) as both:
         both.run_all(seeds)
@@ -35,8 +43,7 @@ def test_a_kill_a_stop_or_a_cut_at_any_moment(case_of, tmp_path, wire, seeds):
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_over_the_wires_of_others(case_of, tmp_path, name, page, chunk, wire):
-    """Of mooncake and nixl in an environment that has the library."""
-    pytest.importorskip({"mooncake": "mooncake.engine", "nixl": "nixl._api"}.get(wire, "jax"))
+    can_have(wire)
     case, folder = case_of(name)
     options = {"page_size": page, "chunked_prefill_size": chunk, "max_total_tokens": 1024}
     with contextlib.closing(Both(case, folder, tmp_path, wire, **options)) as both:
@@ -49,7 +56,7 @@ def test_every_family_over_the_wires_of_others(case_of, tmp_path, name, page, ch
 
 
 @pytest.mark.parametrize("tp_sizes", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("name", ["qwen2-4kv", pytest.param("bamba", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.long) for name in FAMILIES[1:])])
 def test_nodes_of_unlike_numbers_of_devices(case_of, tmp_path, name, tp_sizes):
     case, folder = case_of(name)
     with contextlib.closing(Both(case, folder, tmp_path, tp_sizes=tp_sizes)) as both:
