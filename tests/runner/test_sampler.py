@@ -204,6 +204,20 @@ def test_every_bit_of_a_seed_counts():
     assert len(set(map(str, streams))) == len(SEEDS)
 
 
+def test_plain_greedy_takes_the_first_of_the_likeliest_and_a_row_that_is_no_number_harms_no_other():
+    logits = np.random.default_rng(5).integers(-3, 4, (8, VOCAB)).astype(np.float32)  # many are equal
+    logits[1] = -np.inf
+    logits[2, 7] = logits[2, 9] = np.inf
+    logits[3] = 0.0
+    logits[3, ::2] = -0.0
+    logits[4, 5] = np.nan
+    tokens, logprobs = sample(jnp.asarray(logits), None)
+    others = [0, 1, 2, 3, 5, 6, 7]
+    np.testing.assert_array_equal(np.asarray(tokens)[others], logits[others].argmax(axis=-1))
+    assert 0 <= int(tokens[4]) < VOCAB
+    assert np.isnan(logprobs[4])
+
+
 def test_a_top_p_of_zero_is_greedy_and_a_top_k_of_zero_leaves_all():
     logits = np.random.default_rng(3).standard_normal((2, VOCAB)).astype(np.float32)
     tokens, _ = draw(logits, [row(seed=5, top_p=0.0), row(seed=5, top_k=0)])

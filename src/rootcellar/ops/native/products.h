@@ -55,6 +55,7 @@ struct Product {
   const uint32_t* words(int64_t panel, int64_t input) const {
     return data + (panel * inputs + input) / inputs_of_word(form) * kColumns;
   }
+  int64_t ahead() const { return inputs / inputs_of_word(form) * kColumns; }  // words from a panel to the next
   int64_t each() const { return (length + kColumns - 1) / kColumns; }  // panels of a run
   int64_t panels() const { return leads * each(); }
   int64_t width() const { return leads * length; }
