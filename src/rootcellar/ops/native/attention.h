@@ -291,8 +291,10 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
   }
   const auto padded_to = [](int64_t rows) { return rows > kNarrow ? (rows + kRows - 1) / kRows * kRows : rows; };
   const int64_t padded = padded_to(widest), items = static_cast<int64_t>(units.size()) * b.kv_heads;
-  // Split the context when there are too few items to keep the threads evenly busy, into parts of 256 and more.
-  const int64_t splits = b.fixed ? 1 : std::max<int64_t>(1, std::min((wanted + items - 1) / items, longest / 256));
+  // Split the context when there are too few items to keep the threads evenly busy, into parts of 256 and more. (Nine of
+  // them on two threads would leave one idle for a tenth of the time.)
+  const int64_t most_splits = b.fixed || items >= wanted ? 1 : (2 * wanted + items - 1) / items;
+  const int64_t splits = std::clamp<int64_t>(longest / 256, 1, most_splits);
   const int64_t part = padded * (d + 2);
   std::vector<float> parts(splits > 1 ? items * splits * part : 0);
   std::vector<std::atomic<int32_t>> left(splits > 1 ? items : 0);
@@ -328,10 +330,12 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
         l[r] = 1.0f;
       }
     }
+    // Where parts meet: between blocks, which so begin with a page where the context does.
+    const auto cut = [&](int64_t at) { return begin + (at == splits ? length : length * at / splits / kBlock * kBlock); };
     const Span span{b.pool,
                     b.pages(u.begin),
-                    static_cast<int>(begin + length * s / splits),
-                    static_cast<int>(begin + length * (s + 1) / splits),
+                    static_cast<int>(cut(s)),
+                    static_cast<int>(cut(s + 1)),
                     static_cast<int>(b.page_size),
                     b.page_stride(),
                     b.value_offset(),
