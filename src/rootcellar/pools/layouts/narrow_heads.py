@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
@@ -56,10 +55,7 @@ class NarrowHeads:
     def encode(self, parts: Sequence[Array]) -> tuple[Array, ...]:
         """What each buffer gets of tokens' ``parts``, [N, kv_heads, ...]."""
         keys, values = parts
-        if self.keys == self.values:  # both in one go: of few tokens each operation costs more than what it does
-            (k, v), (key_scales, value_scales) = encode(self.keys, jnp.stack(parts))
-        else:
-            (k, key_scales), (v, value_scales) = encode(self.keys, keys), encode(self.values, values)
+        (k, key_scales), (v, value_scales) = encode(self.keys, keys), encode(self.values, values)
         return k, v, key_scales, value_scales
 
     def write(
