@@ -134,10 +134,15 @@ def test_a_store_is_attached_and_taken_away_while_requests_run(case_of, pages):
         assert status["hicache_storage_backend"] == "file"
         with pytest.raises(ConfigError, match="attached already"):
             running.attach_storage("file", pages)
-        go_on(running, case)  # whoever leaves a prefix that only the host has gives it to the store
-        settle(running)
-        host = held(running, Tier.HOST)
-        assert held(running, Tier.STORAGE)
+        # Whoever leaves a prefix that only the host has gives it to the store; what finds its queue full, the next time.
+        for _ in range(20):
+            go_on(running, case)
+            settle(running)
+            host = held(running, Tier.HOST)
+            if held(running, Tier.STORAGE) == host:
+                break
+        else:
+            pytest.fail(f"the store has {held(running, Tier.STORAGE)} pages of {host}")
         running.attach_storage("file", pages, prefetch_policy="timeout", replace=True)
         assert running.detach_storage()
         assert not running.detach_storage()
