@@ -30,6 +30,7 @@ from rootcellar.models.kinds import paging
 from rootcellar.models.loader import load_params
 from rootcellar.models.params import count_bytes
 from rootcellar.ops import products
+from rootcellar.ops.panels import HOLDINGS
 from rootcellar.plan.capacity import Ask, capacity
 from rootcellar.plan.layers import read_architecture
 from rootcellar.plan.presets import PRESETS
@@ -184,7 +185,8 @@ def test_packed_weights_are_written_out_one_after_the_other(holding):
     parts = reserve_bytes(asked)
     written = parts["prefill"] - reserve_bytes(programs(config, wide))["prefill"]
     largest = 256 * 2 * 2048 * 4
-    assert 0 < written < 2 * largest
+    least = 0 if HOLDINGS[holding].grouped else 1  # of integers kernels take any number of rows, and nothing is written
+    assert least <= written < 2 * largest
     measured = max(parts["prefill"], parts["decode"]) + max(parts["sample"], parts["score"])
     assert measured <= memory.estimate_reserve(asked)
     few = dataclasses.replace(asked, shapes=Shapes.of(products.MANY // 2, 4))
