@@ -134,7 +134,7 @@ def test_a_store_is_attached_and_taken_away_while_requests_run(case_of, pages):
         assert status["hicache_storage_backend"] == "file"
         with pytest.raises(ConfigError, match="attached already"):
             running.attach_storage("file", pages)
-        # Whoever leaves a prefix that only the host has gives it to the store; what finds its queue full, the next time.
+        # Whoever leaves a prefix that only the host has gives it to the store; what finds its queue full, next time.
         for _ in range(20):
             go_on(running, case)
             settle(running)
