@@ -7,7 +7,9 @@ The demo model answers the example's questions at each temperature, once as by d
 by an engine with other chunks, other batches and no cache (*ours*), by Tunix's forward of float32 (*Tunix*), and by one
 of float64, with the same weights and the same angles (*float64*). Shown is the largest difference of any token.
 
-Exit status 1 where, with ``enable_deterministic_inference``, ours differs in a bit or Tunix's by more than 1e-5.
+Exit status 1 where, with ``enable_deterministic_inference``, ours differs in a bit, float64's by more than 1e-5, or
+Tunix's by more than that. (Where Tunix's own forward is more than half as far from float64's, as with AVX-512: by that
+and as much.)
 """
 
 from __future__ import annotations
@@ -153,7 +155,9 @@ def main() -> int:
                 "Tunix's mean beside float64": float(np.abs(theirs - true)[counts].mean()),
             }
             rows.append(row)
-            good &= not fixed or (row["ours"] == 0 and row["Tunix"] <= BAR)
+            theirs_off = row["Tunix beside float64"]
+            near = row["Tunix"] <= (BAR if theirs_off <= BAR / 2 else BAR / 2 + theirs_off)
+            good &= not fixed or (row["ours"] == 0 and row["float64"] <= BAR and near)
             if not args.json:
                 print(row, flush=True)
     if args.json:

@@ -226,6 +226,9 @@ def test_tokens_have_our_forwards_bits_and_tunixs_logprobs():
     for row in fixed:
         assert row["tokens"] >= 1000
         assert row["ours"] == 0
-        assert 0 < row["Tunix"] <= 1e-5
+        assert row["float64"] <= 1e-5
+        # Nobody can be nearer to Tunix than its own forward is to the truth: with AVX-512 that is 1.1e-5.
+        theirs_off = row["Tunix beside float64"]
+        assert 0 < row["Tunix"] <= (1e-5 if theirs_off <= 5e-6 else 5e-6 + theirs_off)
     # Both round as float32 does, each otherwise.
     assert all(max(row["float64"], row["Tunix beside float64"]) < 2e-5 for row in rows)
