@@ -258,6 +258,14 @@ def configuration(seed, folder, conversations):
     return drawn, found
 
 
+def tried(seed, folder, conversations):
+    """The same, where a leak that ``check()`` found, or a hang, is something wrong: it is said with its seed."""
+    try:
+        return configuration(seed, folder, conversations)
+    except Exception as error:
+        return {}, {"wrong": [f"{type(error).__name__}: {error}"]}
+
+
 def main(first, last, seconds):
     began = time.monotonic()
     totals, wrong, done = {}, [], []
@@ -271,10 +279,7 @@ def main(first, last, seconds):
                     if time.monotonic() - began > seconds:
                         break
                     at = time.monotonic()
-                    try:
-                        drawn, found = configuration(seed, folder, conversations)
-                    except Exception as error:  # a leak that check() found, or a hang: said with its seed
-                        drawn, found = {}, {"wrong": [f"{type(error).__name__}: {error}"]}
+                    drawn, found = tried(seed, folder, conversations)
                     done.append(seed)
                     wrong += [f"seed {seed}: {each}" for each in found["wrong"]]
                     for name, value in found.items():
