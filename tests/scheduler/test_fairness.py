@@ -59,6 +59,7 @@ def attack(rng, world, tenant, calls):
 
 @property_of_seeds
 @example(seed=3144005)  # whoever made way shared nearly all that it had
+@example(seed=57042)  # the youngest of those with two rows hold too little, an older one enough
 @seeds
 def test_one_token_of_another_tenant_comes_next_whatever_the_others_do(seed):
     rng = random.Random(seed)

@@ -404,10 +404,16 @@ class Scheduler:
     def _claim(self, request: Request, hit: Hit, held: Held) -> bool:
         """Start a request of somebody who has nothing running, in place of the youngest of whoever has most.
 
-        False, and nothing changed, when that cannot be enough. Once in a request's life: it is started or waits.
+        Of those who hold most tokens where the youngest hold too few. False, and nothing changed, when that cannot be
+        enough. Once in a request's life: it is started or waits.
         """
         if request.claimed:
             return False
+        ranks = (self._admitted.__getitem__, lambda each: (self._gives_back(each), *self._admitted[each]))
+        return any(self._claim_by(rank, request, hit, held) for rank in ranks)
+
+    def _claim_by(self, rank: Callable[[Request], tuple[int, ...]], request: Request, hit: Hit, held: Held) -> bool:
+        """:meth:`_claim`; of whoever has most the first to make way is the highest by ``rank``."""
         running, after, going = list(self.running), Held(self.running), list[Request]()
         cached = self.loads.reach(hit)
         lacking = max(self._needs(request, cached).values(), default=0) + cached - self.cache.available_tokens()
@@ -425,12 +431,16 @@ class Scheduler:
                 above = served(request, cached, self._chunk, {r: self._plans - self._admitted[r][1] for r in running})
             if not above:
                 return False
-            gone = max(after.largest(above), key=self._admitted.__getitem__)
+            gone = max(after.largest(above), key=rank)
             running.remove(gone)
             after.add(gone, -1)
             going.append(gone)
-            assert gone.lease is not None
-            lacking -= gone.length - gone.lease.cached + self.cache.page_size
+            lacking -= self._gives_back(gone)
+
+    def _gives_back(self, request: Request) -> int:
+        """Tokens for which there is room once a running request makes way: its own, also those yet to come."""
+        assert request.lease is not None
+        return request.length - request.lease.cached + self.cache.page_size
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""
