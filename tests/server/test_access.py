@@ -227,13 +227,16 @@ def test_who_may_do_what(engine, name, key):
 
 def test_a_refusal_says_what_is_missing(engine):
     with on_thread(engine, api_key="u", admin_api_key="a") as url:
-        response = httpx.post(f"{url}/flush_cache", headers=bearer("u"))
+        response = httpx.post(f"{url}/flush_cache", headers=bearer("u"), timeout=60)
         assert response.json()["error"]["type"] == "authentication_error"
         assert "admin_api_key" in response.json()["error"]["message"]
         assert response.headers["www-authenticate"] == "Bearer"
-        everything = httpx.post(f"{url}/abort_request", headers=bearer("u"), json={"abort_all": True})
+        everything = httpx.post(f"{url}/abort_request", headers=bearer("u"), json={"abort_all": True}, timeout=60)
         assert everything.status_code == 401
-        assert httpx.post(f"{url}/abort_request", headers=bearer("a"), json={"abort_all": True}).status_code == 200
+        assert (
+            httpx.post(f"{url}/abort_request", headers=bearer("a"), json={"abort_all": True}, timeout=60).status_code
+            == 200
+        )
 
 
 @pytest.mark.parametrize("settings", [{"admin_api_key": "a"}, {"api_key": "u", "admin_api_key": "a"}])
@@ -242,7 +245,7 @@ def test_limits_hold_whatever_the_key(engine, settings):
     with on_thread(engine, max_body_bytes=2048, **settings) as url:
         for path in ("/generate", "/flush_cache", "/no/such/route"):
             for key in (None, "u", "a"):
-                assert httpx.post(url + path, content=b"x" * 3000, headers=bearer(key)).status_code == 413
+                assert httpx.post(url + path, content=b"x" * 3000, headers=bearer(key), timeout=60).status_code == 413
 
 
 def test_keys_and_names(tmp_path):

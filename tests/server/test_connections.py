@@ -90,7 +90,7 @@ def test_when_every_connection_is_busy_a_new_one_is_told_so(client, engine):
         for thread in threads:
             thread.start()
         wait_until(lambda: engine.stats()["waiting"] == 3)
-        refused = httpx.get(f"{url}/health")
+        refused = httpx.get(f"{url}/health", timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
         assert "max_connections" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"] == "1"

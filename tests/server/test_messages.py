@@ -262,7 +262,9 @@ def test_errors_are_anthropic_s(client, body, status, kind, words):
 def test_keys_by_anthropic_s_header(engine):
     with on_thread(engine, api_key="u") as url:
         for headers, status in (({"x-api-key": "u"}, 200), ({"x-api-key": "v"}, 401), ({}, 401)):
-            response = httpx.post(f"{url}/v1/messages/count_tokens", json={"messages": [USER]}, headers=headers)
+            response = httpx.post(
+                f"{url}/v1/messages/count_tokens", json={"messages": [USER]}, headers=headers, timeout=60
+            )
             assert response.status_code == status
         assert response.json()["error"]["type"] == "authentication_error"
         assert response.json()["type"] == "error"

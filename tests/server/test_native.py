@@ -172,8 +172,8 @@ def test_a_busy_server_is_healthy():
             prompt=["a", "b"], sampling_params={"max_new_tokens": 1900, "ignore_eos": True}, stream=True
         )
         next(stream)
-        assert httpx.post(f"{url}/generate", json={"text": "a"}).status_code == 429
-        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        assert httpx.post(f"{url}/generate", json={"text": "a"}, timeout=60).status_code == 429
+        assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
         stream.close()
 
 
@@ -186,7 +186,7 @@ def test_model_info(client, path):
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
 def test_server_info_tells_settings_and_no_key(engine, path):
     with on_thread(engine, api_key="sesame") as url:
-        info = httpx.get(url + path, headers={"Authorization": "Bearer sesame"})
+        info = httpx.get(url + path, headers={"Authorization": "Bearer sesame"}, timeout=60)
     assert info.json().items() >= {"page_size": 16, "max_total_num_tokens": 4096, "max_body_bytes": 2**24}.items()
     assert "sesame" not in info.text
 
@@ -263,7 +263,9 @@ def long(client, **body):
     answer = []
     params = {"temperature": 0, "max_new_tokens": 1900, "ignore_eos": True}
     body = {"text": "Once", "sampling_params": params, **body}
-    thread = threading.Thread(target=lambda: answer.append(httpx.post(f"{client.base_url}/generate", json=body)))
+    thread = threading.Thread(
+        target=lambda: answer.append(httpx.post(f"{client.base_url}/generate", json=body, timeout=60))
+    )
     thread.start()
     wait_until(lambda: client.engine.stats()["running"])
     return thread, answer

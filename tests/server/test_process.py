@@ -106,10 +106,10 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(clients):
         async def load():
             sizes = [3000 if i < 4 else 16 for i in range(clients)]
             bodies = [{"prompt": PROMPTS[i % 6], "ignore_eos": True, "max_tokens": n} for i, n in enumerate(sizes)]
-            httpx.post(f"{server.url}/pause_generation", json={"mode": "in_place"})  # until all are there
+            httpx.post(f"{server.url}/pause_generation", json={"mode": "in_place"}, timeout=60)  # until all are there
             tasks = [asyncio.create_task(stream(server.url, body)) for body in bodies]
             await asyncio.to_thread(wait_until, lambda: _active(server) == clients, 60)
-            httpx.post(f"{server.url}/continue_generation")
+            httpx.post(f"{server.url}/continue_generation", timeout=60)
             began = time.monotonic()
             server.stop()
             await asyncio.sleep(0.3)
@@ -142,8 +142,8 @@ def test_the_banner_is_written_once_requests_are_taken_and_a_second_signal_ends_
         assert "rootcellar serves cellar at http://127.0.0.1:" in server.log()
         assert "sesame" not in server.log()
         headers = {"Authorization": "Bearer sesame"}
-        assert httpx.get(f"{server.url}/v1/models", headers=headers).json()["data"][0]["id"] == "cellar"
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60).json()["data"][0]["id"] == "cellar"
+        assert httpx.get(f"{server.url}/v1/models", timeout=60).status_code == 401
         answer = []
         body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
         ask = functools.partial(httpx.post, headers=headers, timeout=60)
@@ -154,7 +154,7 @@ def test_the_banner_is_written_once_requests_are_taken_and_a_second_signal_ends_
         wait_until(lambda: _active(server, headers))
         server.stop(signal.SIGINT)
         wait_until(lambda: "no new requests" in server.log())
-        assert httpx.get(f"{server.url}/ready", headers=headers).status_code == 503
+        assert httpx.get(f"{server.url}/ready", headers=headers, timeout=60).status_code == 503
         server.stop(signal.SIGINT)
         thread.join()
         assert answer[0].status_code == 503

@@ -28,20 +28,23 @@ def test_long_bodies_are_refused_whether_announced_or_not(engine):
     with on_thread(engine, max_body_bytes=4096) as url:
         for content in (body, iter([body[:3000], body[3000:]])):
             response = httpx.post(
-                f"{url}/v1/completions", content=content, headers={"Content-Type": "application/json"}
+                f"{url}/v1/completions", content=content, headers={"Content-Type": "application/json"}, timeout=60
             )
             assert response.status_code == 413
             assert "max_body_bytes" in response.json()["error"]["message"]
-        ok = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 50, "max_tokens": 1})
+        ok = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 50, "max_tokens": 1}, timeout=60)
         assert ok.status_code == 200
 
 
 def test_the_limit_on_prompts(engine):
     with on_thread(engine, max_prompt_length=20) as url:
         for prompt in ("a b c d e f g h i j k l m n o p", [1] * 20):
-            assert httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1}).status_code == 200
+            assert (
+                httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1}, timeout=60).status_code
+                == 200
+            )
         for prompt in ("1 2 3 4 5 6 7 8 9 " * 10, [1] * 21):
-            response = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+            response = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1}, timeout=60)
             assert response.status_code == 400
             assert "20" in response.json()["error"]["message"]
 
@@ -53,15 +56,15 @@ def test_a_full_queue_says_when_to_come_back():
     ):
         engine.pause_generation()
         waiting = engine.generate(prompt=["a"] * 3, sampling_params={"max_new_tokens": 2}, stream=True)
-        refused = httpx.post(f"{url}/generate", json={"text": "a"})
+        refused = httpx.post(f"{url}/generate", json={"text": "a"}, timeout=60)
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["type"] == "rate_limit_error"
-        too_many = httpx.post(f"{url}/generate", json={"text": ["a"] * 4})
+        too_many = httpx.post(f"{url}/generate", json={"text": ["a"] * 4}, timeout=60)
         assert too_many.status_code == 400  # trying again would not help
         engine.continue_generation()
         assert len([r for r in waiting if r["meta_info"]["finish_reason"]]) == 3
-        assert httpx.post(f"{url}/generate", json={"text": "a"}).status_code == 200
+        assert httpx.post(f"{url}/generate", json={"text": "a"}, timeout=60).status_code == 200
         idle(engine)
 
 
@@ -71,13 +74,13 @@ def test_requests_that_take_too_long_end_with_an_error():
         on_thread(engine) as url,
     ):
         engine.pause_generation()  # so that nothing can finish in time
-        response = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+        response = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60)
         assert response.status_code == 504
         assert "request_timeout" in response.json()["error"]["message"]
         engine.continue_generation()
         slow = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         for _ in range(20):  # the first may end while it still compiles, before its stream begins
-            response = httpx.post(f"{url}/v1/completions", json=slow)
+            response = httpx.post(f"{url}/v1/completions", json=slow, timeout=60)
             if response.status_code == 200:
                 break
         *_, last, done, _ = response.text.split("\n\n")

@@ -282,8 +282,8 @@ def test_a_key_that_all_share_is_shown_nothing_of_them(engine):
     """With an admin's key beside it; alone it is the admin's, and sees everything."""
     with on_thread(engine, api_key="u", admin_api_key="root") as url:
         for path in ("/cache/tree", "/trace", "/feed"):
-            assert httpx.get(url + path, headers={"Authorization": "Bearer u"}).status_code == 401
-        assert httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer u"}).status_code == 200
+            assert httpx.get(url + path, headers={"Authorization": "Bearer u"}, timeout=60).status_code == 401
+        assert httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer u"}, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("value", ["x" * (LONGEST_NAME + 1), "x" * 4_000_000, "a\nb"])
