@@ -21,13 +21,14 @@ from numpy.typing import ArrayLike
 
 from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.ahead import chunks_ahead
+from rootcellar.scheduler.claims import Admission, Claims
 from rootcellar.scheduler.cutting import Cutter
 from rootcellar.scheduler.guessing import Guesses, fitting, require_no_states
 from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.placeholders import outside
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
 from rootcellar.scheduler.request import Finish, Request
-from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, beside, jumpers, place_of, served
+from rootcellar.scheduler.shares import Budget, Held, Lines, Place, Turns, Waiting, beside, jumpers, place_of
 from rootcellar.scheduler.sharing import Sharing, note_cached, note_met
 from rootcellar.scheduler.snapshots import Snapshots
 from rootcellar.scheduler.stages import Stage
@@ -108,8 +109,8 @@ class Scheduler:
         self._snapshots = snapshots
         self._arrivals = self._plans = 0
         self._turns = Turns(max_running_requests)
-        self._admitted: dict[Request, tuple[int, int]] = {}
-        """Of each running request: its place in the order of admission, and the plans made before."""
+        self._admitted: dict[Request, Admission] = {}
+        self._claims = Claims(chunked_prefill_size, max_running_requests, cache.page_size)
         self._decode_next = False
         self._jumped: set[str] = set()
         """Tenants that had a step for what is little since the last other one."""
@@ -402,45 +403,23 @@ class Scheduler:
         return hit
 
     def _claim(self, request: Request, hit: Hit, held: Held) -> bool:
-        """Start a request of somebody who has nothing running, in place of the youngest of whoever has most.
+        """Start a request of somebody who has nothing running, in place of those who make way for it.
 
-        Of those who hold most tokens where the youngest hold too few. False, and nothing changed, when that cannot be
-        enough. Once in a request's life: it is started or waits.
+        False, and nothing changed, when that cannot be enough. Once in a request's life: it is started or waits.
         """
         if request.claimed:
             return False
-        ranks = (self._admitted.__getitem__, lambda each: (self._gives_back(each), *self._admitted[each]))
-        return any(self._claim_by(rank, request, hit, held) for rank in ranks)
-
-    def _claim_by(self, rank: Callable[[Request], tuple[int, ...]], request: Request, hit: Hit, held: Held) -> bool:
-        """:meth:`_claim`; of whoever has most the first to make way is the highest by ``rank``."""
-        running, after, going = list(self.running), Held(self.running), list[Request]()
         cached = self.loads.reach(hit)
         lacking = max(self._needs(request, cached).values(), default=0) + cached - self.cache.available_tokens()
-        while True:
-            if going and len(running) < self._max_running and lacking <= 0:
-                request.claimed = True
-                for gone in going:
-                    self._retract(gone)
-                    held.add(gone, -1)
-                if self._start(request, hit):
-                    return True
-                going, lacking = [], 1  # less was theirs alone than it seemed
-            above = after.above(request, running)
-            if not above and not after.tenants[request.tenant]:
-                above = served(request, cached, self._chunk, {r: self._plans - self._admitted[r][1] for r in running})
-            if not above:
-                return False
-            gone = max(after.largest(above), key=rank)
-            running.remove(gone)
-            after.add(gone, -1)
-            going.append(gone)
-            lacking -= self._gives_back(gone)
-
-    def _gives_back(self, request: Request) -> int:
-        """Tokens for which there is room once a running request makes way: its own, also those yet to come."""
-        assert request.lease is not None
-        return request.length - request.lease.cached + self.cache.page_size
+        while going := self._claims.who_make_way(request, cached, lacking, self.running, self._admitted, self._plans):
+            request.claimed = True
+            for gone in going:
+                self._retract(gone)
+                held.add(gone, -1)
+            if self._start(request, hit):
+                return True
+            lacking = 1  # less was theirs alone than it seemed
+        return False
 
     def _start(self, request: Request, hit: Hit) -> bool:
         """Open a lease if all that is running can still go on; False leaves everything as it was."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from rootcellar.scheduler.plan import tiled
 from rootcellar.scheduler.request import Request
-from rootcellar.scheduler.stages import FORWARD
 
 Call = tuple[str, int]
 Place = tuple[int, ...]
@@ -184,7 +183,7 @@ class Lines:
         """Whether nobody makes way for a call that waits: each has something running, or all have equally much.
 
         So it is when no call has two rows, each tenant that waits has one, and none has two more than it: see
-        :meth:`Held.above` and :func:`served`.
+        :meth:`Held.above` and :class:`Claims`.
         """
         held = self._held
         if all(held.calls[call] for call in self._calls):
@@ -313,16 +312,6 @@ def light(prefilling: Sequence[Request], tokens: int) -> list[Request]:
 def _most(requests: Sequence[Request], count: Callable[[Request], int]) -> list[Request]:
     most = max(map(count, requests))
     return [r for r in requests if count(r) == most]
-
-
-def served(request: Request, cached: int, chunk: int, steps: Mapping[Request, int]) -> list[Request]:
-    """Running requests of other tenants that had as many ``steps`` as ``request`` asks for, and may wait as long.
-
-    ``cached`` tokens of its prompt need not be computed, at most ``chunk`` are in a step.
-    """
-    prefill = -(-(request.length - cached) // chunk)
-    asked = max(1, prefill + request.sampling.max_new_tokens - request.generated - 1)
-    return [r for r, n in steps.items() if n >= asked and r.tenant != request.tenant and r.stage in FORWARD]
 
 
 def beside(first: Sequence[Request], others: Sequence[Request], tokens: int) -> list[Request]:
