@@ -155,9 +155,10 @@ def _score(
     def part(args: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         states, wanted, divisors = args
         scores = sampler.cooled(logits(params, cfg, states), divisors)  # as tokens are drawn: the same bits
-        chosen = sampler.logprobs(scores, jnp.take_along_axis(scores, wanted[:, None], axis=-1))
         values, ids = jax.lax.top_k(scores, k) if k else (scores[:, :0], jnp.zeros((scores.shape[0], 0), jnp.int32))
-        return chosen[:, 0], sampler.logprobs(scores, values), ids
+        chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)
+        found = sampler.logprobs(scores, jnp.concatenate([chosen, values], axis=-1))
+        return found[:, 0], found[:, 1:], ids
 
     size = min(SCORED_TOKENS, hidden.shape[0])
     parts = hidden.shape[0] // size

@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from rootcellar.ops.peaks import Peaks, peaks
 from rootcellar.sampling_params import SamplingParams
 
 _NEVER = -1e30
@@ -162,33 +163,23 @@ def sample(logits: Array, batch: SamplingBatch | None, *, processed: bool = Fals
         under the one that it was drawn from.
     """
     made = logits if batch is None else _processed(logits, batch)
-    if batch is None:
-        tokens = _likeliest(made)
-    else:
-        tokens = jnp.argmax(made + _noise(batch, logits.shape[1]), axis=-1).astype(jnp.int32)
-    scored = made if processed else logits
-    return tokens, logprobs(scored, jnp.take_along_axis(scored, tokens[:, None], axis=-1))[:, 0]
-
-
-def _likeliest(scores: Array) -> Array:
-    """The first of each row's largest, int32 [N], of ``scores`` [N, V]: what ``argmax`` gives.
-
-    In two passes, which XLA for CPUs makes in vectors: an ``argmax`` goes element by element, and takes twice as long.
-    A row that is not a number has the last token, and a logprob that says so.
-    """
-    largest = jnp.max(scores, axis=-1, keepdims=True)
-    at = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    return jnp.min(jnp.where(scores == largest, at, scores.shape[1] - 1), axis=-1)
+    found = peaks(made if processed else logits)
+    tokens = found.at if batch is None else peaks(made + _noise(batch, logits.shape[1])).at
+    chosen = jnp.take_along_axis(made if processed else logits, tokens[:, None], axis=-1)
+    return tokens, _logprobs(found, chosen)[:, 0]
 
 
 def logprobs(scores: Array, values: Array) -> Array:
-    """Logprobs float32 [N, k] of tokens whose scores are ``values`` [N, k], among all ``scores`` [N, V].
+    """Logprobs float32 [N, k] of tokens whose scores are ``values`` [N, k], among all ``scores`` [N, V]."""
+    return _logprobs(peaks(scores), values)
 
-    The largest score is taken away first, so that what is rounded is as small as a logprob and not as large as a score:
+
+def _logprobs(of: Peaks, values: Array) -> Array:
+    """The largest score is taken away first, so that what is rounded is as small as a logprob, not as large as a score.
+
     ``logsumexp`` gives the sum of both, rounded, which was most of the error that logprobs had.
     """
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    return (values - top) - jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1, keepdims=True))
+    return (values - of.top[:, None]) - jnp.log(of.mass)[:, None]
 
 
 def cooled(scores: Array, temperatures: Array) -> Array:

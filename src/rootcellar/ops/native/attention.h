@@ -23,7 +23,6 @@
 namespace rootcellar {
 
 constexpr float kMasked = -3.0e38f;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kBlock = 64;   // positions whose scores are computed before they become weights
 constexpr int kRows = 6;     // queries that a register tile of a product of matrices has
 constexpr int kNarrow = 16;  // as many queries are too few to pack keys for

@@ -35,6 +35,8 @@
 
 namespace rootcellar {
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 struct bf16 {
   uint16_t bits;
 };
