@@ -307,7 +307,7 @@ def _written_out(placement: Placement, tokens: int, scored: int) -> int:
     specs = declare(placement.served)
     layers, ends = specs.pop("layers"), specs
     multiplied: list[ParamSpec] = jax.tree.leaves(
-        [part for part, rows in ((layers, tokens), (ends, scored)) if rows >= products.MANY]
+        [part for part, rows in ((layers, tokens), (ends, scored)) if rows >= products.many()]
     )
     return max((math.prod(spec.shape) for spec in multiplied if spec.inputs), default=0) * 4
 

@@ -17,7 +17,7 @@ from rootcellar.ops.panels import Packed
 Weight = Array | Packed
 """What a product multiplies by."""
 MANY = 256
-"""Rows from which on XLA's product of floats is faster than that of the kernels, though it writes out packed ones."""
+"""See :func:`many`."""
 
 
 def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype | None = None) -> Array:
@@ -30,11 +30,19 @@ def product(x: Array, w: Weight, inputs: Sequence[int] = (0,), dtype: jnp.dtype 
     if not isinstance(w, Packed):
         return jnp.tensordot(x, w, axes=axes, preferred_element_type=dtype)
     wanted = x.dtype if dtype is None else dtype
-    few = x.size < MANY * math.prod(w.shape[i] for i in w.inputs)
+    few = x.size < many() * math.prod(w.shape[i] for i in w.inputs)
     if w.native and (w.fixed or few or panels.HOLDINGS[w.holding].grouped):
         return _native(x.astype(jnp.float32), w).astype(wanted)
     whole = panels.unpacked(w).astype(x.dtype)
     return jnp.tensordot(x, whole, axes=axes, preferred_element_type=dtype).astype(wanted)
+
+
+def many() -> float:
+    """Rows from which on XLA's product of floats is faster than that of the kernels, though it writes out packed ones.
+
+    Infinitely many where vectors have 16 floats (AVX-512): kernels keep all multipliers busy and write nothing out.
+    """
+    return math.inf if vectors() in ("", "avx512", "avx512vnni") and runs_vectors("avx512") else MANY
 
 
 def rows(w: Weight, which: Array, dtype: jnp.dtype) -> Array:

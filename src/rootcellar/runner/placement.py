@@ -174,7 +174,8 @@ class Placement:
         """Whether XLA for CPUs multiplies by what packed weights stand for, in steps of many rows if no others."""
         if self.holding is None or self.platform != "cpu":
             return False
-        return not (self.native and (self.fixed or HOLDINGS[self.holding].grouped))
+        never = self.fixed or HOLDINGS[self.holding].grouped or products.many() == math.inf
+        return not (self.native and never)
 
     @property
     def platform(self) -> str:

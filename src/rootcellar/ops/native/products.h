@@ -20,6 +20,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "targets.h"
 
@@ -79,14 +80,33 @@ struct ProductKernels {
 
 constexpr Vectors<ProductKernels> kProductSets[] = {ROOTCELLAR_SETS(products)};
 
-// Fills y, in items of up to kBand rows and a part of the panels. A sum does not depend on how many threads there are.
+// A band of rows, and the panels [begin, end) that they meet.
+struct Piece {
+  int64_t band, begin, end;
+};
+
+// What threads share: pieces in order, each as large as what is left has for every thread, so that most panels are followed
+// by the next and all threads end at nearly the same time (guided self-scheduling: Polychronopoulos and Kuck, 1987).
+inline std::vector<Piece> pieces(int64_t bands, int64_t panels, int64_t threads) {
+  std::vector<Piece> all;
+  const int64_t total = bands * panels;
+  for (int64_t at = 0; at < total;) {
+    const int64_t band = at / panels, share = (total - at + threads - 1) / threads;
+    const int64_t end = std::min(at + share, (band + 1) * panels);
+    all.push_back({band, at - band * panels, end - band * panels});
+    at = end;
+  }
+  return all;
+}
+
+// Fills y. A sum does not depend on how many threads there are.
 template <typename Threads>
 void multiply(Threads& threads, Product p, const ProductKernels& kernels) {
   const int64_t bands = (p.rows + kBand - 1) / kBand, panels = p.panels();
   const int64_t count = std::max<int64_t>(threads.num_threads(), 1);
   // What takes some microseconds is not worth waking another thread for.
   const bool small = p.rows * panels * p.inputs * kColumns < 1 << 17;
-  const int64_t parts = small ? 1 : std::min(panels, (4 * count + bands - 1) / bands);
+  const std::vector<Piece> shared = pieces(bands, panels, small ? 1 : count);
   const auto first = [&](int64_t band) { return p.rows * band / bands; };
   const auto all = [&](int64_t n, auto&& work) {
     if (small || n == 1) {
@@ -107,9 +127,9 @@ void multiply(Threads& threads, Product p, const ProductKernels& kernels) {
     });
     p.codes = codes.get(), p.units = units.get(), p.given = given.get();
   }
-  all(bands * parts, [&](int64_t i) {
-    const int64_t band = i / parts, part = i % parts;
-    kernels.multiply(p, first(band), first(band + 1) - first(band), panels * part / parts, panels * (part + 1) / parts);
+  all(static_cast<int64_t>(shared.size()), [&](int64_t i) {
+    const auto [band, begin, end] = shared[i];
+    kernels.multiply(p, first(band), first(band + 1) - first(band), begin, end);
   });
 }
 
