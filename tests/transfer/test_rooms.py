@@ -233,6 +233,18 @@ def test_who_waits_and_falls_silent_is_gone(make):
     assert nodes.gave == [Joined(9, 0)]
 
 
+def test_a_decode_node_that_stands_still_says_who_it_is_before_it_says_that_it_lives(make, monkeypatch):
+    nodes = make(Patience(silence=0.4))
+    plain = Terms.plain
+
+    def slow(self):
+        threading.Event().wait(0.3)  # three pulses
+        return plain(self)
+
+    monkeypatch.setattr(Terms, "plain", slow)
+    nodes.meet(1)
+
+
 def test_who_had_all_before_its_room_came_is_remembered_as_long_as_it_might_come(make):
     nodes = make(Patience(silence=20, meeting=0.2))
     nodes.receiver.leave(nodes.join(1, 96), satisfied=True)

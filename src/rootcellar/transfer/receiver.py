@@ -228,9 +228,13 @@ class Receiver:
         why = "the prefill node ended the connection"
         try:
             route = self._look_up(room)
+            hello = self._hello(visit, route)
             plain = tcp.connect(route.host, route.port, self._patience.silence)
-            talk = Talk(self._wrap(plain), self._patience, "room-sends")
-            self._greet(visit, talk, route)
+            talk = Talk(self._wrap(plain), self._patience, "room-sends", hello)
+            with self._lock:
+                visit.talk, visit.lends = talk, route.lends
+                if visit.left:
+                    _part(visit, talk)
             while self._heard(visit, talk):
                 pass
         except OSError as error:
@@ -251,8 +255,8 @@ class Receiver:
             raise _TurnedAway(differs)
         return route
 
-    def _greet(self, visit: _Visit, talk: Talk, route: Route) -> None:
-        """Say who is there."""
+    def _hello(self, visit: _Visit, route: Route) -> bytes:
+        """Who is there."""
         said = {
             "room": visit.room.number,
             "start": visit.start,
@@ -261,11 +265,7 @@ class Receiver:
             "last": visit.last,
             "terms": self._terms.plain(),
         }
-        talk.put(Say.HELLO, json.dumps(said).encode())
-        with self._lock:
-            visit.talk, visit.lends = talk, route.lends
-            if visit.left:
-                _part(visit, talk)
+        return json.dumps(said).encode()
 
     def _heard(self, visit: _Visit, talk: Talk) -> bool:
         """Take in the next frame; False: there will be none."""

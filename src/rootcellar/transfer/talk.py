@@ -75,13 +75,16 @@ def _nothing() -> None:
 class Talk:
     """A connection, and the thread that sends what is put here, in order; a pulse when there is nothing."""
 
-    def __init__(self, plain: AnySocket, patience: Patience, name: str) -> None:
+    def __init__(self, plain: AnySocket, patience: Patience, name: str, hello: bytes | None = None) -> None:
+        """``hello``: what is said before anything else, also where this process stood still for a pulse."""
         self.connection = Framed(plain)
         self._pulse = patience.pulse
         self._work: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._over = threading.Lock()
         """Guards whether the thread takes nothing more."""
         self._ended = False
+        if hello is not None:
+            self.put(Say.HELLO, hello)
         self._thread = threading.Thread(target=self._run, name=f"rootcellar-{name}", daemon=True)
         self._thread.start()
 
