@@ -226,6 +226,13 @@ class LlamaCpp:
             self._step([(token, at + start + i, sequence) for i, token in enumerate(some)], last)
         return self._argmax(len(some) - 1)
 
+    def scores(self, prompt: list[int], path: str) -> None:
+        """The logits after each token of ``prompt`` as a float32 array in the file ``path``."""
+        self.forget()
+        self._step([(token, i, 0) for i, token in enumerate(prompt)], range(len(prompt)))
+        rows = [self.api.llama_get_logits_ith(self.context, i) for i in range(len(prompt))]
+        np.save(path, np.stack([np.ctypeslib.as_array(row, (self.size,)) for row in rows]))
+
     def _step(self, entries, asked) -> None:
         batch = self.batch
         batch.n_tokens = len(entries)
