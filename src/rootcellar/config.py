@@ -40,8 +40,8 @@ class EngineConfig:
     quantization: str | None = option(
         None,
         "Keep the weights of products as integers, made of any checkpoint while it is read: 'w8' takes 8.5 bits of a "
-        "weight, 'w4' 5, in groups of 32 with scales of their own. Arithmetic stays as dtype says, but that CPUs "
-        "multiply rows of 16 bits by them.",
+        "weight, 'w4' 5 (of the vocabulary's 8.5), in groups of 32 with scales of their own. Arithmetic stays as dtype "
+        "says, but that CPUs multiply rows of 16 bits by them.",
         choices=("w8", "w4"),
     )
     kv_cache_dtype: str = option(

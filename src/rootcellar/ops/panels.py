@@ -47,6 +47,8 @@ class WeightForm:
         encode: float32 ``[..., groups, group, 16]`` to the integers in that shape, and those arrays
             ``[..., groups, 16]``; None: they are floats.
         floats: what weights are converted to where they are not integers; ``element`` has its bits.
+        vocabulary: the name of the form that the vocabulary's vectors have beside it; empty: the same. (Each token is
+            told from all others by them.)
     """
 
     name: str
@@ -56,6 +58,7 @@ class WeightForm:
     scaled: int = 0
     encode: Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]] | None = None
     floats: np.dtype[Any] | None = None
+    vocabulary: str = ""
 
     @property
     def grouped(self) -> bool:
@@ -110,7 +113,7 @@ HOLDINGS: Mapping[str, WeightForm] = {
         # (Bits that NumPy knows: where a bfloat16 array lies cannot be asked without another that JAX makes of it.)
         WeightForm("bfloat16", 2, np.dtype(np.uint16), 2, floats=_BF16),
         WeightForm("w8", 4, np.dtype(np.int8), 4, 1, _to_8_bits),
-        WeightForm("w4", 8, np.dtype(np.uint8), 4, 2, _to_4_bits),
+        WeightForm("w4", 8, np.dtype(np.uint8), 4, 2, _to_4_bits, vocabulary="w8"),
     )
 }
 

@@ -154,7 +154,10 @@ class Placement:
         return how.packed(map(self.put, how.pack(weight), self._packed_shardings(how, spec)), **self._computed)
 
     def _packer(self, spec: ParamSpec) -> Packer | None:
-        return None if self.holding is None else packer(self.holding, spec.shape, spec.inputs)
+        if self.holding is None:
+            return None
+        form = HOLDINGS[self.holding]
+        return packer(form.vocabulary or form.name if "vocab" in spec.axes else form.name, spec.shape, spec.inputs)
 
     def _packed_shardings(self, how: Packer, spec: ParamSpec) -> list[Sharding]:
         named = zip(how.axes(spec.axes), how.shapes(), strict=True)
