@@ -53,7 +53,7 @@ def refusals():
     key = Key(tokens((0, 8)))
     return {
         "key_too_long": lambda cache, _: cache.open(cache.match(Key(np.arange(65)))),
-        "only_grows": lambda cache, lease: cache.grow(lease, -1),
+        "gives_too_much": lambda cache, lease: cache.grow(lease, -1),
         "row_full": lambda cache, lease: cache.grow(lease, 57),
         "commit_too_long": lambda cache, lease: cache.commit(lease, Key(np.arange(9))),
         "commit_elsewhere": lambda cache, lease: cache.commit(lease, Key(key.tokens, "lora")),

@@ -28,6 +28,11 @@ MUTATIONS = {
         "        shelf.give(cache.tables.by_kind[shelf.kind_index][lease.row, owned:pages])\n",
         "",
     ),
+    "1: slots of a wrong guess are not given back": (
+        "verbs.py",
+        "        shelf.give(row[new:old])\n",
+        "",
+    ),
     "2: a held node is evicted": (
         "tree.py",
         "evictable = 0 if node.refs or (node.far and shelf.tier is not Tier.DEVICE) else len(entry.pages)",
@@ -72,6 +77,11 @@ MUTATIONS = {
         "verbs.py",
         "    if lease.stepped:\n        read_own_states",
         "    if True:\n        read_own_states",
+    ),
+    "5: a guess is a step of its own": (
+        "verbs.py",
+        "    if tokens > 0 and step:\n",
+        "    if tokens > 0:\n",
     ),
     "5: the second page of a pair is named without the first": (
         "digest.py",

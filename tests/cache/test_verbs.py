@@ -32,6 +32,24 @@ def test_pages_are_numbered_from_one_and_rows_show_them():
     assert cache.stats().shelves[DEVICE].cached == 8
 
 
+def test_slots_of_a_wrong_guess_go_back_up_to_what_is_committed():
+    cache = make((full("full"), sliding_window("window", window=5)))
+    lease = start(cache, tokens((0, 10)))
+    free = {name: cache.stats().shelves[name, Tier.DEVICE].free for name in ("full", "window")}
+    assert cache.grow(lease, 1)
+    assert cache.grow(lease, 8, step=False)
+    assert cache.grow(lease, -8)
+    assert lease.length == 11
+    for kind in ("full", "window"):
+        assert cache.stats().shelves[kind, Tier.DEVICE].free == free[kind]
+        assert cache.tables[kind][lease.row, 2:5].tolist() == [3, 0, 0]
+    with pytest.raises(RequestError, match="4 tokens cannot be given back of 11, of which 8"):
+        cache.grow(lease, -4)
+    assert cache.grow(lease, -3)
+    cache.check()
+    cache.close(lease)
+
+
 def test_duplicates_computed_side_by_side_are_freed_on_commit():
     cache = make()
     key = Key(tokens((0, 16)))
@@ -285,7 +303,7 @@ def test_mistakes_are_named():
     lease = cache.open(cache.match(Key(range(8))))
     with pytest.raises(RequestTooLarge, match="max_length=8"):
         cache.grow(lease, 9)
-    with pytest.raises(RequestError, match="only grows"):
+    with pytest.raises(RequestError, match="1 tokens cannot be given back of 0"):
         cache.grow(lease, -1)
     with pytest.raises(RequestError, match="slots for 0 tokens"):
         cache.commit(lease, Key(range(4)))

@@ -96,8 +96,10 @@ class Twins:
                 self._both("slots", hit, kind.name)
         return hit
 
-    def grow(self, lease: Lease, tokens: int) -> bool:
+    def grow(self, lease: Lease, tokens: int, *, step: bool = True) -> bool:
         """By itself or as a batch of one, in turns."""
+        if not step:
+            return self._both("grow", lease, tokens, step=False)
         if self._steps % 2:
             return self._both("grow", lease, tokens)
         return self._both("grow_many", [lease], [tokens])[0]

@@ -329,6 +329,32 @@ class World:
             if ok:
                 self.compute(run)
 
+    def verify(self) -> None:
+        """The newest token and a guess, of which some tokens are right; the others' slots go back."""
+        run = self.one()
+        if run is None or not run.lease.ready or run.computed == MAX_LENGTH or len(run.tokens) > run.computed + 1:
+            return
+        run.tokens[run.computed :] = [self.pick(3)]
+        if not self.cache.grow(run.lease, 1):
+            return
+        guess = self.pick(min(6, MAX_LENGTH - run.computed))
+        room, before = self.cache.available_tokens(), self.cache.stats()
+        if not self.cache.grow(run.lease, guess, step=False):
+            assert room < guess
+            assert before == self.cache.stats(), "a refused grow changed something"
+            guess = 0
+        self.dispatch()
+        self.look(run)
+        for kind in self.paged:  # what is wrong is written too, until what is right is written over it
+            row = self.cache.tables[kind.name][run.lease.row]
+            for i in range(-(-run.computed // self.page), -(-run.lease.length // self.page)):
+                assert row[i] > 0
+                self.content[kind.name, Tier.DEVICE][int(row[i])] = None
+        right = self.pick(guess + 1)
+        assert self.cache.grow(run.lease, right - guess)
+        run.tokens += [self.pick(3) for _ in range(right)]
+        self.compute(run)
+
     def commit(self) -> None:
         run = self.one()
         if run is None or not run.lease.ready:
@@ -437,8 +463,8 @@ class World:
         key = Key(tokens[: start + self.pick(len(tokens) - start + 1)], name)
         self.cache.learn(Lost(key, (Tier.HOST, Tier.STORAGE, Tier.PEER)[self.pick(3)], start=start))
 
-    ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, commit, commit, commit, close, close,
-               finish, finish, finish, finish, found, ask, lost, control)  # fmt: skip
+    ACTIONS = (match, open, open, open, grow, grow, grow, grow, decode, decode, verify, commit, commit, commit, close,
+               close, finish, finish, finish, finish, found, ask, lost, control)  # fmt: skip
 
     def state(self) -> str:
         """All that the cache holds, in an order that does not depend on the process."""

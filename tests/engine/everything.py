@@ -8,9 +8,9 @@ memory (so little that requests are retracted and pages evicted), types of the K
 tiers and a store, one node or two that meet over TCP, steps that overlap; then rounds of requests with and without
 pictures, turns of conversations, tenants, and what an operator does between and beside them.
 
-Pages, chunks, rows, memory, types and devices are not drawn but the same for ten seeds in a row, as each compiles anew:
-engines of a process share what they compiled (``shared_programs.py``), and seeds that have the same come after each
-other, whatever their numbers.
+Pages, chunks, rows, memory, types, devices and whether tokens are guessed are not drawn but the same for ten seeds in a
+row, as each compiles anew: engines of a process share what they compiled (``shared_programs.py``), and seeds that have
+the same come after each other, whatever their numbers.
 
 The plain engine has one page size, one chunk, one device, no tier, and answers each request alone. Greedy tokens must
 be its tokens, unless its two best lay closer than ``TIE`` there; what follows a tie is not compared.
@@ -109,7 +109,8 @@ def sampling(most):
 SHAPES = [(4, 16, 2, 448), (4, 64, 4, 320), (16, 16, 2, 448), (16, 64, 4, 1024), (16, 32, 4, 320)]
 """Tokens of a page and of a chunk, rows, and tokens in all."""
 ALIKE = 10
-"""Seeds in a row that have one of these, one type of the KV cache and as many devices: all meet in 300 seeds."""
+"""Seeds in a row that have one of these, one type of the KV cache, as many devices, and guess or not: all meet in 600
+seeds."""
 
 
 def compiled(seed):
@@ -123,6 +124,8 @@ def compiled(seed):
         "max_total_tokens": total,
         "kv_cache_dtype": list(TIE)[block % len(TIE)],
         "tp_size": 1 + block // (len(SHAPES) * len(TIE)) % 2,
+        "speculative_algorithm": (None, "ngram")[block // (2 * len(SHAPES) * len(TIE)) % 2],
+        "speculative_num_draft_tokens": 4,
     }
 
 

@@ -84,6 +84,7 @@ class HashRunner:
         self.pools = {"full": pool}
         self.pool_of = {"full": "full"}
         self.shapes = Shapes.of(chunk, running)
+        self.spare = {}
         self._page_size = page_size
         self.fails: list[bool] = []
         self.fails_late: list[bool] = []
@@ -91,6 +92,9 @@ class HashRunner:
 
     def kind_in(self, pool):
         return "full"
+
+    def settle(self, batch, rows):
+        """It has no states."""
 
     def step(self, batch, before=None):
         self.notes.append("step")

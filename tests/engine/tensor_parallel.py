@@ -20,6 +20,7 @@ from idle import always_load, check_idle
 
 import rootcellar
 from alive import alive
+from guesses import Knowing
 from rootcellar.cache import Tier
 from rootcellar.config import EngineConfig
 from rootcellar.engine.build import _load
@@ -38,13 +39,21 @@ def gathered(runner):
     return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
 
 
-def answer(folder, tp_size, prompts, most):
-    """Cold, from the cache, and after dropping it: the answers, and what lies where."""
+def answer(folder, tp_size, prompts, most, said=None):
+    """Cold, from the cache, and after dropping it: the answers, and what lies where.
+
+    ``said``: guesses are of these answers, and of some wrong tokens.
+    """
     settings = {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}
+    guesses = Knowing(8)
+    options = {} if said is None else {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 7}
     with rootcellar.Engine(
         model_path=folder, tp_size=tp_size, skip_tokenizer_init=True, max_total_tokens=4096, chunked_prefill_size=32,
-        max_running_requests=2,
+        max_running_requests=2, **options,
     ) as engine:  # fmt: skip
+        if said is not None:
+            guesses.answers = {tuple(prompt): tokens for prompt, tokens in zip(prompts, said, strict=True)}
+            engine._parts.scheduler.guesses = guesses
         answers = [engine.generate(input_ids=prompts, sampling_params=settings) for _ in range(2)]
         engine.check()
         compiled = engine.stats()["compilations"]
@@ -61,6 +70,7 @@ def answer(folder, tp_size, prompts, most):
             "on_each_device": sorted({tuple(s.data.shape) for s in pool.addressable_shards}),
             "compiled_by_rebuild": engine.stats()["compilations"] - compiled,
             "gathered": gathered(engine._parts.runner),
+            "guessed": [guesses.right, guesses.guessed],
         }
 
 

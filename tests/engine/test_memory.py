@@ -21,6 +21,7 @@ from idle import check_idle
 
 import rootcellar
 from alive import alive
+from checkpoints import golden
 from rootcellar.config import EngineConfig
 from rootcellar.engine import memory
 from rootcellar.engine.numbers import numbers
@@ -408,6 +409,31 @@ def test_the_plan_is_what_the_engine_allocates(name, page_size, tmp_path):
     tokens = report["max_total_num_tokens"]
     again = capacity(dataclasses.replace(ask, kv_bytes_per_device=None, max_total_tokens=tokens))
     assert again.kv_cache_bytes_all_devices == held
+
+
+@pytest.mark.parametrize(("guessed", "spare"), [(0, 0), (2, 3), (5, 7)])
+def test_the_plan_is_what_the_engine_allocates_of_states_those_of_guesses_among_them(guessed, spare, tmp_path):
+    """A step of four rows verifies three tokens of others, and of one row's more than that where more are guessed."""
+    golden("bamba").make(tmp_path)
+    options = {"skip_tokenizer_init": True, "kv_cache_dtype": "bf16", "device_memory": "100MB"}
+    options |= {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": guessed} if guessed else {}
+    with rootcellar.Engine(model_path=tmp_path, max_running_requests=4, **options) as engine:
+        report, pools = memory.report(engine._parts.sizing), engine._parts.runner.pools
+        held = sum(b.nbytes for pool in pools.values() for b in jax.tree.leaves(pool.buffers))
+        states = engine.stats()["cache"]["recurrent"]["DEVICE"]["size"]
+        assert {len(b) for b in jax.tree.leaves(pools["recurrent"].buffers)} == {states + 1 + spare}
+    assert (report["spare_states"], report["pools"]["recurrent"]["tokens"]) == (spare, states)
+    ask = Ask(
+        read_architecture(json.loads((tmp_path / "config.json").read_text())),
+        kv_cache_dtype="bf16",
+        kv_bytes_per_device=report["available_kv_cache_bytes"],
+        max_running_requests=4,
+        speculative_num_draft_tokens=guessed,
+    )
+    figures = capacity(ask)
+    assert figures.kv_cache_bytes_per_device == held == report["kv_cache_bytes"]
+    assert figures.pool_tokens["recurrent"] == states
+    assert ("for guesses" in figures.formulas["kv_cache_bytes_per_device"]) == bool(guessed)
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-4-scout", "gemma-3-27b", "gpt-oss-120b"])

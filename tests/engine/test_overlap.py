@@ -360,8 +360,8 @@ def test_logprobs_of_the_likeliest_are_read_with_their_step():
 
 @pytest.mark.parametrize(
     ("settings", "overlap"),
-    [({}, True), ({"disable_overlap_schedule": True}, False), ({"speculative_algorithm": "ngram"}, False)],
+    [({}, True), ({"disable_overlap_schedule": True}, False), ({"speculative_algorithm": "ngram"}, True)],
 )
-def test_steps_overlap_unless_it_was_switched_off_or_steps_are_guessed(settings, overlap):
+def test_steps_overlap_unless_it_was_switched_off(settings, overlap):
     parts = build(EngineConfig.from_kwargs(model_path="demo", max_total_tokens=512, **settings))
     assert parts.overlap == overlap

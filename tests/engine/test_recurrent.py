@@ -8,6 +8,7 @@ from idle import check_idle
 
 import rootcellar
 from checkpoints import golden
+from guesses import Knowing
 
 NEW = 24
 GREEDY = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
@@ -86,6 +87,16 @@ def retract(engine, case):
     assert [last[i] for i in range(4)] == case.tokens[-4:]
 
 
+def draws_the_same(engine, case, guesses):
+    """Drawn tokens are the same whether any of them were guessed: so they have the same distribution."""
+    prompts, guesses.answers = case.prompts[::5], {}
+    sampling = {"temperature": 1.0, "seed": 5, "max_new_tokens": NEW, "ignore_eos": True}
+    alone = [answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)]
+    right, guesses.answers = guesses.right, {tuple(p): t for p, t in zip(prompts, alone, strict=True)}
+    assert [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)] == alone
+    assert guesses.right > right
+
+
 @pytest.mark.parametrize(
     ("name", "page_size", "chunk", "batches", "running"),
     [
@@ -117,6 +128,44 @@ def test_the_same_tokens_cold_cached_and_without_the_states(make, name, page_siz
         drop_and_rebuild(e, case)
         retract(e, case)
         check_idle(e)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk", "batch", "running"),
+    [
+        ("bamba", 16, 64, 16, 2),
+        ("qwen3-next", 1, 16, 1, 2),
+        pytest.param("bamba", 1, 16, 16, 16, marks=pytest.mark.long),
+        pytest.param("qwen3-next", 16, 256, 16, 16, marks=pytest.mark.long),
+    ],
+)
+def test_the_same_tokens_where_they_are_guessed(make, name, page_size, chunk, batch, running):
+    """Of each guess so much is kept as is right, and so is the state; what is left in the cache is of nothing else."""
+    case, folder = make(name)
+    which = range(16) if running == 16 else range(3, 16, 4)
+    guesses = Knowing(max(8, running))
+    guesses.answers = {tuple(p): list(t) for p, t in zip(case.prompts, case.tokens, strict=True)}
+    options = {"page_size": page_size, "chunked_prefill_size": chunk, "max_running_requests": running}
+    options |= {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 7, "mamba_track_interval": 16}
+    with engine(folder, **options) as e:
+        e._parts.scheduler.guesses = guesses
+        serve(e, case, batch, which)
+        again = serve(e, case, batch, which)
+        assert max(again.values()) >= 96
+        resumed = []
+        for i in which:  # a turn later: from a state that was left in the midst of an answer
+            said = case.tokens[i][: NEW - 1]
+            prompt = [*case.prompts[i], *said]
+            guesses.answers[tuple(prompt)] = case.tokens[i][NEW - 1 :]
+            (answer,) = e.generate(input_ids=[prompt], sampling_params=GREEDY)
+            assert answer["output_ids"] == case.tokens[i][NEW - 1 :][:NEW]
+            resumed.append(answer["meta_info"]["cached_tokens"] - len(case.prompts[i]))
+        assert max(resumed) > 0, "decoding left states"
+        drop_and_rebuild(e, case)
+        retract(e, case)
+        draws_the_same(e, case, guesses)
+        check_idle(e)
+    assert 0 < guesses.right < guesses.guessed
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Guessing ahead changes no answer: tokens, logprobs, texts and reasons are those of one token a step."""
 
-import zlib
 from collections import Counter
 from itertools import product
 
@@ -11,6 +10,7 @@ from idle import check_idle
 
 import rootcellar
 from checkpoints import golden
+from guesses import Knowing
 from rootcellar.config import EngineConfig
 from rootcellar.errors import ConfigError
 from rootcellar.runner.sampler import Sampled, build, sample
@@ -19,43 +19,6 @@ from rootcellar.scheduler import keep
 
 PROMPTS = [[(i * 7 + seed * 13) % 500 for i in range(9 + 5 * seed)] for seed in range(4)]
 OPTIONS = {"max_total_tokens": 1024, "max_running_requests": 4, "chunked_prefill_size": 64}
-
-
-class Knowing:
-    """Knows what requests will say, and says it up to a token here and there."""
-
-    def __init__(self, rows):
-        self._rows = rows
-        self.answers = {}
-        self.guessed = self.right = self.compiled = 0
-
-    def of(self, requests):
-        return [self._guess(r, self._rows // len(requests) - 1) for r in requests]
-
-    def _guess(self, request, most):
-        known = self.answers[tuple(request.ids[: request.prompt_length].tolist())][request.generated :]
-        state = zlib.crc32(bytes(str(known), "ascii"))
-        guess = known[: min(most, len(request.ids) - request.length - 1)]
-        if guess and state % 3 == 0:
-            at = state // 3 % len(guess)
-            guess = [*guess[:at], (guess[at] + 1) % 500, *guess[at + 1 :]]
-        return tuple(guess) if request.guessable else ()
-
-    def ended(self, request):
-        pass
-
-    def forget(self):
-        pass
-
-    def took(self, tokens, seconds):
-        pass
-
-    def verified(self, request, guessed, right):
-        request.guessed.steps += 1
-        request.guessed.drafted += guessed
-        request.guessed.accepted += right
-        self.guessed += guessed
-        self.right += right
 
 
 @pytest.fixture(scope="module")

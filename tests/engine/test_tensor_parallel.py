@@ -50,12 +50,13 @@ def devices(tmp_path_factory):
 def run(devices, tmp_path):
     """What a golden checkpoint answers on so many devices to a quarter of its prompts, and what it must."""
 
-    def run(name, tp_size):
+    def run(name, tp_size, guessed=False):
         case = golden(name)
         case.make(tmp_path)
         prompts = case.prompts[::5]  # from the shortest to the longest
-        result = devices(folder=str(tmp_path), tp_size=tp_size, prompts=prompts, most=MOST)
         expected = [tokens[:MOST] for tokens in case.tokens[::5]]
+        guesses = {"said": expected} if guessed else {}
+        result = devices(folder=str(tmp_path), tp_size=tp_size, prompts=prompts, most=MOST, **guesses)
         assert result["output_ids"] == [expected] * 3  # cold, from the cache, and after dropping it
         return prompts, result
 
@@ -94,6 +95,14 @@ def test_recurrent_layers_are_whole_on_each_device_and_attention_beside_them_is_
     _, result = run(name, 2)
     assert result["cached"][-1] == 96
     assert [s[2] for s in result["on_each_device"]] == [1]
+    assert result["compiled_by_rebuild"] == 0
+
+
+def test_guesses_are_verified_with_states_that_are_whole_on_each_device(run):
+    _, result = run("bamba", 2, guessed=True)
+    right, guessed = result["guessed"]
+    assert 0 < right < guessed
+    assert result["cached"][-1] == 96
     assert result["compiled_by_rebuild"] == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from rootcellar.models.mixers.recurrent import IN_PLACE
 from rootcellar.ops import delta
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
-from rootcellar.ops.recurrent import causal_conv, course
+from rootcellar.ops.recurrent import causal_conv, course, in_order
 from rootcellar.ops.ssd import ssd, ssd_sequential
 
 IN_SLOTS = functools.partial(IN_PLACE["tpu"], interpret=True)
@@ -109,7 +109,20 @@ class DeltaInSlots(Delta):
     in_place = IN_SLOTS
 
 
+class SsdInOrder(Ssd):
+    in_place = in_order
+
+
+class DeltaInOrder(Delta):
+    in_place = in_order
+
+
+class DeltaInOrderBehindSlots(Delta):
+    in_place = functools.partial(in_order, first=IN_SLOTS)
+
+
 OPS = [Ssd, Delta, Conv]
+IN_ORDER = [SsdInOrder, DeltaInOrder, DeltaInOrderBehindSlots, Conv]
 BATCHES = [
     ([1], 1, 0),
     ([1, 1, 1], 1, 1),
@@ -156,6 +169,42 @@ def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
         np.testing.assert_array_equal(new[slot], pool[slot])
 
 
+@pytest.mark.parametrize("op", IN_ORDER)
+@pytest.mark.parametrize(("lengths", "padding"), [([1, 4, 1, 3], 7), ([6], 2), ([1, 1], 0)])
+def test_a_token_that_follows_another_goes_on_from_its_state_and_leaves_its_own(op, lengths, padding):
+    """``lengths``: tokens that follow each other, each in a tile and with a slot of its own."""
+    rng = np.random.default_rng(sum(lengths))
+    n = sum(lengths)
+    slots = rng.permutation(np.arange(1, n + 4))
+    owners = [(r, i) for r, length in enumerate(lengths) for i in range(length)]
+    tables = np.zeros((n + padding, 2), np.int32)
+    for t, (r, i) in enumerate(owners):  # the second begins from a snapshot, others from their own, the last from zeros
+        source = 0 if r == len(lengths) - 1 else slots[-1] if r == 1 else slots[t]
+        tables[t] = slots[t - 1] if i else source, slots[t]
+    rows = np.asarray([*range(n), *[0] * padding], np.int32)
+    positions = np.asarray([50 + i for _, i in owners] + [-1] * padding, np.int32)
+    pool = rng.standard_normal((n + 4, *op.state)).astype(np.float32)
+    pool[0] = np.nan
+    inputs = [op.inputs(rng, length) for length in lengths]
+    batch = {}
+    for name, values in inputs[0].items():
+        nothing = np.full((padding, *values.shape[1:]), np.nan)
+        batch[name] = jnp.asarray(np.concatenate([*(row[name] for row in inputs), nothing]), jnp.float32)
+    step = jax.jit(
+        lambda pool, tables, batch: op.packed(pool, course(tables, rows, positions), **batch), donate_argnums=0
+    )
+    y, new = step(jnp.asarray(pool), tables, batch)
+    for t, (r, i) in enumerate(owners):
+        read = tables[t - i, 0]
+        start = np.zeros(op.state, np.float32) if read == 0 else pool[read]
+        so_far = {name: np.asarray(values[: i + 1], np.float32) for name, values in inputs[r].items()}
+        expected, state = op.sequential(start, **so_far)
+        np.testing.assert_allclose(y[t], expected[-1], rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(new[tables[t, 1]], state, rtol=2e-4, atol=2e-5)
+    for slot in set(range(1, len(pool))) - set(tables[:, 1].tolist()):
+        np.testing.assert_array_equal(new[slot], pool[slot])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_step_calls_nothing_that_waits_for_the_threads_it_runs_on(op):
     """As JAX's kernels over LAPACK do on CPUs: once every thread is in one, the steps of several devices never end."""
@@ -185,8 +234,11 @@ def test_what_a_tile_writes_solves_its_system_on_any_kind_of_device(keys):
             np.testing.assert_allclose(solved(system, sides), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("tiles", "tile"), [(1, 1), (4, 1), (4, 16)])
+@pytest.mark.parametrize(
+    ("op", "tiles", "tile"),
+    [(op, *shape) for op in OPS for shape in ((1, 1), (4, 1), (4, 16))]
+    + [(op, tiles, 1) for op in (SsdInOrder, DeltaInOrder) for tiles in (1, 4)],
+)
 def test_step_memory_does_not_grow_with_the_pool(op, tiles, tile):
     """The trap of XLA on CPUs: a pool that is read and written in one step may be copied in every one."""
     tokens = tiles * tile

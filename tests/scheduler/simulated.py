@@ -12,8 +12,8 @@ verifies guesses, of which some are right (``guesses.py``).
 With ``overlap`` the next step is computed, where the scheduler plans it ahead, before what the one before it gave is
 taken.
 
-With ``states`` the model also has recurrent layers: a slot of state holds the hash of all that went into it, and a step
-must find the one of everything before its chunk.
+With ``states`` the model also has recurrent layers: a slot of state holds all that went into it, and a step must find
+what comes before its chunk. What a step leaves after guessed tokens lies apart until it is known which are right.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class World:
     rates: Rates | None = None
     reserved: int = 0
     per_step: int = 1
+    unguessed: int = 0
+    """Requests with which nothing is guessed."""
     overlap: bool = False
     under_way: tuple[Plan, list[list[int]]] | None = None
     """The step that was computed ahead, and what it gives."""
@@ -142,7 +144,7 @@ class World:
             schedule_policy=self.policy,
             reuse=self.reuse,
             snapshots=Snapshots(self.page_size, self.interval, self.least) if self.states else None,
-            guesses=Guessing(self.per_step - 1, VOCAB) if self.per_step > 1 else None,
+            guesses=Guessing(self.per_step - 1, VOCAB, self.unguessed) if self.per_step > 1 else None,
             reserved=self.reserved,
             loads=Loads(kinds, self.page_size, {kind.name: self.page_size * 8 for kind in kinds}),
         )
@@ -186,7 +188,9 @@ class World:
             assert ahead.decode
             self.overlapped += 1
             self.under_way = ahead, self.compute(ahead, tokens)
+        slots = self.written(plan)
         moved = self.scheduler.advance(plan, tokens)
+        self.settle(plan, slots)
         self.finished += [r for r in moved if r.finish is not None]
         return plan
 
@@ -255,6 +259,21 @@ class World:
             before, upto = tuple(known[: chunk.start]), tuple(known)
             assert (self.state_pool[read] if read else ()) == before
             self.state_pool[write] = upto
+
+    def written(self, plan: Plan) -> list[int]:
+        """The slots of state that the plan's chunks write; 0 for those whose request ended since."""
+        leases = (chunk.request.lease for chunk in plan.chunks)
+        return [
+            0 if not self.states or lease is None else int(self.cache.tables["state"][lease.row, 1]) for lease in leases
+        ]
+
+    def settle(self, plan: Plan, slots: list[int]) -> None:
+        """The states of requests of whose guess tokens were right become those after these."""
+        for chunk, slot in zip(plan.chunks, slots, strict=True):
+            request = chunk.request
+            if slot and chunk.guess and (right := request.length - 1 - chunk.stop) > 0:
+                assert right <= len(chunk.guess)
+                self.state_pool[slot] = tuple(request.ids[: chunk.stop + right].tolist())
 
     def run(self, limit=10_000):
         for _ in range(limit):

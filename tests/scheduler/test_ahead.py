@@ -83,6 +83,22 @@ def test_no_step_is_planned_ahead_where(what, options):
     assert world.overlapped == 0, what
 
 
+def test_steps_are_planned_ahead_where_no_guess_is_possible():
+    """With three requests none is; with two, and with one, nobody knows how many tokens come."""
+    world = World(tokens=400, chunk=64, overlap=True, per_step=2, unguessed=3)
+    running(world, [9, 10, 11], 20)
+    assert len(world.scheduler.running) == 3
+    assert world.overlapped > 0
+    assert world.scheduler.guesses.right + world.scheduler.guesses.wrong == 0
+    world.run()
+    world.verify()
+    overlapped = world.overlapped
+    running(world, [9], 20)
+    world.run()
+    assert world.overlapped == overlapped
+    assert world.scheduler.guesses.right > 0
+
+
 def test_a_prompt_has_its_turn():
     """One decodes, one is prefilled in chunks: their steps alternate as ever, and are not planned ahead."""
     kinds = []

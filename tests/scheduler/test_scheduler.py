@@ -240,14 +240,14 @@ class Machine(RuleBasedStateMachine):
         policy_of_prefetch=st.sampled_from(["best_effort", "wait_complete", "timeout"]),
         slow=st.booleans(),
         per_step=st.sampled_from([1, 1, 2, 4]),
+        unguessed=st.integers(0, 3),
         overlap=st.booleans(),
     )
     def start(self, window, spare, per_step, policy_of_prefetch, slow, **options):
-        if options["states"]:  # they cannot be taken back, and have no bytes here
+        if options["states"]:  # they have no bytes here
             options["host"] = 0
-        else:
-            options["per_step"] = per_step
-            spare += per_step * options["page_size"]
+        options["per_step"] = per_step
+        spare += per_step * options["page_size"]
         if window is not None:  # at least what the engine gives it: one request's pages
             size = options["page_size"]
             least = request_pages(window, size, options["tokens"], max(options["chunk"], size)) * size

@@ -61,9 +61,11 @@ def test_the_same_prompt_again_resumes_at_its_last_page():
         world.verify()
 
 
+@pytest.mark.parametrize("per_step", [1, 4])
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_decoding_leaves_a_state_every_interval_and_a_conversation_goes_on_from_it(page_size):
-    world = World(tokens=512, page_size=page_size, chunk=64, states=16, interval=20, least=4)
+def test_decoding_leaves_a_state_every_interval_and_a_conversation_goes_on_from_it(page_size, per_step):
+    """However many tokens a step gives: none goes beyond the interval's end."""
+    world = World(tokens=512, page_size=page_size, chunk=64, states=16, interval=20, least=4, per_step=per_step)
     seed = next(s for s in range(99) if serve(World(tokens=512), prompt(s, 7), 60).generated == 60)
     first = serve(world, prompt(seed, 7), 60)
     assert {20, 40, 60} <= states(world, first)

@@ -6,7 +6,7 @@ import pytest
 from simulated import World, expected_answer
 
 from rootcellar.cache import Tier
-from rootcellar.errors import ConfigError, EngineError
+from rootcellar.errors import EngineError
 from rootcellar.scheduler import Finish, Stage
 from rootcellar.scheduler.stages import NEXT
 
@@ -125,21 +125,17 @@ def test_who_finds_no_room_because_of_copies_waits_for_them(world):
 # -- several tokens a step --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("states", [0, 16])
 @pytest.mark.parametrize("per_step", [2, 3, 4])
-def test_several_tokens_a_step_are_the_same_tokens_in_fewer_steps(per_step):
+def test_several_tokens_a_step_are_the_same_tokens_in_fewer_steps(per_step, states):
     steps = {}
     for n in (1, per_step):
-        world = World(tokens=256, page_size=4, chunk=32, per_step=n)
+        world = World(tokens=256, page_size=4, chunk=32, per_step=n, states=states, interval=64)
         for seed in range(6):
             world.add(prompt(seed, 10 + seed), 20 + seed)
         steps[n] = 0
-        while world.step() is not None:
+        while (plan := world.step()) is not None:
             world.cache.check()
-            steps[n] += 1
+            steps[n] += plan.decode
         world.verify()
     assert steps[per_step] < 0.8 * steps[1]
-
-
-def test_states_come_one_token_at_a_time():
-    with pytest.raises(ConfigError, match="speculative_algorithm"):
-        World(states=4, per_step=2)

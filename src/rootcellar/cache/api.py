@@ -51,11 +51,15 @@ class PrefixCache(Protocol):
         ``max_length``.
         """
 
-    def grow(self, lease: Lease, tokens: int) -> bool:
+    def grow(self, lease: Lease, tokens: int, *, step: bool = True) -> bool:
         """Slots for ``tokens`` more tokens, for the next step. May evict. False: nothing changed, wait or retract.
 
         One call is one step: a recurrent kind's state to read becomes, from the second call on, the one written.
-        Raises ``RequestTooLarge`` when the row is full (``max_length``).
+        Without ``step`` the slots are for more tokens of the step that the call before was for. Less than 0 tokens: the
+        last slots go back, whose tokens (a wrong guess) are the lease's no more; the state written must then be that
+        before them.
+        Raises ``RequestTooLarge`` when the row is full (``max_length``), ``RequestError`` where what goes back is
+        committed.
         """
 
     def grow_many(self, leases: Sequence[Lease], tokens: int | Sequence[int] = 1) -> list[bool]:

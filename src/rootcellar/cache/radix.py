@@ -73,8 +73,8 @@ class PyRadixCache(PrefixCache):
                 counted = max(counted, min(hit.reach(nearer), lease.cached))
         return lease
 
-    def grow(self, lease: Lease, tokens: int) -> bool:
-        return grow(self._cache, lease, tokens)
+    def grow(self, lease: Lease, tokens: int, *, step: bool = True) -> bool:
+        return grow(self._cache, lease, tokens, step)
 
     def grow_many(self, leases: Sequence[Lease], tokens: int | Sequence[int] = 1) -> list[bool]:
         return grow_many(self._cache, leases, tokens)

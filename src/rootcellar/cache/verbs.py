@@ -130,22 +130,29 @@ def _observe(cache: Cache, lease: Lease, key: Key, first: int, pages: int, *, re
 # ---- grow ---------------------------------------------------------------------------------------------------------
 
 
-def grow(cache: Cache, lease: Lease, tokens: int) -> bool:
-    """Slots for ``tokens`` more tokens, for one step. False, and nothing changed, when there is no room."""
+def grow(cache: Cache, lease: Lease, tokens: int, step: bool = True) -> bool:
+    """Slots for ``tokens`` more tokens, for one step. False, and nothing changed, when there is no room.
+
+    Less than none: the last slots go back. ``step``: for the next step; else for that of the call before.
+    """
     must_be_open(cache, lease)
-    if tokens < 0:
-        raise words.only_grows(tokens)
+    if lease.length + tokens > cache.given.max_length:
+        raise words.row_full(lease.length, tokens, cache.given.max_length)
     size = cache.tree.page_size
     old = -(-lease.length // size)
     new = -(-(lease.length + tokens) // size)
-    if lease.length + tokens > cache.given.max_length:
-        raise words.row_full(lease.length, tokens, cache.given.max_length)
+    if lease.length + tokens < lease.committed or new < max(lease.starts):
+        raise words.gives_too_much(-tokens, lease.length, lease.committed)
     if new > old:
         if not make_room_for(cache.tree, [(shelf, new - old) for shelf in cache.paged]):
             return False
         for shelf in cache.paged:
             cache.tables.by_kind[shelf.kind_index][lease.row, old:new] = shelf.take(new - old)
-    if tokens:
+    for shelf in cache.paged if new < old else ():
+        row = cache.tables.by_kind[shelf.kind_index][lease.row]
+        shelf.give(row[new:old])
+        row[new:old] = 0
+    if tokens > 0 and step:
         _step_states(cache, lease)
     lease.length += tokens
     return True

@@ -25,9 +25,12 @@ def key_too_long(tokens: int, max_length: int) -> RequestTooLarge:
     )
 
 
-def only_grows(tokens: int) -> RequestError:
-    """A lease asked to grow by less than nothing."""
-    return RequestError(f"grow by {tokens} tokens: a lease only grows; close it to give tokens back")
+def gives_too_much(tokens: int, length: int, committed: int) -> RequestError:
+    """A lease asked to give back slots that are others' too."""
+    return RequestError(
+        f"{tokens} tokens cannot be given back of {length}, of which {committed} are committed and others' too; close "
+        "the lease to give it all back"
+    )
 
 
 def row_full(length: int, tokens: int, max_length: int) -> RequestTooLarge:

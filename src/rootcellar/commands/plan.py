@@ -14,6 +14,7 @@ from rootcellar.plan.capacity import ENGINE, KV_DTYPES, Ask, Capacity, capacity,
 from rootcellar.plan.layers import Architecture, read_architecture
 from rootcellar.plan.presets import PRESETS
 from rootcellar.plan.roofline import CHIPS, Chip, Work, decode, held_bytes, least_time, prefill
+from rootcellar.plan.sizing import MOST_REQUESTS
 from rootcellar.units import gb, parse_bytes
 
 
@@ -83,6 +84,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Tokens in computation at a time (vLLM: max_num_batched_tokens) [default: %(default)s].",
     )
+    load.add_argument(
+        "--max-running-requests",
+        type=int,
+        default=MOST_REQUESTS,
+        metavar="N",
+        help="Requests that run at the same time [default: %(default)s].",
+    )
+    load.add_argument(
+        "--speculative-num-draft-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Tokens of a request that are guessed in a step: recurrent layers keep the state after each [default: 0].",
+    )
     _configure_roofline(parser.add_argument_group("roofline"))
 
 
@@ -136,6 +151,8 @@ def _ask(args: argparse.Namespace, model: Architecture) -> Ask:
         max_total_tokens=args.max_total_tokens,
         request_length=args.request_length,
         chunked_prefill_size=args.chunked_prefill_size,
+        max_running_requests=args.max_running_requests,
+        speculative_num_draft_tokens=args.speculative_num_draft_tokens,
         swa_full_tokens_ratio=args.swa_full_tokens_ratio,
         mamba_full_memory_ratio=args.mamba_full_memory_ratio,
         hicache_ratio=args.hicache_ratio,

@@ -118,8 +118,8 @@ class Parts:
 
     @property
     def overlap(self) -> bool:
-        """Whether the next step is planned while one runs. Not where there are guesses: they follow from the tokens."""
-        return not self.config.disable_overlap_schedule and self.config.speculative_algorithm is None
+        """Whether the next step is planned while one runs."""
+        return not self.config.disable_overlap_schedule
 
 
 def folder_of(model_path: str) -> Path:
@@ -202,7 +202,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     programs = dataclasses.replace(programs, shapes=shapes, table_width=width)
     trace = None if config.record_trace is None or config.node_rank else TraceLog(config.record_trace, config.page_size)
     weights = load() if params is None else live_weights(placement.place(params), weights_name)
-    pools = pools_of(programs.paging, placement, sizing.division.pages)
+    pools = pools_of(programs.paging, placement, sizing.division.pages, sizing.division.spare_states)
     _log_pools(pools, programs, total)
     runner = Runner(programs, weights.params, pools)
     dtypes = str(types.weights if params is None else dtype), types.kv

@@ -16,7 +16,7 @@ from jax import Array
 
 from rootcellar.engine.output import Tracker
 from rootcellar.engine.recorder import Start
-from rootcellar.runner import BatchPart, Runner, Unread, Vectors
+from rootcellar.runner import Batch, BatchPart, Runner, Unread, Vectors
 from rootcellar.runner.sampler import Sampled
 from rootcellar.scheduler import Chunk, Plan, Request, keep
 
@@ -25,10 +25,11 @@ from rootcellar.scheduler import Chunk, Plan, Request, keep
 class Launched:
     """A step that the device has: what it computes, what will have been chosen (None: nothing), and when it began.
 
-    ``scores``: what the step gives; there when it is over.
+    ``batch``: its tokens as the device has them. ``scores``: what the step gives; there when it is over.
     """
 
     plan: Plan
+    batch: Batch
     scores: Array
     unread: Unread | None
     start: Start
@@ -71,7 +72,7 @@ def _parts(chunk: Chunk) -> Iterator[BatchPart]:
     row = _row(chunk.request)
     yield BatchPart(row, chunk.start, chunk.request.ids[chunk.start : chunk.stop])
     for j, token in enumerate(chunk.guess):
-        yield BatchPart(row, chunk.stop + j, np.array([token]))
+        yield BatchPart(row, chunk.stop + j, np.array([token]), follows=True)
 
 
 def _seeing(chunk: Chunk, given: VectorsOf) -> Iterator[BatchPart]:
@@ -88,6 +89,14 @@ def rows_of(plan: Plan) -> list[int]:
     if not plan.guesses:
         return list(range(len(plan.chunks)))
     return list(itertools.accumulate((1 + len(c.guess) for c in plan.chunks[:-1]), initial=0))
+
+
+def settled_rows(plan: Plan) -> list[tuple[int, int]]:
+    """Once the plan's tokens were taken: for each chunk of whose guess some are its request's, its part's place, and
+    that of the last of these.
+    """
+    kept = ((row, chunk.request.length - 1 - chunk.stop) for chunk, row in zip(plan.chunks, rows_of(plan), strict=True))
+    return [(row, row + right) for row, right in kept if right > 0]
 
 
 def sampled_of(plan: Plan, trackers: Mapping[Request, Tracker]) -> list[Sampled]:

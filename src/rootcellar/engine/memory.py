@@ -37,6 +37,7 @@ from rootcellar.plan.sizing import (
     divide,
     largest,
     smallest,
+    verified,
 )
 from rootcellar.runner import Placement, Programs, Shapes
 from rootcellar.runner.encoding import most_patches
@@ -231,7 +232,15 @@ class _Demand:
             max_mamba_cache_size=config.max_mamba_cache_size,
             running=running_requests(config, max_total_tokens),
             arena=self.programs.paging.arena,
+            spare_states=self.spare_states(max_total_tokens),
         )
+
+    def spare_states(self, max_total_tokens: int | None) -> int:
+        """States of each recurrent kind for tokens that a step guesses, beside the cache's."""
+        guessed = self.programs.shapes.guessed
+        if not guessed or not any(kind.rule == "recurrent" for kind in self.programs.paging.kinds):
+            return 0
+        return verified(running_requests(self.config, max_total_tokens), guessed) - 1
 
     def available(self, reserve: int) -> int:
         """Bytes for the KV cache; less than nothing when weights and reserve alone are too much."""
@@ -415,7 +424,7 @@ def report(sizing: Sizing) -> dict[str, Any]:
     costs = {c.kind.name if c.kind.name in division.pages else ARENA: c for c in sizing.costs}
     pools = {
         name: {"tokens": division.pages[name] * (1 if c.recurrent else page),
-               "bytes": (division.pages[name] + 1) * c.page_bytes}
+               "bytes": (division.pages[name] + 1 + (division.spare_states if c.recurrent else 0)) * c.page_bytes}
         for name, c in costs.items()
     }  # fmt: skip
     figures: dict[str, tuple[Any, str]] = {
@@ -433,7 +442,10 @@ def report(sizing: Sizing) -> dict[str, Any]:
         "cell_size_bytes": (sizing.cell_size, "bytes of one token in all layers: " + _cells(sizing)),
         "max_tokens": (sizing.fitting_tokens, f"whole pages of {page} tokens that fit, beside one of padding"),
         "max_total_num_tokens": (division.tokens, sizing.capped_by or "all that fit"),
-        "pools": (pools, "tokens of each pool (states, where they are recurrent); bytes with the page of padding"),
+        "pools": (
+            pools, "tokens of each pool (states, where they are recurrent); bytes with padding and spare states",
+        ),
+        "spare_states": (division.spare_states, "in each recurrent pool: one for each token that a step may guess"),
         "kv_cache_bytes": (division.nbytes, " + ".join(f"{p['bytes']} ({name})" for name, p in pools.items())),
         "kv_cache_bytes_all_devices": (division.nbytes * sizing.devices, f"x {sizing.devices} device(s)"),
         "page_size": (page, "setting"),

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from rootcellar.cache import KVEvent, Reports, digests
 from rootcellar.engine.apart import PeerEvent, Peers
-from rootcellar.engine.chosen import Chosen, Launched, parts_of, read, rows_of, sampled_of, score_prompts
+from rootcellar.engine.chosen import Chosen, Launched, parts_of, read, rows_of, sampled_of, score_prompts, settled_rows
 from rootcellar.engine.clock import Clock
 from rootcellar.engine.copies import forget_device
 from rootcellar.engine.hints import Hints
@@ -388,7 +388,7 @@ class Machine:
         cache, runner = self.scheduler.cache, self.runner
         parts = parts_of(plan, self._given)
         tables = {kind.name: cache.tables[kind.name] for kind in cache.kinds}
-        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources)
+        batch = Batch.build(parts, tables, 1 if plan.decode else runner.shapes.tile, plan.sources, runner.spare)
         if self.life.routing is not None:
             self.life.routing.note(plan, {c.request: self.trackers[c.request].experts for c in plan.chunks}, tables)
         start = self.recorder.dispatched()
@@ -397,10 +397,10 @@ class Machine:
         if not plan.decode:
             self.prompted += sum(c.stop - c.start for c in plan.chunks)
         if not any(c.ends for c in plan.chunks):
-            return Launched(plan, scores, None, start)
+            return Launched(plan, batch, scores, None, start)
         wanted = (self.trackers[c.request].logprobs for c in plan.chunks if c.ends)
         k = max((kept.options.top for kept in wanted if kept is not None), default=0)
-        return Launched(plan, scores, runner.sample(scores, sampled_of(plan, self.trackers), k), start)
+        return Launched(plan, batch, scores, runner.sample(scores, sampled_of(plan, self.trackers), k), start)
 
     def _take(self, launched: Launched) -> None:
         """Wait for what a step gave; give each request its tokens, and its caller the news."""
@@ -423,7 +423,10 @@ class Machine:
             except Exception as error:  # one request's output is no other's concern
                 return _unfollowed(trackers[i].request, error)
 
-        for request in self.scheduler.advance(launched.plan, chosen.tokens, follow):
+        moved = self.scheduler.advance(launched.plan, chosen.tokens, follow)
+        if launched.plan.guesses:  # before anything reads a state, or copies one that was left
+            self.runner.settle(launched.batch, settled_rows(launched.plan))
+        for request in moved:
             if request.finish is not None:
                 self._close(request)
                 continue

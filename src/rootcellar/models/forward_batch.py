@@ -33,6 +33,7 @@ class ForwardBatch:
         places: int32 [3, T], where rotary embeddings take each token to be, in time, height and width; None: where
             ``positions`` has it.
         until: int32 [T], the last position that each token sees; None: its own. A picture's tokens see each other.
+        verifies: whether rows of a recurrent kind may follow each other (``ops.recurrent``), as guessed tokens do.
     """
 
     positions: jax.Array
@@ -43,6 +44,7 @@ class ForwardBatch:
     local: Local
     places: jax.Array | None = None
     until: jax.Array | None = None
+    verifies: bool = False
 
     @property
     def attended(self) -> tuple[str, jax.Array]:

@@ -5,7 +5,9 @@ its own in another; they are the same once a request has state of its own. Its t
 tile reads what the row reads, every tile writes the row's own slot, and the next reads it there. Slot 0 takes what
 padding writes, and is never read.
 
-A batch of one token a tile (decoding) has at most one tile for each row: all of them go at once.
+A batch of one token a tile (decoding) has at most one tile for each row: all of them go at once. Where a row reads the
+slot that the row before it in the batch writes, it *follows* that one: its token comes after the other's (a guess that
+is verified), and each leaves its state in a slot of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ class Course(NamedTuple):
     """What each of the ``n`` tiles of a packed batch does; see :func:`course`.
 
     Attributes:
-        source: int32 [n], the slot whose state the tile starts from.
+        source: int32 [n], the slot whose state the tile starts from: where a row follows another, that one's target.
         fresh: bool [n], whether it starts from zeros instead.
         target: int32 [n], the slot that takes its state; 0 for padding.
         last: bool [n], whether it is its row's last tile.
-        offset: int32 [n], tokens of its row that come before it in the batch.
+        offset: int32 [n], tokens of its row, and of those that this one follows, that come before it in the batch.
         count: int32 [n], its tokens that are no padding.
     """
 
@@ -42,7 +44,8 @@ def course(tables: Array, rows: Array, positions: Array) -> Course:
     """How the tiles of a packed batch follow each other.
 
     Args:
-        tables: int32 [R, 2], the slot that each row reads (0: none) and the one that it writes.
+        tables: int32 [R, 2], the slot that each row reads (0: none) and the one that it writes; see above for those
+            that follow each other.
         rows: int32 [n], the table row of each tile; tiles of one row are neighbours.
         positions: int32 [T], -1 for padding, which is last in a tile; ``T`` is a multiple of ``n``.
     """
@@ -51,11 +54,12 @@ def course(tables: Array, rows: Array, positions: Array) -> Course:
     count = jnp.sum(positions.reshape(n, tile) >= 0, axis=1, dtype=jnp.int32)
     used = count > 0
     index = jnp.arange(n, dtype=jnp.int32)
+    read, own = tables[rows, 0], tables[rows, 1]
     changes = rows[1:] != rows[:-1]
     first = used & jnp.concatenate([jnp.ones(1, bool), changes | ~used[:-1]])
     last = used & jnp.concatenate([changes | ~used[1:], jnp.ones(1, bool)])
-    begin = lax.cummax(jnp.where(first, index, 0))
-    read, own = tables[rows, 0], tables[rows, 1]
+    follows = jnp.concatenate([jnp.zeros(1, bool), used[:-1] & changes & (own[:-1] != 0) & (read[1:] == own[:-1])])
+    begin = lax.cummax(jnp.where(first & ~follows, index, 0))
     return Course(
         source=jnp.where(first, read, own),
         fresh=first & (read == 0),
@@ -89,6 +93,55 @@ def each_row(pool: Array, way: Course, recur: Recurrence) -> tuple[Array, Array]
     """
     states, out = recur(_gather(pool, way))
     return out, _scatter(pool, way.target, states)
+
+
+def in_order(
+    head: HeadStep,
+    pool: Array,
+    way: Course,
+    operands: Sequence[Array],
+    width: int,
+    *,
+    first: StatesInPlace | None = None,
+) -> tuple[Array, Array]:
+    """The tokens of a decode step of which some follow others: a :class:`StatesInPlace` for any kind of device.
+
+    Those that follow none go at once, by ``first`` where there is one; the others are few, and go one by one.
+    """
+    follows = (way.offset > 0) & (way.count > 0)
+    alone = way._replace(
+        source=jnp.where(follows, 0, way.source),
+        fresh=way.fresh | follows,
+        target=jnp.where(follows, 0, way.target),
+    )
+    y, pool = (first or _at_once)(head, pool, alone, operands, width)
+    order = jnp.argsort(~follows, stable=True)
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, pool = carry
+        t = order[i]
+        state, out = _heads(head, _read(pool, way.source[t], way.fresh[t]), *(each[t] for each in operands))
+        pool = lax.dynamic_update_index_in_dim(pool, state, way.target[t], 0)
+        return lax.dynamic_update_index_in_dim(y, out, t, 0), pool
+
+    return lax.fori_loop(0, jnp.sum(follows), body, (y, pool))
+
+
+def _at_once(
+    head: HeadStep,
+    pool: Array,
+    way: Course,
+    operands: Sequence[Array],
+    width: int,  # noqa: ARG001 - ``head`` knows it
+) -> tuple[Array, Array]:
+    return each_row(pool, way, lambda states: jax.vmap(lambda *row: _heads(head, *row))(states, *operands))
+
+
+def _heads(head: HeadStep, state: Array, *told: Array) -> tuple[Array, Array]:
+    """One token through the states ``[H, ...]`` of all heads, of which each is told its group's row of ``[G, ...]``."""
+    rows = [jnp.repeat(each, len(state) // len(each), axis=0)[:, None] for each in told]
+    state, y = jax.vmap(head)(state, *rows)
+    return state, y[:, 0]
 
 
 def tile_by_tile(pool: Array, way: Course, out: jax.ShapeDtypeStruct, recur: TileRecurrence) -> tuple[Array, Array]:

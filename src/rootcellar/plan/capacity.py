@@ -32,6 +32,7 @@ from rootcellar.plan.sizing import (
     host_pages,
     request_pages,
     smallest,
+    verified,
 )
 from rootcellar.plan.stored import DTYPES, SHORT_NAMES
 from rootcellar.plan.weights import weight_bytes
@@ -60,6 +61,8 @@ class Ask:
         max_total_tokens: take so many tokens and no more.
         request_length: of the requests to count, in tokens; None: the model's context.
         chunked_prefill_size: tokens of a request that may be in computation (vLLM: max_num_batched_tokens).
+        max_running_requests: rows of a decode step.
+        speculative_num_draft_tokens: tokens of a row that may be guessed; 0: none are.
         hicache_ratio: tokens of the host tier for each on the device; hicache_size: or its bytes, for each device.
     """
 
@@ -78,15 +81,19 @@ class Ask:
     chunked_prefill_size: int = ENGINE.chunked_prefill_size
     swa_full_tokens_ratio: float = ENGINE.swa_full_tokens_ratio
     mamba_full_memory_ratio: float = ENGINE.mamba_full_memory_ratio
+    max_running_requests: int = MOST_REQUESTS
+    speculative_num_draft_tokens: int = 0
     hicache_ratio: float | None = None
     hicache_size: int | None = None
 
     def __post_init__(self) -> None:
         counts = {"page_size": self.page_size, "tp": self.tp, "devices": self.devices}
-        counts |= {"chunked_prefill_size": self.chunked_prefill_size}
+        counts |= {"chunked_prefill_size": self.chunked_prefill_size, "max_running_requests": self.max_running_requests}
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} is not allowed: it must be at least 1")
+        if (guessed := self.speculative_num_draft_tokens) < 0:
+            raise ConfigError(f"speculative_num_draft_tokens={guessed} is not allowed: it must be at least 0")
         if self.devices % self.tp:
             raise ConfigError(f"devices={self.devices} is no multiple of tp={self.tp}: each copy takes tp devices")
         if self.hbm is not None and self.kv_bytes_per_device is not None:
@@ -122,7 +129,14 @@ class Ask:
             self.mamba_full_memory_ratio,
             self.max_total_tokens,
             inflight=self.chunked_prefill_size,
+            spare_states=self.spare_states,
         )
+
+    @property
+    def spare_states(self) -> int:
+        """States of each recurrent kind for tokens that a step guesses."""
+        guessed = self.speculative_num_draft_tokens
+        return verified(self.max_running_requests, guessed) - 1 if guessed else 0
 
     def costs(self) -> list[Cost]:
         """What a page of each kind takes on one device."""
@@ -283,9 +297,8 @@ def _budget(ask: Ask, formulas: dict[str, str]) -> tuple[int | None, dict[str, i
     weights = -(-total // ask.tp)
     active = ask.activation_bytes
     if active is None:
-        active = activation_bytes(
-            _widths(ask), ask.chunked_prefill_size, -(-ask.chunked_prefill_size // TILE), MOST_REQUESTS
-        )  # fmt: skip
+        rows = verified(ask.max_running_requests, ask.speculative_num_draft_tokens)
+        active = activation_bytes(_widths(ask), ask.chunked_prefill_size, -(-ask.chunked_prefill_size // TILE), rows)
     formulas["weight_bytes_per_device"] = (
         f"{gb(total)} GB {'given' if ask.weight_bytes is not None else 'counted from the config'} / tp={ask.tp}"
     )
@@ -318,7 +331,8 @@ def _widths(ask: Ask) -> Widths:
 
 def _pools(ask: Ask, costs: Sequence[Cost], division: Division, formulas: dict[str, str]) -> dict[str, Any]:
     tokens = {c.kind.name: division.pages[c.kind.name] * (1 if c.recurrent else ask.page_size) for c in costs}
-    parts = [f"({division.pages[c.kind.name]} + 1) x {c.page_bytes}" for c in costs]
+    spare = f" + {division.spare_states} for guesses" if division.spare_states else ""
+    parts = [f"({division.pages[c.kind.name]} + 1{spare if c.recurrent else ''}) x {c.page_bytes}" for c in costs]
     formulas["max_total_num_tokens"] = (
         f"the most whole pages of {ask.page_size} whose pools fit into kv_bytes_per_device"
         + (f", swa_full_tokens_ratio={ask.swa_full_tokens_ratio}" if _windows(costs) else "")

@@ -6,7 +6,7 @@ A pool of ``n`` pages takes ``n + 1`` pages of memory: page 0 is the padding tar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rootcellar.cache.kind import Kind
 
@@ -49,6 +49,7 @@ class Rules:
             :func:`split_pages`, and arenas.
         running: requests that may run at the same time; counts when ``max_total_tokens`` is given.
         arena: names of the kinds that share one pool, all with pages of the same bytes (see ``plan.arena``).
+        spare_states: states of each recurrent kind beside those of the cache, for tokens that are guessed.
     """
 
     page_size: int
@@ -59,19 +60,22 @@ class Rules:
     max_mamba_cache_size: int | None = None
     running: int = 0
     arena: tuple[str, ...] = ()
+    spare_states: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Pages of each pool (padding not counted), tokens, and the bytes of all pools with padding.
+    """Pages of each pool (padding and spare states not counted), tokens, and the bytes of all pools with both.
 
     A pool is named after its kind, or ``ARENA``. ``tokens`` is what ``max_total_num_tokens`` reports: tokens of the
     full kind, or of all kinds where none is full; for an arena those of the longest request (``longest_request``).
+    ``spare_states``: those that each recurrent pool has beside its pages (see ``Rules``).
     """
 
     pages: Mapping[str, int]
     tokens: int
     nbytes: int
+    spare_states: int = 0
 
 
 def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
@@ -82,8 +86,14 @@ def divide(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     :func:`state_pages`; when ``max_total_tokens`` is given, tokens come first. An arena gets all that is left, or the
     pages that its kinds would have had for ``max_total_tokens``.
     """
-    if rules.arena:
-        return _divide_arena(costs, rules, budget)
+    spare = spare_bytes(costs, rules)
+    division = (_divide_arena if rules.arena else _divide_split)(costs, rules, budget - spare)
+    return (
+        None if division is None else replace(division, nbytes=division.nbytes + spare, spare_states=rules.spare_states)
+    )
+
+
+def _divide_split(costs: Sequence[Cost], rules: Rules, budget: int) -> Division | None:
     wanted = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
     states = state_pages(costs, rules, budget, token_bytes(costs, rules, wanted))
     if states is None or wanted < 1:
@@ -123,6 +133,16 @@ def state_pages(costs: Sequence[Cost], rules: Rules, budget: int, least: int) ->
     return max(least_states, min(share, least_states + spare // per_state))
 
 
+def verified(rows: int, guessed: int) -> int:
+    """Tokens of the largest decode step: of ``rows`` rows, or of one row alone and ``guessed`` that follow it."""
+    return 1 << (max(rows, 1 + guessed) - 1).bit_length()
+
+
+def spare_bytes(costs: Sequence[Cost], rules: Rules) -> int:
+    """Bytes of the states beside the cache's in which a step leaves those after guessed tokens."""
+    return rules.spare_states * sum(cost.page_bytes for cost in costs if cost.recurrent)
+
+
 def least_states_of(costs: Sequence[Cost], rules: Rules) -> int:
     """Fewest recurrent states that there must be; 0 for a model without recurrent layers."""
     if not any(cost.recurrent for cost in costs):
@@ -134,9 +154,9 @@ def smallest(costs: Sequence[Cost], rules: Rules) -> int:
     """Bytes of the least pools that :func:`divide` gives: one page (or ``max_total_tokens``), and the fewest states."""
     if rules.arena:
         page, pages = _arena_pages(costs, rules)
-        return (pages + 1) * page + state_bytes(costs, least_states_of(costs, rules))
+        return (pages + 1) * page + state_bytes(costs, least_states_of(costs, rules)) + spare_bytes(costs, rules)
     pages = 1 if rules.max_total_tokens is None else rules.max_total_tokens // rules.page_size
-    return _division(costs, rules, max(1, pages), least_states_of(costs, rules)).nbytes
+    return _division(costs, rules, max(1, pages), least_states_of(costs, rules)).nbytes + spare_bytes(costs, rules)
 
 
 def token_bytes(costs: Sequence[Cost], rules: Rules, pages: int) -> int:

@@ -35,15 +35,19 @@ class Pool:
     ``buffers`` is donated to a step and must be replaced by what the step gives back.
     """
 
-    def __init__(self, layout: Layout, layers: int, pages: int, shardings: Sequence[Sharding] | None = None) -> None:
+    def __init__(
+        self, layout: Layout, layers: int, pages: int, shardings: Sequence[Sharding] | None = None, spare: int = 0
+    ) -> None:
         """Allocate the buffers of ``layers`` layers for ``pages`` pages and the padding page.
 
-        ``shardings``: where each of a layer's buffers lies; None: on the first device.
+        ``shardings``: where each of a layer's buffers lies; None: on the first device. ``spare``: pages behind the
+        others that no cache knows: what a step writes there is read before the next one.
         """
         self.layout = layout
         self.layers = layers
         self.pages = pages
-        buffers = layout.buffers(pages + 1)
+        self.spare = spare
+        buffers = layout.buffers(pages + 1 + spare)
         here = SingleDeviceSharding(jax.devices()[0])
         self._placed = tuple(zip(buffers, shardings or (here,) * len(buffers), strict=True))
         self._buffers: list[tuple[Array, ...]] | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rootcellar.plan.sizing import TILE
+from rootcellar.plan.sizing import TILE, verified
 
 Ints = NDArray[np.int32]
 
@@ -43,7 +44,7 @@ class BatchPart(NamedTuple):
 
     ``row``: its row in the cache's page tables. ``tokens``: ids as the cache knows them; those for which there are
     ``given`` vectors may be anything of 64 bits. ``places``: int32 [3, len(tokens)], where rotary embeddings of three
-    axes take them to be, if it is not where they stand.
+    axes take them to be, if it is not where they stand. ``follows``: a guess, that comes after the part before it.
     """
 
     row: int
@@ -51,6 +52,7 @@ class BatchPart(NamedTuple):
     tokens: NDArray[np.integer]
     given: Vectors | None = None
     places: Ints | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Shapes:
     @property
     def verified(self) -> int:
         """Tokens of the largest decode step: rows, and what is guessed of them."""
-        return _powers(max(self.decode_rows, 1 + self.guessed))[-1]
+        return verified(self.decode_rows, self.guessed)
 
     def all(self) -> list[tuple[int, int]]:
         """Every shape, for warming up: decode first."""
@@ -163,12 +165,18 @@ class Batch:
 
     @classmethod
     def build(
-        cls, parts: Sequence[BatchPart], tables: Mapping[str, Ints], tile: int, sources: Sequence[int] = ()
+        cls,
+        parts: Sequence[BatchPart],
+        tables: Mapping[str, Ints],
+        tile: int,
+        sources: Sequence[int] = (),
+        spare: Mapping[str, int] = MappingProxyType({}),
     ) -> Batch:
         """Lay out ``parts``.
 
         ``tables``: for each kind the cache's page tables; ``tile``: tokens in a tile; ``sources``: see above, of each
-        part, where any part has one.
+        part, where any part has one; ``spare``: of each recurrent kind the first of the slots where the states after
+        parts that follow others are left.
         """
         lengths = [len(part.tokens) for part in parts]
         counts = [-(-n // tile) for n in lengths]
@@ -192,6 +200,9 @@ class Batch:
                 rows[at // tile : at // tile + count] = i
                 last[i] = at + n - 1
         chosen = {name: table[ids] for name, table in tables.items()}
+        for name, first in spare.items():
+            for slot, i in enumerate((i for i, part in enumerate(parts) if part.follows), first):
+                chosen[name][i] = chosen[name][i - 1, 1], slot
         given = _given(parts, starts, tokens, positions)
         places = _places(parts, starts, positions)
         unread = None

@@ -59,12 +59,31 @@ class Programs:
         return {kind.name: 2 if kind.rule == "recurrent" else self.table_width for kind in self.paging.kinds}
 
     @cached_property
+    def settle(self) -> Any:
+        """Copies states in their pools: ``(buffers of each layer, how many, from slots, to slots) -> buffers``.
+
+        ``buffers`` is donated; there are ``shapes.newest`` slots of either, of which the first count.
+        """
+
+        def settle(layers: list[tuple[Array, ...]], count: Array, sources: Array, targets: Array) -> Any:
+            def one(i: Array, layers: Any) -> Any:
+                def copy(pool: Array) -> Array:
+                    state = jax.lax.dynamic_index_in_dim(pool, sources[i], keepdims=False)
+                    return jax.lax.dynamic_update_index_in_dim(pool, state, targets[i], 0)
+
+                return jax.tree.map(copy, layers)
+
+            return jax.lax.fori_loop(0, count, one, layers)
+
+        return jax.jit(settle, donate_argnums=0)
+
+    @cached_property
     def step(self) -> Any:
         """One batch through the model: ``(buffers, logits [tiles, V] of each part's end, hidden [T, E])``.
 
         Arguments: params as placed; ``{pool: buffers of each layer}``, donated; then what a ``Batch`` holds.
         """
-        return compiled_step(self.placement, self.paging, self.backend)
+        return compiled_step(self.placement, self.paging, self.backend, verifies=self.shapes.guessed > 0)
 
     @cached_property
     def sample(self) -> Any:
@@ -107,8 +126,8 @@ class Programs:
         return jax.jit(score, out_shardings=self.placement.read_from)
 
 
-def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
-    """The jitted step of a model over its pools; see ``Programs.step``.
+def compiled_step(placement: Placement, paging: Paging, backend: str, *, verifies: bool = False) -> Any:
+    """The jitted step of a model over its pools; see ``Programs.step``. ``verifies``: see ``ForwardBatch``.
 
     Layer ``i`` of a kind has the buffers of its pool's layer ``i``, whoever else shares them.
     """
@@ -120,7 +139,7 @@ def compiled_step(placement: Placement, paging: Paging, backend: str) -> Any:
         buffers = {name: list(layers) for name, layers in buffers.items()}
         until = None if given is None else given.until
         steps = {
-            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local, places, until)
+            name: ForwardBatch(positions, rows, tables[name], layout, backend, placement.local, places, until, verifies)
             for name, layout in paging.layouts.items()
         }
 

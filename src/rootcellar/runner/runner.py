@@ -64,10 +64,14 @@ class Unread:
         return tokens, logprobs, None if top is None else (top[0][:, : self.k], top[1][:, : self.k])
 
 
-def pools_of(paging: Paging, placement: Placement, pages: Mapping[str, int]) -> dict[str, Pool]:
-    """The pools that a model's kinds lie in, allocated, with so many ``pages`` each, by name."""
+def pools_of(paging: Paging, placement: Placement, pages: Mapping[str, int], spare: int = 0) -> dict[str, Pool]:
+    """The pools that a model's kinds lie in, allocated, with so many ``pages`` each, by name.
+
+    ``spare``: states that recurrent ones have beside those.
+    """
+    states = {paging.pool_of[kind.name] for kind in paging.kinds if kind.rule == "recurrent"}
     return {
-        name: Pool(layout, layers, pages[name], placement.pool_shardings(layout))
+        name: Pool(layout, layers, pages[name], placement.pool_shardings(layout), spare if name in states else 0)
         for name, (layout, layers) in paging.pools.items()
     }
 
@@ -99,6 +103,12 @@ class Runner:
     def pool_of(self) -> Mapping[str, str]:
         """The name of the pool that each kind lies in."""
         return self.programs.paging.pool_of
+
+    @cached_property
+    def spare(self) -> dict[str, int]:
+        """Of each kind whose pool has spare pages the first: where a step leaves the states after guessed tokens."""
+        pools = {kind: self.pools[name] for kind, name in self.pool_of.items()}
+        return {kind: pool.pages + 1 for kind, pool in pools.items() if pool.spare}
 
     @cached_property
     def copiers(self) -> dict[str, Copier]:
@@ -133,6 +143,20 @@ class Runner:
         if places is None and (axes := self.placement.served.axes):  # of text they are its positions
             places = np.tile(np.maximum(batch.positions, 0), (axes, 1))
         return self.params, buffers, known, *fixed, newest, places
+
+    def settle(self, batch: Batch, rows: Sequence[tuple[int, int]]) -> None:
+        """Let the state after one row of a batch be that of another, for each of these pairs: (row, other row).
+
+        For rows of which some guessed tokens that follow them were right: their state is that after the last of these.
+        """
+        if not rows:
+            return
+        slots = np.zeros((2, self.shapes.newest), np.int32)
+        for kind in self.spare:
+            pool, written = self.pools[self.pool_of[kind]], batch.tables[kind][:, 1]
+            for i, (row, other) in enumerate(rows):
+                slots[:, i] = written[other], written[row]
+            pool.buffers = self.programs.settle(pool.buffers, np.int32(len(rows)), *slots)
 
     def _within_vocabulary(self, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
         low, high = int(tokens.min()), int(tokens.max())
@@ -201,6 +225,7 @@ class Runner:
         if (encoder := self.placement.served.encoder) is not None:
             found += [self._seeing(shape, encoder.atomic) for shape in prefill]
         scored = {tiles * tile: (tiles, tile) for tiles, tile in order}  # scoring knows a step by its tokens alone
+        found += [Program("settling states", False, self._settle_padding)] if self.spare else []
         return found + [self._scoring(scored[tokens]) for tokens in sorted(scored)]
 
     def _seeing(self, shape: tuple[int, int], atomic: bool) -> Program:
@@ -237,6 +262,9 @@ class Runner:
             self.score(hidden, np.zeros(len(hidden), np.int64), 0)
 
         return Program(f"logprobs of {shape[0] * shape[1]} prompt tokens", False, run)
+
+    def _settle_padding(self) -> None:
+        self.settle(Batch.padding(1, 1, self.programs.widths), [(0, 0)])
 
     def _run_padding(self, tiles: int, tile: int) -> tuple[Array, Array]:
         """The logits and hidden states of a step in which no token belongs to anybody."""

@@ -26,10 +26,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rootcellar.cache import Kind, RadixCache, Suffixes, owner_of
-from rootcellar.errors import ConfigError
+from rootcellar.cache import RadixCache, Suffixes, owner_of
 from rootcellar.scheduler.placeholders import ABOVE
 from rootcellar.scheduler.request import Request
+from rootcellar.scheduler.snapshots import Snapshots
 
 LOOK_BACK = 1 << 14
 """Of its own text, the newest tokens in which a request looks for its end."""
@@ -65,6 +65,9 @@ class Guesses(Protocol):
     def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
         """For each request the tokens to verify after its newest; none is as good an answer as any."""
 
+    def possible(self, rows: int) -> bool:
+        """Whether the next step may have guesses, if so many requests decode in it, whatever they say until then."""
+
     def ended(self, request: Request) -> None:
         """A request that ran ended: this is all that it said."""
 
@@ -86,29 +89,33 @@ def keep(guess: Sequence[int], chosen: Sequence[int]) -> Sequence[int]:
     return chosen[: right + 1]
 
 
-def fitting(cache: RadixCache, request: Request, guess: tuple[int, ...]) -> tuple[int, ...]:
+def fitting(
+    cache: RadixCache, request: Request, guess: tuple[int, ...], snapshots: Snapshots | None
+) -> tuple[int, ...]:
     """A guess, with slots for its tokens; nothing where there are none: no request makes way for a guess.
 
-    What is only cached does, as for a request's own tokens: a slot that a wrong guess leaves is its next token's.
+    What is only cached does, as for a request's own tokens. A guess ends where a recurrent state would be left: there
+    is none of a token in its midst.
     """
+    if snapshots is not None:
+        guess = guess[: snapshots.until(request) - 1]
     if guess and max(guess) >= ABOVE:  # what is no token is never said
         guess = guess[: next(i for i, token in enumerate(guess) if token >= ABOVE)]
     lacking = request.computed + 1 + len(guess) - request.slots
     if guess and lacking > 0:
         assert request.lease is not None
-        if not cache.grow(request.lease, lacking):
+        if not cache.grow(request.lease, lacking, step=False):
             return ()
         request.slots += lacking
     return guess
 
 
-def require_no_states(kinds: Sequence[Kind]) -> None:
-    """Raise ``ConfigError`` for a model whose tokens' guesses cannot be verified."""
-    if any(kind.rule == "recurrent" for kind in kinds):
-        raise ConfigError(
-            "speculative_algorithm must be None for a model with recurrent layers: a state cannot be taken back to "
-            "where a guess was wrong"
-        )
+def give_back(cache: RadixCache, request: Request) -> None:
+    """Let go of slots for guessed tokens that were wrong, or came after the request's last."""
+    if request.slots > request.computed:
+        assert request.lease is not None
+        cache.grow(request.lease, request.computed - request.slots)
+        request.slots = request.computed
 
 
 def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> Proposal:
@@ -245,7 +252,7 @@ class NgramGuesser:
     def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
         """See ``Guesses``."""
         nothing: list[tuple[int, ...]] = [()] * len(requests)
-        if not self._can_pay(len(requests)):
+        if not self.possible(len(requests)):
             return nothing
         found = [self._find(request) for request in requests]
         if not any(each.tokens for each in found):
@@ -274,6 +281,18 @@ class NgramGuesser:
         """See ``Guesses``."""
         self._prices.took(padded(tokens), seconds)
 
+    def possible(self, rows: int) -> bool:
+        """See ``Guesses``: whether steps of some size would give more tokens a second if all guesses were right."""
+        size, limit = padded(rows), min(self._rows, rows * (1 + self._most))
+        if limit <= rows:
+            return False
+        rate = rows / self._prices.of(size)
+        while size < padded(limit):
+            if min(size, limit) / self._prices.of(size) > rate:
+                return True
+            size *= 2
+        return limit / self._prices.of(size) > rate
+
     def ended(self, request: Request) -> None:
         """See ``Guesses``. What of its prompt was cached is known, up to what stands before the rest."""
         if self._suffixes is not None and request.cached is not None:
@@ -284,18 +303,6 @@ class NgramGuesser:
         """See ``Guesses``."""
         if self._suffixes is not None:
             self._suffixes.clear()
-
-    def _can_pay(self, rows: int) -> bool:
-        """Whether a step of some size would give more tokens a second than one without guesses if all were right."""
-        size, limit = padded(rows), min(self._rows, rows * (1 + self._most))
-        if limit <= rows:
-            return False
-        rate = rows / self._prices.of(size)
-        while size < padded(limit):
-            if min(size, limit) / self._prices.of(size) > rate:
-                return True
-            size *= 2
-        return limit / self._prices.of(size) > rate
 
     def _find(self, request: Request) -> Proposal:
         most = min(self._most, len(request.ids) - request.length - 1)

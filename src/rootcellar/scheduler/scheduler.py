@@ -23,7 +23,7 @@ from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.ahead import chunks_ahead
 from rootcellar.scheduler.claims import Admission, Claims
 from rootcellar.scheduler.cutting import Cutter
-from rootcellar.scheduler.guessing import Guesses, fitting, require_no_states
+from rootcellar.scheduler.guessing import Guesses, fitting, give_back
 from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.placeholders import outside
 from rootcellar.scheduler.plan import POLICIES, Chunk, Follow, Plan, decode_step, little_of, new_chunk, room_for
@@ -72,12 +72,9 @@ class Scheduler:
             max_tiles: most tiles in a prefill step; None: as many as tokens.
             snapshots: where requests leave recurrent states; None: the model has none.
             loads: says what farther tiers give; None: all that they have.
-            guesses: says what decoding requests may say next; None: a step gives each one token. ``ConfigError`` where
-                the model has recurrent states, which cannot be taken back.
+            guesses: says what decoding requests may say next; None: a step gives each one token.
             reserved: tokens of each running answer yet to come that whoever starts leaves room for.
         """
-        if guesses is not None:
-            require_no_states(cache.kinds)
         self.cache = cache
         self.waiting = Waiting()
         self.running: list[Request] = []
@@ -286,14 +283,16 @@ class Scheduler:
         """The step after ``plan``, before it is known what that gives (``ahead.py``); None: take that, and plan then.
 
         None, too, where somebody waits who could start, if only because a request comes to its full length, where
-        nobody knows how many tokens ``plan`` gives, where somebody would have to make way, and behind a large step:
-        whoever comes during that would wait for both.
+        nobody knows how many tokens ``plan`` gives, or what may be guessed then, where somebody would have to make way,
+        and behind a large step: whoever comes during that would wait for both.
         """
         startable = self.waiting and self.admitting and not self._settled
-        if startable or self.guesses is not None or plan.cost > self._little:
+        if startable or plan.guesses or plan.cost > self._little:
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
-        if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):
+        if not ahead or (self.guesses is not None and self.guesses.possible(len(ahead))):
+            return None
+        if self.waiting and len(ahead) + len(self.loading) < len(self.running):
             return None
         if not self._one_slot_more([c.request for c in ahead.values() if c.request.slots == c.start]):
             return None
@@ -311,8 +310,9 @@ class Scheduler:
         if self.guesses is None:
             chunks = [new_chunk((r, r.computed, r.length, True, ())) for r in requests]
         else:
+            fit = functools.partial(fitting, self.cache, snapshots=self._snapshots)
             guesses = zip(requests, self.guesses.of(requests), strict=True)
-            chunks = [new_chunk((r, r.computed, r.length, True, fitting(self.cache, r, guess))) for r, guess in guesses]
+            chunks = [new_chunk((r, r.computed, r.length, True, fit(r, guess))) for r, guess in guesses]
         return decode_step(tuple(chunks)) if chunks else None
 
     def _prefill(self, prefilling: list[Request]) -> Plan | None:
@@ -475,6 +475,8 @@ class Scheduler:
                     self.guesses.verified(request, len(guess), len(tokens[i]) - 1)
                 if guess or stop == request.prompt_length:
                     request.take(tokens[i], None if follow is None else functools.partial(follow, i))
+                    if guess:
+                        give_back(self.cache, request)
                 else:  # one more of its answer, which it is nearly always
                     request.append(tokens[i][0])
                     if follow is not None and (found := follow(i, 0)) is not None:

@@ -49,6 +49,10 @@ class Snapshots:
         wanted = (interval, request.branch, tail)
         return min((at for at in wanted if first <= at < stop), default=stop)
 
+    def until(self, request: Request) -> int:
+        """Tokens, one at least, that ``request`` has to decode up to where it may leave its next state."""
+        return self.period - request.computed % self.period
+
     def possible(self, request: Request, at: int) -> bool:
         """Whether ``request`` leaves a state when it has computed ``at`` tokens and goes on, or ends there."""
         return at % self.page_size == 0 and at - request.resumable >= self._apart(request)

@@ -164,7 +164,7 @@ NB_MODULE(_core, module) {
                 return core.open(hit_of(hit), tier_of(tier), integer(priority), room);
             },
             "hit"_a, "tier"_a = 0, nb::kw_only(), "priority"_a = 0, "room"_a.none() = nb::none())
-        .def("_grow", &Core::grow, "lease"_a, "tokens"_a)
+        .def("_grow", &Core::grow, "lease"_a, "tokens"_a, nb::kw_only(), "step"_a = true)
         .def("grow_many", &Core::grow_many, "leases"_a, "tokens"_a = 1)
         .def("_commit", &Core::commit, "lease"_a, "key"_a, nb::kw_only(), "snapshot"_a = true)
         .def("_close", &Core::close, "lease"_a, "keep"_a = true)

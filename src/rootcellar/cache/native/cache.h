@@ -64,7 +64,8 @@ class Cache {
     // `room`: tokens by paged kind that must fit beside the lease; null: none are asked for.
     Ref<Lease> open(const Key& key, const Hit& hit, Tier tier, std::int64_t priority,
                     const std::vector<std::int64_t>* room);
-    bool grow(Lease& lease, std::int64_t tokens);
+    // `step`: for the next one; else for that of the call before. Less than 0 tokens: the last slots go back.
+    bool grow(Lease& lease, std::int64_t tokens, bool step = true);
     void grow_many(const std::vector<Lease*>& leases, const std::int64_t* tokens, bool* answers);
     // One token more for each lease. False, and nothing changed, where they cannot be grown in one go.
     bool step(const std::vector<Lease*>& leases);

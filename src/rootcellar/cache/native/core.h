@@ -100,9 +100,9 @@ class Core {
         return nb::cast(PyLease{std::move(lease)});
     }
 
-    bool grow(nb::handle lease, nb::handle tokens) {
+    bool grow(nb::handle lease, nb::handle tokens, bool step = true) {
         const Verb verb(cache_.tree);
-        return cache_.grow(lease_of(lease), integer(tokens));
+        return cache_.grow(lease_of(lease), integer(tokens), step);
     }
 
     nb::list grow_many(nb::handle leases, nb::handle tokens) {

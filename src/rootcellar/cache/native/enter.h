@@ -65,7 +65,7 @@ inline constexpr Entrance CLOSE = {"close", 1, [](Core& core, PyObject* const* g
 inline PyMethodDef METHODS[] = {
     method<MATCH>("match($self, key)\n--\n\n"),
     method<OPEN>("open($self, hit, tier=0, *, priority=0, room=None)\n--\n\n"),
-    method<GROW>("grow($self, lease, tokens)\n--\n\n"),
+    method<GROW>("grow($self, lease, tokens, *, step=True)\n--\n\n"),
     method<COMMIT>("commit($self, lease, key, *, snapshot=True)\n--\n\n"),
     method<CLOSE>("close($self, lease, keep=True)\n--\n\n"),
     {},

@@ -181,19 +181,27 @@ void Cache::observe(Lease& lease, const Key& key, std::int64_t first, std::int64
 
 // ---- grow --------------------------------------------------------------------------------------------------------
 
-bool Cache::grow(Lease& lease, std::int64_t tokens) {
+bool Cache::grow(Lease& lease, std::int64_t tokens, bool step) {
     must_be_open(lease);
-    if (tokens < 0) throw Refusal{"only_grows", {tokens}};
     if (tokens > given.max_length - lease.length) throw Refusal{"row_full", {lease.length, tokens, given.max_length}};
-    const std::int64_t old = tree.pages_of(lease.length);
-    const std::int64_t fresh = tree.pages_of(lease.length + tokens) - old;
+    const std::int64_t old = tree.pages_of(lease.length), kept = tree.pages_of(lease.length + tokens);
+    if (lease.length + tokens < lease.committed || kept < *std::max_element(lease.starts.begin(), lease.starts.end()))
+        throw Refusal{"gives_too_much", {-tokens, lease.length, lease.committed}};
+    const std::int64_t fresh = kept - old;
     if (fresh > 0) {
         needs_.clear();
         for (Shelf* shelf : paged) needs_.emplace_back(shelf, fresh);
         if (!tree.make_room_for(needs_)) return false;
         for (Shelf* shelf : paged) shelf->take(tables[shelf->k].row(lease) + old, static_cast<std::int32_t>(fresh));
     }
-    if (tokens != 0) step_states(lease);
+    if (fresh < 0) {
+        for (Shelf* shelf : paged) {
+            std::int32_t* row = tables[shelf->k].row(lease);
+            shelf->give(row + kept, static_cast<std::int32_t>(-fresh));
+            std::fill(row + kept, row + old, 0);
+        }
+    }
+    if (tokens > 0 && step) step_states(lease);
     lease.length += tokens;
     return true;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -10,7 +11,7 @@ from jax import Array
 from rootcellar.cache.kind import Rule
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
-from rootcellar.ops.recurrent import Course, HeadStep, StatesInPlace
+from rootcellar.ops.recurrent import Course, HeadStep, StatesInPlace, in_order
 
 
 def _by_kernel(
@@ -48,10 +49,13 @@ class Recurrent:
 
     @staticmethod
     def in_place(batch: ForwardBatch) -> StatesInPlace | None:
-        """What takes a decode step through states where they lie, on each device all of it; None: where XLA does."""
+        """What takes a decode step through states where they lie, on each device all of it; None: where XLA does.
+
+        Where tokens are guessed it is more than a kernel's business: a token may go on from the one before it.
+        """
         run = IN_PLACE.get(batch.backend)
         if run is None:
-            return None
+            return in_order if batch.verifies else None
 
         def on_each(
             head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int
@@ -62,4 +66,4 @@ class Recurrent:
             y, pool = batch.local(here, [()] * (2 + len(operands)), [()] * 2)(pool, way, *operands)
             return y, pool
 
-        return on_each
+        return functools.partial(in_order, first=on_each) if batch.verifies else on_each
