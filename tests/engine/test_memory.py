@@ -252,6 +252,52 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(tiny_folder, 
     assert "max_total_tokens=100000 takes" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hicache_ratio": 1e6}, "hicache_ratio=1e\\+06 takes .* GB are left for it: at most hicache_ratio="),
+        ({"hicache_size": 1e6}, "hicache_size=1e\\+06 takes .* or hicache_size=.* would fit"),
+        ({"hicache_ratio": 1e-9}, "hicache_ratio=1e-09 leaves no page"),
+    ],
+)
+def test_a_host_tier_that_does_not_fit_is_refused_before_anything_is_allocated(
+    tiny_folder, monkeypatch, options, words
+):
+    def never(*_args):
+        raise AssertionError("allocated")
+
+    monkeypatch.setattr("rootcellar.engine.build.load_params", never)
+    monkeypatch.setattr(Pool, "allocate", never)
+    live = len(alive())
+    with pytest.raises(ConfigError, match=words):
+        rootcellar.Engine(model_path=tiny_folder, max_total_tokens=1024, enable_hierarchical_cache=True, **options)
+    assert len(alive()) == live
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_on_a_cpu_the_host_tier_gets_what_weights_and_pools_will_leave(monkeypatch, handed_over):
+    """They are taken from the memory that is free now; weights that were handed over were taken before."""
+    config = EngineConfig(max_total_tokens=1024, device_memory="1GB", hicache_ratio=2.0)
+    made = programs(config)
+    sizing = memory.size(config, made, 256)
+    images = 1024 // config.page_size * made.image_bytes["full"]
+    needed = 2 * images + sizing.division.nbytes + (0 if handed_over else sizing.weights)
+    monkeypatch.setattr(memory, "free_memory", lambda: needed)
+    assert memory.size_host(sizing, made, loads=not handed_over) == {"full": 2 * 1024 // config.page_size}
+    monkeypatch.setattr(memory, "free_memory", lambda: needed - 1)
+    with pytest.raises(ConfigError, match=r"at most hicache_ratio=1\.99 "):
+        memory.size_host(sizing, made, loads=not handed_over)
+
+
+def test_pages_of_host_memory_are_as_large_as_those_that_are_copied(tiny_folder):
+    with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=1024, enable_hierarchical_cache=True) as engine:
+        runner = engine._parts.runner
+        assert runner.programs.image_bytes == {name: c.image.nbytes for name, c in runner.copiers.items()}
+        assert engine.stats()["host_cache_bytes"] == 2 * sum(
+            pool.pages * runner.programs.image_bytes[name] for name, pool in runner.pools.items()
+        )
+
+
 def test_more_than_the_machine_has_is_no_remedy(monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: 10**9)
     options = {"max_total_tokens": 10**7, "dtype": "bfloat16", "kv_cache_dtype": "bf16"}

@@ -24,7 +24,7 @@ def test_each_pool_has_as_many_times_the_devices_pages():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"free": 2 * GB}, r"hicache_ratio=2 takes 2.20 GB .* 2.00 GB are free: at most hicache_ratio=1.81 or "),
+        ({"free": 2 * GB}, r"hicache_ratio=2 takes 2.20 GB .* 2.00 GB are left for it: at most hicache_ratio=1.81 or "),
         ({"size": 50.0, "free": 20 * GB}, "hicache_size=50 takes 49.99 GB .* or hicache_size=20 would fit"),
         ({"fraction": 0.5, "free": 5 * GB}, "hicache_host_memory_fraction=0.5 leaves no page"),
         ({"ratio": 0.0001}, "hicache_ratio=0.0001 leaves no page"),

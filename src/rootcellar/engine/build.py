@@ -42,7 +42,7 @@ from rootcellar.runner.large_pages import in_large_pages
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import Loads, NgramGuesser, Prefetcher, Scheduler, Snapshots
 from rootcellar.text import Tokenizer
-from rootcellar.tiers.host import HostMemory, free_memory, host_rows
+from rootcellar.tiers.host import HostMemory
 from rootcellar.tiers.mover import Mover
 from rootcellar.transfer.events import EventPublisher, EventSettings
 from rootcellar.transfer.receiver import Receiver
@@ -195,6 +195,7 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     context = _context_length(config.context_length, model)
     # Before the weights: what does not fit is refused while nothing is allocated.
     sizing = memory.size(config, programs, context, params)
+    rows = memory.size_host(sizing, programs, loads=params is None) if config.enable_hierarchical_cache else None
     total, running = sizing.division.tokens, sizing.max_running_requests
     # No request is longer than the cache: a context of millions must not make page tables of millions.
     shapes = Shapes.of(config.chunked_prefill_size, running, _guessed(config))
@@ -207,9 +208,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     runner = Runner(programs, weights.params, pools)
     dtypes = str(types.weights if params is None else dtype), types.kv
     names = identity.fingerprint(model, kinds, *dtypes, config.page_size, config.quantization, fixed=fixed)
-    host = _host_memory(config, runner) if config.enable_hierarchical_cache else None
+    host = None if rows is None else _host_memory(rows, programs)
     mover = None if host is None else Mover(runner.copiers, host.images, runner.pool_of)
-    images = {name: runner.copiers[pool].image.nbytes for name, pool in runner.pool_of.items()}
+    images = {name: programs.image_bytes[pool] for name, pool in runner.pool_of.items()}
     loads = Loads(programs.paging.kinds, config.page_size, images, always=config.disaggregation_mode == "decode")
     told = None if config.kv_events_config is None else EventSettings.read(config.kv_events_config)
     scheduler = _scheduler(config, programs, pools, running, names, host, loads)
@@ -241,18 +242,9 @@ def build(config: EngineConfig, params: Params | None = None, weights_name: str 
     )
 
 
-def _host_memory(config: EngineConfig, runner: Runner) -> HostMemory:
-    """The tier in host memory. Raises ``ConfigError`` where there is not so much."""
-    image_bytes = {name: copier.image.nbytes for name, copier in runner.copiers.items()}
-    rows = host_rows(
-        {name: pool.pages for name, pool in runner.pools.items()},
-        image_bytes,
-        ratio=config.hicache_ratio,
-        size=config.hicache_size,
-        fraction=config.hicache_host_memory_fraction,
-        free=free_memory(),
-    )
-    host = HostMemory(rows, image_bytes)
+def _host_memory(rows: Mapping[str, int], programs: Programs) -> HostMemory:
+    """The tier in host memory, with so many pages of each pool."""
+    host = HostMemory(rows, programs.image_bytes)
     counts = ", ".join(f"{name} {count}" for name, count in rows.items())
     log.info("Host KV cache allocated. #pages: %s, size: %s GB", counts, gb(host.nbytes))
     return host

@@ -42,6 +42,7 @@ from rootcellar.plan.sizing import (
 from rootcellar.runner import Placement, Programs, Shapes
 from rootcellar.runner.encoding import most_patches
 from rootcellar.runner.reserve import reserve_bytes, weight_bytes
+from rootcellar.tiers.host import free_memory, host_rows
 from rootcellar.units import gb, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,27 @@ def size(config: EngineConfig, programs: Programs, context_length: int, params: 
     )  # fmt: skip
     log.info("max_total_num_tokens: %d", division.tokens)
     return sizing
+
+
+def size_host(sizing: Sizing, programs: Programs, *, loads: bool) -> dict[str, int]:
+    """Pages of each pool in host memory, decided before anything is allocated.
+
+    ``loads``: whether weights will be read, and do not lie in memory already.
+
+    Raises ConfigError where so much will not be free; the message has the figures, and what would fit.
+    """
+    config, free = sizing.config, free_memory()
+    if jax.default_backend() == "cpu":  # whose own memory is the host's
+        here = config.tp_size // jax.process_count()
+        free -= here * (sizing.division.nbytes + sizing.weights * loads)
+    return host_rows(
+        sizing.division.pages,
+        programs.image_bytes,
+        ratio=config.hicache_ratio,
+        size=config.hicache_size,
+        fraction=config.hicache_host_memory_fraction,
+        free=max(0, free),
+    )
 
 
 def _wanted(config: EngineConfig, context_length: int) -> tuple[int | None, str]:

@@ -48,6 +48,14 @@ class Paging:
         }
 
     @property
+    def lying_in(self) -> dict[str, list[int]]:
+        """The model's layers whose pages lie in each pool, by the pool's name."""
+        found: dict[str, list[int]] = {}
+        for kind in self.kinds:
+            found.setdefault(self.pool_of[kind.name], []).extend(kind.layers)
+        return found
+
+    @property
     def attended(self) -> list[Layout]:
         """The layouts over which layers attend: all but those of recurrent states, and of experts' numbers."""
         return [self.layouts[name] for name in self._attended]

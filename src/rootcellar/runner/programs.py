@@ -22,6 +22,7 @@ from rootcellar.models.model import ModelConfig
 from rootcellar.models.spec import Params
 from rootcellar.ops.backends import xla
 from rootcellar.plan.sizing import SCORED_TOKENS
+from rootcellar.pools.images import image_bytes
 from rootcellar.runner import sampler
 from rootcellar.runner.batch import Shapes
 from rootcellar.runner.placement import Placement
@@ -57,6 +58,17 @@ class Programs:
     def widths(self) -> dict[str, int]:
         """Entries in a row of each kind's page table: a recurrent kind has a state to read and one to write."""
         return {kind.name: 2 if kind.rule == "recurrent" else self.table_width for kind in self.paging.kinds}
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """How often each KV head of the layers of a pool is repeated on the devices, by the pool's name."""
+        return {name: self.placement.copies(layers) for name, layers in self.paging.lying_in.items()}
+
+    @property
+    def image_bytes(self) -> dict[str, int]:
+        """Bytes of a page of each pool away from the devices."""
+        copies = self.copies
+        return {name: image_bytes(*stored, copies[name]) for name, stored in self.paging.pools.items()}
 
     @cached_property
     def settle(self) -> Any:

@@ -113,9 +113,8 @@ class Runner:
     @cached_property
     def copiers(self) -> dict[str, Copier]:
         """What copies pages of each pool to host memory and back."""
-        kinds = self.programs.paging.kinds
-        layers = {name: [i for k in kinds if self.pool_of[k.name] == name for i in k.layers] for name in self.pools}
-        return {name: copier(pool, self.placement.copies(layers[name])) for name, pool in self.pools.items()}
+        copies = self.programs.copies
+        return {name: copier(pool, copies[name]) for name, pool in self.pools.items()}
 
     def kind_in(self, pool: str) -> str:
         """A kind whose layers lie in the pool of this name."""

@@ -60,7 +60,7 @@ def host_rows(
         ratio: host pages for each on the device.
         size: GB (1e9 bytes) instead; 0: by the ratio.
         fraction: a part of ``free`` instead, less ``KEPT_BACK``; None: not so.
-        free: bytes of memory that the machine could give now.
+        free: bytes of memory that the machine can give.
 
     Raises:
         ConfigError: there is not so much memory; the message has the figures, and what would fit.
@@ -78,12 +78,12 @@ def host_rows(
     nbytes = sum(count * image_bytes[pool] for pool, count in rows.items())
     if not any(rows.values()):
         raise ConfigError(
-            f"{how} leaves no page of host memory: {gb(free)} GB are free, and {gb(each)} GB are as much as the device "
-            f"holds; raise it, or leave out enable_hierarchical_cache"
+            f"{how} leaves no page of host memory: {gb(free)} GB are left for it, and {gb(each)} GB are as much as the "
+            f"device holds; raise it, or leave out enable_hierarchical_cache"
         )
     if nbytes > free:
         raise ConfigError(
-            f"{how} takes {gb(nbytes)} GB of host memory, and {gb(free)} GB are free: at most "
+            f"{how} takes {gb(nbytes)} GB of host memory, and {gb(free)} GB are left for it: at most "
             f"hicache_ratio={int(100 * free / each) / 100:g} or hicache_size={int(free / 1e7) / 100:g} would fit"
         )
     return rows
