@@ -34,7 +34,7 @@ class Copies:
     def ask(self, serial, question):
         self.questions[serial] = question
 
-    def attach(self, store, most_queued=0):
+    def attach(self, store):
         self.store = store
 
     def leave(self):

@@ -120,6 +120,27 @@ def test_other_weights_hit_nothing_that_was_stored_before(case_of, pages, tmp_pa
         assert ask(running, case.prompts[15], 1)["meta_info"]["cached_tokens"] == 0
 
 
+def test_all_that_a_full_device_leaves_waits_for_a_slow_store(case_of, pages, monkeypatch):
+    """Nothing of it has to be left by another request again, however small the engine is."""
+    case, folder = case_of("qwen2-4kv")
+    gate, put = threading.Event(), FileStore.put
+    monkeypatch.setattr(FileStore, "put", lambda *given: gate.wait(60) and put(*given))
+    prompts = [[i, *case.prompts[15] * 2][:144] for i in range(3)]
+    with engine(folder, pages, hicache_ratio=2.0) as running:
+        ask(running, prompts, 1)
+        (image,) = (copier.image.nbytes for copier in running._parts.runner.copiers.values())
+        met = 0
+        while met < 3 * 144 // 16:  # each page was copied to the host, and then queued for the store or left out
+            lane = running.stats()["copies"]["host-storage"]
+            met = lane["queued_bytes"] // image + lane["skipped_pages"]
+            time.sleep(0.01)
+        assert lane["skipped_pages"] == 0
+        gate.set()
+        settle(running)
+        assert held(running, Tier.STORAGE) == held(running, Tier.HOST) == 3 * 144
+        check_idle(running)
+
+
 def test_a_store_is_attached_and_taken_away_while_requests_run(case_of, pages):
     case, folder = case_of("qwen2-4kv")
     with engine(folder) as running:
@@ -134,7 +155,7 @@ def test_a_store_is_attached_and_taken_away_while_requests_run(case_of, pages):
         assert status["hicache_storage_backend"] == "file"
         with pytest.raises(ConfigError, match="attached already"):
             running.attach_storage("file", pages)
-        # Whoever leaves a prefix that only the host has gives it to the store; what finds its queue full, next time.
+        # Whoever leaves a prefix that only the host has gives it to the store; the answer beside goes on leaving more.
         for _ in range(20):
             go_on(running, case)
             settle(running)

@@ -330,6 +330,29 @@ def test_a_store_slower_than_the_writes_skips_and_counts_and_host_pages_come_fre
     s.check_idle()
 
 
+def test_half_of_host_memory_waits_for_a_store_and_that_more_did_is_said_once(made, caplog):
+    store = ToldStore(MemoryStore())
+    store.gate = threading.Event()
+    store.register = store.inner.register
+    s = made(store)
+    most = sum(images.nbytes for images in s.host.values()) // 2 // NBYTES
+    assert ROWS // 2 < most < ROWS
+    moves = [s.write([page]) for page in range(1, ROWS + 1)]
+    s.mover.dispatch(moves[:most])
+    assert s.lane("host-storage")["skipped_pages"] == 0
+    assert not caplog.records
+    for some in (moves[most : most + 3], moves[most + 3 :]):
+        s.mover.dispatch(some)
+    assert s.lane("host-storage")["skipped_pages"] == ROWS - most
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "the store writes more slowly than pages come"
+    ]
+    store.gate.set()
+    kept = {Done(move.id) for move in moves[:most]}
+    assert set(s.mover.drain().events) == kept | {Failed(move.id) for move in moves[most:]}
+    s.check_idle()
+
+
 def test_the_patient_wait_for_room(slow):
     s, store = slow
     s.mover.dispatch([s.write([1, 2, 3])])

@@ -167,13 +167,13 @@ class AgreedMover:
         """See ``AnyMover``; each rank waits for its own."""
         return self._agreed(self._mover.drain(near=near))
 
-    def attach(self, store: Store | Unopened, most_queued: int = 0) -> None:
+    def attach(self, store: Store | Unopened) -> None:
         """See ``AnyMover``. ``ConfigError`` where a rank has none: then none is attached anywhere."""
         why = f"rank {self._exchange.rank}: {store.why}" if isinstance(store, Unopened) else ""
         if whys := self._agree(why, lambda all: "; ".join(filter(None, all))):
             raise ConfigError(whys)
         assert not isinstance(store, Unopened)
-        self._mover.attach(store, most_queued)
+        self._mover.attach(store)
 
     def leave(self) -> None:
         """See ``AnyMover``; of this rank alone."""

@@ -27,7 +27,6 @@ from rootcellar.errors import CacheBusy, ConfigError
 from rootcellar.models.repacking import TensorsOf
 from rootcellar.scheduler import Finish, PrefetchPolicy, PrefetchRules, Request
 from rootcellar.text import Tokenizer
-from rootcellar.tiers.mover import MOST_QUEUED
 from rootcellar.tiers.prefetching import PrefetchSettings
 from rootcellar.tiers.store import Store
 
@@ -292,9 +291,7 @@ class Attach(Command):
 
     def run(self, machine: Machine, store: Store) -> None:
         """Use ``store``, which is open."""
-        # What waits to be written keeps its place, on the device too: of a small one only a part.
-        pools = machine.runner.pools.values()
-        _mover_of(machine).attach(store, min(MOST_QUEUED, sum(pool.nbytes for pool in pools) // 4))
+        _mover_of(machine).attach(store)
         machine.scheduler.cache.write_to(Tier.STORAGE, True)
         machine.recorder.meter.other_store()
         machine.prefetcher.open(PrefetchRules(self.policy, self.prefetch.threshold, self.prefetch.timeout))

@@ -25,7 +25,7 @@ class AnyMover(Protocol):
     def ask(self, serial: int, question: Question) -> None:
         """Ask the store. Its answer comes in a later report, exactly one whatever happens."""
 
-    def attach(self, store: Store, most_queued: int = ...) -> None:
+    def attach(self, store: Store) -> None:
         """Move pages to and from ``store``. ``ValueError``: there is one, perhaps one that is leaving."""
 
     def leave(self) -> None:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MOST_QUEUED = 256 * 2**20
 """Bytes that wait to be written down at most, or what one node has; gathered, they lie in the device's memory.
 
-As many wait to be written into a store, in host memory.
+As many wait to be written into a store, or half of host memory, if that is less: the other half can still be had.
 """
 TOGETHER = 64
 """Pages that are copied at once, or those of one move if they are more."""
@@ -183,14 +183,16 @@ class Mover:
 
     # -- a store ------------------------------------------------------------------------------------------------------
 
-    def attach(self, store: Store, most_queued: int = MOST_QUEUED) -> None:
-        """Move pages to and from ``store``, and ask it. At most so many bytes wait to be written.
+    def attach(self, store: Store, most_queued: int | None = None) -> None:
+        """Move pages to and from ``store``, and ask it. At most so many bytes wait to be written: see ``MOST_QUEUED``.
 
         Raises ``ValueError``: there is a store, which must leave and be detached before.
         """
         if self._storage is not None:
             raise ValueError(f"a store {'is leaving' if self._storage.leaving else 'is attached'}: detach it first")
         writes, reads = self._stored.values()
+        if most_queued is None:
+            most_queued = min(MOST_QUEUED, sum(images.nbytes for images in self._host.values()) // 2)
         self._storage = Storage(store, self._host, self._pool_of, self._news, writes, reads, most_queued)
 
     def leave(self) -> None:

@@ -18,6 +18,7 @@ from rootcellar.pools.images import Images
 from rootcellar.tiers.lane import LaneStats
 from rootcellar.tiers.news import News
 from rootcellar.tiers.store import Store, page_name
+from rootcellar.units import gb
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class Storage:
         self._most_queued = most_queued
         self._given_up = False
         """Whether nothing more is begun, and what is inside the store is waited for by nobody."""
+        self._said = False
+        """Whether somebody was told that pages were left out."""
         self._registering = threading.Lock()
         self._registered = False
         self._writes = _Line[Move]("host-storage", news, writes, _pages_of, self._carry)
@@ -129,6 +132,17 @@ class Storage:
             skipped.append(Failed(move.id))
         if skipped:
             self._news.tell(skipped)
+            self._say_so()
+
+    def _say_so(self) -> None:
+        """Log, once, that pages were left out."""
+        if not (self._said or self.leaving):
+            self._said = True
+            log.warning(
+                "the store writes more slowly than pages come: with %s GB in line more are left out, and written when "
+                "the next request leaves them; rootcellar_skipped_pages_total counts them",
+                gb(self._most_queued),
+            )
 
     def read(self, moves: Iterable[Move]) -> None:
         """Read pages of the store into host memory."""
