@@ -27,6 +27,8 @@ import rootcellar
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from serving import Server
 
+# Bytes of a stream's newest events that a client keeps: the last event, with all of the answer, is among them.
+_TAIL = 2**12
 SETTINGS = {"max_total_tokens": 16384, "chunked_prefill_size": 512}
 
 
@@ -52,44 +54,73 @@ def offline(args: argparse.Namespace) -> None:
             print(time.perf_counter() - began, flush=True)
 
 
-async def over_http(url: str, args: argparse.Namespace, round: int) -> float:
-    """Seconds for all requests from `concurrency` clients, each over one connection that is kept open."""
+class Client(asyncio.Protocol):
+    """Sends the requests that are left, one after the other, over one connection that is kept open.
+
+    Of an answer it looks for the end alone: the cores on which it runs are the server's too, and a client that reads
+    with asyncio's streams takes as much of them for a token as half of the server's event loop.
+    """
+
+    def __init__(self, bodies: list[bytes], output_len: int) -> None:
+        """``bodies``: of requests, shared with other clients; ``output_len``: tokens that each answer must have."""
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.events = 0
+        self._bodies = bodies
+        self._said = f'"completion_tokens":{output_len}'.encode()
+        self._length: int | None = None
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        self._answer, self._length = b"", None
+        if not self._bodies:
+            self._transport.close()
+            self.ended.set_result(None)
+            return
+        body = self._bodies.pop()
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    def data_received(self, data: bytes) -> None:
+        self.events += data.count(b"data: ")
+        if not self._answer:
+            lines = data.lower().partition(b"\r\n\r\n")
+            length = lines[0].partition(b"content-length:")[2].partition(b"\r\n")[0]
+            self._length = int(length) + len(lines[0]) + 4 if length else None
+        self._answer += data
+        if self._length is None:  # the end of chunks; in a chunk no two lines end so, since none of JSON's ends with \r
+            if not data.endswith(b"0\r\n\r\n"):
+                self._answer = self._answer[-_TAIL:]
+                return
+        elif len(self._answer) < self._length:
+            return
+        assert self._said in self._answer, self._answer[:500]
+        self._ask()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error or ConnectionError("the server closed the connection"))
+
+
+async def over_http(url: str, args: argparse.Namespace, round: int) -> tuple[float, float]:
+    """Seconds for all requests from `concurrency` clients, and how many events of streams came for each token."""
     bodies = [
         json.dumps({"input_ids": ids, "sampling_params": sampling(args), "stream": args.stream}).encode()
         for ids in prompts(args, round)
     ]
     host, port = url.removeprefix("http://").split(":")
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        while bodies:
-            body = bodies.pop()
-            head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            answer = await (_read_stream(reader) if args.stream else _read_whole(reader))
-            assert f'"completion_tokens":{args.output_len}'.encode() in answer, answer[:500]
-        writer.close()
-
+    loop, tokens = asyncio.get_running_loop(), len(bodies) * args.output_len
     began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(args.concurrency)))
-    return time.perf_counter() - began
-
-
-async def _read_whole(reader: asyncio.StreamReader) -> bytes:
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-    return await reader.readexactly(length)
-
-
-async def _read_stream(reader: asyncio.StreamReader) -> bytes:
-    await reader.readuntil(b"\r\n\r\n")
-    last = b""
-    while size := int(await reader.readline(), 16):
-        part = await reader.readexactly(size + 2)
-        if b"[DONE]" not in part:
-            last = part
-    await reader.readline()
-    return last
+    made = [
+        await loop.create_connection(lambda: Client(bodies, args.output_len), host, int(port))
+        for _ in range(args.concurrency)
+    ]
+    await asyncio.gather(*(client.ended for _, client in made))
+    return time.perf_counter() - began, sum(client.events for _, client in made) / tokens
 
 
 def main() -> None:
@@ -118,13 +149,14 @@ def main() -> None:
         assert worker.stdout.readline() == "ready\n"
         while httpx.get(f"{server.url}/server_info").json()["programs_left"]:
             time.sleep(1)
-        ratios, rates = [], []
+        ratios, rates, events = [], [], []
         for turn in range(args.rounds + 1):  # the first warms up
             worker.stdin.write(f"{2 * turn}\n")
             worker.stdin.flush()
             alone = float(worker.stdout.readline())
-            served = asyncio.run(over_http(server.url, args, 2 * turn + 1))
+            served, each = asyncio.run(over_http(server.url, args, 2 * turn + 1))
             if turn:
+                events.append(each)
                 ratios.append(alone / served)
                 rates.append((args.requests / alone, args.requests / served))
     worker.stdin.close()
@@ -134,6 +166,7 @@ def main() -> None:
         "stream": args.stream,
         "offline_requests_per_second": median(rate for rate, _ in rates),
         "server_requests_per_second": median(rate for _, rate in rates),
+        "events_per_token": median(events),
         "ratio": median(ratios),
         "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
     }
@@ -142,6 +175,7 @@ def main() -> None:
         return
     print(f"offline {result['offline_requests_per_second']:.1f} requests/s")
     print(f"server  {result['server_requests_per_second']:.1f} requests/s, streamed: {args.stream}")
+    print(f"events  {result['events_per_token']:.2f} a token")
     print(f"ratio   {result['ratio']:.3f} at concurrency {args.concurrency}, median of {result['ratios']}")
 
 

@@ -61,3 +61,16 @@ def test_the_newest_output_takes_the_place_of_those_before() -> None:
         return [(index, cast(Any, each).number) async for index, each in box.outputs(2)]
 
     assert asyncio.run(main()) == [(1, 4), (0, 3)]
+
+
+def test_a_reader_that_was_cancelled_takes_nothing_with_it() -> None:
+    async def main() -> list[int]:
+        box = Mailbox(Post(asyncio.get_running_loop()))
+        outputs = box.outputs(1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(outputs)
+        box.put(0, output(0, end=True))
+        return [cast(Any, each).number async for _, each in box.outputs(1)]
+
+    assert asyncio.run(main()) == [0]

@@ -62,7 +62,8 @@ class Mailbox:
     def __init__(self, post: Post) -> None:
         self._post = post
         self._newest: dict[int, RequestOutput] = {}
-        self._filled = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """What the reader waits for while nothing is there."""
 
     def deliver(self, index: int) -> Deliver:
         """What the engine calls with the outputs of request ``index``."""
@@ -71,24 +72,24 @@ class Mailbox:
     def put(self, index: int, output: RequestOutput) -> None:
         """Replace what was there of request ``index``; it keeps its place in the order."""
         self._newest[index] = output
-        self._filled.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def outputs(self, requests: int) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs as they come, the longest waiting first, until each of so many requests has ended.
 
         Others on the loop get their turn while many are there: neither they nor most of what is done with them waits.
         """
-        began = time.thread_time()
+        began: float | None = time.thread_time()
         while requests:
-            if not self._filled.is_set():
-                await self._filled.wait()
-                began = time.thread_time()
-            elif time.thread_time() - began > _TURN:
+            if not self._newest:
+                self._reader = self._post.loop.create_future()
+                await self._reader
+                began = time.thread_time() if len(self._newest) > 1 else None  # the clock is dear
+            elif began is None or time.thread_time() - began > _TURN:
                 await asyncio.sleep(0)
                 began = time.thread_time()
             index = next(iter(self._newest))
             output = self._newest.pop(index)
-            if not self._newest:
-                self._filled.clear()
             requests -= output.finish is not None
             yield index, output
