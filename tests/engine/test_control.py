@@ -13,6 +13,7 @@ from idle import check_idle
 import rootcellar
 from rootcellar.engine.output import Tracker
 from rootcellar.errors import EngineError, GenerationFailed
+from slowly import slowly
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -28,9 +29,10 @@ def test_abort_gives_what_there_was(engine):
             begun.set()
 
     caller = threading.Thread(target=call)
-    caller.start()
-    assert begun.wait(60)
-    assert engine.abort_request("mine") == 1
+    with slowly(engine):
+        caller.start()
+        assert begun.wait(60)
+        assert engine.abort_request("mine") == 1
     caller.join(timeout=60)
     assert results[-1]["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < len(results[-1]["output_ids"]) < 900
@@ -38,11 +40,12 @@ def test_abort_gives_what_there_was(engine):
 
 
 def test_flush_is_refused_while_requests_run(engine):
-    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
-    next(stream)
-    with pytest.raises(EngineError, match="1 requests run and 0 wait"):
-        engine.flush_cache()
-    stream.close()
+    with slowly(engine):
+        stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True)
+        next(stream)
+        with pytest.raises(EngineError, match="1 requests run and 0 wait"):
+            engine.flush_cache()
+        stream.close()
     engine.flush_cache()
 
 
@@ -63,7 +66,8 @@ def test_many_callers_at_once(engine):
 
 def test_a_deadline_ends_a_request_with_the_reason(tiny_folder):
     with rootcellar.Engine(model_path=tiny_folder, max_total_tokens=2048, request_timeout=0.2) as engine:
-        result = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 1500})
+        with slowly(engine):
+            result = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 1500})
         reason = result["meta_info"]["finish_reason"]
         assert reason["type"] == "abort"
         assert "request_timeout" in reason["message"]
@@ -149,10 +153,11 @@ def test_an_engine_that_cannot_recover_stops_and_leaves_nobody_waiting(tiny_fold
 
 def test_shutdown_twice_and_then_no_more(tiny_folder):
     engine = rootcellar.Engine(model_path=tiny_folder, max_total_tokens=256)
-    stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
-    next(stream)
-    engine.shutdown()
-    engine.shutdown()
+    with slowly(engine):
+        stream = engine.generate(prompt="hello", sampling_params={**GREEDY, "max_new_tokens": 200}, stream=True)
+        next(stream)
+        engine.shutdown()
+        engine.shutdown()
     with pytest.raises(GenerationFailed, match="shut down"):
         list(stream)
     for call in (lambda: engine.generate(prompt="hello"), engine.flush_cache, engine.stats):

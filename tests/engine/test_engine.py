@@ -9,6 +9,7 @@ import pytest
 import rootcellar
 from checkpoints import make_checkpoint
 from rootcellar.errors import ModelError, RequestError
+from slowly import slowly
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 45))
@@ -164,8 +165,9 @@ def test_cancelling_a_task_while_it_is_being_submitted_aborts(engine):
         stats = engine.stats()
         assert stats["running"] == stats["waiting"] == 0
 
-    for delay in (0, 0.0005, 0.001, 0.002, 0.004):
-        asyncio.run(main(delay))
+    with slowly(engine):
+        for delay in (0, 0.0005, 0.001, 0.002, 0.004):
+            asyncio.run(main(delay))
 
 
 def test_cancelling_a_task_aborts(engine):
@@ -179,7 +181,8 @@ def test_cancelling_a_task_aborts(engine):
             await task
         assert engine.stats()["running"] == 0
 
-    asyncio.run(main())
+    with slowly(engine):
+        asyncio.run(main())
 
 
 # -- where it ends -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from alive import alive
 from rootcellar.errors import ConfigError, EngineError, ModelError
 from rootcellar.models.config import load_config
 from rootcellar.models.loader import load_params
+from slowly import slowly
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = list(range(5, 75))
@@ -148,8 +149,9 @@ def test_weights_that_were_handed_over_stay_the_callers(tiny_folder, weights):
 def test_release_with_work_in_flight(engine, mode):
     expected = ask(engine, max_new_tokens=300)["output_ids"]
     engine.flush_cache()
-    results, caller = start(engine, max_new_tokens=300)
-    engine.release_memory_occupation("kv_cache", mode=mode)
+    with slowly(engine, 0.003):
+        results, caller = start(engine, max_new_tokens=300)
+        engine.release_memory_occupation("kv_cache", mode=mode)
     stats = engine.stats()
     assert stats["running"] == 0
     assert stats["waiting"] == (1 if mode == "retract" else 0)
@@ -163,8 +165,9 @@ def test_release_with_work_in_flight(engine, mode):
 
 def test_pause_flush_continue(engine):
     expected = ask(engine, max_new_tokens=300)["output_ids"]
-    results, caller = start(engine, max_new_tokens=300)
-    engine.pause_generation("retract")
+    with slowly(engine, 0.003):
+        results, caller = start(engine, max_new_tokens=300)
+        engine.pause_generation("retract")
     engine.flush_cache()
     steps = engine.stats()["steps"]
     time.sleep(0.05)
@@ -175,8 +178,9 @@ def test_pause_flush_continue(engine):
 
 
 def test_pause_in_place_keeps_leases_and_says_so(engine):
-    results, caller = start(engine, max_new_tokens=300)
-    engine.pause_generation("in_place")
+    with slowly(engine, 0.003):
+        results, caller = start(engine, max_new_tokens=300)
+        engine.pause_generation("in_place")
     with pytest.raises(EngineError, match="1 requests run"):
         engine.flush_cache()
     with pytest.raises(EngineError, match="paused"):
@@ -223,8 +227,9 @@ def test_updated_weights_are_used_without_a_copy_and_nothing_stale_is_hit(given,
 
 
 def test_weights_changed_during_a_request_are_told_apart(own, weights):
-    results, caller = start(own, max_new_tokens=400)
-    own.update_weights(jax.tree.map(lambda a: a * 1.25, weights), version="b")
+    with slowly(own, 0.003):
+        results, caller = start(own, max_new_tokens=400)
+        own.update_weights(jax.tree.map(lambda a: a * 1.25, weights), version="b")
     caller.join(timeout=60)
     spans = results[0]["meta_info"]["weight_versions"]
     assert [name for name, _ in spans] == ["0", "b"]

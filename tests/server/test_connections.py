@@ -18,6 +18,7 @@ from rootcellar.server.connections import Connection, protocol
 from rootcellar.server.parsing import Body
 from rootcellar.server_config import ServerConfig
 from serving import on_thread, wait_until
+from slowly import slowly
 
 ONE_TOKEN = {"text": "a", "sampling_params": {"max_new_tokens": 1}}
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -160,7 +161,7 @@ def test_who_does_not_read_is_given_up(client, engine, hasty):
     """An endless answer that nobody reads ends its request, whose memory others may want."""
     body = json.dumps({"text": "Once", "stream": True, "sampling_params": {"max_new_tokens": 3900, "ignore_eos": True,
                        "temperature": 0}, "return_logprob": True, "top_logprobs_num": 8}).encode()  # fmt: skip
-    with connect(hasty) as connection:
+    with slowly(engine, 0.002), connect(hasty) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: engine.stats()["running"], 60)
@@ -403,14 +404,16 @@ def test_all_who_ask_for_health_share_one_check(client, engine, url):
 
 
 def test_health_asks_a_busy_engine_for_nothing_but_a_step(client, engine, url):
-    stream = engine.generate(prompt="Once", sampling_params={"max_new_tokens": 3000, "ignore_eos": True}, stream=True)
-    next(stream)
-    time.sleep(1.1)
-    requests = engine.stats()["requests"]
-    assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/ping").json() == {"status": "ok"}
-    assert engine.stats()["requests"] == requests
-    stream.close()
+    params = {"max_new_tokens": 3000, "ignore_eos": True}
+    with slowly(engine):
+        stream = engine.generate(prompt="Once", sampling_params=params, stream=True)
+        next(stream)
+        time.sleep(1.1)
+        requests = engine.stats()["requests"]
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/ping").json() == {"status": "ok"}
+        assert engine.stats()["requests"] == requests
+        stream.close()
 
 
 def test_limits_belong_to_one_server():

@@ -15,6 +15,7 @@ import rootcellar
 from rootcellar import demo
 from rootcellar.errors import CacheBroken
 from serving import on_thread, wait_until
+from slowly import slowly
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 META = {
@@ -120,7 +121,7 @@ def streaming(client, **body):
 
 
 def test_a_name_in_use_is_refused_and_the_first_request_goes_on(client, engine):
-    with streaming(client, rid="one"):
+    with slowly(engine), streaming(client, rid="one"):
         assert "in use" in generate(client, 400, text="b", rid="one")["error"]["message"]
         assert engine.stats()["running"] == 1
 
@@ -167,6 +168,7 @@ def test_a_busy_server_is_healthy():
     with (
         rootcellar.Engine(model_path="demo", max_total_tokens=2048, max_running_requests=1, max_queued_requests=1) as e,
         on_thread(e) as url,
+        slowly(e),
     ):
         stream = e.generate(
             prompt=["a", "b"], sampling_params={"max_new_tokens": 1900, "ignore_eos": True}, stream=True
@@ -260,14 +262,17 @@ def own():
 
 def long(client, **body):
     """A request that runs until somebody ends it, on a thread; its answer is `[response]`."""
-    answer = []
+    answer, before = [], client.engine.stats()["generated_tokens"]
     params = {"temperature": 0, "max_new_tokens": 1900, "ignore_eos": True}
     body = {"text": "Once", "sampling_params": params, **body}
-    thread = threading.Thread(
-        target=lambda: answer.append(httpx.post(f"{client.base_url}/generate", json=body, timeout=60))
-    )
+
+    def call():
+        with slowly(client.engine):
+            answer.append(httpx.post(f"{client.base_url}/generate", json=body, timeout=60))
+
+    thread = threading.Thread(target=call)
     thread.start()
-    wait_until(lambda: client.engine.stats()["running"])
+    wait_until(lambda: client.engine.stats()["generated_tokens"] > before, 60)
     return thread, answer
 
 
@@ -297,7 +302,6 @@ def test_flush_is_refused_while_requests_run_and_can_wait(own):
 
 def test_abort_gives_what_there_is(own):
     thread, answer = long(own, rid="long")
-    time.sleep(0.05)
     assert post(own, "/abort_request", rid="long")["aborted"] == 1
     thread.join()
     assert answer[0].status_code == 200

@@ -18,6 +18,7 @@ from rootcellar.server.app import create_app
 from rootcellar.server.observe import feed as feed_module
 from rootcellar.server.observe.feed import Feed
 from rootcellar.server_config import ServerConfig
+from slowly import slowly
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 SHARED = list(range(100, 148))
@@ -65,20 +66,20 @@ def test_the_tree_says_who_shares_a_node(engine, get):
 
 
 def test_the_tree_says_what_is_in_use_while_a_request_runs(engine):
-    stream = engine.generate(
-        input_ids=SHARED, sampling_params={**GREEDY, "max_new_tokens": 500}, stream=True, rid="running"
-    )
-    next(stream)
-    next(stream)  # its second token: it decodes
-    tree = engine.sight.tree()
+    params = {**GREEDY, "max_new_tokens": 500}
+    with slowly(engine):
+        stream = engine.generate(input_ids=SHARED, sampling_params=params, stream=True, rid="running")
+        next(stream)
+        next(stream)  # its second token: it decodes
+        tree = engine.sight.tree()
+        (memory,) = engine.sight.memory_map()
+        stream.close()
     assert tree["nodes"][0]["in_use"]
     running = next(r for r in tree["requests"] if r["rid"] == "running")
     assert running["stage"] == "DECODE_LOOP"
     assert tree["nodes"][0]["id"] in running["nodes"]
-    (memory,) = engine.sight.memory_map()
     assert memory["pages"] == len(memory["cells"]) == 64
     assert {"2", "3"} <= set(memory["cells"])
-    stream.close()
     (memory,) = engine.sight.memory_map()
     assert set(memory["cells"]) == {"0", "1"}
     shelf = engine.stats()["cache"]["full"]["DEVICE"]
@@ -203,10 +204,18 @@ def pretend_feed(monkeypatch, sight, interval=0.01, read=None, **options) -> Fee
 
 def test_a_slow_watcher_gets_the_newest_and_no_backlog(monkeypatch):
     async def main() -> list[bytes]:
-        feed = pretend_feed(monkeypatch, Pace())
+        readings = 0
+
+        async def read():
+            nonlocal readings
+            readings += 1
+            return readings
+
+        feed = pretend_feed(monkeypatch, Pace(), read=read)
         watcher = feed.watch()
         got = [await anext(watcher), await anext(watcher)]
-        await asyncio.sleep(0.5)  # many readings go by
+        while readings < 8:
+            await asyncio.sleep(0.01)
         got.append(await anext(watcher))
         await feed.close()
         assert len([event async for event in watcher]) <= 1  # and then it ends

@@ -147,7 +147,7 @@ def test_moves_go_together_in_order_as_far_as_one_call_takes_them(made):
             return super().put(names, blocks)
 
     calls = []
-    s = made(store := ToldStore(Noting()))
+    s = made(store := ToldStore(Noting()), most_queued=2**20)
     store.gate = threading.Event()
     sizes = [[1], range(2, 62), range(62, 122), range(122, 140), range(140, 400)]
     moves = [s.write([*pages]) for pages in sizes]
