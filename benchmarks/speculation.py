@@ -146,8 +146,8 @@ def main() -> None:
     guessing = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": arguments.draft}
     with rootcellar.Engine(**options) as plain, rootcellar.Engine(**options, **guessing) as fast:
         engines = [plain, fast]
-        for engine in engines:  # compiles what is needed
-            engine.generate(input_ids=questions(engine)[:1], sampling_params={"max_new_tokens": 4, "temperature": 0})
+        for engine in engines:  # else the first of a size compiles
+            engine.warm_up()
         for _ in range(2):
             fast.generate(input_ids=edit(fast)[:1], sampling_params={"max_new_tokens": 48, "temperature": 0})
         for batch in batches:

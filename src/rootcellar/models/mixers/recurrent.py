@@ -51,11 +51,12 @@ class Recurrent:
     def in_place(batch: ForwardBatch) -> StatesInPlace | None:
         """What takes a decode step through states where they lie, on each device all of it; None: where XLA does.
 
-        Where tokens are guessed it is more than a kernel's business: a token may go on from the one before it.
+        Where tokens are guessed it is more than a kernel's business: a token may go on from the one before it, if the
+        step has more than one.
         """
-        run = IN_PLACE.get(batch.backend)
+        run, verifies = IN_PLACE.get(batch.backend), batch.verifies and len(batch.rows) > 1
         if run is None:
-            return in_order if batch.verifies else None
+            return in_order if verifies else None
 
         def on_each(
             head: HeadStep, pool: Array, way: Course, operands: Sequence[Array], width: int
@@ -66,4 +67,4 @@ class Recurrent:
             y, pool = batch.local(here, [()] * (2 + len(operands)), [()] * 2)(pool, way, *operands)
             return y, pool
 
-        return functools.partial(in_order, first=on_each) if batch.verifies else on_each
+        return functools.partial(in_order, first=on_each) if verifies else on_each
