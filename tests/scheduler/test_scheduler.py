@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import World, expected_answer
 
-from rootcellar.cache import Tier, chunked_local, sliding_window
+from rootcellar.cache import Done, Tier, chunked_local, sliding_window
 from rootcellar.plan.sizing import request_pages
 from rootcellar.scheduler import Finish, PrefetchRules, Rates, Stage, TierRate
 
@@ -201,6 +201,24 @@ def test_a_request_that_finds_no_room_alone_ends_with_the_reason():
             request.computed = request.lease.length
     assert world.scheduler.failed == [request]
     assert "max_total_tokens" in request.finish.message
+
+
+def test_who_finds_no_room_beside_what_another_node_fetches_waits_for_it():
+    world = World(tokens=48, chunk=16)
+    first = world.add(prompt(1, 30), 1, gives=True)
+    while first not in world.scheduler.giving:
+        world.step()
+    offered = world.cache.send(first.key(first.prompt_length))
+    request = world.add(prompt(2, 40), 3)
+    for _ in range(20):
+        world.step()
+        assert request.finish is None
+    assert world.scheduler.awaits_bytes
+    world.scheduler.learn([Done(offered.id)])
+    world.scheduler.finish(first, Finish("length"))
+    world.run()
+    world.verify()
+    assert request.output.tolist() == expected_answer(prompt(2, 40), 3)
 
 
 def windowed(chunked, span):

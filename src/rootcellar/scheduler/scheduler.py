@@ -193,9 +193,11 @@ class Scheduler:
 
     @property
     def awaits_bytes(self) -> bool:
-        """Whether bytes come closer: copies to the device for requests, or only in the way of them, or to the host."""
+        """Whether bytes move, so that there will be more room: copies to the device for requests, or only in the way of
+        them, or to the host, or to another node.
+        """  # fmt: skip
         flying = any(s.in_flight for (_, tier), s in self.cache.stats().shelves.items() if tier is Tier.DEVICE)
-        return bool(flying or self.loading or self.waiting.held)
+        return bool(flying or self.loading or self.giving or self.waiting.held)
 
     def _end(self, request: Request) -> None:
         self._commit(request, everything=True)
