@@ -26,6 +26,7 @@ struct Case {
   int window, chunk;
   std::vector<int> lengths, fresh;  // of each row: tokens, and how many of them are in the batch
   const char *k_grid, *v_grid;      // of pools of few bits; null: floats
+  bool turned;                      // before they become codes
 };
 
 template <typename T>
@@ -42,6 +43,7 @@ constexpr std::pair<const char*, const char*> kGrids[] = {{"int8", "int8"},
 Case draw(Random& random, bool coded) {
   Case c{};
   if (coded) std::tie(c.k_grid, c.v_grid) = kGrids[below(random, std::size(kGrids))];
+  c.turned = coded && below(random, 2) == 0;
   c.latents = !coded && below(random, 4) == 0;
   c.kv_heads = c.latents ? 1 : 1 + below(random, 3);
   c.group = 1 + below(random, c.latents ? 20 : 8);
@@ -79,7 +81,7 @@ struct Arrays {
   std::vector<rootcellar::bf16> halves;
   // Of few bits: codes of keys and of values, the scales of each.
   std::vector<std::vector<uint8_t>> rows_of[4];  // [length, kv_heads, bytes] of each row
-  std::vector<uint8_t> coded[4], pools[4];       // what the batch has, and where it goes
+  std::vector<uint8_t> pools[4];
 };
 
 // The first position of a row that the batch sees.
@@ -146,6 +148,12 @@ struct Grid {
     std::memcpy(to, &narrow, sizeof narrow);
   }
 
+  // The most that an element can be off, of a vector (or block, which is no larger) whose greatest is `most`.
+  double coarse(double most, double x) const {
+    if (in_blocks()) return most / 5;  // the least of float16's scales is beside what is drawn nothing
+    return name == "int8" ? most / 127 : std::max(most / 200, std::abs(x) / (name == "fp8_e4m3" ? 15 : 7));
+  }
+
   double value(const uint8_t* codes, const uint8_t* scales, int i) const {
     if (in_blocks()) {
       constexpr double kValues[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
@@ -181,25 +189,64 @@ void draw_codes(const Case& c, Arrays& a, int which, std::vector<float>& wide, R
   a.rows_of[2 + which].push_back(std::move(scales));
 }
 
-// The pools of few bits, and what the batch brings of them.
+// Where a token and head lies in pool i of few bits.
+uint8_t* place_of(const Case& c, Arrays& a, int i, size_t r, int t, int h) {
+  const Grid grid{i % 2 == 0 ? c.k_grid : c.v_grid};
+  const int64_t row = i < 2 ? grid.row(c.dim) : grid.scale_row(c.dim);
+  const int64_t page = a.tables[(r + 1) * c.width + t / c.page_size];
+  return &a.pools[i][((page * c.kv_heads + h) * c.page_size + t % c.page_size) * row];
+}
+
+// The pools of few bits.
 void fill_codes(const Case& c, Arrays& a, int64_t pages) {
   for (int i = 0; i < 4; i++) {
     const Grid grid{i % 2 == 0 ? c.k_grid : c.v_grid};
     const int64_t row = i < 2 ? grid.row(c.dim) : grid.scale_row(c.dim), token = c.kv_heads * row;
     a.pools[i].assign(pages * c.page_size * token, 0xff);  // as a scale: NaN
-    for (size_t r = 0; r < c.lengths.size(); r++) {
-      for (int t = first_seen(c, r); t < c.lengths[r] - c.fresh[r]; t++) {
-        const int64_t page = a.tables[(r + 1) * c.width + t / c.page_size];
+    for (size_t r = 0; r < c.lengths.size(); r++)
+      for (int t = first_seen(c, r); t < c.lengths[r] - c.fresh[r]; t++)
         for (int h = 0; h < c.kv_heads; h++)
-          std::memcpy(&a.pools[i][((page * c.kv_heads + h) * c.page_size + t % c.page_size) * row],
-                      &a.rows_of[i][r][t * token + h * row], row);
+          std::memcpy(place_of(c, a, i, r, t, h), &a.rows_of[i][r][t * token + h * row], row);
+  }
+}
+
+// Every so many elements as the largest power of 2 that divides dim, times a Hadamard matrix.
+void turn(float* x, int dim) {
+  const int block = dim & -dim;
+  std::vector<double> sums(dim);
+  for (int i = 0; i < dim; i++)
+    for (int j = i / block * block; j < i / block * block + block; j++)
+      sums[i] += (__builtin_popcount(i & j & (block - 1)) % 2 ? -1.0 : 1.0) / std::sqrt(block) * x[j];
+  for (int i = 0; i < dim; i++) x[i] = static_cast<float>(sums[i]);
+}
+
+// Takes what was made of the batch's keys, or values, out of the pools, as what queries see; whether it is near them.
+bool read_fresh(const Case& c, Arrays& a, int which, const std::vector<float>& given) {
+  const Grid grid{which == 0 ? c.k_grid : c.v_grid};
+  for (size_t j = 0; j < a.owners.size(); j++) {
+    for (int h = 0; h < c.kv_heads && a.owners[j] >= 0; h++) {
+      const size_t r = a.owners[j];
+      const float* from = &given[(j * c.kv_heads + h) * c.dim];
+      std::vector<float> x(from, from + c.dim);
+      if (c.turned) turn(x.data(), c.dim);
+      double most = 0;
+      for (float one : x) most = std::max(most, std::abs(static_cast<double>(one)));
+      const uint8_t* codes = place_of(c, a, which, r, a.positions[j], h);
+      const uint8_t* scales = place_of(c, a, 2 + which, r, a.positions[j], h);
+      float* wide = &(which == 0 ? a.keys : a.values)[r][(a.positions[j] * c.kv_heads + h) * c.dim];
+      for (int i = 0; i < c.dim; i++) {
+        wide[i] = static_cast<float>(grid.value(codes, scales, i));
+        if (!(std::abs(wide[i] - x[i]) <= grid.coarse(most, x[i]))) {
+          std::printf("%s: %g of at most %g became %g\n", grid.name.data(), x[i], most, wide[i]);
+          return false;
+        }
       }
     }
-    a.coded[i].assign(a.positions.size() * token, 0xff);
-    for (size_t j = 0; j < a.positions.size(); j++)
-      if (a.owners[j] >= 0)
-        std::memcpy(&a.coded[i][j * token], &a.rows_of[i][a.owners[j]][a.positions[j] * token], token);
   }
+  if (c.turned)
+    for (auto& wide : which == 0 ? a.keys : a.values)
+      for (size_t i = 0; i < wide.size(); i += c.dim) turn(&wide[i], c.dim);
+  return true;
 }
 
 Arrays arrays(const Case& c, Random& random) {
@@ -225,8 +272,9 @@ Arrays arrays(const Case& c, Random& random) {
         const bool real = j < c.lengths[r];
         a.positions.push_back(real ? j : -1);
         a.owners.push_back(real ? r : -1);
-        for (int i = 0; i < row; i++) a.k.push_back(real ? a.keys[r][j * row + i] : 1.0f);
-        for (int i = 0; i < row; i++) a.v.push_back(real ? a.values[r][j * row + i] : 1.0f);
+        const bool known = real && c.k_grid == nullptr;  // codes are made of what is in the batch
+        for (int i = 0; i < row; i++) a.k.push_back(known ? a.keys[r][j * row + i] : normal(random));
+        for (int i = 0; i < row; i++) a.v.push_back(known ? a.values[r][j * row + i] : normal(random));
       }
     }
   }
@@ -277,23 +325,25 @@ double difference(const Case& c, const Arrays& a, size_t token, double scale, do
   return worst;
 }
 
-// Attention over a pool of floats, and over pools of few bits.
-void run(const Case& c, Arrays&, Batch& b, const Set& set, Threads& threads) {
+// Attention over a pool of floats, and over pools of few bits; whether the latter hold what they were given.
+bool run(const Case& c, Arrays&, Batch& b, const Set& set, Threads& threads) {
   if (c.is_bf16) {
     b.write<rootcellar::bf16>();
   } else {
     b.write<float>();
   }
   rootcellar::attend(threads, b, set.function(c.is_bf16));
+  return true;
 }
 
-void run(const Case& c, Arrays& a, Batch& b, const CodeSet& set, Threads& threads) {
-  const rootcellar::CodesKernel* kernel = set.function(c.k_grid, c.v_grid);
-  for (int i = 0; i < rootcellar::kArraysOfCodes; i++)
-    b.rows_of[i] = {a.coded[i].data(), a.pools[i].data(), kernel->rows[i](c.dim)};
+bool run(const Case& c, Arrays& a, Batch& b, const CodeSet& set, Threads& threads) {
+  b.codes = set.function(c.k_grid, c.v_grid);
+  for (int i = 0; i < rootcellar::kArraysOfCodes; i++) b.rows_of[i] = {a.pools[i].data(), b.codes->rows[i](c.dim)};
   b.fixed = false;
-  b.write_codes();
-  rootcellar::attend(threads, b, kernel->kernel);
+  b.turned = c.turned;
+  b.write_codes(threads);
+  rootcellar::attend(threads, b, b.codes->kernel);
+  return read_fresh(c, a, 0, a.k) && read_fresh(c, a, 1, a.v);
 }
 
 template <typename AnySet>
@@ -323,15 +373,15 @@ bool holds(const Case& c, Random& random, const AnySet& set, int threads) {
                 c.chunk,
                 below(random, 2) == 1};
   Threads pool{threads, {}};
-  run(c, a, b, set, pool);
+  if (!run(c, a, b, set, pool)) return false;
   for (size_t token = 0; token < a.owners.size(); token++) {
     const double off = a.owners[token] < 0 ? 0 : difference(c, a, token, scale, cap);
     if (off < 1e-5) continue;
     std::printf(
         "%s, %d threads: token %zu is off by %g: kv_heads %d, group %d, dim %d, page_size %d, tile %d, latents %d, "
-        "bf16 %d, sinks %d, window %d, chunk %d, cap %g, keys %s, values %s\n",
+        "bf16 %d, sinks %d, window %d, chunk %d, cap %g, keys %s, values %s, turned %d\n",
         set.name, threads, token, off, c.kv_heads, c.group, c.dim, c.page_size, c.tile, c.latents, c.is_bf16, c.sinks,
-        c.window, c.chunk, cap, c.k_grid ? c.k_grid : "floats", c.v_grid ? c.v_grid : "floats");
+        c.window, c.chunk, cap, c.k_grid ? c.k_grid : "floats", c.v_grid ? c.v_grid : "floats", c.turned);
     return false;
   }
   return true;

@@ -1,5 +1,8 @@
 """Layouts of few bits against slow, obvious numpy: the nearest value of the grid, by a scale that is stored."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,11 +13,11 @@ from hypothesis import strategies as st
 
 from rootcellar.errors import ConfigError
 from rootcellar.ops import kernels
-from rootcellar.ops.backends import Reach, attention
+from rootcellar.ops.backends import Reach, attention, xla
 from rootcellar.plan.grids import E2M1, E4M3, E5M2, INT8, NARROW
 from rootcellar.plan.stored import Heads, Latents
 from rootcellar.pools.layouts import LAYOUTS, layout_of
-from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard
+from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard, turned
 
 GRIDS = (INT8, E4M3, E5M2, E2M1)
 BYTES = np.arange(256, dtype=np.uint8)
@@ -120,6 +123,8 @@ def test_what_is_not_finite_stays_where_it_is():
 @pytest.mark.parametrize("dim", [16, 64, 96, 80, 7])
 def test_a_rotation_is_its_own_inverse_and_keeps_products(dim):
     turn = hadamard(dim)
+    x = np.random.default_rng(6).standard_normal((5, 2, dim)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(turned)(x), x @ turn, atol=1e-5)
     np.testing.assert_allclose(turn @ turn, np.eye(dim), atol=1e-6)
     np.testing.assert_array_equal(turn, turn.T)
     outlier = np.zeros(dim, np.float32)
@@ -143,7 +148,12 @@ def test_a_token_is_read_where_it_was_written_and_nothing_else_is_touched(form, 
     buffers = [jnp.zeros(a.shape, a.dtype) for a in layout.buffers(6)]
     first, second = parts_of(rng, form, 5), parts_of(rng, form, 3)
     pages, offsets = np.array([2, 2, 2, 2, 4]), np.array([0, 1, 2, 3, 0])
-    write, read = jax.jit(layout.write), jax.jit(layout.read)
+    write = jax.jit(layout.write)
+
+    def read(buffers, pages):
+        turn = np.eye(first[0].shape[-1], dtype=np.float32) if layout.turn is None else layout.turn
+        return [np.asarray(part) @ turn for part in layout.read(buffers, pages)]
+
     buffers = write(buffers, pages, offsets, first)
     before = read(buffers, np.arange(6))
     buffers = write(buffers, np.array([4, 4, 1]), np.array([1, 3, 2]), second)
@@ -210,6 +220,63 @@ def test_attention_is_that_over_what_was_read(backend, form, name):
         weights = np.exp(np.einsum("hd,thd->ht", q[at], keys[seen]) * dim**-0.5)
         expected = np.einsum("ht,thd->hd", weights / weights.sum(-1, keepdims=True), values[seen])
         np.testing.assert_allclose(found[at], expected, atol=2e-3)
+
+
+@functools.cache
+def writers(name, turns, vectors, kv_heads, dim, page):
+    """What makes empty pages, and compiled functions that write tokens into them: alone, and to attend to them."""
+    layout = dataclasses.replace(layout_of(Heads(kv_heads, dim), name, page), turned=turns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTCELLAR_VECTORS", vectors)
+        attend = attention("native", layout, Reach("full", 0, dim**-0.5))
+
+    def alone(buffers, parts, *where):
+        return xla.write(layout, buffers, parts, *where)
+
+    def attending(buffers, parts, *where):
+        sinks = jnp.full(kv_heads, -jnp.inf)
+        return attend(jnp.ones_like(parts[0]), *parts, sinks, *where, *buffers)[1:]
+
+    return layout.buffers, jax.jit(alone, donate_argnums=0), jax.jit(attending, donate_argnums=0)
+
+
+@st.composite
+def tokens_of(draw, tokens, kv_heads, dim):
+    """Keys and values as no model has them beside such as models have."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    parts = []
+    for _ in range(2):
+        x = rng.standard_normal((tokens, kv_heads, dim)) * 10.0 ** rng.integers(-6, 6, (tokens, kv_heads, 1))
+        whole = rng.random((tokens, kv_heads, 1)) < 0.3  # such are at ties of their grids
+        x = np.where(whole, np.round(x * 4) * 2.0 ** rng.integers(-30, 20, (tokens, kv_heads, 1)), x).astype(np.float32)
+        for _ in range(draw(st.integers(0, 4))):
+            at = draw(st.integers(0, tokens - 1)), draw(st.integers(0, kv_heads - 1))
+            odd = draw(
+                st.sampled_from([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-39, 1e-30, 3e-6, 6e4 * 6])
+            )
+            x[at][: draw(st.sampled_from([1, dim]))] = odd
+        parts.append(x)
+    return parts
+
+
+@pytest.mark.skipif(kernels.built() is None, reason="not built")
+@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("name", NARROW)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_codes_are_the_same_whoever_makes_them(name, vectors, data):
+    """XLA for a batch of any shape, or a kernel, by decoding or by tiles of a prompt: bit for bit."""
+    if not kernels.runs_vectors(vectors):
+        pytest.skip(f"this processor does not have {vectors}")
+    turns = NARROW[name].turned ^ (data.draw(st.integers(0, 3)) == 0)
+    kv_heads, dim, page = data.draw(st.sampled_from([(1, 16, 4), (3, 64, 16), (2, 96, 1), (1, 128, 16)]))
+    buffers, *both = writers(name, turns, vectors, kv_heads, dim, page)
+    positions, tile = data.draw(st.sampled_from([((0, 1, 2, 3), 1), ((2,), 1), ((0, 1, 2, -1), 4)]))
+    parts = data.draw(tokens_of(len(positions), kv_heads, dim))
+    where = np.array([[0] * 4, [3, 1, 4, 2]], np.int32), np.ones(len(positions) // tile, np.int32), np.int32(positions)
+    found = [write([jnp.zeros(a.shape, a.dtype) for a in buffers(5)], parts, *where) for write in both]
+    for one, other in zip(*found, strict=True):  # but for page 0, where padding may go
+        np.testing.assert_array_equal(*(np.asarray(a)[1:].view(np.uint8) for a in (one, other)))
 
 
 @pytest.mark.skipif(kernels.built() is None, reason="not built")

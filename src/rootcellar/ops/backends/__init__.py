@@ -8,13 +8,7 @@ which takes and gives back a layer's buffers. The caller donates them: a step ne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
-
-import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
-from numpy.typing import NDArray
 
 from rootcellar.errors import ConfigError
 from rootcellar.ops.backends import fixed, gpu, native, tpu, xla
@@ -27,7 +21,6 @@ from rootcellar.pools.layouts import TokenLayout
 BACKENDS: Mapping[str, Backend] = {"native": native, "tpu": tpu, "xla": xla, "gpu": gpu}
 INTERPRETED = ("tpu", "gpu")
 """Those that compute on a CPU only as tests have it, slowly."""
-_PARTS = {"heads": 2, "latents": 1}  # what is stored of a token
 FIXED = "fixed"
 """What runs in the place of ``native`` where answers must not depend on the batch."""
 
@@ -59,19 +52,7 @@ def preferred(backend: str, layout: Layout, platform: str) -> Layout:
 
 def attention(backend: str, layout: TokenLayout, reach: Reach) -> Attend:
     """The attention function of a backend over pages of ``layout``, for queries that see what ``reach`` says."""
-    attend = (fixed if backend == FIXED else BACKENDS[backend]).attend(layout, reach)
-    return attend if layout.turn is None else functools.partial(_turned, attend, layout.turn, _PARTS[layout.form])
-
-
-def _turned(attend: Attend, turn: NDArray[np.float32], parts: int, *arguments: Array) -> tuple[Array, ...]:
-    """Attention among queries, keys and values that were turned alike: scores are the same, and the sum turns back."""
-    turned = (_by(part, turn) for part in arguments[: 1 + parts])
-    out, *buffers = attend(*turned, *arguments[1 + parts :])
-    return _by(out, turn), *buffers
-
-
-def _by(part: Array, turn: NDArray[np.float32]) -> Array:
-    return jnp.matmul(part.astype(jnp.float32), turn, precision=lax.Precision.HIGHEST)
+    return (fixed if backend == FIXED else BACKENDS[backend]).attend(layout, reach)
 
 
 __all__ = ["BACKENDS", "FIXED", "INTERPRETED", "Attend", "Backend", "Reach", "attention", "choose_backend", "preferred"]

@@ -58,24 +58,21 @@ def attend(layout: TokenLayout, reach: Reach, *, fixed: bool = False) -> Attend:
     return functools.partial(_attend, _TARGETS[layout.name], vectors(), reach, fixed)
 
 
-def _attend_codes(
-    layout: NarrowHeads, vectors: str, reach: Reach, q: Array, k: Array, v: Array, *rest: Array
-) -> tuple[Array, ...]:
-    """XLA makes the codes of the batch's keys and values; the kernel writes them down and reads those that are there.
+def _attend_codes(layout: NarrowHeads, vectors: str, reach: Reach, *arguments: Array) -> tuple[Array, ...]:
+    """The kernel makes codes of the batch's keys and values, as ``layout.write`` would, and turns what is to be turned.
 
-    ``rest``: sinks, tables, rows and positions; the pools.
+    ``arguments``: queries, keys and values, sinks, tables, rows and positions; the pools.
     """
-    *where, a, b, c, d = rest
-    fresh, pools = layout.encode((k, v)), (a, b, c, d)
-    taken = 1 + len(where) + len(fresh)  # what the pools come after
+    *rest, a, b, c, d = arguments
+    (q, k, v), where, pools = (x.astype(jnp.float32) for x in rest[:3]), rest[3:], (a, b, c, d)
     call = jax.ffi.ffi_call(
         _TARGETS[layout.name],
         (jax.ShapeDtypeStruct(q.shape, jnp.float32), *(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in pools)),
-        input_output_aliases={taken + i: 1 + i for i in range(len(pools))},
+        input_output_aliases={len(rest) + i: 1 + i for i in range(len(pools))},
     )
     out, *new = call(
-        q.astype(jnp.float32), *where, *fresh, *pools,
-        keys=layout.keys.name, values=layout.values.name, vectors=vectors, **_seen(reach),
+        q, k, v, *where, *pools,
+        keys=layout.keys.name, values=layout.values.name, turned=layout.turned, vectors=vectors, **_seen(reach),
     )  # fmt: skip
     return out, *new
 

@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from rootcellar.ops.backends.backend import Attend
 from rootcellar.ops.pages import padded, places
@@ -36,7 +38,18 @@ def lacks(layout: Layout, platform: str) -> str | None:  # noqa: ARG001 - it run
 
 def attend(layout: TokenLayout, reach: Reach) -> Attend:
     """See ``Backend``."""
-    return functools.partial(_BY_FORM[layout.form], layout, reach)
+    function = functools.partial(_BY_FORM[layout.form], layout, reach)
+    return function if layout.turn is None else functools.partial(_turned, function, layout.turn)
+
+
+def _turned(attend: Attend, turn: NDArray[np.float32], q: Array, *rest: Array) -> tuple[Array, ...]:
+    """Attention of queries that are turned as what is read was: scores are the same, and the sum turns back."""
+    out, *buffers = attend(_by(q, turn), *rest)
+    return _by(out, turn), *buffers
+
+
+def _by(part: Array, turn: NDArray[np.float32]) -> Array:
+    return jnp.matmul(part.astype(jnp.float32), turn, precision=lax.Precision.HIGHEST)
 
 
 def write(

@@ -1,11 +1,11 @@
 // Paged attention for CPUs, over keys and values by head and over latents, in plain C++.
 //
-// One call writes the new tokens of a packed batch into the pool, in place, and lets every query attend to its row's
-// pages. The batch is cut into tiles: equally many consecutive tokens of one row (1 when decoding), padding last. Tiles
-// that follow each other in a row are joined and cut into *units* of as many queries as share a packed block of keys
-// well. An item of work is a unit and one KV head; when there are fewer than threads need, the context is split as well
-// and the parts merged (the flash-decoding scheme of Dao et al., 2023). Softmax is online (Milakov and Gimelshein,
-// 2018). Page 0 is never read or written.
+// One call writes the new tokens of a packed batch into the pool, in place and on its grid, and lets every query attend
+// to its row's pages. The batch is cut into tiles: equally many consecutive tokens of one row (1 when decoding), padding
+// last. Tiles that follow each other in a row are joined and cut into *units* of as many queries as share a packed block
+// of keys well. An item of work is a unit and one KV head; when there are fewer than threads need, the context is split
+// as well and the parts merged (the flash-decoding scheme of Dao et al., 2023). Softmax is online (Milakov and
+// Gimelshein, 2018). Page 0 is never read or written.
 
 #pragma once
 
@@ -96,12 +96,14 @@ using Kernel = void (*)(const Span&, const Query&, float* room, float* m, float*
 // The kernel for a pool's type.
 using Choose = Kernel (*)(bool is_bf16);
 
-// A kernel over codes, and the bytes of a token's row of `dim` elements in each pool: codes of keys and of values, the
-// scales of each.
+// A kernel over codes; how a key and a value of `dim` elements become codes and scales, and rows [n, dim] are turned; the
+// bytes of a token's row in each pool: codes of keys and of values, the scales of each.
 constexpr int kArraysOfCodes = 4;
 struct CodesKernel {
   std::string_view keys, values;
   Kernel kernel;
+  void (*encode[2])(const float* x, int64_t dim, uint8_t* codes, uint8_t* scales);
+  void (*turn)(float* x, int64_t n, int64_t dim);
   int64_t (*rows[kArraysOfCodes])(int64_t dim);
 };
 
@@ -126,22 +128,34 @@ inline void write_row<float>(float* to, const float* from, int64_t n) {
 
 template <>
 inline void write_row<bf16>(bf16* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {  // round to nearest even
-    uint32_t u;
-    std::memcpy(&u, from + i, 4);
-    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
-    to[i].bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-  }
+  for (int64_t i = 0; i < n; i++) to[i].bits = bf16_of(from[i]);
 }
+
+// What a thread keeps from one item to the next, cut into pieces that begin with a cache line.
+struct Scratch {
+  std::vector<float> floats;
+  std::vector<int32_t> first, last;
+  float* next = nullptr;
+
+  void begin(int64_t n) {
+    floats.resize(std::max<size_t>(floats.size(), n + 16));
+    const auto at = reinterpret_cast<uintptr_t>(floats.data());
+    next = floats.data() + (64 - at % 64) % 64 / sizeof(float);
+  }
+  float* take(int64_t n) {
+    float* at = next;
+    next += (n + 15) / 16 * 16;
+    return at;
+  }
+};
 
 // Queries of one row at consecutive positions: tokens [begin, begin + count) of the batch.
 struct Unit {
   int64_t begin, count;
 };
 
-// Codes or scales of keys or values: what the batch has, [tokens, kv_heads, row] in bytes, and where it goes.
+// Codes or scales of keys or values, and the bytes of a token and head.
 struct Rows {
-  const uint8_t* fresh;
   uint8_t* pool;
   int64_t row;
 };
@@ -158,7 +172,9 @@ struct Batch {
   float scale, softcap;   // softcap 0: none
   int64_t window, chunk;  // 0: none
   bool fixed = false;     // each sum is made in one order, whatever else is in the batch
-  Rows rows_of[kArraysOfCodes] = {};  // pools of few bits, in place of k, v and pool: see CodesKernel
+  const CodesKernel* codes = nullptr;  // of pools of few bits, which stand in place of `pool`: see CodesKernel
+  Rows rows_of[kArraysOfCodes] = {};
+  bool turned = false;  // keys and values are turned before they become codes
 
   int64_t tile() const { return tokens / tiles; }
   int64_t group() const { return heads / kv_heads; }
@@ -179,16 +195,27 @@ struct Batch {
     }
   }
 
-  void write_codes() const {
-    for (const Rows& r : rows_of) {
-      for (int64_t j = 0; j < tokens; j++) {
-        const int32_t at = positions[j];
-        if (at < 0) continue;
-        uint8_t* to = r.pool + (pages(j)[at / page_size] * kv_heads * page_size + at % page_size) * r.row;
-        for (int64_t h = 0; h < kv_heads; h++, to += page_size * r.row)
-          std::memcpy(to, r.fresh + (j * kv_heads + h) * r.row, r.row);
+  template <typename Threads>
+  void write_codes(Threads& threads) const {
+    parallel_for(threads, tokens, [this](int64_t j) {
+      const int32_t at = positions[j];
+      if (at < 0) return;
+      const int64_t place = pages(j)[at / page_size] * kv_heads * page_size + at % page_size;
+      thread_local Scratch scratch;
+      scratch.begin(dim);
+      float* row = scratch.take(dim);
+      for (int64_t i = 0; i < 2 * kv_heads; i++) {
+        const int64_t h = i / 2, which = i % 2, slot = place + h * page_size;
+        const float* from = (which == 0 ? k : v) + (j * kv_heads + h) * dim;
+        const Rows &to = rows_of[which], &scales = rows_of[2 + which];
+        if (turned) {
+          std::memcpy(row, from, dim * sizeof(float));
+          codes->turn(row, 1, dim);
+          from = row;
+        }
+        codes->encode[which](from, dim, to.pool + slot * to.row, scales.pool + slot * scales.row);
       }
-    }
+    });
   }
 
   // The first position that a query at `position` sees.
@@ -224,32 +251,15 @@ struct Batch {
 };
 
 // Rows of o become the output of a unit's tokens.
-inline void finish(const Batch& b, const Unit& u, int64_t h, const float* l, const float* o) {
+inline void finish(const Batch& b, const Unit& u, int64_t h, const float* l, float* o) {
   const int64_t group = b.group();
+  if (b.turned) b.codes->turn(o, u.count * group, b.dim);
   for (int64_t r = 0; r < u.count * group; r++) {
     float* to = b.out + ((u.begin + r / group) * b.heads + h * group + r % group) * b.dim;
     const float scale = 1.0f / l[r];
     for (int64_t d = 0; d < b.dim; d++) to[d] = o[r * b.dim + d] * scale;
   }
 }
-
-// What a thread keeps from one item to the next, cut into pieces that begin with a cache line.
-struct Scratch {
-  std::vector<float> floats;
-  std::vector<int32_t> first, last;
-  float* next = nullptr;
-
-  void begin(int64_t n) {
-    floats.resize(std::max<size_t>(floats.size(), n + 16));
-    const auto at = reinterpret_cast<uintptr_t>(floats.data());
-    next = floats.data() + (64 - at % 64) % 64 / sizeof(float);
-  }
-  float* take(int64_t n) {
-    float* at = next;
-    next += (n + 15) / 16 * 16;
-    return at;
-  }
-};
 
 // The parts of a unit's context, each [m, l, o] of `padded` rows, become one: always in the same order, so that the sum
 // does not depend on which ended last. `part`: elements of a part.
@@ -317,6 +327,7 @@ void attend(Threads& threads, const Batch& b, Kernel kernel) {
       scratch.last[r] = b.positions[token];
       scratch.first[r] = static_cast<int32_t>(b.first(b.positions[token]));
     }
+    if (b.turned) b.codes->turn(x, rows, d);
     std::fill(x + rows * d, x + rounded * d, 0.0f);
     float* m = splits > 1 ? parts.data() + (item * splits + s) * part : own;
     float *l = m + padded, *o = l + padded;

@@ -101,52 +101,55 @@ ffi::Error by_head(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Sinks 
   return attend(threads, b, pool, pool_out, vectors);
 }
 
-// One of the arrays of codes or scales: `fresh` [T, kv_heads, ...], which goes into the pool [pages, kv_heads,
-// page_size, ...], of `row` bytes for each token and head.
-ffi::Error fill(rootcellar::Rows& to, const Batch& b, int64_t row, const ffi::AnyBuffer& fresh,
-                const ffi::AnyBuffer& pool, const ffi::AnyBuffer& after) {
+// One of the pools of codes or scales, [pages, kv_heads, page_size, ...], of `row` bytes for each token and head.
+ffi::Error fill(rootcellar::Rows& to, const Batch& b, int64_t row, const ffi::AnyBuffer& pool,
+                const ffi::AnyBuffer& after) {
   if (pool.untyped_data() != after.untyped_data())
     return ffi::Error::Internal("paged attention: the pool was copied; donate it to the step");
-  const auto fd = fresh.dimensions(), pd = pool.dimensions();
-  if (fd.size() < 2 || fd[0] != b.tokens || fd[1] != b.kv_heads || pd.size() < 3 || pd[1] != b.kv_heads ||
-      pd[2] != b.page_size)
-    return wrong("codes and scales have a row for each token and head, in the batch and in the pool");
-  if (static_cast<int64_t>(fresh.size_bytes()) != b.tokens * b.kv_heads * row ||
-      static_cast<int64_t>(pool.size_bytes()) != pd[0] * b.kv_heads * b.page_size * row)
+  const auto pd = pool.dimensions();
+  if (pd.size() < 3 || pd[1] != b.kv_heads || pd[2] != b.page_size)
+    return wrong("codes and scales have a row for each token and head");
+  if (static_cast<int64_t>(pool.size_bytes()) != pd[0] * b.kv_heads * b.page_size * row)
     return wrong("codes and scales have the bytes that their grid says");
-  to = {static_cast<const uint8_t*>(fresh.untyped_data()), static_cast<uint8_t*>(pool.untyped_data()), row};
+  to = {static_cast<uint8_t*>(pool.untyped_data()), row};
   return ffi::Error::Success();
 }
 
-// As by_head, over pools of few bits: `arrays` has what a token has in each, codes of keys and of values and the scales
-// of each, and then the four pools, updated in place. `keys` and `values` name grids.
-ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Sinks sinks, Tables tables, Numbers rows, Numbers positions,
-                      ffi::RemainingArgs arrays, float scale, float softcap, int64_t window, int64_t chunk,
-                      std::string_view vectors, std::string_view keys, std::string_view values,
-                      ffi::Result<Floats> out, ffi::RemainingRets pools) {
+// As by_head, over four pools of few bits, updated in place: codes of keys and of values and the scales of each. `keys`
+// and `values` name grids; `turned`: queries, keys and values are turned first, and what comes out is turned back.
+ffi::Error over_codes(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Sinks sinks, Tables tables, Numbers rows,
+                      Numbers positions, ffi::RemainingArgs pools, float scale, float softcap, int64_t window,
+                      int64_t chunk, std::string_view vectors, std::string_view keys, std::string_view values,
+                      bool turned, ffi::Result<Floats> out, ffi::RemainingRets pools_out) {
   constexpr size_t kArrays = rootcellar::kArraysOfCodes;
-  if (arrays.size() != 2 * kArrays || pools.size() != kArrays)
-    return wrong("codes and scales of keys and values, and four pools");
+  if (pools.size() != kArrays || pools_out.size() != kArrays)
+    return wrong("four pools: codes of keys and of values, the scales of each");
   const auto* found = rootcellar::find_vectors(rootcellar::kCodeSets, std::string(vectors));
   const rootcellar::CodesKernel* kernel = found == nullptr ? nullptr : found->function(keys, values);
   if (kernel == nullptr) return wrong("no kernel for these grids and vectors");
   Batch b{};
   for (size_t i = 0; i < kArrays; i++) {
-    const auto fresh = arrays.get<ffi::AnyBuffer>(i), pool = arrays.get<ffi::AnyBuffer>(kArrays + i);
-    auto after = pools.get<ffi::AnyBuffer>(i);
-    if (fresh.has_error() || pool.has_error() || after.has_error()) return wrong("an array is missing");
+    const auto pool = pools.get<ffi::AnyBuffer>(i);
+    auto after = pools_out.get<ffi::AnyBuffer>(i);
+    if (pool.has_error() || after.has_error()) return wrong("an array is missing");
     if (i == 0) {
       const auto pd = pool->dimensions();
       if (pd.size() != 4) return wrong("wrong number of dimensions");
       ffi::Error error = fill(b, q, {tables, rows, positions, scale, softcap, window, chunk}, pd[1], pd[2], out);
       if (error.failure()) return error;
     }
-    ffi::Error error = fill(b.rows_of[i], b, kernel->rows[i](b.dim), *fresh, *pool, **after);
+    ffi::Error error = fill(b.rows_of[i], b, kernel->rows[i](b.dim), *pool, **after);
     if (error.failure()) return error;
   }
+  if (!has_shape(k, {b.tokens, b.kv_heads, b.dim}) || !has_shape(v, {b.tokens, b.kv_heads, b.dim}))
+    return wrong("keys and values have the shape that the pool has");
   if (!has_shape(sinks, {b.heads})) return wrong("one sink for each head");
+  b.k = k.typed_data();
+  b.v = v.typed_data();
   b.sinks = sinks.typed_data();
-  b.write_codes();
+  b.codes = kernel;
+  b.turned = turned;
+  b.write_codes(threads);
   rootcellar::attend(threads, b, kernel->kernel);
   return ffi::Error::Success();
 }
@@ -201,9 +204,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionByHead, by_head,
                               with_pool(queries().Arg<Floats>().Arg<Floats>().Arg<Sinks>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RootcellarAttentionOverCodes, over_codes,
-                              with_reach(with_places(queries().Arg<Sinks>()).RemainingArgs())
+                              with_reach(
+                                  with_places(queries().Arg<Floats>().Arg<Floats>().Arg<Sinks>()).RemainingArgs())
                                   .Attr<std::string_view>("keys")
                                   .Attr<std::string_view>("values")
+                                  .Attr<bool>("turned")
                                   .Ret<Floats>()
                                   .RemainingRets());
 

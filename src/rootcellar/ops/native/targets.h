@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -40,6 +41,25 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct bf16 {
   uint16_t bits;
 };
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// The bits of the nearest bfloat16, at a tie the even one.
+inline uint16_t bf16_of(float x) {
+  const uint32_t bits = bits_of(x);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
 
 #if defined(__x86_64__)
 inline bool has_avx512() {

@@ -5,6 +5,10 @@ elements are brought onto the grid, so that reading and writing agree on it. For
 every 16 elements) the largest magnitude may also go to 4 rather than 6, whichever errs less in squares: between 4 and 6
 there is nothing (Cook et al., 2025, "Four Over Six").
 
+A token's codes are the same whoever makes them: compiled by XLA for any shape, or by the kernels for CPUs
+(``ops/native/encode.inc``). So nothing is computed whose bits depend on the order of a sum or on which products are
+fused with one: reciprocals are multiplied by, errors are summed as integers, and rotations are sums of pairs.
+
 Floats of 8 bits without an exponent are not used (they are below a 28,000th of the largest), so that readers need not
 know them. Codes of floats are kept as uint8, since XLA for CPUs widens whole pools of narrow floats in order to write
 into them.
@@ -13,6 +17,7 @@ into them.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +30,7 @@ from rootcellar.plan.grids import E2M1, E4M3, E5M2, INT8, Grid
 _FLOATS = {E4M3: jnp.float8_e4m3fn, E5M2: jnp.float8_e5m2}
 _SCALE_BITS = 7  # of a float16 that a scale of 8 bits leaves out: its sign is known, and 3 of 10 bits are kept
 _LEAST_TOP = 4  # of E2M1: see above
+_ERROR_UNITS = 2048  # in a step of the grid: squares of 16 errors, of at most 3 steps, are summed in 32 bits
 
 
 def code_arrays(grid: Grid, lead: tuple[int, ...], dim: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -44,13 +50,15 @@ def encode(grid: Grid, vectors: Array) -> tuple[Array, Array]:
     x = vectors.astype(jnp.float32)
     if grid == E2M1:
         return _encode_e2m1(x)
-    scale = (jnp.max(jnp.abs(x), axis=-1) / grid.top).astype(jnp.bfloat16)
+    scale = (jnp.max(jnp.abs(x), axis=-1) * np.float32(1 / grid.top)).astype(jnp.bfloat16)
     on_grid = jnp.clip(_divided(x, scale.astype(jnp.float32)), -grid.top, grid.top)
     if grid == INT8:
         return jnp.round(on_grid).astype(jnp.int8), scale
     least, size = float(jnp.finfo(_FLOATS[grid]).tiny), jnp.abs(on_grid)
     normal = jnp.where(size < least / 2, 0, jnp.sign(on_grid) * jnp.maximum(size, least))
-    return lax.bitcast_convert_type(normal.astype(_FLOATS[grid]), jnp.uint8), scale
+    codes = lax.bitcast_convert_type(normal.astype(_FLOATS[grid]), jnp.uint8)
+    nan = np.array(np.nan, _FLOATS[grid]).view(np.uint8)  # XLA would leave it a sign, or not
+    return jnp.where(jnp.isnan(on_grid), nan, codes), scale
 
 
 def decode(grid: Grid, codes: Array, scales: Array) -> Array:
@@ -64,8 +72,8 @@ def decode(grid: Grid, codes: Array, scales: Array) -> Array:
 
 
 def _divided(x: Array, scale: Array) -> Array:
-    """``x`` [..., n] over its ``scale`` [...]; zeros where that is zero."""
-    return jnp.where(scale[..., None] == 0, 0, x / scale[..., None])
+    """``x`` [..., n] times the reciprocal of its ``scale`` [...]; zeros where that is zero."""
+    return jnp.where(scale[..., None] == 0, 0, x * (1 / scale)[..., None])
 
 
 # --- four bits --------------------------------------------------------------------------------------------------------
@@ -74,14 +82,16 @@ def _divided(x: Array, scale: Array) -> Array:
 def _encode_e2m1(x: Array) -> tuple[Array, Array]:
     blocks = x.reshape(*x.shape[:-1], -1, E2M1.block)
     most = jnp.max(jnp.abs(blocks), axis=-1)
-    wide, narrow = (_bits_of_scale(most / top) for top in (E2M1.top, _LEAST_TOP))
+    wide, narrow = (_bits_of_scale(most * np.float32(1 / top)) for top in (E2M1.top, _LEAST_TOP))
 
     def errs(scales: Array) -> Array:
         scale = _scale_of_bits(scales)
-        read = _e2m1_values(_e2m1_codes(_divided(blocks, scale))) * scale[..., None]
-        return jnp.sum((blocks - read) ** 2, axis=-1)
+        steps = jnp.abs(_divided(blocks, scale))
+        units = jnp.round((steps - _e2m1_values(_e2m1_codes(steps))) * _ERROR_UNITS).astype(jnp.int32)
+        return jnp.sum(units * units, axis=-1).astype(jnp.float32) * (scale * scale)
 
-    scales = jnp.where(errs(narrow) < errs(wide), narrow, wide)
+    # (Where the wider scale is too small to be one, the narrower errs less, or is none either.)
+    scales = jnp.where((errs(narrow) < errs(wide)) | (wide == 0), narrow, wide)
     codes = _e2m1_codes(_divided(blocks, _scale_of_bits(scales))).reshape(*x.shape)
     return codes[..., ::2] | codes[..., 1::2] << 4, scales
 
@@ -126,3 +136,24 @@ def hadamard(dim: int) -> NDArray[np.float32]:
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return np.kron(np.eye(dim // block, dtype=np.float32), matrix / np.float32(np.sqrt(block)))
+
+
+def turned(vectors: Array) -> Array:
+    """``vectors`` [..., dim] times :func:`hadamard`, float32; on CPUs by sums of pairs, which have one order."""
+    return lax.platform_dependent(vectors.astype(jnp.float32), cpu=_by_pairs, default=_by_matrix)
+
+
+def _by_matrix(x: Array) -> Array:
+    return jnp.matmul(x, hadamard(x.shape[-1]), precision=lax.Precision.HIGHEST)
+
+
+def _by_pairs(x: Array) -> Array:
+    """The fast Walsh-Hadamard transform, neighbours first."""
+    dim, apart = x.shape[-1], 1
+    block, columns = dim & -dim, x.reshape(-1, dim).T
+    while apart < block:
+        a, b = jnp.unstack(columns.reshape(-1, 2, apart, columns.shape[1]), axis=1)
+        columns = lax.optimization_barrier(jnp.stack([a + b, a - b], axis=1).reshape(columns.shape))
+        apart *= 2
+    # (Without a barrier XLA would multiply this factor by the reciprocal of a scale first.)
+    return lax.optimization_barrier(columns * np.float32(1 / math.sqrt(block))).T.reshape(x.shape)

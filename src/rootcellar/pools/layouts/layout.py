@@ -74,8 +74,8 @@ class TokenLayout(Layout, Protocol):
 
     @property
     def turn(self) -> NDArray[np.float32] | None:
-        """A symmetric orthogonal matrix ``[D, D]`` by which queries and parts are multiplied before they are written
-        or attend, and what they give after; None: none. A backend sees what is turned alone.
+        """A symmetric orthogonal matrix ``[D, D]`` by which what is read was multiplied as it was written, as queries
+        must be before they attend, and what they give after; None: none.
         """  # fmt: skip
         ...
 

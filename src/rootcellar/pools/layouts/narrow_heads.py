@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rootcellar.plan.grids import NARROW, Grid
 from rootcellar.plan.stored import Form, Heads
-from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard
+from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard, turned
 from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = tuple(NARROW)
@@ -52,17 +52,14 @@ class NarrowHeads:
         )
         return keys, values, key_scales, value_scales
 
-    def encode(self, parts: Sequence[Array]) -> tuple[Array, ...]:
-        """What each buffer gets of tokens' ``parts``, [N, kv_heads, ...]."""
-        keys, values = parts
-        (k, key_scales), (v, value_scales) = encode(self.keys, keys), encode(self.values, values)
-        return k, v, key_scales, value_scales
-
     def write(
         self, buffers: Sequence[Array], pages: Array, offsets: Array, parts: Sequence[Array]
     ) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
-        return tuple(pool.at[pages, :, offsets].set(new) for pool, new in zip(buffers, self.encode(parts), strict=True))
+        keys, values = map(turned, parts) if self.turned else parts
+        (k, key_scales), (v, value_scales) = encode(self.keys, keys), encode(self.values, values)
+        fresh = k, v, key_scales, value_scales
+        return tuple(pool.at[pages, :, offsets].set(new) for pool, new in zip(buffers, fresh, strict=True))
 
     def read(self, buffers: Sequence[Array], pages: Array) -> tuple[Array, ...]:
         """See ``TokenLayout``."""

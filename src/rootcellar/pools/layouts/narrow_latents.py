@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rootcellar.plan.grids import NARROW, Grid
 from rootcellar.plan.stored import LATENT_TYPES, WIDE, Form, Latents
-from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard
+from rootcellar.pools.layouts.codes import code_arrays, decode, encode, hadamard, turned
 from rootcellar.pools.layouts.layout import Axes, as_it_lies
 
 SERVES = LATENT_TYPES
@@ -58,7 +58,8 @@ class NarrowLatents:
     ) -> tuple[Array, ...]:
         """See ``TokenLayout``."""
         (latents,) = parts
-        codes, scales = encode(self.grid, latents[:, : self.rank])
+        compressed = latents[:, : self.rank]
+        codes, scales = encode(self.grid, turned(compressed) if self.turned else compressed)
         new = codes, latents[:, self.rank :].astype(WIDE), scales
         return tuple(pool.at[pages, offsets].set(part) for pool, part in zip(buffers, new, strict=True))
 
