@@ -69,7 +69,7 @@ def runtime() -> str:
 def main() -> None:
     steps, seed = [*sys.argv[1:], *("20000", "0")[len(sys.argv) - 1 :]]
     build()
-    for check in ("check_attention", "check_peaks", "check_products"):
+    for check in ("check_attention", "check_peaks", "check_products", "check_states"):
         subprocess.run([BUILD / check, "25", seed], check=True)
     environment = os.environ | {
         "LD_PRELOAD": runtime(),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rootcellar.models.mixers.recurrent import IN_PLACE
-from rootcellar.ops import delta
+from rootcellar.ops import delta, kernels
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
 from rootcellar.ops.recurrent import causal_conv, course, in_order
 from rootcellar.ops.ssd import ssd, ssd_sequential
+from rootcellar.ops.states import in_states
 
 IN_SLOTS = functools.partial(IN_PLACE["tpu"], interpret=True)
 HEADS, WIDTH, SIZE, GROUPS, CHANNELS, TAPS = 4, 6, 5, 2, 3, 4
@@ -36,13 +37,14 @@ class Ssd:
     state = (HEADS, WIDTH, SIZE)
     in_place = None
 
-    @staticmethod
-    def inputs(rng, tokens):
+    @classmethod
+    def inputs(cls, rng, tokens):
+        _, width, size = cls.state
         return {
-            "x": rng.standard_normal((tokens, HEADS, WIDTH)),
+            "x": rng.standard_normal((tokens, HEADS, width)),
             "dt": rng.uniform(0.01, 1.5, (tokens, HEADS)),
-            "b": rng.standard_normal((tokens, GROUPS, SIZE)),
-            "c": rng.standard_normal((tokens, GROUPS, SIZE)),
+            "b": rng.standard_normal((tokens, GROUPS, size)),
+            "c": rng.standard_normal((tokens, GROUPS, size)),
         }
 
     @staticmethod
@@ -62,12 +64,13 @@ class Delta:
     state = (HEADS, SIZE, WIDTH)
     in_place = None
 
-    @staticmethod
-    def inputs(rng, tokens):
+    @classmethod
+    def inputs(cls, rng, tokens):
+        _, size, width = cls.state
         return {
-            "q": rng.standard_normal((tokens, GROUPS, SIZE)),
-            "k": rng.standard_normal((tokens, GROUPS, SIZE)),
-            "v": rng.standard_normal((tokens, HEADS, WIDTH)),
+            "q": rng.standard_normal((tokens, GROUPS, size)),
+            "k": rng.standard_normal((tokens, GROUPS, size)),
+            "v": rng.standard_normal((tokens, HEADS, width)),
             "g": -rng.uniform(0.01, 1.5, (tokens, HEADS)),
             "beta": rng.uniform(0, 1, (tokens, HEADS)),
         }
@@ -117,11 +120,22 @@ class DeltaInOrder(Delta):
     in_place = in_order
 
 
+class SsdNative(Ssd):
+    state = (HEADS, 13, 83)  # tiles of rows, vectors of any width, and what fills neither
+    in_place = in_states
+
+
+class DeltaNative(Delta):
+    state = (HEADS, 21, 203)
+    in_place = in_states
+
+
 class DeltaInOrderBehindSlots(Delta):
     in_place = functools.partial(in_order, first=IN_SLOTS)
 
 
 OPS = [Ssd, Delta, Conv]
+NATIVE = [SsdNative, DeltaNative]
 IN_ORDER = [SsdInOrder, DeltaInOrder, DeltaInOrderBehindSlots, Conv]
 BATCHES = [
     ([1], 1, 0),
@@ -137,6 +151,10 @@ BATCHES = [
     [(op, *batch) for op in OPS for batch in BATCHES] + [(op, *BATCHES[1]) for op in (SsdInSlots, DeltaInSlots)],
 )
 def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
+    verify_packed(op, lengths, tile, padding)
+
+
+def verify_packed(op, lengths, tile, padding):
     rng = np.random.default_rng(len(lengths) * tile)
     rows, positions, source = pack(lengths, tile, padding)
     # The first row begins from zeros, the second reads a snapshot and writes elsewhere, the others have their own.
@@ -169,9 +187,16 @@ def test_a_packed_batch_equals_the_recurrence(op, lengths, tile, padding):
         np.testing.assert_array_equal(new[slot], pool[slot])
 
 
+FOLLOWING = [([1, 4, 1, 3], 7), ([6], 2), ([1, 1], 0)]
+
+
 @pytest.mark.parametrize("op", IN_ORDER)
-@pytest.mark.parametrize(("lengths", "padding"), [([1, 4, 1, 3], 7), ([6], 2), ([1, 1], 0)])
+@pytest.mark.parametrize(("lengths", "padding"), FOLLOWING)
 def test_a_token_that_follows_another_goes_on_from_its_state_and_leaves_its_own(op, lengths, padding):
+    verify_following(op, lengths, padding)
+
+
+def verify_following(op, lengths, padding):
     """``lengths``: tokens that follow each other, each in a tile and with a slot of its own."""
     rng = np.random.default_rng(sum(lengths))
     n = sum(lengths)
@@ -203,6 +228,42 @@ def test_a_token_that_follows_another_goes_on_from_its_state_and_leaves_its_own(
         np.testing.assert_allclose(new[tables[t, 1]], state, rtol=2e-4, atol=2e-5)
     for slot in set(range(1, len(pool))) - set(tables[:, 1].tolist()):
         np.testing.assert_array_equal(new[slot], pool[slot])
+
+
+@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("op", NATIVE)
+def test_the_kernel_takes_tokens_through_states_as_the_recurrence_says(op, vectors, monkeypatch):
+    if not kernels.runs_vectors(vectors):
+        pytest.skip(f"{vectors} does not run here")
+    monkeypatch.setenv("ROOTCELLAR_VECTORS", vectors)
+    for batch in BATCHES[:2]:
+        verify_packed(op, *batch)
+    for batch in FOLLOWING:
+        verify_following(op, *batch)
+
+
+@pytest.mark.skipif(not kernels.runs_vectors(""), reason="the kernels were not built")
+@pytest.mark.parametrize("op", NATIVE)
+def test_the_kernel_gives_a_row_the_same_bits_beside_others_and_works_in_the_pool(op):
+    rng = np.random.default_rng(0)
+    n = 9
+    tables, pool = np.stack([np.arange(1, n + 1)] * 2, 1).astype(np.int32), rng.standard_normal((n + 1, *op.state))
+    batch = {name: jnp.asarray(values, jnp.float32) for name, values in op.inputs(rng, n).items()}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(pool, tables, batch):
+        rows = jnp.arange(len(tables), dtype=jnp.int32)
+        return op.packed(pool, course(tables, rows, jnp.full(len(tables), 7)), **batch)
+
+    y, together = step(jnp.asarray(pool, jnp.float32), tables, batch)
+    alone = jnp.asarray(pool, jnp.float32)
+    where = alone.unsafe_buffer_pointer()
+    for i in range(n):
+        own = {name: values[i : i + 1] for name, values in batch.items()}
+        y_alone, alone = step(alone, tables[i : i + 1], own)
+        np.testing.assert_array_equal(y_alone[0], y[i])
+    np.testing.assert_array_equal(alone, together)
+    assert alone.unsafe_buffer_pointer() == where
 
 
 @pytest.mark.parametrize("op", OPS)

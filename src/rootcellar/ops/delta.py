@@ -42,7 +42,7 @@ def gated_delta(
     size = k.shape[2]
     if tile == 1 and in_place is not None:
         told = jnp.stack([jnp.exp(g), beta], axis=-1)
-        return in_place(_head, pool, way, (told, unit(q) * size**-0.5, unit(k), v), width)
+        return in_place(head_step, pool, way, (told, unit(q) * size**-0.5, unit(k), v), width)
     real = (jnp.arange(tile)[None] < way.count[:, None])[:, None, :, None]
 
     def by_head(x: Array) -> Array:
@@ -102,7 +102,7 @@ def _solved_by_products(system: Array, sides: Array) -> Array:
     return inverse @ sides
 
 
-def _head(state: Array, told: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def head_step(state: Array, told: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """One token of one head, whose decay and rate are ``told [1, 2]``; the others are rows ``[1, ...]``."""
     q, k = column(q), column(k)
     state = state * told[:, :1]

@@ -20,13 +20,14 @@ _FUNCTIONS = {
     "rootcellar_attention_over_latents": "RootcellarAttentionOverLatents",
     "rootcellar_peaks": "RootcellarPeaks",
     "rootcellar_product": "RootcellarProduct",
+    "rootcellar_states": "RootcellarStates",
 }
 
 
 @functools.cache
 def built() -> ctypes.CDLL | None:
     """The shared library, registered with XLA; None where it was not built or is not wanted."""
-    without = "attention and products run through XLA"
+    without = "attention, products and recurrent states run through XLA"
     return open_library(ops.__path__, "_native.so", _FUNCTIONS, without, functions=["rootcellar_runs_vectors"])
 
 

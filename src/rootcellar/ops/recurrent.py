@@ -5,7 +5,8 @@ its own in another; they are the same once a request has state of its own. Its t
 tile reads what the row reads, every tile writes the row's own slot, and the next reads it there. Slot 0 takes what
 padding writes, and is never read.
 
-A batch of one token a tile (decoding) has at most one tile for each row: all of them go at once. Where a row reads the
+A batch of one token a tile (decoding) has at most one tile for each row: all of them go at once, or where their states
+lie (``ops.states`` on CPUs, ``ops.slots`` on TPUs). Where a row reads the
 slot that the row before it in the batch writes, it *follows* that one: its token comes after the other's (a guess that
 is verified), and each leaves its state in a slot of its own.
 """
@@ -74,7 +75,7 @@ HeadStep = Callable[..., tuple[Array, Array]]
 """A token through the state of one head: ``(state, *rows) -> (state, y)``, all of them matrices, the rows ``[1, ...]``
 and float32: what the head is told."""
 StatesInPlace = Callable[[HeadStep, Array, Course, Sequence[Array], int], tuple[Array, Array]]
-"""What takes the tokens of a decode step through their states where these lie (``ops.slots``): ``(head, pool, way,
+"""What takes the tokens of a decode step through their states where these lie: ``(head, pool, way,
 operands [n, groups, ...], width of y) -> (y [n, H, width], pool)``. Head ``h`` is told the row of its group."""
 
 Recurrence = Callable[[Array], tuple[Array, Array]]

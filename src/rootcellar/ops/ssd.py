@@ -43,7 +43,7 @@ def ssd(
     if tile == 1 and in_place is not None:
         x, dt, b, c = wide
         told = jnp.exp(dt * a.astype(jnp.float32))[..., None]
-        return in_place(_head, pool, way, (told, x * dt[..., None], b, c), width)
+        return in_place(head_step, pool, way, (told, x * dt[..., None], b, c), width)
     real = (jnp.arange(tile)[None] < way.count[:, None])[:, :, None, None]
     x = jnp.where(real, wide[0].reshape(n, tile, heads, width), 0).reshape(n, tile, groups, per, width)
     dt = jnp.where(real, wide[1].reshape(n, tile, groups, per), 0)
@@ -79,7 +79,7 @@ def ssd(
     return (inside + passed).reshape(tokens, heads, width), pool
 
 
-def _head(state: Array, told: Array, x: Array, b: Array, c: Array) -> tuple[Array, Array]:
+def head_step(state: Array, told: Array, x: Array, b: Array, c: Array) -> tuple[Array, Array]:
     """One token of one head, whose decay is ``told [1, 1]``; the others are rows ``[1, ...]``, ``x`` times its step."""
     state = state * told + column(x) * b
     return state, column(jnp.sum(state * c, axis=1, keepdims=True))

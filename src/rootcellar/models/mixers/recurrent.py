@@ -11,7 +11,9 @@ from jax import Array
 from rootcellar.cache.kind import Rule
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
+from rootcellar.ops.backends import FIXED
 from rootcellar.ops.recurrent import Course, HeadStep, StatesInPlace, in_order
+from rootcellar.ops.states import in_states
 
 
 def _by_kernel(
@@ -22,8 +24,10 @@ def _by_kernel(
     return each_slot(head, pool, way, operands, width, interpret=interpret)
 
 
-IN_PLACE: Mapping[str, StatesInPlace] = {"tpu": _by_kernel}
+IN_PLACE: Mapping[str, StatesInPlace] = {"native": in_states, FIXED: in_states, "tpu": _by_kernel}
 """By the backend of attention that it runs beside; elsewhere states are gathered and scattered."""
+_FOLLOWED = ("native", FIXED)
+"""Those whose own business it is that rows follow each other."""
 
 
 class Recurrent:
@@ -51,8 +55,7 @@ class Recurrent:
     def in_place(batch: ForwardBatch) -> StatesInPlace | None:
         """What takes a decode step through states where they lie, on each device all of it; None: where XLA does.
 
-        Where tokens are guessed it is more than a kernel's business: a token may go on from the one before it, if the
-        step has more than one.
+        Where tokens are guessed a token may go on from the one before it, if the step has more than one.
         """
         run, verifies = IN_PLACE.get(batch.backend), batch.verifies and len(batch.rows) > 1
         if run is None:
@@ -67,4 +70,5 @@ class Recurrent:
             y, pool = batch.local(here, [()] * (2 + len(operands)), [()] * 2)(pool, way, *operands)
             return y, pool
 
-        return functools.partial(in_order, first=on_each) if verifies else on_each
+        apart = verifies and batch.backend not in _FOLLOWED
+        return functools.partial(in_order, first=on_each) if apart else on_each
