@@ -134,6 +134,7 @@ def measure(engines: list[rootcellar.Engine], work: str, batch: int, tokens: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model-path", default="demo")
+    parser.add_argument("--load-format", default="auto", help="'dummy': random weights, whose answers soon repeat")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8, help="of each kind of work, at most 16")
     parser.add_argument("--batch", default="1")
@@ -142,7 +143,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     batches = [int(word) for word in arguments.batch.split(",")]
-    options = {"model_path": arguments.model_path, "max_total_tokens": 16384, "max_running_requests": max(batches)}
+    options = {"model_path": arguments.model_path, "load_format": arguments.load_format, "max_total_tokens": 16384}
+    options |= {"max_running_requests": max(batches)}
     guessing = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": arguments.draft}
     with rootcellar.Engine(**options) as plain, rootcellar.Engine(**options, **guessing) as fast:
         engines = [plain, fast]
