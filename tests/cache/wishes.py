@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def control(world: World) -> None:
     """One of the operator's wishes."""
     pick, cache = world.pick, world.cache
-    wish = pick(12)
+    wish = pick(14)
     name, tokens = world.prompts[pick(len(world.prompts))] if world.prompts else ("", [0])
     key = Key(tokens, name)
     if wish == 0:
@@ -40,6 +40,10 @@ def control(world: World) -> None:
     elif wish in (10, 11):
         tokens_on = cache.expect(key, (NEVER, 0, 1 + pick(50))[pick(3)])
         assert 0 <= tokens_on <= cache.match(key).length
+    elif wish in (12, 13):
+        line = [world.prompts[pick(len(world.prompts))] for _ in range(pick(5))] if world.prompts else []
+        known = cache.foresee([Key(ids[: pick(len(ids) + 1)], whose) for whose, ids in line])
+        assert 0 <= known <= sum(cache.match(Key(ids, whose)).branch for whose, ids in line)
 
 
 def forget(world: World, tier: Tier) -> None:

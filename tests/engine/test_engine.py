@@ -5,6 +5,7 @@ import itertools
 import json
 
 import pytest
+from idle import check_idle
 
 import rootcellar
 from checkpoints import make_checkpoint
@@ -325,3 +326,20 @@ def test_a_bias_forces_and_bans_and_compiles_nothing_new(engine):
     assert engine.stats()["compilations"] == before
     with pytest.raises(RequestError, match="logit_bias: ids of this model are 0 to"):
         engine.generate(input_ids=PROMPT, sampling_params={"logit_bias": {10**6: 1}})
+
+
+def test_a_prompt_that_waits_finds_its_prefix_though_what_runs_needs_the_room(tiny_folder):
+    """One row, and no room for all: what is asked for next is what stays, though it was used longest ago."""
+    prompts = [[*range(10 + 40 * i, 50 + 40 * i)] for i in range(4)]
+    options = {"max_total_tokens": 128, "page_size": 4, "max_running_requests": 1, "schedule_policy": "fcfs"}
+    one = {**GREEDY, "max_new_tokens": 1}
+    with rootcellar.Engine(model_path=tiny_folder, skip_tokenizer_init=True, **options) as engine:
+        for ids in prompts[:3]:
+            engine.generate(input_ids=ids, sampling_params=one)
+        results = engine.generate(input_ids=[prompts[3], [*prompts[0], 7]], sampling_params=one)
+        assert [each["meta_info"]["cached_tokens"] for each in results] == [0, 40]
+        for ids in prompts[1:]:
+            engine.generate(input_ids=ids, sampling_params=one)
+        gone = engine.generate(input_ids=[*prompts[0], 7], sampling_params=one)
+        assert gone["meta_info"]["cached_tokens"] < 40, "nobody waits for it any more"
+        check_idle(engine)

@@ -183,7 +183,7 @@ def test_the_tokens_of_a_step_are_shared_by_tenant_and_half_of_a_share_goes_to_t
 
 
 def test_a_call_takes_three_quarters_of_a_queue_at_most():
-    waiting = Waiting()
+    waiting = Waiting(lambda count: None)
     requests = [Request.new("r", [1], SamplingParams(), tenant="a", call=call) for call in (0, 0, 0, 0, 1)]
     for order, request in enumerate(requests):
         request.order = order

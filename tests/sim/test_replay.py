@@ -17,7 +17,7 @@ from rootcellar.cli import main
 from rootcellar.commands import figure
 from rootcellar.errors import ConfigError
 from rootcellar.sim.azure import parse_csv
-from rootcellar.sim.replay import Outcome, optimal, replay
+from rootcellar.sim.replay import Outcome, _awaited, optimal, replay
 from rootcellar.sim.trace import TraceRequest, parse
 from rootcellar.sim.workloads import WORKLOADS, agents, workload
 
@@ -360,3 +360,22 @@ def test_no_tiers_and_no_answers_beat_the_optimum(tmp_path, capsys):
     assert replay(talk, capacity=64, page_size=4, block=4).hit_tokens == 16
     assert optimal(talk, capacity=64, block=4).hit_tokens == 16
     assert optimal(talk, capacity=12, block=4).hit_tokens == 12
+
+
+def test_requests_that_wait_keep_what_they_will_find():
+    """A scan that no policy is good at, unless it knows who waits: then nearly all of the room is of use."""
+    scan = requests(*[[i, 100 + i] for i in range(8)] * 6)
+    hits = [
+        replay(scan, capacity=40, page_size=4, block=4, policy=policy, queued=queued).hit_tokens
+        for policy in ("lru", "adaptive")
+        for queued in (0, 8)
+    ]
+    assert hits == [0, 192, 0, 192]
+    assert optimal(scan, capacity=40, block=4).hit_tokens == 200  # it need not keep what runs
+
+
+def test_nobody_can_send_a_turn_before_the_answer():
+    """A request that goes on from one that waits or runs is not known to wait; the same prompt again may be."""
+    trace = requests([1, 2], [1, 2, 3], [1, 2], [1, 4], [1, 2, 3, 5], [7], [1, 2, 3])
+    assert _awaited(trace, 4) == [-1, 0, -1, -1, 2, -1, 2]
+    assert _awaited(requests([1, 2], [1], [1, 3], [1], [1, 2, 4]), 4) == [-1, -1, -1, -1, 0], "a system prompt of one block"

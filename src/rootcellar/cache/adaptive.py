@@ -233,7 +233,7 @@ class LearnedOrder:
     """The order of leaving by worth: one heap, oldest first, per damage, class and age bucket.
 
     Entries of one heap differ in age only within a bucket, so the heads are the candidates; the one worth least
-    leaves. A head that has aged moves on to the next bucket's heap. What is known to be asked for again has a heap of
+    leaves. A head that has aged moves on to the next bucket's heap. What is known to be asked for again has heaps of
     its own, in the order of when: there is nothing to learn of it.
     """
 
@@ -260,8 +260,8 @@ class LearnedOrder:
 
     def _file(self, item: Item) -> None:
         damage, group, used, *_ = item[0]
-        if damage == AWAITED:
-            heappush(self._heaps.setdefault((AWAITED, 0, 0), []), item)
+        if damage >= AWAITED:
+            heappush(self._heaps.setdefault((int(damage), 0, 0), []), item)
             return
         bucket = self._shadow.bucket(int(self._shadow.volume - used))
         heappush(self._heaps.setdefault((int(damage), int(group), bucket), []), item)
@@ -304,7 +304,7 @@ class LearnedOrder:
         """Move heads that have left their bucket on."""
         self._moved = volume = self._shadow.volume
         for (damage, _, bucket), heap in list(self._heaps.items()):
-            if damage == AWAITED:
+            if damage >= AWAITED:
                 continue
             while heap and self._shadow.bucket(int(volume - heap[0][0][2])) != bucket:
                 item = heappop(heap)

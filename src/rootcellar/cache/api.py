@@ -175,6 +175,14 @@ class PrefixCache(Protocol):
         0: nothing is known of it any more; say it again of keys that ``key`` begins with, which that forgot too.
         """
 
+    def foresee(self, keys: Sequence[Key]) -> int:
+        """Say which prompts wait, the next first, in place of those that were said before.
+
+        What they need to resume leaves last of all, on any tier, and of several what is wanted last first. It can
+        leave. Once that is as much as the device holds, the rest of ``keys`` is passed over. Returns how many tokens
+        it is. O(tokens matched + nodes).
+        """
+
     def drop_namespace(self, namespace: str) -> int:
         """Forget a namespace (LoRA, tenant, old weights). Returns the tokens that live leases keep till they close."""
 

@@ -38,6 +38,8 @@ def check(cache: Cache) -> None:
     for node in nodes:
         _check_node(cache.tree, node)
         _check_digests(cache.tree, node)
+    if {node for node in nodes if any(node.turns)} != set(cache.tree.queued):
+        raise CacheBroken("the nodes that have a turn are not those that are known to")
     _check_holds(cache, nodes)
     for shelf in cache.tree.shelves:
         _check_counts(cache, shelf, nodes)

@@ -114,6 +114,34 @@ def _never(tree: Tree, place: Node) -> int:
     return pages * tree.page_size
 
 
+def foresee(cache: Cache, keys: Sequence[Key]) -> int:
+    """Note what those who wait need to resume, the first in line first. Returns how many tokens that is."""
+    tree = cache.tree
+    before, tree.queued = tree.queued, {}
+    for node in before:
+        node.turns = [0] * len(tree.kinds)
+    tokens = 0
+    for turn, key in enumerate(keys, start=1):
+        if tokens >= cache.given.device_size:
+            break
+        hit = find(tree, key)
+        for reach in sorted({hit.length, max(hit.reaches)} - {0}):
+            place = place_of(tree, hit, reach // tree.page_size)
+            for k in range(len(tree.kinds)):
+                start = cache.start_page(k, reach)
+                climb = place
+                while climb.parent is not None and climb.end > start:
+                    if climb not in tree.queued:
+                        tokens += climb.size * tree.page_size
+                    tree.queued[climb] = None
+                    climb.turns[k] = climb.turns[k] or turn
+                    climb = climb.parent
+    for node in before | tree.queued:
+        for shelf in tree.shelves:
+            tree.requeue(node, shelf)
+    return tokens
+
+
 # ---- namespaces and tiers -----------------------------------------------------------------------------------------
 
 

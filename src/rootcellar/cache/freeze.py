@@ -81,6 +81,7 @@ def _node(item: tuple[Node, Tree]) -> Record:
         node.used,
         tuple(node.ticks),
         tuple(node.dues),
+        tuple(node.turns),
         tuple(node.covers),
         tuple(tuple(sorted(starts.items())) for starts in node.starts),
         tuple(node.kids),
@@ -165,7 +166,8 @@ def memory_bytes(cache: Cache) -> int:
     for node, _ in _preorder([*tree.roots.values(), *tree.detached], tree):
         total += sys.getsizeof(node)
         total += sum(size(part) for part in (node.children, node.tokens, node.entries, node.kids, node.covers))
-        total += sum(size(part) for part in (node.starts, node.ticks, node.dues, node.flights, node.digests, node.id))
+        total += sum(size(part) for part in (node.starts, node.ticks, node.dues, node.turns, node.flights))
+        total += sum(size(part) for part in (node.digests, node.id))
         total += sum(size(entry) for entry in node.entries)
     return total
 
@@ -196,8 +198,10 @@ def _thaw_node(tree: Tree, record: Record, parent: Node | None) -> Node:
     node.namespace = name or ""
     node.refs, node.far, node.created, node.hits, node.priority = refs, far, created, hits, priority
     node.owner, node.group, node.used = owner, group, used
-    ticks, dues, covers, starts, kids, entries, flights, digests = last
-    node.dues = list(dues)
+    ticks, dues, turns, covers, starts, kids, entries, flights, digests = last
+    node.dues, node.turns = list(dues), list(turns)
+    if any(turns):
+        tree.queued[node] = None
     node.ticks, node.covers, node.kids, node.digests = list(ticks), list(covers), list(kids), list(digests)
     node.starts = [dict(pairs) for pairs in starts]
     node.flights = [Flight(i, k, Tier(src), Tier(dst), start, _NO_PAGES, False) for i, k, src, dst in flights]

@@ -72,6 +72,7 @@ class Node:
         "starts",
         "ticks",
         "tokens",
+        "turns",
         "used",
     )
 
@@ -89,6 +90,7 @@ class Node:
         self.starts: list[dict[int, int]] = []  # by kind: absolute page where a pin starts inside the node -> how many
         self.ticks: list[int] = []  # by kind: when the node last served that kind
         self.dues: list[int] = []  # by kind: when it is wanted again (see ``expect``); 0: nobody said
+        self.turns: list[int] = []  # by kind: place in line of the first who waits for it (``foresee``); 0: none
         self.created: int = 0
         self.hits: int = 0
         self.priority: int = 0

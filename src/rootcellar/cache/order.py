@@ -13,8 +13,9 @@ Now = Callable[[Node, Entry], Standing | None]
 """Where an entry stands now; None when it may not leave."""
 
 
-AWAITED = 3
-"""The damage of what is known to be asked for again: it leaves last, and of several what is wanted last first."""
+AWAITED, QUEUED = 3, 4
+"""The damages of what is known to be asked for again, some time or by a request that waits already: it leaves last, and
+of several what is wanted last first."""
 NEVER, LATEST = -1, 2**31 - 1
 """What ``expect`` is told of what nobody will ask for again, and the latest time that it knows."""
 

@@ -166,6 +166,9 @@ class PyRadixCache(PrefixCache):
     def expect(self, key: Key, when: int) -> int:
         return control.expect(self._cache, key, when)
 
+    def foresee(self, keys: Sequence[Key]) -> int:
+        return control.foresee(self._cache, keys)
+
     def drop_namespace(self, namespace: str) -> int:
         return control.drop_namespace(self._cache, namespace)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rootcellar.cache.kind import Kind, Tier
 from rootcellar.cache.node import Entry, Node, Standing
-from rootcellar.cache.order import AWAITED, policy_named
+from rootcellar.cache.order import AWAITED, QUEUED, policy_named
 from rootcellar.cache.shelf import Shelf
 
 
@@ -41,19 +41,24 @@ class Ranking:
         The damage comes first, the policy second: 0 serves no boundary, 1 serves boundaries inside an edge only,
         2 serves a node's end, where requests stopped or parted before. What is said of its future (``expect``) goes
         before the policy, which can but guess: 0 on the device where nobody will ask for it, 3 where somebody will,
-        and of that what is wanted last leaves first, as the offline optimum does (Belady 1966).
+        4 where somebody waits to (``foresee``), and of either what is wanted last leaves first, as the offline optimum
+        does (Belady 1966).
         """
         damage = self.damage(node, shelf, entry)
-        if damage == AWAITED:
-            return (damage, -node.dues[shelf.kind_index], node.id, shelf.index)
+        if damage >= AWAITED:
+            whens = node.turns if damage == QUEUED else node.dues
+            return (damage, -whens[shelf.kind_index], node.id, shelf.index)
         return (damage, *self._policy(node, shelf.kind_index), node.id, shelf.index)
 
     def damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:
         """How much the next page to leave hurts: see :meth:`standing`."""
         due = node.dues[shelf.kind_index]
-        if due < 0 and shelf.tier is Tier.DEVICE:
+        queued = node.turns[shelf.kind_index] > 0
+        if due < 0 and not queued and shelf.tier is Tier.DEVICE:
             return 0
         damage = self._damage(node, shelf, entry)
+        if queued and (damage == 2 or shelf.kind.rule == "recurrent"):
+            return QUEUED
         return AWAITED if due > 0 and damage == 2 else damage
 
     def _damage(self, node: Node, shelf: Shelf, entry: Entry) -> int:

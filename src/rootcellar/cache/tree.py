@@ -67,6 +67,7 @@ class Tree:
         self.window_shelves = [s for s in self.shelves if not s.full]
         self.windows = [k for k, kind in enumerate(kinds) if kind.rule != "full"]
         self.fulls = [k for k, kind in enumerate(kinds) if kind.rule == "full"]
+        self.queued: dict[Node, None] = {}  # nodes that have a turn
         self.detached: list[Node] = []  # roots of dropped namespaces that leases or flights still hold
         # Boundaries (in pages) at which a kind needs nothing; 0: none.
         self.resets = [int(np.lcm(kind.reset, page_size)) // page_size if kind.reset else 0 for kind in kinds]
@@ -90,6 +91,7 @@ class Tree:
         node.starts = [{} for _ in self.kinds]
         node.ticks = [self.tick] * len(self.kinds)
         node.dues = [0] * len(self.kinds)
+        node.turns = [0] * len(self.kinds)
         node.created = self.tick
         return node
 
@@ -130,6 +132,9 @@ class Tree:
         upper.created, upper.hits, upper.priority, upper.owner = node.created, node.hits, node.priority, node.owner
         upper.ticks = node.ticks.copy()
         upper.dues = node.dues.copy()
+        if node in self.queued:
+            upper.turns = node.turns.copy()
+            self.queued[upper] = None
         upper.group, upper.used = node.group, node.used
         upper.refs, upper.far = int(node.refs > 0), int(node.far > 0)
         upper.digests, node.digests = node.digests[:at], node.digests[at:]
@@ -181,6 +186,7 @@ class Tree:
                 return
             del parent.children[self.first(node.tokens, 0)]
             node.parent = None
+            self.queued.pop(node, None)
             self.nodes -= 1
             self.version += 1
             self._requeue_states(parent)

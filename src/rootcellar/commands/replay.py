@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "rootcellar replay TRACE [TRACE ...] [options]"
     parser.description = (
         "Replay traces through the real cache without the bytes, beside the offline optimum. The share of a policy is "
-        "the part of the distance from LRU to the optimum that it comes."
+        "the part of the distance from LRU, which knows of no queue, to the optimum that it comes."
     )
     generated = ", ".join(GENERATED + name for name in WORKLOADS)
     parser.add_argument(
@@ -58,6 +58,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--concurrency", type=int, default=1, help="Requests that hold their pages at a time (default %(default)s)."
+    )
+    parser.add_argument(
+        "--queued",
+        type=int,
+        default=0,
+        help="Requests that follow in the trace and are known to wait, but for those that go on from one that waits or "
+        "runs (default %(default)s).",
     )
     parser.add_argument(
         "--output-tokens",
@@ -119,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("page_size", "concurrency", "block_size", "message_tokens"):
         if vars(args)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {vars(args)[name]}; give at least 1")
+    if args.queued < 0:
+        raise ConfigError(f"--queued is {args.queued}; give at least 0")
     if args.figure and args.figure.suffix not in (".html", ".svg", ".png"):
         raise ConfigError(f"--figure {args.figure}: the name must end in .html, .svg or .png")
     if args.figure and len(args.trace) > 1:
@@ -152,14 +161,15 @@ def _rows(
     output: int | None,
     token_bytes: float | None,
 ) -> list[PolicyRow]:
-    """The rows of one trace; LRU is computed for the shares also where nobody asked for it."""
+    """The rows of one trace; for the shares LRU is computed too, which knows of no queue."""
     rows: list[PolicyRow] = []
-    computed = [*policies] if "lru" in policies else ["lru", *policies]
+    blind = args.queued > 0 or "lru" not in policies
     more = None if token_bytes is None else int(1e9 / token_bytes)
-    with _progress(len(capacities) * len(computed) * len(requests) * (1 if more is None else 2)) as tell:
+    replays = blind + len(policies) * (1 if more is None else 2)
+    with _progress(len(capacities) * replays * len(requests)) as tell:
         for capacity in capacities:
             found: dict[str, tuple[Outcome, float, float | None]] = {}
-            for policy in computed:
+            for policy in policies:
                 begin = perf_counter()
                 outcome = _row(args, requests, capacity, policy, output, tell)
                 seconds = perf_counter() - begin
@@ -168,7 +178,8 @@ def _rows(
                     larger = _row(args, requests, capacity + more, policy, output, tell)
                     gained = larger.hit_rate - outcome.hit_rate
                 found[policy] = outcome, seconds, gained
-            least, best = found["lru"][0].hit_rate, found["optimal"][0].hit_rate
+            lru = _row(args, requests, capacity, "lru", output, tell, queued=0) if blind else found["lru"][0]
+            least, best = lru.hit_rate, found["optimal"][0].hit_rate
             for policy in policies:
                 outcome, seconds, gained = found[policy]
                 share = (outcome.hit_rate - least) / (best - least) if best > least else None
@@ -183,7 +194,9 @@ def _row(
     policy: str,
     output: int | None,
     tell: Progress,
+    queued: int | None = None,
 ) -> Outcome:
+    """One replay, with the queue that was asked for unless ``queued`` says another."""
     farther = {tier: parse_tokens(t) for tier, t in ((Tier.HOST, args.host), (Tier.STORAGE, args.storage)) if t}
     if policy == "optimal":  # which need not keep on a tier what is on another
         outcome = optimal(requests, capacity=capacity + sum(farther.values()), block=args.block_size)
@@ -198,6 +211,7 @@ def _row(
         output_tokens=output,
         block=args.block_size,
         farther=farther,
+        queued=args.queued if queued is None else queued,
         progress=tell,
     )
 

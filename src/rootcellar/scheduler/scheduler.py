@@ -23,6 +23,7 @@ from rootcellar.cache import Event, Hit, Key, RadixCache, Tier
 from rootcellar.scheduler.ahead import chunks_ahead
 from rootcellar.scheduler.claims import Admission, Claims
 from rootcellar.scheduler.cutting import Cutter
+from rootcellar.scheduler.foresight import Foresight
 from rootcellar.scheduler.guessing import Guesses, fitting, give_back
 from rootcellar.scheduler.loads import Loads
 from rootcellar.scheduler.placeholders import outside
@@ -76,7 +77,8 @@ class Scheduler:
             reserved: tokens of each running answer yet to come that whoever starts leaves room for.
         """
         self.cache = cache
-        self.waiting = Waiting()
+        self._foresight = Foresight(cache)
+        self.waiting = Waiting(self._foresight.changed)
         self.running: list[Request] = []
         """Requests that hold a lease, in the order in which they got it."""
         self.loading: dict[Request, Hit] = {}
@@ -181,6 +183,7 @@ class Scheduler:
         """Take in what the movers saw: who has all that it waited for may be planned, who lost it waits again."""
         for event in events:
             self.cache.learn(event)
+            self._foresight.changed(len(self.waiting))
         for request, hit in list(self.loading.items()):
             assert request.lease is not None
             if request.lease.lost:
@@ -248,6 +251,8 @@ class Scheduler:
             assert request.lease is not None
             self.cache.commit(request.lease, request.key(request.computed), snapshot=snapshot)
             request.committed = request.computed - request.computed % self.cache.page_size
+            if everything:
+                self._foresight.changed(len(self.waiting))
             if snapshot:
                 request.resumable = request.computed
         request.commit_at = (request.committed // self._stride + 1) * self._stride
@@ -361,9 +366,11 @@ class Scheduler:
         other tenants only the first of those who have nothing running.
         """
         if self._settled or not self.admitting or not self.waiting:
+            self._foresight.tell(lambda: self._lines(Held(self.running))[0])
             return
         held = Held(self.running)
         lines, hits = self._lines(held)
+        self._foresight.tell(lambda: lines)
         self._settled = len(self.running) >= self._max_running and lines.none_may_claim
         budget = Budget(self._chunk, self.running)
         looks, stuck = _LOOK, False

@@ -118,11 +118,13 @@ def place_of(request: Request) -> Place:
 class Waiting:
     """All that wait, each call's requests in their places; what is asked in each step does not go through all."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[int], None]) -> None:
+        """``changed`` is told how many wait after each change."""
         self.calls: dict[Call, list[Request]] = {}
         self.held: set[Request] = set()
         """Those that wait for something else than a row and memory."""
         self._count = 0
+        self._changed = changed
 
     def __len__(self) -> int:
         return self._count
@@ -134,6 +136,7 @@ class Waiting:
         """Let ``request`` wait. Its priority, order and retractions stay as they are until it is removed."""
         insort(self.calls.setdefault(call_of(request), []), request, key=place_of)
         self._count += 1
+        self._changed(self._count)
 
     def remove(self, request: Request) -> None:
         """``request``, which is there, waits no more."""
@@ -144,6 +147,7 @@ class Waiting:
         self._count -= 1
         if not line:
             del self.calls[call]
+        self._changed(self._count)
 
     def hold(self, request: Request, held: bool) -> None:
         """Whether a request that may be there waits for something else than a row and memory."""
@@ -199,6 +203,23 @@ class Lines:
         _, call = heappop(self._lines[tenant])
         return self._calls[call].pop()
 
+    def upcoming(self, most: int) -> list[Request]:
+        """The first ``most`` in their turns, as if each got its row and nobody gave one back; they stay in line."""
+        lines = {tenant: line.copy() for tenant, line in self._lines.items()}
+        rows, taken = self._held.tenants.copy(), Counter[Call]()
+        found: list[Request] = []
+        while lines and len(found) < most:
+            tenant = min(lines, key=lambda t: (rows[t], self._turns.tenant(t)))
+            _, call = heappop(lines[tenant])
+            rows[tenant] += 1
+            taken[call] += 1
+            found.append(self._calls[call][-taken[call]])
+            if taken[call] < len(self._calls[call]):
+                heappush(lines[tenant], (self._standing(call, taken[call]), call))
+            elif not lines[tenant]:
+                del lines[tenant]
+        return found
+
     def settle(self, request: Request) -> None:
         """The request that came last has got its row or not: its call is in line again."""
         call = call_of(request)
@@ -213,10 +234,11 @@ class Lines:
         """No more of this tenant's requests now."""
         self._lines.pop(tenant, None)
 
-    def _standing(self, call: Call) -> Place:
-        first = self._calls[call][-1]
+    def _standing(self, call: Call, started: int = 0) -> Place:
+        """A call's place in its tenant's line, after so many of its requests."""
+        first = self._calls[call][-1 - started]
         place = self._place(first)
-        return (place[0], self._held.calls[call], self._turns.call(first), *place[1:])
+        return (place[0], self._held.calls[call] + started, self._turns.call(first), *place[1:])
 
 
 class Budget:

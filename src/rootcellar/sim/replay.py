@@ -45,6 +45,7 @@ def replay(
     output_tokens: int | None = 0,
     block: int = BLOCK,
     farther: Mapping[Tier, int] | None = None,
+    queued: int = 0,
     progress: Progress | None = None,
 ) -> Outcome:
     """Send requests through a :class:`RadixCache` of ``capacity`` tokens, in order.
@@ -54,6 +55,9 @@ def replay(
     Up to ``concurrency`` requests hold their pages at a time; the oldest finishes when another must start. Each
     computes its prompt and then ``output_tokens`` tokens that nobody asks for again (None: as many as the trace says);
     an answer whose ids the trace has is cached instead, and may be asked for.
+
+    ``queued``: of the next so many requests those that a server could have in its queue are known (``foresee``): not
+    those that go on from a prompt which waits or runs (:func:`_awaited`), as nobody can send a turn before the answer.
     ``progress`` is called with the number of requests done.
     """
     lengths = [_length(r, output_tokens) for r in requests]
@@ -66,13 +70,19 @@ def replay(
         policy=policy,
     )
     running: deque[Lease] = deque()
+    awaited = _awaited(requests, block) if queued else []
+    keys = deque(request.key(block) for request in requests[:queued])
     input_tokens = hit_tokens = refused = fresh = 0
     by_tier = dict.fromkeys((Tier.DEVICE, *farther) if farther else (), 0)
     for done, (request, length) in enumerate(zip(requests, lengths, strict=True), start=1):
-        key = request.key(block)
         while len(running) >= concurrency:
             cache.close(running.popleft())
             _copy(cache)
+        keys.extend(other.key(block) for other in requests[done + queued - 1 : done + queued])
+        key = keys.popleft()
+        if queued:
+            ended = done - 1 - len(running)
+            cache.foresee([other for other, before in zip(keys, awaited[done:], strict=False) if before < ended])
         hit = cache.match(key)
         input_tokens += len(key)
         lease = _admit(cache, running, hit.key, length, max(farther or (), default=Tier.DEVICE))
@@ -95,6 +105,26 @@ def replay(
         cache.close(lease)
     evicted = cache.stats().shelves["full", Tier.DEVICE].evicted
     return Outcome(policy, capacity, page_size, input_tokens, hit_tokens, evicted, refused, by_tier)
+
+
+def _awaited(requests: Sequence[TraceRequest], block: int) -> list[int]:
+    """For each request the newest whose prompt it goes on from, by its place in the trace; -1: none.
+
+    It does where it has all whole blocks of a shorter prompt, of which the last came with that, or with one that had no
+    others: what many prompts begin with came with none of them.
+    """
+    newest: dict[int, int] = {}  # the last whole block of a prompt -> the newest request that ends so
+    seen: set[int] = set()
+    found = []
+    for i, request in enumerate(requests):
+        before = [newest[ident] for ident in request.hash_ids if ident in newest]
+        found.append(max((n for n in before if requests[n].input_length < request.input_length), default=-1))
+        if whole := request.input_length // block:
+            last = request.hash_ids[whole - 1]
+            if last not in seen or (whole > 1 and last in newest):
+                newest[last] = i
+        seen.update(request.hash_ids)
+    return found
 
 
 def _length(request: TraceRequest, output_tokens: int | None) -> int:

@@ -190,6 +190,7 @@ NB_MODULE(_core, module) {
         .def("pin", &Core::pin, "key"_a, "ttl"_a)
         .def("unpin", &Core::unpin, "key"_a)
         .def("expect", &Core::expect, "key"_a, "when"_a)
+        .def("foresee", &Core::foresee, "keys"_a)
         .def("drop_namespace", &Core::drop_namespace, "namespace"_a)
         .def("_flush", &Core::flush)
         .def("make_room", &Core::make_room, "kind"_a, "tokens"_a, "tier"_a = 0)

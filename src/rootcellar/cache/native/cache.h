@@ -86,6 +86,7 @@ class Cache {
     std::int64_t pin(const Key& key, std::int64_t ttl);
     std::int64_t unpin(const Key& key);
     std::int64_t expect(const Key& key, std::int64_t when);
+    std::int64_t foresee(const std::vector<Key>& keys);
     std::int64_t drop_namespace(const Ref<Name>& name);
     void forget_tier(Tier tier);
     void write_to(Tier tier, bool on);

@@ -1,6 +1,7 @@
 // What is asked of the cache beside the life of a lease: pins, namespaces, tiers, stores and peers. The twin of
 // control.py.
 #include <algorithm>
+#include <utility>
 
 #include "cache.h"
 
@@ -80,6 +81,41 @@ std::int64_t Cache::expect(const Key& key, std::int64_t when) {
         }
     }
     return length;
+}
+
+std::int64_t Cache::foresee(const std::vector<Key>& keys) {
+    const int count = static_cast<int>(tree.kinds.size());
+    std::vector<Node*> before;
+    before.swap(tree.queued);
+    for (Node* node : before) {
+        if (node == nullptr) continue;
+        node->queued = -1;
+        for (int k = 0; k < count; ++k) node->pins(k).turn = 0;
+    }
+    std::int64_t tokens = 0;
+    Hit hit;
+    for (std::size_t i = 0; i < keys.size() && tokens < given.device_size; ++i) {
+        tree.find(keys[i], hit);
+        std::int64_t last = 0;
+        for (const std::int64_t reach : {hit.reaches[DEVICE], *std::max_element(hit.reaches, hit.reaches + TIERS)}) {
+            if (reach == std::exchange(last, reach)) continue;
+            Node* place = tree.place_of(hit, keys[i].name, reach / tree.page_size);
+            for (int k = 0; k < count; ++k) {
+                const std::int64_t start = tree.start_page(k, reach);
+                for (Node* climb = place; climb->parent != nullptr && climb->end() > start; climb = climb->parent) {
+                    if (climb->queued < 0) tokens += climb->size * tree.page_size;
+                    tree.enqueue(climb);
+                    std::int32_t& turn = climb->pins(k).turn;
+                    if (turn == 0) turn = static_cast<std::int32_t>(i) + 1;
+                }
+            }
+        }
+    }
+    before.insert(before.end(), tree.queued.begin(), tree.queued.end());
+    for (Node* node : before)
+        if (node != nullptr)
+            for (Shelf& shelf : tree.shelves) tree.requeue(node, shelf);
+    return tokens;
 }
 
 // Nobody said when a node is wanted, but for what is known of full attention below, which needs all above it.

@@ -303,6 +303,16 @@ class Core {
         return cache_.expect(keys.key, when);
     }
 
+    std::int64_t foresee(nb::handle keys) {
+        const Verb verb(cache_.tree);
+        const nb::list given(keys);
+        std::vector<KeyView> views;  // which keep the keys' memory
+        std::vector<Key> all;
+        for (std::size_t i = 0; i < nb::len(given); ++i)
+            all.push_back(views.emplace_back(view(list_item(given, i))).key);
+        return cache_.foresee(all);
+    }
+
     std::int64_t drop_namespace(nb::handle name) {
         const Verb verb(cache_.tree);
         return cache_.drop_namespace(name_of(name));

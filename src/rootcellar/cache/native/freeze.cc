@@ -37,11 +37,12 @@ nb::object starts_of(const Pins& pins) {
 
 nb::tuple record(Cache& cache, Node* node) {
     Tree& tree = cache.tree;
-    nb::list ticks, dues, covers, starts, kids, entries, flights, digests;
+    nb::list ticks, dues, turns, covers, starts, kids, entries, flights, digests;
     for (std::size_t k = 0; k < tree.kinds.size(); ++k) {
         const Pins& pins = node->pins(static_cast<int>(k));
         ticks.append(pins.tick);
         dues.append(pins.due);
+        turns.append(pins.turn);
         covers.append(pins.covers);
         starts.append(starts_of(pins));
     }
@@ -60,8 +61,8 @@ nb::tuple record(Cache& cache, Node* node) {
     return nb::make_tuple(node->id, node->parent == nullptr ? 0 : node->parent->id, name, node->detached, node->start,
                           node->size, raw(node->tokens.data(), node->tokens.size() * sizeof(std::int64_t)), node->refs,
                           node->far, node->created, node->hits, node->priority, node->owner, node->group, node->used,
-                          nb::tuple(ticks), nb::tuple(dues), nb::tuple(covers), nb::tuple(starts), nb::tuple(kids), nb::tuple(entries),
-                          nb::tuple(flights), nb::tuple(digests));
+                          nb::tuple(ticks), nb::tuple(dues), nb::tuple(turns), nb::tuple(covers), nb::tuple(starts),
+                          nb::tuple(kids), nb::tuple(entries), nb::tuple(flights), nb::tuple(digests));
 }
 
 nb::tuple lease_of(const Lease& lease) {

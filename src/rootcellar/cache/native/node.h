@@ -70,6 +70,7 @@ struct Pins {
     std::int64_t tick = 0;    // when the node last served the kind
     std::int32_t covers = 0;  // pins that cover the node from its start
     std::int32_t due = 0;     // when it is wanted again, NEVER, or 0: nobody said
+    std::int32_t turn = 0;    // the place in line of the first who waits for it; 0: nobody does
     // Absolute page where a pin starts inside the node -> how many; most nodes have none.
     std::unique_ptr<std::vector<std::pair<std::int64_t, std::int32_t>>> starts;
 
@@ -93,6 +94,7 @@ struct Node {
     std::uint64_t hash = 0;  // of the parent and the first page: where the table files it
     std::int32_t refs = 0;   // places at the node plus held children
     std::int32_t far = 0;    // the same of flights that leave the device alone
+    std::int32_t queued = -1;  // its place among the tree's nodes that have a turn; -1: it has none
     std::int32_t group = 0;  // the adaptive policy's class, and the volume at the last use
     std::int64_t used = 0;
     std::int64_t hits = 0;

@@ -14,7 +14,7 @@ namespace rootcellar {
 
 namespace {
 constexpr std::size_t ARITY = 4;  // fewer levels than a binary heap, and siblings lie together in memory
-constexpr int DAMAGES = 4;
+constexpr int DAMAGES = 5;
 }  // namespace
 
 // ---- one heap ----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ void LearnedOrder::push(Node* node, const Rank& rank) {
 }
 
 void LearnedOrder::file(const Rank& rank, Node* node) {
-    const bool awaited = rank.damage == AWAITED;  // in one heap, in the order of when
+    const bool awaited = rank.damage >= AWAITED;  // in one heap, in the order of when
     const int bucket = awaited ? 0 : shadow_.bucket(shadow_.volume - rank.second);
     const std::int64_t group = awaited ? 0 : rank.first;
     const auto heap = static_cast<std::int32_t>((rank.damage * CLASSES + group) * BUCKETS + bucket);
@@ -221,7 +221,7 @@ void LearnedOrder::age() {
     moved_ = shadow_.volume;
     if (fits_ != shadow_.fits) sort();
     each_heap([this](int index, Heap& heap) {
-        if (index / BUCKETS / CLASSES == AWAITED) return false;  // they are last
+        if (index / BUCKETS / CLASSES >= AWAITED) return false;  // they are last
         while (!heap.empty() && shadow_.bucket(moved_ - heap.least().rank.second) != index % BUCKETS) {
             const Item item = heap.pop();
             file(item.rank, item.node);

@@ -15,7 +15,8 @@ namespace rootcellar {
 struct Tree;
 class Shadow;
 
-constexpr std::int32_t AWAITED = 3;  // the damage of what is known to be asked for again
+// The damages of what is known to be asked for again, some time or by a request that waits already.
+constexpr std::int32_t AWAITED = 3, QUEUED = 4;
 constexpr std::int64_t NEVER = -1, LATEST = (std::int64_t{1} << 31) - 1;
 
 // Where an entry stands: the least leaves first.

@@ -60,13 +60,20 @@ void Tree::expect(Node* node, int k, std::int32_t due) {
         if (Shelf* shelf = by_tier[tier][k]; shelf != nullptr) requeue(node, *shelf);
 }
 
+void Tree::enqueue(Node* node) {
+    if (node->queued >= 0) return;
+    node->queued = static_cast<std::int32_t>(queued.size());
+    queued.push_back(node);
+}
+
 // ---- the order of leaving ----------------------------------------------------------------------------------------
 
 Rank Tree::rank(Node* node, const Shelf& shelf) {
     Rank rank{damage(node, shelf), shelf.index, 0, 0, node->id};
     const std::int64_t last = node->pins(shelf.k).tick;
-    if (rank.damage == AWAITED) {
-        rank.first = -node->pins(shelf.k).due;
+    if (rank.damage >= AWAITED) {
+        const Pins& pins = node->pins(shelf.k);
+        rank.first = -(rank.damage == QUEUED ? pins.turn : pins.due);
         return rank;
     }
     switch (given.policy) {
@@ -84,8 +91,10 @@ Rank Tree::rank(Node* node, const Shelf& shelf) {
 
 int Tree::damage(Node* node, const Shelf& shelf) const {
     const std::int32_t due = node->pins(shelf.k).due;
-    if (due < 0 && shelf.tier == DEVICE) return 0;
+    const bool waited_for = node->pins(shelf.k).turn > 0;
+    if (due < 0 && !waited_for && shelf.tier == DEVICE) return 0;
     const int damage = bare_damage(node, shelf);
+    if (waited_for && (damage == 2 || shelf.recurrent())) return QUEUED;
     return due > 0 && damage == 2 ? AWAITED : damage;
 }
 

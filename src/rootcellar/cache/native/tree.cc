@@ -203,7 +203,9 @@ Node* Tree::split(Node* node, std::int32_t at, bool leaving) {
     for (std::size_t k = 0; k < kinds.size(); ++k) {
         upper->pins(k).tick = node->pins(k).tick;
         upper->pins(k).due = node->pins(k).due;
+        upper->pins(k).turn = node->pins(k).turn;
     }
+    if (node->queued >= 0) enqueue(upper);
     upper->refs = node->refs != 0 ? 1 : 0;
     upper->far = node->far != 0 ? 1 : 0;
     const std::uint32_t named = std::min<std::uint32_t>(node->digests.size(), at);
@@ -285,6 +287,7 @@ void Tree::discard_way(Node* node) {
             return;
         }
         if (!node->hidden) children_.remove(node);
+        if (node->queued >= 0) queued[node->queued] = nullptr;
         (node->previous == nullptr ? parent->first_child : node->previous->next) = node->next;
         (node->next == nullptr ? parent->last_child : node->next->previous) = node->previous;
         node->previous = node->next = node->parent = nullptr;

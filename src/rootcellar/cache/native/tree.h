@@ -100,6 +100,8 @@ struct Tree {
 
     // When a kind of a node is wanted again, NEVER, or 0: nobody knows.
     void expect(Node* node, int k, std::int32_t due);
+    // Note that a node has a turn.
+    void enqueue(Node* node);
 
     // the order of leaving
     Rank rank(Node* node, const Shelf& shelf);
@@ -161,6 +163,7 @@ struct Tree {
     Node* first_root = nullptr;  // listed roots, in the order in which they came
     Node* last_root = nullptr;
     std::vector<Node*> detached;
+    std::vector<Node*> queued;  // nodes that have a turn; null: one that was thrown away
 
   private:
     Run<std::int64_t> edge(const std::int64_t* tokens, std::int64_t count, Lender* lender);
