@@ -79,6 +79,20 @@ def test_where_lru_would_have_had_more_it_rests_and_tries_again_ever_more_seldom
     assert len(rests) >= 4
 
 
+@pytest.mark.parametrize(("gaps", "rests"), [((50, -48), False), ((1, 1), True), ((2, -1), True), ((-1, -1), False)])
+def test_it_rests_for_what_lru_wins_by_more_than_chance(gaps, rests):
+    """What LRU would have had more of each request, in turn: as much more or less by chance is no reason."""
+    shadow = Shadow(capacity=10_000, page_size=16)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for i in range(1_000):
+        shadow.advance(1_000)
+        seen.add(shadow.resting)
+        shadow.observe([int(x) for x in rng.integers(0, 2**63, 80)], -1, False)
+        shadow.gap = gaps[i % 2] if shadow.watching else 0
+    assert seen == {False, rests}
+
+
 def test_before_anything_is_known_it_is_lru():
     cache = make(size=32, policy="adaptive")
     serve(cache, tokens((0, 16)))
@@ -104,5 +118,5 @@ def test_it_is_near_the_best_fixed_policy_whatever_that_is(name):
             for policy in ("lru", "lfu", "slru", "adaptive")
         }
         ours = rates.pop("adaptive")
-        assert ours >= max(rates.values()) - 0.01, f"{capacity}: adaptive {ours:.4f}, fixed {rates}"
+        assert ours >= max(rates.values()) - 0.001, f"{capacity}: adaptive {ours:.4f}, fixed {rates}"
         assert ours <= optimal(requests, capacity=capacity).hit_rate

@@ -18,8 +18,9 @@ here depends on a workload: the shadow looks back ``LOOK_BACK`` cache sizes with
 
 Where what returns nearly fits, or returns by a rhythm that no class has, recency is as good or better. The shadow knows
 what LRU would have kept: what was used since the newest prefixes that fill the cache (Denning's working set, 1968). It
-is compared with what was there, over ``TRIAL`` cache sizes of prompts at a time; where LRU would have had more, nothing
-is worth more than anything else for ``REST`` cache sizes, twice as long each time, so that the oldest leaves.
+is compared with what was there, over ``TRIAL`` cache sizes of prompts at least; where LRU would have had more, by more
+than the standard error of that, nothing is worth more than anything else for ``REST`` cache sizes, twice as long each
+time, so that the oldest leaves.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ class Shadow:
         self.turned = 0  # the volume at which that changed
         self.watching = False  # whether a trial is under way
         self.failures = 0  # trials that LRU won, those that it did not taken off
-        self.watched = 0  # tokens of the trial under way, strides that LRU would have had, and that were there
-        self.recent = 0
-        self.kept = 0
+        self.watched = 0  # tokens of the trial under way
+        self.gap = 0  # of the newest request the strides that LRU would have had, less those that were there
+        self.lost = self.noise = 0  # the sum of that over the trial's requests, and of its squares
         self.reach = 1 << 62  # the age up to which LRU keeps a prefix
         self.before = 0  # volume before the newest request
 
@@ -126,8 +127,7 @@ class Shadow:
                     when, history = known
                     self.returns[group_of(history), self.bucket(self.volume - when)] += 1
                     if self.watching:
-                        self.recent += self.before - when < self.reach
-                        self.kept += resident
+                        self.gap += (self.before - when < self.reach) - resident
                     history = max(CONTINUES, history) + 1
                     now = above = group_of(history)
                 self.seen[prefix] = (self.volume, history)
@@ -140,6 +140,9 @@ class Shadow:
 
     def advance(self, tokens: int) -> None:
         """``tokens`` more of prompts were served."""
+        self.lost += self.gap
+        self.noise += self.gap * self.gap
+        self.gap = 0
         self.before = self.volume
         self.volume += tokens
         # What was done before the last turn is seen for a while.
@@ -181,19 +184,20 @@ class Shadow:
             if self.volume - self.turned > (REST * self.capacity) << min(self.failures - 1, LONGEST_REST):
                 self._turn()
         elif self.watched > TRIAL * self.capacity:
-            if self.kept < self.recent:
+            # A prompt's strides come and go together: it is the requests that are independent, if anything is.
+            if self.lost > 0 and self.lost * self.lost > self.noise:
                 self.failures += 1
                 self._turn()
             elif self.watched > 8 * TRIAL * self.capacity:
                 self.failures = max(0, self.failures - 1)
                 self.watched //= 2
-                self.recent //= 2
-                self.kept //= 2
+                self.lost >>= 1
+                self.noise >>= 1
 
     def _turn(self) -> None:
         self.resting = not self.resting
         self.turned = self.volume
-        self.watched = self.recent = self.kept = 0
+        self.watched = self.lost = self.noise = 0
 
     def _fit(self) -> None:
         """Learn ``worth`` from the returns seen, what has not returned yet counted as long as it was watched."""

@@ -130,7 +130,8 @@ def _shadow(tree: Tree) -> Record | None:
         *(histogram.tobytes() for histogram in (shadow.worth, shadow.returns, shadow.gone)),
         tuple((prefix, volume, history) for prefix, (volume, history) in shadow.seen.items()),
         *(shadow.sample - 1, shadow.news, shadow.faded),
-        *(shadow.resting, shadow.turned, shadow.failures, shadow.watched, shadow.recent, shadow.kept, shadow.reach),
+        *(shadow.resting, shadow.turned, shadow.failures, shadow.watched),
+        *(shadow.gap, shadow.lost, shadow.noise, shadow.reach),
     )
 
 

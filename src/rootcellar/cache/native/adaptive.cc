@@ -140,10 +140,7 @@ void Shadow::observe(const std::vector<std::uint64_t>& prefixes, bool resident, 
                 history = now;
             } else {
                 returns[group_of(known->history)][bucket(volume - known->volume)] += 1;
-                if (watching_) {
-                    recent += before_ - known->volume < reach;
-                    kept += resident;
-                }
+                if (watching_) gap += (before_ - known->volume < reach) - resident;
                 history = std::max<std::int64_t>(CONTINUES, known->history) + 1;
                 now = above = group_of(history);
             }
@@ -156,6 +153,9 @@ void Shadow::observe(const std::vector<std::uint64_t>& prefixes, bool resident, 
 }
 
 void Shadow::advance(std::int64_t tokens) {
+    lost += gap;
+    noise += gap * gap;
+    gap = 0;
     before_ = volume;
     volume += tokens;
     watching_ = !resting && volume - turned > SETTLE * capacity_;
@@ -197,14 +197,14 @@ void Shadow::compare() {
     if (resting) {
         if (volume - turned > (REST * capacity_) << std::min(failures - 1, LONGEST_REST)) turn();
     } else if (watched > TRIAL * capacity_) {
-        if (kept < recent) {
+        if (lost > 0 && lost * lost > noise) {
             ++failures;
             turn();
         } else if (watched > 8 * TRIAL * capacity_) {
             failures = std::max<std::int64_t>(0, failures - 1);
             watched /= 2;
-            recent /= 2;
-            kept /= 2;
+            lost >>= 1;
+            noise >>= 1;
         }
     }
 }
@@ -212,7 +212,7 @@ void Shadow::compare() {
 void Shadow::turn() {
     resting = !resting;
     turned = volume;
-    watched = recent = kept = 0;
+    watched = lost = noise = 0;
 }
 
 void Shadow::fit() {

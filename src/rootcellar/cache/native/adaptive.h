@@ -79,7 +79,7 @@ class Shadow {
     std::int64_t faded = 0;
     std::int64_t fits = 0;  // how often `worth` changed
     bool resting = false;
-    std::int64_t turned = 0, failures = 0, watched = 0, recent = 0, kept = 0;
+    std::int64_t turned = 0, failures = 0, watched = 0, gap = 0, lost = 0, noise = 0;
     std::int64_t reach = std::int64_t{1} << 62;
 
   private:

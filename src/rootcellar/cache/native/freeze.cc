@@ -99,8 +99,8 @@ nb::object shadow_of(const Shadow* shadow) {
     return nb::make_tuple(shadow->stride, shadow->window, shadow->volume, raw(&shadow->worth, sizeof(Histogram)),
                           raw(&shadow->returns, sizeof(Histogram)), raw(&shadow->gone, sizeof(Histogram)),
                           nb::tuple(seen), shadow->last_sampled, shadow->news, shadow->faded,
-                          shadow->resting, shadow->turned, shadow->failures, shadow->watched, shadow->recent,
-                          shadow->kept, shadow->reach);
+                          shadow->resting, shadow->turned, shadow->failures, shadow->watched, shadow->gap,
+                          shadow->lost, shadow->noise, shadow->reach);
 }
 
 nb::object evictions_of(const Evictions& evictions) {
