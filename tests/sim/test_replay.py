@@ -375,7 +375,7 @@ def test_requests_that_wait_keep_what_they_will_find():
 
 
 def test_nobody_can_send_a_turn_before_the_answer():
-    """A request that goes on from one that waits or runs is not known to wait; the same prompt again may be."""
+    """A request that goes on from one that waits or runs is not known to wait; the same prompt, or another, may be."""
     trace = requests([1, 2], [1, 2, 3], [1, 2], [1, 4], [1, 2, 3, 5], [7], [1, 2, 3])
     assert _awaited(trace, 4) == [-1, 0, -1, -1, 2, -1, 2]
-    assert _awaited(requests([1, 2], [1], [1, 3], [1], [1, 2, 4]), 4) == [-1, -1, -1, -1, 0], "a system prompt of one block"
+    assert _awaited(requests([1, 2], [1], [1, 3], [1], [1, 2, 4]), 4) == [-1, -1, -1, -1, 0]
