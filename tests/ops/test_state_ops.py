@@ -12,7 +12,7 @@ from rootcellar.ops import delta, kernels
 from rootcellar.ops.delta import gated_delta, gated_delta_sequential
 from rootcellar.ops.recurrent import causal_conv, course, in_order
 from rootcellar.ops.ssd import ssd, ssd_sequential
-from rootcellar.ops.states import in_states
+from rootcellar.ops.states import conv_in_states, in_states
 
 IN_SLOTS = functools.partial(IN_PLACE["tpu"], interpret=True)
 HEADS, WIDTH, SIZE, GROUPS, CHANNELS, TAPS = 4, 6, 5, 2, 3, 4
@@ -89,13 +89,15 @@ class Conv:
     weight = np.random.default_rng(1).standard_normal((TAPS, CHANNELS)).astype(np.float32)
     bias = np.linspace(-1, 1, CHANNELS, dtype=np.float32)
 
-    @staticmethod
-    def inputs(rng, tokens):
-        return {"x": rng.standard_normal((tokens, CHANNELS))}
+    @classmethod
+    def inputs(cls, rng, tokens):
+        return {"x": rng.standard_normal((tokens, cls.state[1]))}
+
+    in_place = None
 
     @classmethod
     def packed(cls, pool, way, x):
-        return causal_conv(pool, x, cls.weight, cls.bias, way)
+        return causal_conv(pool, x, cls.weight, cls.bias, way, cls.in_place)
 
     @classmethod
     def sequential(cls, state, x):
@@ -130,12 +132,20 @@ class DeltaNative(Delta):
     in_place = in_states
 
 
+class ConvNative(Conv):
+    channels = 1037  # what two threads share, and does not fill vectors
+    state = (TAPS - 1, channels)
+    weight = np.random.default_rng(1).standard_normal((TAPS, channels)).astype(np.float32)
+    bias = np.linspace(-1, 1, channels, dtype=np.float32)
+    in_place = conv_in_states
+
+
 class DeltaInOrderBehindSlots(Delta):
     in_place = functools.partial(in_order, first=IN_SLOTS)
 
 
 OPS = [Ssd, Delta, Conv]
-NATIVE = [SsdNative, DeltaNative]
+NATIVE = [SsdNative, DeltaNative, ConvNative]
 IN_ORDER = [SsdInOrder, DeltaInOrder, DeltaInOrderBehindSlots, Conv]
 BATCHES = [
     ([1], 1, 0),

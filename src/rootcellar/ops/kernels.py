@@ -18,6 +18,7 @@ _FUNCTIONS = {
     "rootcellar_attention_by_head": "RootcellarAttentionByHead",
     "rootcellar_attention_over_codes": "RootcellarAttentionOverCodes",
     "rootcellar_attention_over_latents": "RootcellarAttentionOverLatents",
+    "rootcellar_convolution": "RootcellarConvolution",
     "rootcellar_peaks": "RootcellarPeaks",
     "rootcellar_product": "RootcellarProduct",
     "rootcellar_states": "RootcellarStates",

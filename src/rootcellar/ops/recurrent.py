@@ -78,6 +78,9 @@ StatesInPlace = Callable[[HeadStep, Array, Course, Sequence[Array], int], tuple[
 """What takes the tokens of a decode step through their states where these lie: ``(head, pool, way,
 operands [n, groups, ...], width of y) -> (y [n, H, width], pool)``. Head ``h`` is told the row of its group."""
 
+ConvInPlace = Callable[[Array, Array, Array, Array, Course], tuple[Array, Array]]
+"""The same for their convolution: ``(pool, x, weight, bias, way) -> (y float32, pool)``, as :func:`causal_conv`."""
+
 Recurrence = Callable[[Array], tuple[Array, Array]]
 TileRecurrence = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -163,7 +166,9 @@ def tile_by_tile(pool: Array, way: Course, out: jax.ShapeDtypeStruct, recur: Til
     return outs, pool
 
 
-def causal_conv(pool: Array, x: Array, weight: Array, bias: Array | None, way: Course) -> tuple[Array, Array]:
+def causal_conv(
+    pool: Array, x: Array, weight: Array, bias: Array | None, way: Course, in_place: ConvInPlace | None = None
+) -> tuple[Array, Array]:
     """A depthwise causal convolution: each channel's last ``taps`` inputs, weighted.
 
     Args:
@@ -172,13 +177,16 @@ def causal_conv(pool: Array, x: Array, weight: Array, bias: Array | None, way: C
         weight: [taps, C], the newest input's last.
         bias: [C] or None.
         way: the course of the batch.
+        in_place: see :class:`ConvInPlace`.
 
     Returns:
-        float32 [T, C] and the pool with each row's last ``taps - 1`` inputs.
+        float32 [T, C] (of no meaning for padding) and the pool with each row's last ``taps - 1`` inputs.
     """
     n = way.count.shape[0]
     taps, channels = weight.shape
     tile = x.shape[0] // n
+    if tile == 1 and in_place is not None:
+        return in_place(pool, x, weight, jnp.zeros(channels) if bias is None else bias, way)
     tiles = x.reshape(n, tile, channels)
     before = taps - 1
     # The inputs before a tile: those of its row in this batch as far as they reach, and of the state before them.

@@ -1,8 +1,8 @@
-"""Recurrent states through a decode step where they lie, by a kernel in C++ for CPUs.
+"""Recurrent layers' decode steps over their states where these lie, by kernels in C++ for CPUs.
 
 What XLA for CPUs makes of such a step gathers the states into memory that is new in every step (whose pages the system
-hands out one by one), reads and writes them there several times, and scatters them. The kernel reads each once and
-writes it once.
+hands out one by one), reads and writes them there several times, and scatters them. The kernels read each once and
+write it once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,28 @@ def in_states(head: HeadStep, pool: Array, way: Course, operands: Sequence[Array
     Returns:
         float32 ``[n, H, width]`` (zeros for padding), and the pool.
     """
+    shape = way.count.shape[0], pool.shape[1], width
+    return _call("rootcellar_states", pool, way, operands, shape, rule=_RULES[head])
+
+
+def conv_in_states(pool: Array, x: Array, weight: Array, bias: Array, way: Course) -> tuple[Array, Array]:
+    """:func:`recurrent.causal_conv` of one token a tile, also where rows follow others; zeros for padding.
+
+    ``pool``: float32 or bfloat16; donate it to the step.
+    """
+    return _call("rootcellar_convolution", pool, way, (x, weight, bias), x.shape)
+
+
+def _call(
+    target: str, pool: Array, way: Course, told: Sequence[Array], shape: Sequence[int], **options: str
+) -> tuple[Array, Array]:
+    """``(y float32 of this shape, pool)`` of a kernel, which is told so much in float32."""
     built()
-    told = [each.astype(jnp.float32) for each in operands]
+    arrays = way.source, way.target, way.fresh, way.offset, way.count, *(each.astype(jnp.float32) for each in told)
     call = jax.ffi.ffi_call(
-        "rootcellar_states",
-        (
-            jax.ShapeDtypeStruct(pool.shape, pool.dtype),
-            jax.ShapeDtypeStruct((way.count.shape[0], pool.shape[1], width), jnp.float32),
-        ),
-        input_output_aliases={5 + len(told): 0},
+        target,
+        (jax.ShapeDtypeStruct(pool.shape, pool.dtype), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)),
+        input_output_aliases={len(arrays): 0},
     )
-    where = way.source, way.target, way.fresh, way.offset, way.count
-    pool, y = call(*where, *told, pool, rule=_RULES[head], vectors=vectors())
+    pool, y = call(*arrays, pool, vectors=vectors(), **options)
     return y, pool

@@ -103,7 +103,7 @@ class GatedDelta(Recurrent):
         """See ``Mixer``."""
         way = course(batch.table, batch.rows, batch.positions)
         mixed, gate, rates = self._project(params, x)
-        mixed, conv = causal_conv(buffers[0], mixed, params["delta_conv"], None, way)
+        mixed, conv = causal_conv(buffers[0], mixed, params["delta_conv"], None, way, self.conv_in_place(batch))
         y, state = gated_delta(buffers[1], *self._split(mixed), *rates, way, self.in_place(batch))
         return self._merge(params, y, gate), [conv, state]
 

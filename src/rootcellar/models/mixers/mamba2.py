@@ -89,7 +89,8 @@ class Mamba2(Recurrent):
         """See ``Mixer``."""
         way = course(batch.table, batch.rows, batch.positions)
         gate, mixed, dt = self._project(params, x)
-        mixed, conv = causal_conv(buffers[0], mixed, params["mamba_conv"], self._conv_bias(params), way)
+        conv_weights = params["mamba_conv"], self._conv_bias(params)
+        mixed, conv = causal_conv(buffers[0], mixed, *conv_weights, way, self.conv_in_place(batch))
         inputs, b, c = self._split(mixed)
         y, state = ssd(buffers[1], inputs, dt, self._decay(params), b, c, way, self.in_place(batch))
         return self._merge(params, y, inputs, gate), [conv, state]

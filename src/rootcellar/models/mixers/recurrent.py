@@ -12,8 +12,8 @@ from rootcellar.cache.kind import Rule
 from rootcellar.models.forward_batch import ForwardBatch
 from rootcellar.models.spec import Params
 from rootcellar.ops.backends import FIXED
-from rootcellar.ops.recurrent import Course, HeadStep, StatesInPlace, in_order
-from rootcellar.ops.states import in_states
+from rootcellar.ops.recurrent import ConvInPlace, Course, HeadStep, StatesInPlace, in_order
+from rootcellar.ops.states import conv_in_states, in_states
 
 
 def _by_kernel(
@@ -26,6 +26,8 @@ def _by_kernel(
 
 IN_PLACE: Mapping[str, StatesInPlace] = {"native": in_states, FIXED: in_states, "tpu": _by_kernel}
 """By the backend of attention that it runs beside; elsewhere states are gathered and scattered."""
+CONV_IN_PLACE: Mapping[str, ConvInPlace] = {"native": conv_in_states, FIXED: conv_in_states}
+"""The same of convolutions."""
 _FOLLOWED = ("native", FIXED)
 """Those whose own business it is that rows follow each other."""
 
@@ -72,3 +74,9 @@ class Recurrent:
 
         apart = verifies and batch.backend not in _FOLLOWED
         return functools.partial(in_order, first=on_each) if apart else on_each
+
+    @staticmethod
+    def conv_in_place(batch: ForwardBatch) -> ConvInPlace | None:
+        """The same for the convolution."""
+        run = CONV_IN_PLACE.get(batch.backend)
+        return None if run is None else batch.local(run, [()] * 5, [()] * 2)
