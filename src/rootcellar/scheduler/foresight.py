@@ -1,9 +1,10 @@
 """What waiting requests will find cached leaves the cache last: the cache is told who waits, the next first.
 
 The whole line is said each time, in place of what was said before, so nothing of a request that started, ended or went
-to another place can stay behind. A long line is said again only when an eighth of it has changed, so a change costs
-at most eight walks of a prompt, however many wait; who started meanwhile holds what it needs anyway, and who came
-meanwhile is far back in line. Only the next ``MOST`` are said: the others' turns come after as many prompts.
+to another place can stay behind. A long line is said again only when a quarter of it has changed, so a change costs at
+most four walks of a prompt, however many wait. A start is none: who runs holds what it needs, with what it computes,
+till it ends. Who came meanwhile is far back in line. Only the next ``MOST`` are said: the turns of the others come
+after as many prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rootcellar.cache import RadixCache
 from rootcellar.scheduler.shares import Lines
 
 MOST = 512
-_PART = 8
+_PART = 4
 
 
 class Foresight:
@@ -26,8 +27,12 @@ class Foresight:
         self._changes = 0
 
     def changed(self, waiting: int) -> None:
-        """Somebody came or went, or something may be cached that somebody waits for; so many wait now."""
+        """Somebody came or ended, or something came from afar that may be waited for; so many wait now."""
         self._changes += 1
+        self.look(waiting)
+
+    def look(self, waiting: int) -> None:
+        """So many wait now: where nobody does, the cache is told at once, as nothing may be planned for long."""
         if not waiting:
             if self._told:
                 self._cache.foresee([])

@@ -78,7 +78,7 @@ class Scheduler:
         """
         self.cache = cache
         self._foresight = Foresight(cache)
-        self.waiting = Waiting(self._foresight.changed)
+        self.waiting = Waiting(self._foresight.look)
         self.running: list[Request] = []
         """Requests that hold a lease, in the order in which they got it."""
         self.loading: dict[Request, Hit] = {}
@@ -129,11 +129,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let ``request`` wait for its turn."""
-        request.order = self._arrivals
-        request.since = self._turns.now
+        request.order, request.since, request.epoch = self._arrivals, self._turns.now, self._epoch
         self._arrivals += 1
-        request.epoch = self._epoch
         self.waiting.add(request)
+        self._foresight.changed(len(self.waiting))
         self._settled = False
 
     def finish(self, request: Request, finish: Finish) -> None:
@@ -146,6 +145,7 @@ class Scheduler:
                 self.giving.remove(request)
             else:
                 self.waiting.remove(request)
+                self._foresight.changed(len(self.waiting))
             request.enter(Stage.FINISHED)
         else:
             self._end(request)
@@ -223,6 +223,7 @@ class Scheduler:
         request.lease = None
         request.computed = request.committed = request.resumable = request.branch = request.slots = 0
         self.running.remove(request)
+        self._foresight.changed(len(self.waiting))
         self.loading.pop(request, None)
         del self._admitted[request]
         self._settled = False
@@ -251,8 +252,6 @@ class Scheduler:
             assert request.lease is not None
             self.cache.commit(request.lease, request.key(request.computed), snapshot=snapshot)
             request.committed = request.computed - request.computed % self.cache.page_size
-            if everything:
-                self._foresight.changed(len(self.waiting))
             if snapshot:
                 request.resumable = request.computed
         request.commit_at = (request.committed // self._stride + 1) * self._stride
