@@ -4,9 +4,10 @@
 
 ``edit``: a file of this repository stands in the prompt and is written again. ``agent``: a transcript of commands and
 what they printed, made of the same files, that goes on. ``chat``: questions. ``again``: those questions a second time,
-so that their answers went through the cache. Greedy; prompts are cached before, and engines take turns, batch by batch.
-Prints the ratio of the times that answers took after their first tokens, how many tokens a step gave, how many guessed
-tokens were right of how many, whether all tokens were equal, and what steps of each size took.
+so that their answers went through the cache. All prompts of a kind are there at once, cached, and ``batch`` of them
+decode at a time: where one ends the next begins, so with ``--prompts`` of a batch the last to end counts. Greedy.
+Engines take turns. Prints the median ratio of the times that all answers took and each round's, how many tokens a step
+gave, how many guessed tokens were right of how many, whether all tokens were equal, and what steps of each size took.
 ``--json``: each row as JSON.
 """
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 
 import rootcellar
 
@@ -93,58 +96,42 @@ def questions(engine: rootcellar.Engine) -> list[list[int]]:
 WORK = {"edit": edit, "agent": agent, "chat": questions, "again": questions}
 
 
-def seconds(results: list[dict]) -> float:
-    """What answers took after their first tokens."""
-    return max(r["meta_info"]["e2e_latency"] for r in results) - min(
-        r["meta_info"]["first_token_latency"] for r in results
-    )
-
-
-def measure(engines: list[rootcellar.Engine], work: str, batch: int, tokens: int, count: int) -> dict[str, object]:
+def measure(
+    engines: list[rootcellar.Engine], work: str, batch: int, tokens: int, count: int, rounds: int
+) -> dict[str, object]:
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": work in ("edit", "agent")}
     prompts = WORK[work](engines[0])[:count]
-    if work != "again":
-        for engine in engines:
-            engine.flush_cache()
-    spent, equal, made, steps, guessed, right = [0.0, 0.0], True, 0, 0, 0, 0
-    for at in range(0, len(prompts), batch):
-        group = prompts[at : at + batch]
-        order = (0, 1) if at // batch % 2 else (1, 0)
-        for engine in engines:  # else one answer waits for another's prompt
-            engine.generate(input_ids=group, sampling_params={"max_new_tokens": 1, "temperature": 0})
-        found = {i: engines[i].generate(input_ids=group, sampling_params=sampling) for i in order}
-        for i, results in found.items():
-            spent[i] += seconds(results)
+    spent: list[list[float]] = [[], []]
+    equal, made, steps, guessed, right = True, 0, 0, 0, 0
+    for turn in range(rounds):
+        found = {}
+        for i in (0, 1) if turn % 2 else (1, 0):
+            if work != "again":
+                engines[i].flush_cache()
+            engines[i].generate(input_ids=prompts, sampling_params={"max_new_tokens": 1, "temperature": 0})
+            begun = perf_counter()
+            found[i] = engines[i].generate(input_ids=prompts, sampling_params=sampling)
+            spent[i].append(perf_counter() - begun)
         equal &= [r["output_ids"] for r in found[0]] == [r["output_ids"] for r in found[1]]
         made += sum(r["meta_info"]["completion_tokens"] for r in found[1])
         steps += sum(r["meta_info"]["spec_verify_ct"] for r in found[1])
         guessed += sum(r["meta_info"]["spec_draft_token_num"] for r in found[1])
         right += sum(r["meta_info"]["spec_accept_token_num"] for r in found[1])
+    faster = [round(plain / fast, 3) for plain, fast in zip(*spent, strict=True)]
     return {
         "work": work,
         "batch": batch,
-        "faster": round(spent[0] / spent[1], 3),
+        "faster": median(faster),
+        "rounds": faster,
         "tokens_a_step": round(made / steps, 2),
         "right": f"{right}/{guessed}",
-        "tokens_a_second": [round(made / s, 1) for s in spent],
+        "tokens_a_second": [round(made / sum(each), 1) for each in spent],
         "equal": equal,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model-path", default="demo")
-    parser.add_argument("--load-format", default="auto", help="'dummy': random weights, whose answers soon repeat")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=8, help="of each kind of work, at most 16")
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--work", default=",".join(WORK))
-    parser.add_argument("--draft", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    batches = [int(word) for word in arguments.batch.split(",")]
-    options = {"model_path": arguments.model_path, "load_format": arguments.load_format, "max_total_tokens": 16384}
-    options |= {"max_running_requests": max(batches)}
+def run(arguments: argparse.Namespace, batch: int) -> None:
+    options = {"model_path": arguments.model_path, "max_total_tokens": 32768, "max_running_requests": batch}
     guessing = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": arguments.draft}
     with rootcellar.Engine(**options) as plain, rootcellar.Engine(**options, **guessing) as fast:
         engines = [plain, fast]
@@ -152,12 +139,26 @@ def main() -> None:
             engine.warm_up()
         for _ in range(2):
             fast.generate(input_ids=edit(fast)[:1], sampling_params={"max_new_tokens": 48, "temperature": 0})
-        for batch in batches:
-            for work in arguments.work.split(","):
-                row = measure(engines, work, batch, arguments.tokens, arguments.prompts)
-                print(json.dumps(row) if arguments.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        known = fast._parts.scheduler.guesses._prices._known
+        for work in arguments.work.split(","):
+            row = measure(engines, work, batch, arguments.tokens, arguments.prompts, arguments.rounds)
+            print(json.dumps(row) if arguments.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        known = fast._parts.scheduler.guesses._prices._known[False]
         print(json.dumps({"step_ms_by_tokens": {rows: round(1e3 * s, 2) for rows, s in sorted(known.items())}}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model-path", default="demo")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=8, help="of each kind of work, at most 16")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--work", default=",".join(WORK))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--draft", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    for word in arguments.batch.split(","):
+        run(arguments, int(word))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ class Guessing:
         self.right = self.wrong = 0
         self.sizes = []
 
-    def possible(self, rows):
-        return rows != self._unguessed
+    def worth_waiting(self, requests):
+        return len(requests) != self._unguessed
 
     def of(self, requests):
-        return [self._guess(r) if self.possible(len(requests)) else () for r in requests]
+        return [self._guess(r) if self.worth_waiting(requests) else () for r in requests]
 
     def _guess(self, request):
         most = min(self._most, len(request.ids) - request.length - 1)
@@ -46,7 +46,7 @@ class Guessing:
     def forget(self):
         pass
 
-    def took(self, tokens, seconds):
+    def took(self, tokens, seconds, *, ahead=False):
         self.sizes.append(tokens)
 
     def verified(self, request, guessed, right):
@@ -68,7 +68,7 @@ class Knowing:
         self.answers = {}
         self.guessed = self.right = self.compiled = 0
 
-    def possible(self, rows):
+    def worth_waiting(self, requests):
         return True
 
     def of(self, requests):
@@ -89,7 +89,7 @@ class Knowing:
     def forget(self):
         pass
 
-    def took(self, tokens, seconds):
+    def took(self, tokens, seconds, *, ahead=False):
         pass
 
     def verified(self, request, guessed, right):

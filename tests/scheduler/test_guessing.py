@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rootcellar.cache import Suffixes
 from rootcellar.sampling_params import SamplingParams
 from rootcellar.scheduler import NgramGuesser, Request, keep
-from rootcellar.scheduler.guessing import NOTHING, Prices, repetition, shares
+from rootcellar.scheduler.guessing import Prices, repetition, shares
+from rootcellar.scheduler.request import NOTHING
 
 
 def text(tokens):
@@ -71,15 +72,20 @@ def test_as_much_is_guessed_as_makes_tokens_come_faster():
     free = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}
     dear = {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}
     steep = {1: 1.0, 2: 1.0, 4: 1.2, 8: 8.0}
-    assert shares([(0.9, 7)], 8, free.get) == [7]
-    assert shares([(0.9, 7)], 8, dear.get) == [0]
-    assert shares([(0.9, 7)], 8, steep.get) == [3]
-    assert shares([(0.9, 1)], 2, {1: 1.0, 2: 1.85}.get) == [0], "three in a hundred are less than is known"
-    assert shares([(0.9, 1)], 2, {1: 1.0, 2: 1.75}.get) == [1]
-    assert shares([(0.9, 2)], 8, steep.get) == [2], "there are no more"
-    assert shares([(0.9, 7), (0.1, 7)], 4, free.get) == [2, 0], "the likeliest first"
-    assert shares([(0.5, 7)] * 3, 4, dear.get) == [1, 0, 0], "the step is padded to four rows anyway"
-    assert shares([(0.0, 0)] * 4, 8, free.get) == [0] * 4
+    assert shares([[0.9] * 7], 8, free.get) == [7]
+    assert shares([[0.9] * 7], 8, dear.get) == [0]
+    assert shares([[0.9] * 7], 8, steep.get) == [3]
+    assert shares([[0.9]], 2, {1: 1.0, 2: 1.85}.get) == [0], "three in a hundred are less than is known"
+    assert shares([[0.9]], 2, {1: 1.0, 2: 1.75}.get) == [1]
+    assert shares([[0.9] * 2], 8, steep.get) == [2], "there are no more"
+    assert shares([[0.9] * 7, [0.1] * 7], 4, free.get) == [2, 0], "the likeliest first"
+    assert shares([[0.3, 0.9, 0.9], [0.4, 0.5]], 4, free.get) == [1, 1], "0.4, 0.3, then 0.27 before 0.2"
+    assert shares([[0.3, 0.9, 0.9], [0.4, 0.5]], 8, free.get) == [3, 2]
+    assert shares([[0.5] * 7] * 3, 4, dear.get) == [1, 0, 0], "the step is padded to four rows anyway"
+    assert shares([[]] * 4, 8, free.get) == [0] * 4
+    assert shares([[0.9]], 2, free.get, alone=0.5) == [0], (
+        "without it the step is planned ahead, and takes half the time"
+    )
 
 
 def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
@@ -97,35 +103,98 @@ def test_a_price_is_the_median_of_what_steps_took_and_the_first_may_compile():
     assert prices.of(1) == 0.5 / 1.25, "a little less than the size above, where none below is known"
 
 
+def test_steps_planned_ahead_have_prices_of_their_own():
+    prices = Prices()
+    for _ in range(2):
+        prices.took(4, 0.5, ahead=True)
+    assert (prices.of(4, ahead=True), prices.of(4), prices.of(8)) == (0.5, 0.5, 0.625), "that is all there is"
+    for _ in range(2):
+        prices.took(4, 0.6)
+    assert (prices.of(4, ahead=True), prices.of(4), prices.of(8)) == (0.5, 0.6, 0.75)
+    for _ in range(2):
+        prices.took(8, 0.7)
+    assert prices.of(8, ahead=True) == 0.7
+
+
 def test_nothing_is_looked_for_where_no_step_could_pay():
     looked = request([1, 2, 3, 1, 2])
     assert guesser(prices=[(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]).of([looked]) == [()]
-    assert looked.guessed.matched == 0
+    assert looked.guessed.found == NOTHING
     assert guesser().of([looked]) == [(3, 1, 2, 3)]
-    assert looked.guessed.matched == 2
+    assert looked.guessed.found.matched == 2
 
 
-def test_whoever_guesses_wrong_stops_and_tries_again_one_day():
-    made = guesser(prices=[(size, price) for size, price in ((1, 1.0), (2, 1.3), (4, 1.5), (8, 1.7))])
-    asked, tries = request([1, 2, 3, 4, 1, 2]), []
-    for step in range(2000):
-        (guess,) = made.of([asked])
-        made.verified(asked, len(guess), 0)
-        if guess:
-            tries.append(step)
-    assert tries[0] == 0
-    assert 5 <= len(tries) < 60, "a failed guess is paid for seldom"
-    assert tries[-1] > 1000
-    assert (asked.guessed.steps, asked.guessed.accepted) == (2000, 0)
+RISING = ((1, 1.0), (2, 1.3), (4, 1.5), (8, 1.7))
+
+
+def tried(made, asked, said):
+    """What is guessed before each of the tokens that a request says, as if one were verified a step."""
+    guesses = []
+    for token in said:
+        guesses += made.of([asked])
+        made.verified(asked, len(guesses[-1]), int(guesses[-1][:1] == (token,)))
+        asked.append(token)
+    return guesses
+
+
+def test_whoever_guesses_wrong_stops():
+    made, asked = guesser(prices=RISING), request([1, 2, 3, 4, 1, 2], most=3000)
+    guesses = tried(made, asked, [token for i in range(900) for token in (10 + i, 1, 2)])
+    wrong = [guess for guess in guesses if guess]
+    assert 0 < len(wrong) < 20, "what two tokens promise is soon known, and nothing is paid for it later"
+    assert not any(guesses[100:])
+    assert (asked.guessed.steps, asked.guessed.accepted) == (2700, 0)
+
+
+def test_what_begins_to_be_right_is_noticed_though_nothing_was_tried():
+    made, asked = guesser(prices=RISING), request([1, 2, 3, 4, 1, 2], most=3000)
+    tried(made, asked, [token for i in range(300) for token in (10 + i, 1, 2)])
+    guesses = tried(made, asked, [5, 6, 7, 8, 9, 10, 11, 12] * 8)
+    assert not any(guesses[:9]), "it says something new"
+    assert all(len(guess) > 1 for guess in guesses[30:])
 
 
 def test_whoever_guesses_right_guesses_more():
     made = guesser(most=7, prices=[(1, 1.0), (2, 1.4), (4, 1.9), (8, 2.8)])
-    asked = request([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    for _ in range(20):
-        (guess,) = made.of([asked])
-        made.verified(asked, len(guess), len(guess))
-    assert len(guess) == 7
+    asked = request([*range(1, 10), 1, 2])
+    guesses = tried(made, asked, [*range(3, 10), *range(1, 10)] * 3)
+    assert len(guesses[0]) < 7
+    assert len(guesses[-1]) == 7
+
+
+def test_of_a_request_that_is_wrong_where_others_are_right_nothing_is_guessed():
+    """Two tokens match again and again; what came after them comes for the one, and never for the other."""
+    made, threes = guesser(most=1, prices=[(1, 1.0), (2, 1.2)]), [(i, i + 1, i + 2) for i in range(100, 400, 3)]
+    right, wrong = (request([token for three in threes for token in three], most=3000) for _ in range(2))
+    for first, second, third in threes[:0:-1]:
+        tried(made, right, [first, second, third])
+        tried(made, wrong, [first, second, third + 1000])
+    for asked, guess in ((right, (102,)), (wrong, ())):
+        tried(made, asked, threes[0][:2])
+        assert made.of([asked]) == [guess]
+
+
+# -- who waits for it -------------------------------------------------------------------------------------------------
+
+
+def test_a_step_waits_where_what_follows_the_newest_token_may_be_guessed():
+    made = guesser(prices=RISING)
+    assert not made.worth_waiting([request([1, 2, 3, 4])]), "nothing repeats"
+    assert made.worth_waiting([request([1, 2, 3, 4] * 5)])
+    assert not made.worth_waiting([request([1, 2, 3, 4] * 5, most=2)]), "behind the newest there is only the last"
+    for _ in range(5):
+        made.took(1, 0.2, ahead=True)
+    assert not made.worth_waiting([request([1, 2, 3, 4] * 5)]), "five planned ahead take as long"
+
+
+def test_what_was_found_is_found_once():
+    """A step is asked for twice: whether to wait, and when the newest tokens are known."""
+    made, asked = guesser(prices=RISING), request([1, 2, 3, 4] * 5)
+    assert made.worth_waiting([asked])
+    found = asked.guessed.found
+    (guess,) = made.of([asked])
+    assert asked.guessed.found is found
+    assert found.tokens[: len(guess)] == guess
 
 
 @pytest.mark.parametrize(

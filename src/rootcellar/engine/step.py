@@ -438,7 +438,7 @@ class Machine:
         plan, guesses = launched.plan, self.scheduler.guesses
         seconds = self.recorder.step_ended(launched.start, plan, self.generated, self.prompted, busy=busy)
         if guesses is not None and plan.decode:
-            guesses.took(plan.tokens, seconds)
+            guesses.took(plan.tokens, seconds, ahead=bool(plan.sources))
             self.recorder.metrics.guesses(chosen.tokens, [len(c.guess) for c in plan.chunks])
 
     def _follow(self, tracker: Tracker, chosen: Chosen, i: int, j: int, version: str, now: float) -> Finish | None:

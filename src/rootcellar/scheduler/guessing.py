@@ -11,8 +11,12 @@ else to take what was drawn, *is* rejection sampling.
 
 How much is guessed is a matter of prices. What steps of each size take is measured; how likely guesses are right is
 counted, by the length of what matched, and of each request. The guesses of all are added, the likeliest first, as long
-as tokens a second grow by it. Where that is at none, nothing is guessed (but what is counted fades, so that it is tried
-again). A batch is padded to a power of two: what pads it may as well be guessed.
+as tokens a second grow by it. A batch is padded to a power of two: what pads it may as well be guessed.
+
+To learn how likely a guess is nothing need be tried: what is found is compared with what the request says then, whether
+it was verified or not. And who guesses must know the newest token, so the step cannot be planned while the one before
+runs, as it can be otherwise (``ahead.py``): what that costs is measured too. So the next step waits only where what was
+found for a text that lacks its newest token promises more than the wait takes away.
 """
 
 from __future__ import annotations
@@ -21,14 +25,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rootcellar.cache import RadixCache, Suffixes, owner_of
 from rootcellar.scheduler.placeholders import ABOVE
-from rootcellar.scheduler.request import Request
+from rootcellar.scheduler.request import NOTHING, Guessed, Proposal, Request
 from rootcellar.scheduler.snapshots import Snapshots
 
 LOOK_BACK = 1 << 14
@@ -38,25 +42,15 @@ _FAIRLY = 0.5
 _SURELY = 0.9
 """The same for the longest."""
 _BELIEF = 8.0
-"""Guessed tokens that such a belief counts for; half as many, what is known of all requests for one of them."""
+"""Guessed tokens that such a belief counts for; a quarter as many, that a request is as likely right as others."""
 _MANY = 256.0
 _MORE = 1.25
 """Times as long as half as many rows, rows are taken to take until that is known: a likely guess finds out."""
-_FADE = 0.99
-"""What is known of guesses counts so much less after each step that does not try them, whatever its rows."""
 _MARGIN = 1.05
 """Times as many tokens a second as without it, a guess must promise: prices and chances are not known better."""
 _REMEMBERED = 0.85
-
-
-class Proposal(NamedTuple):
-    """What stands where the last ``matched`` tokens of a request stand too: the tokens after them."""
-
-    matched: int
-    tokens: tuple[int, ...]
-
-
-NOTHING = Proposal(0, ())
+_MOST = 0.99
+"""No guess is likelier than that."""
 
 
 class Guesses(Protocol):
@@ -65,8 +59,8 @@ class Guesses(Protocol):
     def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
         """For each request the tokens to verify after its newest; none is as good an answer as any."""
 
-    def possible(self, rows: int) -> bool:
-        """Whether the next step may have guesses, if so many requests decode in it, whatever they say until then."""
+    def worth_waiting(self, requests: Sequence[Request]) -> bool:
+        """Whether the next step should be planned when the newest tokens of these requests are known: for guesses."""
 
     def ended(self, request: Request) -> None:
         """A request that ran ended: this is all that it said."""
@@ -74,8 +68,11 @@ class Guesses(Protocol):
     def forget(self) -> None:
         """What is cached is flushed."""
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """A decode step of so many tokens, guessed ones among them, took so long."""
+    def took(self, tokens: int, seconds: float, *, ahead: bool = False) -> None:
+        """A decode step of so many tokens, guessed ones among them, took so long.
+
+        ``ahead``: it was planned while the one before ran.
+        """
 
     def verified(self, request: Request, guessed: int, right: int) -> None:
         """A decode step gave a request tokens: the first ``right`` of so many guessed ones, and one more."""
@@ -145,28 +142,29 @@ def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> P
 
 
 class Prices:
-    """What steps of each size took lately: seconds by rows, the median of the last few."""
+    """What steps of each size took lately: seconds by rows, the median of the last few; those planned ahead apart."""
 
     def __init__(self) -> None:
-        self._lately: dict[int, deque[float]] = {}
-        self._known: dict[int, float] = {}
+        self._lately: dict[tuple[bool, int], deque[float]] = {}
+        self._known: dict[bool, dict[int, float]] = {False: {}, True: {}}
 
-    def took(self, rows: int, seconds: float) -> None:
+    def took(self, rows: int, seconds: float, *, ahead: bool = False) -> None:
         """A step of so many rows took so long."""
-        lately = self._lately.setdefault(rows, deque(maxlen=5))
+        lately = self._lately.setdefault((ahead, rows), deque(maxlen=5))
         lately.append(seconds)
         if len(lately) > 1:  # the first may have compiled
-            self._known[rows] = sorted(lately)[(len(lately) - 1) // 2]
+            self._known[ahead][rows] = sorted(lately)[(len(lately) - 1) // 2]
 
-    def of(self, rows: int) -> float:
-        """What a step of so many rows takes; as long as that is not known, a little more than one of fewer rows.
+    def of(self, rows: int, *, ahead: bool = False) -> float:
+        """What a step of so many rows takes; as long as that is not known, what it takes planned the other way.
 
-        Where none of those is known either, a little less than one of more.
+        Where that is not known either, a little more than one of fewer rows, or else a little less than one of more.
         """
-        if rows in self._known:
-            return self._known[rows]
-        near = max((size for size in self._known if size < rows), default=min(self._known, default=1))
-        return self._known.get(near, 1.0) * _MORE ** (rows.bit_length() - near.bit_length())
+        known = self._known[not ahead] | self._known[ahead]
+        if rows in known:
+            return known[rows]
+        near = max((size for size in known if size < rows), default=min(known, default=1))
+        return known.get(near, 1.0) * _MORE ** (rows.bit_length() - near.bit_length())
 
 
 def padded(rows: int) -> int:
@@ -174,24 +172,26 @@ def padded(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def shares(chances: Sequence[tuple[float, int]], limit: int, price: Callable[[int], float]) -> list[int]:
+def shares(
+    chances: Sequence[Sequence[float]], limit: int, price: Callable[[int], float], alone: float | None = None
+) -> list[int]:
     """How many tokens to guess of each row of a decode step, so that it gives most tokens a second.
 
-    ``chances``: of each row, how likely the next token of its guess is right if those before it were, and how many
-    tokens there are. ``limit``: rows of the largest step; ``price``: seconds of a step of so many rows, padded.
+    ``chances``: of each row, how likely each token of its guess is right if those before it are. ``limit``: rows of the
+    largest step; ``price``: seconds of a step of so many rows, padded; ``alone``: of one without guesses, if that is
+    another.
     """
     rows = len(chances)
-    best, rate = 0, _MARGIN * rows / price(padded(rows))
-    line = [(-chance, i, 1) for i, (chance, most) in enumerate(chances) if most]
+    best, rate = 0, _MARGIN * rows / (price(padded(rows)) if alone is None else alone)
+    line = [(-each[0], i, 1) for i, each in enumerate(chances) if each]
     heapify(line)
     order: list[int] = []
     gain = 0.0
     while line and rows + len(order) < limit:
         worth, i, count = line[0]
-        chance, most = chances[i]
-        heapreplace(line, (worth * chance if count < most else 0.0, i, count + 1))
         if not worth:
             break
+        heapreplace(line, (worth * chances[i][count] if count < len(chances[i]) else 0.0, i, count + 1))
         order.append(i)
         gain -= worth
         now = (rows + gain) / price(padded(rows + len(order)))
@@ -210,9 +210,9 @@ class _Record:
     right: float
     tried: float
 
-    def note(self, tried: float, right: float) -> None:
+    def note(self, right: bool) -> None:
         self.right += right
-        self.tried += tried
+        self.tried += 1
         if self.tried > _MANY:
             self.right, self.tried = self.right / 2, self.tried / 2
 
@@ -251,42 +251,37 @@ class NgramGuesser:
 
     def of(self, requests: Sequence[Request]) -> Sequence[tuple[int, ...]]:
         """See ``Guesses``."""
-        nothing: list[tuple[int, ...]] = [()] * len(requests)
-        if not self.possible(len(requests)):
-            return nothing
-        found = [self._find(request) for request in requests]
-        if not any(each.tokens for each in found):
-            return nothing
-        chances = [(self._chance(r, each.matched), len(each.tokens)) for r, each in zip(requests, found, strict=True)]
+        chances = self._chances(requests)
+        if not any(chances):
+            return [()] * len(requests)
         counts = shares(chances, self._rows, self._prices.of)
-        for request, each, count in zip(requests, found, counts, strict=True):
-            if each.tokens and not count:
-                self._fade(request, each.matched, _FADE ** (1 / len(requests)))
-            request.guessed.matched = each.matched
-        return [each.tokens[:count] for each, count in zip(found, counts, strict=True)]
+        return [r.guessed.found.tokens[:count] if count else () for r, count in zip(requests, counts, strict=True)]
+
+    def worth_waiting(self, requests: Sequence[Request]) -> bool:
+        """See ``Guesses``. The first token of what is found now must be right, for that after it to be guessed then."""
+        chances = [each[1:] and [each[0] * each[1], *each[2:]] for each in self._chances(requests)]
+        if not any(chances):
+            return False
+        alone = self._prices.of(padded(len(requests)), ahead=True)
+        return any(shares(chances, self._rows, self._prices.of, alone))
 
     def verified(self, request: Request, guessed: int, right: int) -> None:
         """See ``Guesses``."""
         own = request.guessed
         own.steps += 1
-        if not guessed:
-            return
         own.drafted += guessed
         own.accepted += right
-        tried = min(guessed, right + 1)
-        self._records[self._class(own.matched)].note(tried, right)
-        own.right, own.tried = own.right * _REMEMBERED + right, own.tried * _REMEMBERED + tried
 
-    def took(self, tokens: int, seconds: float) -> None:
+    def took(self, tokens: int, seconds: float, *, ahead: bool = False) -> None:
         """See ``Guesses``."""
-        self._prices.took(padded(tokens), seconds)
+        self._prices.took(padded(tokens), seconds, ahead=ahead)
 
-    def possible(self, rows: int) -> bool:
-        """See ``Guesses``: whether steps of some size would give more tokens a second if all guesses were right."""
+    def _possible(self, rows: int) -> bool:
+        """Whether steps of some size would give so many rows more tokens a second if all guesses were right."""
         size, limit = padded(rows), min(self._rows, rows * (1 + self._most))
         if limit <= rows:
             return False
-        rate = rows / self._prices.of(size)
+        rate = rows / self._prices.of(size, ahead=True)
         while size < padded(limit):
             if min(size, limit) / self._prices.of(size) > rate:
                 return True
@@ -304,6 +299,17 @@ class NgramGuesser:
         if self._suffixes is not None:
             self._suffixes.clear()
 
+    def _chances(self, requests: Sequence[Request]) -> list[list[float]]:
+        """What may be guessed of each, left with it: how likely each token is right if those before it are."""
+        if not self._possible(len(requests)):
+            return [[]] * len(requests)
+        for request in requests:
+            own = request.guessed
+            if own.at != request.length:
+                self._compare(request)
+                own.found, own.at = self._find(request), request.length
+        return [self._chance(request.guessed) for request in requests]
+
     def _find(self, request: Request) -> Proposal:
         most = min(self._most, len(request.ids) - request.length - 1)
         if not request.guessable or most < 1:
@@ -315,20 +321,27 @@ class NgramGuesser:
         others = self._suffixes.find(_owner(request), known[-self._longest :], most)
         return Proposal(*others) if others[0] >= max(self._least, own.matched + 1) else own
 
-    def _class(self, matched: int) -> int:
-        """By the length of what matched, in doublings."""
-        return min(len(self._records) - 1, (matched // self._least).bit_length() - 1)
-
-    def _chance(self, request: Request, matched: int) -> float:
-        if not matched:
-            return 0.0
+    def _compare(self, request: Request) -> None:
+        """What was found for a request with what it said then, whether that was verified or not."""
         own = request.guessed
-        return (own.right + self._records[self._class(matched)].chance * _BELIEF / 2) / (own.tried + _BELIEF / 2)
+        if not own.found.tokens:
+            return
+        own.right, own.expected = own.right * _REMEMBERED, own.expected * _REMEMBERED
+        said = request.ids[own.at : min(request.length, own.at + len(own.found.tokens))].tolist()
+        for i, (token, guess) in enumerate(zip(said, own.found.tokens, strict=False)):
+            record = self._record(own.found.matched + i)
+            own.expected += record.chance
+            own.right += token == guess
+            record.note(token == guess)
+            if token != guess:
+                break
 
-    def _fade(self, request: Request, matched: int, rate: float) -> None:
-        """What was found is not tried: what is known of such guesses counts less, so that one day it is."""
-        own, record = request.guessed, self._records[self._class(matched)]
-        own.right, own.tried = own.right * rate, own.tried * rate
-        belief = _FAIRLY * _BELIEF
-        record.right = belief + (record.right - belief) * rate
-        record.tried = _BELIEF + (record.tried - _BELIEF) * rate
+    def _record(self, matched: int) -> _Record:
+        """By the length of what matched, in doublings."""
+        return self._records[min(len(self._records), (matched // self._least).bit_length()) - 1]
+
+    def _chance(self, own: Guessed) -> list[float]:
+        """How likely others' guesses are right where so much matched, times how much likelier its own were of late."""
+        likelier = (own.right + _BELIEF / 4) / (own.expected + _BELIEF / 4)
+        matched = own.found.matched
+        return [min(_MOST, self._record(matched + i).chance * likelier) for i in range(len(own.found.tokens))]

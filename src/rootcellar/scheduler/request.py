@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,21 +46,32 @@ class Finish:
         return cls("abort", message=message, cause=cause)
 
 
+class Proposal(NamedTuple):
+    """What stands where the last ``matched`` tokens of a request stand too: the tokens after them."""
+
+    matched: int
+    tokens: tuple[int, ...]
+
+
+NOTHING = Proposal(0, ())
+
+
 @dataclass(slots=True)
 class Guessed:
     """What came of guessing a request's tokens (``guessing.py``).
 
     ``steps``: those that verified a guess or might have; ``drafted``, ``accepted``: tokens guessed, and those of them
-    that were right. Then what the next guess goes by: ``right`` of those ``tried`` lately, and how many tokens
-    ``matched`` where the newest guess was found.
+    that were right. Then what the next guess goes by: what was ``found`` when the request had ``at`` tokens, how many
+    tokens that was found lately were ``right``, and how many others' would have been where as much matched.
     """
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    found: Proposal = NOTHING
+    at: int = 0
     right: float = 0.0
-    tried: float = 0.0
-    matched: int = 0
+    expected: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

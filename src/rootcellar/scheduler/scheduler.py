@@ -289,16 +289,16 @@ class Scheduler:
         """The step after ``plan``, before it is known what that gives (``ahead.py``); None: take that, and plan then.
 
         None, too, where somebody waits who could start, if only because a request comes to its full length, where
-        nobody knows how many tokens ``plan`` gives, or what may be guessed then, where somebody would have to make way,
+        nobody knows how many tokens ``plan`` gives, or much may be guessed then, where somebody would have to make way,
         and behind a large step: whoever comes during that would wait for both.
         """
         startable = self.waiting and self.admitting and not self._settled
         if startable or plan.guesses or plan.cost > self._little:
             return None
         ahead = chunks_ahead(plan, len(self.running) - len(self.loading), self._snapshots)
-        if not ahead or (self.guesses is not None and self.guesses.possible(len(ahead))):
+        if not ahead or (self.waiting and len(ahead) + len(self.loading) < len(self.running)):
             return None
-        if self.waiting and len(ahead) + len(self.loading) < len(self.running):
+        if self.guesses is not None and self.guesses.worth_waiting([c.request for c in ahead.values()]):
             return None
         if not self._one_slot_more([c.request for c in ahead.values() if c.request.slots == c.start]):
             return None
