@@ -116,6 +116,20 @@ def test_steps_planned_ahead_have_prices_of_their_own():
     assert prices.of(8, ahead=True) == 0.7
 
 
+def test_a_price_that_is_not_paid_for_long_is_forgotten():
+    """It was that of longer contexts, say: where a guess is likely, the step is tried again."""
+    prices = Prices()
+    for rows in (8, 8, *[1] * 511):
+        prices.took(rows, rows / 2)
+    assert prices.of(8) == 4
+    prices.took(1, 0.5)
+    assert prices.of(8) == 0.5 * 1.25**3
+    prices.took(8, 4)
+    assert prices.of(8) == 0.5 * 1.25**3, "that may have compiled"
+    prices.took(8, 2)
+    assert prices.of(8) == 2
+
+
 def test_nothing_is_looked_for_where_no_step_could_pay():
     looked = request([1, 2, 3, 1, 2])
     assert guesser(prices=[(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]).of([looked]) == [()]

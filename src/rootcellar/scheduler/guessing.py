@@ -46,6 +46,8 @@ _BELIEF = 8.0
 _MANY = 256.0
 _MORE = 1.25
 """Times as long as half as many rows, rows are taken to take until that is known: a likely guess finds out."""
+_LONG = 512
+"""Steps after which a price that was not paid again is forgotten."""
 _MARGIN = 1.05
 """Times as many tokens a second as without it, a guess must promise: prices and chances are not known better."""
 _REMEMBERED = 0.85
@@ -142,18 +144,28 @@ def repetition(ids: NDArray[np.int64], least: int, longest: int, most: int) -> P
 
 
 class Prices:
-    """What steps of each size took lately: seconds by rows, the median of the last few; those planned ahead apart."""
+    """What steps of each size took lately: seconds by rows, the median of the last few; those planned ahead apart.
+
+    What was not seen for long is forgotten: contexts were longer then, or the machine did something else.
+    """
 
     def __init__(self) -> None:
+        self._steps = 0
         self._lately: dict[tuple[bool, int], deque[float]] = {}
+        self._seen: dict[tuple[bool, int], int] = {}
         self._known: dict[bool, dict[int, float]] = {False: {}, True: {}}
 
     def took(self, rows: int, seconds: float, *, ahead: bool = False) -> None:
         """A step of so many rows took so long."""
+        self._steps += 1
+        self._seen[ahead, rows] = self._steps
         lately = self._lately.setdefault((ahead, rows), deque(maxlen=5))
         lately.append(seconds)
         if len(lately) > 1:  # the first may have compiled
             self._known[ahead][rows] = sorted(lately)[(len(lately) - 1) // 2]
+        for how, size in [each for each, step in self._seen.items() if self._steps - step >= _LONG]:
+            del self._seen[how, size], self._lately[how, size]
+            self._known[how].pop(size, None)
 
     def of(self, rows: int, *, ahead: bool = False) -> float:
         """What a step of so many rows takes; as long as that is not known, what it takes planned the other way.
