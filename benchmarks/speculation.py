@@ -132,7 +132,8 @@ def measure(
 
 
 def run(arguments: argparse.Namespace, batch: int) -> None:
-    options = {"model_path": arguments.model_path, "max_total_tokens": 65536, "max_running_requests": batch}
+    options = {"model_path": arguments.model_path, "load_format": arguments.load_format, "max_total_tokens": 65536}
+    options |= {"max_running_requests": batch}
     guessing = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": arguments.draft}
     with rootcellar.Engine(**options) as plain, rootcellar.Engine(**options, **guessing) as fast:
         engines = [plain, fast]
@@ -150,6 +151,7 @@ def run(arguments: argparse.Namespace, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model-path", default="demo")
+    parser.add_argument("--load-format", default="auto", help="'dummy': random weights, whose answers soon repeat")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8, help="of each kind of work, at most 16")
     parser.add_argument("--batch", default="1")
