@@ -252,7 +252,7 @@ def tokens_of(draw, tokens, kv_heads, dim):
         for _ in range(draw(st.integers(0, 4))):
             at = draw(st.integers(0, tokens - 1)), draw(st.integers(0, kv_heads - 1))
             odd = draw(
-                st.sampled_from([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-39, 1e-30, 3e-6, 6e4 * 6])
+                st.sampled_from([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-39, 2e-37, 1e-30, 3e-6, 6e4 * 6])
             )
             x[at][: draw(st.sampled_from([1, dim]))] = odd
         parts.append(x)
