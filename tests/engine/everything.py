@@ -272,7 +272,7 @@ def tried(seed, folder, conversations):
 def main(first, last, seconds):
     began = time.monotonic()
     totals, wrong, done = {}, [], []
-    alike = {seed: tuple(compiled(seed).values()) for seed in range(first, last)}
+    alike = {seed: repr(compiled(seed)) for seed in range(first, last)}
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint("qwen3-5", folder, seed=0)
         conversations = Conversations(folder)
