@@ -111,8 +111,9 @@ def _key(first):
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_it_is_near_the_best_fixed_policy_whatever_that_is(name):
-    requests = workload(name)[:2000]
-    for capacity in (100_000, 400_000):
+    """As docs/cache.md says: nowhere by more than 0.1 points."""
+    requests = workload(name)
+    for capacity in (50_000, 100_000, 400_000):
         rates = {
             policy: replay(requests, capacity=capacity, policy=policy).hit_rate
             for policy in ("lru", "lfu", "slru", "adaptive")

@@ -103,9 +103,15 @@ MUTATIONS = {
         "    if dst not in traffic.written:\n        return\n",
         "",
     ),
+    "8: who waited is not forgotten when others do": (
+        "control.py",
+        "        node.turns = [0] * len(tree.kinds)\n",
+        "        pass\n",
+    ),
 }
 STEPS = 12_000
-SEED = 9
+SEEDS = 9, 1, 2, 3, 4
+"""Tried in turn: some of what is broken is met in one run of two."""
 
 
 def driver(source: Path, *arguments: str, hash_seed: str = "1") -> subprocess.CompletedProcess[str]:
@@ -134,7 +140,7 @@ def copy_of_the_cache(folder: Path) -> Path:
 
 def test_an_unbroken_copy_passes(tmp_path):
     copy_of_the_cache(tmp_path)
-    done = driver(tmp_path, "1000", str(SEED))
+    done = driver(tmp_path, "1000", str(SEEDS[0]))
     assert done.returncode == 0, done.stderr
 
 
@@ -149,7 +155,10 @@ def test_a_broken_invariant_is_noticed(broken, tmp_path):
         runs = [driver(tmp_path, "1000", "1", "replay", hash_seed=seed) for seed in ("1", "2")]
         assert len({run.stdout for run in runs}) > 1, "states did not depend on the process"
         return
-    done = driver(tmp_path, str(STEPS), str(SEED))
+    for seed in SEEDS:
+        done = driver(tmp_path, str(STEPS), str(seed))
+        if done.returncode != 0:
+            break
     assert done.returncode != 0, f"nothing noticed: {done.stdout}"
-    assert f"AssertionError: seed {SEED}, world" in done.stderr, done.stderr
+    assert f"AssertionError: seed {seed}, world" in done.stderr, done.stderr
     assert str(SOURCE) not in done.stderr, "the copy was not what ran"
