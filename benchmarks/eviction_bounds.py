@@ -1,6 +1,6 @@
 """How far from LRU to the offline optimum a policy comes that knows a part of the future.
 
-    python benchmarks/eviction_bounds.py TRACE [TRACE ...] [--capacity 1M,2M,5M]
+    python benchmarks/eviction_bounds.py TRACE [TRACE ...] [--capacity 1M,2M,5M] [--learn]
 
 A trace is a file in Mooncake's format, or ``generated:NAME``. A leaf-first cache of blocks evicts by Gittins' index
 (see ``rootcellar/cache/adaptive.py``), whose chances of return come from an oracle:
@@ -11,6 +11,10 @@ A trace is a file in Mooncake's format, or ``generated:NAME``. A leaf-first cach
 - ``whether, N % wrong``: is told the contrary so often.
 
 Prints hit rates and shares of the distance in percent, as JSON.
+
+``--learn`` (with scikit-learn) asks how much of that could be known: gradient boosting learns from the first half of
+the trace when blocks return, by how often they were used before, or by all that was seen of them too (``FEATURES``).
+Counted is the second half, beside ``adaptive``, which learns as it goes; shares are of the way from LRU to ``all``.
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ from cache_policies import read
 from numpy.typing import NDArray
 
 from rootcellar.commands.replay import parse_tokens
-from rootcellar.sim.replay import optimal
+from rootcellar.sim.replay import optimal, replay
 from rootcellar.sim.trace import BLOCK, TraceRequest
 
 EDGES = np.array([0.0, *(2 ** (k / 2) for k in range(24, 56))])  # ages (tokens) at which a bucket begins
 WIDTHS = np.diff([*EDGES, 2 * EDGES[-1]])
 NEVER = np.inf
 Floats = NDArray[np.float64]
+AGES = [0, *(2**k for k in range(15, 28))]  # ages at which a bucket of what is learned begins
+FEATURES = {"uses": slice(0, 1), "all that was seen": slice(None)}
 
 
 class Run(NamedTuple):
@@ -95,10 +101,10 @@ class Trace:
         return self.volume[[run.request for run in self.runs]]
 
 
-def hit_rate(trace: Trace, capacity: int, rows: Sequence[NDArray[np.int64]], worth: Floats) -> float:
-    """The hit rate of a leaf-first cache that evicts what has least ``worth[row, age bucket]``, the oldest of equals.
+def hits(trace: Trace, capacity: int, rows: Sequence[NDArray[np.int64]], worth: Floats) -> Floats:
+    """By request the tokens hit in a leaf-first cache that evicts what has least ``worth[row, age bucket]``.
 
-    ``rows``: by request the row of each block from then on. The prompt that runs keeps its blocks.
+    Of equals the oldest. ``rows``: by request the row of each block from then on. A prompt that runs keeps its blocks.
     """
     room = capacity // BLOCK
     row: dict[int, int] = {}  # of what is cached
@@ -106,11 +112,11 @@ def hit_rate(trace: Trace, capacity: int, rows: Sequence[NDArray[np.int64]], wor
     parent: dict[int, int] = {}
     children: defaultdict[int, int] = defaultdict(int)
     leaves: dict[int, None] = {}
-    hit = 0
+    hit = np.zeros(len(trace.requests))
     for i, request in enumerate(trace.requests):
         ids, now = request.hash_ids, trace.volume[i]
         known = next((n for n, block in enumerate(ids) if block not in row), len(ids))
-        hit += min(known * BLOCK, request.input_length)
+        hit[i] = min(known * BLOCK, request.input_length)
         running = set(ids)
         lacking = min(len(ids), room) - known - (room - len(row))
         if lacking > 0:
@@ -139,7 +145,7 @@ def hit_rate(trace: Trace, capacity: int, rows: Sequence[NDArray[np.int64]], wor
                 leaves.pop(parent[block], None)
                 leaves[block] = None
             row[block], used[block] = int(rows[i][n]), now
-    return hit / sum(request.input_length for request in trace.requests)
+    return hit
 
 
 def gittins(hazard: Floats) -> Floats:
@@ -200,18 +206,96 @@ def policies(trace: Trace) -> dict[str, Policy]:
     return found
 
 
+# ---- what could be known ---------------------------------------------------------------------------------------------
+
+
+def seen(trace: Trace) -> Floats:
+    """Of each run what a cache could see at its use: its uses, then lengths, places, and times since it was used."""
+    found: list[list[float]] = []
+    uses: Counter[int] = Counter()
+    last: dict[int, tuple[float, float]] = {}  # volume and milliseconds
+    first: dict[int, float] = {}
+    row = 0
+    for i, request in enumerate(trace.requests):
+        ids, now, when = request.hash_ids, trace.volume[i], request.timestamp or 0.0
+        new = sum(block not in uses for block in ids)
+        while row < len(trace.runs) and trace.runs[row].request == i:
+            run = trace.runs[row]
+            block = ids[max(run.start, run.end - 1 - (run.end == len(ids)))]
+            tokens, time = (now - last[block][0], when - last[block][1]) if block in last else (0, 0)
+            average = (when - first.get(block, when)) / max(1, uses[block])
+            lengths = request.input_length, request.output_length
+            places = run.start, run.end - run.start, len(ids) - run.end, run.end / len(ids), new, new / len(ids)
+            found.append([uses[block], *map(np.log1p, (*lengths, tokens, time, average)), *places])
+            row += 1
+        uses.update(ids)
+        last.update(dict.fromkeys(ids, (float(now), when)))
+        for block in ids:
+            first.setdefault(block, when)
+    return np.array(found)
+
+
+def learned(trace: Trace, features: Floats) -> Floats:
+    """The worth of runs by what is learned of the first half: a chance of return by age, given that none was before."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    half, since = len(trace.requests) // 2, trace.since()
+    end = trace.volume[half]
+    returned = np.isfinite(trace.returns) & (since + trace.returns <= end)
+    until = np.where(returned, trace.returns, end - since)
+    rows, came, weights = [], [], []
+    for age, (begin, over) in enumerate(pairwise([*AGES, NEVER])):
+        now = returned & (until >= begin) & (until < over)
+        watched = (since <= end) & (now | (until >= over))
+        rows.append(np.column_stack([features[watched], np.full(watched.sum(), age)]))
+        came.append(now[watched])
+        weights.append(trace.weights()[watched])
+    model = HistGradientBoostingClassifier(max_iter=60, learning_rate=0.06, max_leaf_nodes=8, min_samples_leaf=40)
+    model.fit(np.concatenate(rows), np.concatenate(came), np.concatenate(weights))
+    every = (np.column_stack([features, np.full(len(features), age)]) for age in range(len(AGES)))
+    chances = np.stack([model.predict_proba(each)[:, 1] for each in every], axis=1)
+    ages = np.searchsorted(AGES, EDGES, side="right") - 1
+    hazard = 1 - (1 - chances[:, ages]) ** (1 / np.bincount(ages)[ages])
+    hazard[:, -1] = 0
+    return gittins(hazard)
+
+
+def second_half(trace: Trace, capacity: int, known: dict[str, Policy], worths: dict[str, Floats]) -> dict[str, float]:
+    """Hit rates over the second half: of LRU, of ``all``, of what is learned, and of ``adaptive``."""
+    half = len(trace.requests) // 2
+    asked = sum(request.input_length for request in trace.requests[half:])
+    candidates = {name: known[name] for name in ("lru", "all")} | {n: (trace.rows, w) for n, w in worths.items()}
+    rates = {name: hits(trace, capacity, *policy)[half:].sum() / asked for name, policy in candidates.items()}
+    both = [
+        replay(requests, capacity=capacity, policy="adaptive") for requests in (trace.requests, trace.requests[:half])
+    ]
+    return rates | {"adaptive": (both[0].hit_tokens - both[1].hit_tokens) / asked}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("trace", nargs="+")
     parser.add_argument("--capacity", default="1M,2M,5M")
+    parser.add_argument("--learn", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.trace:
         trace = Trace(read(name))
+        worths: dict[str, Floats] = {}
+        if arguments.learn:
+            features = seen(trace)
+            worths = {known: learned(trace, features[:, some]) for known, some in FEATURES.items()}
         candidates = policies(trace)
         for capacity in map(parse_tokens, arguments.capacity.split(",")):
-            rates = {known: hit_rate(trace, capacity, *policy) for known, policy in candidates.items()}
-            best, least = optimal(trace.requests, capacity=capacity).hit_rate, rates["lru"]
-            found = {"trace": Path(name).name, "capacity_tokens": capacity, "optimum": round(100 * best, 2)}
+            found: dict[str, object] = {"trace": Path(name).name, "capacity_tokens": capacity}
+            if arguments.learn:
+                rates = second_half(trace, capacity, candidates, worths)
+                best = rates["all"]
+            else:
+                asked = trace.volume[-1]
+                rates = {known: hits(trace, capacity, *policy).sum() / asked for known, policy in candidates.items()}
+                best = optimal(trace.requests, capacity=capacity).hit_rate
+                found["optimum"] = round(100 * best, 2)
+            least = rates["lru"]
             found["hit_rate"] = {known: round(100 * rate, 2) for known, rate in rates.items()}
             found["share_of_distance"] = {
                 known: round(100 * (rate - least) / (best - least)) for known, rate in rates.items() if best > least
