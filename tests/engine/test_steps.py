@@ -300,6 +300,34 @@ def test_the_machine_rests_until_the_bytes_are_there():
     check_whole(machine)
 
 
+def test_a_picture_has_the_next_turn_though_others_wait_for_bytes():
+    """They take turns with steps: in a step's, where nothing can be computed, a picture may be what is waited for."""
+
+    class Encoder:
+        left = 3
+
+        def turn(self, end):
+            self.left -= 1
+            return self.left >= 0
+
+    machine = hash_machine(host=256)
+    callers = Callers(machine)
+    on_the_host(machine, callers)
+    callers.do(callers.submit([prompt(1, 21)], 0, max_new_tokens=4))
+    machine.life.encodings = Encoder()
+    turns = 0
+    while machine.ready and turns < 20:
+        machine.step()
+        turns += 1
+    assert machine.life.encodings.left < 0, "all of the picture is encoded"
+    assert turns < 20, "then it rests until the bytes are there"
+    machine.copies.finish(dst=Tier.DEVICE)
+    machine.learn()
+    callers.run()
+    assert callers.results()["c0-0"][0] == expected_answer(prompt(1, 21), 4)
+    check_whole(machine)
+
+
 def test_the_loop_sleeps_until_it_is_woken():
     machine = hash_machine(host=256)
     callers = Callers(machine)

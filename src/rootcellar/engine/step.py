@@ -343,7 +343,8 @@ class Machine:
         # Pictures take as long as a step: whoever comes meanwhile is in the next one, and does not wait for both.
         encodings = self.life.encodings
         self.recorder.step_begins()
-        self._encoded = encodings is not None and not self._encoded and encodings.turn(self.end)
+        due = not self._encoded
+        self._encoded = encodings is not None and due and encodings.turn(self.end)
         if self._encoded:
             self.recorder.encoded()
             return None
@@ -352,7 +353,7 @@ class Machine:
         for request in self.scheduler.failed:
             self._close(request)
         self.scheduler.failed.clear()
-        if plan is None:
+        if plan is None and due:  # else a picture may be what is waited for, and it has the next turn
             self._unblock()
         for request in self.scheduler.loading if plan is None else [*self.scheduler.loading, *plan.requests]:
             self.trackers[request].note_stage()
