@@ -104,7 +104,8 @@ def measure(
     spent: list[list[float]] = [[], []]
     equal, made, steps, guessed, right = True, 0, 0, 0, 0
     for engine in engines:
-        engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 1, "temperature": 0})
+        before = sampling if work == "again" else {"max_new_tokens": 1, "temperature": 0}
+        engine.generate(input_ids=prompts, sampling_params=before)
     for turn in range(rounds):
         found = {}
         if work != "again":  # of what it said in the round before it knows nothing

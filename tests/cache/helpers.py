@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rootcellar.cache import Done, Key, Kind, Lease, Tier, full
+from rootcellar.cache import Done, Key, Kind, Lease, Tier, full, recurrent, sliding_window
 from rootcellar.cache.radix import PyRadixCache
 
 CORES: dict[str, type] = {"python": PyRadixCache}
@@ -16,6 +16,11 @@ if find_spec("rootcellar.cache._core") is not None:
 
     CORES["native"] = NativeRadixCache
 core = "python"  # set by the fixture of this name
+KINDS = {
+    "full": (full("full"),),
+    "window": (full("full"), sliding_window("window", window=6)),
+    "state": (full("full"), recurrent("state")),
+}
 
 
 def RadixCache(*arguments: Any, **options: Any) -> Any:
@@ -82,3 +87,8 @@ def push_out(cache, count=16) -> None:
     for i in range(count):
         serve(cache, tokens((10_000 + 100 * i, 16)))
         land(cache)
+
+
+def cached(cache: PyRadixCache, key: Key) -> int:
+    """Tokens of ``key`` that the device could give, without counting as a use."""
+    return cache.explain(key).reaches[Tier.DEVICE]

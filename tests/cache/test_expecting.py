@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from helpers import land, make, serve, tokens
+from helpers import KINDS, cached, land, make, serve, tokens
 
-from rootcellar.cache import LATEST, NEVER, Key, Tier, full, recurrent, sliding_window
+from rootcellar.cache import LATEST, NEVER, Key, Tier
 
 pytestmark = pytest.mark.usefixtures("core")
-
-KINDS = {
-    "full": (full("full"),),
-    "window": (full("full"), sliding_window("window", window=6)),
-    "state": (full("full"), recurrent("state")),
-}
-
-
-def cached(cache, key):
-    return cache.explain(key).reaches[Tier.DEVICE]
 
 
 @pytest.mark.parametrize("policy", ["lru", "mru", "adaptive"])

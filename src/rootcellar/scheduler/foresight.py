@@ -26,10 +26,9 @@ class Foresight:
         self._told = 0
         self._changes = 0
 
-    def changed(self, waiting: int) -> None:
-        """Somebody came or ended, or something came from afar that may be waited for; so many wait now."""
+    def changed(self) -> None:
+        """Somebody came or ended, or something came from afar that may be waited for."""
         self._changes += 1
-        self.look(waiting)
 
     def look(self, waiting: int) -> None:
         """So many wait now: where nobody does, the cache is told at once, as nothing may be planned for long."""

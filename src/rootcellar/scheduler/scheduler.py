@@ -132,7 +132,7 @@ class Scheduler:
         request.order, request.since, request.epoch = self._arrivals, self._turns.now, self._epoch
         self._arrivals += 1
         self.waiting.add(request)
-        self._foresight.changed(len(self.waiting))
+        self._foresight.changed()
         self._settled = False
 
     def finish(self, request: Request, finish: Finish) -> None:
@@ -145,7 +145,7 @@ class Scheduler:
                 self.giving.remove(request)
             else:
                 self.waiting.remove(request)
-                self._foresight.changed(len(self.waiting))
+                self._foresight.changed()
             request.enter(Stage.FINISHED)
         else:
             self._end(request)
@@ -183,7 +183,7 @@ class Scheduler:
         """Take in what the movers saw: who has all that it waited for may be planned, who lost it waits again."""
         for event in events:
             self.cache.learn(event)
-            self._foresight.changed(len(self.waiting))
+            self._foresight.changed()
         for request, hit in list(self.loading.items()):
             assert request.lease is not None
             if request.lease.lost:
@@ -223,7 +223,7 @@ class Scheduler:
         request.lease = None
         request.computed = request.committed = request.resumable = request.branch = request.slots = 0
         self.running.remove(request)
-        self._foresight.changed(len(self.waiting))
+        self._foresight.changed()
         self.loading.pop(request, None)
         del self._admitted[request]
         self._settled = False
